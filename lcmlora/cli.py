@@ -1,0 +1,256 @@
+"""`lcmlora <verb>`: what dvc.yaml calls, and what a person runs by hand. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lcmlora.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="""Distil latent diffusion models into LCM-LoRA adapters, evaluate and release them.
+
+    Each verb is one stage of dvc.yaml and reads params.yaml in the current folder. `dvc repro` runs what is stale;
+    `python -m flows.retrain` also registers and publishes.
+
+    Examples:
+
+      lcmlora prepare                      read and filter the captioned pictures
+
+      lcmlora distill emoji                train (or continue) the adapter of model `emoji`
+
+      lcmlora --params my.yaml check       read a configuration and say whether it is sound
+    """,
+)
+
+Model = Annotated[str, typer.Argument(help="A name under `bases` in params.yaml, e.g. emoji.", show_default=False)]
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    params: Annotated[Path, typer.Option(help="The configuration file.")] = Path("params.yaml"),
+) -> None:
+    context.obj = params
+
+
+def _configure(context: typer.Context):  # type: ignore[no-untyped-def]  # the type would import pydantic for --help
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from lcmlora import config
+
+    return config.load(context.obj)
+
+
+def _scratch(*names: str) -> Path:
+    return Path("scratch", *names)
+
+
+@app.command()
+def check(context: typer.Context) -> None:
+    """Read params.yaml and print the models and settings it resolves to.
+
+    Example: lcmlora check
+    """
+    config = _configure(context)
+    for model in config.models:
+        base = config.base(model)
+        print(
+            f"{model}: {base.source} at {base.resolution} px, {config.distill_for(model).steps} steps of distillation"
+        )
+
+
+@app.command()
+def pretrain(context: typer.Context) -> None:
+    """Train the embedded emoji base from nothing (hours on two cores; its weights are in Git already).
+
+    Example: dvc unfreeze pretrain && dvc repro pretrain && dvc freeze pretrain
+    """
+    config = _configure(context)
+    from lcmlora import bases, checkpoint
+    from lcmlora.config import digest
+    from lcmlora.pretrain import pretrain as train
+
+    with checkpoint.locked(_scratch("pretrain", digest(config.pretrain)[:12])) as scratch:
+        train(config.pretrain, Path("node_modules"), scratch, Path("bases/emoji"), bases.pick_device("auto"))
+
+
+@app.command()
+def fetch(context: typer.Context, model: Model) -> None:
+    """Put a base at bases/MODEL: download a hub id at its pinned revision, or link a local folder.
+
+    Example: lcmlora fetch sd15
+    """
+    config = _configure(context)
+    from lcmlora import bases
+
+    print(bases.fetch(model, config.base(model)))
+
+
+@app.command()
+def prepare(context: typer.Context) -> None:
+    """Read the captioned pictures, drop what cannot be used, and split by caption into training and validation.
+
+    Example: lcmlora prepare
+    """
+    config = _configure(context)
+    from lcmlora.data import prepare as stage
+
+    minimum = max((config.distill_for(model).batch for model in config.models), default=config.distill.batch)
+    stage.print_report(stage.prepare(config.data, minimum, Path("data/pictures")))
+
+
+@app.command()
+def encode(context: typer.Context, model: Model) -> None:
+    """Encode the training pictures and captions into the latent cache of one base.
+
+    Example: lcmlora encode emoji
+    """
+    config = _configure(context)
+    from lcmlora import bases
+    from lcmlora.data import cache
+
+    settings = config.encode_for(model)
+    device = bases.pick_device(settings.device)
+    base = bases.load(
+        model,
+        config.base(model),
+        Path("bases", model),
+        device=device,
+        dtype=bases.pick_dtype("auto", device),
+        parts=("vae", "text"),
+    )
+    cache.encode(base, config.data, settings, Path("data/pictures"), _scratch("encode"), Path("data/latents", model))
+
+
+@app.command()
+def reference(context: typer.Context, model: Model) -> None:
+    """Draw what no adapter changes: the teacher's pictures and the solvers', with their features.
+
+    Example: lcmlora reference emoji
+    """
+    config = _configure(context)
+    from lcmlora.evaluation import reference as stage
+
+    base, settings = _drawing_base(config, model)
+    stage.draw_reference(
+        base, config.data, settings, Path("data/pictures"), _scratch("reference"), Path("reference", model)
+    )
+
+
+@app.command()
+def distill(context: typer.Context, model: Model) -> None:
+    """Distil the base into an adapter; a run that was killed continues from its last checkpoint.
+
+    Example: lcmlora distill emoji
+    """
+    config = _configure(context)
+    from lcmlora import bases, checkpoint, registry
+    from lcmlora.config import digest
+    from lcmlora.data.cache import LatentCache
+    from lcmlora.distill import distill as train
+
+    settings = config.distill_for(model)
+    device = bases.pick_device(settings.device)
+    folder = Path("bases", model)
+    loaded = bases.load(
+        model,
+        config.base(model),
+        folder,
+        device=device,
+        dtype=bases.pick_dtype(settings.precision, device),
+        parts=("unet",),
+    )
+    cache = LatentCache(Path("data/latents", model))
+    identity = bases.identity(config.base(model), folder)
+    key = digest(settings, identity, cache.digest)[:12]
+    scratch = _scratch("distill", f"{model}-{key}")
+    with (
+        checkpoint.locked(scratch),
+        registry.tracking(config.registry, model, settings.model_dump(mode="json"), scratch) as run,
+    ):
+        train(
+            loaded,
+            cache,
+            settings,
+            scratch,
+            Path("adapters", model),
+            identity=identity,
+            run=run.reference,
+            logger=run,
+        )
+    checkpoint.discard(scratch)
+
+
+@app.command()
+def evaluate(context: typer.Context, model: Model) -> None:
+    """Draw with the adapter in few steps and compare with the teacher and the solvers.
+
+    Example: lcmlora evaluate emoji
+    """
+    config = _configure(context)
+    from lcmlora import lora
+    from lcmlora.evaluation import evaluate as stage
+
+    base, settings = _drawing_base(config, model)
+    lora.load(base.unet, Path("adapters", model, lora.WEIGHTS))
+    stage.evaluate(
+        base,
+        Path("adapters", model),
+        config.data,
+        settings,
+        Path("data/pictures"),
+        Path("reference", model),
+        Path("evaluation", model),
+        Path("metrics", f"{model}.json"),
+        Path("plots", f"{model}_steps.csv"),
+    )
+
+
+def _drawing_base(config, model: str):  # type: ignore[no-untyped-def]
+    from lcmlora import bases
+
+    settings = config.evaluation_for(model)
+    device = bases.pick_device(settings.device)
+    dtype = bases.pick_dtype("auto", device)
+    return bases.load(model, config.base(model), Path("bases", model), device=device, dtype=dtype), settings
+
+
+@app.command()
+def package(context: typer.Context, model: Model) -> None:
+    """Make the release bundle and prove that plain diffusers loads it with the same result.
+
+    Example: lcmlora package emoji
+    """
+    config = _configure(context)
+    from lcmlora import release
+
+    release.package(
+        model,
+        config,
+        Path("adapters", model),
+        Path("bases", model),
+        Path("metrics", f"{model}.json"),
+        Path("evaluation", model),
+        Path("release", model),
+    )
+
+
+def main() -> None:
+    """Runs the command line; a UserError is printed as it is and ends with status 2."""
+    try:
+        app()
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""params.yaml -> frozen, strict, typed configuration. Every error names file, key, value and what was expected."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lcmlora.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, and nothing changes after loading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=Strict)
+
+
+class Pretrain(Strict):
+    """How the embedded emoji base is made (stage `pretrain`, frozen)."""
+
+    seed: int
+    groups: tuple[str, ...]
+    base_styles: tuple[str, ...]
+    vae_styles: tuple[str, ...]
+    size: Positive
+    copies: Positive
+    vocabulary: Positive
+    latent_channels: Positive
+    vae_channels: tuple[int, ...]
+    vae_batch: Positive
+    vae_steps: Positive
+    vae_lr: float
+    vae_kl: float
+    text_width: Positive
+    text_layers: Positive
+    unet_channels: tuple[int, ...]
+    batch: Positive
+    steps: Positive
+    lr: float
+    ema: Share
+    caption_dropout: Share
+    checkpoint_every: Positive
+
+
+class Data(Strict):
+    """Which captioned pictures, and which of them are kept (stage `prepare`)."""
+
+    source: Literal["emoji", "folder"]
+    path: Path  # folder: the folder; emoji: the package-lock.json beside node_modules
+    groups: tuple[str, ...] = ()  # emoji
+    styles: tuple[str, ...] = ()  # emoji
+    copies: Positive = 1  # emoji: placements drawn of each drawing
+    min_side: Positive  # pixels; smaller pictures are dropped
+    max_aspect: Annotated[float, Field(ge=1)]  # longer side over shorter; what is longer is dropped
+    validation: Annotated[float, Field(gt=0, lt=1)]  # share of captions that training never sees
+    seed: int
+
+
+class Encode(Strict):
+    """The latent cache (stage `encode`)."""
+
+    batch: Positive
+    shard_mb: Positive = 256
+    text_cache_mb: Positive = 2000  # above this the cache keeps token ids only
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Distill(Strict):
+    """Latent consistency distillation (stage `distill`); method and sources in lcmlora/objectives.py."""
+
+    objective: Literal["lcm"]
+    seed: int
+    steps: Positive
+    batch: Positive
+    lr: Annotated[float, Field(gt=0)]
+    warmup: Annotated[int, Field(ge=0)]
+    cooldown: Share  # last share of the steps, over which the rate falls linearly to zero
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    ema: Annotated[float, Field(ge=0, lt=1)]  # of the LoRA; the average is what is saved
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    # The papers' w: c + w (c - u). The pipelines' guidance_scale is w + 1.
+    w_min: Annotated[float, Field(ge=0)]
+    w_max: Annotated[float, Field(ge=0)]
+    grid: Positive  # DDIM timesteps, N of Algorithm 1
+    huber_c: Annotated[float, Field(gt=0)]
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint_every: Positive
+    log_every: Positive
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.w_min > self.w_max:
+            raise ValueError(f"w_min {self.w_min} is above w_max {self.w_max}")
+        return self
+
+
+class Evaluation(Strict):
+    """What is drawn and measured (stages `reference` and `evaluate`)."""
+
+    seed: int
+    pictures: Annotated[int, Field(ge=2)]
+    batch: Positive
+    features: Literal["efficientnet-lite0"]
+    guidance_scale: Annotated[float, Field(ge=1)]  # teacher and solvers, the pipelines' convention (w + 1)
+    teacher_steps: Positive
+    solvers: tuple[Literal["ddim", "dpm++", "unipc", "euler"], ...]
+    solver_steps: tuple[int, ...]
+    student_steps: tuple[int, ...]
+    grid_rows: Positive
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Gate(Strict):
+    """When a candidate may become champion."""
+
+    steps: Positive  # the student at this many steps must beat every solver at as many network evaluations
+    min_retrieval: Share  # caption retrieval@1 as a share of the teacher's
+
+
+class Registry(Strict):
+    """MLflow: where runs and models are kept."""
+
+    tracking_uri: str
+    experiment: str
+    alias: str
+
+
+class Publish(Strict):
+    """Where releases go: a directory or s3://bucket/prefix."""
+
+    to: str
+    endpoint_url: str | None = None
+    region: str | None = None
+
+
+class Base(Strict):
+    """A base model. Only what differs between bases and cannot be read from its own folder."""
+
+    source: str  # hub id, or a diffusers folder
+    revision: str | None = None  # hub commit; required for a hub id, so that a run can be repeated
+    variant: str | None = None  # e.g. fp16
+    resolution: Positive  # pixels, width and height of the training pictures
+    license: str
+    # Overrides of the stages' settings for this base.
+    encode: dict[str, Any] = {}
+    distill: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
+
+
+class Config(Strict):
+    """All of params.yaml."""
+
+    models: tuple[str, ...]
+    pretrain: Pretrain
+    data: Data
+    encode: Encode
+    distill: Distill
+    evaluation: Evaluation
+    gate: Gate
+    registry: Registry
+    publish: Publish
+    bases: dict[str, Base]
+
+    @model_validator(mode="after")
+    def _models_exist(self) -> Self:
+        for model in self.models:
+            if model not in self.bases:
+                raise ValueError(f"models: no base named {model!r}; bases has {', '.join(self.bases)}")
+        return self
+
+    def base(self, model: str) -> Base:
+        """Returns the base of this name. Raises UserError naming the known ones."""
+        if model not in self.bases:
+            raise UserError(f"unknown model {model!r}; params.yaml has bases {', '.join(self.bases)}")
+        return self.bases[model]
+
+    def encode_for(self, model: str) -> Encode:
+        return _override(self.encode, self.base(model).encode, f"bases.{model}.encode")
+
+    def distill_for(self, model: str) -> Distill:
+        return _override(self.distill, self.base(model).distill, f"bases.{model}.distill")
+
+    def evaluation_for(self, model: str) -> Evaluation:
+        return _override(self.evaluation, self.base(model).evaluation, f"bases.{model}.evaluation")
+
+
+def _override(settings: S, changes: dict[str, Any], where: str) -> S:
+    try:
+        return type(settings).model_validate(settings.model_dump() | changes)
+    except ValidationError as error:
+        raise UserError(_explain(where, error)) from None
+
+
+def _explain(where: str, error: ValidationError) -> str:
+    """One line per error: the key, the value that stands there, and what was expected."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: {key}: there is no such key")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: {key}: is missing")
+        else:
+            value = "" if item["loc"] == () else f" got {item['input']!r}:"
+            lines.append(f"{where}: {key + ':' if key else ''}{value} {item['msg'].removeprefix('Value error, ')}")
+    return "\n".join(lines)
+
+
+def load(path: Path = Path("params.yaml")) -> Config:
+    """Returns the configuration in `path`.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or holds a key or value that does not fit.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run in the project's folder or name it with --params") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping of settings, got {type(raw).__name__}")
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_explain(str(path), error)) from None
+    for model in config.bases:  # overrides are checked here, not hours later
+        config.encode_for(model), config.distill_for(model), config.evaluation_for(model)
+    return config
+
+
+def digest(*settings: BaseModel | dict[str, Any] | str) -> str:
+    """Returns a SHA-256 over settings, equal for equal settings whatever their order of keys."""
+    plain = [s.model_dump(mode="json") if isinstance(s, BaseModel) else s for s in settings]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

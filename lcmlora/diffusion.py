@@ -1,0 +1,88 @@
+"""The algebra of diffusion as pure tensor functions in fp32.
+
+Notation: x_t = alpha_t x0 + sigma_t eps with alpha^2 + sigma^2 = 1; alpha_t^2 is `alphas_cumprod[t]`.
+Tensors of shape (B,) are broadcast over (B, C, h, w) by the functions themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _wide(value: Tensor, like: Tensor) -> Tensor:
+    return value.view(-1, *(1,) * (like.ndim - 1)) if value.ndim == 1 else value
+
+
+def alpha_sigma(alphas_cumprod: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns alpha_t and sigma_t, both (B,) fp32, for timesteps (B,) int64 in [0, T)."""
+    cumprod = alphas_cumprod.float()[t]
+    return cumprod.sqrt(), (1 - cumprod).sqrt()
+
+
+def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Returns x_t (B, C, h, w) = alpha x0 + sigma noise."""
+    return _wide(alpha, x0) * x0 + _wide(sigma, x0) * noise
+
+
+def predicted_x0(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+    """Returns x0 (B, C, h, w) from a model's raw output at x_t. Raises ValueError for an unknown prediction type."""
+    a, s = _wide(alpha, x), _wide(sigma, x)
+    if prediction_type == "epsilon":
+        return (x - s * output) / a
+    if prediction_type == "v_prediction":
+        return a * x - s * output
+    if prediction_type == "sample":
+        return output
+    raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
+
+
+def predicted_noise(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+    """Returns eps (B, C, h, w) from a model's raw output at x_t. Raises ValueError for an unknown prediction type."""
+    a, s = _wide(alpha, x), _wide(sigma, x)
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "v_prediction":
+        return a * output + s * x
+    if prediction_type == "sample":
+        return (x - a * output) / s
+    raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
+
+
+def ddim_step(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Returns the deterministic DDIM update (arXiv 2010.02502, eq. 12, eta = 0) to the level of alpha and sigma."""
+    return add_noise(x0, noise, alpha, sigma)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
+    """Returns c + w (c - u), the papers' convention: w (B,) is a pipeline's guidance_scale minus one."""
+    return conditional + _wide(w, conditional) * (conditional - unconditional)
+
+
+def ddim_grid(train_timesteps: int, points: int) -> tuple[Tensor, Tensor]:
+    """Returns the solver's timesteps t_{n+k} and what each steps to, both (points,) int64 ascending.
+
+    For T = 1000 and 50 points: 19, 39, ..., 999 stepping to 0, 19, ..., 979 (k = T / points).
+
+    Raises:
+        ValueError: `points` does not divide `train_timesteps`.
+    """
+    if train_timesteps % points:
+        raise ValueError(f"the grid must divide the schedule: {points} points of {train_timesteps} timesteps")
+    skip = train_timesteps // points
+    upper = torch.arange(1, points + 1) * skip - 1
+    return upper, torch.cat([torch.zeros(1, dtype=torch.long), upper[:-1]])
+
+
+def boundary_scalings(t: Tensor, sigma_data: float = 0.5, timestep_scaling: float = 10.0) -> tuple[Tensor, Tensor]:
+    """Returns c_skip and c_out (B,) fp32 of f(x, t) = c_skip x + c_out x0 (arXiv 2310.04378); the identity at t = 0."""
+    scaled = t.float() * timestep_scaling
+    c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
+    c_out = scaled / (scaled**2 + sigma_data**2).sqrt()
+    return c_skip, c_out
+
+
+def consistency(x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """Returns f(x_t, t) (B, C, h, w), the consistency function with its boundary condition."""
+    c_skip, c_out = boundary_scalings(t)
+    return _wide(c_skip, x) * x + _wide(c_out, x) * x0

@@ -1,0 +1,141 @@
+"""The adapter: inject, collect, average, save in the diffusers format, load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from lcmlora.errors import UserError
+from lcmlora.files import atomic_write
+
+ADAPTER = "lcm"
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+# LCM-LoRA's own choice (method of arXiv 2311.05556): attention, feed-forward, and every convolution of the resnets.
+TARGETS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+]
+
+
+def inject(unet: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
+    """Adds fp32 LoRA layers to a frozen UNet and returns their parameters by name, in a fixed order.
+
+    The base's weights keep their precision and storage; B is zero, so the model's output is unchanged. Only the
+    returned parameters require gradients.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    unet.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=True)  # type: ignore[arg-type]
+        inject_adapter_in_model(config, unet, adapter_name=ADAPTER)
+    parameters = {name: p for name, p in unet.named_parameters() if f".{ADAPTER}." in name}
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()  # bf16 LoRA loses small updates
+        parameter.requires_grad_(True)
+    return parameters
+
+
+@contextmanager
+def disabled(unet: nn.Module) -> Iterator[None]:
+    """Within the block the UNet is the base alone. Backward passes must not cross its border."""
+    layers = list(_layers(unet))
+    for _, layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for _, layer in layers:
+            layer._disable_adapters = False
+
+
+def _layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in unet.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def adapted_layers(unet: nn.Module) -> int:
+    """Returns how many layers of the UNet carry the adapter."""
+    return sum(1 for _ in _layers(unet))
+
+
+def state_dict(unet: nn.Module) -> dict[str, Tensor]:
+    """Returns the adapter in diffusers' key style with alpha / rank folded into B, fp32 on the CPU, sorted by name.
+
+    Readers that know nothing of alpha then apply it at scale 1, which is what was trained; diffusers loses an alpha
+    that differs from the rank on the way through a file.
+    """
+    tensors = {}
+    for name, layer in _layers(unet):
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        tensors[f"unet.{name}.lora_A.weight"] = a.detach().float().cpu().contiguous()
+        tensors[f"unet.{name}.lora_B.weight"] = (b.detach().float().cpu() * layer.scaling[ADAPTER]).contiguous()
+    return dict(sorted(tensors.items()))
+
+
+def save_file(tensors: dict[str, Tensor], path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+    """Writes the adapter; the same tensors and metadata give the same bytes."""
+    data = save({name: t.to(dtype).contiguous() for name, t in tensors.items()}, metadata=metadata)
+    atomic_write(path, lambda p: p.write_bytes(data))
+
+
+def adapter_metadata(rank: int) -> dict[str, str]:
+    """Returns the header from which diffusers rebuilds the LoRA configuration instead of guessing it."""
+    settings = {"unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": TARGETS, "unet.peft_type": "LORA"}
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
+
+
+def load(unet: nn.Module, path: Path) -> None:
+    """Adds the adapter of a diffusers-format file to a bare UNet, active and frozen.
+
+    Raises:
+        UserError: the file cannot be read, or its tensors do not fit this UNet; the first that differs is named.
+    """
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: is not a readable safetensors file: {error}") from error
+    tensors = {name.removeprefix("unet."): t.float() for name, t in tensors.items()}
+    ranks = {name.removesuffix(".lora_A.weight"): t.shape[0] for name, t in tensors.items() if ".lora_A." in name}
+    modules = dict(unet.named_modules())
+    for name in ranks:
+        if name not in modules:
+            raise UserError(f"{path}: holds {name}, which this base does not have: it was made for another base")
+    if len(set(ranks.values())) != 1:
+        raise UserError(f"{path}: expected one rank for all layers, got {sorted(set(ranks.values()))}")
+    rank = next(iter(ranks.values()))
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(ranks)), unet, adapter_name=ADAPTER
+    )
+    result = set_peft_model_state_dict(unet, tensors, adapter_name=ADAPTER)
+    lost = [k for k in result.missing_keys if f".{ADAPTER}." in k] + list(result.unexpected_keys)
+    if lost:
+        raise UserError(f"{path}: {len(lost)} tensors do not fit this base, the first is {lost[0]}")
+    unet.requires_grad_(False)

@@ -1,0 +1,79 @@
+"""Progress of long work: a rich bar on a terminal, a plain line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_LOG_EVERY = 15.0  # seconds between lines where there is no terminal
+
+
+class Track(Generic[T]):
+    """Iterates over `items` while showing how many are done, the rate, the time left and the figures noted."""
+
+    def __init__(self, items: Iterable[T], label: str, total: int, completed: int, unit: int) -> None:
+        self._items = items
+        self._label = label
+        self._total = total
+        self._start = completed
+        self._unit = unit
+        self._figures: dict[str, float] = {}
+
+    def note(self, **figures: float) -> None:
+        """Shows these figures beside the bar from now on."""
+        self._figures |= figures
+
+    def __iter__(self) -> Iterator[T]:
+        return self._on_terminal() if sys.stderr.isatty() else self._in_log()
+
+    def _text(self, done: int, seconds: float) -> str:
+        rate = (done - self._start) * self._unit / max(seconds, 1e-9)
+        left = (self._total - done) * self._unit / rate if rate else float("inf")
+        figures = "".join(f"  {name} {value:.4g}" for name, value in self._figures.items())
+        return f"{rate:.1f}/s  {left:.0f} s left{figures}"
+
+    def _in_log(self) -> Iterator[T]:
+        began = last = time.monotonic()
+        done = self._start
+        for item in self._items:
+            yield item
+            done += 1
+            now = time.monotonic()
+            if now - last > _LOG_EVERY or (done == self._total and now - began > 1):
+                print(
+                    f"{self._label}: {done}/{self._total}  {self._text(done, now - began)}", file=sys.stderr, flush=True
+                )
+                last = now
+
+    def _on_terminal(self) -> Iterator[T]:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        began = time.monotonic()
+        done = self._start
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(self._label, total=self._total, completed=done, text="")
+            for item in self._items:
+                yield item
+                done += 1
+                bar.update(task, completed=done, text=self._text(done, time.monotonic() - began))
+
+
+def track(items: Iterable[T], label: str, *, total: int | None = None, completed: int = 0, unit: int = 1) -> Track[T]:
+    """Returns an iterable over `items` that shows its progress on standard error.
+
+    Args:
+        total: how many items there are in all, those already `completed` by an earlier run included.
+        unit: how many things one item stands for (pictures in a batch), for the rate.
+    """
+    return Track(items, label, len(items) if total is None else total, completed, unit)  # type: ignore[arg-type]
