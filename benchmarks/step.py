@@ -1,0 +1,101 @@
+"""What a distillation step costs, phase by phase, as shares of one run: python -m benchmarks.step [MODEL] [--batch B].
+
+Phases are timed in turn within each repeat, so a machine that slows down slows them all; figures are medians. The base
+is read from bases/MODEL; latents and text are random, since no phase's cost depends on their values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lcmlora import bases, config, diffusion, lora, objectives
+from lcmlora.distill import Batch, Optimization, Teacher, loss_of
+
+
+def _conditioning(base: bases.LoadedBase, rows: int) -> bases.Conditioning:
+    captions = base.encode_text(["red apple"])
+    wide = {name: value.expand(rows, *value.shape[1:]).contiguous() for name, value in captions.items()}
+    return wide | ({"time_ids": base.time_ids(rows=rows)} if base.kind == "sdxl" else {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="emoji")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+
+    settings = config.load()
+    distill = settings.distill_for(options.model)
+    batch = options.batch or distill.batch
+    device = bases.pick_device(distill.device)
+    base = bases.load(
+        options.model,
+        settings.base(options.model),
+        Path("bases", options.model),
+        device=device,
+        dtype=bases.pick_dtype(distill.precision, device),
+        parts=("unet", "text"),
+    )
+    parameters = lora.inject(base.unet, distill.rank, distill.alpha, distill.seed)
+    optimization = Optimization(parameters, distill)
+    teacher = Teacher(base, base.unconditional(), distill)
+    objective = objectives.make(distill)
+    conditioning = _conditioning(base, batch)
+    z = torch.randn(batch, *base.latent_shape, device=device)
+    index = torch.arange(batch, device=device) % distill.grid
+    w = torch.full((batch,), distill.w_min, device=device)
+    sample = Batch(z, torch.randn_like(z), index, w, conditioning)
+    t, t_prev = teacher.t[index], teacher.t_prev[index]
+
+    def plain() -> None:
+        with torch.no_grad(), lora.disabled(base.unet):
+            base.predict(z, t, conditioning)
+
+    def adapted() -> None:
+        with torch.no_grad():
+            base.predict(z, t, conditioning)
+
+    def whole() -> None:
+        loss_of(base, teacher, objective, sample).backward()
+        optimization.step(0)
+
+    def student() -> None:
+        alpha, sigma = diffusion.alpha_sigma(base.alphas_cumprod, t)
+        x0 = diffusion.predicted_x0(base.predict(z, t, conditioning), z, alpha, sigma, base.prediction_type)
+        x0.square().mean().backward()
+        for parameter in parameters.values():
+            parameter.grad = None
+
+    phases: dict[str, Callable[[], object]] = {
+        "base forward (F0)": plain,
+        "adapted forward": adapted,
+        "teacher step, guided": lambda: teacher.step(z, t, t_prev, w, conditioning),
+        "student forward + backward": student,
+        "whole step": whole,
+    }
+    times: dict[str, list[float]] = {name: [] for name in phases}
+    for repeat in range(options.repeats + 1):
+        for name, run in phases.items():
+            began = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:  # the first one warms up
+                times[name].append(time.perf_counter() - began)
+    unit = statistics.median(times["base forward (F0)"])
+    threads = torch.get_num_threads()
+    print(f"{options.model}: batch {batch}, {base.dtype}, {device}, {threads} threads, median of {options.repeats}")
+    for name, seconds in times.items():
+        middle = statistics.median(seconds)
+        print(f"  {name:28s} {1e3 * middle:9.1f} ms  {middle / unit:6.2f} F0  {batch / middle:8.1f} pictures/s")
+
+
+if __name__ == "__main__":
+    main()

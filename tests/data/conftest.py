@@ -1,0 +1,89 @@
+"""Folders of captioned pictures, and settings for them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from lcmlora import bases
+from lcmlora.config import Base, Data
+
+NODE_MODULES = Path(__file__).parents[2] / "node_modules"
+
+
+def data_in(folder: Path, **changes: Any) -> Data:
+    plain = {"source": "folder", "path": folder, "min_side": 16, "max_aspect": 2.0, "validation": 0.25, "seed": 0}
+    return Data.model_validate(plain | changes)
+
+
+def picture(number: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    """A gradient whose colours say which one it is."""
+    red = Image.linear_gradient("L").resize(size)
+    return Image.merge("RGB", (red, red.rotate(180), Image.new("L", size, number * 7 % 256)))
+
+
+def add(folder: Path, name: str, caption: str | None, image: Image.Image | bytes, **options: Any) -> Path:
+    """Puts a picture, or any bytes, into the folder, with its caption beside it."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(image, bytes):
+        path.write_bytes(image)
+    else:
+        image.save(path, **options)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Eight good pictures with captions of their own."""
+    for number in range(8):
+        add(tmp_path / "in", f"{number}.png", f"subject {number}", picture(number))
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def emoji_data() -> Data:
+    if not (NODE_MODULES / "@iconify-json").is_dir():
+        pytest.skip("the artwork is not installed")
+    styles, groups = ("noto", "fluent-emoji-flat"), ("food-drink",)
+    path = NODE_MODULES.parent / "package-lock.json"
+    return data_in(path, source="emoji", styles=styles, groups=groups, copies=2)
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The miniature with a second text encoder: what makes a base one of the SDXL family here."""
+    folder = tmp_path_factory.mktemp("sdxl") / "mini"
+    shutil.copytree(base_folder, folder)
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    text = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    text.hidden_size, text.projection_dim, text.intermediate_size = 24, 12, 32
+    torch.manual_seed(1)
+    CLIPTextModelWithProjection(text).save_pretrained(folder / "text_encoder_2")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+    index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture
+def load_base(base_folder: Path, sdxl_folder: Path) -> Callable[..., bases.LoadedBase]:
+    """Loads the encoders of a miniature at any resolution."""
+
+    def load(resolution: int, *, sdxl: bool = False) -> bases.LoadedBase:
+        folder = sdxl_folder if sdxl else base_folder
+        settings = Base(source=str(folder), resolution=resolution, license="apache-2.0")
+        return bases.load("mini", settings, folder, device=torch.device("cpu"), parts=("vae", "text"))
+
+    return load

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lcmlora.config import Data
+from lcmlora.data.prepare import DUPLICATE, choose_validation, prepare, print_report
+from lcmlora.data.sources import DAMAGED, read_records
+from lcmlora.errors import UserError
+from tests.data.conftest import add, data_in, picture
+
+
+def captions(path: Path) -> set[str]:
+    return {r.caption for r in read_records(path)}
+
+
+def test_the_report_counts_what_was_read_kept_and_dropped(folder: Path, tmp_path: Path) -> None:
+    whole = add(folder, "cut.png", "cut", picture(50, (64, 64))).read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    add(folder, "copy-of-3.png", "the same again", picture(3))
+    add(folder, "small.png", "small", picture(51, (32, 15)))
+    add(folder, "long.png", "long", picture(52, (33, 16)))
+    add(folder, "just-fits.png", "fits", picture(53, (32, 16)))
+    report = prepare(data_in(folder), 4, tmp_path / "out")
+    small, long = (
+        "shorter side under 16 pixels (data.min_side)",
+        "longer side over 2 times the shorter (data.max_aspect)",
+    )
+    assert report["read"] == 13
+    assert report["kept"] == 9
+    assert report["dropped"] == {
+        DAMAGED: {"count": 1, "first": ["cut.png"]},
+        DUPLICATE: {"count": 1, "first": ["copy-of-3.png"]},
+        small: {"count": 1, "first": ["small.png"]},
+        long: {"count": 1, "first": ["long.png"]},
+    }
+    assert report["train"]["pictures"] + report["validation"]["pictures"] == 9
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.json", "train.jsonl", "validation.jsonl"]
+
+
+def test_only_the_first_ten_offenders_are_named(folder: Path, tmp_path: Path) -> None:
+    for number in range(12):
+        add(folder, f"z{number:02d}.png", "x", b"not a picture")
+    dropped = prepare(data_in(folder), 4, tmp_path / "out")["dropped"]
+    assert [(d["count"], len(d["first"]), d["first"][0]) for d in dropped.values()] == [(12, 10, "z00.png")]
+
+
+def test_no_caption_is_on_both_sides(folder: Path, tmp_path: Path) -> None:
+    for number in range(40):
+        add(folder, f"more{number:02d}.png", f"subject {number % 10}", picture(100 + number, (32, 32 + number % 20)))
+    report = prepare(data_in(folder), 4, tmp_path / "out")
+    train, validation = captions(tmp_path / "out" / "train.jsonl"), captions(tmp_path / "out" / "validation.jsonl")
+    assert train and validation
+    assert not train & validation
+    assert len(train | validation) == 10
+    assert report["train"]["captions"] == len(train)
+
+
+def test_the_same_input_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    for out in ("a", "b"):
+        prepare(data_in(folder), 4, tmp_path / out)
+    for name in ("train.jsonl", "validation.jsonl", "report.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("share", [0.001, 0.25, 0.999])
+@pytest.mark.parametrize("count", [2, 3, 500])
+def test_at_least_one_caption_is_held_out_and_never_all(count: int, share: float) -> None:
+    names = {f"caption {i}" for i in range(count)}
+    chosen = choose_validation(names, share, seed=0)
+    assert 1 <= len(chosen) < count
+    if count == 500:
+        assert abs(len(chosen) / count - share) < 0.06
+
+
+def test_the_split_depends_on_the_seed_and_not_on_the_case() -> None:
+    names = {f"caption {i}" for i in range(100)}
+    assert choose_validation(names, 0.3, seed=0) != choose_validation(names, 0.3, seed=1)
+    both = names | {name.upper() for name in names}
+    chosen = choose_validation(both, 0.3, seed=0)
+    assert {c.upper() for c in chosen if c.islower()} == {c for c in chosen if c.isupper()}
+
+
+def test_more_data_moves_no_caption_to_the_other_side() -> None:
+    names = {f"caption {i}" for i in range(200)}
+    before = choose_validation(names, 0.3, seed=0)
+    after = choose_validation(names | {f"new {i}" for i in range(200)}, 0.3, seed=0)
+    assert after & names == before
+
+
+def test_less_than_a_batch_is_an_error_with_the_reasons_and_leaves_the_former_result(
+    folder: Path, tmp_path: Path
+) -> None:
+    prepare(data_in(folder), 4, tmp_path / "out")
+    before = (tmp_path / "out" / "train.jsonl").read_bytes()
+    add(folder, "small.png", "small", picture(51, (15, 15)))
+    with pytest.raises(UserError, match=r"training pictures are left and one batch needs 64; read 9.*1 shorter side"):
+        prepare(data_in(folder), 64, tmp_path / "out")
+    assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_one_caption_for_all_is_an_error(tmp_path: Path) -> None:
+    for number in range(5):
+        add(tmp_path / "in", f"{number}.png", "sks dog", picture(number))
+    with pytest.raises(UserError, match="all 5 pictures that are left have one caption"):
+        prepare(data_in(tmp_path / "in"), 2, tmp_path / "out")
+
+
+def test_emoji_are_all_kept_whatever_the_smallest_side(emoji_data: Data, tmp_path: Path) -> None:
+    report = prepare(emoji_data.model_copy(update={"min_side": 512}), 32, tmp_path / "out")
+    assert report["dropped"] == {}
+    assert report["read"] == report["train"]["pictures"] + report["validation"]["pictures"] > 400
+
+
+def test_the_printed_report_names_counts_and_offenders(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(folder, "odd [red] name.png", "small", picture(51, (15, 15)))
+    print_report(prepare(data_in(folder), 4, tmp_path / "out"))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    text = " ".join(printed.err.replace("│", " ").split())
+    assert "read 9" in text
+    assert "odd [red]" in text

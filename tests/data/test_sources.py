@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcmlora.config import Data
+from lcmlora.data import sources
+from lcmlora.data.sources import Record, find, fit, open_picture
+from lcmlora.errors import UserError
+from tests.data.conftest import add, data_in, picture
+
+
+def found(folder: Path) -> dict[str, str]:
+    """Captions by key."""
+    return {r.key: r.caption for r in find(data_in(folder))[0]}
+
+
+def rejected(folder: Path) -> dict[str, str]:
+    """Reasons by name."""
+    return {r.name: r.reason for r in find(data_in(folder))[1]}
+
+
+def opened(folder: Path, key: str) -> np.ndarray:
+    data = data_in(folder)
+    record = next(r for r in find(data)[0] if r.key == key)
+    image = open_picture(data, record)
+    assert image.mode == "RGB"
+    assert image.size == (record.width, record.height)
+    return np.asarray(image)
+
+
+# --- layouts
+
+
+def test_pictures_beside_captions_are_found_in_nested_folders(folder: Path) -> None:
+    add(folder, "nested/deeper/a.JPG", "a deep one", picture(20), format="JPEG")
+    add(folder, "nested/.hidden/b.png", None, picture(21))
+    captions = found(folder)
+    assert captions["nested/deeper/a.JPG"] == "a deep one"
+    assert captions["3.png"] == "subject 3"
+    assert len(captions) == 9
+
+
+def test_a_record_carries_the_digest_and_the_size_of_the_file(folder: Path) -> None:
+    path = add(folder, "wide.png", "wide", picture(30, (48, 32)))
+    record = next(r for r in find(data_in(folder))[0] if r.key == "wide.png")
+    assert (record.width, record.height) == (48, 32)
+    assert record.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_metadata_in_the_hugging_face_convention_names_the_captions(tmp_path: Path, name: str) -> None:
+    rows = [("a.png", "one, two"), ("sub/b.png", 'say "hi"')]
+    for number, (file, _) in enumerate(rows):
+        add(tmp_path, file, None, picture(number))
+    if name.endswith("csv"):
+        text = 'file_name,extra,text\r\na.png,1,"one, two"\r\nsub/b.png,2,"say ""hi"""\r\n'
+    else:
+        text = "".join(json.dumps({"file_name": f, "text": t, "extra": 1}) + "\n" for f, t in rows)
+    (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")  # with the mark that spreadsheets write
+    assert found(tmp_path) == dict(rows)
+
+
+def test_metadata_in_a_nested_folder_counts_for_that_folder(tmp_path: Path) -> None:
+    add(tmp_path, "train/a.png", None, picture(0))
+    add(tmp_path, "b.png", "beside", picture(1))
+    (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "listed"}\n')
+    assert found(tmp_path) == {"b.png": "beside", "train/a.png": "listed"}
+
+
+def test_metadata_rows_without_a_file_or_out_of_the_folder_or_twice_are_reported(tmp_path: Path) -> None:
+    add(tmp_path, "in/a.png", None, picture(0))
+    add(tmp_path, "secret.png", None, picture(1))
+    names = ["a.png", "gone.png", "../secret.png", str(tmp_path / "secret.png"), "a.png", "x" * 5000, "nul\0.png"]
+    lines = "".join(json.dumps({"file_name": n, "text": "t"}) + "\n" for n in names)
+    (tmp_path / "in" / "metadata.jsonl").write_text(lines)
+    assert found(tmp_path / "in") == {"a.png": "t"}
+    assert rejected(tmp_path / "in") == {
+        "gone.png": sources.MISSING,
+        "../secret.png": sources.OUTSIDE,
+        str(tmp_path / "secret.png"): sources.OUTSIDE,
+        "a.png": sources.TWICE,
+        "x" * 5000: sources.MISSING,
+        "nul\0.png": sources.MISSING,
+    }
+
+
+def test_links_out_of_the_folder_are_not_followed(folder: Path, tmp_path: Path) -> None:
+    secret = add(tmp_path, "secret.png", "secret words", picture(1))
+    (folder / "link.png").symlink_to(secret)
+    (folder / "link.txt").write_text("mine")
+    add(folder, "words.png", None, picture(40))
+    (folder / "words.txt").symlink_to(tmp_path / "secret.txt")
+    assert rejected(folder) == {"link.png": sources.OUTSIDE, "words.png": sources.OUTSIDE}
+
+
+def test_a_linked_data_folder_is_fine(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    assert len(found(tmp_path / "link")) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metadata.jsonl", b'{"file_name": "0.png"}\n', "row 1: expected texts file_name and text"),
+        ("metadata.jsonl", b'{"file_name": "0.png", "text": "a"}\n{broken\n', "cannot be read after row 1"),
+        ("metadata.jsonl", b'["0.png"]\n', "row 1: expected texts file_name and text"),
+        ("metadata.jsonl", b"\xff\xfe\xfd\n", "cannot be read after row 0"),
+        ("metadata.jsonl", b"[" * 200_000 + b"\n", "cannot be read after row 0"),
+        ("metadata.csv", b"name,text\n0.png,a\n", "row 1: expected texts file_name and text"),
+        ("metadata.csv", b'file_name,text\n0.png,"' + b"a" * 200_000, "cannot be read after row 0"),
+    ],
+)
+def test_metadata_that_cannot_be_understood_is_an_error_naming_file_and_row(
+    folder: Path, name: str, content: bytes, message: str
+) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        find(data_in(folder))
+    assert name in str(error.value)
+
+
+# --- bad input
+
+
+def test_an_empty_or_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no pictures"):
+        find(data_in(tmp_path))
+    with pytest.raises(UserError, match=r"nowhere is not a folder"):
+        find(data_in(tmp_path / "nowhere"))
+
+
+def test_a_picture_without_caption_is_an_error_naming_it_and_what_to_do(folder: Path) -> None:
+    for number in range(4):
+        add(folder, f"bare{number}.png", None, picture(number))
+    add(folder, "blank.png", " \n\t ", picture(60))
+    expected = r"5 of 13 pictures have no caption \(bare0.png, bare1.png, bare2.png, \.\.\.\).*\.txt.*metadata"
+    with pytest.raises(UserError, match=expected):
+        find(data_in(folder))
+
+
+def test_a_truncated_png_or_jpeg_is_dropped_and_reported(folder: Path) -> None:
+    for suffix in ("png", "jpg"):
+        whole = add(folder, f"cut.{suffix}", "cut", picture(50, (64, 64))).read_bytes()
+        (folder / f"cut.{suffix}").write_bytes(whole[: -len(whole) // 8])
+    assert rejected(folder) == {"cut.png": sources.DAMAGED, "cut.jpg": sources.DAMAGED}
+    assert len(found(folder)) == 8
+
+
+def test_what_is_no_picture_is_dropped_and_reported_with_its_reason(folder: Path) -> None:
+    add(folder, "empty.png", "c", b"")
+    add(folder, "text.png", "c", b"hello")
+    add(folder, "animation.gif", "c", picture(1))
+    add(folder, "disguised.png", "c", picture(1), format="TIFF")
+    add(folder, "noise.txt.png", None, picture(2))
+    (folder / "noise.txt.txt").write_bytes(b"\xff\xfe\x00caption")
+    (folder / "broken.png").symlink_to(folder / "nowhere.png")
+    assert rejected(folder) == {
+        "animation.gif": sources.NOT_A_PICTURE,
+        "broken.png": sources.MISSING,
+        "disguised.png": sources.NOT_A_PICTURE,
+        "empty.png": sources.EMPTY,
+        "noise.txt.png": sources.NOT_UTF8,
+        "text.png": sources.NOT_A_PICTURE,
+    }
+
+
+@pytest.mark.parametrize("side", [9_500, 20_000])  # over Pillow's limit once, where it only warns, and twice
+def test_a_decompression_bomb_is_dropped_before_it_is_unpacked(folder: Path, side: int) -> None:
+    add(folder, "bomb.png", "boom", Image.new("1", (side, side)))
+    assert rejected(folder) == {"bomb.png": sources.TOO_LARGE}
+
+
+def test_a_wrong_extension_does_not_matter(folder: Path) -> None:
+    add(folder, "really-a-jpeg.png", "c", picture(70), format="JPEG")
+    assert opened(folder, "really-a-jpeg.png").shape == (32, 32, 3)
+
+
+# --- decoding
+
+
+def test_exif_rotation_is_applied(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter to the left by the camera
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste("black", (0, 0, 20, 20))
+    add(folder, "turned.png", "c", image, exif=exif)
+    pixels = opened(folder, "turned.png")
+    assert pixels.shape == (40, 20, 3)
+    assert pixels[:20].max() == 0 and pixels[20:].min() == 255
+
+
+def test_alpha_lies_over_white(folder: Path) -> None:
+    add(folder, "alpha.png", "c", Image.new("RGBA", (32, 32), (255, 0, 0, 0)))
+    add(folder, "half.webp", "c", Image.new("RGBA", (32, 32), (0, 0, 0, 128)), lossless=True)
+    palette = Image.new("P", (32, 32), 1)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    add(folder, "palette.png", "c", palette, transparency=1)
+    assert opened(folder, "alpha.png").min() == 255
+    assert opened(folder, "half.webp")[0, 0].tolist() == [127, 127, 127]
+    assert opened(folder, "palette.png").min() == 255
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(folder: Path) -> None:
+    grey = np.full((32, 32), 0x8000, dtype=np.uint16)
+    add(folder, "grey16.png", "c", Image.fromarray(grey))
+    assert opened(folder, "grey16.png")[0, 0].tolist() == [128, 128, 128]
+
+
+def test_cmyk_and_animations_become_one_rgb_picture(folder: Path) -> None:
+    add(folder, "print.jpg", "c", Image.new("CMYK", (32, 32), (0, 255, 255, 0)))
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("blue", "lime")]
+    add(folder, "moving.webp", "c", frames[0], save_all=True, append_images=frames[1:], lossless=True)
+    red = opened(folder, "print.jpg")[16, 16]
+    assert red[0] > 250 and red[1:].max() < 5
+    assert opened(folder, "moving.webp")[0, 0].tolist() == [0, 0, 255]
+
+
+def test_a_picture_that_changed_after_the_list_was_made_is_an_error(folder: Path) -> None:
+    data = data_in(folder)
+    record = find(data)[0][0]
+    add(folder, record.key, None, picture(99))
+    with pytest.raises(UserError, match=r"0\.png: it has changed.*lcmlora prepare"):
+        open_picture(data, record)
+    (folder / record.key).unlink()
+    with pytest.raises(UserError, match=r"0\.png: file cannot be read.*lcmlora prepare"):
+        open_picture(data, record)
+
+
+@pytest.mark.parametrize(
+    ("size", "corner"),
+    [((64, 32), (0, 8)), ((32, 64), (8, 0)), ((16, 16), (0, 0)), ((33, 47), (3, 0)), ((7, 5), (0, 3))],
+)
+def test_fit_resizes_the_short_side_and_crops_the_centre(size: tuple[int, int], corner: tuple[int, int]) -> None:
+    fitted, crop = fit(picture(0, size), 16)
+    assert fitted.size == (16, 16)
+    assert crop == corner
+
+
+# --- captions
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("  a\tred\r\n apple \x00\x07", "a red apple"),
+        ("ﬁne café", "fine café"),
+        ("wide\u3000space\u00a0", "wide space"),
+        ("\x1b[31mred\x1b[0m", "[31mred [0m"),
+        ("lone \ud800 surrogate", "lone surrogate"),
+        ("\u0000", ""),
+    ],
+)
+def test_captions_are_cleaned(raw: str, clean: str) -> None:
+    assert sources.clean_caption(raw) == clean
+
+
+# --- lists
+
+
+def test_records_come_back_from_their_list_as_they_went_in(tmp_path: Path) -> None:
+    records = [Record("a/ü.png", "line\u2028separator\x85 日本", "0" * 64, 3, 4)]
+    sources.write_records(tmp_path / "list.jsonl", records)
+    assert sources.read_records(tmp_path / "list.jsonl") == records
+
+
+def test_a_missing_or_foreign_list_is_an_error_that_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lcmlora prepare"):
+        sources.read_records(tmp_path / "list.jsonl")
+    (tmp_path / "list.jsonl").write_text('{"url": "x"}\n')
+    with pytest.raises(UserError, match="not a list of pictures"):
+        sources.read_records(tmp_path / "list.jsonl")
+
+
+# --- emoji
+
+
+def test_emoji_have_a_record_for_every_style_subject_and_copy(emoji_data: Data) -> None:
+    records, rejections = find(emoji_data)
+    apples = [r for r in records if r.caption == "red apple"]
+    assert [r.key for r in apples] == [f"{s}/1f34e/{c}" for s in ("noto", "fluent-emoji-flat") for c in (0, 1)]
+    assert len({r.sha256 for r in records}) == len(records) > 400
+    assert rejections == []
+
+
+def test_emoji_are_drawn_at_the_size_asked_for_and_always_the_same(emoji_data: Data) -> None:
+    record = find(emoji_data)[0][0]
+    first, second = (open_picture(emoji_data, record, size=64) for _ in range(2))
+    assert first.size == (64, 64)
+    assert first.tobytes() == second.tobytes()
+    assert open_picture(emoji_data, record).size == (128, 128)
+
+
+def test_emoji_without_styles_are_an_error(emoji_data: Data) -> None:
+    with pytest.raises(UserError, match=r"data\.styles and data\.groups"):
+        find(emoji_data.model_copy(update={"styles": ()}))

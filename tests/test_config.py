@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lcmlora import config
+from lcmlora.errors import UserError
+
+RAW = yaml.safe_load(Path("params.yaml").read_text())
+
+
+def _load(tmp_path: Path, **changes: object) -> config.Config:
+    raw = yaml.safe_load(yaml.safe_dump(RAW))
+    for key, value in changes.items():
+        place = raw
+        *parents, last = key.split("__")
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return config.load(path)
+
+
+def test_the_shipped_params_load_and_hold_presets_for_the_papers_bases(tmp_path: Path):
+    loaded = _load(tmp_path)
+    assert loaded.models == ("emoji",)
+    assert {"emoji", "sd15", "sdxl", "ssd1b"} <= set(loaded.bases)
+    for base in loaded.bases.values():
+        assert base.revision is None or len(base.revision) == 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distill__stepz": 5}, r"params.yaml: distill.stepz: there is no such key"),
+        ({"distill__steps": "many"}, r"distill.steps: got 'many': .*integer"),
+        ({"distill__steps": 0}, r"distill.steps: got 0: .*greater than 0"),
+        ({"distill__w_max": 1.0}, r"distill: .*w_min 7.5 is above w_max 1.0"),
+        ({"models": ["sd99"]}, r"no base named 'sd99'; bases has emoji"),
+        ({"bases__emoji__distill": {"stepz": 1}}, r"bases.emoji.distill: stepz: there is no such key"),
+        ({"data__source": "ftp"}, r"data.source: got 'ftp'"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_file_key_and_value(tmp_path: Path, changes: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        _load(tmp_path, **changes)
+
+
+def test_a_missing_key_a_missing_file_and_a_file_that_is_no_yaml_are_named(tmp_path: Path):
+    path = tmp_path / "params.yaml"
+    with pytest.raises(UserError, match="no such file"):
+        config.load(path)
+    path.write_text("models: [a\n")
+    with pytest.raises(UserError, match="is not YAML"):
+        config.load(path)
+    path.write_text(yaml.safe_dump({k: v for k, v in RAW.items() if k != "gate"}))
+    with pytest.raises(UserError, match="gate: is missing"):
+        config.load(path)
+
+
+def test_a_base_overrides_a_stages_settings_for_itself_alone(tmp_path: Path):
+    loaded = _load(tmp_path, bases__emoji__distill={"batch": 7})
+    assert loaded.distill_for("emoji").batch == 7
+    assert loaded.distill.batch == RAW["distill"]["batch"]
+
+
+def test_equal_settings_have_equal_digests_and_others_have_not(tmp_path: Path):
+    one, two = _load(tmp_path).distill, _load(tmp_path, distill__seed=1).distill
+    assert config.digest(one) == config.digest(_load(tmp_path).distill)
+    assert config.digest(one) != config.digest(two)
+    assert config.digest({"a": 1, "b": 2}) == config.digest({"b": 2, "a": 1})

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler
+
+from lcmlora import diffusion
+from lcmlora.pretrain import SCHEDULE
+
+TYPES = ("epsilon", "v_prediction", "sample")
+CUMPROD = DDIMScheduler(**SCHEDULE).alphas_cumprod
+
+
+def _state(rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, 4, 8, 8, generator=generator), torch.randn(rows, 4, 8, 8, generator=generator)
+
+
+def test_the_grid_is_19_to_999_and_its_first_point_steps_to_zero():
+    upper, lower = diffusion.ddim_grid(1000, 50)
+    assert upper.tolist() == list(range(19, 1000, 20))
+    assert lower.tolist() == [0, *range(19, 980, 20)]
+
+
+def test_a_grid_that_does_not_divide_the_schedule_is_refused():
+    with pytest.raises(ValueError, match="30 points of 1000"):
+        diffusion.ddim_grid(1000, 30)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_x0_and_noise_are_recovered_from_each_prediction_type(kind: str):
+    x0, noise = _state()
+    alpha, sigma = diffusion.alpha_sigma(CUMPROD, torch.tensor([0, 19, 500, 999]))
+    x = diffusion.add_noise(x0, noise, alpha, sigma)
+    a, s = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+    output = {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}[kind]
+    torch.testing.assert_close(diffusion.predicted_x0(output, x, alpha, sigma, kind), x0, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(diffusion.predicted_noise(output, x, alpha, sigma, kind), noise, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_ddim_step_equals_diffusers(kind: str):
+    x, output = _state()
+    scheduler = DDIMScheduler(**SCHEDULE | {"prediction_type": kind, "timestep_spacing": "trailing"})
+    scheduler.set_timesteps(50)
+    for t in (999, 499, 39):
+        alpha, sigma = diffusion.alpha_sigma(CUMPROD, torch.tensor([t]))
+        x0 = diffusion.predicted_x0(output, x, alpha, sigma, kind)
+        noise = diffusion.predicted_noise(output, x, alpha, sigma, kind)
+        ours = diffusion.ddim_step(x0, noise, *diffusion.alpha_sigma(CUMPROD, torch.tensor([t - 20])))
+        torch.testing.assert_close(ours, scheduler.step(output, t, x).prev_sample, atol=1e-5, rtol=1e-4)
+
+
+def test_the_boundary_scalings_equal_diffusers_and_are_the_identity_at_zero():
+    scheduler = LCMScheduler()
+    for t in (0, 1, 19, 999):
+        c_skip, c_out = diffusion.boundary_scalings(torch.tensor([t]))
+        expected = scheduler.get_scalings_for_boundary_condition_discrete(torch.tensor(float(t)))
+        assert c_skip.item() == pytest.approx(expected[0].item(), rel=1e-6)
+        assert c_out.item() == pytest.approx(expected[1].item(), rel=1e-6)
+    x, x0 = _state()
+    assert torch.equal(diffusion.consistency(x, x0, torch.zeros(4, dtype=torch.long)), x)
+
+
+def test_guidance_w_is_a_pipelines_guidance_scale_minus_one():
+    c, u = _state()
+    pipelines = u + 8.5 * (c - u)
+    torch.testing.assert_close(diffusion.guide(c, u, torch.full((4,), 7.5)), pipelines)
+
+
+def test_an_unknown_prediction_type_is_refused_by_name():
+    x, output = _state()
+    alpha, sigma = diffusion.alpha_sigma(CUMPROD, torch.tensor([5] * 4))
+    for convert in (diffusion.predicted_x0, diffusion.predicted_noise):
+        with pytest.raises(ValueError, match="'flow'"):
+            convert(output, x, alpha, sigma, "flow")

@@ -1,0 +1,123 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_plain
+
+from lcmlora import lora
+from lcmlora.bases import LoadedBase
+from lcmlora.errors import UserError
+
+# SD-V1.5, SSD-1B and SDXL by the facts of their published configurations that decide the adapter's size.
+SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
+SDXL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "parameters"), [(SD15, 278, 67_252_224), (SDXL, 788, 196_751_360)], ids=["sd15", "sdxl"]
+)
+def test_the_adapter_has_the_size_of_the_papers_table_1(config: dict, layers: int, parameters: int):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+        injected = lora.inject(unet, rank=64, alpha=64, seed=0)
+    assert lora.adapted_layers(unet) == layers
+    assert sum(p.numel() for p in injected.values()) == parameters
+
+
+def _forward(base: LoadedBase) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    conditioning = {"encoder_hidden_states": torch.randn(2, 5, 16, generator=generator)}
+    with torch.no_grad():
+        return base.predict(x, torch.tensor([999, 259]), conditioning)
+
+
+def _trained(base: LoadedBase, alpha: float = 8) -> None:
+    """Gives the adapter weights as if it had been trained."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in lora.inject(base.unet, rank=4, alpha=alpha, seed=0).values():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_a_fresh_adapter_changes_nothing_and_only_it_is_trainable(base: LoadedBase):
+    before = _forward(base)
+    parameters = lora.inject(base.unet, rank=4, alpha=4, seed=0)
+    assert torch.equal(before, _forward(base))
+    assert {n for n, p in base.unet.named_parameters() if p.requires_grad} == set(parameters)
+
+
+def test_an_adapter_is_fp32_over_a_half_precision_base(base: LoadedBase):
+    base.unet.to(torch.bfloat16)
+    assert {p.dtype for p in lora.inject(base.unet, rank=4, alpha=4, seed=0).values()} == {torch.float32}
+
+
+def test_disabled_is_the_base_alone_and_ends_with_the_block(base: LoadedBase):
+    alone = _forward(base)
+    _trained(base)
+    student = _forward(base)
+    with lora.disabled(base.unet):
+        assert torch.equal(_forward(base), alone)
+    assert torch.equal(_forward(base), student)
+    assert not torch.allclose(student, alone, atol=1e-3)
+
+
+def test_the_file_reloads_with_alpha_folded_and_nothing_lost(base: LoadedBase, base_folder: Path, tmp_path: Path):
+    _trained(base, alpha=8)  # scale 2: the case that loses its alpha elsewhere
+    student = _forward(base)
+    path = tmp_path / lora.WEIGHTS
+    tensors = lora.state_dict(base.unet)
+    lora.save_file(tensors, path, dtype=torch.float32, metadata=lora.adapter_metadata(4))
+    assert len(load_file(path)) == 2 * lora.adapted_layers(base.unet)
+
+    again = UNet2DConditionModel.from_pretrained(base_folder, subfolder="unet").eval()
+    lora.load(again, path)
+    base.unet = again
+    torch.testing.assert_close(_forward(base), student, atol=1e-5, rtol=1e-4)
+
+
+def test_plain_diffusers_loads_the_file_with_the_same_result(base: LoadedBase, base_folder: Path, tmp_path: Path):
+    from diffusers import StableDiffusionPipeline
+
+    _trained(base, alpha=8)
+    student = _forward(base)
+    lora.save_file(
+        lora.state_dict(base.unet), tmp_path / lora.WEIGHTS, dtype=torch.float32, metadata=lora.adapter_metadata(4)
+    )
+    pipeline = StableDiffusionPipeline.from_pretrained(base_folder)
+    pipeline.load_lora_weights(tmp_path)
+    base.unet = pipeline.unet.eval()
+    torch.testing.assert_close(_forward(base), student, atol=1e-5, rtol=1e-4)
+
+
+def test_the_same_adapter_gives_the_same_bytes(base: LoadedBase, tmp_path: Path):
+    _trained(base)
+    files = []
+    for name in ("a", "b"):
+        path = tmp_path / name
+        lora.save_file(lora.state_dict(base.unet), path, dtype=torch.float16, metadata=lora.adapter_metadata(4))
+        files.append(path.read_bytes())
+    assert files[0] == files[1]
+
+
+def test_an_adapter_of_another_base_and_a_broken_file_are_refused_by_name(base: LoadedBase, tmp_path: Path):
+    path = tmp_path / "other.safetensors"
+    save_plain({"unet.elsewhere.lora_A.weight": torch.zeros(4, 8)}, path)
+    with pytest.raises(UserError, match="elsewhere, which this base does not have"):
+        lora.load(base.unet, path)
+    path.write_bytes(b"not weights")
+    with pytest.raises(UserError, match=r"other\.safetensors: is not a readable"):
+        lora.load(base.unet, path)
