@@ -117,8 +117,8 @@ class Evaluation(Strict):
     guidance_scale: Annotated[float, Field(ge=1)]  # teacher and solvers, the pipelines' convention (w + 1)
     teacher_steps: Positive
     solvers: tuple[Literal["ddim", "dpm++", "unipc", "euler"], ...]
-    solver_steps: tuple[int, ...]
-    student_steps: tuple[int, ...]
+    solver_steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    student_steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
     grid_rows: Positive
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

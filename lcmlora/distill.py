@@ -275,7 +275,7 @@ def distill(
     with atomic_folder(out) as folder:
         tensors = lora.state_dict(base.unet)
         lora.save_file(tensors, folder / lora.WEIGHTS, dtype=dtype, metadata=lora.adapter_metadata(settings.rank))
-        write_json(folder / "scheduler_config.json", scheduler_config(base))
+        write_json(folder / "scheduler_config.json", scheduler_config(base, settings.grid))
         write_json(folder / "config.json", facts)
         write_json(folder / "run.json", run)
         _save_probe(base, cache, settings, folder / "probe.safetensors")
@@ -287,11 +287,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "diffusers", "peft")}
 
 
-def scheduler_config(base: LoadedBase) -> dict[str, Any]:
+def scheduler_config(base: LoadedBase, grid: int) -> dict[str, Any]:
     """Returns the LCMScheduler configuration that belongs to an adapter of this base."""
     from diffusers import LCMScheduler
 
-    return dict(LCMScheduler.from_config(base.scheduler_config).config)
+    return dict(LCMScheduler.from_config(base.scheduler_config, original_inference_steps=grid).config)
 
 
 @torch.no_grad()

@@ -1,0 +1,277 @@
+"""The release bundle of one adapter: packed, proven by reloading it in plain diffusers, sealed with checksums."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lcmlora import __version__
+from lcmlora.config import Base, Config
+from lcmlora.errors import UserError
+from lcmlora.evaluation.gate import gate
+from lcmlora.files import atomic_folder, sha256_file, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+SCHEDULER = "scheduler_config.json"
+PROVENANCE = "provenance.json"
+METRICS = "metrics.json"
+CHECKSUMS = "SHA256SUMS"
+
+# Largest allowed difference between reloaded and trained student, as a share of the student's largest output. In fp32
+# both run the same kernels; a half-precision base may be reloaded on another device than it was trained on.
+_TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How close the reloaded adapter is to the trained one. Shares of the student's largest output."""
+
+    error: float  # reloaded against trained student
+    effect: float  # trained student against the bare base
+    tensors: int  # LoRA tensors that plain diffusers loaded
+
+
+def package(
+    model: str,
+    config: Config,
+    adapter: Path,
+    base_folder: Path,
+    metrics: Path,
+    evaluation: Path,
+    out: Path,
+) -> dict[str, Any]:
+    """Makes the bundle `out` and returns its provenance. The folder appears whole or not at all.
+
+    Raises:
+        UserError: an input is missing, or the packed weights, reloaded by plain diffusers, do not draw as the trained
+            student did.
+    """
+    base = config.base(model)
+    figures = _read_json(metrics)
+    made = _read_json(adapter / "config.json")
+    failures = gate(figures, config.gate)
+    with atomic_folder(out) as folder:
+        for source, name in (
+            (adapter / WEIGHTS, WEIGHTS),
+            (adapter / SCHEDULER, SCHEDULER),
+            (metrics, METRICS),
+            (evaluation / "grid.png", "grid.png"),
+        ):
+            if not source.is_file():
+                raise UserError(f"{source}: no such file; run the stages before package@{model} first")
+            shutil.copyfile(source, folder / name)
+        proof = prove(folder, base, base_folder, adapter / "probe.safetensors", config.distill_for(model).precision)
+        provenance = {
+            "model": model,
+            "sha256": digest(folder),
+            "base": made["base"],
+            "data_digest": made["data_digest"],
+            "seed": made["seed"],
+            "params": {
+                "data": config.data.model_dump(mode="json"),
+                "encode": config.encode_for(model).model_dump(mode="json"),
+                "distill": made["distill"],
+                "evaluation": config.evaluation_for(model).model_dump(mode="json"),
+                "gate": config.gate.model_dump(mode="json"),
+            },
+            "versions": made["versions"] | {"lcmlora": __version__},
+            "git": _git(),
+            "dvc_lock": sha256_file(Path("dvc.lock")) if Path("dvc.lock").is_file() else None,
+            "gate": {"passed": not failures, "failures": failures},
+            "reloaded": asdict(proof),
+        }
+        write_json(folder / PROVENANCE, provenance)
+        (folder / "README.md").write_text(_card(model, base, made, figures, failures), encoding="utf-8")
+        names = sorted(path.name for path in folder.iterdir())
+        sums = "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names)
+        (folder / CHECKSUMS).write_text(sums, encoding="utf-8")
+    return provenance
+
+
+def digest(folder: Path) -> str:
+    """Returns the SHA-256 of the bundle's adapter weights, which is the identity of the release."""
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise UserError(f"{weights}: no such file; {folder} is no release")
+    return sha256_file(weights)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Returns name -> SHA-256 of every file that the bundle's SHA256SUMS lists."""
+    try:
+        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{folder / CHECKSUMS}: no such file; {folder} is no release") from None
+    sums = {}
+    for number, line in enumerate(lines, 1):
+        match = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/]+)", line)
+        if match is None:
+            raise UserError(f"{folder / CHECKSUMS}: line {number}: expected '<sha256>  <file name>', got {line!r}")
+        sums[match[2]] = match[1]
+    return sums
+
+
+def verify(folder: Path) -> None:
+    """Checks every file against SHA256SUMS. Raises UserError naming the first that is missing or differs."""
+    sums = checksums(folder)
+    for name in (WEIGHTS, SCHEDULER, PROVENANCE):
+        if name not in sums:
+            raise UserError(f"{folder / CHECKSUMS}: does not list {name}; package the release again")
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: is listed in {CHECKSUMS} and missing; package the release again")
+        if (found := sha256_file(path)) != expected:
+            raise UserError(
+                f"{path}: expected sha256 {expected[:12]}..., got {found[:12]}...; package the release again"
+            )
+
+
+def prove(release: Path, base: Base, base_folder: Path, probe: Path, precision: str) -> Proof:
+    """Loads base and adapter as any user of diffusers would and compares one UNet forward with the trained student's.
+
+    Args:
+        release: a folder with the weights and scheduler_config.json.
+        probe: the student's and the base's outputs on fixed inputs, written when the student was in memory.
+        precision: `auto`, `fp32` or `bf16`, as the base was loaded for distillation.
+
+    Raises:
+        UserError: naming the figure that is off.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from lcmlora.bases import pick_device, pick_dtype, unet_forward
+
+    weights = release / WEIGHTS
+    written = load_file(weights)
+    # An adapter of a half-precision base is saved in fp16, so its file tells how the probe was computed.
+    device = pick_device("auto")
+    dtype = torch.float32 if next(iter(written.values())).dtype == torch.float32 else pick_dtype(precision, device)
+    pipeline = _load_pipeline(release, base, base_folder, dtype).to(device)
+
+    expected = sum(not name.endswith(".alpha") for name in written)
+    loaded = sum(".lora_A." in name or ".lora_B." in name for name, _ in pipeline.unet.named_parameters())
+    if loaded != expected:
+        raise UserError(f"{weights}: holds {expected} LoRA tensors and plain diffusers loaded {loaded}; not released")
+
+    tensors = {name: tensor.to(device) for name, tensor in load_file(probe).items()}
+    student, bare = tensors.pop("student"), tensors.pop("base")
+    with torch.no_grad():
+        output = unet_forward(pipeline.unet, tensors.pop("latents"), tensors.pop("timesteps"), tensors)
+    scale = student.abs().max()
+    error, effect = (((output - student).abs().max() / scale).item(), ((student - bare).abs().max() / scale).item())
+    tolerance = _TOLERANCE[str(next(iter(written.values())).dtype).removeprefix("torch.")]
+    if not effect > 0:
+        raise UserError(f"{weights}: the adapter has no effect (student and base differ by {effect:g}); not released")
+    if not error < tolerance:
+        raise UserError(
+            f"{weights}: reloaded by plain diffusers, its output is {error:.1e} of the largest value away from the "
+            f"trained student's, expected less than {tolerance:g}; not released, distil again"
+        )
+    # An adapter whose effect drowns in the tolerance would pass the line above without being loaded at all.
+    if not error < effect / 2:
+        raise UserError(f"{weights}: reloaded it differs by {error:.1e}, its effect is only {effect:.1e}; not released")
+    return Proof(error, effect, loaded)
+
+
+def _load_pipeline(release: Path, base: Base, base_folder: Path, dtype: torch.dtype) -> Any:
+    from diffusers import DiffusionPipeline, LCMScheduler
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # Parts that drawing does not need, such as SD-V1.5's safety checker, are not downloaded.
+    listed = _read_json(base_folder / "model_index.json")
+    absent = {n: None for n, part in listed.items() if isinstance(part, list) and not (base_folder / n).exists()}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            base_folder, torch_dtype=dtype, variant=base.variant, use_safetensors=True, **absent
+        )
+        pipeline.load_lora_weights(release, weight_name=WEIGHTS)
+        scheduler = LCMScheduler.from_config(_read_json(release / SCHEDULER))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{release / WEIGHTS}: plain diffusers cannot load it on {base_folder}: {reason}") from error
+    mine, theirs = scheduler.config.prediction_type, pipeline.scheduler.config.prediction_type
+    if mine != theirs:
+        raise UserError(f"{release / SCHEDULER}: prediction_type is {mine!r}, the base in {base_folder} has {theirs!r}")
+    pipeline.scheduler = scheduler
+    return pipeline
+
+
+def _card(model: str, base: Base, made: dict[str, Any], figures: dict[str, Any], failures: list[str]) -> str:
+    """Returns the model card. It is written from files at hand; diffusers' own helper asks the network first."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    front = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": base.source,
+        "license": base.license,
+        "tags": ["lora", "lcm", "latent-consistency", "diffusers"],
+        "inference": False,
+    }
+    cost = figures["network_evaluations"]
+    rows = [
+        {
+            "name": name,
+            "cost": cost[name],
+            "excess": figures["excess"].get(name),
+            "retrieval": figures["retrieval"].get(name),
+            "seconds": figures["seconds_per_picture"].get(name),
+        }
+        for name in sorted(cost, key=lambda name: (cost[name], name))
+    ]
+    environment = Environment(
+        loader=PackageLoader("lcmlora"), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    return environment.get_template("card.md.j2").render(
+        front=yaml.safe_dump(front, sort_keys=False).strip(),
+        model=model,
+        base=base,
+        made=made,
+        distill=made["distill"],
+        figures=figures,
+        rows=rows,
+        failures=failures,
+    )
+
+
+def _git() -> dict[str, Any]:
+    """Returns the commit and whether tracked files differ from it; both are None outside a repository."""
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            answer = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+        except (FileNotFoundError, subprocess.CalledProcessError):
+            return None
+        return answer.stdout.strip()
+
+    # Results that the pipeline itself has just written do not make the code dirty.
+    written = [f":(exclude){name}" for name in ("dvc.lock", "metrics", "plots")]
+    changes = ask("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    commit = ask("rev-parse", "--verify", "HEAD")
+    return {"commit": commit, "dirty": None if commit is None or changes is None else bool(changes)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected an object, got {type(value).__name__}")
+    return value

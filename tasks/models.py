@@ -1,0 +1,61 @@
+"""What happens to one model outside DVC: its base, its gate, its version in the registry, its published release."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from lcmlora import config, publish, registry
+from lcmlora.evaluation import gate
+
+
+@task(task_run_name="fetch base {model}", cache_policy=NO_CACHE)
+def fetch_base(model: str, settings: config.Config) -> Path:
+    """Puts the base at bases/MODEL and returns the folder."""
+    from lcmlora import bases
+
+    return bases.fetch(model, settings.base(model))
+
+
+@task(task_run_name="figures {model}", cache_policy=NO_CACHE)
+def read_metrics(model: str) -> dict[str, Any]:
+    """Returns the figures of the last evaluation."""
+    figures: dict[str, Any] = json.loads(Path("metrics", f"{model}.json").read_text(encoding="utf-8"))
+    return figures
+
+
+@task(task_run_name="gate {model}", cache_policy=NO_CACHE)
+def pass_gate(model: str, figures: dict[str, Any], settings: config.Config) -> list[str]:
+    """Returns why the candidate must not become champion; empty if it may."""
+    return gate.gate(figures, settings.gate)
+
+
+@task(task_run_name="publish {model}", cache_policy=NO_CACHE)
+def publish_release(model: str, settings: config.Config) -> str:
+    """Returns the release's address; idempotent."""
+    return publish.publish(Path("release", model), model, settings.publish)
+
+
+@task(task_run_name="register {model}", cache_policy=NO_CACHE)
+def register_release(
+    model: str, settings: config.Config, uri: str | None, gate_failures: list[str]
+) -> registry.Registered:
+    """Returns the version of the release in the registry; idempotent."""
+    run = json.loads(Path("adapters", model, "run.json").read_text(encoding="utf-8"))
+    return registry.register(model, settings.registry, Path("release", model), run["run_id"], uri, gate_failures)
+
+
+@task(task_run_name="promote {model}", cache_policy=NO_CACHE)
+def promote_version(model: str, version: int, settings: config.Config) -> str:
+    """Moves the configured alias to this version and returns the reference by which it is now found."""
+    return registry.promote(model, version, settings.registry)
+
+
+@task(task_run_name="point channel {model}", cache_policy=NO_CACHE)
+def point_channel(model: str, sha256: str, settings: config.Config) -> str:
+    """Points the published channel of the alias's name at the release and returns the pointer's address."""
+    return publish.point(model, sha256, settings.publish, settings.registry.alias)

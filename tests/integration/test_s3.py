@@ -1,0 +1,161 @@
+"""Publishing to a real S3 server."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lcmlora.config import Publish
+from lcmlora.errors import UserError
+from lcmlora.publish import S3Store, open_store, point, publish
+from tests.integration.conftest import S3, free_ports
+from tests.releases import write_sealed
+
+pytestmark = pytest.mark.integration
+
+SHA = hashlib.sha256(b"weights").hexdigest()
+PREFIX = f"team/mini/sha256-{SHA[:12]}"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_sealed(tmp_path / "bundle")
+
+
+def name_of(settings: Publish) -> str:
+    return settings.to.split("/")[2]
+
+
+def objects(s3: S3, settings: Publish) -> dict[str, str]:
+    listed = s3.client().list_objects_v2(Bucket=name_of(settings)).get("Contents", [])
+    return {entry["Key"]: f"{entry['ETag']} {entry['LastModified']}" for entry in listed}
+
+
+def test_a_release_is_published_whole_and_the_server_knows_every_sha256(s3: S3, bucket: Publish, bundle: Path):
+    assert publish(bundle, "mini", bucket) == f"{bucket.to}/mini/sha256-{SHA[:12]}"
+    client = s3.client()
+    manifest = json.loads(client.get_object(Bucket=name_of(bucket), Key=f"{PREFIX}/manifest.json")["Body"].read())
+    assert manifest["sha256"] == SHA
+    assert len(manifest["files"]) == 7
+    assert len(objects(s3, bucket)) == 8
+    store = open_store(bucket)
+    for file in manifest["files"]:
+        content = client.get_object(Bucket=name_of(bucket), Key=f"{PREFIX}/{file['name']}")["Body"].read()
+        assert content == (bundle / file["name"]).read_bytes()
+        assert store.digest(f"mini/sha256-{SHA[:12]}/{file['name']}") == file["sha256"]
+
+
+def test_publishing_again_writes_nothing(s3: S3, bucket: Publish, bundle: Path):
+    first = publish(bundle, "mini", bucket)
+    before = objects(s3, bucket)
+    assert publish(bundle, "mini", bucket) == first
+    assert objects(s3, bucket) == before
+
+
+def test_a_release_without_manifest_is_completed_by_the_next_run(s3: S3, bucket: Publish, bundle: Path):
+    publish(bundle, "mini", bucket)
+    for name in ("manifest.json", "README.md"):
+        s3.client().delete_object(Bucket=name_of(bucket), Key=f"{PREFIX}/{name}")
+    with pytest.raises(UserError, match=r"no manifest\.json, so no release"):
+        point("mini", SHA, bucket)
+    kept = objects(s3, bucket)
+    publish(bundle, "mini", bucket)
+    after = objects(s3, bucket)
+    assert len(kept) == 6
+    assert len(after) == 8
+    assert {name: after[name] for name in kept} == kept
+
+
+def test_different_files_under_a_half_published_prefix_are_refused(
+    s3: S3, bucket: Publish, bundle: Path, tmp_path: Path
+):
+    publish(bundle, "mini", bucket)
+    s3.client().delete_object(Bucket=name_of(bucket), Key=f"{PREFIX}/manifest.json")
+    before = objects(s3, bucket)
+    with pytest.raises(UserError, match=r"README\.md: holds sha256 .* delete the prefix"):
+        publish(write_sealed(tmp_path / "other", card="another publisher's\n"), "mini", bucket)
+    assert objects(s3, bucket) == before
+
+
+def test_publishers_of_the_same_release_at_the_same_moment_all_succeed(s3: S3, bucket: Publish, bundle: Path):
+    with ThreadPoolExecutor(4) as pool:
+        uris = set(pool.map(lambda _: publish(bundle, "mini", bucket), range(4)))
+    assert len(uris) == 1
+    assert len(objects(s3, bucket)) == 8
+
+
+def test_bytes_that_do_not_match_their_sha256_are_refused_by_the_server(s3: S3, bucket: Publish):
+    with pytest.raises(UserError, match=r"publish\.to: bucket .*: (BadDigest|XAmzContentChecksumMismatch)"):
+        open_store(bucket).create("name", b"content", hashlib.sha256(b"other").hexdigest())
+    assert objects(s3, bucket) == {}
+
+
+def test_an_object_of_another_tool_without_checksum_is_hashed_by_reading_it(s3: S3, bucket: Publish):
+    s3.client().put_object(Bucket=name_of(bucket), Key="team/plain", Body=b"plain")
+    assert open_store(bucket).digest("plain") == hashlib.sha256(b"plain").hexdigest()
+
+
+def test_the_channel_follows_and_a_stale_pointer_is_not_overwritten(bucket: Publish, bundle: Path, tmp_path: Path):
+    publish(bundle, "mini", bucket)
+    uri = publish(write_sealed(tmp_path / "other", weights=b"better"), "mini", bucket)
+    assert point("mini", SHA, bucket) == f"{bucket.to}/mini/channels/champion.json"
+    store = open_store(bucket)
+    _, tag = store.read("mini/channels/champion.json") or (b"", "")
+    point("mini", hashlib.sha256(b"better").hexdigest(), bucket)
+    pointer = store.read("mini/channels/champion.json") or (b"", "")
+    assert json.loads(pointer[0])["release"] == uri
+    assert store.swap("mini/channels/champion.json", b"{}", tag) is False
+    assert store.swap("mini/channels/champion.json", b"{}", None) is False
+    assert store.read("mini/channels/champion.json") == pointer
+
+
+def test_a_wrong_secret_is_told_with_bucket_and_endpoint_and_without_the_secret(
+    s3: S3, bucket: Publish, bundle: Path, monkeypatch
+):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+    with pytest.raises(UserError, match=f"bucket {name_of(bucket)} at {s3.endpoint}: SignatureDoesNotMatch") as caught:
+        publish(bundle, "mini", bucket)
+    assert "not-the-secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert objects(s3, bucket) == {}
+
+
+def test_an_identity_that_may_only_read_is_told_so(s3: S3, bucket: Publish, bundle: Path, monkeypatch):
+    access, secret = s3.keys["reader"]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", access)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    with pytest.raises(UserError, match=f"bucket {name_of(bucket)} at .*: AccessDenied"):
+        publish(bundle, "mini", bucket)
+    assert objects(s3, bucket) == {}
+
+
+def test_a_bucket_that_does_not_exist_is_named(s3: S3, bucket: Publish, bundle: Path):
+    missing = Publish(to="s3://no-such-bucket/team", endpoint_url=s3.endpoint, region="us-east-1")
+    with pytest.raises(UserError, match=r"bucket no-such-bucket at .*: NoSuchBucket"):
+        publish(bundle, "mini", missing)
+
+
+def test_a_server_that_does_not_answer_is_named_and_the_release_is_kept(bucket: Publish, bundle: Path):
+    endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
+    settings = Publish(to=bucket.to, endpoint_url=endpoint, region="us-east-1")
+    with pytest.raises(UserError, match=f"at {endpoint}: Could not connect .*the release is kept"):
+        publish(bundle, "mini", settings)
+
+
+def test_missing_credentials_are_told(bucket: Publish, bundle: Path, monkeypatch, tmp_path: Path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(UserError, match="Unable to locate credentials"):
+        publish(bundle, "mini", bucket)
+
+
+def test_releases_at_the_top_of_a_bucket_have_no_empty_prefix(s3: S3, bucket: Publish, bundle: Path):
+    settings = bucket.model_copy(update={"to": f"s3://{name_of(bucket)}/"})
+    assert isinstance(open_store(settings), S3Store)
+    assert publish(bundle, "mini", settings) == f"s3://{name_of(bucket)}/mini/sha256-{SHA[:12]}"
+    assert f"mini/sha256-{SHA[:12]}/manifest.json" in objects(s3, bucket)
