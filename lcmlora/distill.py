@@ -139,8 +139,7 @@ class Optimization:
 
     def __init__(self, parameters: dict[str, nn.Parameter], settings: Distill) -> None:
         self._settings = settings
-        self._parameters = parameters
-        self._list = list(parameters.values())
+        self._list: list[Tensor] = list(parameters.values())
         self._average = [p.detach().clone() for p in self._list]
         self._adamw = torch.optim.AdamW(self._list, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
@@ -160,8 +159,10 @@ class Optimization:
             group["lr"] = self.rate(step)
         gradients = [p.grad for p in self._list if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        self._adamw.grad_scale = (norm / self._settings.max_grad_norm).clamp(min=1.0)
-        self._adamw.found_inf = (~norm.isfinite()).float()
+        # torch's contract with fused optimizers (GradScaler uses it); the stubs do not know it.
+        kernel: Any = self._adamw
+        kernel.grad_scale = (norm / self._settings.max_grad_norm).clamp(min=1.0)
+        kernel.found_inf = (~norm.isfinite()).float()
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
         # Early weights are forgotten quickly, or a short run would average over its start.
@@ -178,10 +179,8 @@ class Optimization:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        for mine, saved in zip(self._list, state["parameters"], strict=True):
-            mine.copy_(saved)
-        for mine, saved in zip(self._average, state["average"], strict=True):
-            mine.copy_(saved)
+        torch._foreach_copy_(self._list, state["parameters"])
+        torch._foreach_copy_(self._average, state["average"])
         self._adamw.load_state_dict(state["adamw"])
 
     @torch.no_grad()

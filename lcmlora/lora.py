@@ -49,7 +49,7 @@ def inject(unet: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, nn.
     unet.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=True)  # type: ignore[arg-type]
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=True)
         inject_adapter_in_model(config, unet, adapter_name=ADAPTER)
     parameters = {name: p for name, p in unet.named_parameters() if f".{ADAPTER}." in name}
     for parameter in parameters.values():

@@ -12,7 +12,9 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,7 +153,7 @@ def _rate(step: int, steps: int, warmup: int) -> float:
 def _train(
     name: str,
     module: nn.Module,
-    loss_of: Callable[[nn.Module, int], Tensor],
+    loss_of: Callable[[Any, int], Tensor],
     steps: int,
     lr: float,
     ema: float,
@@ -188,7 +190,7 @@ def _train(
                 "optimizer": optimizer.state_dict(),
                 "step": step + 1,
             }
-            atomic_write(done, lambda path, state=state: torch.save(state, path))
+            atomic_write(done, partial(torch.save, state))
     return average.module.eval()
 
 
@@ -213,7 +215,7 @@ def _train_vae(config: Pretrain, pictures: np.ndarray, scratch: Path, device: to
         scaling_factor=1.0,
     ).to(device, memory_format=torch.channels_last)
 
-    def loss_of(module: nn.Module, step: int) -> Tensor:
+    def loss_of(module: Any, step: int) -> Tensor:
         rng = np.random.default_rng((config.seed, step))
         rows = np.sort(rng.integers(len(pictures), size=config.vae_batch))
         x = _to_tensor(pictures[rows], device)
@@ -313,7 +315,7 @@ def _train_unet(
     alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(device)
     variants = _CaptionVariants(subjects, tokenizer)
 
-    def loss_of(module: nn.Module, step: int) -> Tensor:
+    def loss_of(module: Any, step: int) -> Tensor:
         rng = random.Random(f"{config.seed}/{step}")
         rows = [rng.randrange(len(latents)) for _ in range(config.batch)]
         ids = variants.draw(rows, rng, config.caption_dropout).to(device)

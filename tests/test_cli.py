@@ -24,7 +24,8 @@ def project(tmp_path: Path) -> Path:
 
 
 def test_help_names_every_verb_without_heavy_imports(project: Path):
-    probe = "import sys, lcmlora.cli; print([m for m in ('torch', 'diffusers', 'mlflow', 'pydantic') if m in sys.modules])"
+    heavy = ("torch", "diffusers", "mlflow", "pydantic")
+    probe = f"import sys, lcmlora.cli; print([m for m in {heavy} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
     assert loaded.stdout.strip() == "[]"
     shown = _lcmlora(project, "--help")

@@ -1,0 +1,79 @@
+"""`python -m flows.retrain` on a terminal. What can be refused without Prefect is refused before it starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from lcmlora.errors import UserError
+
+# Set before Prefect is imported; whoever sets them otherwise is right.
+_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # The terminal shows the stages and the table; a Prefect server gets the whole log.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    # Its temporary server takes longer than the default 20 seconds where a training keeps all cores busy.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+}
+
+
+def main() -> NoReturn:
+    """Runs the command line and ends the process: 0, 1 where a model failed, 2 where nothing could be started."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(run)
+    try:
+        app(prog_name="python -m flows.retrain")
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(0)
+
+
+def run(
+    model: Annotated[list[str] | None, typer.Option(help="A name under `models` in params.yaml; repeatable.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run every stage, stale or not.")] = False,
+    publish: Annotated[bool, typer.Option(help="Publish the releases.")] = True,
+    promote: Annotated[bool, typer.Option(help="Give a version that passed the gate the alias.")] = True,
+) -> None:
+    """Bring every model up to date: stale stages, gate, registered version, published release, alias.
+
+    Runs in the project's folder, without any server. What a killed run left is continued.
+
+    Examples:
+
+      python -m flows.retrain                          all models of params.yaml
+
+      python -m flows.retrain --model emoji --force    one model, from the pictures on
+
+      python -m flows.retrain --no-promote             register and publish, leave the champion
+    """
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from lcmlora import config
+
+    settings = config.load()
+    unknown = [name for name in model or () if name not in settings.models]
+    if unknown:
+        raise UserError(f"unknown model {unknown[0]!r}: params.yaml `models` has {', '.join(settings.models)}")
+    if not Path("dvc.yaml").is_file():
+        raise UserError("dvc.yaml: no such file; run in the project's folder")
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _interrupt)  # else Python ends at once, and the trainer goes on
+    print("starting Prefect ...", file=sys.stderr, flush=True)
+    from flows.retrain import retrain
+
+    state = retrain(model, force, publish, promote, return_state=True)
+    if not state.is_completed():
+        print(f"error: {state.message}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)

@@ -1,0 +1,219 @@
+"""The main job: every model through its stale stages, then gate, registry, release; and what became of each.
+
+python -m flows.retrain --help
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before Prefect is imported, which takes seconds and reads its settings
+    from flows.command import main
+
+    main()
+
+import contextlib
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from prefect import State, flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.states import Completed, Failed
+from rich.console import Console
+from rich.table import Table
+
+from lcmlora import config
+from lcmlora.errors import UserError
+from tasks import dvc, models
+
+STAGES = ("encode", "reference", "distill", "evaluate", "package")  # of a model, in order; `prepare` is shared
+
+
+@dataclass
+class Outcome:
+    """What became of one model."""
+
+    model: str
+    ran: list[dvc.StageResult] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    figures: dict[str, Any] | None = None
+    gate_failures: list[str] | None = None
+    version: str | None = None
+    created: bool = False
+    uri: str | None = None
+    errors: list[str] = field(default_factory=list)
+
+
+@flow(name="retrain")
+def retrain(
+    models: list[str] | None = None,
+    force: bool = False,
+    publish: bool = True,
+    promote: bool = True,
+    params: str = "params.yaml",
+) -> State:
+    """Brings every model up to date: stale stages, gate, registered version, published release, alias.
+
+    Ends as Completed, as UpToDate where nothing was stale, or as Failed where a model failed; the others are finished
+    all the same. Run it in the project's folder.
+
+    Args:
+        models: names under `models` in params.yaml; all of them if left out.
+        force: run every stage, stale or not.
+        publish: publish the releases.
+        promote: give a version that passed the gate the alias, and point the channel at its release.
+        params: the settings of everything outside DVC; the stages read the params.yaml beside dvc.yaml.
+    """
+    began = time.monotonic()
+    settings = config.load(Path(params))
+    outcomes = [Outcome(model) for model in choose(settings, models)]
+    with dvc.Processes() as processes:
+        _run_stages(outcomes, settings, force, processes)
+    for outcome in outcomes:
+        if not outcome.errors:
+            _release(outcome, settings, publish, promote)
+
+    idle = not any(outcome.ran or outcome.created or outcome.errors for outcome in outcomes)
+    total = f"{'nothing was stale, ' if idle else ''}{time.monotonic() - began:.0f} s in all"
+    rows = [(outcome.model, *row) for outcome in outcomes for row in _rows(outcome, settings.gate.steps)]
+    _print_table(rows, total)
+    lines = "\n".join(f"| {model} | {what} | {value} |" for model, what, value in rows)
+    create_markdown_artifact(f"| model | | |\n|---|---|---|\n{lines}\n\n{total}", key="retrain")
+    failed = [f"{outcome.model}: {error}" for outcome in outcomes for error in outcome.errors]
+    if failed:
+        return Failed(message="; ".join(failed))
+    return Completed(name="UpToDate" if idle else "Completed", message=total)
+
+
+def choose(settings: config.Config, models: list[str] | None) -> list[str]:
+    """Returns the models to bring up to date. Raises UserError where one is not listed in params.yaml."""
+    for model in models or ():
+        if model not in settings.models:
+            hint = "add it there" if model in settings.bases else f"known bases are {', '.join(settings.bases)}"
+            raise UserError(f"unknown model {model!r}: params.yaml `models` has {', '.join(settings.models)}; {hint}")
+    return list(dict.fromkeys(models or settings.models))
+
+
+def _run_stages(outcomes: list[Outcome], settings: config.Config, force: bool, processes: dvc.Processes) -> None:
+    for outcome in outcomes:
+        with _noting(outcome):
+            models.fetch_base(outcome.model, settings)
+    due: set[str] = set()
+    pull = False
+    with _noting(*outcomes):
+        names = ["prepare", *(f"{stage}@{outcome.model}" for outcome in outcomes for stage in STAGES)]
+        due = set(names) if force else dvc.stale(names, processes)
+        pull = bool(due) and dvc.has_remote(processes)
+        prepared = _run("prepare", due, outcomes, processes, force, pull)
+    for outcome in outcomes:
+        if outcome.errors:
+            continue
+        with _noting(outcome):
+            stale = prepared
+            for stage in STAGES:
+                name = f"{stage}@{outcome.model}"
+                # What follows a stale stage may be stale when its turn comes; what precedes the first one is not.
+                stale = stale or name in due
+                _run(name, {name} if stale else set(), [outcome], processes, force, pull)
+
+
+def _run(name: str, due: set[str], outcomes: list[Outcome], processes: dvc.Processes, force: bool, pull: bool) -> bool:
+    """Runs a stage that is due, writes down what became of it, and returns whether it ran."""
+    result = dvc.run_stage(name, processes, force, pull) if name in due else None
+    for outcome in outcomes:
+        if result and result.ran:
+            outcome.ran.append(result)
+        else:
+            outcome.fresh.append(name.partition("@")[0])
+    return bool(result and result.ran)
+
+
+def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: bool) -> None:
+    """Gate, publication, registration, promotion; an unreachable bucket does not keep a version from the registry."""
+    model = outcome.model
+    with _noting(outcome):
+        outcome.figures = models.read_metrics(model)
+        outcome.gate_failures = models.pass_gate(model, outcome.figures, settings)
+        if publish:
+            with _noting(outcome):
+                outcome.uri = models.publish_release(model, settings)
+        registered = models.register_release(model, settings, outcome.uri, outcome.gate_failures)
+        outcome.version = f"{registered.name}/{registered.version}"
+        outcome.created = registered.created
+        aliases = set(registered.aliases)
+        # A version that was promoted before and is not champion now was rolled back by a person.
+        if promote and not outcome.gate_failures and not registered.promoted:
+            models.promote_version(model, registered.version, settings)
+            aliases.add(settings.registry.alias)
+        outcome.version += "".join(f" @{alias}" for alias in sorted(aliases))
+        if promote and settings.registry.alias in aliases and outcome.uri:
+            models.point_channel(model, registered.sha256, settings)
+
+
+@contextlib.contextmanager
+def _noting(*outcomes: Outcome) -> Iterator[None]:
+    """Writes an error down in these outcomes, so that the other models go on. Interrupts pass."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exception(error)
+        line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        for outcome in outcomes:
+            outcome.errors.append(line)
+
+
+def _rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
+    """Returns what a person wants to know of a model, in pairs."""
+    rows = [("ran", ", ".join(f"{r.stage.partition('@')[0]} {r.seconds:.0f} s" for r in outcome.ran) or "nothing")]
+    rows += [("up to date", ", ".join(outcome.fresh))] if outcome.fresh else []
+    if outcome.figures is not None:
+        rows += _figures(outcome.figures, gate_steps)
+    if outcome.gate_failures is not None:
+        rows += [("gate", f"failed: {line}") for line in outcome.gate_failures] or [("gate", "passed")]
+    if outcome.version:
+        rows.append(("version", outcome.version + (" (new)" if outcome.created else "")))
+    if outcome.uri:
+        rows.append(("release", _relative(outcome.uri)))
+    elif outcome.figures is not None:
+        rows.append(("release", f"release/{outcome.model}, not published"))
+    return rows + [("error", error) for error in outcome.errors]
+
+
+def _figures(figures: dict[str, Any], gate_steps: int) -> list[tuple[str, str]]:
+    """Returns the student's excess beside the best solver's at equal network evaluations, and the retrieval."""
+    rows = []
+    excess, retrieval = figures["excess"], figures["retrieval"]
+    for steps in sorted({2, gate_steps}):
+        rivals = [n for n in excess if "@" in n and not n.startswith(("student", "teacher"))]
+        rivals = [n for n in rivals if figures["network_evaluations"][n] == steps]
+        best = min(rivals, key=excess.__getitem__, default=None)
+        if f"student@{steps}" in excess:
+            beside = f", best solver {excess[best]:.1f} ({best})" if best else ", no solver"
+            rows.append((f"excess at {steps} evaluations", f"student {excess[f'student@{steps}']:.1f}{beside}"))
+    known = [name for name in (f"student@{gate_steps}", *retrieval) if name in retrieval]
+    shown = [name for name in dict.fromkeys(known) if name.startswith(("teacher", f"student@{gate_steps}"))]
+    return [*rows, ("retrieval@1", ", ".join(f"{name} {retrieval[name]:.3f}" for name in shown))]
+
+
+def _relative(uri: str) -> str:
+    """Returns a path for what lies below the current folder, the address as it is otherwise."""
+    path = Path(urlparse(uri).path)
+    return str(path.relative_to(Path.cwd())) if uri.startswith("file:") and path.is_relative_to(Path.cwd()) else uri
+
+
+def _print_table(rows: list[tuple[str, str, str]], total: str) -> None:
+    table = Table(show_header=False, caption=total)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_column(overflow="fold")
+    for number, (model, what, value) in enumerate(rows):
+        first = number == 0 or rows[number - 1][0] != model
+        if first and number:
+            table.add_section()
+        table.add_row(model if first else "", what, value)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120).print(table)
