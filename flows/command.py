@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from flows import choose
 from lcmlora.errors import UserError
 
 # Set before Prefect is imported; whoever sets them otherwise is right.
@@ -48,20 +49,17 @@ def run(
 
     Examples:
 
-      python -m flows.retrain                          all models of params.yaml
+      python -m flows.retrain                   all models of params.yaml
 
-      python -m flows.retrain --model emoji --force    one model, from the pictures on
+      python -m flows.retrain --model emoji --force   one model, every stage
 
-      python -m flows.retrain --no-promote             register and publish, leave the champion
+      python -m flows.retrain --no-promote      leave the champion as it is
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     from lcmlora import config
 
-    settings = config.load()
-    unknown = [name for name in model or () if name not in settings.models]
-    if unknown:
-        raise UserError(f"unknown model {unknown[0]!r}: params.yaml `models` has {', '.join(settings.models)}")
+    choose(config.load(), model)
     if not Path("dvc.yaml").is_file():
         raise UserError("dvc.yaml: no such file; run in the project's folder")
     for ending in (signal.SIGTERM, signal.SIGHUP):

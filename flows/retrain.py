@@ -26,9 +26,19 @@ from prefect.states import Completed, Failed
 from rich.console import Console
 from rich.table import Table
 
+from flows import choose
 from lcmlora import config
 from lcmlora.errors import UserError
-from tasks import dvc, models
+from tasks import dvc
+from tasks.models import (
+    fetch_base,
+    pass_gate,
+    point_channel,
+    promote_version,
+    publish_release,
+    read_metrics,
+    register_release,
+)
 
 STAGES = ("encode", "reference", "distill", "evaluate", "package")  # of a model, in order; `prepare` is shared
 
@@ -78,7 +88,7 @@ def retrain(
             _release(outcome, settings, publish, promote)
 
     idle = not any(outcome.ran or outcome.created or outcome.errors for outcome in outcomes)
-    total = f"{'nothing was stale, ' if idle else ''}{time.monotonic() - began:.0f} s in all"
+    total = f"{'nothing was stale, ' if idle else ''}{time.monotonic() - began:.0f} s"
     rows = [(outcome.model, *row) for outcome in outcomes for row in _rows(outcome, settings.gate.steps)]
     _print_table(rows, total)
     lines = "\n".join(f"| {model} | {what} | {value} |" for model, what, value in rows)
@@ -89,19 +99,10 @@ def retrain(
     return Completed(name="UpToDate" if idle else "Completed", message=total)
 
 
-def choose(settings: config.Config, models: list[str] | None) -> list[str]:
-    """Returns the models to bring up to date. Raises UserError where one is not listed in params.yaml."""
-    for model in models or ():
-        if model not in settings.models:
-            hint = "add it there" if model in settings.bases else f"known bases are {', '.join(settings.bases)}"
-            raise UserError(f"unknown model {model!r}: params.yaml `models` has {', '.join(settings.models)}; {hint}")
-    return list(dict.fromkeys(models or settings.models))
-
-
 def _run_stages(outcomes: list[Outcome], settings: config.Config, force: bool, processes: dvc.Processes) -> None:
     for outcome in outcomes:
         with _noting(outcome):
-            models.fetch_base(outcome.model, settings)
+            fetch_base(outcome.model, settings)
     due: set[str] = set()
     pull = False
     with _noting(*outcomes):
@@ -136,22 +137,22 @@ def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: 
     """Gate, publication, registration, promotion; an unreachable bucket does not keep a version from the registry."""
     model = outcome.model
     with _noting(outcome):
-        outcome.figures = models.read_metrics(model)
-        outcome.gate_failures = models.pass_gate(model, outcome.figures, settings)
+        outcome.figures = read_metrics(model)
+        outcome.gate_failures = pass_gate(model, outcome.figures, settings)
         if publish:
             with _noting(outcome):
-                outcome.uri = models.publish_release(model, settings)
-        registered = models.register_release(model, settings, outcome.uri, outcome.gate_failures)
+                outcome.uri = publish_release(model, settings)
+        registered = register_release(model, settings, outcome.uri, outcome.gate_failures)
         outcome.version = f"{registered.name}/{registered.version}"
         outcome.created = registered.created
         aliases = set(registered.aliases)
         # A version that was promoted before and is not champion now was rolled back by a person.
         if promote and not outcome.gate_failures and not registered.promoted:
-            models.promote_version(model, registered.version, settings)
+            promote_version(model, registered.version, settings)
             aliases.add(settings.registry.alias)
         outcome.version += "".join(f" @{alias}" for alias in sorted(aliases))
         if promote and settings.registry.alias in aliases and outcome.uri:
-            models.point_channel(model, registered.sha256, settings)
+            point_channel(model, registered.sha256, settings)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,8 @@ class Pretrain(Strict):
 
     seed: int
     groups: tuple[str, ...]
+    focus_groups: tuple[str, ...]  # of `groups`: what the UNet sees from step `focus_from` on
+    focus_from: Annotated[int, Field(ge=0)]
     base_styles: tuple[str, ...]
     vae_styles: tuple[str, ...]
     size: Positive

@@ -314,10 +314,12 @@ def _train_unet(
     model = _Denoiser(unet, text_encoder).to(device)
     alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(device)
     variants = _CaptionVariants(subjects, tokenizer)
+    everything = range(len(subjects))
+    focus = [row for row in everything if subjects[row].group in config.focus_groups]
 
     def loss_of(module: Any, step: int) -> Tensor:
         rng = random.Random(f"{config.seed}/{step}")
-        rows = [rng.randrange(len(latents)) for _ in range(config.batch)]
+        rows = rng.choices(everything if step < config.focus_from else focus, k=config.batch)
         ids = variants.draw(rows, rng, config.caption_dropout).to(device)
         generator = _generator(config.seed, step, device)
         z = latents[rows].to(device).float()

@@ -1,0 +1,138 @@
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.dvc import Processes, StageFailed, has_remote, run_stage, stale
+from tests.repositories import make
+
+STAGES = """
+stages:
+  first:
+    cmd: echo making first; cp source first
+    deps: [source]
+    outs: [first]
+  second:
+    matrix:
+      model: [a, b]
+    cmd: cp first second-${item.model}
+    deps: [first]
+    outs:
+      - second-${item.model}
+  broken:
+    cmd: sh broken.sh
+    outs: [never]
+  slow:
+    cmd: sh slow.sh
+    outs: [never-either]
+  tell:
+    cmd: sh tell.sh
+    outs: [told]
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = make(tmp_path / "repository", STAGES)
+    (root / "source").write_text("1\n")
+    (root / "broken.sh").write_text("echo working; echo 'error: the disk is full' >&2; echo bye; exit 2\n")
+    # Like a trainer that DVC started and that DVC's end does not end.
+    (root / "slow.sh").write_text("trap '' TERM; echo $$ > pid.part; mv pid.part pid; sleep 60 & wait; wait\n")
+    (root / "tell.sh").write_text("test -t 2 && echo terminal > told || echo none > told\n")
+    monkeypatch.chdir(root)
+    return root
+
+
+def alive(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
+def test_a_stage_runs_once_and_what_follows_a_change_is_stale(repository: Path, capfd: pytest.CaptureFixture):
+    with Processes() as processes:
+        assert stale.fn(["first", "second@a"], processes) == {"first", "second@a"}
+        assert run_stage.fn("first", processes).ran is True
+        shown = capfd.readouterr()
+        assert "making first" in shown.err
+        assert shown.out == ""
+        assert run_stage.fn("first", processes).ran is False
+        assert run_stage.fn("second@a", processes).ran is True
+        assert not (repository / "second-b").exists()
+        assert stale.fn(["first", "second@a"], processes) == set()
+        (repository / "source").write_text("2\n")
+        assert stale.fn(["first", "second@a"], processes) == {"first"}
+
+
+def test_force_runs_a_stage_that_is_up_to_date_and_a_lost_output_comes_from_the_cache(repository: Path):
+    with Processes() as processes:
+        run_stage.fn("first", processes)
+        assert run_stage.fn("first", processes, force=True).ran is True
+        (repository / "first").unlink()
+        assert run_stage.fn("first", processes).ran is False
+    assert (repository / "first").read_text() == "1\n"
+
+
+def test_a_failing_stage_is_told_by_its_own_error_line(repository: Path):
+    with Processes() as processes, pytest.raises(StageFailed) as caught:
+        run_stage.fn("broken", processes)
+    assert str(caught.value) == "broken: the disk is full"
+
+
+def test_a_stage_that_does_not_exist_and_a_dvc_yaml_that_is_none_are_told_in_one_line(repository: Path):
+    with Processes() as processes:
+        with pytest.raises(StageFailed, match=r"^nowhere: Stage 'nowhere' not found inside 'dvc.yaml' file$"):
+            run_stage.fn("nowhere", processes)
+        (repository / "dvc.yaml").write_text("stages: 3\n")
+        with pytest.raises(StageFailed, match="^dvc status: ") as caught:
+            stale.fn(["first"], processes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_default_remote_is_seen_and_restores_what_the_cache_lost(repository: Path, tmp_path: Path):
+    def dvc(*arguments: str) -> None:
+        subprocess.run([sys.executable, "-m", "dvc", *arguments], check=True, capture_output=True)
+
+    with Processes() as processes:
+        assert has_remote.fn(processes) is False
+        dvc("remote", "add", "--default", "shipped", str(tmp_path / "remote"))
+        assert has_remote.fn(processes) is True
+        run_stage.fn("first", processes)
+        dvc("push", "-q")
+        subprocess.run(["rm", "-r", ".dvc/cache", "first"], check=True)
+        assert run_stage.fn("first", processes, pull=True).ran is False
+    assert (repository / "first").read_text() == "1\n"
+
+
+def test_an_interrupt_ends_the_whole_process_group(repository: Path):
+    pid_file = repository / "pid"
+
+    def interrupt() -> None:
+        until = time.monotonic() + 60
+        while not pid_file.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt), Processes() as processes:
+        run_stage.fn("slow", processes)
+    assert not alive(int(pid_file.read_text()))
+
+
+def test_a_stage_sees_a_terminal_where_there_is_one(repository: Path):
+    script = "from tasks.dvc import *\nwith Processes() as p: run_stage.fn('tell', p)\n"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    ours, theirs = pty.openpty()
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, stderr=theirs)
+    os.close(ours)
+    os.close(theirs)
+    assert (repository / "told").read_text() == "terminal\n"
+    (repository / "told").unlink()
+    with Processes() as processes:
+        run_stage.fn("tell", processes, force=True)
+    assert (repository / "told").read_text() == "none\n"
