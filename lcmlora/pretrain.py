@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lcmlora.config import Pretrain
 from lcmlora.data import emoji
-from lcmlora.files import atomic_folder, atomic_write
+from lcmlora.files import atomic_folder, atomic_write, write_json
 from lcmlora.progress import track
 
 TOKENS = 24  # CLIP has 77; emoji captions are short and the UNet's cross-attention pays for every token
@@ -163,7 +163,7 @@ def _train(
     """Minimises `loss_of(module, step)`, which must draw all its randomness from the step; returns the average."""
     done = scratch / f"{name}.pt"
     average = _Average(module, ema)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     start = 0
     if done.exists():
         state = torch.load(done, weights_only=True, map_location=next(module.parameters()).device)
@@ -405,6 +405,9 @@ def _save(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    # transformers loads in the precision that it saved, diffusers in fp32: plain from_pretrained would mix the two.
+    text = folder / "text_encoder" / "config.json"
+    write_json(text, json.loads(text.read_text()) | {"dtype": "float32"})
     if not (folder / "tokenizer" / "vocab.json").exists():
         # transformers 5 writes tokenizer.json alone; older readers ask for the two CLIP files.
         model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
