@@ -91,7 +91,7 @@ def retrain(
     total = f"{'nothing was stale, ' if idle else ''}{time.monotonic() - began:.0f} s"
     rows = [(outcome.model, *row) for outcome in outcomes for row in _rows(outcome, settings.gate.steps)]
     _print_table(rows, total)
-    lines = "\n".join(f"| {model} | {what} | {value} |" for model, what, value in rows)
+    lines = "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
     create_markdown_artifact(f"| model | | |\n|---|---|---|\n{lines}\n\n{total}", key="retrain")
     failed = [f"{outcome.model}: {error}" for outcome in outcomes for error in outcome.errors]
     if failed:
@@ -104,7 +104,7 @@ def _run_stages(outcomes: list[Outcome], settings: config.Config, force: bool, p
         with _noting(outcome):
             fetch_base(outcome.model, settings)
     due: set[str] = set()
-    pull = False
+    pull = prepared = False
     with _noting(*outcomes):
         names = ["prepare", *(f"{stage}@{outcome.model}" for outcome in outcomes for stage in STAGES)]
         due = set(names) if force else dvc.stale(names, processes)
@@ -217,4 +217,5 @@ def _print_table(rows: list[tuple[str, str, str]], total: str) -> None:
         if first and number:
             table.add_section()
         table.add_row(model if first else "", what, value)
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120).print(table)
+    # No markup: a path in brackets is no style.
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, markup=False, highlight=False).print(table)

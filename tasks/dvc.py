@@ -40,7 +40,7 @@ class StageResult:
 
 
 class Processes:
-    """The process groups that are alive now. Leaving the block with an exception, of whatever kind, ends them."""
+    """The process groups that are alive now, in whatever thread they were started. Leaving the block ends them."""
 
     def __init__(self) -> None:
         self._alive: set[subprocess.Popen[bytes]] = set()
@@ -54,10 +54,14 @@ class Processes:
 
     @contextlib.contextmanager
     def start(self, command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-        """Starts a process as leader of a new group; the group is forgotten when the block ends in order."""
+        """Starts a process as leader of a new group; the group ends when the block ends with an exception."""
         process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, **options)
         self._alive.add(process)
-        yield process
+        try:
+            yield process
+        except BaseException:
+            self._end(process)
+            raise
         process.wait()
         self._alive.discard(process)
 

@@ -89,7 +89,7 @@ def test_a_stage_that_does_not_exist_and_a_dvc_yaml_that_is_none_are_told_in_one
         with pytest.raises(StageFailed, match=r"^nowhere: Stage 'nowhere' not found inside 'dvc.yaml' file$"):
             run_stage.fn("nowhere", processes)
         (repository / "dvc.yaml").write_text("stages: 3\n")
-        with pytest.raises(StageFailed, match="^dvc status: ") as caught:
+        with pytest.raises(StageFailed, match=r"^dvc status: ") as caught:
             stale.fn(["first"], processes)
     assert "\n" not in str(caught.value)
 

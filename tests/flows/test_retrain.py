@@ -1,0 +1,195 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.retrain import retrain
+from lcmlora import registry
+from lcmlora.config import load
+from tests.flows.conftest import Project
+
+ROOT = Path(__file__).parents[2]
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_one_model_fails_the_others_are_finished_and_the_next_runs_do_only_what_is_left(project: Project, capfd):
+    (project.root / "broken-b").touch()
+    state = retrain(return_state=True)
+    assert state.is_failed()
+    assert state.message == "b: distill@b: step 7: the loss is not finite"
+    table = capfd.readouterr().out
+    assert "error" in table and "distill@b: step 7: the loss is not finite" in table
+    assert "lcm-lora-a/1 @champion (new)" in table
+    assert "student 4.5, best solver 93.0 (dpm++@2)" in table
+    assert "student@4 0.850, teacher@50 0.900" in table
+    assert project.aliases("a") == {"champion": "1"}
+    assert project.versions("b") == []
+    sha = project.versions("a")[0].tags["sha256"]
+    assert project.releases() == [f"a/sha256-{sha[:12]}/manifest.json"]
+    pointer = json.loads((project.root / "releases/a/channels/champion.json").read_text())
+    assert pointer["sha256"] == sha
+
+    (project.root / "broken-b").unlink()
+    state = retrain(return_state=True)
+    assert (state.is_completed(), state.name) == (True, "Completed")
+    assert project.distilled() == ["a", "b"]
+    assert [len(project.versions(model)) for model in ("a", "b")] == [1, 1]
+    assert project.aliases("b") == {"champion": "1"}
+    assert len(project.releases()) == 2
+    capfd.readouterr()
+
+    before = sorted((str(p), p.stat().st_mtime_ns) for p in (project.root / "releases").rglob("*"))
+    stamps = [project.versions(model)[0].last_updated_timestamp for model in ("a", "b")]
+    state = retrain(return_state=True)
+    assert (state.is_completed(), state.name) == (True, "UpToDate")
+    shown = capfd.readouterr()
+    assert "nothing was stale" in shown.out
+    assert "Stage '" not in shown.err  # DVC was asked once and no stage was started
+    assert project.distilled() == ["a", "b"]
+    assert stamps == [project.versions(model)[0].last_updated_timestamp for model in ("a", "b")]
+    assert before == sorted((str(p), p.stat().st_mtime_ns) for p in (project.root / "releases").rglob("*"))
+
+
+def test_an_unreachable_registry_and_bucket_leave_the_release_for_the_next_run(project: Project, monkeypatch, capfd):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    down = project.params(
+        "down.yaml",
+        registry={"tracking_uri": f"http://127.0.0.1:{closed_port()}"},
+        publish={"to": "s3://bucket/team", "endpoint_url": f"http://127.0.0.1:{closed_port()}"},
+    )
+    state = retrain(["a"], params=down, return_state=True)
+    assert state.is_failed()
+    table = capfd.readouterr().out
+    assert "publish.to: bucket bucket at http://127.0.0.1:" in table
+    assert "MLflow at http://127.0.0.1:" in table
+    assert "release/a, not published" in table
+    assert (project.root / "release/a/SHA256SUMS").is_file()
+
+    state = retrain(["a"], return_state=True)
+    assert (state.is_completed(), state.name) == (True, "Completed")  # a version is new, though no stage ran
+    assert project.distilled() == ["a"]
+    assert project.aliases("a") == {"champion": "1"}
+    assert len(project.releases()) == 1
+
+
+def test_a_candidate_that_fails_the_gate_is_registered_with_the_reason_and_without_alias(project: Project, capfd):
+    strict = project.params("strict.yaml", gate={"min_retrieval": 1.0})
+    state = retrain(["a"], params=strict, return_state=True)
+    assert state.is_completed()
+    version = project.versions("a")[0]
+    assert version.tags["gate"] == "failed"
+    assert "caption retrieval 0.850 is below 0.900" in version.tags["gate_reason"]
+    assert project.aliases("a") == {}
+    assert not (project.root / "releases/a/channels").exists()
+    assert "failed: student@4: caption retrieval 0.850" in capfd.readouterr().out
+
+    retrain(["a"])  # the same adapter under the milder gate
+    assert project.versions("a")[0].tags["gate"] == "passed"
+    assert project.aliases("a") == {"champion": "1"}
+
+
+def test_a_champion_that_a_person_rolled_back_stays_rolled_back(project: Project):
+    retrain(["a"])
+    name = "lcm-lora-a"
+    client = project.mlflow()
+    older = client.create_model_version(name, project.versions("a")[0].source, tags={"sha256": "0" * 64})
+    registry.promote("a", int(older.version), load().registry)
+    pointer = project.root / "releases/a/channels/champion.json"
+    pointer.write_text("moved by hand")
+    retrain(["a"])
+    assert project.aliases("a") == {"champion": older.version}
+    assert pointer.read_text() == "moved by hand"
+
+
+def test_without_publishing_and_promoting_there_is_a_version_only_and_force_runs_everything(project: Project):
+    retrain(["a"], publish=False, promote=False)
+    assert project.releases() == []
+    assert project.aliases("a") == {}
+    state = retrain(["a"], force=True, publish=False, return_state=True)
+    assert state.name == "Completed"
+    assert project.distilled() == ["a", "a"]
+    assert len(project.versions("a")) == 1
+    assert project.aliases("a") == {"champion": "1"}
+    assert not (project.root / "releases").exists()
+
+
+def test_a_data_change_runs_every_stage_of_every_model(project: Project, capfd):
+    retrain()
+    capfd.readouterr()
+    (project.root / "pictures").write_text('{"more": 1}\n')
+    retrain()
+    assert project.distilled() == ["a", "b", "a", "b"]
+    assert [len(project.versions(model)) for model in ("a", "b")] == [1, 1]
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "flows.retrain", *arguments]
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "params", "expected"),
+    [
+        (["--model", "nope"], {}, "error: unknown model 'nope': params.yaml `models` has a, b; known bases: a, b\n"),
+        ([], {"gate": {"steps": "many"}}, "error: params.yaml: gate.steps: got 'many':"),
+        ([], {"gate": {"stops": 4}}, "error: params.yaml: gate.stops: there is no such key\n"),
+    ],
+)
+def test_what_cannot_be_started_is_told_in_one_line(
+    arguments: list[str], params: dict, expected: str, stock: Path, base_folder: Path, tmp_path: Path
+):
+    import yaml
+
+    from tests.releases import settings
+
+    raw = settings(base_folder, models=("a", "b"), **params)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    result = command(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(expected)
+    assert result.stderr.count("\n") == 1
+
+
+def test_help_shows_examples_without_importing_prefect():
+    script = "import sys; sys.argv[1:] = ['--help']\ntry:\n    from flows.command import main; main()\nfinally:\n"
+    script += "    assert not {'prefect', 'torch', 'mlflow', 'pydantic'} & set(sys.modules), 'heavy'\n"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "python -m flows.retrain --model emoji --force" in result.stdout
+
+
+@pytest.mark.integration
+def test_the_command_runs_without_a_server_and_a_sigterm_ends_the_trainer(project: Project):
+    (project.root / "distill.sh").write_text("echo $$ > pid.part; mv pid.part pid; sleep 300\n")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"PYTHONPATH": str(ROOT)}
+    flow = subprocess.Popen(
+        [sys.executable, "-m", "flows.retrain", "--model", "a"],
+        env=environment | {"PREFECT_HOME": str(project.root / "prefect")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    pid = project.root / "pid"
+    until = time.monotonic() + 180
+    while not pid.exists() and flow.poll() is None and time.monotonic() < until:
+        time.sleep(0.2)
+    assert pid.exists(), flow.communicate()[0]
+    flow.send_signal(signal.SIGTERM)
+    flow.communicate(timeout=60)
+    assert flow.returncode == 128 + signal.SIGTERM
+    shown = subprocess.run(["ps", "-o", "stat=", "-p", pid.read_text().strip()], capture_output=True, text=True)
+    assert shown.stdout.strip() in ("", "Z")
