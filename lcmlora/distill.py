@@ -219,6 +219,8 @@ def distill(
     if len(cache) < settings.batch:
         raise UserError(f"distill.batch: {settings.batch} is more than the {len(cache)} pictures of the cache")
     parameters = lora.inject(base.unet, settings.rank, settings.alpha, settings.seed)
+    if base.dtype == torch.float32:
+        lora.merge_forwards(base.unet)
     optimization = Optimization(parameters, settings)
     checkpoints = Checkpoints(scratch)
     start = 0

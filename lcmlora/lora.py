@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,40 @@ def _layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in unet.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
+
+
+def merge_forwards(unet: nn.Module) -> None:
+    """Lets every adapted layer run as one kernel over W + scale B A, with gradients to A and B as before.
+
+    Small models on a CPU pay for kernels, not for the product: a step of the emoji base is a third faster (`make
+    bench`). For fp32 bases alone: in bf16 most of an early adapter would be rounded away in the sum.
+    """
+    for _, layer in _layers(unet):
+        layer.forward = _merged_conv(layer) if isinstance(layer.base_layer, nn.Conv2d) else _merged_linear(layer)
+
+
+def _merged_conv(layer: Any) -> Callable[[Tensor], Tensor]:
+    base, a, b = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+
+    def forward(x: Tensor) -> Tensor:
+        if layer.disable_adapters:
+            return base(x)
+        delta = (b.weight.flatten(1) @ a.weight.flatten(1)).view_as(base.weight)
+        return base._conv_forward(x, torch.add(base.weight, delta, alpha=layer.scaling[ADAPTER]), base.bias)
+
+    return forward
+
+
+def _merged_linear(layer: Any) -> Callable[[Tensor], Tensor]:
+    base, a, b = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+
+    def forward(x: Tensor) -> Tensor:
+        if layer.disable_adapters:
+            return base(x)
+        weight = torch.addmm(base.weight, b.weight, a.weight, alpha=layer.scaling[ADAPTER])
+        return nn.functional.linear(x, weight, base.bias)
+
+    return forward
 
 
 def adapted_layers(unet: nn.Module) -> int:

@@ -182,13 +182,13 @@ def register(
             client.log_artifacts(run_id, str(folder), "release")
             _create_model(client, name)
             version = client.create_model_version(name, f"runs:/{run_id}/release", run_id, tags=tags)
-        aliases = client.get_registered_model(name).aliases
+        aliases = _aliases(client, name)
     return Registered(
         name=name,
         version=int(version.version),
         sha256=sha256,
         created=not found,
-        aliases=tuple(sorted(alias for alias, number in aliases.items() if int(number) == int(version.version))),
+        aliases=tuple(sorted(alias for alias, number in aliases.items() if number == int(version.version))),
         promoted=settings.alias in version.tags.get(_PROMOTED, "").split(","),
     )
 
@@ -203,7 +203,7 @@ def promote(model: str, version: int, settings: Registry, alias: str | None = No
     with _reaching(settings, "the version is registered; run again to promote it"):
         client = _client(settings)
         tags = client.get_model_version(name, str(version)).tags
-        if client.get_registered_model(name).aliases.get(alias) != str(version):
+        if _aliases(client, name).get(alias) != version:
             client.set_registered_model_alias(name, alias, str(version))
         promoted = set(filter(None, tags.get(_PROMOTED, "").split(",")))
         if alias not in promoted:
@@ -226,10 +226,10 @@ def resolve(reference: str, settings: Registry) -> dict[str, Any]:
         from mlflow.exceptions import MlflowException
 
         try:
-            aliases = client.get_registered_model(name).aliases
+            aliases = _aliases(client, name)
             if alias and alias not in aliases:
                 raise UserError(f"{reference}: no such alias; {name} has {', '.join(sorted(aliases)) or 'none'}")
-            version = client.get_model_version(name, aliases[alias] if alias else number)
+            version = client.get_model_version(name, str(aliases[alias]) if alias else number)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
@@ -238,7 +238,7 @@ def resolve(reference: str, settings: Registry) -> dict[str, Any]:
     return {
         "name": name,
         "version": int(version.version),
-        "aliases": sorted(a for a, v in aliases.items() if int(v) == int(version.version)),
+        "aliases": sorted(a for a, v in aliases.items() if v == int(version.version)),
         "run_id": version.run_id,
         "source": version.source,
         "tags": dict(version.tags),
@@ -308,6 +308,11 @@ def _reaching(settings: Registry, consequence: str) -> Iterator[None]:
 def _shown(uri: str) -> str:
     """Returns the address without its password."""
     return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
+
+
+def _aliases(client: Any, name: str) -> dict[str, int]:
+    # Numbers from a database, text from a server; and search_model_versions leaves the aliases out.
+    return {alias: int(number) for alias, number in client.get_registered_model(name).aliases.items()}
 
 
 def _existing(client: Any, run_id: str | None) -> str | None:

@@ -75,6 +75,28 @@ def test_disabled_is_the_base_alone_and_ends_with_the_block(base: LoadedBase):
     assert not torch.allclose(student, alone, atol=1e-3)
 
 
+def test_merged_forwards_give_the_same_output_and_gradients(base: LoadedBase):
+    _trained(base, alpha=8)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([999, 259])
+    conditioning = {"encoder_hidden_states": torch.randn(2, 5, 16)}
+    results = []
+    for merged in (False, True):
+        if merged:
+            lora.merge_forwards(base.unet)
+        output = base.predict(x, t, conditioning)
+        output.square().mean().backward()
+        gradients = {n: p.grad.clone() for n, p in base.unet.named_parameters() if p.grad is not None}
+        base.unet.zero_grad()
+        with lora.disabled(base.unet), torch.no_grad():
+            results.append((output.detach(), base.predict(x, t, conditioning), gradients))
+    (plain, alone, expected), (ours, ours_alone, gradients) = results
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+    assert torch.equal(ours_alone, alone)
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], atol=1e-6, rtol=1e-3)
+
+
 def test_the_file_reloads_with_alpha_folded_and_nothing_lost(base: LoadedBase, base_folder: Path, tmp_path: Path):
     _trained(base, alpha=8)  # scale 2: the case that loses its alpha elsewhere
     student = _forward(base)

@@ -162,6 +162,9 @@ def test_the_alias_moves_and_a_former_champion_is_known_as_promoted(settings: Re
     register("mini", settings, write_sealed(tmp_path / "other", weights=b"better"))
     assert promote("mini", 1, settings) == "lcm-lora-mini@champion"
     assert register("mini", settings, bundle).aliases == ("champion",)
+    before = client(settings).get_registered_model("lcm-lora-mini").last_updated_timestamp
+    promote("mini", 1, settings)
+    assert client(settings).get_registered_model("lcm-lora-mini").last_updated_timestamp == before
     promote("mini", 2, settings)
     former = register("mini", settings, bundle)
     assert (former.aliases, former.promoted) == ((), True)

@@ -120,8 +120,9 @@ class Project:
         found = self.mlflow().search_model_versions(f"name = 'lcm-lora-{model}'")
         return sorted(found, key=lambda version: int(version.version))
 
-    def aliases(self, model: str) -> dict[str, str]:
-        return dict(self.mlflow().get_registered_model(f"lcm-lora-{model}").aliases)
+    def aliases(self, model: str) -> dict[str, int]:
+        found = self.mlflow().get_registered_model(f"lcm-lora-{model}").aliases
+        return {alias: int(number) for alias, number in found.items()}
 
     def releases(self) -> list[str]:
         root = self.root / "releases"

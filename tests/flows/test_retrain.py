@@ -33,7 +33,7 @@ def test_one_model_fails_the_others_are_finished_and_the_next_runs_do_only_what_
     assert "lcm-lora-a/1 @champion (new)" in table
     assert "student 4.5, best solver 93.0 (dpm++@2)" in table
     assert "student@4 0.850, teacher@50 0.900" in table
-    assert project.aliases("a") == {"champion": "1"}
+    assert project.aliases("a") == {"champion": 1}
     assert project.versions("b") == []
     sha = project.versions("a")[0].tags["sha256"]
     assert project.releases() == [f"a/sha256-{sha[:12]}/manifest.json"]
@@ -45,7 +45,7 @@ def test_one_model_fails_the_others_are_finished_and_the_next_runs_do_only_what_
     assert (state.is_completed(), state.name) == (True, "Completed")
     assert project.distilled() == ["a", "b"]
     assert [len(project.versions(model)) for model in ("a", "b")] == [1, 1]
-    assert project.aliases("b") == {"champion": "1"}
+    assert project.aliases("b") == {"champion": 1}
     assert len(project.releases()) == 2
     capfd.readouterr()
 
@@ -80,7 +80,7 @@ def test_an_unreachable_registry_and_bucket_leave_the_release_for_the_next_run(p
     state = retrain(["a"], return_state=True)
     assert (state.is_completed(), state.name) == (True, "Completed")  # a version is new, though no stage ran
     assert project.distilled() == ["a"]
-    assert project.aliases("a") == {"champion": "1"}
+    assert project.aliases("a") == {"champion": 1}
     assert len(project.releases()) == 1
 
 
@@ -97,7 +97,7 @@ def test_a_candidate_that_fails_the_gate_is_registered_with_the_reason_and_witho
 
     retrain(["a"])  # the same adapter under the milder gate
     assert project.versions("a")[0].tags["gate"] == "passed"
-    assert project.aliases("a") == {"champion": "1"}
+    assert project.aliases("a") == {"champion": 1}
 
 
 def test_a_champion_that_a_person_rolled_back_stays_rolled_back(project: Project):
@@ -109,7 +109,7 @@ def test_a_champion_that_a_person_rolled_back_stays_rolled_back(project: Project
     pointer = project.root / "releases/a/channels/champion.json"
     pointer.write_text("moved by hand")
     retrain(["a"])
-    assert project.aliases("a") == {"champion": older.version}
+    assert project.aliases("a") == {"champion": int(older.version)}
     assert pointer.read_text() == "moved by hand"
 
 
@@ -121,7 +121,7 @@ def test_without_publishing_and_promoting_there_is_a_version_only_and_force_runs
     assert state.name == "Completed"
     assert project.distilled() == ["a", "a"]
     assert len(project.versions("a")) == 1
-    assert project.aliases("a") == {"champion": "1"}
+    assert project.aliases("a") == {"champion": 1}
     assert not (project.root / "releases").exists()
 
 
