@@ -100,31 +100,36 @@ def retrain(
 
 
 def _run_stages(outcomes: list[Outcome], settings: config.Config, force: bool, processes: dvc.Processes) -> None:
-    for outcome in outcomes:
-        with _noting(outcome):
-            fetch_base(outcome.model, settings)
     due: set[str] = set()
     pull = prepared = False
+    names = {outcome.model: [f"{stage}@{outcome.model}" for stage in STAGES] for outcome in outcomes}
     with _noting(*outcomes):
-        names = ["prepare", *(f"{stage}@{outcome.model}" for outcome in outcomes for stage in STAGES)]
-        due = set(names) if force else dvc.stale(names, processes)
+        everything = ["prepare", *(name for own in names.values() for name in own)]
+        due = set(everything) if force else dvc.stale(everything, processes)
         pull = bool(due) and dvc.has_remote(processes)
-        prepared = _run("prepare", due, outcomes, processes, force, pull)
+    if any(outcome.errors for outcome in outcomes):
+        return
+    for outcome in outcomes:
+        # A base is a dependency and its revision a parameter, so one that has to be fetched anew is among what is due.
+        if due & {"prepare", *names[outcome.model]}:
+            with _noting(outcome):
+                fetch_base(outcome.model, settings)
+    with _noting(*outcomes):
+        prepared = _run("prepare", "prepare" in due, outcomes, processes, force, pull)
     for outcome in outcomes:
         if outcome.errors:
             continue
         with _noting(outcome):
             stale = prepared
-            for stage in STAGES:
-                name = f"{stage}@{outcome.model}"
+            for name in names[outcome.model]:
                 # What follows a stale stage may be stale when its turn comes; what precedes the first one is not.
                 stale = stale or name in due
-                _run(name, {name} if stale else set(), [outcome], processes, force, pull)
+                _run(name, stale, [outcome], processes, force, pull)
 
 
-def _run(name: str, due: set[str], outcomes: list[Outcome], processes: dvc.Processes, force: bool, pull: bool) -> bool:
+def _run(name: str, due: bool, outcomes: list[Outcome], processes: dvc.Processes, force: bool, pull: bool) -> bool:
     """Runs a stage that is due, writes down what became of it, and returns whether it ran."""
-    result = dvc.run_stage(name, processes, force, pull) if name in due else None
+    result = dvc.run_stage(name, processes, force, pull) if due else None
     for outcome in outcomes:
         if result and result.ran:
             outcome.ran.append(result)
