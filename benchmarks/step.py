@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="emoji")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--unmerged", action="store_true", help="run the adapter beside its layer, as a bf16 base must")
     options = parser.parse_args()
 
     settings = config.load()
@@ -44,6 +45,8 @@ def main() -> None:
         parts=("unet", "text"),
     )
     parameters = lora.inject(base.unet, distill.rank, distill.alpha, distill.seed)
+    if base.dtype == torch.float32 and not options.unmerged:
+        lora.merge_forwards(base.unet)
     optimization = Optimization(parameters, distill)
     teacher = Teacher(base, base.unconditional(), distill)
     objective = objectives.make(distill)

@@ -82,8 +82,8 @@ def _layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
 def merge_forwards(unet: nn.Module) -> None:
     """Lets every adapted layer run as one kernel over W + scale B A, with gradients to A and B as before.
 
-    Small models on a CPU pay for kernels, not for the product: a step of the emoji base is a third faster (`make
-    bench`). For fp32 bases alone: in bf16 most of an early adapter would be rounded away in the sum.
+    Small models on a CPU pay for kernels, not for the product: compare `python -m benchmarks.step` with and without
+    --unmerged. For fp32 bases alone: in bf16 most of an early adapter would be rounded away in the sum.
     """
     for _, layer in _layers(unet):
         layer.forward = _merged_conv(layer) if isinstance(layer.base_layer, nn.Conv2d) else _merged_linear(layer)
