@@ -118,9 +118,14 @@ def test_an_interrupt_ends_the_whole_process_group(repository: Path):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt), Processes() as processes:
-        run_stage.fn("slow", processes)
+    # A runner started in the background has SIGINT ignored, and Python then leaves it so.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt), Processes() as processes:
+            run_stage.fn("slow", processes)
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert not alive(int(pid_file.read_text()))
 
 
