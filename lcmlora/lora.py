@@ -135,7 +135,15 @@ def state_dict(unet: nn.Module) -> dict[str, Tensor]:
 def save_file(tensors: dict[str, Tensor], path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> None:
     """Writes the adapter; the same tensors and metadata give the same bytes."""
     data = save({name: t.to(dtype).contiguous() for name, t in tensors.items()}, metadata=metadata)
-    atomic_write(path, lambda p: p.write_bytes(data))
+    atomic_write(path, lambda p: p.write_bytes(_with_sorted_header(data)))
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """Returns the same safetensors file with its header sorted: the library writes metadata in a random order."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the format's alignment
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def adapter_metadata(rank: int) -> dict[str, str]:
