@@ -29,10 +29,9 @@ class Pretrain(Strict):
     """How the embedded emoji base is made (stage `pretrain`, frozen)."""
 
     seed: int
-    groups: tuple[str, ...]
-    focus_groups: tuple[str, ...]  # of `groups`: what the UNet sees from step `focus_from` on
-    focus_from: Annotated[int, Field(ge=0)]
-    base_styles: tuple[str, ...]
+    groups: tuple[str, ...]  # what the UNet sees, of `vae_groups`
+    base_styles: tuple[str, ...]  # likewise, of `vae_styles`
+    vae_groups: tuple[str, ...]
     vae_styles: tuple[str, ...]
     size: Positive
     copies: Positive

@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lcmlora import diffusion
 from lcmlora.config import Pretrain
 from lcmlora.data import emoji
 from lcmlora.files import atomic_folder, atomic_write, write_json
@@ -42,11 +43,12 @@ def pretrain(config: Pretrain, modules: Path, scratch: Path, out: Path, device: 
         UserError: the artwork is not installed, or a group or style is not known.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    subjects = emoji.subjects(modules, config.groups)
+    subjects = emoji.subjects(modules, config.vae_groups)
     captions, pictures, styles = _pictures(config, modules, subjects, scratch)
     tokenizer = train_tokenizer(subjects, config.vocabulary)
     vae = _train_vae(config, pictures, scratch, device)
-    rows = np.flatnonzero(np.isin(styles, config.base_styles))
+    of_group = np.array([subject.group in config.groups for subject in captions])
+    rows = np.flatnonzero(np.isin(styles, config.base_styles) & of_group)
     latents = _encode(vae, pictures, rows, scratch, device)
     unet, text_encoder = _train_unet(config, latents, [captions[r] for r in rows], tokenizer, scratch, device)
     with atomic_folder(out) as folder:
@@ -81,7 +83,7 @@ def _pictures(
         styles += [style] * len(mine)
     store = scratch / "pictures.npy"
     if not store.exists():
-        jobs = [(modules, config.groups, style, config.size, config.copies) for style in config.vae_styles]
+        jobs = [(modules, config.vae_groups, style, config.size, config.copies) for style in config.vae_styles]
         with ProcessPoolExecutor() as pool:
             rendered = list(track(pool.map(_render_style, *zip(*jobs, strict=True)), "render styles", total=len(jobs)))
         atomic_write(store, lambda path: _save_array(path, np.concatenate(rendered)))
@@ -115,7 +117,8 @@ def train_tokenizer(subjects: tuple[emoji.Subject, ...], size: int) -> CLIPToken
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,
-        special_tokens=special,
+        # Equal counts are ordered by token id, and a letter at a word's end else gets its id from a hash map.
+        special_tokens=special + base,
     )
     texts = [text for s in subjects for text in (s.label, *s.tags)]
     learner.train_from_iterator(texts, trainer)
@@ -314,12 +317,10 @@ def _train_unet(
     model = _Denoiser(unet, text_encoder).to(device)
     alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(device)
     variants = _CaptionVariants(subjects, tokenizer)
-    everything = range(len(subjects))
-    focus = [row for row in everything if subjects[row].group in config.focus_groups]
 
     def loss_of(module: Any, step: int) -> Tensor:
         rng = random.Random(f"{config.seed}/{step}")
-        rows = rng.choices(everything if step < config.focus_from else focus, k=config.batch)
+        rows = rng.choices(range(len(subjects)), k=config.batch)
         ids = variants.draw(rows, rng, config.caption_dropout).to(device)
         generator = _generator(config.seed, step, device)
         z = latents[rows].to(device).float()
@@ -329,13 +330,13 @@ def _train_unet(
             config.batch, generator=generator, device=device
         )
         t = (strata * len(alphas) / config.batch).long().clamp_(max=len(alphas) - 1)
-        a = alphas[t].view(-1, 1, 1, 1)
-        prediction = module.unet(
-            a.sqrt() * z + (1 - a).sqrt() * noise, t, module.text_encoder(ids).last_hidden_state
-        ).sample
-        snr = (a / (1 - a)).flatten()
-        weight = snr.clamp(max=5.0) / snr  # min-SNR-5, arXiv 2303.09556, for noise prediction
-        return (weight * (prediction - noise).square().mean(dim=(1, 2, 3))).mean()
+        alpha, sigma = diffusion.alpha_sigma(alphas, t)
+        x = diffusion.add_noise(z, noise, alpha, sigma)
+        v = diffusion.add_noise(noise, -z, alpha, sigma)
+        prediction = module.unet(x, t, module.text_encoder(ids).last_hidden_state).sample
+        snr = (alpha / sigma).square()
+        weight = snr.clamp(max=5.0) / (snr + 1)  # min-SNR-5, arXiv 2303.09556, for v prediction
+        return (weight * (prediction - v).square().mean(dim=(1, 2, 3))).mean()
 
     averaged = _train("unet", model, loss_of, config.steps, config.lr, config.ema, config.checkpoint_every, scratch)
     return averaged.unet, averaged.text_encoder
@@ -372,7 +373,8 @@ class _CaptionVariants:
 
 # --- the folder -------------------------------------------------------------------------------------------------
 
-# Stable Diffusion's own schedule.
+# Stable Diffusion 2's own schedule. With noise prediction the loss at the noisiest steps, where a picture's layout and
+# colours are decided, hardly depends on the caption: an hour's training then leaves them undecided.
 SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -381,7 +383,7 @@ SCHEDULE = {
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
-    "prediction_type": "epsilon",
+    "prediction_type": "v_prediction",
 }
 
 

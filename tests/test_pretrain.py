@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,9 @@ ROOT = Path(__file__).parents[1]
 MODULES = ROOT / "node_modules"
 TINY = config.load(ROOT / "params.yaml").pretrain.model_copy(
     update={
-        "groups": ("activities", "food-drink"),
-        "focus_groups": ("food-drink",),
-        "focus_from": 2,
+        "groups": ("food-drink",),
         "base_styles": ("noto",),
+        "vae_groups": ("activities", "food-drink"),
         "vae_styles": ("noto", "twemoji"),
         "size": 16,
         "copies": 1,
@@ -102,6 +102,14 @@ def test_whitened_latents_decode_to_the_same_picture():
 def test_the_rate_warms_up_holds_and_cools_over_the_last_quarter():
     rates = [_rate(step, steps=400, warmup=100) for step in (0, 99, 250, 300, 350, 399)]
     assert rates == pytest.approx([0.01, 1, 1, 1, 0.5, 0.01])
+
+
+def test_the_same_captions_give_the_same_tokenizer():
+    from lcmlora.data import emoji
+
+    subjects = emoji.subjects(MODULES, ("food-drink",))
+    vocabularies = {json.dumps(pretrain.train_tokenizer(subjects, 900).get_vocab(), sort_keys=True) for _ in range(4)}
+    assert len(vocabularies) == 1  # or a training that was killed would go on with other meanings of its tokens
 
 
 def test_the_tokenizer_reads_any_text_and_keeps_to_its_size():
