@@ -25,6 +25,13 @@ class Strict(BaseModel):
 S = TypeVar("S", bound=Strict)
 
 
+class Round(Strict):
+    """How long one round of `pretrain` trains its two parts."""
+
+    vae_steps: Positive
+    unet_steps: Positive
+
+
 class Pretrain(Strict):
     """How the embedded emoji base is made (stage `pretrain`, frozen)."""
 
@@ -39,17 +46,17 @@ class Pretrain(Strict):
     latent_channels: Positive
     vae_channels: tuple[int, ...]
     vae_batch: Positive
-    vae_steps: Positive
     vae_lr: float
     vae_kl: float
     text_width: Positive
     text_layers: Positive
     unet_channels: tuple[int, ...]
     batch: Positive
-    steps: Positive
     lr: float
     ema: Share
     caption_dropout: Share
+    # Each goes on from the averaged weights of the last one, with a fresh optimizer and the rate's whole course.
+    rounds: Annotated[tuple[Round, ...], Field(min_length=1)]
     checkpoint_every: Positive
 
 

@@ -1,8 +1,9 @@
 """The embedded base: a small Stable Diffusion checkpoint, trained from nothing on emoji.
 
 Three parts in order, each resumable: the tokenizer (byte-pair encoding over the captions), the autoencoder, then the
-UNet together with its text encoder on latents that were encoded once. The result is an ordinary diffusers folder that
-`StableDiffusionPipeline.from_pretrained` loads, so that everything after it treats emoji as it treats SD-V1.5.
+UNet together with its text encoder on latents that were encoded once. Further rounds go on with the latter two. The
+result is an ordinary diffusers folder that `StableDiffusionPipeline.from_pretrained` loads, so that everything after it
+treats emoji as it treats SD-V1.5.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -45,14 +46,20 @@ def pretrain(config: Pretrain, modules: Path, scratch: Path, out: Path, device: 
     scratch.mkdir(parents=True, exist_ok=True)
     subjects = emoji.subjects(modules, config.vae_groups)
     captions, pictures, styles = _pictures(config, modules, subjects, scratch)
-    tokenizer = train_tokenizer(subjects, config.vocabulary)
-    vae = _train_vae(config, pictures, scratch, device)
     of_group = np.array([subject.group in config.groups for subject in captions])
     rows = np.flatnonzero(np.isin(styles, config.base_styles) & of_group)
-    latents = _encode(vae, pictures, rows, scratch, device)
-    unet, text_encoder = _train_unet(config, latents, [captions[r] for r in rows], tokenizer, scratch, device)
+    seen = [captions[r] for r in rows]
+    tokenizer = train_tokenizer(subjects, config.vocabulary)
+    torch.manual_seed(config.seed)
+    vae = _new_vae(config).to(device)
+    denoiser = _new_denoiser(config, tokenizer).to(device)
+    for number in range(len(config.rounds)):
+        store = scratch / f"round-{number}"
+        vae = _train_vae(config, number, vae, pictures, store)
+        latents = _encode(vae, pictures, rows, store)
+        denoiser = _train_denoiser(config, number, denoiser, latents, _CaptionVariants(seen, tokenizer), store)
     with atomic_folder(out) as folder:
-        _save(folder, vae, unet, text_encoder, tokenizer)
+        _save(folder, vae, denoiser.unet, denoiser.text_encoder, tokenizer)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------
@@ -135,10 +142,13 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 # --- a training loop that can be killed at any moment ------------------------------------------------------------
 
 
-class _Average:
+M = TypeVar("M", bound=nn.Module)
+
+
+class _Average(Generic[M]):
     """Exponential moving average of a module's weights, warmed up so that early weights are forgotten."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: M, decay: float) -> None:
         self.module = copy.deepcopy(module).requires_grad_(False)
         self.decay = decay
 
@@ -155,16 +165,18 @@ def _rate(step: int, steps: int, warmup: int) -> float:
 
 def _train(
     name: str,
-    module: nn.Module,
+    module: M,
     loss_of: Callable[[Any, int], Tensor],
     steps: int,
     lr: float,
     ema: float,
     checkpoint_every: int,
     scratch: Path,
-) -> nn.Module:
+) -> M:
     """Minimises `loss_of(module, step)`, which must draw all its randomness from the step; returns the average."""
+    scratch.mkdir(parents=True, exist_ok=True)
     done = scratch / f"{name}.pt"
+    module.train().requires_grad_(True)
     average = _Average(module, ema)
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     start = 0
@@ -204,10 +216,9 @@ def _generator(seed: int, step: int, device: torch.device) -> torch.Generator:
 # --- autoencoder ------------------------------------------------------------------------------------------------
 
 
-def _train_vae(config: Pretrain, pictures: np.ndarray, scratch: Path, device: torch.device) -> AutoencoderKL:
-    torch.manual_seed(config.seed)
+def _new_vae(config: Pretrain) -> AutoencoderKL:
     widths = config.vae_channels
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         block_out_channels=widths,
@@ -216,31 +227,38 @@ def _train_vae(config: Pretrain, pictures: np.ndarray, scratch: Path, device: to
         norm_num_groups=8,
         sample_size=config.size,
         scaling_factor=1.0,
-    ).to(device, memory_format=torch.channels_last)
+    )
+
+
+def _train_vae(config: Pretrain, number: int, vae: AutoencoderKL, pictures: np.ndarray, scratch: Path) -> AutoencoderKL:
+    first = sum(r.vae_steps for r in config.rounds[:number])
+    device = vae.device
 
     def loss_of(module: Any, step: int) -> Tensor:
-        rng = np.random.default_rng((config.seed, step))
+        rng = np.random.default_rng((config.seed, first + step))
         rows = np.sort(rng.integers(len(pictures), size=config.vae_batch))
         x = _to_tensor(pictures[rows], device)
         posterior = module.encode(x).latent_dist
-        y = module.decode(posterior.sample(_generator(config.seed, step, device))).sample
+        y = module.decode(posterior.sample(_generator(config.seed, first + step, device))).sample
         # Flat art lives from its edges; without the second term the autoencoder blurs outlines first.
         edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
         return F.l1_loss(y, x) + 0.5 * edges + config.vae_kl * posterior.kl().mean()
 
-    vae = _train("vae", vae, loss_of, config.vae_steps, config.vae_lr, 0.99, config.checkpoint_every, scratch)
-    _whiten(vae, pictures, config.seed, device)
+    steps = config.rounds[number].vae_steps
+    vae = _train("vae", vae, loss_of, steps, config.vae_lr, 0.99, config.checkpoint_every, scratch)
+    _whiten(vae, pictures, config.seed)
     return vae
 
 
 @torch.no_grad()
-def _whiten(vae: AutoencoderKL, pictures: np.ndarray, seed: int, device: torch.device) -> None:
+def _whiten(vae: AutoencoderKL, pictures: np.ndarray, seed: int) -> None:
     """Makes every latent channel zero-mean and unit-variance by rewriting the two 1x1 convolutions around it.
 
     A scaling_factor alone cannot do this, and readers of the folder need to know nothing about it.
     """
     rows = np.sort(np.random.default_rng(seed).choice(len(pictures), size=min(2048, len(pictures)), replace=False))
-    z = torch.cat([vae.encode(_to_tensor(pictures[r], device)).latent_dist.mean for r in np.array_split(rows, 32)])
+    batches = np.array_split(rows, 32)
+    z = torch.cat([vae.encode(_to_tensor(pictures[r], vae.device)).latent_dist.mean for r in batches])
     mean, std = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3))
     channels = len(mean)
     quant, post = vae.quant_conv, vae.post_quant_conv
@@ -252,13 +270,14 @@ def _whiten(vae: AutoencoderKL, pictures: np.ndarray, seed: int, device: torch.d
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKL, pictures: np.ndarray, rows: np.ndarray, scratch: Path, device: torch.device) -> Tensor:
+def _encode(vae: AutoencoderKL, pictures: np.ndarray, rows: np.ndarray, scratch: Path) -> Tensor:
     """Returns the posterior means of the named pictures, (N, C, h, w) fp16."""
     store = scratch / "latents.pt"
     if not store.exists():
         batches = np.array_split(rows, max(1, len(rows) // 128))
         z = [
-            vae.encode(_to_tensor(pictures[r], device)).latent_dist.mean.half().cpu() for r in track(batches, "encode")
+            vae.encode(_to_tensor(pictures[r], vae.device)).latent_dist.mean.half().cpu()
+            for r in track(batches, "encode")
         ]
         atomic_write(store, lambda path: torch.save(torch.cat(z), path))
     return torch.load(store, weights_only=True)
@@ -276,15 +295,7 @@ class _Denoiser(nn.Module):
         self.text_encoder = text_encoder
 
 
-def _train_unet(
-    config: Pretrain,
-    latents: Tensor,
-    subjects: list[emoji.Subject],
-    tokenizer: CLIPTokenizer,
-    scratch: Path,
-    device: torch.device,
-) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    torch.manual_seed(config.seed)
+def _new_denoiser(config: Pretrain, tokenizer: CLIPTokenizer) -> _Denoiser:
     widths = config.unet_channels
     levels = len(widths)
     text_encoder = CLIPTextModel(
@@ -302,7 +313,7 @@ def _train_unet(
         )
     )
     unet = UNet2DConditionModel(
-        sample_size=latents.shape[-1],
+        sample_size=config.size // 2 ** (len(config.vae_channels) - 1),
         in_channels=config.latent_channels,
         out_channels=config.latent_channels,
         block_out_channels=widths,
@@ -314,15 +325,21 @@ def _train_unet(
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    model = _Denoiser(unet, text_encoder).to(device)
+    return _Denoiser(unet.to(memory_format=torch.channels_last), text_encoder)
+
+
+def _train_denoiser(
+    config: Pretrain, number: int, model: _Denoiser, latents: Tensor, captions: _CaptionVariants, scratch: Path
+) -> _Denoiser:
+    first = sum(r.unet_steps for r in config.rounds[:number])
+    device = model.unet.device
     alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(device)
-    variants = _CaptionVariants(subjects, tokenizer)
 
     def loss_of(module: Any, step: int) -> Tensor:
-        rng = random.Random(f"{config.seed}/{step}")
-        rows = rng.choices(range(len(subjects)), k=config.batch)
-        ids = variants.draw(rows, rng, config.caption_dropout).to(device)
-        generator = _generator(config.seed, step, device)
+        rng = random.Random(f"{config.seed}/{first + step}")
+        rows = rng.choices(range(len(latents)), k=config.batch)
+        ids = captions.draw(rows, rng, config.caption_dropout).to(device)
+        generator = _generator(config.seed, first + step, device)
         z = latents[rows].to(device).float()
         noise = torch.randn(z.shape, generator=generator, device=device)
         # One timestep per stratum: the loss of a step then hardly depends on which timesteps it drew.
@@ -338,8 +355,8 @@ def _train_unet(
         weight = snr.clamp(max=5.0) / (snr + 1)  # min-SNR-5, arXiv 2303.09556, for v prediction
         return (weight * (prediction - v).square().mean(dim=(1, 2, 3))).mean()
 
-    averaged = _train("unet", model, loss_of, config.steps, config.lr, config.ema, config.checkpoint_every, scratch)
-    return averaged.unet, averaged.text_encoder
+    steps = config.rounds[number].unet_steps
+    return _train("unet", model, loss_of, steps, config.lr, config.ema, config.checkpoint_every, scratch)
 
 
 class _CaptionVariants:
