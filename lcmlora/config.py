@@ -103,6 +103,7 @@ class Distill(Strict):
     w_max: Annotated[float, Field(ge=0)]
     grid: Positive  # DDIM timesteps, N of Algorithm 1
     huber_c: Annotated[float, Field(gt=0)]
+    weighting: Literal["uniform", "snr+1"]  # of a sample's loss, by its timestep
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: Positive

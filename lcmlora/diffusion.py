@@ -74,6 +74,23 @@ def ddim_grid(train_timesteps: int, points: int) -> tuple[Tensor, Tensor]:
     return upper, torch.cat([torch.zeros(1, dtype=torch.long), upper[:-1]])
 
 
+def loss_weights(alphas_cumprod: Tensor, t: Tensor, weighting: str) -> Tensor:
+    """Returns what the x0 error at each of the timesteps (N,) counts, (N,) fp32 of mean 1.
+
+    `uniform` is Algorithm 1 of arXiv 2310.04378. `snr+1` is 1 / sigma^2 (progressive distillation, arXiv 2202.00512,
+    section 4): the last step before the boundary, the only one whose target is no prediction, then outweighs the noisy
+    ones. Without it an adapter that is trained fast learns to pass noise through, as that is consistent too.
+
+    Raises:
+        ValueError: an unknown weighting.
+    """
+    if weighting not in ("uniform", "snr+1"):
+        raise ValueError(f"weighting must be uniform or snr+1, got {weighting!r}")
+    _, sigma = alpha_sigma(alphas_cumprod, t)
+    weights = torch.ones_like(sigma) if weighting == "uniform" else sigma.pow(-2)
+    return weights / weights.mean()
+
+
 def boundary_scalings(t: Tensor, sigma_data: float = 0.5, timestep_scaling: float = 10.0) -> tuple[Tensor, Tensor]:
     """Returns c_skip and c_out (B,) fp32 of f(x, t) = c_skip x + c_out x0 (arXiv 2310.04378); the identity at t = 0."""
     scaled = t.float() * timestep_scaling

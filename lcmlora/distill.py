@@ -93,13 +93,14 @@ class Batches:
 
 
 class Teacher:
-    """The base with its adapter off, taking one guided DDIM step."""
+    """The base with its adapter off, taking one guided DDIM step on a grid whose every step has its loss weight."""
 
     def __init__(self, base: LoadedBase, unconditional: Conditioning, settings: Distill) -> None:
         self._base = base
         self._unconditional = {k: v.to(base.device) for k, v in unconditional.items()}
         upper, lower = diffusion.ddim_grid(len(base.alphas_cumprod), settings.grid)
         self.t, self.t_prev = upper.to(base.device), lower.to(base.device)
+        self.weight = diffusion.loss_weights(base.alphas_cumprod, self.t, settings.weighting)
 
     @torch.no_grad()
     def step(self, x: Tensor, t: Tensor, t_prev: Tensor, w: Tensor, conditioning: Conditioning) -> Tensor:
@@ -121,7 +122,7 @@ class Teacher:
 
 
 def loss_of(base: LoadedBase, teacher: Teacher, objective: objectives.Objective, batch: Batch) -> Tensor:
-    """Returns the mean loss of a batch, a scalar with gradients to the adapter alone."""
+    """Returns the weighted mean loss of a batch, a scalar with gradients to the adapter alone."""
     t, t_prev = teacher.t[batch.index], teacher.t_prev[batch.index]
     x = diffusion.add_noise(batch.z, batch.noise, *diffusion.alpha_sigma(base.alphas_cumprod, t))
     x_prev = teacher.step(x, t, t_prev, batch.w, batch.conditioning)
@@ -131,7 +132,7 @@ def loss_of(base: LoadedBase, teacher: Teacher, objective: objectives.Objective,
         alpha, sigma = diffusion.alpha_sigma(base.alphas_cumprod, timesteps)
         return diffusion.predicted_x0(output, latents, alpha, sigma, base.prediction_type)
 
-    return objective(student, x, t, x_prev, t_prev).mean()
+    return (teacher.weight[batch.index] * objective(student, x, t, x_prev, t_prev)).mean()
 
 
 class Optimization:

@@ -66,6 +66,20 @@ def test_guidance_w_is_a_pipelines_guidance_scale_minus_one():
     torch.testing.assert_close(diffusion.guide(c, u, torch.full((4,), 7.5)), pipelines)
 
 
+def test_loss_weights_follow_the_signal_to_noise_ratio_and_have_mean_one():
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    t, _ = diffusion.ddim_grid(1000, 20)
+    weights = diffusion.loss_weights(CUMPROD, t, "snr+1")
+    snr = compute_snr(DDPMScheduler(**{k: v for k, v in SCHEDULE.items() if k != "set_alpha_to_one"}), t)
+    torch.testing.assert_close(weights / weights[-1], (snr + 1) / (snr[-1] + 1), rtol=1e-4, atol=0)
+    assert weights.mean().item() == pytest.approx(1)
+    assert diffusion.loss_weights(CUMPROD, t, "uniform").tolist() == [1] * 20
+    with pytest.raises(ValueError, match="min-snr"):
+        diffusion.loss_weights(CUMPROD, t, "min-snr")
+
+
 def test_an_unknown_prediction_type_is_refused_by_name():
     x, output = _state()
     alpha, sigma = diffusion.alpha_sigma(CUMPROD, torch.tensor([5] * 4))

@@ -34,6 +34,7 @@ SETTINGS = Distill(
     w_max=7.5,
     grid=50,
     huber_c=1e-3,
+    weighting="uniform",
     checkpoint_every=2,
     log_every=2,
 )
@@ -130,9 +131,10 @@ def test_the_teacher_takes_one_guided_ddim_step_of_the_base_alone(base: bases.Lo
             torch.testing.assert_close(ours[i : i + 1], expected, atol=2e-4, rtol=1e-3)
 
 
-def test_the_loss_is_algorithm_1_of_the_paper(base: bases.LoadedBase, cache: LatentCache):
+@pytest.mark.parametrize("weighting", ["uniform", "snr+1"])
+def test_the_loss_is_algorithm_1_of_the_paper(base: bases.LoadedBase, cache: LatentCache, weighting: str):
     """Written out a second time, sample by sample, from arXiv 2310.04378."""
-    teacher = Teacher(base, cache.unconditional(), SETTINGS)
+    teacher = Teacher(base, cache.unconditional(), SETTINGS.model_copy(update={"weighting": weighting}))
     for parameter in lora.inject(base.unet, 4, 4, 0).values():
         parameter.data.normal_(std=0.1)
     batch = Batches(cache, SETTINGS, CPU).draw(1)
@@ -153,7 +155,8 @@ def test_the_loss_is_algorithm_1_of_the_paper(base: bases.LoadedBase, cache: Lat
         for i in range(SETTINGS.batch):
             one = {k: v[i : i + 1] for k, v in batch.conditioning.items()}
             d = f(x[i : i + 1], t[i : i + 1], one) - f(x_prev[i : i + 1], t_prev[i : i + 1], one)
-            expected.append(((d**2 + 1e-6).sqrt() - 1e-3).mean())
+            weight = teacher.weight[teacher.t == t[i]].item()
+            expected.append(((d**2 + 1e-6).sqrt() - 1e-3).mean() * weight)
     assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
 
 
