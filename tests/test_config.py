@@ -36,7 +36,7 @@ def test_the_shipped_params_load_and_hold_presets_for_the_papers_bases(tmp_path:
         ({"distill__stepz": 5}, r"params.yaml: distill.stepz: there is no such key"),
         ({"distill__steps": "many"}, r"distill.steps: got 'many': .*integer"),
         ({"distill__steps": 0}, r"distill.steps: got 0: .*greater than 0"),
-        ({"distill__w_max": 1.0}, r"distill: .*w_min 7.5 is above w_max 1.0"),
+        ({"distill__w_min": 7.5, "distill__w_max": 1.0}, r"distill: .*w_min 7.5 is above w_max 1.0"),
         ({"models": ["sd99"]}, r"no base named 'sd99'; bases has emoji"),
         ({"bases__emoji__distill": {"stepz": 1}}, r"bases.emoji.distill: stepz: there is no such key"),
         ({"data__source": "ftp"}, r"data.source: got 'ftp'"),
