@@ -48,8 +48,8 @@ def pretrain(config: Pretrain, modules: Path, scratch: Path, out: Path, device: 
     captions, pictures, styles = _pictures(config, modules, subjects, scratch)
     of_group = np.array([subject.group in config.groups for subject in captions])
     rows = np.flatnonzero(np.isin(styles, config.base_styles) & of_group)
-    seen = [captions[r] for r in rows]
     tokenizer = train_tokenizer(subjects, config.vocabulary)
+    variants = _CaptionVariants([captions[r] for r in rows], tokenizer)
     torch.manual_seed(config.seed)
     vae = _new_vae(config).to(device)
     denoiser = _new_denoiser(config, tokenizer).to(device)
@@ -57,7 +57,7 @@ def pretrain(config: Pretrain, modules: Path, scratch: Path, out: Path, device: 
         store = scratch / f"round-{number}"
         vae = _train_vae(config, number, vae, pictures, store)
         latents = _encode(vae, pictures, rows, store)
-        denoiser = _train_denoiser(config, number, denoiser, latents, _CaptionVariants(seen, tokenizer), store)
+        denoiser = _train_denoiser(config, number, denoiser, latents, variants, store)
     with atomic_folder(out) as folder:
         _save(folder, vae, denoiser.unet, denoiser.text_encoder, tokenizer)
 
