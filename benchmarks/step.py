@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
-from lcmlora import bases, config, diffusion, lora, objectives
-from lcmlora.distill import Batch, Optimization, Teacher, loss_of
+from lcmlora import bases, config, execution, lora
+from lcmlora.batches import Batch
+from lcmlora.distill import Distillation
+from lcmlora.optimization import Optimization
 
 
 def _conditioning(base: bases.LoadedBase, rows: int) -> bases.Conditioning:
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--unmerged", action="store_true", help="run the adapter beside its layer, as a bf16 base must")
+    parser.add_argument("--peft", action="store_true", help="run the adapter as PEFT does")
     options = parser.parse_args()
 
     settings = config.load()
@@ -45,16 +48,17 @@ def main() -> None:
         parts=("unet", "text"),
     )
     parameters = lora.inject(base.unet, distill.rank, distill.alpha, distill.seed)
-    if base.dtype == torch.float32 and not options.unmerged:
-        lora.merge_forwards(base.unet)
+    if not options.peft:
+        lora.direct_forwards(base.unet, merged=False if options.unmerged else None)
+    execution.recompute(base.unet, distill.checkpointing)
     optimization = Optimization(parameters, distill)
-    teacher = Teacher(base, base.unconditional(), distill)
-    objective = objectives.make(distill)
+    distillation = Distillation(base, base.unconditional(), distill)
     conditioning = _conditioning(base, batch)
     z = torch.randn(batch, *base.latent_shape, device=device)
     index = torch.arange(batch, device=device) % distill.grid
     w = torch.full((batch,), distill.w_min, device=device)
-    sample = Batch(z, torch.randn_like(z), index, w, conditioning)
+    sample = Batch(z, torch.randn_like(z), index, w, torch.rand(batch, 2, device=device), conditioning)
+    teacher = distillation.teacher
     t, t_prev = teacher.t[index], teacher.t_prev[index]
 
     def plain() -> None:
@@ -66,15 +70,11 @@ def main() -> None:
             base.predict(z, t, conditioning)
 
     def whole() -> None:
-        loss_of(base, teacher, objective, sample).backward()
+        optimization.backward(distillation.losses(sample).mean())
         optimization.step(0)
 
     def student() -> None:
-        alpha, sigma = diffusion.alpha_sigma(base.alphas_cumprod, t)
-        x0 = diffusion.predicted_x0(base.predict(z, t, conditioning), z, alpha, sigma, base.prediction_type)
-        x0.square().mean().backward()
-        for parameter in parameters.values():
-            parameter.grad = None
+        distillation.student(z, t, conditioning).x0.square().mean().backward()
 
     phases: dict[str, Callable[[], object]] = {
         "base forward (F0)": plain,

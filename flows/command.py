@@ -69,7 +69,8 @@ def run(
 
     state = retrain(model, force, publish, promote, return_state=True)
     if not state.is_completed():
-        print(f"error: {state.message}", file=sys.stderr)
+        for line in str(state.message).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         raise SystemExit(1)
 
 

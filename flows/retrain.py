@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before Prefect is imported, which takes seconds an
     main()
 
 import contextlib
+import shutil
 import sys
 import time
 import traceback
@@ -39,6 +40,7 @@ from tasks.models import (
     read_metrics,
     register_release,
 )
+from tasks.processes import Processes
 
 STAGES = ("encode", "reference", "distill", "evaluate", "package")  # of a model, in order; `prepare` is shared
 
@@ -81,7 +83,7 @@ def retrain(
     began = time.monotonic()
     settings = config.load(Path(params))
     outcomes = [Outcome(model) for model in choose(settings, models)]
-    with dvc.Processes() as processes:
+    with Processes() as processes:
         _run_stages(outcomes, settings, force, processes)
     for outcome in outcomes:
         if not outcome.errors:
@@ -95,11 +97,11 @@ def retrain(
     create_markdown_artifact(f"| model | | |\n|---|---|---|\n{lines}\n\n{total}", key="retrain")
     failed = [f"{outcome.model}: {error}" for outcome in outcomes for error in outcome.errors]
     if failed:
-        return Failed(message="; ".join(failed))
+        return Failed(message="\n".join(failed))
     return Completed(name="UpToDate" if idle else "Completed", message=total)
 
 
-def _run_stages(outcomes: list[Outcome], settings: config.Config, force: bool, processes: dvc.Processes) -> None:
+def _run_stages(outcomes: list[Outcome], settings: config.Config, force: bool, processes: Processes) -> None:
     due: set[str] = set()
     pull = prepared = False
     names = {outcome.model: [f"{stage}@{outcome.model}" for stage in STAGES] for outcome in outcomes}
@@ -120,14 +122,22 @@ def _run_stages(outcomes: list[Outcome], settings: config.Config, force: bool, p
         if outcome.errors:
             continue
         with _noting(outcome):
-            stale = prepared
+            stale = changed = prepared
             for name in names[outcome.model]:
                 # What follows a stale stage may be stale when its turn comes; what precedes the first one is not.
                 stale = stale or name in due
-                _run(name, stale, [outcome], processes, force, pull)
+                examined = name.startswith("distill@") and _has_gpu(settings.distill_for(outcome.model))
+                if examined and (changed or name in due):
+                    dvc.examine(outcome.model, processes)
+                changed = _run(name, stale, [outcome], processes, force, pull)
 
 
-def _run(name: str, due: bool, outcomes: list[Outcome], processes: dvc.Processes, force: bool, pull: bool) -> bool:
+def _has_gpu(distill: config.Distill) -> bool:
+    """Returns whether the model is distilled on a GPU, asked without torch, which takes seconds to import."""
+    return distill.device == "cuda" or (distill.device == "auto" and shutil.which("nvidia-smi") is not None)
+
+
+def _run(name: str, due: bool, outcomes: list[Outcome], processes: Processes, force: bool, pull: bool) -> bool:
     """Runs a stage that is due, writes down what became of it, and returns whether it ran."""
     result = dvc.run_stage(name, processes, force, pull) if due else None
     for outcome in outcomes:

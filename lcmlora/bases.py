@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lcmlora import lora, singlefile
 from lcmlora.config import Base
 from lcmlora.errors import UserError
 from lcmlora.files import sha256_folder
@@ -23,20 +26,34 @@ from lcmlora.files import sha256_folder
 # `text_embeds` (B, P) and `time_ids` (B, 6).
 Conditioning = dict[str, Tensor]
 
-_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # never a pickle
+# The parts with weights, and how their files are called.
+_WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
 
 
 def fetch(name: str, base: Base, root: Path = Path("bases")) -> Path:
-    """Puts the base at `root/name` and returns that folder: downloads a hub id at its revision, links a local folder.
+    """Puts the base at `root/name` and returns that folder.
 
-    Idempotent; a changed revision downloads again.
+    A hub id is downloaded at its revision, a local folder linked, a single-file checkpoint converted. Idempotent; a
+    changed revision or variant downloads again, a changed file is converted again.
 
     Raises:
-        UserError: a hub id without revision, a folder without the parts of a pipeline, or an unreachable hub.
+        UserError: a hub id without revision, a folder without the parts of a pipeline, a file that is no checkpoint
+            of this family, or an unreachable hub.
     """
     target = root / name
     source = Path(base.source)
-    if source.exists() or base.source.startswith((".", "/", "bases/")):
+    if singlefile.names_a_file(base.source):
+        if base.config is not None and _is_local(base.config):
+            check_folder(Path(base.config))
+        singlefile.convert(name, base, target)
+        check_folder(target)
+        return target
+    if _is_local(base.source):
         check_folder(source)
         if source.resolve() != target.resolve():
             root.mkdir(parents=True, exist_ok=True)
@@ -51,27 +68,45 @@ def fetch(name: str, base: Base, root: Path = Path("bases")) -> Path:
             f"bases.{name}.revision: {base.source} is a hub id and needs a pinned commit to be reproducible"
         )
     marker = target / ".revision"
-    wanted = f"{base.source}@{base.revision}\n"
+    wanted = f"{base.source}@{base.revision} {base.variant or ''}\n"
     if marker.is_file() and marker.read_text() == wanted:
         return target
+    if target.is_symlink():  # the base was a folder before, into which nothing must be downloaded
+        target.unlink()
+    elif (target / singlefile.MARKER).is_file():
+        shutil.rmtree(target)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [f"*.{base.variant}.safetensors", *_FILES[:-1]] if base.variant else _FILES
     try:
         snapshot_download(
-            base.source,
-            revision=base.revision,
-            local_dir=target,
-            allow_patterns=patterns,
-            # Single-file checkpoints at the top would double the download.
-            ignore_patterns=["*.ckpt", "safety_checker/*", "*_lora*", "v1-*", "sd_xl_*", "SSD-1B*"],
+            base.source, revision=base.revision, local_dir=target, allow_patterns=download_patterns(base.variant)
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"bases.{name}: cannot download {base.source} at {base.revision}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"bases.{name}: cannot download {base.source} at {base.revision}: {reason}") from error
     check_folder(target)
     marker.write_text(wanted)
     return target
+
+
+def _is_local(place: str) -> bool:
+    return Path(place).exists() or place.startswith((".", "/", "bases/"))
+
+
+def download_patterns(variant: str | None) -> list[str]:
+    """Returns which files of a hub repository make a base, as the hub's patterns, in which `*` also matches `/`.
+
+    They are named one by one, since repositories also hold single-file checkpoints, ONNX and OpenVINO exports, a second
+    VAE (SDXL's vae_1_0), weights without averaging (SD-V1.5's non_ema) and pickles; together ten times the download.
+    """
+    patterns = ["model_index.json", "scheduler/*.json", "feature_extractor/*.json"]
+    patterns += [f"{part}/*.{kind}" for part in ("tokenizer", "tokenizer_2") for kind in ("json", "txt")]
+    for part, stem in _WEIGHTS.items():
+        # Above the hub's usual size a file comes in shards, `-00001-of-00002`.
+        files = (f"{stem}.{variant}", f"{stem}.{variant}-*-of-*") if variant else (stem, f"{stem}-*-of-*")
+        patterns += [f"{part}/*.json", *(f"{part}/{file}.safetensors" for file in files)]
+    return patterns
 
 
 def check_folder(folder: Path) -> None:
@@ -90,6 +125,84 @@ def identity(base: Base, folder: Path) -> dict[str, str | None]:
     return {"source": base.source, "revision": base.revision, "digest": sha256_folder(folder / "unet")}
 
 
+def unet_config(base: Base, folder: Path) -> dict[str, Any]:
+    """Returns the configuration of the base's UNet, without its weights.
+
+    It is that of the base at `folder`, else that of a local source (or of the `config` that a single file goes with),
+    else the one that comes with this package for the published bases, which holds what differs from diffusers'
+    defaults.
+
+    Raises:
+        UserError: there is none of these, or a file that is not JSON.
+    """
+    config = _local_json(base, folder, "unet/config.json")
+    if config is not None:
+        return config
+    packaged = json.loads(resources.files("lcmlora").joinpath("architectures.json").read_text(encoding="utf-8"))
+    for hub_id in (base.source, base.config):
+        if hub_id in packaged:
+            return dict(packaged[hub_id])
+    raise UserError(
+        f"{folder}/unet/config.json: no such file, and the architecture of {base.source} does not come with lcmlora; "
+        f"run `lcmlora fetch {folder.name}`"
+    )
+
+
+def _local_json(base: Base, folder: Path, file: str) -> dict[str, Any] | None:
+    places = [folder, Path(base.source), *([Path(base.config)] if base.config else [])]
+    path = next((place / file for place in places if (place / file).is_file()), None)
+    return None if path is None else _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"{path}: is not a JSON object: {error}") from None
+
+
+@dataclass(frozen=True)
+class Description:
+    """A base by its configuration alone."""
+
+    name: str
+    source: str
+    resolution: int  # pixels
+    unet_parameters: int
+    lora_parameters: int
+    adapted_layers: int
+    prediction_type: str | None  # None where no scheduler configuration is at hand
+
+
+def describe(name: str, base: Base, folder: Path, rank: int, alpha: float) -> Description:
+    """Counts the UNet of a base and an adapter of this rank on it, on torch's meta device: no weights, no memory.
+
+    Raises:
+        UserError: the UNet's configuration is not at hand, or diffusers cannot build a UNet from it.
+    """
+    from diffusers import UNet2DConditionModel
+
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    scheduler = _local_json(base, folder, "scheduler/scheduler_config.json") or {}
+    config = unet_config(base, folder)
+    with torch.device("meta"):
+        try:
+            unet = UNet2DConditionModel.from_config(config)
+        except (TypeError, ValueError, IndexError) as error:
+            raise UserError(f"bases.{name}: diffusers cannot build a UNet from its configuration: {error}") from error
+        parameters = sum(p.numel() for p in unet.parameters())
+        adapter = lora.inject(unet, rank, alpha, seed=0)
+    return Description(
+        name=name,
+        source=base.source,
+        resolution=base.resolution,
+        unet_parameters=parameters,
+        lora_parameters=sum(p.numel() for p in adapter.values()),
+        adapted_layers=lora.adapted_layers(unet),
+        prediction_type=scheduler.get("prediction_type"),
+    )
+
+
 @dataclass
 class LoadedBase:
     """A base in memory, frozen and in evaluation mode. Made by `load`."""
@@ -104,6 +217,7 @@ class LoadedBase:
     scheduler_config: dict[str, Any]
     alphas_cumprod: Tensor  # (T,) fp32 on `device`
     vae_config: dict[str, Any]
+    empty_is_zeros: bool  # the unconditional embedding is zeros, not that of the empty prompt (SDXL)
     unet: Any = None
     vae: Any = None
     tokenizers: list[Any] = field(default_factory=list)
@@ -168,7 +282,7 @@ class LoadedBase:
     def unconditional(self) -> Conditioning:
         """The unconditional embedding as one row: the empty prompt, or zeros where the base was trained so (SDXL)."""
         empty = self.encode_text([""])
-        if self.kind == "sdxl":
+        if self.empty_is_zeros:
             return {name: torch.zeros_like(value) for name, value in empty.items()}
         return empty
 
@@ -233,16 +347,19 @@ def load(
     """Loads the named parts of a diffusers folder, frozen, in evaluation mode and in `dtype` (the VAE never in fp16).
 
     Raises:
-        UserError: a part is missing from the folder or cannot be read.
+        UserError: a part is missing from the folder or cannot be read, or its configuration is one that cannot be
+            distilled.
     """
     check_folder(folder)
+    _check_latents(folder)
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = _read_json(folder / "model_index.json")
     kind = "sdxl" if "text_encoder_2" in index and index["text_encoder_2"][0] else "sd"
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    _check_schedule(folder, scheduler)
     loaded = LoadedBase(
         name=name,
         folder=folder,
@@ -253,10 +370,12 @@ def load(
         prediction_type=scheduler.config.prediction_type,
         scheduler_config=dict(scheduler.config),
         alphas_cumprod=scheduler.alphas_cumprod.float().to(device),
-        vae_config=json.loads((folder / "vae" / "config.json").read_text()),
+        vae_config=_read_json(folder / "vae" / "config.json"),
+        empty_is_zeros=kind == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
     def part(cls: Any, sub: str, **options: Any) -> Any:
+        _check_variant(name, base.variant, folder / sub)
         try:
             module = cls.from_pretrained(folder, subfolder=sub, variant=base.variant, use_safetensors=True, **options)
         except OSError as error:
@@ -277,3 +396,49 @@ def load(
             loaded.tokenizers.append(CLIPTokenizer.from_pretrained(folder / "tokenizer_2"))
             loaded.text_encoders.append(part(CLIPTextModelWithProjection, "text_encoder_2", dtype=dtype))
     return loaded
+
+
+def _check_latents(folder: Path) -> None:
+    """Raises UserError where the UNet or the VAE wants of its latents what plain Stable Diffusion does not give."""
+    unet, vae = _read_json(folder / "unet" / "config.json"), _read_json(folder / "vae" / "config.json")
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        if vae.get(key) is not None:
+            raise UserError(
+                f"{folder}/vae/config.json: {key} is set, and latents are only ever scaled here, by one number"
+            )
+    channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if channels != latent:
+        raise UserError(
+            f"{folder}/unet/config.json: in_channels is {channels} and the VAE's latents have {latent}; expected a "
+            "text-to-image base, not one for inpainting or editing"
+        )
+
+
+def _check_schedule(folder: Path, scheduler: Any) -> None:
+    """Raises UserError for a schedule that is not made of betas, or at whose end epsilon says nothing of x0."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    raw = _read_json(path)
+    if "beta_schedule" not in raw and raw.get("trained_betas") is None:
+        raise UserError(
+            f"{path}: {raw.get('_class_name', 'the scheduler')} has no beta_schedule; expected a diffusion base "
+            "(epsilon, v_prediction or sample), not one trained by flow matching or with EDM's noise levels"
+        )
+    if scheduler.config.prediction_type == "epsilon" and float(scheduler.alphas_cumprod[-1]) == 0:
+        # x0 = (x - sigma eps) / alpha (arXiv 2305.08891, section 3.3): a division by zero at T - 1.
+        raise UserError(
+            f"{path}: prediction_type is epsilon and the schedule ends in pure noise (rescale_betas_zero_snr), where "
+            "epsilon cannot give x0; set prediction_type to what the base was trained for, which is v_prediction for "
+            "such a schedule, or rescale_betas_zero_snr to false"
+        )
+
+
+def _check_variant(name: str, variant: str | None, part: Path) -> None:
+    """Raises UserError where the part's weights are there, but not in the variant that is asked for."""
+    files = sorted(path.name for path in part.glob("*.safetensors"))
+    if variant and files and not any(f".{variant}." in file or f".{variant}-" in file for file in files):
+        raise UserError(
+            f"bases.{name}.variant: {part} has no {variant} file, but {files[0]}; remove the key or change it"
+        )
+    stem = _WEIGHTS[part.name]
+    if not variant and files and not any(file.startswith((f"{stem}.safetensors", f"{stem}-")) for file in files):
+        raise UserError(f"bases.{name}.variant: {part} has {files[0]} alone; set the key to the file's variant")

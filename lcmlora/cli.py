@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -66,6 +68,25 @@ def check(context: typer.Context) -> None:
         )
 
 
+@app.command("bases")
+def list_bases(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object for each base.")] = False,
+) -> None:
+    """List the bases of params.yaml, with the parameters of each UNet and of its adapter; nothing is downloaded.
+
+    Example: lcmlora bases
+    """
+    config = _configure(context)
+    from lcmlora import overview
+
+    rows = overview.rows(config)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        overview.print_table(rows)
+
+
 @app.command()
 def pretrain(context: typer.Context) -> None:
     """Train the embedded emoji base from nothing (hours on two cores; its weights are in Git already).
@@ -83,7 +104,7 @@ def pretrain(context: typer.Context) -> None:
 
 @app.command()
 def fetch(context: typer.Context, model: Model) -> None:
-    """Put a base at bases/MODEL: download a hub id at its pinned revision, or link a local folder.
+    """Put a base at bases/MODEL: download a hub id at its revision, link a local folder, convert a single file.
 
     Example: lcmlora fetch sd15
     """
@@ -151,12 +172,21 @@ def distill(context: typer.Context, model: Model) -> None:
     Example: lcmlora distill emoji
     """
     config = _configure(context)
+    settings, launch = config.distill_for(model), config.launch_for(model)
+    from lcmlora import ranks
+
+    if launch.processes * launch.machines > 1 and not ranks.launched():
+        raise SystemExit(ranks.launch(launch, "lcmlora.cli", sys.argv[1:]))
+    with ranks.connected(settings.device) as place:
+        _distill(config, model, settings, place)
+
+
+def _distill(config, model: str, settings, place) -> None:  # type: ignore[no-untyped-def]
     from lcmlora import bases, checkpoint, registry
     from lcmlora.config import digest
     from lcmlora.data.cache import LatentCache
     from lcmlora.distill import distill as train
 
-    settings = config.distill_for(model)
     device = bases.pick_device(settings.device)
     folder = Path("bases", model)
     loaded = bases.load(
@@ -165,15 +195,16 @@ def distill(context: typer.Context, model: Model) -> None:
         folder,
         device=device,
         dtype=bases.pick_dtype(settings.precision, device),
-        parts=("unet",),
+        parts=("unet", "vae") if place.first else ("unet",),
     )
     cache = LatentCache(Path("data/latents", model))
     identity = bases.identity(config.base(model), folder)
     key = digest(settings, identity, cache.digest)[:12]
     scratch = _scratch("distill", f"{model}-{key}")
+    logged = config.registry if place.first else None
     with (
-        checkpoint.locked(scratch),
-        registry.tracking(config.registry, model, settings.model_dump(mode="json"), scratch) as run,
+        checkpoint.locked(scratch) if place.first else contextlib.nullcontext(),
+        registry.tracking(logged, model, settings.model_dump(mode="json"), scratch) as run,
     ):
         train(
             loaded,
@@ -184,8 +215,43 @@ def distill(context: typer.Context, model: Model) -> None:
             identity=identity,
             run=run.reference,
             logger=run,
+            ranks=place,
+            decode=loaded.decode if place.first else None,
         )
-    checkpoint.discard(scratch)
+    if place.first:
+        checkpoint.discard(scratch)
+
+
+@app.command()
+def doctor(
+    context: typer.Context,
+    model: Model,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Say what distilling will take: data, memory, speed, hours, disk. Takes some real steps and one validation.
+
+    Example: lcmlora doctor sdxl
+    """
+    config = _configure(context)
+    import json
+
+    from lcmlora import bases, doctor
+    from lcmlora.data.cache import LatentCache
+
+    settings, launch = config.distill_for(model), config.launch_for(model)
+    cache = LatentCache(Path("data/latents", model))
+    device = bases.pick_device(settings.device)
+    dtype = bases.pick_dtype(settings.precision, device)
+    base = bases.load(
+        model, config.base(model), Path("bases", model), device=device, dtype=dtype, parts=("unet", "vae")
+    )
+    scratch = _scratch("distill")
+    scratch.mkdir(parents=True, exist_ok=True)
+    examination = doctor.examine(base, cache, settings, launch, scratch)
+    if as_json:
+        print(json.dumps(examination.plain(), indent=2))
+    else:
+        doctor.show(examination, settings, model)
 
 
 @app.command()

@@ -84,18 +84,24 @@ class Encode(Strict):
 
 
 class Distill(Strict):
-    """Latent consistency distillation (stage `distill`); method and sources in lcmlora/objectives.py."""
+    """Distillation of the adapter (stage `distill`); the objectives and their sources are in lcmlora/objectives.py."""
 
-    objective: Literal["lcm"]
+    objective: Literal["lcm", "tcd", "pcm", "tdd"]
+    phases: Positive = 4  # pcm: the student's steps are trained for this many
+    gamma: Share = 0.3  # tcd, tdd: how far a step goes below the next timestep before noise takes it back up
+    empty_prompts: Share = 0.0  # share of the samples that are given the unconditional embedding
+    target: Literal["stop-gradient", "ema"] = "stop-gradient"  # whose weights the target is computed with
     seed: int
     steps: Positive
-    batch: Positive
+    batch: Positive  # pictures in a step, over all processes
+    accumulate: Positive = 1  # forwards into which each process divides its pictures of a step
     lr: Annotated[float, Field(gt=0)]
     warmup: Annotated[int, Field(ge=0)]
     cooldown: Share  # last share of the steps, over which the rate falls linearly to zero
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
-    ema: Annotated[float, Field(ge=0, lt=1)]  # of the LoRA; the average is what is saved
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedule-free"] = "adamw"
+    ema: Annotated[float, Field(ge=0, lt=1)]  # of the LoRA; the average is what is validated and saved
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
     # The papers' w: c + w (c - u). The pipelines' guidance_scale is w + 1.
@@ -104,15 +110,41 @@ class Distill(Strict):
     grid: Positive  # DDIM timesteps, N of Algorithm 1
     huber_c: Annotated[float, Field(gt=0)]
     weighting: Literal["uniform", "snr+1"]  # of a sample's loss, by its timestep
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    checkpointing: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
+    compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: Positive
     log_every: Positive
+    validate_every: Positive
+    validation_pictures: Positive  # kept from training, by caption; at most a tenth of the cache
 
     @model_validator(mode="after")
-    def _range(self) -> Self:
+    def _consistent(self) -> Self:
         if self.w_min > self.w_max:
             raise ValueError(f"w_min {self.w_min} is above w_max {self.w_max}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide batch {self.batch}")
+        if self.phases > self.grid:
+            raise ValueError(f"phases {self.phases} is more than the {self.grid} timesteps of grid")
+        if self.objective == "tdd" and self.grid < 8:
+            raise ValueError(f"grid {self.grid} is too coarse for tdd, whose targets are those of 4 to 8 steps")
+        if self.optimizer == "schedule-free" and self.cooldown:
+            raise ValueError(f"cooldown must be 0 with optimizer schedule-free, got {self.cooldown}")
+        return self
+
+
+class Launch(Strict):
+    """On how many processes an adapter is distilled. The result does not depend on it, but for rounding."""
+
+    processes: Positive = 1  # on each machine, one for each GPU
+    machines: Positive = 1  # each runs the same command on the same files
+    rendezvous: str | None = None  # host:port on one of the machines that all of them reach
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.machines > 1 and not self.rendezvous:
+            raise ValueError(f"rendezvous (host:port) is needed for {self.machines} machines")
         return self
 
 
@@ -158,15 +190,23 @@ class Publish(Strict):
 class Base(Strict):
     """A base model. Only what differs between bases and cannot be read from its own folder."""
 
-    source: str  # hub id, or a diffusers folder
+    source: str  # hub id, a diffusers folder, or a .safetensors file in the original layout
     revision: str | None = None  # hub commit; required for a hub id, so that a run can be repeated
+    config: str | None = None  # single file: the diffusers folder or hub id whose configurations it goes with
     variant: str | None = None  # e.g. fp16
     resolution: Positive  # pixels, width and height of the training pictures
     license: str
     # Overrides of the stages' settings for this base.
     encode: dict[str, Any] = {}
+    launch: dict[str, Any] = {}
     distill: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _config_of_a_file(self) -> Self:
+        if self.config is not None and not self.source.endswith(".safetensors"):
+            raise ValueError(f"config goes with a .safetensors source, and source is {self.source}")
+        return self
 
 
 class Config(Strict):
@@ -176,6 +216,7 @@ class Config(Strict):
     pretrain: Pretrain
     data: Data
     encode: Encode
+    launch: Launch = Launch()
     distill: Distill
     evaluation: Evaluation
     gate: Gate
@@ -198,6 +239,17 @@ class Config(Strict):
 
     def encode_for(self, model: str) -> Encode:
         return _override(self.encode, self.base(model).encode, f"bases.{model}.encode")
+
+    def launch_for(self, model: str) -> Launch:
+        """Raises UserError where the processes do not divide the batch."""
+        launch = _override(self.launch, self.base(model).launch, f"bases.{model}.launch")
+        distill, ranks = self.distill_for(model), launch.processes * launch.machines
+        if distill.batch % (ranks * distill.accumulate):
+            raise UserError(
+                f"{model}: distill.batch {distill.batch} cannot be divided among {ranks} processes (launch) with "
+                f"{distill.accumulate} forwards each (distill.accumulate)"
+            )
+        return launch
 
     def distill_for(self, model: str) -> Distill:
         return _override(self.distill, self.base(model).distill, f"bases.{model}.distill")
@@ -247,7 +299,7 @@ def load(path: Path = Path("params.yaml")) -> Config:
     except ValidationError as error:
         raise UserError(_explain(str(path), error)) from None
     for model in config.bases:  # overrides are checked here, not hours later
-        config.encode_for(model), config.distill_for(model), config.evaluation_for(model)
+        config.encode_for(model), config.launch_for(model), config.evaluation_for(model)
     return config
 
 

@@ -74,6 +74,19 @@ def ddim_grid(train_timesteps: int, points: int) -> tuple[Tensor, Tensor]:
     return upper, torch.cat([torch.zeros(1, dtype=torch.long), upper[:-1]])
 
 
+def student_timesteps(train_timesteps: int, grid: int, steps: int) -> list[int]:
+    """Returns the student's timesteps, evenly spaced by index on the descending grid: 999, 759, 499, 259 for 4 of 50.
+
+    Raises:
+        ValueError: more steps than the grid has points.
+    """
+    if steps > grid:
+        raise ValueError(f"the student knows {grid} timesteps, so it cannot take {steps} steps")
+    upper, _ = ddim_grid(train_timesteps, grid)
+    descending = upper.flip(0)
+    return [int(descending[i * grid // steps]) for i in range(steps)]
+
+
 def loss_weights(alphas_cumprod: Tensor, t: Tensor, weighting: str) -> Tensor:
     """Returns what the x0 error at each of the timesteps (N,) counts, (N,) fp32 of mean 1.
 

@@ -1,36 +1,53 @@
-"""Latent consistency distillation of a LoRA: the training loop, readable from top to bottom.
+"""Distillation of a LoRA: the training loop, readable from top to bottom.
 
 One frozen base serves as teacher (adapter off), student (adapter on, with gradients) and target (adapter on, without).
-A step costs four UNet forwards and one backward: the student, the teacher's conditional and unconditional passes in
-one batch, and the target. It reads the latent cache only: no VAE and no text encoder is in memory.
+A step costs four UNet forwards and one backward: the teacher's conditional and unconditional passes in one batch, the
+target, and the student. It reads the latent cache only: no text encoder is in memory, and a VAE only where pictures are
+asked for, behind the `decode` that is passed in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import platform
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lcmlora import diffusion, lora, objectives
 from lcmlora.bases import Conditioning, LoadedBase, unet_forward
+from lcmlora.batches import Batch, Batches, split
 from lcmlora.checkpoint import Checkpoints
 from lcmlora.config import Distill
 from lcmlora.data.cache import LatentCache
 from lcmlora.errors import UserError
+from lcmlora.execution import AdapterCheck, compiled, recompute
 from lcmlora.files import atomic_folder, write_json
+from lcmlora.objectives import Objective, Prediction, pseudo_huber
+from lcmlora.optimization import Optimization
 from lcmlora.progress import track
+from lcmlora.ranks import Ranks
+from lcmlora.validation import Validation
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_PATIENCE = 10  # steps in a row whose loss is not finite
 
 
 class Logger(Protocol):
     """Where figures go while the loop runs."""
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+    def picture(self, name: str, picture: Image, step: int) -> None: ...
 
 
 class NullLogger:
@@ -39,57 +56,8 @@ class NullLogger:
     def log(self, metrics: dict[str, float], step: int) -> None:
         del metrics, step
 
-
-@dataclass
-class Batch:
-    """One step's samples and all its randomness, on the device."""
-
-    z: Tensor  # (B, C, h, w) clean latents, drawn anew from the VAE's posterior
-    noise: Tensor  # (B, C, h, w)
-    index: Tensor  # (B,) int64, rows of the solver's grid
-    w: Tensor  # (B,) guidance in the papers' convention
-    conditioning: Conditioning
-
-
-class Batches:
-    """Step -> batch as a pure function of the seed, so that a resumed run sees what an undisturbed one would."""
-
-    def __init__(self, cache: LatentCache, settings: Distill, device: torch.device) -> None:
-        self._cache = cache
-        self._settings = settings
-        self._device = device
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.long)
-
-    def _rows(self, step: int) -> Tensor:
-        """Rows of the cache, (B,): every picture once in an epoch, in an order of its own."""
-        count, batch = len(self._cache), self._settings.batch
-        rows = []
-        for position in range(step * batch, (step + 1) * batch):
-            epoch, offset = divmod(position, count)
-            if epoch != self._epoch:
-                generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + epoch)
-                self._epoch, self._order = epoch, torch.randperm(count, generator=generator)
-            rows.append(self._order[offset])
-        return torch.stack(rows)
-
-    def draw(self, step: int) -> Batch:
-        # Drawn on the CPU: a GPU then trains on the very same numbers.
-        s = self._settings
-        generator = torch.Generator().manual_seed((s.seed + 1) * 1_000_003 + step)
-        rows = self._rows(step)
-        mean, logvar = self._cache.latents(rows)
-        z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
-        noise = torch.randn(mean.shape, generator=generator)
-        # One grid point per stratum: each is uniform by itself, and a step's loss hardly depends on the draw.
-        strata = torch.arange(s.batch) + torch.rand(s.batch, generator=generator)
-        index = (strata * s.grid / s.batch).long().clamp_(max=s.grid - 1)
-        index = index[torch.randperm(s.batch, generator=generator)]
-        w = s.w_min + (s.w_max - s.w_min) * torch.rand(s.batch, generator=generator)
-        conditioning = {k: v.to(self._device) for k, v in self._cache.conditioning(rows).items()}
-        return Batch(
-            z.to(self._device), noise.to(self._device), index.to(self._device), w.to(self._device), conditioning
-        )
+    def picture(self, name: str, picture: Image, step: int) -> None:
+        del name, picture, step
 
 
 class Teacher:
@@ -121,74 +89,45 @@ class Teacher:
         return diffusion.ddim_step(x0, noise, *diffusion.alpha_sigma(base.alphas_cumprod, t_prev))
 
 
-def loss_of(base: LoadedBase, teacher: Teacher, objective: objectives.Objective, batch: Batch) -> Tensor:
-    """Returns the weighted mean loss of a batch, a scalar with gradients to the adapter alone."""
-    t, t_prev = teacher.t[batch.index], teacher.t_prev[batch.index]
-    x = diffusion.add_noise(batch.z, batch.noise, *diffusion.alpha_sigma(base.alphas_cumprod, t))
-    x_prev = teacher.step(x, t, t_prev, batch.w, batch.conditioning)
+class Distillation:
+    """One frozen base in its roles, and what is asked of the student."""
 
-    def student(latents: Tensor, timesteps: Tensor) -> Tensor:
-        output = unet_forward(base.unet, latents, timesteps, batch.conditioning)
-        alpha, sigma = diffusion.alpha_sigma(base.alphas_cumprod, timesteps)
-        return diffusion.predicted_x0(output, latents, alpha, sigma, base.prediction_type)
+    def __init__(self, base: LoadedBase, unconditional: Conditioning, settings: Distill) -> None:
+        self.base = base
+        self.teacher = Teacher(base, unconditional, settings)
+        self.objective: Objective = objectives.make(settings, base.alphas_cumprod)
+        self._huber_c = settings.huber_c
 
-    return (teacher.weight[batch.index] * objective(student, x, t, x_prev, t_prev)).mean()
+    def noisy(self, batch: Batch, index: Tensor) -> Tensor:
+        """Returns z_{t_{n+k}} (B, C, h, w) at these rows of the grid (B,)."""
+        t = self.teacher.t[index]
+        return diffusion.add_noise(batch.z, batch.noise, *diffusion.alpha_sigma(self.base.alphas_cumprod, t))
 
+    def student(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
+        """Returns what the base with its adapter says of x (B, C, h, w) at t (B,)."""
+        output = unet_forward(self.base.unet, x, t, conditioning)
+        alpha, sigma = diffusion.alpha_sigma(self.base.alphas_cumprod, t)
+        kind = self.base.prediction_type
+        return Prediction(
+            diffusion.predicted_x0(output, x, alpha, sigma, kind),
+            diffusion.predicted_noise(output, x, alpha, sigma, kind),
+        )
 
-class Optimization:
-    """AdamW over the adapter, clipping, the moving average, and everything a checkpoint must hold of them."""
+    def losses(self, batch: Batch, target: contextlib.AbstractContextManager[object] | None = None) -> Tensor:
+        """Returns the weighted loss of each sample, (B,), with gradients to the adapter alone.
 
-    def __init__(self, parameters: dict[str, nn.Parameter], settings: Distill) -> None:
-        self._settings = settings
-        self._list: list[Tensor] = list(parameters.values())
-        self._average = [p.detach().clone() for p in self._list]
-        self._adamw = torch.optim.AdamW(self._list, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-
-    def rate(self, step: int) -> float:
-        """Linear warm-up, constant, then linear to zero over the last `cooldown` of the steps."""
-        s = self._settings
-        warm = min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0
-        cool = min(1.0, (s.steps - step) / (s.cooldown * s.steps)) if s.cooldown else 1.0
-        return s.lr * warm * cool
-
-    def step(self, step: int) -> Tensor:
-        """Applies the gradients and returns their norm before clipping. A non-finite gradient changes nothing.
-
-        The host never waits: the fused kernel divides by the clipping factor and skips on `found_inf` by itself.
+        Args:
+            target: within it the adapter has the weights that the target is computed with; the live ones without it.
         """
-        for group in self._adamw.param_groups:
-            group["lr"] = self.rate(step)
-        gradients = [p.grad for p in self._list if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        # torch's contract with fused optimizers (GradScaler uses it); the stubs do not know it.
-        kernel: Any = self._adamw
-        kernel.grad_scale = (norm / self._settings.max_grad_norm).clamp(min=1.0)
-        kernel.found_inf = (~norm.isfinite()).float()
-        self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
-        # Early weights are forgotten quickly, or a short run would average over its start.
-        decay = min(self._settings.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, [p.detach() for p in self._list], 1 - decay)
-        return norm
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "parameters": [p.detach() for p in self._list],
-            "average": self._average,
-            "adamw": self._adamw.state_dict(),
-        }
-
-    @torch.no_grad()
-    def restore(self, state: dict[str, Any]) -> None:
-        torch._foreach_copy_(self._list, state["parameters"])
-        torch._foreach_copy_(self._average, state["average"])
-        self._adamw.load_state_dict(state["adamw"])
-
-    @torch.no_grad()
-    def use_average(self, dtype: torch.dtype) -> None:
-        """Puts the average, rounded as the file will round it, into the live student."""
-        for parameter, average in zip(self._list, self._average, strict=True):
-            parameter.copy_(average.to(dtype))
+        t, t_prev = self.teacher.t[batch.index], self.teacher.t_prev[batch.index]
+        x = self.noisy(batch, batch.index)
+        x_prev = self.teacher.step(x, t, t_prev, batch.w, batch.conditioning)
+        s = self.objective.destination(batch.index, batch.u)
+        # The target first: what the student's forward keeps for the backward pass must not change any more.
+        with torch.no_grad(), target or contextlib.nullcontext():
+            aim = self.objective.jump(x_prev, self.student(x_prev, t_prev, batch.conditioning), t_prev, s)
+        online = self.objective.jump(x, self.student(x, t, batch.conditioning), t, s)
+        return self.teacher.weight[batch.index] * pseudo_huber(online, aim, self._huber_c)
 
 
 def distill(
@@ -201,87 +140,204 @@ def distill(
     identity: dict[str, Any],
     run: dict[str, Any],
     logger: Logger,
+    ranks: Ranks | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
     """Trains the adapter and writes the folder `out`; returns its config.json.
+
+    Of many processes all call this with the same arguments; the first one writes, validates and logs.
 
     Args:
         base: with its UNet loaded, bare; it carries the adapter, active, when this returns.
         scratch: a locked folder of this configuration alone; a checkpoint in it is continued.
         identity: what config.json says of the base.
         run: where the figures are logged, written to run.json.
+        decode: latents to pictures in [0, 1], for the validation pictures; without it there are none.
 
     Raises:
-        UserError: the cache was made for other latents, holds less than a batch, or the loss is not finite.
+        UserError: the cache was made for other latents or holds less than a batch, the loss is not finite ten times in
+            a row, the adapter does not do what it should, or the processes have different files.
     """
+    ranks = ranks or Ranks()
     if cache.latent_shape != base.latent_shape:
         raise UserError(
             f"the latent cache holds {cache.latent_shape}, {base.name} needs {base.latent_shape}: encode again"
         )
-    if len(cache) < settings.batch:
-        raise UserError(f"distill.batch: {settings.batch} is more than the {len(cache)} pictures of the cache")
-    parameters = lora.inject(base.unet, settings.rank, settings.alpha, settings.seed)
-    if base.dtype == torch.float32:
-        lora.merge_forwards(base.unet)
-    optimization = Optimization(parameters, settings)
+    rows, held = split(cache, settings)
+    if len(rows) < settings.batch or not len(held):
+        raise UserError(
+            f"distill.batch: {settings.batch} is more than the {len(rows)} pictures of the cache that are left beside "
+            f"{len(held)} for validation"
+        )
+    unconditional = cache.unconditional()
+    batches = Batches(cache, rows, settings, base.device, ranks, unconditional)
+    probe = _probe(base, batches.at(range(-2, 0), rows[:1].expand(2)))
+    check = AdapterCheck(base, *probe)
+    optimization = equip(base, settings, ranks)
+    distillation = Distillation(base, unconditional, settings)
+
     checkpoints = Checkpoints(scratch)
-    start = 0
-    state = checkpoints.load()
-    if state:
+    state = checkpoints.load() or {"step": 0, "loss": float("nan"), "best": None, "history": {}}
+    if "optimization" in state:
         optimization.restore(state["optimization"])
-        start = state["step"]
-    batches = Batches(cache, settings, base.device)
-    teacher = Teacher(base, cache.unconditional(), settings)
-    objective = objectives.make(settings)
+    ranks.agree(base=identity, latent_cache=cache.digest, settings=settings, first_step=state["step"])
+    check.teacher(compiled=settings.compile)
+    validation = None
+    if ranks.first and state["step"] < settings.steps:
+        validation = Validation(distillation, cache, held, settings, batches.size, decode)
 
-    losses: list[Tensor] = []
-    last_loss = state["loss"] if state else float("nan")
+    window = _Window(batches, settings, cache, ranks)
+    remaining = range(state["step"], settings.steps)
     progress = track(
-        range(start, settings.steps), "distill", total=settings.steps, completed=start, unit=settings.batch
+        remaining,
+        "distill",
+        total=settings.steps,
+        completed=remaining.start,
+        unit=settings.batch,
+        quiet=not ranks.first,
     )
-    began = time.monotonic()
     for step in progress:
-        loss = loss_of(base, teacher, objective, batches.draw(step))
-        loss.backward()
-        norm = optimization.step(step)
-        losses.append(loss.detach())
-        done = step + 1
-        if done % settings.log_every == 0 or done == settings.steps:
-            last_loss = torch.stack(losses).mean().item()
-            if not last_loss == last_loss:
-                raise UserError(f"step {done}: the loss is not finite; lower distill.lr or raise distill.precision")
-            rate = len(losses) * settings.batch / (time.monotonic() - began)
-            figures = {"loss": last_loss, "gradient_norm": norm.item(), "learning_rate": optimization.rate(step)}
-            logger.log(figures | {"images_per_second": rate}, done)
-            progress.note(loss=last_loss)
-            losses, began = [], time.monotonic()
-        if done % settings.checkpoint_every == 0 or done == settings.steps:
-            checkpoints.save({"optimization": optimization.state(), "step": done, "loss": last_loss})
+        losses, norm = take_step(distillation, optimization, batches, settings, step)
+        window.add(step, losses)
 
-    # Weights of a half-precision base are released in fp16, as the published adapters are.
-    dtype = torch.float32 if base.dtype == torch.float32 else torch.float16
-    optimization.use_average(dtype)
+        done = state["step"] = step + 1
+        last = done == settings.steps
+        saving = last or done % settings.checkpoint_every == 0
+        if saving or done % settings.log_every == 0:
+            figures = window.close(norm)
+            check.student()
+            state["loss"] = figures["loss"]
+            logger.log(figures | {"learning_rate": optimization.rate(step)}, done)
+            progress.note(loss=figures["loss"])
+        if validation and (last or done % settings.validate_every == 0):
+            with window.paused(), optimization.averaged() as weights:
+                loss = validation.look(done, logger)
+                if state["best"] is None or loss < state["best"]["loss"]:
+                    state["best"] = {"step": done, "loss": loss, "weights": weights.to("cpu", copy=True)}
+            progress.note(validation=loss)
+            state["history"][str(done)] = loss
+        if saving and ranks.first:
+            with window.paused():
+                checkpoints.save(state | {"optimization": optimization.state()})
+
     facts = {
         "model": base.name,
         "base": identity,
         "prediction_type": base.prediction_type,
         "data_digest": cache.digest,
-        "pictures": len(cache),
+        "pictures": len(rows),
         "distill": settings.model_dump(mode="json"),
         "steps": settings.steps,
-        "final_loss": last_loss,
+        "final_loss": state["loss"],
+        "sampler": asdict(distillation.objective.sampler) | {"grid": settings.grid},
         "seed": settings.seed,
         "adapted_layers": lora.adapted_layers(base.unet),
-        "lora_parameters": sum(p.numel() for p in parameters.values()),
+        "lora_parameters": lora.parameters(base.unet),
         "versions": versions(),
     }
-    with atomic_folder(out) as folder:
-        tensors = lora.state_dict(base.unet)
-        lora.save_file(tensors, folder / lora.WEIGHTS, dtype=dtype, metadata=lora.adapter_metadata(settings.rank))
-        write_json(folder / "scheduler_config.json", scheduler_config(base, settings.grid))
-        write_json(folder / "config.json", facts)
-        write_json(folder / "run.json", run)
-        _save_probe(base, cache, settings, folder / "probe.safetensors")
+    if ranks.first:
+        best = state["best"]
+        facts["validation"] = {"pictures": len(held), "loss": state["history"], "best_step": best["step"]}
+        # Weights of a half-precision base are released in fp16, as the published adapters are.
+        dtype = torch.float32 if base.dtype == torch.float32 else torch.float16
+        optimization.use(best["weights"], dtype)
+        scheduler = scheduler_config(base, distillation.objective.sampler.scheduler, settings.grid)
+        with atomic_folder(out) as folder:
+            tensors, metadata = lora.state_dict(base.unet), lora.adapter_metadata(settings.rank)
+            lora.save_file(tensors, folder / lora.WEIGHTS, dtype=dtype, metadata=metadata)
+            write_json(folder / "scheduler_config.json", scheduler)
+            write_json(folder / "config.json", facts)
+            write_json(folder / "run.json", run)
+            _save_probe(base, probe, folder / "probe.safetensors")
+    ranks.wait()
     return facts
+
+
+def equip(base: LoadedBase, settings: Distill, ranks: Ranks | None = None) -> Optimization:
+    """Gives a bare base its adapter, executed as the settings say, and returns the adapter's optimization."""
+    parameters = lora.inject(base.unet, settings.rank, settings.alpha, settings.seed)
+    lora.direct_forwards(base.unet)
+    recompute(base.unet, settings.checkpointing)
+    if settings.compile:
+        compiled(base.unet)
+    scaled = base.dtype == torch.float16 and base.device.type == "cuda"
+    return Optimization(parameters, settings, ranks=ranks, scaled=scaled)
+
+
+def take_step(
+    distillation: Distillation, optimization: Optimization, batches: Batches, settings: Distill, step: int
+) -> tuple[Tensor, Tensor]:
+    """Returns the losses of this process's samples, (accumulate, B), and the norm of the gradient over all, ()."""
+    losses = []
+    for part in range(settings.accumulate):
+        target = optimization.averaged() if settings.target == "ema" else None
+        loss = distillation.losses(batches.draw(step, part), target)
+        optimization.backward(loss.mean() / settings.accumulate)
+        losses.append(loss.detach())
+    return torch.stack(losses), optimization.step(step)
+
+
+class _Window:
+    """The losses since the last look at them. They stay on the device, which the host waits for only when looking."""
+
+    def __init__(self, batches: Batches, settings: Distill, cache: LatentCache, ranks: Ranks) -> None:
+        self._batches = batches
+        self._settings = settings
+        self._cache = cache
+        self._ranks = ranks
+        self._loss = float("nan")  # of the last window that had one
+        self._bad = 0  # steps in a row up to now whose loss is not finite
+        self._losses: list[tuple[int, Tensor]] = []
+        self._began = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The rate does not count the time spent in this block."""
+        paused = time.monotonic()
+        yield
+        self._began += time.monotonic() - paused
+
+    def add(self, step: int, losses: Tensor) -> None:
+        self._losses.append((step, losses))
+
+    def close(self, norm: Tensor) -> dict[str, float]:
+        """Returns the figures of the steps since the last call: the mean of the losses that are finite, and the rate.
+
+        Raises:
+            UserError: too many steps in a row had a loss that is not finite; with the pictures it came from.
+        """
+        s = self._settings
+        first, last = self._losses[0][0], self._losses[-1][0]
+        losses = torch.zeros(last - first + 1, s.batch, device=norm.device)
+        for step, values in self._losses:
+            place = self._batches.positions(step, 0).start - step * s.batch
+            losses[step - first, place : place + values.numel()] = values.flatten()
+        self._ranks.add_up(losses)
+        finite = losses.isfinite().all(1).tolist()
+        for offset, fine in enumerate(finite):
+            self._bad = 0 if fine else self._bad + 1
+            if self._bad == _PATIENCE:
+                step = first + offset
+                rows = self._batches.rows(range(step * s.batch, (step + 1) * s.batch))
+                culprits = self._cache.names(rows[~losses[offset].isfinite().cpu()])
+                raise UserError(
+                    f"step {step + 1}: the loss is not finite, for the {_PATIENCE}th time in a row; lower distill.lr "
+                    f"or raise distill.precision. In this step it was so for {', '.join(dict.fromkeys(culprits))}"
+                )
+        skipped = len(finite) - sum(finite)
+        if skipped and self._ranks.first:
+            told = f"of the steps {first + 1} to {last + 1} {skipped} were skipped: their loss was not finite"
+            print(f"warning: {told}", file=sys.stderr, flush=True)
+        if any(finite):
+            self._loss = losses[torch.tensor(finite)].mean().item()
+        rate = losses.numel() / (time.monotonic() - self._began)
+        self._losses, self._began = [], time.monotonic()
+        return {
+            "loss": self._loss,
+            "gradient_norm": norm.item(),
+            "images_per_second": rate,
+            "skipped_steps": float(skipped),
+        }
 
 
 def versions() -> dict[str, str]:
@@ -289,23 +345,31 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "diffusers", "peft")}
 
 
-def scheduler_config(base: LoadedBase, grid: int) -> dict[str, Any]:
-    """Returns the LCMScheduler configuration that belongs to an adapter of this base."""
-    from diffusers import LCMScheduler
+def scheduler_config(base: LoadedBase, name: str, grid: int) -> dict[str, Any]:
+    """Returns the configuration of diffusers' scheduler of this name for an adapter of this base."""
+    import diffusers
 
-    return dict(LCMScheduler.from_config(base.scheduler_config, original_inference_steps=grid).config)
+    scheduler = getattr(diffusers, name).from_config(base.scheduler_config, original_inference_steps=grid)
+    return dict(scheduler.config) | {"_class_name": name}
+
+
+Probe = tuple[Tensor, Tensor, Conditioning]
+
+
+def _probe(base: LoadedBase, batch: Batch) -> Probe:
+    """Returns latents, timesteps and conditioning of one fixed forward."""
+    timesteps = len(base.alphas_cumprod)
+    t = torch.tensor([timesteps - 1, timesteps // 2], device=base.device)
+    return batch.noise, t, {name: value.contiguous() for name, value in batch.conditioning.items()}
 
 
 @torch.no_grad()
-def _save_probe(base: LoadedBase, cache: LatentCache, settings: Distill, path: Path) -> None:
+def _save_probe(base: LoadedBase, probe: Probe, path: Path) -> None:
     """Writes one forward of the live student and of the base alone, for whoever reloads the file to compare with."""
-    batch = Batches(cache, settings, base.device).draw(0)
-    latents = batch.noise[:2]
-    timesteps = torch.tensor([len(base.alphas_cumprod) - 1, len(base.alphas_cumprod) // 2], device=base.device)
-    conditioning = {k: v[:2].contiguous() for k, v in batch.conditioning.items()}
-    student = unet_forward(base.unet, latents, timesteps, conditioning)
+    latents, timesteps, conditioning = probe
+    student = unet_forward(base.unet, *probe)
     with lora.disabled(base.unet):
-        alone = unet_forward(base.unet, latents, timesteps, conditioning)
+        alone = unet_forward(base.unet, *probe)
     tensors = {"latents": latents, "timesteps": timesteps, "student": student, "base": alone} | conditioning
     from safetensors.torch import save_file
 

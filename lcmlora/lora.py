@@ -79,21 +79,29 @@ def _layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def merge_forwards(unet: nn.Module) -> None:
-    """Lets every adapted layer run as one kernel over W + scale B A, with gradients to A and B as before.
+def direct_forwards(unet: nn.Module, *, merged: bool | None = None) -> None:
+    """Gives every adapted layer a forward of few kernels in the base's precision, with fp32 gradients to A and B.
 
-    Small models on a CPU pay for kernels, not for the product: compare `python -m benchmarks.step` with and without
-    --unmerged. For fp32 bases alone: in bf16 most of an early adapter would be rounded away in the sum.
+    PEFT casts the input to fp32, multiplies there, scales apart and casts back. Here A and B are cast instead.
+
+    Args:
+        merged: one kernel over W + scale B A, which pays where models are small and kernels cost more than products
+            (compare `python -m benchmarks.step` with and without --unmerged); by default for fp32 bases, since in bf16
+            most of an early adapter would be rounded away in the sum.
     """
     for _, layer in _layers(unet):
-        layer.forward = _merged_conv(layer) if isinstance(layer.base_layer, nn.Conv2d) else _merged_linear(layer)
+        full = layer.base_layer.weight.dtype == torch.float32 if merged is None else merged
+        if isinstance(layer.base_layer, nn.Conv2d):
+            layer.forward = _merged_conv(layer) if full else _beside_conv(layer)
+        else:
+            layer.forward = _merged_linear(layer) if full else _beside_linear(layer)
 
 
 def _merged_conv(layer: Any) -> Callable[[Tensor], Tensor]:
     base, a, b = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
 
     def forward(x: Tensor) -> Tensor:
-        if layer.disable_adapters:
+        if layer._disable_adapters:
             return base(x)
         delta = (b.weight.flatten(1) @ a.weight.flatten(1)).view_as(base.weight)
         return base._conv_forward(x, torch.add(base.weight, delta, alpha=layer.scaling[ADAPTER]), base.bias)
@@ -105,7 +113,7 @@ def _merged_linear(layer: Any) -> Callable[[Tensor], Tensor]:
     base, a, b = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
 
     def forward(x: Tensor) -> Tensor:
-        if layer.disable_adapters:
+        if layer._disable_adapters:
             return base(x)
         weight = torch.addmm(base.weight, b.weight, a.weight, alpha=layer.scaling[ADAPTER])
         return nn.functional.linear(x, weight, base.bias)
@@ -113,9 +121,38 @@ def _merged_linear(layer: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def _beside_conv(layer: Any) -> Callable[[Tensor], Tensor]:
+    base, a, b = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+
+    def forward(x: Tensor) -> Tensor:
+        if layer._disable_adapters:
+            return base(x)
+        inner = a._conv_forward(x, a.weight.to(x.dtype), None)
+        return base(x) + nn.functional.conv2d(inner, (layer.scaling[ADAPTER] * b.weight).to(x.dtype))
+
+    return forward
+
+
+def _beside_linear(layer: Any) -> Callable[[Tensor], Tensor]:
+    base, a, b = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+
+    def forward(x: Tensor) -> Tensor:
+        if layer._disable_adapters:
+            return base(x)
+        inner = nn.functional.linear(x, a.weight.to(x.dtype))
+        return base(x) + nn.functional.linear(inner, (layer.scaling[ADAPTER] * b.weight).to(x.dtype))
+
+    return forward
+
+
 def adapted_layers(unet: nn.Module) -> int:
     """Returns how many layers of the UNet carry the adapter."""
     return sum(1 for _ in _layers(unet))
+
+
+def parameters(unet: nn.Module) -> int:
+    """Returns how many numbers the adapter has."""
+    return sum(p.numel() for name, p in unet.named_parameters() if f".{ADAPTER}." in name)
 
 
 def state_dict(unet: nn.Module) -> dict[str, Tensor]:

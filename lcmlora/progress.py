@@ -15,12 +15,13 @@ _LOG_EVERY = 15.0  # seconds between lines where there is no terminal
 class Track(Generic[T]):
     """Iterates over `items` while showing how many are done, the rate, the time left and the figures noted."""
 
-    def __init__(self, items: Iterable[T], label: str, total: int, completed: int, unit: int) -> None:
+    def __init__(self, items: Iterable[T], label: str, total: int, completed: int, unit: int, quiet: bool) -> None:
         self._items = items
         self._label = label
         self._total = total
         self._start = completed
         self._unit = unit
+        self._quiet = quiet
         self._figures: dict[str, float] = {}
 
     def note(self, **figures: float) -> None:
@@ -28,6 +29,8 @@ class Track(Generic[T]):
         self._figures |= figures
 
     def __iter__(self) -> Iterator[T]:
+        if self._quiet:
+            return iter(self._items)
         return self._on_terminal() if sys.stderr.isatty() else self._in_log()
 
     def _text(self, done: int, seconds: float) -> str:
@@ -69,11 +72,21 @@ class Track(Generic[T]):
                 bar.update(task, completed=done, text=self._text(done, time.monotonic() - began))
 
 
-def track(items: Iterable[T], label: str, *, total: int | None = None, completed: int = 0, unit: int = 1) -> Track[T]:
+def track(
+    items: Iterable[T],
+    label: str,
+    *,
+    total: int | None = None,
+    completed: int = 0,
+    unit: int = 1,
+    quiet: bool = False,
+) -> Track[T]:
     """Returns an iterable over `items` that shows its progress on standard error.
 
     Args:
         total: how many items there are in all, those already `completed` by an earlier run included.
         unit: how many things one item stands for (pictures in a batch), for the rate.
+        quiet: show nothing, where another process does.
     """
-    return Track(items, label, len(items) if total is None else total, completed, unit)  # type: ignore[arg-type]
+    count = len(items) if total is None else total  # type: ignore[arg-type]
+    return Track(items, label, count, completed, unit, quiet)

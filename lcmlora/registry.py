@@ -14,12 +14,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lcmlora import release
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
 from lcmlora.evaluation.gate import record
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _FLUSH_SECONDS = 5.0
 _RUN_FILE = "mlflow_run.json"  # in the scratch folder of a distillation: a resumed one continues its run
@@ -66,23 +69,35 @@ class Run:
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._send()
 
+    def picture(self, name: str, picture: Image, step: int) -> None:
+        """Logs a picture at a step, beside the figures of its name."""
+        if self._client is None:
+            return
+        with self._carrying_on():
+            self._client.log_image(self.id, picture, key=name, step=step)
+
     def end(self, status: str) -> None:
         """Logs what still waits and closes the run."""
         if self._client is not None:
             self._send(status)
 
     def _send(self, status: str | None = None) -> None:
+        with self._carrying_on():
+            for start in range(0, len(self._waiting), 1000):  # MLflow's limit for one request
+                self._client.log_batch(self.id, metrics=self._waiting[start : start + 1000])
+            if status:
+                self._client.set_terminated(self.id, status)
+        self._waiting, self._flushed = [], time.monotonic()
+
+    @contextlib.contextmanager
+    def _carrying_on(self) -> Iterator[None]:
         assert self._settings is not None
         try:
             with _reaching(self._settings, "training goes on without it"):
-                for start in range(0, len(self._waiting), 1000):  # MLflow's limit for one request
-                    self._client.log_batch(self.id, metrics=self._waiting[start : start + 1000])
-                if status:
-                    self._client.set_terminated(self.id, status)
+                yield
         except UserError as error:
             print(f"warning: {error}", file=sys.stderr, flush=True)
             self._client = None  # said once
-        self._waiting, self._flushed = [], time.monotonic()
 
 
 @contextlib.contextmanager

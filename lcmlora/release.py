@@ -32,6 +32,14 @@ CHECKSUMS = "SHA256SUMS"
 _TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-2}
 
 
+_METHODS = {
+    "lcm": "Latent consistency distillation (arXiv 2310.04378, 2311.05556)",
+    "tcd": "Trajectory consistency distillation (arXiv 2402.19159)",
+    "pcm": "Phased consistency distillation (arXiv 2405.18407)",
+    "tdd": "Target-driven distillation (arXiv 2409.01347)",
+}
+
+
 @dataclass(frozen=True)
 class Proof:
     """How close the reloaded adapter is to the trained one. Shares of the student's largest output."""
@@ -186,7 +194,7 @@ def prove(release: Path, base: Base, base_folder: Path, probe: Path, precision: 
 
 
 def _load_pipeline(release: Path, base: Base, base_folder: Path, dtype: torch.dtype) -> Any:
-    from diffusers import DiffusionPipeline, LCMScheduler
+    import diffusers
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
@@ -195,12 +203,13 @@ def _load_pipeline(release: Path, base: Base, base_folder: Path, dtype: torch.dt
     listed = _read_json(base_folder / "model_index.json")
     absent = {n: None for n, part in listed.items() if isinstance(part, list) and not (base_folder / n).exists()}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
             base_folder, torch_dtype=dtype, variant=base.variant, use_safetensors=True, **absent
         )
         pipeline.load_lora_weights(release, weight_name=WEIGHTS)
-        scheduler = LCMScheduler.from_config(_read_json(release / SCHEDULER))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        settings = _read_json(release / SCHEDULER)
+        scheduler = getattr(diffusers, settings["_class_name"]).from_config(settings)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{release / WEIGHTS}: plain diffusers cannot load it on {base_folder}: {reason}") from error
     mine, theirs = scheduler.config.prediction_type, pipeline.scheduler.config.prediction_type
@@ -223,6 +232,7 @@ def _card(model: str, base: Base, made: dict[str, Any], figures: dict[str, Any],
         "inference": False,
     }
     cost = figures["network_evaluations"]
+    sampler = made["sampler"]
     rows = [
         {
             "name": name,
@@ -241,6 +251,9 @@ def _card(model: str, base: Base, made: dict[str, Any], figures: dict[str, Any],
         model=model,
         base=base,
         made=made,
+        method=_METHODS[made["distill"]["objective"]],
+        scheduler=sampler["scheduler"],
+        gamma=sampler["gamma"],
         distill=made["distill"],
         figures=figures,
         rows=rows,

@@ -5,7 +5,6 @@ Every random number belongs to a picture, by (seed, index, step), so a picture d
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lcmlora import diffusion
 from lcmlora.bases import Conditioning, LoadedBase
+from lcmlora.noise import generator
 
 SOLVERS = ("ddim", "dpm++", "unipc", "euler")
 STUDENT = "lcm"
@@ -28,14 +28,7 @@ def initial_noise(shape: Sequence[int], seed: int, indices: Sequence[int], step:
         shape: (C, h, w).
         step: 0 for what a picture starts from; the n-th step of the student ends by adding that of step n.
     """
-    return torch.stack([torch.randn(tuple(shape), generator=picture_generator(seed, i, step)) for i in indices])
-
-
-def picture_generator(seed: int, index: int, step: int) -> torch.Generator:
-    """Returns the CPU generator from which this step of this picture draws all its noise."""
-    # Hashed, or neighbouring seeds and indices could share their numbers.
-    key = hashlib.blake2b(f"{seed}/{index}/{step}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key, "big"))
+    return torch.stack([torch.randn(tuple(shape), generator=generator(seed, i, step)) for i in indices])
 
 
 def network_evaluations(method: str, steps: int, guidance_scale: float) -> int:
@@ -73,6 +66,7 @@ def sample(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     grid: int = 50,
+    gamma: float | None = None,
     spacing: str = "trailing",
 ) -> Tensor:
     """Returns latents (B, C, h, w) fp32 on the base's device.
@@ -90,6 +84,7 @@ def sample(
         unconditional: one row; conditional and unconditional pass go through the network as one batch.
         seed, indices: whose noise the student adds between its steps; solvers and a single step need none.
         grid: the student's steps are taken from this many points (`original_inference_steps` of its scheduler).
+        gamma: of a student that is drawn with by TCDScheduler; None is LCMScheduler's way.
         spacing: trailing, leading or linspace, for the solvers.
 
     Raises:
@@ -106,7 +101,10 @@ def sample(
     def fresh(step: int) -> Tensor:
         return initial_noise(noise.shape[1:], seed, indices or (), step).to(base.device)
 
-    return _few_steps(base, predict, latents, student_timesteps(len(base.alphas_cumprod), grid, steps), fresh)
+    timesteps = diffusion.student_timesteps(len(base.alphas_cumprod), grid, steps)
+    if gamma is None:
+        return _jumps_to_zero(base, predict, latents, timesteps, fresh)
+    return _jumps_along(base, predict, latents, timesteps, fresh, gamma)
 
 
 def _check(method: str, steps: int) -> None:
@@ -136,20 +134,7 @@ def _predictor(
 # --- the student ------------------------------------------------------------------------------------------------
 
 
-def student_timesteps(train_timesteps: int, grid: int, steps: int) -> list[int]:
-    """Returns the student's timesteps, evenly spaced by index on the descending grid: 999, 759, 499, 259 for 4 of 50.
-
-    Raises:
-        ValueError: more steps than the grid has points.
-    """
-    if steps > grid:
-        raise ValueError(f"the student knows {grid} timesteps, so it cannot take {steps} steps")
-    upper, _ = diffusion.ddim_grid(train_timesteps, grid)
-    descending = upper.flip(0)
-    return [int(descending[i * grid // steps]) for i in range(steps)]
-
-
-def _few_steps(
+def _jumps_to_zero(
     base: LoadedBase, predict: Predict, latents: Tensor, timesteps: list[int], fresh: Callable[[int], Tensor]
 ) -> Tensor:
     """Multistep consistency sampling (arXiv 2310.04378, Algorithm 3): jump to x0, add noise up to the next timestep."""
@@ -160,6 +145,33 @@ def _few_steps(
         latents = diffusion.consistency(latents, x0, time)
         if step < len(timesteps):
             latents = diffusion.add_noise(latents, fresh(step), *levels[step])
+    return latents
+
+
+def _jumps_along(
+    base: LoadedBase,
+    predict: Predict,
+    latents: Tensor,
+    timesteps: list[int],
+    fresh: Callable[[int], Tensor],
+    gamma: float,
+) -> Tensor:
+    """Strategic stochastic sampling (arXiv 2402.19159, Algorithm 4): jump to floor((1 - gamma) t'), below the next
+    timestep t', and add noise up to it. Without noise for gamma 0."""
+    for step, (t, following) in enumerate(zip(timesteps, [*timesteps[1:], 0], strict=True), start=1):
+        # math.floor of a float product would differ from diffusers, which multiplies in fp32.
+        below = int(torch.floor((1 - gamma) * torch.tensor(following)))
+        levels = [
+            diffusion.alpha_sigma(base.alphas_cumprod, torch.tensor([n], device=base.device))
+            for n in (t, below, following)
+        ]
+        output = predict(latents, torch.tensor([t], device=base.device))
+        x0 = diffusion.predicted_x0(output, latents, *levels[0], base.prediction_type)
+        noise = diffusion.predicted_noise(output, latents, *levels[0], base.prediction_type)
+        latents = diffusion.ddim_step(x0, noise, *levels[1])
+        if gamma and step < len(timesteps):
+            kept = levels[2][0] / levels[1][0]
+            latents = diffusion.add_noise(latents, fresh(step), kept, (1 - kept.square()).sqrt())
     return latents
 
 

@@ -59,7 +59,7 @@ def write_stages(
     _save_probe(base, adapter / "probe.safetensors", generator)
     from diffusers import LCMScheduler
 
-    scheduler = dict(LCMScheduler.from_config(base.scheduler_config).config)
+    scheduler = dict(LCMScheduler.from_config(base.scheduler_config).config) | {"_class_name": "LCMScheduler"}
     (adapter / "scheduler_config.json").write_text(json.dumps(scheduler))
     facts = {
         "model": model,
@@ -68,6 +68,8 @@ def write_stages(
         "pictures": 100,
         "distill": load_settings(base.folder).distill.model_dump(mode="json"),
         "steps": 600,
+        "sampler": {"scheduler": "LCMScheduler", "gamma": None, "grid": 50},
+        "validation": {"pictures": 24, "loss": {"300": 0.25, "600": 0.2}, "best_step": 600},
         "final_loss": 0.0123,
         "seed": 0,
         "adapted_layers": lora.adapted_layers(base.unet),

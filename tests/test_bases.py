@@ -1,19 +1,41 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from huggingface_hub.utils import filter_repo_objects
 
-from lcmlora import bases
+from lcmlora import bases, diffusion
 from lcmlora.config import Base
 from lcmlora.errors import UserError
-from tests.miniature import RESOLUTION, save_base
+from tests.miniature import ARCHITECTURES, RESOLUTION, SDXL_FAMILY, save_base
+
+CAPTIONS = ["red apple", "tree"]
 
 
 def _settings(source: str | Path, **changes: object) -> Base:
     return Base.model_validate({"source": str(source), "resolution": RESOLUTION, "license": "mit"} | changes)
+
+
+def _load(folder: Path, parts: tuple[str, ...] = ("unet", "vae", "text"), **changes: object) -> bases.LoadedBase:
+    return bases.load("mine", _settings(folder, **changes), folder, device=torch.device("cpu"), parts=parts)
+
+
+def _changed(folder: Path, to: Path, file: str, **changes: object) -> Path:
+    """Copies a base with some keys of one of its JSON files changed."""
+    shutil.copytree(folder, to)
+    path = to / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return to
+
+
+def _encode(pipeline: Any, captions: list[str]) -> tuple[torch.Tensor, ...]:
+    """The pipeline's own embeddings: conditional, unconditional and, for SDXL, the pooled ones of both."""
+    return pipeline.encode_prompt(captions, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
 
 
 def test_a_loaded_base_is_frozen_and_knows_its_schedule_and_latents(base: bases.LoadedBase):
@@ -31,27 +53,130 @@ def test_the_prediction_type_is_the_bases_own(tmp_path: Path):
     assert loaded.unet is None and loaded.vae is None and not loaded.text_encoders
 
 
-def test_text_and_forward_equal_the_diffusers_pipeline(base: bases.LoadedBase, base_folder: Path):
-    pipeline = StableDiffusionPipeline.from_pretrained(base_folder)
-    theirs, empty = pipeline.encode_prompt(["red apple", "tree"], "cpu", 1, True)
-    ours = base.encode_text(["red apple", "tree"])
+@pytest.mark.parametrize("architecture", ("mini", *ARCHITECTURES))
+def test_text_and_forward_equal_the_diffusers_pipelines_own(miniatures: Callable[[str], Path], architecture: str):
+    folder = miniatures(architecture)
+    base, pipeline = _load(folder), DiffusionPipeline.from_pretrained(folder)
+    theirs, empty, *pooled = _encode(pipeline, CAPTIONS)
+    ours, unconditional = base.encode_text(CAPTIONS), base.unconditional()
     torch.testing.assert_close(ours["encoder_hidden_states"], theirs)
-    torch.testing.assert_close(base.unconditional()["encoder_hidden_states"], empty[:1])
+    torch.testing.assert_close(unconditional["encoder_hidden_states"], empty[:1])
+    added = {}
+    if architecture in SDXL_FAMILY:
+        assert (base.kind, ours["text_embeds"].shape) == ("sdxl", (2, 12))
+        torch.testing.assert_close(ours["text_embeds"], pooled[0])
+        torch.testing.assert_close(unconditional["text_embeds"], pooled[1][:1])
+        assert all(not value.any() for value in unconditional.values())
+        added = {"text_embeds": pooled[0], "time_ids": base.time_ids(rows=2)}
+        ours["time_ids"] = base.time_ids(rows=2)
+    else:
+        assert (base.kind, ours.keys()) == ("sd", {"encoder_hidden_states"})
+        assert unconditional["encoder_hidden_states"].any()
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
     with torch.no_grad():
-        torch.testing.assert_close(base.predict(x, t, ours), pipeline.unet(x, t, theirs).sample)
+        expected = pipeline.unet(x, t, theirs, added_cond_kwargs=added).sample
+    torch.testing.assert_close(base.predict(x, t, ours), expected)
 
 
-def test_latents_carry_the_scaling_factor_both_ways(base: bases.LoadedBase, base_folder: Path):
-    vae = StableDiffusionPipeline.from_pretrained(base_folder).vae
+def test_an_sdxl_base_without_forced_zeros_has_the_empty_prompt(miniatures: Callable[[str], Path], tmp_path: Path):
+    index = {"force_zeros_for_empty_prompt": False}
+    folder = _changed(miniatures("sdxl"), tmp_path / "sdxl", "model_index.json", **index)
+    _, empty, _, pooled = _encode(DiffusionPipeline.from_pretrained(folder), CAPTIONS)
+    ours = _load(folder, parts=("text",)).unconditional()
+    torch.testing.assert_close(ours["encoder_hidden_states"], empty[:1])
+    torch.testing.assert_close(ours["text_embeds"], pooled[:1])
+    assert ours["text_embeds"].any()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scale"), [("mini", 0.5), ("sd15", 0.18215), ("sd2", 0.18215), ("sdxl", 0.13025)]
+)
+def test_latents_carry_the_scaling_factor_both_ways(miniatures: Callable[[str], Path], architecture: str, scale: float):
+    folder = miniatures(architecture)
+    base, vae = _load(folder, parts=("vae",)), DiffusionPipeline.from_pretrained(folder).vae
     pictures = torch.rand(2, 3, RESOLUTION, RESOLUTION) * 2 - 1
     mean, logvar = base.encode_pictures(pictures)
     with torch.no_grad():
         posterior = vae.encode(pictures).latent_dist
-        torch.testing.assert_close(mean, posterior.mean * 0.5)  # the miniature's scaling_factor
-        torch.testing.assert_close((0.5 * logvar).exp(), posterior.std * 0.5, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(mean, posterior.mean * scale)
+        torch.testing.assert_close((0.5 * logvar).exp(), posterior.std * scale, atol=1e-6, rtol=1e-4)
         expected = (vae.decode(posterior.mean).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(base.decode(mean), expected)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "predicts"),
+    [("sd15", "epsilon"), ("sd2", "v_prediction"), ("sdxl", "epsilon"), ("ssd1b", "epsilon")],
+)
+def test_schedules_of_every_class_are_read_alike(miniatures: Callable[[str], Path], architecture: str, predicts: str):
+    base = _load(miniatures(architecture), parts=())
+    assert base.prediction_type == predicts
+    # PNDM, DDIM and Euler; the last of Stable Diffusion's alphas_cumprod.
+    assert base.alphas_cumprod[-1].item() == pytest.approx(0.00466, abs=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["sd2", "sdxl"])
+def test_a_schedule_that_ends_in_pure_noise_is_rescaled(tmp_path: Path, architecture: str):
+    plain = _load(save_base(tmp_path / "plain", architecture), parts=()).alphas_cumprod.double().sqrt()
+    folder = save_base(tmp_path / "zero", architecture, prediction_type="v_prediction", zero_snr=True)
+    base = _load(folder, parts=())
+    # arXiv 2305.08891, Algorithm 1: shifted to end at 0 and scaled to begin where it did.
+    rescaled = (plain - plain[-1]) * plain[0] / (plain[0] - plain[-1])
+    torch.testing.assert_close(base.alphas_cumprod.double(), rescaled.square(), atol=1e-5, rtol=1e-3)
+    assert base.alphas_cumprod[-1].item() == 0
+    v, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    alpha, sigma = diffusion.alpha_sigma(base.alphas_cumprod, torch.tensor([999]))
+    assert torch.equal(diffusion.predicted_x0(v, noise, alpha, sigma, base.prediction_type), -v)
+
+
+def test_epsilon_on_a_schedule_that_ends_in_pure_noise_is_refused(tmp_path: Path):
+    folder = save_base(tmp_path / "mine", "sdxl", prediction_type="epsilon", zero_snr=True)
+    with pytest.raises(UserError, match=r"scheduler_config.json: prediction_type is epsilon .* pure noise"):
+        _load(folder, parts=())
+
+
+def test_a_schedule_of_flow_matching_is_refused(base_folder: Path, tmp_path: Path):
+    shutil.copytree(base_folder, tmp_path / "flow")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "flow" / "scheduler")
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler has no beta_schedule"):
+        _load(tmp_path / "flow", parts=())
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("vae/config.json", "shift_factor", 0.1, "vae/config.json: shift_factor is set"),
+        ("vae/config.json", "latents_mean", [0.1] * 4, "vae/config.json: latents_mean is set"),
+        ("unet/config.json", "in_channels", 9, "in_channels is 9 and the VAE's latents have 4"),
+    ],
+)
+def test_latents_that_plain_stable_diffusion_does_not_have_are_refused(
+    base_folder: Path, tmp_path: Path, file: str, key: str, value: object, message: str
+):
+    with pytest.raises(UserError, match=message):
+        _load(_changed(base_folder, tmp_path / "mine", file, **{key: value}), parts=())
+
+
+@pytest.mark.parametrize("architecture", ["mini", "sdxl"])
+def test_a_folder_of_fp16_files_loads_as_its_variant(tmp_path: Path, architecture: str):
+    folder = save_base(tmp_path / "mine", architecture, variant="fp16")
+    assert (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    assert (folder / "text_encoder" / "model.fp16.safetensors").is_file()
+    base = _load(folder, variant="fp16")
+    pipeline = DiffusionPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float32)
+    torch.testing.assert_close(base.encode_text(CAPTIONS)["encoder_hidden_states"], _encode(pipeline, CAPTIONS)[0])
+    assert {p.dtype for p in base.unet.parameters()} == {torch.float32}
+    for ours, theirs in zip(base.unet.parameters(), pipeline.unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text"])
+def test_a_variant_that_is_not_there_is_named_by_its_key(base_folder: Path, tmp_path: Path, part: str):
+    with pytest.raises(UserError, match=r"bases.mine.variant: .*has no fp16 file, but .*safetensors; remove the key"):
+        _load(base_folder, parts=(part,), variant="fp16")
+    folder = save_base(tmp_path / "mine", variant="fp16")
+    with pytest.raises(UserError, match=r"bases.mine.variant: .*fp16.safetensors alone; set the key"):
+        _load(folder, parts=(part,))
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
@@ -103,10 +228,86 @@ def test_the_identity_changes_with_the_weights(base_folder: Path, tmp_path: Path
     assert bases.identity(_settings(folder), folder)["digest"] != before["digest"]
 
 
-def test_micro_conditioning_is_height_before_width(base: bases.LoadedBase):
-    sizes, crops = torch.tensor([[480, 640]]), torch.tensor([[0, 80]])
-    assert base.time_ids(sizes, crops).tolist() == [[480, 640, 0, 80, RESOLUTION, RESOLUTION]]
+@pytest.mark.parametrize("architecture", SDXL_FAMILY)
+def test_micro_conditioning_is_height_before_width(miniatures: Callable[[str], Path], architecture: str):
+    base = _load(miniatures(architecture), parts=())
+    ours = base.time_ids(torch.tensor([[480, 640]]), torch.tensor([[0, 80]]))
+    assert ours.tolist() == [[480, 640, 0, 80, RESOLUTION, RESOLUTION]]
     assert base.time_ids(rows=2).tolist() == [[RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]] * 2
+    pipeline = DiffusionPipeline.from_pretrained(miniatures(architecture))
+    height_width, top_left = (480, 640), (0, 80)
+    theirs = pipeline._get_add_time_ids(height_width, top_left, (RESOLUTION, RESOLUTION), torch.float32, 12)
+    assert ours.tolist() == theirs.tolist()
+
+
+# What the presets' hub repositories hold, from listings of their files.
+CONFIGS = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"]
+TOKENIZER = ["merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"]
+HUB = {
+    "sd15": [
+        *CONFIGS,
+        *(f"tokenizer/{file}" for file in TOKENIZER),
+        "feature_extractor/preprocessor_config.json",
+        "text_encoder/config.json",
+        "safety_checker/config.json",
+        *(f"safety_checker/{f}" for f in ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")),
+        *(f"text_encoder/{f}" for f in ("model.safetensors", "model.fp16.safetensors", "pytorch_model.fp16.bin")),
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        *(f"{part}/diffusion_pytorch_model{v}.safetensors" for part in ("unet", "vae") for v in ("", ".fp16")),
+        *("v1-5-pruned-emaonly.ckpt", "v1-5-pruned-emaonly.safetensors", "v1-5-pruned.safetensors", "README.md"),
+    ],
+    "sd21": [
+        *CONFIGS,
+        *(f"tokenizer/{file}" for file in TOKENIZER),
+        "feature_extractor/preprocessor_config.json",
+        "text_encoder/config.json",
+        *(f"text_encoder/{f}" for f in ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")),
+        *(f"{part}/diffusion_pytorch_model{v}.safetensors" for part in ("unet", "vae") for v in ("", ".fp16")),
+        *("v2-1_768-ema-pruned.ckpt", "v2-1_768-ema-pruned.safetensors", "v2-1_768-nonema-pruned.safetensors"),
+    ],
+    "sdxl": [
+        *CONFIGS,
+        *(f"tokenizer{n}/{file}" for n in ("", "_2") for file in TOKENIZER),
+        *(f"text_encoder{n}/config.json" for n in ("", "_2")),
+        *(f"text_encoder{n}/model{v}.safetensors" for n in ("", "_2") for v in ("", ".fp16")),
+        *(
+            f"text_encoder{n}/{f}"
+            for n in ("", "_2")
+            for f in ("model.onnx", "openvino_model.bin", "flax_model.msgpack")
+        ),
+        *("text_encoder_2/model.onnx_data", "unet/model.onnx", "unet/model.onnx_data", "unet/openvino_model.xml"),
+        *(f"{p}/diffusion_pytorch_model{v}.safetensors" for p in ("unet", "vae", "vae_1_0") for v in ("", ".fp16")),
+        *(f"vae_{part}/{f}" for part in ("decoder", "encoder") for f in ("config.json", "model.onnx")),
+        *("vae_1_0/config.json", "sd_xl_base_1.0.safetensors", "sd_xl_base_1.0_0.9vae.safetensors"),
+        *("sd_xl_offset_example-lora_1.0.safetensors", "LICENSE.md", "files.txt", "01.png"),
+    ],
+    "ssd1b": [
+        *CONFIGS,
+        *(f"tokenizer{n}/{file}" for n in ("", "_2") for file in (*TOKENIZER, "added_tokens.json")),
+        *(f"text_encoder{n}/config.json" for n in ("", "_2")),
+        *(f"text_encoder{n}/model{v}.safetensors" for n in ("", "_2") for v in ("", ".fp16")),
+        *(f"{part}/diffusion_pytorch_model{v}.safetensors" for part in ("unet", "vae") for v in ("", ".fp16")),
+        *("SSD-1B.safetensors", "SSD-1B-A1111.safetensors", "README.md"),
+    ],
+}
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("preset", HUB)
+def test_a_download_is_the_pipelines_parts_in_one_precision(preset: str, variant: str | None):
+    files = list(filter_repo_objects(HUB[preset], allow_patterns=bases.download_patterns(variant)))
+    ending = f".{variant}.safetensors" if variant else ".safetensors"
+    expected = {"unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"}
+    if preset in ("sdxl", "ssd1b"):
+        expected.add("text_encoder_2/model")
+    assert {file for file in files if file.endswith(".safetensors")} == {stem + ending for stem in expected}
+    small = {file for file in files if not file.endswith(".safetensors")}
+    assert small == {
+        file
+        for file in HUB[preset]
+        if file.endswith((".json", ".txt")) and not file.startswith(("safety_checker", "vae_", "files"))
+    }
 
 
 def test_asking_for_a_gpu_that_is_not_there_is_an_error():

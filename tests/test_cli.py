@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("check", "pretrain", "fetch", "prepare", "encode", "reference", "distill", "evaluate", "package")
+VERBS = ("check", "bases", "pretrain", "fetch", "prepare", "encode", "reference", "distill", "evaluate", "package")
 
 
 def _lcmlora(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -34,7 +34,7 @@ def test_help_names_every_verb_without_heavy_imports(project: Path):
         assert verb in shown.stdout
 
 
-@pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("check", "pretrain", "prepare")])
+@pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("check", "bases", "pretrain", "prepare")])
 def test_an_unknown_model_is_one_clear_line(project: Path, verb: str):
     ended = _lcmlora(project, verb, "sd99")
     assert ended.returncode == 2

@@ -40,6 +40,7 @@ def test_the_shipped_params_load_and_hold_presets_for_the_papers_bases(tmp_path:
         ({"models": ["sd99"]}, r"no base named 'sd99'; bases has emoji"),
         ({"bases__emoji__distill": {"stepz": 1}}, r"bases.emoji.distill: stepz: there is no such key"),
         ({"data__source": "ftp"}, r"data.source: got 'ftp'"),
+        ({"bases__emoji__config": "my/base"}, r"bases.emoji: .*config goes with a .safetensors source"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_file_key_and_value(tmp_path: Path, changes: dict, message: str):

@@ -36,17 +36,24 @@ def test_x0_and_noise_are_recovered_from_each_prediction_type(kind: str):
     torch.testing.assert_close(diffusion.predicted_noise(output, x, alpha, sigma, kind), noise, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("to_one", [True, False])
 @pytest.mark.parametrize("kind", TYPES)
-def test_a_ddim_step_equals_diffusers(kind: str):
+def test_a_ddim_step_equals_diffusers_at_all_50_timesteps(kind: str, to_one: bool):
     x, output = _state()
-    scheduler = DDIMScheduler(**SCHEDULE | {"prediction_type": kind, "timestep_spacing": "trailing"})
+    options = {"prediction_type": kind, "timestep_spacing": "trailing", "set_alpha_to_one": to_one}
+    scheduler = DDIMScheduler(**SCHEDULE | options)
     scheduler.set_timesteps(50)
-    for t in (999, 499, 39):
-        alpha, sigma = diffusion.alpha_sigma(CUMPROD, torch.tensor([t]))
+    upper, lower = diffusion.ddim_grid(1000, 50)
+    assert scheduler.timesteps.tolist() == upper.flip(0).tolist()
+    for t, t_prev in zip(upper, lower, strict=True):
+        alpha, sigma = diffusion.alpha_sigma(CUMPROD, t.view(1))
         x0 = diffusion.predicted_x0(output, x, alpha, sigma, kind)
         noise = diffusion.predicted_noise(output, x, alpha, sigma, kind)
-        ours = diffusion.ddim_step(x0, noise, *diffusion.alpha_sigma(CUMPROD, torch.tensor([t - 20])))
-        torch.testing.assert_close(ours, scheduler.step(output, t, x).prev_sample, atol=1e-5, rtol=1e-4)
+        # The papers end at alpha_0; to one is the clean picture.
+        level = diffusion.alpha_sigma(CUMPROD, t_prev.view(1))
+        level = (torch.ones(1), torch.zeros(1)) if to_one and t == 19 else level
+        ours = diffusion.ddim_step(x0, noise, *level)
+        assert (ours - scheduler.step(output, int(t), x).prev_sample).abs().max() <= 1e-5
 
 
 def test_the_boundary_scalings_equal_diffusers_and_are_the_identity_at_zero():

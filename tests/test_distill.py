@@ -4,70 +4,49 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from lcmlora import bases, config, diffusion, lora, objectives
+from lcmlora import bases, diffusion, lora
+from lcmlora.batches import Batches
 from lcmlora.config import Base, Distill
-from lcmlora.data import cache as latent_cache
 from lcmlora.data.cache import LatentCache
-from lcmlora.data.prepare import prepare
-from lcmlora.distill import Batches, NullLogger, Optimization, Teacher, distill, loss_of
+from lcmlora.distill import Distillation, NullLogger, Teacher, distill
 from lcmlora.errors import UserError
-from tests.data.conftest import add, data_in, picture
+from lcmlora.objectives import pseudo_huber
+from lcmlora.optimization import Optimization
+from tests.distillation import CPU, SETTINGS, load_parts
 from tests.miniature import RESOLUTION
-
-CPU = torch.device("cpu")
-SETTINGS = Distill(
-    objective="lcm",
-    seed=3,
-    steps=6,
-    batch=4,
-    lr=1e-2,
-    warmup=2,
-    cooldown=0.5,
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    ema=0.9,
-    rank=4,
-    alpha=8,
-    w_min=3.0,
-    w_max=7.5,
-    grid=50,
-    huber_c=1e-3,
-    weighting="uniform",
-    checkpoint_every=2,
-    log_every=2,
-)
-
-
-def _load(folder: Path, *parts: str) -> bases.LoadedBase:
-    settings = Base(source=str(folder), resolution=RESOLUTION, license="apache-2.0")
-    return bases.load("mini", settings, folder, device=CPU, parts=parts)
-
-
-@pytest.fixture(scope="module")
-def cache(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
-    work = tmp_path_factory.mktemp("distill")
-    for number in range(10):
-        add(work / "in", f"{number}.png", f"subject {number}", picture(number))
-    data = data_in(work / "in", min_side=16, validation=0.2)
-    prepare(data, 4, work / "pictures")
-    base = _load(base_folder, "vae", "text")
-    latent_cache.encode(base, data, config.Encode(batch=4), work / "pictures", work / "scratch", work / "latents")
-    return LatentCache(work / "latents")
 
 
 class Recorder(NullLogger):
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.losses: list[float] = []
+        self.skipped: list[float] = []
+        self.validation: dict[int, float] = {}
+        self.pictures: dict[int, Image.Image] = {}
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        self.steps.append(step)
-        self.losses.append(metrics["loss"])
+        if "loss" in metrics:
+            self.steps.append(step)
+            self.losses.append(metrics["loss"])
+            self.skipped.append(metrics["skipped_steps"])
+        else:
+            self.validation[step] = metrics["validation_loss"]
+
+    def picture(self, name: str, picture: Image.Image, step: int) -> None:
+        self.pictures[step] = picture
 
 
-def _run(base: bases.LoadedBase, cache: LatentCache, work: Path, settings: Distill = SETTINGS, logger: Any = None):
+def _run(
+    base: bases.LoadedBase,
+    cache: LatentCache,
+    work: Path,
+    settings: Distill = SETTINGS,
+    logger: Any = None,
+    decode: Any = None,
+) -> dict[str, Any]:
     (work / "scratch").mkdir(parents=True, exist_ok=True)
     return distill(
         base,
@@ -78,32 +57,12 @@ def _run(base: bases.LoadedBase, cache: LatentCache, work: Path, settings: Disti
         identity={"source": "mini", "revision": None, "digest": "0"},
         run={"run_id": None},
         logger=logger or NullLogger(),
+        decode=decode,
     )
 
 
-def test_every_picture_is_seen_once_in_an_epoch(cache: LatentCache):
-    settings = SETTINGS.model_copy(update={"batch": len(cache)})
-    batches = Batches(cache, settings, CPU)
-    for step in range(3):
-        assert sorted(batches._rows(step).tolist()) == list(range(len(cache)))
-
-
-def test_a_batch_depends_on_seed_and_step_alone(cache: LatentCache):
-    forward = Batches(cache, SETTINGS, CPU)
-    for step in range(5):
-        forward.draw(step)
-    one, two = forward.draw(5), Batches(cache, SETTINGS, CPU).draw(5)
-    for name in ("z", "noise", "index", "w"):
-        assert torch.equal(getattr(one, name), getattr(two, name))
-    other = Batches(cache, SETTINGS.model_copy(update={"seed": 4}), CPU).draw(5)
-    assert not torch.equal(one.noise, other.noise)
-
-
-def test_grid_points_are_uniform_and_guidance_stays_in_its_range(cache: LatentCache):
-    settings = SETTINGS.model_copy(update={"batch": 100})
-    batch = Batches(cache, settings, CPU).draw(0)
-    assert torch.bincount(batch.index, minlength=50).tolist() == [2] * 50  # two strata each
-    assert batch.w.min() >= 3.0 and batch.w.max() <= 7.5
+def _batch(cache: LatentCache, settings: Distill = SETTINGS, step: int = 0) -> Any:
+    return Batches(cache, torch.arange(len(cache)), settings, CPU).draw(step)
 
 
 def test_the_teacher_takes_one_guided_ddim_step_of_the_base_alone(base: bases.LoadedBase, cache: LatentCache):
@@ -113,7 +72,7 @@ def test_the_teacher_takes_one_guided_ddim_step_of_the_base_alone(base: bases.Lo
     parameters = lora.inject(base.unet, 4, 4, 0)
     for parameter in parameters.values():
         parameter.data.normal_()  # an adapter that must not be heard
-    batch = Batches(cache, SETTINGS, CPU).draw(0)
+    batch = _batch(cache)
     t, t_prev = teacher.t[batch.index], teacher.t_prev[batch.index]
     ours = teacher.step(batch.noise, t, t_prev, batch.w, batch.conditioning)
 
@@ -131,14 +90,32 @@ def test_the_teacher_takes_one_guided_ddim_step_of_the_base_alone(base: bases.Lo
             torch.testing.assert_close(ours[i : i + 1], expected, atol=2e-4, rtol=1e-3)
 
 
+def test_batched_guidance_equals_two_passes(base: bases.LoadedBase, cache: LatentCache):
+    teacher, batch = Teacher(base, cache.unconditional(), SETTINGS), _batch(cache)
+    empty = {k: v.expand_as(batch.conditioning[k]) for k, v in cache.unconditional().items()}
+    t, t_prev = teacher.t[batch.index], teacher.t_prev[batch.index]
+    with torch.no_grad():
+        c, u = base.predict(batch.noise, t, batch.conditioning), base.predict(batch.noise, t, empty)
+    guided = diffusion.guide(c, u, batch.w)
+    levels = diffusion.alpha_sigma(base.alphas_cumprod, t)
+    expected = diffusion.ddim_step(
+        diffusion.predicted_x0(guided, batch.noise, *levels, base.prediction_type),
+        diffusion.predicted_noise(guided, batch.noise, *levels, base.prediction_type),
+        *diffusion.alpha_sigma(base.alphas_cumprod, t_prev),
+    )
+    ours = teacher.step(batch.noise, t, t_prev, batch.w, batch.conditioning)
+    assert ((ours - expected).abs() / expected.abs().clamp(min=1)).max() <= 1e-5
+
+
 @pytest.mark.parametrize("weighting", ["uniform", "snr+1"])
 def test_the_loss_is_algorithm_1_of_the_paper(base: bases.LoadedBase, cache: LatentCache, weighting: str):
     """Written out a second time, sample by sample, from arXiv 2310.04378."""
-    teacher = Teacher(base, cache.unconditional(), SETTINGS.model_copy(update={"weighting": weighting}))
+    distillation = Distillation(base, cache.unconditional(), SETTINGS.model_copy(update={"weighting": weighting}))
+    teacher = distillation.teacher
     for parameter in lora.inject(base.unet, 4, 4, 0).values():
         parameter.data.normal_(std=0.1)
-    batch = Batches(cache, SETTINGS, CPU).draw(1)
-    loss = loss_of(base, teacher, objectives.make(SETTINGS), batch)
+    batch = _batch(cache, step=1)
+    losses = distillation.losses(batch)
 
     cumprod, expected = base.alphas_cumprod, []
     t, t_prev = teacher.t[batch.index], teacher.t_prev[batch.index]
@@ -157,51 +134,20 @@ def test_the_loss_is_algorithm_1_of_the_paper(base: bases.LoadedBase, cache: Lat
             d = f(x[i : i + 1], t[i : i + 1], one) - f(x_prev[i : i + 1], t_prev[i : i + 1], one)
             weight = teacher.weight[teacher.t == t[i]].item()
             expected.append(((d**2 + 1e-6).sqrt() - 1e-3).mean() * weight)
-    assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
+    torch.testing.assert_close(losses, torch.stack(expected), atol=1e-5, rtol=1e-4)
 
 
 def test_gradients_reach_the_adapter_and_nothing_else(base: bases.LoadedBase, cache: LatentCache):
     parameters = lora.inject(base.unet, 4, 4, 0)
-    loss_of(base, Teacher(base, cache.unconditional(), SETTINGS), objectives.make(SETTINGS),
-            Batches(cache, SETTINGS, CPU).draw(0)).backward()  # fmt: skip
+    Distillation(base, cache.unconditional(), SETTINGS).losses(_batch(cache)).mean().backward()
     with_gradient = {n for n, p in base.unet.named_parameters() if p.grad is not None}
     assert with_gradient == set(parameters)
     assert all(p.grad.abs().sum() > 0 for n, p in parameters.items() if ".lora_B." in n)
 
 
-def _optimization(**changes: Any) -> tuple[torch.nn.Parameter, Optimization]:
-    parameter = torch.nn.Parameter(torch.ones(3))
-    return parameter, Optimization({"p": parameter}, SETTINGS.model_copy(update={"warmup": 0, "cooldown": 0} | changes))
-
-
-def test_clipping_clips_as_torch_does():
-    mine, optimization = _optimization()
-    theirs = torch.nn.Parameter(torch.ones(3))
-    adamw = torch.optim.AdamW([theirs], lr=SETTINGS.lr, weight_decay=0.0)
-    for step, scale in enumerate((100.0, 0.1)):  # AdamW forgets one scale; two steps show the ratio
-        mine.grad = torch.full((3,), scale)
-        theirs.grad = torch.full((3,), scale)
-        assert optimization.step(step).item() == pytest.approx(scale * 3**0.5)
-        torch.nn.utils.clip_grad_norm_([theirs], SETTINGS.max_grad_norm)
-        adamw.step()
-    torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
-
-
-def test_a_gradient_that_is_not_finite_changes_nothing():
-    parameter, optimization = _optimization()
-    parameter.grad = torch.tensor([1.0, float("nan"), 1.0])
-    optimization.step(0)
-    assert parameter.tolist() == [1.0, 1.0, 1.0]
-
-
-def test_the_rate_warms_up_holds_and_cools_down():
-    _, optimization = _optimization(warmup=2, cooldown=0.5, steps=8, lr=1.0)
-    assert [optimization.rate(s) for s in range(8)] == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
-
-
 def test_a_run_writes_an_adapter_its_facts_and_a_probe(base_folder: Path, cache: LatentCache, tmp_path: Path):
     logger = Recorder()
-    base = _load(base_folder, "unet")
+    base = load_parts(base_folder, "unet")
     facts = _run(base, cache, tmp_path, logger=logger)
     out = tmp_path / "adapter"
     assert {p.name for p in out.iterdir()} == {
@@ -213,7 +159,7 @@ def test_a_run_writes_an_adapter_its_facts_and_a_probe(base_folder: Path, cache:
     assert facts["final_loss"] == logger.losses[-1]
 
     probe = load_file(out / "probe.safetensors")
-    fresh = _load(base_folder, "unet")
+    fresh = load_parts(base_folder, "unet")
     conditioning = {"encoder_hidden_states": probe["encoder_hidden_states"]}
     with torch.no_grad():
         alone = fresh.predict(probe["latents"], probe["timesteps"], conditioning)
@@ -227,8 +173,111 @@ def test_a_run_writes_an_adapter_its_facts_and_a_probe(base_folder: Path, cache:
 def test_the_loss_falls(base_folder: Path, cache: LatentCache, tmp_path: Path):
     logger = Recorder()
     settings = SETTINGS.model_copy(update={"steps": 40, "batch": 8, "lr": 3e-3, "log_every": 10})
-    _run(_load(base_folder, "unet"), cache, tmp_path, settings, logger)
+    _run(load_parts(base_folder, "unet"), cache, tmp_path, settings, logger)
     assert logger.losses[-1] < 0.9 * logger.losses[0]
+
+
+def test_the_best_weights_by_validation_are_saved_and_config_json_says_which(
+    base_folder: Path, cache: LatentCache, tmp_path: Path
+):
+    base = load_parts(base_folder, "unet", "vae")
+    logger = Recorder()
+    # A rate at which the student gets worse and worse.
+    settings = SETTINGS.model_copy(update={"lr": 0.3, "warmup": 0, "cooldown": 0.0, "ema": 0.0, "validate_every": 1})
+    facts = _run(base, cache, tmp_path, settings, logger, decode=base.decode)
+    best = facts["validation"]["best_step"]
+    assert logger.validation == {int(step): loss for step, loss in facts["validation"]["loss"].items()}
+    assert logger.validation[best] == min(logger.validation.values()) < logger.validation[6]
+    assert {step: picture.size for step, picture in logger.pictures.items()} == dict.fromkeys(range(1, 7), (16, 16))
+
+    settings = settings.model_copy(update={"steps": best})
+    _run(load_parts(base_folder, "unet"), cache, tmp_path / "short", settings)
+    weights = [load_file(folder / "adapter" / lora.WEIGHTS) for folder in (tmp_path, tmp_path / "short")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"accumulate": 2}, {"checkpointing": "full"}, {"checkpointing": "selective"}],
+    ids=["accumulation", "full", "selective"],
+)
+def test_memory_is_saved_without_changing_the_adapter(
+    base_folder: Path, cache: LatentCache, tmp_path: Path, changes: dict[str, Any]
+):
+    slow = SETTINGS.model_copy(update={"lr": 1e-4})  # Adam makes steps of a gradient's last bits
+    for name, settings in (("plain", slow), ("saving", slow.model_copy(update=changes))):
+        _run(load_parts(base_folder, "unet"), cache, tmp_path / name, settings)
+    plain, saving = (load_file(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("plain", "saving"))
+    for name in plain:
+        torch.testing.assert_close(saving[name], plain[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("objective", ["lcm", "tcd", "pcm", "tdd"])
+def test_every_objective_learns_and_names_its_scheduler(
+    base_folder: Path, cache: LatentCache, tmp_path: Path, objective: str
+):
+    logger = Recorder()
+    changes = {"objective": objective, "steps": 40, "batch": 8, "lr": 3e-3, "log_every": 10, "empty_prompts": 0.2}
+    facts = _run(load_parts(base_folder, "unet"), cache, tmp_path, SETTINGS.model_copy(update=changes), logger)
+    assert logger.losses[-1] < 0.95 * logger.losses[0]
+    scheduler = json.loads((tmp_path / "adapter/scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == facts["sampler"]["scheduler"]
+    assert scheduler["original_inference_steps"] == facts["sampler"]["grid"] == 50
+    assert facts["sampler"]["gamma"] == {"lcm": None, "pcm": 0.0, "tcd": 0.3, "tdd": 0.3}[objective]
+
+
+def test_the_target_has_the_averaged_weights_where_that_is_asked_for(base: bases.LoadedBase, cache: LatentCache):
+    parameters = lora.inject(base.unet, 4, 4, 0)
+    lora.direct_forwards(base.unet)
+    optimization = Optimization(parameters, SETTINGS)
+    distillation = Distillation(base, cache.unconditional(), SETTINGS)
+    for parameter in parameters.values():
+        parameter.data.normal_(std=0.1)  # the average is still what it was at the start: without effect
+    batch = _batch(cache)
+    ema = distillation.losses(batch, optimization.averaged())
+    t, t_prev = distillation.teacher.t[batch.index], distillation.teacher.t_prev[batch.index]
+    x = distillation.noisy(batch, batch.index)
+    x_prev = distillation.teacher.step(x, t, t_prev, batch.w, batch.conditioning)
+    with torch.no_grad():
+        online = diffusion.consistency(x, distillation.student(x, t, batch.conditioning).x0, t)
+        with lora.disabled(base.unet):
+            aim = diffusion.consistency(x_prev, distillation.student(x_prev, t_prev, batch.conditioning).x0, t_prev)
+    torch.testing.assert_close(ema, pseudo_huber(online, aim, SETTINGS.huber_c), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(ema, distillation.losses(batch), rtol=1e-2)
+    ema.mean().backward()  # the student's forward was made with the live weights, and still is there
+
+
+def test_the_target_is_computed_with_the_adapter_on(base: bases.LoadedBase, cache: LatentCache):
+    """SimpleTuner computes it with the adapter off: that is the teacher."""
+    parameters = lora.inject(base.unet, 4, 4, 0)
+    distillation = Distillation(base, cache.unconditional(), SETTINGS)
+    for parameter in parameters.values():
+        parameter.data.normal_(std=0.1)
+    seen: list[bool] = []
+    layer = next(module for _, module in lora._layers(base.unet))
+    layer.register_forward_pre_hook(lambda module, _: seen.append(module.disable_adapters))
+    distillation.losses(_batch(cache))
+    assert seen == [True, False, False]  # teacher, target, student
+
+
+def test_the_schedule_is_fp32_under_a_half_precision_base(base_folder: Path, cache: LatentCache):
+    """add_noise in bf16 makes sigma 4.8 % wrong at t = 19."""
+    settings = Base(source=str(base_folder), resolution=RESOLUTION, license="apache-2.0")
+    base = bases.load("mini", settings, base_folder, device=CPU, dtype=torch.bfloat16, parts=("unet",))
+    lora.inject(base.unet, 4, 4, 0)
+    lora.direct_forwards(base.unet)
+    distillation = Distillation(base, cache.unconditional(), SETTINGS)
+    batch = _batch(cache)
+    batch.index.zero_()
+    sigma = (1 - base.alphas_cumprod[19]).sqrt()
+    torch.testing.assert_close(distillation.noisy(batch, batch.index), base.alphas_cumprod[19].sqrt() * batch.z
+                               + sigma * batch.noise, atol=1e-6, rtol=1e-6)  # fmt: skip
+    x = distillation.noisy(batch, batch.index)
+    prediction = distillation.student(x, distillation.teacher.t[batch.index], batch.conditioning)
+    assert {x.dtype, prediction.x0.dtype, prediction.noise.dtype, distillation.losses(batch).dtype} == {torch.float32}
+    error = base.alphas_cumprod[19].sqrt() * prediction.x0 + sigma * prediction.noise - x
+    assert error.abs().max() < 1e-5
 
 
 class Killed(BaseException):
@@ -244,12 +293,12 @@ def test_a_killed_run_ends_with_the_same_bytes_as_an_undisturbed_one(
             if step == at + 2:
                 raise Killed
 
-    _run(_load(base_folder, "unet"), cache, tmp_path / "whole")
+    _run(load_parts(base_folder, "unet"), cache, tmp_path / "whole")
     with pytest.raises(Killed):
-        _run(_load(base_folder, "unet"), cache, tmp_path / "killed", logger=Killer())
+        _run(load_parts(base_folder, "unet"), cache, tmp_path / "killed", logger=Killer())
     assert not (tmp_path / "killed" / "adapter").exists()
     resumed = Recorder()
-    _run(_load(base_folder, "unet"), cache, tmp_path / "killed", logger=resumed)
+    _run(load_parts(base_folder, "unet"), cache, tmp_path / "killed", logger=resumed)
     assert resumed.steps[0] == at + 2
     for name in (lora.WEIGHTS, "config.json", "probe.safetensors"):
         assert (tmp_path / "whole/adapter" / name).read_bytes() == (tmp_path / "killed/adapter" / name).read_bytes()
@@ -258,7 +307,7 @@ def test_a_killed_run_ends_with_the_same_bytes_as_an_undisturbed_one(
 def test_a_cache_of_another_base_and_too_small_a_cache_are_refused(
     base_folder: Path, cache: LatentCache, tmp_path: Path
 ):
-    base = _load(base_folder, "unet")
+    base = load_parts(base_folder, "unet")
     with pytest.raises(UserError, match=r"distill\.batch: 64 is more than the"):
         _run(base, cache, tmp_path, SETTINGS.model_copy(update={"batch": 64}))
     base.resolution *= 2
@@ -266,9 +315,40 @@ def test_a_cache_of_another_base_and_too_small_a_cache_are_refused(
         _run(base, cache, tmp_path)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(base_folder: Path, cache: LatentCache, tmp_path: Path):
-    base = _load(base_folder, "unet")
-    base.unet.conv_out.bias.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="the loss is not finite"):
-        _run(base, cache, tmp_path)
+def test_ten_losses_in_a_row_that_are_not_finite_stop_the_run_with_the_pictures(
+    base_folder: Path, cache: LatentCache, tmp_path: Path
+):
+    base = load_parts(base_folder, "unet")
+    settings = SETTINGS.model_copy(update={"steps": 30, "log_every": 4, "checkpoint_every": 30, "validate_every": 30})
+    broken = _Breaking(cache, at=range(3, 30))
+    with pytest.raises(UserError, match=r"step 13: the loss is not finite, for the 10th .* so for \d\.png$"):
+        _run(base, broken, tmp_path, settings)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_told(
+    base_folder: Path, cache: LatentCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    logger = Recorder()
+    _run(load_parts(base_folder, "unet"), _Breaking(cache, at=range(3, 4)), tmp_path, logger=logger)
+    assert logger.skipped == [0, 1, 0]
+    assert "of the steps 3 to 4 1 were skipped" in capsys.readouterr().err
+    weights = load_file(tmp_path / "adapter" / lora.WEIGHTS)
+    assert all(value.isfinite().all() for value in weights.values())
+    assert any(value.abs().sum() > 0 for name, value in weights.items() if ".lora_B." in name)
+
+
+class _Breaking(LatentCache):
+    """The cache, one of whose latents is not finite whenever a batch of these steps is read."""
+
+    def __init__(self, cache: LatentCache, at: range) -> None:
+        vars(self).update(vars(cache))
+        self._steps, self._read = at, 0
+
+    def latents(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, logvar = super().latents(rows)
+        if len(rows) == SETTINGS.batch:  # neither probe nor validation
+            if self._read in self._steps:
+                mean[1, 0, 0, 0] = float("nan")
+            self._read += 1
+        return mean, logvar

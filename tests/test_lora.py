@@ -9,30 +9,16 @@ from safetensors.torch import save_file as save_plain
 from lcmlora import lora
 from lcmlora.bases import LoadedBase
 from lcmlora.errors import UserError
-
-# SD-V1.5, SSD-1B and SDXL by the facts of their published configurations that decide the adapter's size.
-SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
-SDXL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "sample_size": 128,
-}
+from tests.miniature import HUB_IDS, PUBLISHED
 
 
 @pytest.mark.parametrize(
-    ("config", "layers", "parameters"), [(SD15, 278, 67_252_224), (SDXL, 788, 196_751_360)], ids=["sd15", "sdxl"]
+    ("architecture", "layers", "parameters"),
+    [("sd15", 278, 67_252_224), ("ssd1b", 423, 104_902_656), ("sdxl", 788, 196_751_360)],
 )
-def test_the_adapter_has_the_size_of_the_papers_table_1(config: dict, layers: int, parameters: int):
+def test_the_adapter_has_the_size_of_the_papers_table_1(architecture: str, layers: int, parameters: int):
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**config)
+        unet = UNet2DConditionModel(**PUBLISHED[HUB_IDS[architecture]])
         injected = lora.inject(unet, rank=64, alpha=64, seed=0)
     assert lora.adapted_layers(unet) == layers
     assert sum(p.numel() for p in injected.values()) == parameters
@@ -75,14 +61,15 @@ def test_disabled_is_the_base_alone_and_ends_with_the_block(base: LoadedBase):
     assert not torch.allclose(student, alone, atol=1e-3)
 
 
-def test_merged_forwards_give_the_same_output_and_gradients(base: LoadedBase):
+@pytest.mark.parametrize("merged", [True, False])
+def test_direct_forwards_give_pefts_output_and_gradients(base: LoadedBase, merged: bool):
     _trained(base, alpha=8)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([999, 259])
     conditioning = {"encoder_hidden_states": torch.randn(2, 5, 16)}
     results = []
-    for merged in (False, True):
-        if merged:
-            lora.merge_forwards(base.unet)
+    for direct in (False, True):
+        if direct:
+            lora.direct_forwards(base.unet, merged=merged)
         output = base.predict(x, t, conditioning)
         output.square().mean().backward()
         gradients = {n: p.grad.clone() for n, p in base.unet.named_parameters() if p.grad is not None}

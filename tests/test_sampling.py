@@ -1,4 +1,5 @@
-"""The student's sampler against diffusers' LCMScheduler, the solvers against diffusers' pipeline, and their cost."""
+"""The student's samplers against diffusers' LCMScheduler and TCDScheduler, the
+solvers against diffusers' pipeline, and their cost."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from lcmlora import sampling
 from lcmlora.bases import LoadedBase
+from lcmlora.diffusion import student_timesteps
+from lcmlora.noise import generator
 
 CAPTIONS = ["red apple", "green tree", "fruit"]
 SCHEDULERS = {
@@ -48,11 +51,11 @@ def test_noise_belongs_to_seed_and_picture_and_step_whatever_the_batch() -> None
 def test_the_students_timesteps_are_those_of_diffusers_for_every_step_count() -> None:
     from diffusers import LCMScheduler
 
-    assert sampling.student_timesteps(1000, 50, 4) == [999, 759, 499, 259]
+    assert student_timesteps(1000, 50, 4) == [999, 759, 499, 259]
     scheduler = LCMScheduler()
     for steps in range(1, 51):
         scheduler.set_timesteps(steps)
-        assert sampling.student_timesteps(1000, 50, steps) == scheduler.timesteps.tolist()
+        assert student_timesteps(1000, 50, steps) == scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
@@ -71,13 +74,37 @@ def test_the_student_walks_as_diffusers_lcm_scheduler_does(base: LoadedBase, pre
     with inputs_of_the_network(base) as theirs, torch.no_grad():
         for step, t in enumerate(scheduler.timesteps, start=1):
             output = base.predict(latents, t.expand(3), conditioning)
-            generators = [sampling.picture_generator(5, i, step) for i in range(3)]
+            generators = [generator(5, i, step) for i in range(3)]
             latents = scheduler.step(output, t, latents, generator=generators, return_dict=False)[0]
     assert len(ours) == len(theirs) == steps
     for (mine, my_time), (other, their_time) in zip(ours, theirs, strict=True):
         assert torch.equal(my_time, their_time)
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(drawn, latents, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 7])
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_student_walks_as_diffusers_tcd_scheduler_does(
+    base: LoadedBase, prediction_type: str, gamma: float, steps: int
+) -> None:
+    from diffusers import TCDScheduler
+
+    base = replace(base, prediction_type=prediction_type)
+    conditioning = sampling.text_conditioning(base, CAPTIONS)
+    options = {"method": "lcm", "steps": steps, "seed": 5, "indices": range(3)}
+    drawn = sampling.sample(base, conditioning, noise(base), gamma=gamma, **options)  # type: ignore[arg-type]
+
+    scheduler = TCDScheduler.from_config(base.scheduler_config, prediction_type=prediction_type)
+    scheduler.set_timesteps(steps)
+    latents = noise(base)
+    with torch.no_grad():
+        for step, t in enumerate(scheduler.timesteps, start=1):
+            output = base.predict(latents, t.expand(3), conditioning)
+            generators = [generator(5, i, step) for i in range(3)]
+            latents = scheduler.step(output, t, latents, eta=gamma, generator=generators, return_dict=False)[0]
+    torch.testing.assert_close(drawn, latents, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])

@@ -362,6 +362,17 @@ class LatentCache:
         """Returns the unconditional embedding as one row, fp32, without time_ids: those are the picture's own."""
         return {name: value.float() for name, value in self._unconditional.items()}
 
+    def captions(self) -> Tensor:
+        """Returns the number of each picture's caption, (N,) int64: pictures with equal captions have equal ones."""
+        return self._small["text_row"].long()
+
+    def names(self, rows: Tensor) -> list[str]:
+        """Returns the file names of the pictures in these rows (B,), for messages."""
+        names: list[str] = []
+        for path in sorted(self._folder.glob("captions-*.jsonl")):
+            names += [json.loads(line)["key"] for line in path.read_text(encoding="utf-8").splitlines()]
+        return [names[row] for row in rows.tolist()]
+
     def verify(self) -> None:
         """Reads every file whole. Raises UserError naming the first whose SHA-256 is not the manifest's."""
         for entry in [*self.manifest["shards"], self.manifest["text"]]:

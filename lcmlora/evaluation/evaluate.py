@@ -59,14 +59,17 @@ def evaluate(
     records = read_records(pictures / "validation.jsonl")
     prompts = distinct_captions(records)[: settings.pictures]
     _check_reference(reference, facts, features, settings, prompts, adapter)
-    grid = int(_read_json(adapter / "scheduler_config.json", "distill")["original_inference_steps"])
+    sampler = _read_json(adapter / "config.json", "distill")["sampler"]
+    grid = sampler["grid"]
     longest = max(settings.student_steps)
     if longest > grid:
         raise UserError(f"evaluation.student_steps: {longest} is more than the {grid} timesteps of the adapter's grid")
 
     artist = Artist(base, features, settings, prompts)
     drawn = {
-        f"student@{n}": artist.draw(f"student@{n}", sampling.STUDENT, n, settings.seed + 1, scratch, grid=grid)
+        f"student@{n}": artist.draw(
+            f"student@{n}", sampling.STUDENT, n, settings.seed + 1, scratch, grid=grid, gamma=sampler["gamma"]
+        )
         for n in settings.student_steps
     }
     student = {key: drawing.features for key, drawing in drawn.items()}

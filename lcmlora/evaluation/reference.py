@@ -52,7 +52,17 @@ class Artist:
     settings: Evaluation
     prompts: list[str]
 
-    def draw(self, key: str, method: str, steps: int, seed: int, scratch: Path | None, *, grid: int = 50) -> Drawing:
+    def draw(
+        self,
+        key: str,
+        method: str,
+        steps: int,
+        seed: int,
+        scratch: Path | None,
+        *,
+        grid: int = 50,
+        gamma: float | None = None,
+    ) -> Drawing:
         """Returns `settings.pictures` pictures; the batches found in `scratch` are not drawn again."""
         s = self.settings
         parts = []
@@ -62,7 +72,7 @@ class Artist:
             if stored and stored.exists():
                 parts.append(load_file(stored))
                 continue
-            part = self._batch(range(start, min(start + s.batch, s.pictures)), method, steps, seed, grid)
+            part = self._batch(range(start, min(start + s.batch, s.pictures)), method, steps, seed, grid, gamma)
             if stored:
                 atomic_write(stored, lambda path, part=part: save_file(part, path))  # type: ignore[misc]
             parts.append(part)
@@ -72,7 +82,9 @@ class Artist:
     def guidance(self, method: str) -> float:
         return 1.0 if method == sampling.STUDENT else self.settings.guidance_scale
 
-    def _batch(self, indices: range, method: str, steps: int, seed: int, grid: int) -> dict[str, Tensor]:
+    def _batch(
+        self, indices: range, method: str, steps: int, seed: int, grid: int, gamma: float | None
+    ) -> dict[str, Tensor]:
         base, guidance = self.base, self.guidance(method)
         conditioning = sampling.text_conditioning(base, [self.prompts[i % len(self.prompts)] for i in indices])
         unconditional = sampling.unconditional(base) if guidance != 1 else None
@@ -89,6 +101,7 @@ class Artist:
             seed=seed,
             indices=indices,
             grid=grid,
+            gamma=gamma,
         )
         seconds = _now(base.device) - began
         decoded = base.decode(latents)

@@ -87,8 +87,8 @@ def adapter(base_folder: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "adapter"
     folder.mkdir()
     identity = bases.identity(made_of(base_folder), base_folder)
-    (folder / "config.json").write_text(json.dumps({"base": identity}))
-    (folder / "scheduler_config.json").write_text(json.dumps({"original_inference_steps": 50}))
+    sampler = {"scheduler": "LCMScheduler", "gamma": None, "grid": 50}
+    (folder / "config.json").write_text(json.dumps({"base": identity, "sampler": sampler}))
     return folder
 
 

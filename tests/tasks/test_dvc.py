@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.dvc import Processes, StageFailed, has_remote, run_stage, stale
+from tasks.dvc import StageFailed, has_remote, run_stage, stale
+from tasks.processes import Processes
 from tests.repositories import make
 
 STAGES = """

@@ -1,0 +1,111 @@
+"""The objectives at one budget, over several seeds: python -m benchmarks.objectives [--seeds 3] [--steps 700] ...
+
+Each run distils the model's adapter with its settings in params.yaml but for the objective and the seed, and measures
+it as `evaluate` does, against the same reference and on captions that no adapter was trained on. A run that is finished
+is kept in --scratch and not repeated, so the command can be stopped and started again. Writes docs/objectives.json and
+the table in docs/objectives.md. Run `dvc repro encode@MODEL reference@MODEL` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from lcmlora import bases, config, lora
+from lcmlora.data.cache import LatentCache
+from lcmlora.distill import NullLogger, distill
+from lcmlora.evaluation.evaluate import evaluate
+from lcmlora.files import write_json
+
+OBJECTIVES = ("lcm", "tcd", "pcm", "tdd")
+_BEGIN, _END = "<!-- table -->\n", "<!-- end of table -->\n"
+
+
+def run(
+    settings: config.Config, model: str, objective: str, seed: int, steps: int | None, work: Path
+) -> dict[str, Any]:
+    """Distils and evaluates once and returns the figures, from `work` where they are known."""
+    known = work / "figures.json"
+    if known.exists():
+        return json.loads(known.read_text())
+    distillation = settings.distill_for(model)
+    changes: dict[str, Any] = {"objective": objective, "seed": seed, "steps": steps or distillation.steps}
+    distillation = type(distillation).model_validate(distillation.model_dump() | changes)
+    device = bases.pick_device(distillation.device)
+    folder = Path("bases", model)
+
+    def load() -> bases.LoadedBase:
+        dtype = bases.pick_dtype(distillation.precision, device)
+        return bases.load(model, settings.base(model), folder, device=device, dtype=dtype)
+
+    identity = bases.identity(settings.base(model), folder)
+    work.mkdir(parents=True, exist_ok=True)
+    cache = LatentCache(Path("data/latents", model))
+    facts = distill(load(), cache, distillation, work, work / "adapter", identity=identity, run={}, logger=NullLogger())
+    drawn = load()
+    lora.load(drawn.unet, work / "adapter" / lora.WEIGHTS)
+    figures = evaluate(
+        drawn,
+        work / "adapter",
+        settings.data,
+        settings.evaluation_for(model),
+        Path("data/pictures"),
+        Path("reference", model),
+        work / "evaluation",
+        work / "metrics.json",
+        work / "steps.csv",
+    )
+    found = {"validation": facts["validation"], "settings": facts["distill"]}
+    found |= {name: figures[name] for name in ("features", "pictures", "seed", "floor", "excess", "retrieval")}
+    write_json(known, found)
+    return found
+
+
+def table(runs: dict[str, list[dict[str, Any]]], steps: tuple[int, ...]) -> str:
+    """Returns a row for each objective: means over the seeds, and how far the seeds lie apart."""
+
+    def cell(figures: list[dict[str, Any]], name: str, key: str, form: str) -> str:
+        values = [f[name][key] for f in figures]
+        spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+        return f"{statistics.mean(values):{form}}{spread}"
+
+    head = ["objective", *(f"excess@{n}" for n in steps), *(f"retrieval@{n}" for n in steps)]
+    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    for objective, figures in runs.items():
+        cells = [cell(figures, "excess", f"student@{n}", ".0f") for n in steps]
+        cells += [cell(figures, "retrieval", f"student@{n}", ".3f") for n in steps]
+        lines.append(f"| {objective} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="emoji")
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of distillation; those of params.yaml if left out")
+    parser.add_argument("--scratch", type=Path, default=Path("scratch/objectives"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    options = parser.parse_args()
+
+    settings = config.load()
+    runs: dict[str, list[dict[str, Any]]] = {objective: [] for objective in options.objectives}
+    for seed, objective in itertools.product(range(options.seeds), options.objectives):
+        print(f"{objective}, seed {seed}", flush=True)
+        work = options.scratch / f"{options.model}-{objective}-{seed}-{options.steps or 'all'}"
+        runs[objective].append(run(settings, options.model, objective, seed, options.steps, work))
+    steps = settings.evaluation_for(options.model).student_steps
+    text = table(runs, steps)
+    print(text)
+    write_json(options.docs / "objectives.json", runs)
+    page = options.docs / "objectives.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
+    page.write_text(before + _BEGIN + text + _END + rest.partition(_END)[2], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Which pictures a step sees, and all its random numbers, as a pure function of the seed and the place in the stream.
+
+The stream of samples is the same on any number of processes and after any interruption; so a run's position in it is
+its step, and no generator has a state to keep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lcmlora.bases import Conditioning
+from lcmlora.config import Distill
+from lcmlora.data.cache import LatentCache
+from lcmlora.noise import generator
+from lcmlora.ranks import Ranks
+
+_GOLDEN = 0.6180339887498949
+
+
+@dataclass
+class Batch:
+    """Samples and all their randomness, on the device."""
+
+    z: Tensor  # (B, C, h, w) clean latents, drawn anew from the VAE's posterior
+    noise: Tensor  # (B, C, h, w)
+    index: Tensor  # (B,) int64, rows of the solver's grid
+    w: Tensor  # (B,) guidance in the papers' convention
+    u: Tensor  # (B, 2) uniform numbers for the objective
+    conditioning: Conditioning
+
+
+def split(cache: LatentCache, settings: Distill) -> tuple[Tensor, Tensor]:
+    """Returns the rows to train on and those to validate with, both (N,) int64, ascending.
+
+    Whole captions are kept from training, as many as make up `validation_pictures` or a tenth of the cache; where all
+    pictures have one caption, pictures.
+    """
+    wanted = min(settings.validation_pictures, max(1, len(cache) // 10))
+    groups = cache.captions()
+    if int(groups.max()) == 0:
+        groups = torch.arange(len(cache))
+    order = torch.randperm(int(groups.max()) + 1, generator=generator("validation", settings.seed))
+    sizes = torch.bincount(groups, minlength=len(order))[order]
+    taken = int((sizes.cumsum(0) < wanted).sum()) + 1
+    held = torch.isin(groups, order[: min(taken, len(order) - 1)])
+    return torch.nonzero(~held).flatten(), torch.nonzero(held).flatten()
+
+
+class Batches:
+    """The stream of samples over these rows of the cache, and this process's part of every step."""
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        rows: Tensor,
+        settings: Distill,
+        device: torch.device,
+        ranks: Ranks | None = None,
+        unconditional: Conditioning | None = None,
+    ) -> None:
+        self._cache = cache
+        self._candidates = rows
+        self._settings = settings
+        self._device = device
+        self._ranks = ranks or Ranks()
+        self._unconditional = unconditional or cache.unconditional()
+        self._offset = torch.rand((), dtype=torch.float64, generator=generator("offset", settings.seed))
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.long)
+
+    @property
+    def size(self) -> int:
+        """Samples in one forward of this process."""
+        return self._settings.batch // (self._ranks.size * self._settings.accumulate)
+
+    def positions(self, step: int, part: int) -> range:
+        """Returns the places in the stream of this process's `part`-th forward of a step."""
+        start = step * self._settings.batch + (self._ranks.rank * self._settings.accumulate + part) * self.size
+        return range(start, start + self.size)
+
+    def rows(self, positions: range) -> Tensor:
+        """Returns rows of the cache (B,) int64: every picture once in an epoch, in an order of its own."""
+        rows = []
+        for position in positions:
+            epoch, offset = divmod(position, len(self._candidates))
+            if epoch != self._epoch:
+                order = torch.randperm(len(self._candidates), generator=generator("epoch", self._settings.seed, epoch))
+                self._epoch, self._order = epoch, self._candidates[order]
+            rows.append(self._order[offset])
+        return torch.stack(rows)
+
+    def draw(self, step: int, part: int = 0) -> Batch:
+        """Returns the samples of this process's `part`-th forward of a step."""
+        positions = self.positions(step, part)
+        return self.at(positions, self.rows(positions))
+
+    def at(self, positions: range, rows: Tensor) -> Batch:
+        """Returns these rows with the random numbers of these places."""
+        s = self._settings
+        mean, logvar = self._cache.latents(rows)
+        # Drawn on the CPU, so that a GPU trains on the very same numbers; each place has its own.
+        generators = [generator("sample", s.seed, position) for position in positions]
+        spread, noise = (
+            torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]) for _ in ("posterior", "noise")
+        )
+        u = torch.stack([torch.rand(4, generator=g) for g in generators])
+        # Places follow each other by the golden ratio: each is uniform by itself, and however many make a step, they
+        # lie evenly over the grid, so that its loss hardly depends on the draw.
+        even = (torch.arange(positions.start, positions.stop, dtype=torch.float64) * _GOLDEN + self._offset) % 1
+        conditioning = self._cache.conditioning(rows)
+        empty = u[:, 1] < s.empty_prompts
+        for name, value in self._unconditional.items():
+            conditioning[name][empty] = value.to(conditioning[name].device)
+        batch = Batch(
+            z=mean + (0.5 * logvar).exp() * spread,
+            noise=noise,
+            index=(even * s.grid).long(),
+            w=s.w_min + (s.w_max - s.w_min) * u[:, 0],
+            u=u[:, 2:],
+            conditioning=conditioning,
+        )
+        moved = {name: value.to(self._device) for name, value in vars(batch).items() if name != "conditioning"}
+        return Batch(**moved, conditioning={k: v.to(self._device) for k, v in conditioning.items()})

@@ -1,0 +1,106 @@
+"""How the UNet's passes are executed: compiled, recomputed; and the check that the adapter still does its part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcmlora import lora
+from lcmlora.bases import Conditioning, LoadedBase, unet_forward
+from lcmlora.errors import UserError
+
+# Of the largest output. In half precision a fused kernel rounds at other places than the ones it replaces.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+# Student, teacher and target are three graphs, validation brings more; the default of 8 then falls back to eager.
+_GRAPHS = 64
+
+
+def recompute(unet: Any, how: str) -> None:
+    """Lets the backward pass compute activations again instead of keeping them.
+
+    Args:
+        how: `none`; `full` keeps the input of each block and costs another forward; `selective` keeps besides what the
+            expensive kernels (products, convolutions, attention) put out, and recomputes the rest.
+    """
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    if how == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        aten = torch.ops.aten
+        kept = [
+            aten.mm.default,
+            aten.addmm.default,
+            aten.bmm.default,
+            aten.convolution.default,
+            aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_flash_attention_for_cpu.default,
+            aten._scaled_dot_product_efficient_attention.default,
+            aten._scaled_dot_product_cudnn_attention.default,
+        ]
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
+
+    def run(module: nn.Module, *arguments: Any) -> Any:
+        return checkpoint(module.__call__, *arguments, **options)
+
+    unet.enable_gradient_checkpointing(run)
+
+
+def compiled(unet: nn.Module) -> None:
+    """Has the UNet compiled when it is first called, in place."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = _GRAPHS
+    unet.compile(dynamic=False)
+
+
+class AdapterCheck:
+    """Compares the UNet, before it gets its adapter, with what it does later (toggling adapters under torch.compile
+    was silently wrong in older stacks)."""
+
+    def __init__(self, base: LoadedBase, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> None:
+        """Args:
+        base: bare.
+        latents, timesteps, conditioning: any fixed input of a forward.
+        """
+        self._base = base
+        self._forward: Callable[[], Tensor] = lambda: unet_forward(base.unet, latents, timesteps, conditioning)
+        self._differs = False
+        with torch.no_grad():
+            self._alone = self._forward()
+
+    @torch.no_grad()
+    def teacher(self, *, compiled: bool) -> None:
+        """Raises UserError unless the base with its adapter off is the bare base, to the bit where it is not compiled,
+        and the compiled student the eager one."""
+        with lora.disabled(self._base.unet):
+            off = self._forward()
+        if not compiled:
+            if not torch.equal(off, self._alone):
+                raise UserError(f"{self._base.name}: with its adapter off the base does not draw as it did without one")
+            return
+        self._compare("the compiled teacher", off, self._alone)
+        student = self._forward()
+        with torch.compiler.set_stance("force_eager"):
+            self._compare("the compiled student", student, self._forward())
+
+    def _compare(self, what: str, ours: Tensor, expected: Tensor) -> None:
+        error = ((ours - expected).abs().max() / expected.abs().max()).item()
+        tolerance = _TOLERANCE[self._base.dtype]
+        if not error < tolerance:
+            raise UserError(
+                f"{what} is {error:.1e} of the largest value away from the eager one, expected less than {tolerance:g}"
+                "; set distill.compile: false"
+            )
+
+    @torch.no_grad()
+    def student(self) -> None:
+        """Raises UserError where training has not changed the student. Looks once."""
+        if not self._differs and torch.equal(self._forward(), self._alone):
+            raise UserError(f"{self._base.name}: the adapter was trained and changes nothing; nothing is saved")
+        self._differs = True

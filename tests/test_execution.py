@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from lcmlora import execution, lora
+from lcmlora.bases import Conditioning, LoadedBase
+from lcmlora.errors import UserError
+from lcmlora.execution import AdapterCheck
+
+
+def _inputs(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+    generator = torch.Generator().manual_seed(1)
+    conditioning = {"encoder_hidden_states": torch.randn(rows, 5, 16, generator=generator)}
+    return torch.randn(rows, 4, 8, 8, generator=generator), torch.tensor([999, 259]), conditioning
+
+
+def _inject(base: LoadedBase, strength: float = 0.0) -> None:
+    for parameter in lora.inject(base.unet, 4, 4, 0).values():
+        if strength:
+            parameter.data.normal_(std=strength)
+    lora.direct_forwards(base.unet)
+
+
+def test_an_adapter_that_is_off_must_leave_the_base_as_it_was(base: LoadedBase):
+    check = AdapterCheck(base, *_inputs())
+    _inject(base, strength=0.1)
+    check.teacher(compiled=False)
+    base.unet.conv_in.weight.data.add_(1e-4)
+    with pytest.raises(UserError, match="with its adapter off the base does not draw as it did"):
+        check.teacher(compiled=False)
+
+
+def test_a_student_that_training_has_not_changed_is_refused(base: LoadedBase):
+    check = AdapterCheck(base, *_inputs())
+    _inject(base)
+    with pytest.raises(UserError, match="the adapter was trained and changes nothing"):
+        check.student()
+    for _, layer in lora._layers(base.unet):
+        layer.lora_B[lora.ADAPTER].weight.data.fill_(0.1)
+    check.student()
+
+
+def test_a_compiled_unet_is_teacher_and_student_as_the_eager_one_is(base: LoadedBase):
+    check = AdapterCheck(base, *_inputs())
+    _inject(base, strength=0.1)
+    execution.compiled(base.unet)
+    check.teacher(compiled=True)
+    check.student()
+    torch._dynamo.reset()
+
+
+def test_a_compiled_unet_that_differs_is_refused_with_the_figure(base: LoadedBase):
+    check = AdapterCheck(base, *_inputs())
+    _inject(base)
+    check._alone = check._alone + 0.01
+    with pytest.raises(UserError, match=r"the compiled teacher is \d\.\de-0\d of .* set distill\.compile: false"):
+        check.teacher(compiled=True)
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputed_activations_give_the_same_gradients_and_save_memory(base: LoadedBase, how: str):
+    _inject(base, strength=0.1)
+
+    def gradients() -> tuple[dict[str, torch.Tensor], int]:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = base.predict(*_inputs())
+        output.square().mean().backward()
+        found = {n: p.grad.clone() for n, p in base.unet.named_parameters() if p.grad is not None}
+        base.unet.zero_grad()
+        return found, sum(kept.values())
+
+    expected, plain = gradients()
+    execution.recompute(base.unet, how)
+    found, saved = gradients()
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+    if how == "full":  # what selective keeps lies in a store of its own, out of the hook's sight
+        assert saved < 0.5 * plain
