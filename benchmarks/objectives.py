@@ -17,9 +17,10 @@ from typing import Any
 
 from lcmlora import bases, config, lora
 from lcmlora.data.cache import LatentCache
-from lcmlora.distill import NullLogger, distill
+from lcmlora.distill import distill
 from lcmlora.evaluation.evaluate import evaluate
 from lcmlora.files import write_json
+from lcmlora.training import NullLogger
 
 OBJECTIVES = ("lcm", "tcd", "pcm", "tdd")
 _BEGIN, _END = "<!-- table -->\n", "<!-- end of table -->\n"

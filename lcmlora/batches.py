@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lcmlora.bases import Conditioning
-from lcmlora.config import Distill
+from lcmlora.config import Distill, Training
 from lcmlora.data.cache import LatentCache
 from lcmlora.noise import generator
 from lcmlora.ranks import Ranks
@@ -32,7 +32,7 @@ class Batch:
     conditioning: Conditioning
 
 
-def split(cache: LatentCache, settings: Distill) -> tuple[Tensor, Tensor]:
+def split(cache: LatentCache, settings: Training) -> tuple[Tensor, Tensor]:
     """Returns the rows to train on and those to validate with, both (N,) int64, ascending.
 
     Whole captions are kept from training, as many as make up `validation_pictures` or a tenth of the cache; where all
@@ -91,6 +91,10 @@ class Batches:
                 self._epoch, self._order = epoch, self._candidates[order]
             rows.append(self._order[offset])
         return torch.stack(rows)
+
+    def names(self, rows: Tensor) -> list[str]:
+        """Returns the file names of the pictures in these rows of the cache, for messages."""
+        return self._cache.names(rows)
 
     def draw(self, step: int, part: int = 0) -> Batch:
         """Returns the samples of this process's `part`-th forward of a step."""

@@ -83,14 +83,9 @@ class Encode(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
-class Distill(Strict):
-    """Distillation of the adapter (stage `distill`); the objectives and their sources are in lcmlora/objectives.py."""
+class Training(Strict):
+    """A run of the training loop (lcmlora/training.py)."""
 
-    objective: Literal["lcm", "tcd", "pcm", "tdd"]
-    phases: Positive = 4  # pcm: the student's steps are trained for this many
-    gamma: Share = 0.3  # tcd, tdd: how far a step goes below the next timestep before noise takes it back up
-    empty_prompts: Share = 0.0  # share of the samples that are given the unconditional embedding
-    target: Literal["stop-gradient", "ema"] = "stop-gradient"  # whose weights the target is computed with
     seed: int
     steps: Positive
     batch: Positive  # pictures in a step, over all processes
@@ -101,15 +96,8 @@ class Distill(Strict):
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedule-free"] = "adamw"
-    ema: Annotated[float, Field(ge=0, lt=1)]  # of the LoRA; the average is what is validated and saved
-    rank: Positive
-    alpha: Annotated[float, Field(gt=0)]
-    # The papers' w: c + w (c - u). The pipelines' guidance_scale is w + 1.
-    w_min: Annotated[float, Field(ge=0)]
-    w_max: Annotated[float, Field(ge=0)]
-    grid: Positive  # DDIM timesteps, N of Algorithm 1
-    huber_c: Annotated[float, Field(gt=0)]
-    weighting: Literal["uniform", "snr+1"]  # of a sample's loss, by its timestep
+    ema: Annotated[float, Field(ge=0, lt=1)]  # of the weights; the average is what is validated and saved
+    empty_prompts: Share = 0.0  # share of the samples that are given the unconditional embedding
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     checkpointing: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
     compile: bool = False
@@ -120,17 +108,38 @@ class Distill(Strict):
     validation_pictures: Positive  # kept from training, by caption; at most a tenth of the cache
 
     @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide batch {self.batch}")
+        if self.optimizer == "schedule-free" and self.cooldown:
+            raise ValueError(f"cooldown must be 0 with optimizer schedule-free, got {self.cooldown}")
+        return self
+
+
+class Distill(Training):
+    """Distillation of the adapter (stage `distill`); the objectives and their sources are in lcmlora/objectives.py."""
+
+    objective: Literal["lcm", "tcd", "pcm", "tdd"]
+    phases: Positive = 4  # pcm: the student's steps are trained for this many
+    gamma: Share = 0.3  # tcd, tdd: how far a step goes below the next timestep before noise takes it back up
+    target: Literal["stop-gradient", "ema"] = "stop-gradient"  # whose weights the target is computed with
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    # The papers' w: c + w (c - u). The pipelines' guidance_scale is w + 1.
+    w_min: Annotated[float, Field(ge=0)]
+    w_max: Annotated[float, Field(ge=0)]
+    grid: Positive  # DDIM timesteps, N of Algorithm 1
+    huber_c: Annotated[float, Field(gt=0)]
+    weighting: Literal["uniform", "snr+1"]  # of a sample's loss, by its timestep
+
+    @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.w_min > self.w_max:
             raise ValueError(f"w_min {self.w_min} is above w_max {self.w_max}")
-        if self.batch % self.accumulate:
-            raise ValueError(f"accumulate {self.accumulate} does not divide batch {self.batch}")
         if self.phases > self.grid:
             raise ValueError(f"phases {self.phases} is more than the {self.grid} timesteps of grid")
         if self.objective == "tdd" and self.grid < 8:
             raise ValueError(f"grid {self.grid} is too coarse for tdd, whose targets are those of 4 to 8 steps")
-        if self.optimizer == "schedule-free" and self.cooldown:
-            raise ValueError(f"cooldown must be 0 with optimizer schedule-free, got {self.cooldown}")
         return self
 
 

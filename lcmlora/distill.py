@@ -1,4 +1,4 @@
-"""Distillation of a LoRA: the training loop, readable from top to bottom.
+"""Distillation of a LoRA: the teacher, what is asked of the student, and what is kept of a run.
 
 One frozen base serves as teacher (adapter off), student (adapter on, with gradients) and target (adapter on, without).
 A step costs four UNet forwards and one backward: the teacher's conditional and unconditional passes in one batch, the
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +22,6 @@ from torch import Tensor
 from lcmlora import diffusion, lora, objectives
 from lcmlora.bases import Conditioning, LoadedBase, unet_forward
 from lcmlora.batches import Batch, Batches, split
-from lcmlora.checkpoint import Checkpoints
 from lcmlora.config import Distill
 from lcmlora.data.cache import LatentCache
 from lcmlora.errors import UserError
@@ -32,32 +29,9 @@ from lcmlora.execution import AdapterCheck, compiled, recompute
 from lcmlora.files import atomic_folder, write_json
 from lcmlora.objectives import Objective, Prediction, pseudo_huber
 from lcmlora.optimization import Optimization
-from lcmlora.progress import track
 from lcmlora.ranks import Ranks
+from lcmlora.training import Logger, train
 from lcmlora.validation import Validation
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-_PATIENCE = 10  # steps in a row whose loss is not finite
-
-
-class Logger(Protocol):
-    """Where figures go while the loop runs."""
-
-    def log(self, metrics: dict[str, float], step: int) -> None: ...
-
-    def picture(self, name: str, picture: Image, step: int) -> None: ...
-
-
-class NullLogger:
-    """Keeps nothing; the loop never asks whether anybody listens."""
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        del metrics, step
-
-    def picture(self, name: str, picture: Image, step: int) -> None:
-        del name, picture, step
 
 
 class Teacher:
@@ -97,6 +71,7 @@ class Distillation:
         self.teacher = Teacher(base, unconditional, settings)
         self.objective: Objective = objectives.make(settings, base.alphas_cumprod)
         self._huber_c = settings.huber_c
+        self._averaged_target = settings.target == "ema"
 
     def noisy(self, batch: Batch, index: Tensor) -> Tensor:
         """Returns z_{t_{n+k}} (B, C, h, w) at these rows of the grid (B,)."""
@@ -113,18 +88,19 @@ class Distillation:
             diffusion.predicted_noise(output, x, alpha, sigma, kind),
         )
 
-    def losses(self, batch: Batch, target: contextlib.AbstractContextManager[object] | None = None) -> Tensor:
+    def losses(self, batch: Batch, optimization: Optimization | None = None) -> Tensor:
         """Returns the weighted loss of each sample, (B,), with gradients to the adapter alone.
 
         Args:
-            target: within it the adapter has the weights that the target is computed with; the live ones without it.
+            optimization: has the averaged weights, where the target is computed with those.
         """
         t, t_prev = self.teacher.t[batch.index], self.teacher.t_prev[batch.index]
         x = self.noisy(batch, batch.index)
         x_prev = self.teacher.step(x, t, t_prev, batch.w, batch.conditioning)
         s = self.objective.destination(batch.index, batch.u)
         # The target first: what the student's forward keeps for the backward pass must not change any more.
-        with torch.no_grad(), target or contextlib.nullcontext():
+        averaged = optimization.averaged() if optimization and self._averaged_target else contextlib.nullcontext()
+        with torch.no_grad(), averaged:
             aim = self.objective.jump(x_prev, self.student(x_prev, t_prev, batch.conditioning), t_prev, s)
         online = self.objective.jump(x, self.student(x, t, batch.conditioning), t, s)
         return self.teacher.weight[batch.index] * pseudo_huber(online, aim, self._huber_c)
@@ -176,50 +152,20 @@ def distill(
     optimization = equip(base, settings, ranks)
     distillation = Distillation(base, unconditional, settings)
 
-    checkpoints = Checkpoints(scratch)
-    state = checkpoints.load() or {"step": 0, "loss": float("nan"), "best": None, "history": {}}
-    if "optimization" in state:
-        optimization.restore(state["optimization"])
-    ranks.agree(base=identity, latent_cache=cache.digest, settings=settings, first_step=state["step"])
     check.teacher(compiled=settings.compile)
-    validation = None
-    if ranks.first and state["step"] < settings.steps:
-        validation = Validation(distillation, cache, held, settings, batches.size, decode)
-
-    window = _Window(batches, settings, cache, ranks)
-    remaining = range(state["step"], settings.steps)
-    progress = track(
-        remaining,
+    state = train(
         "distill",
-        total=settings.steps,
-        completed=remaining.start,
-        unit=settings.batch,
-        quiet=not ranks.first,
+        distillation,
+        optimization,
+        batches,
+        lambda: Validation(distillation, cache, held, settings, batches.size, decode),
+        settings,
+        scratch,
+        check=check.student,
+        agree={"base": identity, "latent_cache": cache.digest},
+        logger=logger,
+        ranks=ranks,
     )
-    for step in progress:
-        losses, norm = take_step(distillation, optimization, batches, settings, step)
-        window.add(step, losses)
-
-        done = state["step"] = step + 1
-        last = done == settings.steps
-        saving = last or done % settings.checkpoint_every == 0
-        if saving or done % settings.log_every == 0:
-            figures = window.close(norm)
-            check.student()
-            state["loss"] = figures["loss"]
-            logger.log(figures | {"learning_rate": optimization.rate(step)}, done)
-            progress.note(loss=figures["loss"])
-        if validation and (last or done % settings.validate_every == 0):
-            with window.paused(), optimization.averaged() as weights:
-                loss = validation.look(done, logger)
-                if state["best"] is None or loss < state["best"]["loss"]:
-                    state["best"] = {"step": done, "loss": loss, "weights": weights.to("cpu", copy=True)}
-            progress.note(validation=loss)
-            state["history"][str(done)] = loss
-        if saving and ranks.first:
-            with window.paused():
-                checkpoints.save(state | {"optimization": optimization.state()})
-
     facts = {
         "model": base.name,
         "base": identity,
@@ -238,19 +184,23 @@ def distill(
     if ranks.first:
         best = state["best"]
         facts["validation"] = {"pictures": len(held), "loss": state["history"], "best_step": best["step"]}
-        # Weights of a half-precision base are released in fp16, as the published adapters are.
-        dtype = torch.float32 if base.dtype == torch.float32 else torch.float16
+        dtype = _file_dtype(base)
         optimization.use(best["weights"], dtype)
-        scheduler = scheduler_config(base, distillation.objective.sampler.scheduler, settings.grid)
         with atomic_folder(out) as folder:
             tensors, metadata = lora.state_dict(base.unet), lora.adapter_metadata(settings.rank)
             lora.save_file(tensors, folder / lora.WEIGHTS, dtype=dtype, metadata=metadata)
+            scheduler = scheduler_config(base, distillation.objective.sampler.scheduler, settings.grid)
             write_json(folder / "scheduler_config.json", scheduler)
             write_json(folder / "config.json", facts)
             write_json(folder / "run.json", run)
             _save_probe(base, probe, folder / "probe.safetensors")
     ranks.wait()
     return facts
+
+
+def _file_dtype(base: LoadedBase) -> torch.dtype:
+    """Weights of a half-precision base are released in fp16, as the published adapters are."""
+    return torch.float32 if base.dtype == torch.float32 else torch.float16
 
 
 def equip(base: LoadedBase, settings: Distill, ranks: Ranks | None = None) -> Optimization:
@@ -260,84 +210,7 @@ def equip(base: LoadedBase, settings: Distill, ranks: Ranks | None = None) -> Op
     recompute(base.unet, settings.checkpointing)
     if settings.compile:
         compiled(base.unet)
-    scaled = base.dtype == torch.float16 and base.device.type == "cuda"
-    return Optimization(parameters, settings, ranks=ranks, scaled=scaled)
-
-
-def take_step(
-    distillation: Distillation, optimization: Optimization, batches: Batches, settings: Distill, step: int
-) -> tuple[Tensor, Tensor]:
-    """Returns the losses of this process's samples, (accumulate, B), and the norm of the gradient over all, ()."""
-    losses = []
-    for part in range(settings.accumulate):
-        target = optimization.averaged() if settings.target == "ema" else None
-        loss = distillation.losses(batches.draw(step, part), target)
-        optimization.backward(loss.mean() / settings.accumulate)
-        losses.append(loss.detach())
-    return torch.stack(losses), optimization.step(step)
-
-
-class _Window:
-    """The losses since the last look at them. They stay on the device, which the host waits for only when looking."""
-
-    def __init__(self, batches: Batches, settings: Distill, cache: LatentCache, ranks: Ranks) -> None:
-        self._batches = batches
-        self._settings = settings
-        self._cache = cache
-        self._ranks = ranks
-        self._loss = float("nan")  # of the last window that had one
-        self._bad = 0  # steps in a row up to now whose loss is not finite
-        self._losses: list[tuple[int, Tensor]] = []
-        self._began = time.monotonic()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """The rate does not count the time spent in this block."""
-        paused = time.monotonic()
-        yield
-        self._began += time.monotonic() - paused
-
-    def add(self, step: int, losses: Tensor) -> None:
-        self._losses.append((step, losses))
-
-    def close(self, norm: Tensor) -> dict[str, float]:
-        """Returns the figures of the steps since the last call: the mean of the losses that are finite, and the rate.
-
-        Raises:
-            UserError: too many steps in a row had a loss that is not finite; with the pictures it came from.
-        """
-        s = self._settings
-        first, last = self._losses[0][0], self._losses[-1][0]
-        losses = torch.zeros(last - first + 1, s.batch, device=norm.device)
-        for step, values in self._losses:
-            place = self._batches.positions(step, 0).start - step * s.batch
-            losses[step - first, place : place + values.numel()] = values.flatten()
-        self._ranks.add_up(losses)
-        finite = losses.isfinite().all(1).tolist()
-        for offset, fine in enumerate(finite):
-            self._bad = 0 if fine else self._bad + 1
-            if self._bad == _PATIENCE:
-                step = first + offset
-                rows = self._batches.rows(range(step * s.batch, (step + 1) * s.batch))
-                culprits = self._cache.names(rows[~losses[offset].isfinite().cpu()])
-                raise UserError(
-                    f"step {step + 1}: the loss is not finite, for the {_PATIENCE}th time in a row; lower distill.lr "
-                    f"or raise distill.precision. In this step it was so for {', '.join(dict.fromkeys(culprits))}"
-                )
-        skipped = len(finite) - sum(finite)
-        if skipped and self._ranks.first:
-            told = f"of the steps {first + 1} to {last + 1} {skipped} were skipped: their loss was not finite"
-            print(f"warning: {told}", file=sys.stderr, flush=True)
-        if any(finite):
-            self._loss = losses[torch.tensor(finite)].mean().item()
-        rate = losses.numel() / (time.monotonic() - self._began)
-        self._losses, self._began = [], time.monotonic()
-        return {
-            "loss": self._loss,
-            "gradient_norm": norm.item(),
-            "images_per_second": rate,
-            "skipped_steps": float(skipped),
-        }
+    return Optimization(parameters, settings, ranks=ranks, scaled=base.dtype == torch.float16)
 
 
 def versions() -> dict[str, str]:

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lcmlora.bases import LoadedBase
 from lcmlora.batches import Batches, split
 from lcmlora.config import Distill, Launch
 from lcmlora.data.cache import LatentCache
-from lcmlora.distill import Distillation, equip, take_step
+from lcmlora.distill import Distillation, equip
 from lcmlora.errors import UserError
 from lcmlora.execution import recompute
+from lcmlora.optimization import Optimization
+from lcmlora.training import take_step
 from lcmlora.validation import Validation
 
 _TIMED = 2  # steps, after one that warms up
@@ -70,49 +73,15 @@ def examine(base: LoadedBase, cache: LatentCache, settings: Distill, launch: Lau
     Raises:
         UserError: too few pictures, too little disk, or too little memory; in the last case with settings that fit.
     """
-    processes = launch.processes * launch.machines
     rows, held = split(cache, settings)
     if len(rows) < settings.batch:
         raise UserError(f"distill.batch: {settings.batch} is more than the {len(rows)} pictures to train on")
     # This process's share of a step, as if it were the only one.
-    share = settings.model_copy(update={"batch": settings.batch // processes})
+    share = settings.model_copy(update={"batch": settings.batch // (launch.processes * launch.machines)})
     optimization = equip(base, share)
     distillation = Distillation(base, cache.unconditional(), share)
-
-    def attempt(trial: Trial) -> Trial:
-        tried = share.model_copy(update={"accumulate": trial.accumulate, "checkpointing": trial.checkpointing})
-        base.unet.disable_gradient_checkpointing()
-        recompute(base.unet, trial.checkpointing)
-        batches = Batches(cache, rows, tried, base.device)
-        _forget(base.device)
-        try:
-            take_step(distillation, optimization, batches, tried, 0)
-            began = _now(base.device)
-            for step in range(1, 1 + _TIMED):
-                take_step(distillation, optimization, batches, tried, step)
-        except torch.OutOfMemoryError:
-            return trial
-        seconds = (_now(base.device) - began) / _TIMED
-        return Trial(trial.accumulate, trial.checkpointing, seconds, _peak(base.device))
-
-    trials = [attempt(Trial(settings.accumulate, settings.checkpointing))]
-    if base.device.type == "cuda":
-        for other in _others(share, fits=trials[0].seconds is not None):
-            trials.append(attempt(other))
-            if trials[0].seconds is None and trials[-1].seconds is not None:
-                break
-    fitting = [trial for trial in trials if trial.seconds is not None]
-    if not fitting:
-        raise UserError(
-            f"{base.name}: not even one picture at a time fits {_device_name(base.device)}; use a larger GPU"
-        )
-    best = min(fitting, key=lambda trial: trial.seconds or 0.0)
-    if trials[0].seconds is None:
-        raise UserError(
-            f"{base.name}: {share.batch // settings.accumulate} pictures at a time do not fit "
-            f"{_device_name(base.device)}; with distill.accumulate: {best.accumulate} and distill.checkpointing: "
-            f"{best.checkpointing} a step fits in {(best.peak or 0) / 1e9:.1f} GB"
-        )
+    trials = _trials(distillation, optimization, cache, rows, share)
+    best = min((trial for trial in trials if trial.seconds), key=lambda trial: trial.seconds or 0.0)
 
     base.unet.disable_gradient_checkpointing()
     began = _now(base.device)
@@ -122,7 +91,7 @@ def examine(base: LoadedBase, cache: LatentCache, settings: Distill, launch: Lau
     validation.loss(), validation.pictures()
     looked = _now(base.device) - drawn_up
     looks = -(-settings.steps // settings.validate_every)
-    seconds = trials[0].seconds
+    seconds = trials[0].seconds or 0.0
     checkpoint = _BUFFERS * 4 * sum(p.numel() for p in base.unet.parameters() if p.requires_grad)
     examination = Examination(
         device=_device_name(base.device),
@@ -147,6 +116,50 @@ def examine(base: LoadedBase, cache: LatentCache, settings: Distill, launch: Lau
             f"{examination.free / 1e6:.0f} MB are free"
         )
     return examination
+
+
+def _trials(
+    distillation: Distillation, optimization: Optimization, cache: LatentCache, rows: Tensor, settings: Distill
+) -> list[Trial]:
+    """Returns how the chosen way to run a step went, and on a GPU how others did.
+
+    Raises:
+        UserError: memory ran out, with settings that fit if there are any.
+    """
+    base, device = distillation.base, distillation.base.device
+
+    def attempt(trial: Trial) -> Trial:
+        tried = settings.model_copy(update={"accumulate": trial.accumulate, "checkpointing": trial.checkpointing})
+        base.unet.disable_gradient_checkpointing()
+        recompute(base.unet, trial.checkpointing)
+        batches = Batches(cache, rows, tried, device)
+        _forget(device)
+        try:
+            take_step(distillation, optimization, batches, tried, 0)
+            began = _now(device)
+            for step in range(1, 1 + _TIMED):
+                take_step(distillation, optimization, batches, tried, step)
+        except torch.OutOfMemoryError:
+            return trial
+        return Trial(trial.accumulate, trial.checkpointing, (_now(device) - began) / _TIMED, _peak(device))
+
+    chosen = attempt(Trial(settings.accumulate, settings.checkpointing))
+    trials = [chosen]
+    if device.type == "cuda" or not chosen.seconds:
+        for other in _others(settings, fits=bool(chosen.seconds)):
+            trials.append(attempt(other))
+            if not chosen.seconds and trials[-1].seconds:
+                break
+    if not chosen.seconds:
+        last = trials[-1]
+        advice = "and neither does one at a time with full checkpointing"
+        if last.seconds:
+            advice = f"distill.accumulate: {last.accumulate} with distill.checkpointing: {last.checkpointing} does"
+        raise UserError(
+            f"{base.name}: {settings.batch // settings.accumulate} pictures at a time do not fit "
+            f"{_device_name(device)}; {advice}"
+        )
+    return trials
 
 
 def _others(settings: Distill, *, fits: bool) -> Iterator[Trial]:

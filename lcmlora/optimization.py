@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcmlora.config import Distill
+from lcmlora.config import Training
 from lcmlora.errors import UserError
 from lcmlora.ranks import Ranks
 
@@ -28,7 +28,7 @@ class Optimization:
     def __init__(
         self,
         parameters: dict[str, nn.Parameter],
-        settings: Distill,
+        settings: Training,
         *,
         ranks: Ranks | None = None,
         scaled: bool = False,
@@ -147,7 +147,7 @@ class Optimization:
             self._growth.copy_(state["growth"])
 
 
-def _optimizer(weights: nn.Parameter, settings: Distill) -> torch.optim.Optimizer:
+def _optimizer(weights: nn.Parameter, settings: Training) -> torch.optim.Optimizer:
     options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW([weights], fused=True, **options)

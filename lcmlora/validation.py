@@ -25,7 +25,8 @@ from lcmlora.progress import track
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from lcmlora.distill import Distillation, Logger
+    from lcmlora.distill import Distillation
+    from lcmlora.training import Logger
 
 STEPS = 4  # of the student whose timesteps are validated, and of the pictures it draws
 _SHOWN = 8  # pictures drawn

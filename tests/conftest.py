@@ -44,7 +44,7 @@ def base(base_folder: Path) -> bases.LoadedBase:
 
 
 def make_latents(base_folder: Path, work: Path) -> LatentCache:
-    """Returns a cache of eight pictures with a caption each, encoded by the base."""
+    """Returns a cache of nine pictures with a caption each, encoded by the base."""
     for number in range(10):
         add(work / "in", f"{number}.png", f"subject {number}", picture(number))
     data = data_in(work / "in", min_side=16, validation=0.2)

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from lcmlora.data.cache import LatentCache
-from lcmlora.distill import NullLogger, distill
+from lcmlora.distill import distill
+from lcmlora.training import NullLogger
 from tests.conftest import make_latents
 from tests.distillation import SETTINGS, load_parts
 from tests.miniature import save_base

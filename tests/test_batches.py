@@ -82,7 +82,7 @@ def test_validation_takes_whole_captions_and_the_rest_is_trained_on(cache: Laten
 
 def test_at_most_a_tenth_is_kept_and_pictures_of_one_caption_can_be_told_apart(cache: LatentCache):
     many = SETTINGS.model_copy(update={"validation_pictures": 1000})
-    assert len(split(cache, many)[1]) == 1  # of eight
+    assert len(split(cache, many)[1]) == 1  # of nine
     same = LatentCache.__new__(LatentCache)
     vars(same).update(vars(cache))
     same._small = cache._small | {"text_row": torch.zeros(len(cache), dtype=torch.int32)}

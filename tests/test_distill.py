@@ -11,10 +11,11 @@ from lcmlora import bases, diffusion, lora
 from lcmlora.batches import Batches
 from lcmlora.config import Base, Distill
 from lcmlora.data.cache import LatentCache
-from lcmlora.distill import Distillation, NullLogger, Teacher, distill
+from lcmlora.distill import Distillation, Teacher, distill
 from lcmlora.errors import UserError
 from lcmlora.objectives import pseudo_huber
 from lcmlora.optimization import Optimization
+from lcmlora.training import NullLogger
 from tests.distillation import CPU, SETTINGS, load_parts
 from tests.miniature import RESOLUTION
 
@@ -213,6 +214,20 @@ def test_memory_is_saved_without_changing_the_adapter(
         torch.testing.assert_close(saving[name], plain[name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_compiled_run_makes_the_adapter_of_an_eager_one(
+    base_folder: Path, cache: LatentCache, tmp_path: Path, checkpointing: str
+):
+    slow = SETTINGS.model_copy(update={"lr": 1e-4, "checkpointing": checkpointing})
+    for name, settings in (("eager", slow), ("compiled", slow.model_copy(update={"compile": True}))):
+        _run(load_parts(base_folder, "unet"), cache, tmp_path / name, settings)
+    torch._dynamo.reset()
+    eager, compiled = (load_file(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("eager", "compiled"))
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name], atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("objective", ["lcm", "tcd", "pcm", "tdd"])
 def test_every_objective_learns_and_names_its_scheduler(
     base_folder: Path, cache: LatentCache, tmp_path: Path, objective: str
@@ -231,11 +246,12 @@ def test_the_target_has_the_averaged_weights_where_that_is_asked_for(base: bases
     parameters = lora.inject(base.unet, 4, 4, 0)
     lora.direct_forwards(base.unet)
     optimization = Optimization(parameters, SETTINGS)
-    distillation = Distillation(base, cache.unconditional(), SETTINGS)
+    averaging = SETTINGS.model_copy(update={"target": "ema"})
+    distillation = Distillation(base, cache.unconditional(), averaging)
     for parameter in parameters.values():
         parameter.data.normal_(std=0.1)  # the average is still what it was at the start: without effect
     batch = _batch(cache)
-    ema = distillation.losses(batch, optimization.averaged())
+    ema = distillation.losses(batch, optimization)
     t, t_prev = distillation.teacher.t[batch.index], distillation.teacher.t_prev[batch.index]
     x = distillation.noisy(batch, batch.index)
     x_prev = distillation.teacher.step(x, t, t_prev, batch.w, batch.conditioning)

@@ -1,10 +1,12 @@
 import hashlib
+import re
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
@@ -48,6 +50,17 @@ def test_a_run_keeps_its_params_and_every_figure_at_its_step(settings: Registry)
     history = client(settings).get_metric_history(run.id, "loss")
     assert sorted((m.step, m.value) for m in history) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     assert run.reference == {"run_id": run.id, "tracking_uri": settings.tracking_uri, "experiment": "lcmlora"}
+
+
+def test_pictures_are_kept_with_their_step(settings: Registry, tmp_path: Path):
+    with tracking(settings, "mini", {}) as run:
+        for step, colour in ((100, "red"), (200, "blue")):
+            run.picture("validation", Image.new("RGB", (16, 8), colour), step)
+    kept = client(settings).download_artifacts(run.id, "images", str(tmp_path))
+    found = {path.name: Image.open(path) for path in Path(kept).glob("*.png")}
+    assert {picture.getpixel((0, 0)) for picture in found.values()} == {(255, 0, 0), (0, 0, 255)}
+    assert all("validation" in name for name in found) and {picture.size for picture in found.values()} == {(16, 8)}
+    assert sorted(re.findall(r"step\W(\d+)\W", " ".join(found))) == ["100", "200"]
 
 
 def test_a_run_whose_body_fails_is_failed_and_keeps_what_was_logged(settings: Registry):

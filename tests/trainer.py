@@ -14,7 +14,8 @@ import torch
 
 from lcmlora import ranks
 from lcmlora.data.cache import LatentCache
-from lcmlora.distill import NullLogger, distill
+from lcmlora.distill import distill
+from lcmlora.training import NullLogger
 from tests.distillation import SETTINGS, load_parts
 
 SLOW = SETTINGS.model_copy(update={"lr": 1e-4})  # Adam makes steps of a gradient's last bits

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flows.retrain import retrain
 from lcmlora import registry
@@ -171,6 +172,15 @@ def test_help_shows_examples_without_importing_prefect():
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "python -m flows.retrain --model emoji --force" in result.stdout
+
+
+def test_a_gpu_model_is_examined_before_it_is_trained(project: Project):
+    raw = yaml.safe_load((project.root / "params.yaml").read_text())
+    raw["bases"]["a"] = raw["bases"]["a"] | {"distill": {"device": "cuda"}}
+    (project.root / "params.yaml").write_text(yaml.safe_dump(raw))
+    state = retrain(return_state=True)
+    assert state.message == "a: doctor a: device: cuda was asked for and this machine has no usable GPU"
+    assert project.distilled() == ["b"]
 
 
 @pytest.mark.integration
