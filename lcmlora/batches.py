@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lcmlora.bases import Conditioning
-from lcmlora.config import Distill, Training
+from lcmlora.config import Training
 from lcmlora.data.cache import LatentCache
 from lcmlora.noise import generator
 from lcmlora.ranks import Ranks
@@ -56,17 +56,25 @@ class Batches:
         self,
         cache: LatentCache,
         rows: Tensor,
-        settings: Distill,
+        settings: Training,
         device: torch.device,
         ranks: Ranks | None = None,
-        unconditional: Conditioning | None = None,
+        *,
+        grid: int,
+        guidance: tuple[float, float] = (0.0, 0.0),
     ) -> None:
+        """Args:
+        rows: (N,) int64, of the cache.
+        grid: how many timesteps `index` chooses from.
+        guidance: the range of w.
+        """
         self._cache = cache
         self._candidates = rows
         self._settings = settings
         self._device = device
         self._ranks = ranks or Ranks()
-        self._unconditional = unconditional or cache.unconditional()
+        self._grid, self._guidance = grid, guidance
+        self._unconditional = cache.unconditional()
         self._offset = torch.rand((), dtype=torch.float64, generator=generator("offset", settings.seed))
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
@@ -103,7 +111,7 @@ class Batches:
 
     def at(self, positions: range, rows: Tensor) -> Batch:
         """Returns these rows with the random numbers of these places."""
-        s = self._settings
+        s, (w_min, w_max) = self._settings, self._guidance
         mean, logvar = self._cache.latents(rows)
         # Drawn on the CPU, so that a GPU trains on the very same numbers; each place has its own.
         generators = [generator("sample", s.seed, position) for position in positions]
@@ -121,8 +129,8 @@ class Batches:
         batch = Batch(
             z=mean + (0.5 * logvar).exp() * spread,
             noise=noise,
-            index=(even * s.grid).long(),
-            w=s.w_min + (s.w_max - s.w_min) * u[:, 0],
+            index=(even * self._grid).long(),
+            w=w_min + (w_max - w_min) * u[:, 0],
             u=u[:, 2:],
             conditioning=conditioning,
         )

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from lcmlora import adapter_verbs
 from lcmlora.errors import UserError
 
 app = typer.Typer(
@@ -223,6 +224,64 @@ def _distill(config, model: str, settings, place) -> None:  # type: ignore[no-un
 
 
 @app.command()
+def style(
+    context: typer.Context, name: Annotated[str, typer.Argument(help="A name under `styles` in params.yaml.")]
+) -> None:
+    """Train a LoRA of another style by the ordinary diffusion loss, into styles/NAME: what acceleration is added to.
+
+    Example: lcmlora style noto-v1
+    """
+    _tune(context, "style", name)
+
+
+@app.command()
+def finetune(
+    context: typer.Context, name: Annotated[str, typer.Argument(help="A name under `finetunes` in params.yaml.")]
+) -> None:
+    """Fine-tune a whole base on other pictures into finetunes/NAME, a base of its own.
+
+    Example: lcmlora finetune noto-v1
+    """
+    _tune(context, "finetune", name)
+
+
+def _tune(context: typer.Context, kind, name: str) -> None:  # type: ignore[no-untyped-def]
+    config = _configure(context)
+    entry, data, settings = config.variation(kind, name)
+    from lcmlora import bases, checkpoint, registry
+    from lcmlora.config import digest
+    from lcmlora.data import cache as latents
+    from lcmlora.data import prepare as pictures
+    from lcmlora.finetune import tune as train
+
+    model = config.base(entry.model)
+    folder = Path("bases", entry.model)
+    device = bases.pick_device(settings.device)
+    dtype = bases.pick_dtype(settings.precision, device)
+    identity = bases.identity(model, folder)
+    work = _scratch(kind, f"{name}-{digest(data, settings, identity)[:12]}")
+    with checkpoint.locked(work):
+        pictures.print_report(pictures.prepare(data, settings.batch, work / "pictures"))
+        encoding = config.encode_for(entry.model)
+        base = bases.load(entry.model, model, folder, device=device, dtype=dtype, parts=("vae", "text"))
+        if not (work / "latents" / latents.MANIFEST).exists():
+            latents.encode(base, data, encoding, work / "pictures", work / "encode", work / "latents")
+        del base
+        bare = bases.load(entry.model, model, folder, device=device, dtype=dtype, parts=("unet",))
+        with registry.tracking(config.registry, f"{kind}-{name}", settings.model_dump(mode="json"), work) as run:
+            train(
+                bare,
+                latents.LatentCache(work / "latents"),
+                settings,
+                work,
+                Path(f"{kind}s", name),
+                identity=identity,
+                logger=run,
+            )
+    checkpoint.discard(work)
+
+
+@app.command()
 def doctor(
     context: typer.Context,
     model: Model,
@@ -239,8 +298,8 @@ def doctor(
     from lcmlora.data.cache import LatentCache
 
     settings, launch = config.distill_for(model), config.launch_for(model)
-    cache = LatentCache(Path("data/latents", model))
     device = bases.pick_device(settings.device)
+    cache = LatentCache(Path("data/latents", model))
     dtype = bases.pick_dtype(settings.precision, device)
     base = bases.load(
         model, config.base(model), Path("bases", model), device=device, dtype=dtype, parts=("unet", "vae")
@@ -308,13 +367,19 @@ def package(context: typer.Context, model: Model) -> None:
     )
 
 
+for _verb in (adapter_verbs.convert, adapter_verbs.combine, adapter_verbs.generate):
+    app.command()(_verb)
+
+
 def main() -> None:
     """Runs the command line; a UserError is printed as it is and ends with status 2."""
     try:
         app()
     except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"process {rank}: "
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {where}{line}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

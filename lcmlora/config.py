@@ -143,6 +143,13 @@ class Distill(Training):
         return self
 
 
+class Tuning(Training):
+    """A style by the ordinary diffusion loss (lcmlora/finetune.py): a LoRA, or a whole checkpoint without a rank."""
+
+    rank: Positive | None = None
+    alpha: Annotated[float, Field(gt=0)] | None = None  # the rank, where it is left out
+
+
 class Launch(Strict):
     """On how many processes an adapter is distilled. The result does not depend on it, but for rounding."""
 
@@ -218,6 +225,14 @@ class Base(Strict):
         return self
 
 
+class Variation(Strict):
+    """A style of a model's base: the pictures it is learned from, and what differs in its training."""
+
+    model: str
+    data: dict[str, Any] = {}  # overrides of `data`
+    training: dict[str, Any] = {}  # overrides of `style` or `finetune`
+
+
 class Config(Strict):
     """All of params.yaml."""
 
@@ -232,12 +247,20 @@ class Config(Strict):
     registry: Registry
     publish: Publish
     bases: dict[str, Base]
+    style: Tuning | None = None
+    styles: dict[str, Variation] = {}
+    finetune: Tuning | None = None
+    finetunes: dict[str, Variation] = {}
 
     @model_validator(mode="after")
     def _models_exist(self) -> Self:
         for model in self.models:
             if model not in self.bases:
                 raise ValueError(f"models: no base named {model!r}; bases has {', '.join(self.bases)}")
+        if self.style and self.style.rank is None:
+            raise ValueError("style.rank: a style is a LoRA and needs a rank; a whole checkpoint is made by finetune")
+        if self.finetune and self.finetune.rank is not None:
+            raise ValueError("finetune.rank: a whole checkpoint has no rank; a LoRA is made by style")
         return self
 
     def base(self, model: str) -> Base:
@@ -262,6 +285,22 @@ class Config(Strict):
 
     def distill_for(self, model: str) -> Distill:
         return _override(self.distill, self.base(model).distill, f"bases.{model}.distill")
+
+    def variation(self, kind: Literal["style", "finetune"], name: str) -> tuple[Variation, Data, Tuning]:
+        """Returns an entry of `styles` or `finetunes` with the pictures and the training that it asks for.
+
+        Raises:
+            UserError: there is no such entry, or no section that says how it is trained.
+        """
+        known, defaults = (self.styles, self.style) if kind == "style" else (self.finetunes, self.finetune)
+        if name not in known:
+            raise UserError(f"unknown {kind} {name!r}; params.yaml `{kind}s` has {', '.join(known) or 'none'}")
+        if defaults is None:
+            raise UserError(f"params.yaml: {kind}: is missing, it says how `{kind}s` are trained")
+        entry = known[name]
+        self.base(entry.model)
+        data = _override(self.data, entry.data, f"{kind}s.{name}.data")
+        return entry, data, _override(defaults, entry.training, f"{kind}s.{name}.training")
 
     def evaluation_for(self, model: str) -> Evaluation:
         return _override(self.evaluation, self.base(model).evaluation, f"bases.{model}.evaluation")
@@ -309,6 +348,10 @@ def load(path: Path = Path("params.yaml")) -> Config:
         raise UserError(_explain(str(path), error)) from None
     for model in config.bases:  # overrides are checked here, not hours later
         config.encode_for(model), config.launch_for(model), config.evaluation_for(model)
+    for name in config.styles:
+        config.variation("style", name)
+    for name in config.finetunes:
+        config.variation("finetune", name)
     return config
 
 

@@ -49,6 +49,11 @@ def predicted_noise(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, pre
     raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
 
 
+def velocity(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Returns v (B, C, h, w) = alpha noise - sigma x0, what a base of v_prediction puts out (arXiv 2202.00512)."""
+    return _wide(alpha, x0) * noise - _wide(sigma, x0) * x0
+
+
 def ddim_step(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """Returns the deterministic DDIM update (arXiv 2010.02502, eq. 12, eta = 0) to the level of alpha and sigma."""
     return add_noise(x0, noise, alpha, sigma)

@@ -63,6 +63,14 @@ class Teacher:
         return diffusion.ddim_step(x0, noise, *diffusion.alpha_sigma(base.alphas_cumprod, t_prev))
 
 
+def samples(
+    cache: LatentCache, rows: Tensor, settings: Distill, device: torch.device, ranks: Ranks | None = None
+) -> Batches:
+    """Returns the stream of samples that a distillation sees of these rows (N,) of the cache."""
+    guidance = (settings.w_min, settings.w_max)
+    return Batches(cache, rows, settings, device, ranks, grid=settings.grid, guidance=guidance)
+
+
 class Distillation:
     """One frozen base in its roles, and what is asked of the student."""
 
@@ -146,7 +154,7 @@ def distill(
             f"{len(held)} for validation"
         )
     unconditional = cache.unconditional()
-    batches = Batches(cache, rows, settings, base.device, ranks, unconditional)
+    batches = samples(cache, rows, settings, base.device, ranks)
     probe = _probe(base, batches.at(range(-2, 0), rows[:1].expand(2)))
     check = AdapterCheck(base, *probe)
     optimization = equip(base, settings, ranks)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from lcmlora.bases import LoadedBase
-from lcmlora.batches import Batches, split
+from lcmlora.batches import split
 from lcmlora.config import Distill, Launch
 from lcmlora.data.cache import LatentCache
-from lcmlora.distill import Distillation, equip
+from lcmlora.distill import Distillation, equip, samples
 from lcmlora.errors import UserError
 from lcmlora.execution import recompute
 from lcmlora.optimization import Optimization
@@ -132,7 +132,7 @@ def _trials(
         tried = settings.model_copy(update={"accumulate": trial.accumulate, "checkpointing": trial.checkpointing})
         base.unet.disable_gradient_checkpointing()
         recompute(base.unet, trial.checkpointing)
-        batches = Batches(cache, rows, tried, device)
+        batches = samples(cache, rows, tried, device)
         _forget(device)
         try:
             take_step(distillation, optimization, batches, tried, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -170,8 +170,9 @@ def state_dict(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def save_file(tensors: dict[str, Tensor], path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> None:
-    """Writes the adapter; the same tensors and metadata give the same bytes."""
-    data = save({name: t.to(dtype).contiguous() for name, t in tensors.items()}, metadata=metadata)
+    """Writes the adapter; the same tensors and metadata give the same bytes. Scales (`.alpha`) keep their type."""
+    stored = {name: t if name.endswith(".alpha") else t.to(dtype).contiguous() for name, t in tensors.items()}
+    data = save(stored, metadata=metadata)
     atomic_write(path, lambda p: p.write_bytes(_with_sorted_header(data)))
 
 
@@ -195,26 +196,59 @@ def load(unet: nn.Module, path: Path) -> None:
     Raises:
         UserError: the file cannot be read, or its tensors do not fit this UNet; the first that differs is named.
     """
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: is not a readable safetensors file: {error}") from error
-    tensors = {name.removeprefix("unet."): t.float() for name, t in tensors.items()}
-    ranks = {name.removesuffix(".lora_A.weight"): t.shape[0] for name, t in tensors.items() if ".lora_A." in name}
+    tensors = {name.removeprefix("unet."): t for name, t in tensors.items()}
+    names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    _check_names(unet, names, str(path))
+    try:
+        layers = {name: (tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")) for name in names}
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]} is missing") from None
+    if tensors:
+        raise UserError(f"{path}: {len(tensors)} tensors do not fit this base, the first is {min(tensors)}")
+    attach(unet, layers, str(path))
+
+
+def attach(unet: nn.Module, layers: dict[str, tuple[Tensor, Tensor]], source: str) -> None:
+    """Adds an adapter of scale 1 to a bare UNet, active, frozen and in fp32.
+
+    Args:
+        layers: A (r, in) and B (out, r), or of convolutions (r, in, kh, kw) and (out, r, 1, 1), by the module's name;
+            ranks may differ.
+        source: what messages call the adapter.
+
+    Raises:
+        UserError: a layer that this UNet does not have, or one of another size; the first is named.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    _check_names(unet, layers, source)
     modules = dict(unet.named_modules())
-    for name in ranks:
-        if name not in modules:
-            raise UserError(f"{path}: holds {name}, which this base does not have: it was made for another base")
-    if len(set(ranks.values())) != 1:
-        raise UserError(f"{path}: expected one rank for all layers, got {sorted(set(ranks.values()))}")
-    rank = next(iter(ranks.values()))
-    inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(ranks)), unet, adapter_name=ADAPTER
+    for name, (down, up) in layers.items():
+        outputs, inputs = modules[name].weight.shape[0], modules[name].weight.shape[1:]
+        if up.shape[0] != outputs or down.shape[1:] != inputs or up.shape[1] != down.shape[0]:
+            raise UserError(
+                f"{source}: {name} is {tuple(down.shape)} and {tuple(up.shape)}, and this base's weight is "
+                f"{tuple(modules[name].weight.shape)}: it was made for another base"
+            )
+    ranks = {name: down.shape[0] for name, (down, _) in layers.items()}
+    most = max(ranks.values())
+    others = {f"^{name}": rank for name, rank in ranks.items() if rank != most}
+    config = LoraConfig(
+        r=most, lora_alpha=most, target_modules=sorted(layers), rank_pattern=others, alpha_pattern=others
     )
-    result = set_peft_model_state_dict(unet, tensors, adapter_name=ADAPTER)
-    lost = [k for k in result.missing_keys if f".{ADAPTER}." in k] + list(result.unexpected_keys)
-    if lost:
-        raise UserError(f"{path}: {len(lost)} tensors do not fit this base, the first is {lost[0]}")
+    inject_adapter_in_model(config, unet, adapter_name=ADAPTER)
+    for name, layer in _layers(unet):
+        for part, tensor in zip((layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]), layers[name], strict=True):
+            part.weight.data = tensor.to(part.weight.device, torch.float32)
     unet.requires_grad_(False)
+
+
+def _check_names(unet: nn.Module, names: Iterable[str], source: str) -> None:
+    modules = dict(unet.named_modules())
+    for name in names:
+        if name not in modules:
+            raise UserError(f"{source}: holds {name}, which this base does not have: it was made for another base")

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -44,6 +45,9 @@ class Store(Protocol):
 
     def read(self, name: str) -> tuple[bytes, str] | None:
         """Returns a small object and its version tag, None where there is none."""
+
+    def fetch(self, name: str, target: Path) -> bool:
+        """Writes the object to the file `target`; returns False where there is none."""
 
     def swap(self, name: str, content: bytes, tag: str | None) -> bool:
         """Replaces a small object if its tag still is `tag` (None: if there is none); returns whether it did."""
@@ -99,15 +103,76 @@ def point(model: str, sha256: str, settings: Publish, channel: str = "champion")
     return f"{store.uri}/{name}"
 
 
-def open_store(settings: Publish) -> Store:
-    """Returns the store that `publish.to` names. Raises UserError where it names neither a directory nor a bucket."""
+def find(uri: str, settings: Publish) -> tuple[str, str]:
+    """Returns the address of a published release on S3, and its adapter's SHA-256.
+
+    Args:
+        uri: s3://bucket/.../MODEL/sha256-..., or a channel's pointer s3://bucket/.../MODEL/channels/champion.json.
+        settings: its endpoint and region are used.
+
+    Raises:
+        UserError: there is no whole release, or the store cannot be reached.
+    """
+    if uri.endswith(".json"):
+        folder, _, name = uri.rpartition("/")
+        found = _reader(folder, settings).read(name)
+        if found is None:
+            raise UserError(f"{uri}: no such pointer")
+        uri = str(_read(found[0], uri, "release"))
+    found = _reader(uri, settings).read(MANIFEST)
+    if found is None:
+        raise UserError(f"{uri}: holds no {MANIFEST}, so no release; expected s3://bucket/.../MODEL/sha256-...")
+    return uri.rstrip("/"), str(_read(found[0], f"{uri}/{MANIFEST}", "sha256"))
+
+
+def download(uri: str, settings: Publish, folder: Path) -> None:
+    """Writes the files of the release at `uri`, see `find`, to the folder.
+
+    Raises:
+        UserError: a file is missing or is not the one that the manifest lists, or the store cannot be reached.
+    """
+    store = _reader(uri, settings)
+    found = store.read(MANIFEST)
+    files = _read(found[0], f"{uri}/{MANIFEST}", "files") if found else []
+    for file in files:
+        name, expected = str(file["name"]), file["sha256"]
+        if Path(name).name != name:
+            raise UserError(f"{uri}/{MANIFEST}: {name!r} is not the name of a file")
+        if not store.fetch(name, folder / name):
+            raise UserError(f"{uri}/{name}: is listed in {MANIFEST} and missing")
+        if (got := sha256_file(folder / name)) != expected:
+            raise UserError(f"{uri}/{name}: expected sha256 {expected[:12]}..., got {got[:12]}...")
+
+
+def _reader(uri: str, settings: Publish) -> Store:
+    return open_store(settings.model_copy(update={"to": uri}), key="--adapter", consequence="ask again later")
+
+
+def _read(content: bytes, place: str, key: str) -> Any:
+    try:
+        return json.loads(content)[key]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{place}: expected a JSON object with {key}") from None
+
+
+def open_store(
+    settings: Publish,
+    *,
+    key: str = "publish.to",
+    consequence: str = "the release is kept, and the next run publishes it",
+) -> Store:
+    """Returns the store that `publish.to` names. Raises UserError where it names neither a directory nor a bucket.
+
+    Args:
+        key, consequence: what messages say of who named the store, and of what follows where it cannot be reached.
+    """
     if settings.to.startswith("s3://"):
         bucket, _, prefix = settings.to.removeprefix("s3://").strip("/").partition("/")
         if not bucket:
-            raise UserError(f"publish.to: expected s3://bucket/prefix, got {settings.to!r}")
-        return S3Store(bucket, prefix, settings.endpoint_url, settings.region)
+            raise UserError(f"{key}: expected s3://bucket/prefix, got {settings.to!r}")
+        return S3Store(bucket, prefix, settings, key, consequence)
     if "://" in settings.to:
-        raise UserError(f"publish.to: expected a directory or s3://bucket/prefix, got {settings.to!r}")
+        raise UserError(f"{key}: expected a directory or s3://bucket/prefix, got {settings.to!r}")
     return DirectoryStore(Path(settings.to))
 
 
@@ -181,6 +246,14 @@ class DirectoryStore:
             content = path.read_bytes()
             return content, hashlib.sha256(content).hexdigest()
 
+    def fetch(self, name: str, target: Path) -> bool:
+        path = self._root / name
+        with self._explained(path):
+            if not path.is_file():
+                return False
+            shutil.copyfile(path, target)
+        return True
+
     def swap(self, name: str, content: bytes, tag: str | None) -> bool:
         current = self.read(name)
         if (current[1] if current else None) != tag:
@@ -210,18 +283,19 @@ def _blocks(content: Path | bytes) -> Iterator[bytes]:
 class S3Store:
     """Releases in a bucket. Credentials come from boto3's own chain; the server checks every object's SHA-256."""
 
-    def __init__(self, bucket: str, prefix: str, endpoint_url: str | None, region: str | None) -> None:
+    def __init__(self, bucket: str, prefix: str, settings: Publish, key: str, consequence: str) -> None:
         import boto3
         from botocore.config import Config
 
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._place = f"bucket {bucket} at {endpoint_url or 'AWS'}"
+        self._place = f"{key}: bucket {bucket} at {settings.endpoint_url or 'AWS'}"
+        self._consequence = consequence
         self._client: S3Client = boto3.Session().client(
             "s3",
-            endpoint_url=endpoint_url,
-            region_name=region,
+            endpoint_url=settings.endpoint_url,
+            region_name=settings.region,
             config=Config(
                 connect_timeout=5,
                 read_timeout=60,
@@ -262,6 +336,16 @@ class S3Store:
             return answer["Body"].read(), answer["ETag"]
 
         return self._call(get, {"NoSuchKey": None})
+
+    def fetch(self, name: str, target: Path) -> bool:
+        def get() -> bool:
+            body = self._client.get_object(**self._at(name))["Body"]
+            with target.open("wb") as file:
+                for block in body.iter_chunks(1 << 20):
+                    file.write(block)
+            return True
+
+        return self._call(get, {"NoSuchKey": False})
 
     def swap(self, name: str, content: bytes, tag: str | None) -> bool:
         checksum = base64.b64encode(hashlib.sha256(content).digest()).decode()
@@ -307,7 +391,7 @@ class S3Store:
             reason = f"{_code(error)} ({error.response['Error'].get('Message') or _status(error)})"
         except BotoCoreError as error:
             reason = " ".join(str(error).split())
-        raise UserError(f"publish.to: {self._place}: {reason}; the release is kept, and the next run publishes it")
+        raise UserError(f"{self._place}: {reason}; {self._consequence}")
 
 
 def _code(error: Any) -> str:

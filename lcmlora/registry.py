@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _FLUSH_SECONDS = 5.0
 _RUN_FILE = "mlflow_run.json"  # in the scratch folder of a distillation: a resumed one continues its run
 _PROMOTED = "promoted_to"
+_ARTIFACTS = "release"  # where a run has its release
 
 # Set before MLflow is imported. Its own defaults retry for minutes where nothing listens.
 _ENVIRONMENT = {
@@ -194,9 +195,9 @@ def register(
         else:
             run_id = _existing(client, run_id) or _create_run(client, settings, model, provenance["params"]["distill"])
             _log_figures(client, run_id, figures, tags)
-            client.log_artifacts(run_id, str(folder), "release")
+            client.log_artifacts(run_id, str(folder), _ARTIFACTS)
             _create_model(client, name)
-            version = client.create_model_version(name, f"runs:/{run_id}/release", run_id, tags=tags)
+            version = client.create_model_version(name, f"runs:/{run_id}/{_ARTIFACTS}", run_id, tags=tags)
         aliases = _aliases(client, name)
     return Registered(
         name=name,
@@ -259,6 +260,23 @@ def resolve(reference: str, settings: Registry) -> dict[str, Any]:
         "tags": dict(version.tags),
         "metrics": dict(metrics),
     }
+
+
+def download(version: dict[str, Any], settings: Registry, folder: Path) -> None:
+    """Writes the release of a version that `resolve` found to the folder.
+
+    Raises:
+        UserError: the version has no release, or MLflow cannot be reached.
+    """
+    shown = f"{version['name']}/{version['version']}"
+    with _reaching(settings, "ask again later"):
+        client = _client(settings)
+        if not client.list_artifacts(version["run_id"], _ARTIFACTS):
+            raise UserError(f"{shown}: has no release among the artifacts of its run {version['run_id']}")
+        downloaded = Path(client.download_artifacts(version["run_id"], _ARTIFACTS, str(folder)))
+    for path in downloaded.iterdir():
+        path.replace(folder / path.name)
+    downloaded.rmdir()
 
 
 def _tags(

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +61,8 @@ def package(
     """Makes the bundle `out` and returns its provenance. The folder appears whole or not at all.
 
     Raises:
-        UserError: an input is missing, or the packed weights, reloaded by plain diffusers, do not draw as the trained
-            student did.
+        UserError: an input is missing, or the packed weights, reloaded by plain diffusers from either of their files,
+            do not draw as the trained student did.
     """
     base = config.base(model)
     figures = _read_json(metrics)
@@ -78,11 +78,16 @@ def package(
             if not source.is_file():
                 raise UserError(f"{source}: no such file; run the stages before package@{model} first")
             shutil.copyfile(source, folder / name)
-        proof = prove(folder, base, base_folder, adapter / "probe.safetensors", config.distill_for(model).precision)
+        witness = Witness(folder, base, base_folder, adapter / "probe.safetensors", config.distill_for(model).precision)
+        proof = witness.prove(folder / WEIGHTS)
+        kohya = folder / kohya_name(model)
+        _export(folder / WEIGHTS, kohya, base, base_folder, made["distill"]["alpha"])
         provenance = {
             "model": model,
             "sha256": digest(folder),
             "base": made["base"],
+            "resolution": base.resolution,
+            "sampler": made["sampler"],
             "data_digest": made["data_digest"],
             "seed": made["seed"],
             "params": {
@@ -97,13 +102,36 @@ def package(
             "dvc_lock": sha256_file(Path("dvc.lock")) if Path("dvc.lock").is_file() else None,
             "gate": {"passed": not failures, "failures": failures},
             "reloaded": asdict(proof),
+            "kohya": {"file": kohya.name, "sha256": sha256_file(kohya), "reloaded": asdict(witness.prove(kohya))},
         }
         write_json(folder / PROVENANCE, provenance)
         (folder / "README.md").write_text(_card(model, base, made, figures, failures), encoding="utf-8")
-        names = sorted(path.name for path in folder.iterdir())
-        sums = "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names)
-        (folder / CHECKSUMS).write_text(sums, encoding="utf-8")
+        _seal(folder)
     return provenance
+
+
+def kohya_name(model: str) -> str:
+    """Returns the name of the bundle's file for ComfyUI and A1111, which show it to their users.
+
+    `load_lora_weights` of diffusers, given the folder, still takes the other: it prefers a file of that name.
+    """
+    return f"lcm-lora-{model}.safetensors"
+
+
+def _export(weights: Path, out: Path, base: Base, base_folder: Path, alpha: float) -> None:
+    """Writes the kohya file. Raises UserError where it would not have the diffusers file's effect to the last bit."""
+    from lcmlora import architecture, formats
+
+    structure = replace(architecture.of_folder(base_folder), resolution=base.resolution)
+    error = formats.write(formats.read(weights, structure), out, formats.KOHYA, structure, alpha=alpha)
+    if error:
+        raise UserError(f"{out}: its effect is {error:.1e} away from that of {WEIGHTS}, expected none; not released")
+
+
+def _seal(folder: Path) -> None:
+    names = sorted(path.name for path in folder.iterdir())
+    sums = "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names)
+    (folder / CHECKSUMS).write_text(sums, encoding="utf-8")
 
 
 def digest(folder: Path) -> str:
@@ -145,8 +173,8 @@ def verify(folder: Path) -> None:
             )
 
 
-def prove(release: Path, base: Base, base_folder: Path, probe: Path, precision: str) -> Proof:
-    """Loads base and adapter as any user of diffusers would and compares one UNet forward with the trained student's.
+class Witness:
+    """Plain diffusers with the base, in which adapters are loaded as any user would and compared with the student.
 
     Args:
         release: a folder with the weights and scheduler_config.json.
@@ -154,43 +182,74 @@ def prove(release: Path, base: Base, base_folder: Path, probe: Path, precision: 
         precision: `auto`, `fp32` or `bf16`, as the base was loaded for distillation.
 
     Raises:
-        UserError: naming the figure that is off.
+        UserError: diffusers cannot load the base or the scheduler, or these do not go together.
     """
-    import torch
-    from safetensors.torch import load_file
 
-    from lcmlora.bases import pick_device, pick_dtype, unet_forward
+    def __init__(self, release: Path, base: Base, base_folder: Path, probe: Path, precision: str) -> None:
+        import torch
+        from safetensors.torch import load_file
 
-    weights = release / WEIGHTS
-    written = load_file(weights)
-    # An adapter of a half-precision base is saved in fp16, so its file tells how the probe was computed.
-    device = pick_device("auto")
-    dtype = torch.float32 if next(iter(written.values())).dtype == torch.float32 else pick_dtype(precision, device)
-    pipeline = _load_pipeline(release, base, base_folder, dtype).to(device)
+        from lcmlora.bases import pick_device, pick_dtype
 
-    expected = sum(not name.endswith(".alpha") for name in written)
-    loaded = sum(".lora_A." in name or ".lora_B." in name for name, _ in pipeline.unet.named_parameters())
-    if loaded != expected:
-        raise UserError(f"{weights}: holds {expected} LoRA tensors and plain diffusers loaded {loaded}; not released")
+        # An adapter of a half-precision base is saved in fp16, so its file tells how the probe was computed.
+        first = next(iter(load_file(release / WEIGHTS).values()))
+        self._base_folder = base_folder
+        self._device = pick_device("auto")
+        dtype = torch.float32 if first.dtype == torch.float32 else pick_dtype(precision, self._device)
+        self._pipeline = _load_pipeline(release, base, base_folder, dtype).to(self._device)
+        self._probe = {name: tensor.to(self._device) for name, tensor in load_file(probe).items()}
 
-    tensors = {name: tensor.to(device) for name, tensor in load_file(probe).items()}
-    student, bare = tensors.pop("student"), tensors.pop("base")
-    with torch.no_grad():
-        output = unet_forward(pipeline.unet, tensors.pop("latents"), tensors.pop("timesteps"), tensors)
-    scale = student.abs().max()
-    error, effect = (((output - student).abs().max() / scale).item(), ((student - bare).abs().max() / scale).item())
-    tolerance = _TOLERANCE[str(next(iter(written.values())).dtype).removeprefix("torch.")]
-    if not effect > 0:
-        raise UserError(f"{weights}: the adapter has no effect (student and base differ by {effect:g}); not released")
-    if not error < tolerance:
-        raise UserError(
-            f"{weights}: reloaded by plain diffusers, its output is {error:.1e} of the largest value away from the "
-            f"trained student's, expected less than {tolerance:g}; not released, distil again"
-        )
-    # An adapter whose effect drowns in the tolerance would pass the line above without being loaded at all.
-    if not error < effect / 2:
-        raise UserError(f"{weights}: reloaded it differs by {error:.1e}, its effect is only {effect:.1e}; not released")
-    return Proof(error, effect, loaded)
+    def prove(self, weights: Path) -> Proof:
+        """Loads the adapter of one file, in whatever format, and compares one UNet forward with the student's.
+
+        Raises:
+            UserError: naming the figure that is off.
+        """
+        import torch
+        from safetensors.torch import load_file
+
+        from lcmlora.bases import unet_forward
+
+        written = load_file(weights)
+        self._load(weights)
+        unet = self._pipeline.unet
+        expected = sum(not name.endswith(".alpha") for name in written)
+        loaded = sum(".lora_A." in name or ".lora_B." in name for name, _ in unet.named_parameters())
+        if loaded != expected:
+            raise UserError(
+                f"{weights}: holds {expected} LoRA tensors and plain diffusers loaded {loaded}; not released"
+            )
+        inputs = dict(self._probe)
+        student, bare = inputs.pop("student"), inputs.pop("base")
+        with torch.no_grad():
+            output = unet_forward(unet, inputs.pop("latents"), inputs.pop("timesteps"), inputs)
+        scale = student.abs().max()
+        error, effect = (((output - student).abs().max() / scale).item(), ((student - bare).abs().max() / scale).item())
+        stored = next(tensor.dtype for name, tensor in written.items() if not name.endswith(".alpha"))
+        tolerance = _TOLERANCE[str(stored).removeprefix("torch.")]
+        if not effect > 0:
+            raise UserError(
+                f"{weights}: the adapter has no effect (student and base differ by {effect:g}); not released"
+            )
+        if not error < tolerance:
+            raise UserError(
+                f"{weights}: reloaded by plain diffusers, its output is {error:.1e} of the largest value away from the "
+                f"trained student's, expected less than {tolerance:g}; not released, distil again"
+            )
+        # An adapter whose effect drowns in the tolerance would pass the line above without being loaded at all.
+        if not error < effect / 2:
+            raise UserError(
+                f"{weights}: reloaded it differs by {error:.1e}, its effect is only {effect:.1e}; not released"
+            )
+        return Proof(error, effect, loaded)
+
+    def _load(self, weights: Path) -> None:
+        self._pipeline.unload_lora_weights()
+        try:
+            self._pipeline.load_lora_weights(weights.parent, weight_name=weights.name)
+        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{weights}: plain diffusers cannot load it on {self._base_folder}: {reason}") from error
 
 
 def _load_pipeline(release: Path, base: Base, base_folder: Path, dtype: torch.dtype) -> Any:
@@ -206,12 +265,11 @@ def _load_pipeline(release: Path, base: Base, base_folder: Path, dtype: torch.dt
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             base_folder, torch_dtype=dtype, variant=base.variant, use_safetensors=True, **absent
         )
-        pipeline.load_lora_weights(release, weight_name=WEIGHTS)
         settings = _read_json(release / SCHEDULER)
         scheduler = getattr(diffusers, settings["_class_name"]).from_config(settings)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{release / WEIGHTS}: plain diffusers cannot load it on {base_folder}: {reason}") from error
+        raise UserError(f"{release / SCHEDULER}: plain diffusers cannot load it or {base_folder}: {reason}") from error
     mine, theirs = scheduler.config.prediction_type, pipeline.scheduler.config.prediction_type
     if mine != theirs:
         raise UserError(f"{release / SCHEDULER}: prediction_type is {mine!r}, the base in {base_folder} has {theirs!r}")
@@ -249,6 +307,7 @@ def _card(model: str, base: Base, made: dict[str, Any], figures: dict[str, Any],
     return environment.get_template("card.md.j2").render(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
         model=model,
+        kohya=kohya_name(model),
         base=base,
         made=made,
         method=_METHODS[made["distill"]["objective"]],

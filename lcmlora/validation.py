@@ -60,7 +60,9 @@ class Validation:
         """
         self._distillation = distillation
         self._settings = settings = settings.model_copy(update={"empty_prompts": 0.0})
-        batches = Batches(cache, rows, settings, distillation.base.device)
+        guidance = (settings.w_min, settings.w_max)
+        device = distillation.base.device
+        batches = Batches(cache, rows, settings, device, grid=settings.grid, guidance=guidance)
         self._decode = decode
         base, objective = distillation.base, distillation.objective
         upper, _ = diffusion.ddim_grid(len(base.alphas_cumprod), settings.grid)

@@ -23,7 +23,7 @@ def make(root: Path, miniatures: Callable[[str], Path], tracking_uri: str, *arch
     for number in range(12):
         add(root / "pictures", f"{number}.png", f"subject {number}", picture(number))
     raw: dict[str, Any] = yaml.safe_load(Path(__file__).parent.with_name("params.yaml").read_text())
-    raw["models"] = list(architectures)
+    raw |= {"models": list(architectures), "styles": {}, "finetunes": {}}
     raw["bases"] = {
         name: {
             "source": str(miniatures(name)),

@@ -2,6 +2,7 @@ import torch
 
 from lcmlora.batches import Batches, split
 from lcmlora.data.cache import LatentCache
+from lcmlora.distill import samples
 from lcmlora.ranks import Ranks
 from tests.distillation import CPU, SETTINGS
 
@@ -9,7 +10,7 @@ NAMES = ("z", "noise", "index", "w", "u")
 
 
 def _batches(cache: LatentCache, ranks: Ranks | None = None, **changes: object) -> Batches:
-    return Batches(cache, torch.arange(len(cache)), SETTINGS.model_copy(update=changes), CPU, ranks)
+    return samples(cache, torch.arange(len(cache)), SETTINGS.model_copy(update=changes), CPU, ranks)
 
 
 def test_every_picture_is_seen_once_in_an_epoch(cache: LatentCache):

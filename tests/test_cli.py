@@ -30,7 +30,7 @@ def test_help_names_every_verb_without_heavy_imports(project: Path):
     assert loaded.stdout.strip() == "[]"
     shown = _lcmlora(project, "--help")
     assert shown.returncode == 0
-    for verb in VERBS:
+    for verb in (*VERBS, "convert", "combine", "generate"):
         assert verb in shown.stdout
 
 
@@ -64,6 +64,18 @@ def test_a_base_that_is_not_there_is_one_clear_line(project: Path):
     ended = _lcmlora(project, "reference", "emoji")
     assert ended.returncode == 2
     assert ended.stderr.strip() == "error: bases/emoji: no such base folder"
+
+
+def test_an_adapter_or_a_configuration_that_is_not_there_is_one_clear_line(project: Path):
+    request = ("generate", "--adapter", "release/emoji", "--prompt", "owl", "--out", "owl.png")
+    ended = _lcmlora(project, *request)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.strip().splitlines()
+    assert line.startswith("error: release/emoji: no such adapter; expected a folder, a .safetensors file, models:/")
+    ended = _lcmlora(project, "--params", "mine.yaml", *request)
+    assert (
+        ended.stderr.strip() == "error: mine.yaml: no such file; run in the project's folder or name it with --params"
+    )
 
 
 def test_check_prints_what_the_configuration_resolves_to(project: Path):

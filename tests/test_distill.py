@@ -8,10 +8,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lcmlora import bases, diffusion, lora
-from lcmlora.batches import Batches
 from lcmlora.config import Base, Distill
 from lcmlora.data.cache import LatentCache
-from lcmlora.distill import Distillation, Teacher, distill
+from lcmlora.distill import Distillation, Teacher, distill, samples
 from lcmlora.errors import UserError
 from lcmlora.objectives import pseudo_huber
 from lcmlora.optimization import Optimization
@@ -63,7 +62,7 @@ def _run(
 
 
 def _batch(cache: LatentCache, settings: Distill = SETTINGS, step: int = 0) -> Any:
-    return Batches(cache, torch.arange(len(cache)), settings, CPU).draw(step)
+    return samples(cache, torch.arange(len(cache)), settings, CPU).draw(step)
 
 
 def test_the_teacher_takes_one_guided_ddim_step_of_the_base_alone(base: bases.LoadedBase, cache: LatentCache):

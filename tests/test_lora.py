@@ -131,3 +131,36 @@ def test_an_adapter_of_another_base_and_a_broken_file_are_refused_by_name(base: 
     path.write_bytes(b"not weights")
     with pytest.raises(UserError, match=r"other\.safetensors: is not a readable"):
         lora.load(base.unet, path)
+
+
+def test_layers_of_different_ranks_are_attached_at_scale_1(base: LoadedBase):
+    _trained(base, alpha=4)
+    student = _forward(base)
+    layers = {n: (m.lora_A["lcm"].weight, m.lora_B["lcm"].weight) for n, m in lora._layers(base.unet)}
+    name = next(n for n in layers if n.endswith("attn1.to_q"))
+    halves = [(down[:2], up[:, :2]) if n == name else (down, up) for n, (down, up) in layers.items()]
+    rest = [(down[2:], up[:, 2:]) for n, (down, up) in layers.items() if n == name]
+    bare = UNet2DConditionModel.from_pretrained(base.folder, subfolder="unet").eval()
+    lora.attach(bare, dict(zip(layers, halves, strict=True)), "two ranks")
+    assert {p.shape[0] for n, p in bare.named_parameters() if "lora_A" in n} == {2, 4}
+    module = bare.get_submodule(name)
+    module.base_layer.weight.data += rest[0][1] @ rest[0][0]
+    base.unet = bare
+    torch.testing.assert_close(_forward(base), student, atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_of_another_size_and_a_lost_tensor_are_refused_by_name(base: LoadedBase, tmp_path: Path):
+    _trained(base)
+    tensors = lora.state_dict(base.unet)
+    base.unet = UNet2DConditionModel.from_pretrained(base.folder, subfolder="unet")
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    save_plain(tensors | {f"unet.{name}.lora_A.weight": torch.zeros(4, 99)}, tmp_path / "a")
+    with pytest.raises(UserError, match=rf"{name} is \(4, 99\) and \(16, 4\), and this base's weight is \(16, 16\)"):
+        lora.load(base.unet, tmp_path / "a")
+    del tensors[f"unet.{name}.lora_B.weight"]
+    save_plain(tensors, tmp_path / "a")
+    with pytest.raises(UserError, match=rf"{name}\.lora_B\.weight is missing"):
+        lora.load(base.unet, tmp_path / "a")
+    save_plain({f"unet.{name}.lora_B.weight": torch.zeros(16, 4)}, tmp_path / "a")
+    with pytest.raises(UserError, match=rf"1 tensors do not fit this base, the first is {name}\.lora_B\.weight"):
+        lora.load(base.unet, tmp_path / "a")

@@ -11,9 +11,10 @@ from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lcmlora import lora, release
+from lcmlora import architecture, formats, lora, release
 from lcmlora.bases import LoadedBase
 from lcmlora.errors import UserError
+from tests import adapters
 from tests.releases import load_settings, write_stages
 
 
@@ -40,6 +41,7 @@ def test_the_bundle_has_every_file_and_passes_coreutils_sha256sum(stages: Path, 
     names = {path.name for path in (stages / "release/mini").iterdir()}
     assert names == {
         "pytorch_lora_weights.safetensors",
+        "lcm-lora-mini.safetensors",
         "scheduler_config.json",
         "README.md",
         "provenance.json",
@@ -51,7 +53,7 @@ def test_the_bundle_has_every_file_and_passes_coreutils_sha256sum(stages: Path, 
         ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=stages / "release/mini", capture_output=True, text=True
     )
     assert checked.returncode == 0
-    assert checked.stdout.count(": OK") == 6
+    assert checked.stdout.count(": OK") == 7
     release.verify(stages / "release/mini")
 
 
@@ -70,6 +72,38 @@ def test_provenance_says_what_went_in_and_how_well_it_came_back(stages: Path, ba
     assert written["gate"] == {"passed": True, "failures": []}
     assert written["reloaded"]["error"] < 1e-5 < written["reloaded"]["effect"]
     assert written["reloaded"]["tensors"] == len(load_file(stages / "adapters/mini" / release.WEIGHTS))
+    assert written["sampler"] == {"scheduler": "LCMScheduler", "gamma": None, "grid": 50}
+    assert written["resolution"] == 16
+
+
+def test_the_file_for_comfyui_and_a1111_is_proven_like_the_other(stages: Path, base_folder: Path):
+    kohya = package(stages, base_folder)["kohya"]
+    path = stages / "release/mini" / kohya["file"]
+    assert (kohya["file"], kohya["sha256"]) == (
+        "lcm-lora-mini.safetensors",
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+    assert kohya["reloaded"]["error"] < 1e-5 < kohya["reloaded"]["effect"]
+    tensors = load_file(path)
+    assert len(tensors) == 3 * kohya["reloaded"]["tensors"] / 2
+    base = architecture.of_folder(base_folder)
+    ours, theirs = formats.read(path, base), formats.read(path.with_name(release.WEIGHTS), base)
+    assert formats.compare(theirs, ours) == 0
+    assert adapters.header(path)["modelspec.title"] == "lcm-lora-mini"
+
+
+def test_a_layer_that_goes_missing_from_the_file_for_comfyui_fails_the_package(
+    stages: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_all = lora.save_file
+
+    def save_but_one(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        save_all({n: t for n, t in tensors.items() if "attn1_to_q" not in n}, path, **options)
+
+    monkeypatch.setattr(lora, "save_file", save_but_one)
+    with pytest.raises(UserError, match=r"tensors were lost, the first is lora_unet_down_blocks_1_.*attn1_to_q\.alpha"):
+        package(stages, base_folder)
+    assert not (stages / "release/mini").exists()
 
 
 def test_the_git_commit_is_recorded_and_changed_code_is_called_dirty_but_fresh_results_are_not(
@@ -208,7 +242,11 @@ def test_verify_names_the_file_that_was_changed_and_the_one_that_is_gone(stages:
 def test_the_bundle_loads_in_a_fresh_pipeline_with_its_own_scheduler(stages: Path, base_folder: Path):
     package(stages, base_folder)
     pipeline = DiffusionPipeline.from_pretrained(base_folder)
-    pipeline.load_lora_weights(stages / "release/mini")
+    pipeline.load_lora_weights(stages / "release/mini")  # of its two files, the one for diffusers
+    ours = load_file(stages / "release/mini" / release.WEIGHTS)
+    name, layer = next((n, m) for n, m in pipeline.unet.named_modules() if hasattr(m, "lora_B"))
+    assert torch.equal(layer.lora_B["default_0"].weight, ours[f"unet.{name}.lora_B.weight"])
+    assert layer.scaling == {"default_0": 1}
     pipeline.scheduler = LCMScheduler.from_pretrained(stages / "release/mini")
     pipeline.scheduler.set_timesteps(4)
     assert pipeline.scheduler.timesteps.tolist() == [999, 759, 499, 259]

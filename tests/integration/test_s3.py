@@ -10,8 +10,9 @@ import pytest
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.publish import S3Store, open_store, point, publish
+from lcmlora.references import open_adapter
 from tests.integration.conftest import S3, free_ports
-from tests.releases import write_sealed
+from tests.releases import load_settings, write_sealed
 
 pytestmark = pytest.mark.integration
 
@@ -159,3 +160,37 @@ def test_releases_at_the_top_of_a_bucket_have_no_empty_prefix(s3: S3, bucket: Pu
     assert isinstance(open_store(settings), S3Store)
     assert publish(bundle, "mini", settings) == f"s3://{name_of(bucket)}/mini/sha256-{SHA[:12]}"
     assert f"mini/sha256-{SHA[:12]}/manifest.json" in objects(s3, bucket)
+
+
+def test_a_published_release_is_an_adapter_by_its_address_and_by_its_channel(
+    bucket: Publish, bundle: Path, tmp_path: Path, s3: S3
+):
+    config = load_settings(tmp_path, publish=bucket.model_dump())
+    uri = publish(bundle, "mini", bucket)
+    point("mini", SHA, bucket)
+    for name in (uri, f"{bucket.to}/mini/channels/champion.json"):
+        found = open_adapter(name, config, tmp_path / "cache")
+        assert (found.shown, found.model) == (name, "mini")
+        assert found.weights == tmp_path / "cache" / f"sha256-{SHA[:12]}" / "pytorch_lora_weights.safetensors"
+        assert found.weights.read_bytes() == b"weights"
+    for name, message in (
+        (f"{bucket.to}/mini/sha256-0", r"sha256-0: holds no manifest\.json, so no release"),
+        (f"{bucket.to}/mini/channels/nobody.json", r"nobody\.json: no such pointer"),
+        ("s3://no-such-bucket/mini", "--adapter: bucket no-such-bucket at .*; ask again later|holds no manifest"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_adapter(name, config, tmp_path / "cache")
+
+
+def test_a_published_release_of_which_an_object_was_changed_is_not_kept(
+    bucket: Publish, bundle: Path, tmp_path: Path, s3: S3
+):
+    config = load_settings(tmp_path, publish=bucket.model_dump())
+    uri = publish(bundle, "mini", bucket)
+    s3.client().put_object(Bucket=name_of(bucket), Key=f"{PREFIX}/grid.png", Body=b"pnG")
+    with pytest.raises(UserError, match=r"grid\.png: expected sha256 .*, got "):
+        open_adapter(uri, config, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    s3.client().delete_object(Bucket=name_of(bucket), Key=f"{PREFIX}/grid.png")
+    with pytest.raises(UserError, match=r"grid\.png: is listed in manifest\.json and missing"):
+        open_adapter(uri, config, tmp_path / "cache")

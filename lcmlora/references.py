@@ -1,0 +1,215 @@
+"""What people name on the command line: an adapter by path, registered version or published release, and a base.
+
+adapters/emoji, release/emoji                     a folder that `distill`, `combine` or `package` wrote
+style.safetensors                                 a file in any format, with what lies beside it
+models:/lcm-lora-emoji@champion, models:/NAME/3   a registered version (registry in params.yaml)
+s3://bucket/prefix/MODEL/sha256-...               a published release, or a channel's pointer (.../champion.json)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lcmlora import architecture, bases, lora, release
+from lcmlora.architecture import Architecture
+from lcmlora.config import Base, Config, Publish
+from lcmlora.errors import UserError
+from lcmlora.files import atomic_folder
+
+_FACTS = "config.json"  # what distill and combine say of an adapter; in a release it is provenance.json
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a student is drawn with; see objectives.Sampler."""
+
+    scheduler: str = "LCMScheduler"
+    gamma: float | None = None
+    grid: int = 50
+
+
+@dataclass(frozen=True)
+class AdapterReference:
+    """An adapter that was asked for, and what is known of it; None where nothing is."""
+
+    shown: str  # as it was named
+    weights: Path
+    model: str | None = None
+    base: dict[str, str | None] | None = None  # source, revision and digest of the base that it was made for
+    resolution: int | None = None
+    sampler: Sampler | None = None
+
+
+def open_adapter(reference: str, config: Config | None, cache: Path) -> AdapterReference:
+    """Returns the adapter that the reference names; a registered or published one is downloaded, once.
+
+    Args:
+        config: params.yaml, where there is one; says where the registry is and how S3 is reached.
+        cache: where downloaded releases are kept.
+
+    Raises:
+        UserError: there is no such adapter, its files are not those that its checksums list, or it is out of reach.
+    """
+    if reference.startswith("models:/"):
+        return _described(_registered(reference, config, cache), reference)
+    if reference.startswith("s3://"):
+        return _described(_published(reference, config, cache), reference)
+    path = Path(reference)
+    if path.is_dir():
+        return _described(path, reference)
+    if path.is_file():
+        facts = _facts(path.parent)
+        # Other files may lie there by chance.
+        if path.name in (lora.WEIGHTS, facts.get("kohya", {}).get("file")):
+            return _described(path.parent, reference, path)
+        return AdapterReference(reference, path)
+    raise UserError(
+        f"{reference}: no such adapter; expected a folder, a .safetensors file, models:/NAME@ALIAS or "
+        "s3://bucket/.../MODEL/sha256-..."
+    )
+
+
+def _registered(reference: str, config: Config | None, cache: Path) -> Path:
+    from lcmlora import registry
+
+    if config is None:
+        raise UserError(f"{reference}: needs registry in params.yaml, and there is none here; see --params")
+    settings = config.registry
+    version = registry.resolve(reference.removeprefix("models:/"), settings)
+    return _cached(cache, version["tags"]["sha256"], lambda folder: registry.download(version, settings, folder))
+
+
+def _published(reference: str, config: Config | None, cache: Path) -> Path:
+    from lcmlora import publish
+
+    settings = config.publish if config else Publish(to=reference)
+    uri, sha256 = publish.find(reference, settings)
+    return _cached(cache, sha256, lambda folder: publish.download(uri, settings, folder))
+
+
+def _cached(cache: Path, sha256: str, download: Callable[[Path], None]) -> Path:
+    """Returns the folder of a downloaded release, which appears whole or not at all."""
+    target = cache / f"sha256-{sha256[:12]}"
+    if target.is_dir():
+        return target
+    with atomic_folder(target) as folder:
+        download(folder)
+        release.verify(folder)
+        if (found := release.digest(folder)) != sha256:
+            raise UserError(f"{target}: expected the adapter {sha256[:12]}..., downloaded {found[:12]}...")
+    return target
+
+
+def _described(folder: Path, shown: str, weights: Path | None = None) -> AdapterReference:
+    if (folder / release.CHECKSUMS).is_file():
+        release.verify(folder)
+    weights = weights or folder / lora.WEIGHTS
+    if not weights.is_file():
+        raise UserError(f"{weights}: no such file; {shown} is not the folder of an adapter")
+    facts = _facts(folder)
+    return AdapterReference(
+        shown=shown,
+        weights=weights,
+        model=facts.get("model"),
+        base=facts.get("base"),
+        resolution=facts.get("resolution"),
+        sampler=_sampler(folder, facts),
+    )
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    for name in (release.PROVENANCE, _FACTS):
+        if (folder / name).is_file():
+            facts = _read(folder / name)
+            return facts if isinstance(facts.get("base"), dict) else {}
+    return {}
+
+
+def _sampler(folder: Path, facts: dict[str, Any]) -> Sampler | None:
+    """Returns what the folder says of its sampler; what older ones lack follows from the scheduler's settings."""
+    if "sampler" in facts:
+        return Sampler(**facts["sampler"])
+    path = folder / release.SCHEDULER
+    if not path.is_file():
+        return None
+    settings = _read(path)
+    distill = facts.get("params", facts).get("distill", {})
+    gamma = {"tcd": distill.get("gamma"), "tdd": distill.get("gamma"), "pcm": 0.0}.get(distill.get("objective", "lcm"))
+    return Sampler(settings.get("_class_name", "LCMScheduler"), gamma, settings.get("original_inference_steps", 50))
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """A base that was asked for. Of one in params.yaml that was not fetched, the folder is not there."""
+
+    name: str
+    settings: Base
+    folder: Path
+
+    def architecture(self) -> Architecture:
+        """Returns its layers by its configuration alone."""
+        if (self.folder / "unet" / "config.json").is_file():
+            return replace(architecture.of_folder(self.folder), resolution=self.settings.resolution)
+        config = bases.unet_config(self.settings, self.folder)
+        return architecture.describe(config, resolution=self.settings.resolution)
+
+
+def find_base(wanted: str | None, adapter: AdapterReference, config: Config | None) -> BaseReference | None:
+    """Returns the base that is asked for, else the adapter's own; None where it does not tell where that is.
+
+    Args:
+        wanted: a name under `bases` in params.yaml, or a diffusers folder.
+
+    Raises:
+        UserError: there is no such base.
+    """
+    if wanted is None:
+        source = (adapter.base or {}).get("source") or ""
+        if config and adapter.model in config.bases and config.bases[adapter.model].source == source:
+            return BaseReference(adapter.model, config.bases[adapter.model], Path("bases", adapter.model))
+        return _at(Path(source), adapter) if source and Path(source).is_dir() else None
+    if config and wanted in config.bases:
+        return BaseReference(wanted, config.bases[wanted], Path("bases", wanted))
+    if not Path(wanted).is_dir():
+        known = f"params.yaml has {', '.join(config.bases)}" if config else "there is no params.yaml here"
+        raise UserError(f"--base: {wanted}: no such folder and no such base; {known}")
+    return _at(Path(wanted), adapter)
+
+
+def _at(folder: Path, adapter: AdapterReference) -> BaseReference:
+    bases.check_folder(folder)
+    resolution = adapter.resolution or architecture.of_folder(folder).resolution
+    if resolution is None:
+        raise UserError(f"{folder}/unet/config.json: sample_size tells no resolution; name a base of params.yaml")
+    files = sorted((folder / "unet").glob("diffusion_pytorch_model*.safetensors"))
+    # diffusion_pytorch_model.fp16.safetensors, or diffusion_pytorch_model.fp16-00001-of-00002.safetensors
+    variant = files[0].name.split(".")[1].partition("-")[0] if files and files[0].name.count(".") > 1 else None
+    base = Base(source=str(folder), resolution=resolution, variant=variant, license="unknown")
+    return BaseReference(folder.resolve().name, base, folder)
+
+
+def check_same_base(adapter: AdapterReference, other: dict[str, str | None], shown: str) -> None:
+    """Raises UserError where an adapter was made for another base, by the digest of the UNet; unknown ones pass.
+
+    Args:
+        other: source and digest of a base.
+        shown: how the message goes on to it, such as "this base is".
+    """
+    mine, theirs = (adapter.base or {}).get("digest"), other.get("digest")
+    if mine and theirs and mine != theirs:
+        source = (adapter.base or {}).get("source")
+        raise UserError(
+            f"{adapter.shown}: was made for {source} (digest {mine[:12]}...), and {shown} {other.get('source')} "
+            f"(digest {theirs[:12]}...); if one base is a fine-tune of the other, go on with --other-base"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"{path}: is not a JSON object: {error}") from None

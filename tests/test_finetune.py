@@ -1,0 +1,158 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from lcmlora import bases, diffusion, lora
+from lcmlora.batches import Batches
+from lcmlora.cli import app
+from lcmlora.config import Base, Tuning
+from lcmlora.data.cache import LatentCache
+from lcmlora.errors import UserError
+from lcmlora.finetune import Denoising, tune
+from lcmlora.training import NullLogger
+from tests import projects
+from tests.data.conftest import add, picture
+from tests.distillation import CPU, SETTINGS, load_parts
+from tests.miniature import RESOLUTION, save_base
+from tests.registries import fresh
+
+COMMON = {name: value for name, value in SETTINGS.model_dump().items() if name in Tuning.model_fields}
+STYLE = Tuning.model_validate(COMMON | {"rank": 4, "alpha": None})
+WHOLE = Tuning.model_validate(COMMON | {"rank": None, "alpha": None, "lr": 1e-3})
+
+
+class Recorder(NullLogger):
+    def __init__(self) -> None:
+        self.validation: list[float] = []
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.validation += [value for name, value in metrics.items() if name == "validation_loss"]
+
+
+def _tune(folder: Path, cache: LatentCache, work: Path, settings: Tuning, logger: Any = None) -> dict[str, Any]:
+    (work / "scratch").mkdir(parents=True, exist_ok=True)
+    base, logger = load_parts(folder, "unet"), logger or NullLogger()
+    return tune(base, cache, settings, work / "scratch", work / "out", identity={"digest": "0"}, logger=logger)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_loss_is_that_of_the_bases_own_training(cache: LatentCache, tmp_path: Path, kind: str):
+    base = load_parts(save_base(tmp_path / kind, prediction_type=kind), "unet")
+    batch = Batches(cache, torch.arange(len(cache)), STYLE, CPU, grid=1000).draw(0)
+    assert batch.index.max() >= 500  # timesteps, not rows of a coarse grid
+    losses = Denoising(base).losses(batch)
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler.from_config(base.scheduler_config)
+    x = scheduler.add_noise(batch.z, batch.noise, batch.index)
+    velocity = scheduler.get_velocity(batch.z, batch.noise, batch.index)
+    wanted = {"epsilon": batch.noise, "sample": batch.z, "v_prediction": velocity}[kind]
+    with torch.no_grad():
+        expected = (base.predict(x, batch.index, batch.conditioning) - wanted).square().flatten(1).mean(1)
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_velocity_is_what_x0_and_noise_are_read_from():
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
+    alpha = torch.tensor([0.9, 0.5, 0.1])
+    sigma = (1 - alpha.square()).sqrt()
+    v, x = diffusion.velocity(x0, noise, alpha, sigma), diffusion.add_noise(x0, noise, alpha, sigma)
+    torch.testing.assert_close(diffusion.predicted_x0(v, x, alpha, sigma, "v_prediction"), x0, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        diffusion.predicted_noise(v, x, alpha, sigma, "v_prediction"), noise, atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("settings", [STYLE, WHOLE], ids=["style", "whole"])
+def test_what_is_tuned_gets_better_on_pictures_it_never_saw(
+    base_folder: Path, cache: LatentCache, tmp_path: Path, settings: Tuning
+):
+    logger = Recorder()
+    longer = settings.model_copy(update={"steps": 60, "batch": 8, "validate_every": 10, "checkpoint_every": 60})
+    facts = _tune(base_folder, cache, tmp_path, longer, logger)
+    assert min(logger.validation) < 0.9 * logger.validation[0]
+    assert facts["validation"]["best_step"] == 10 * (1 + logger.validation.index(min(logger.validation)))
+
+
+def test_a_style_is_an_adapter_that_loads(base_folder: Path, cache: LatentCache, tmp_path: Path):
+    _tune(base_folder, cache, tmp_path, STYLE)
+    base = load_parts(base_folder, "unet")
+    lora.load(base.unet, tmp_path / "out" / lora.WEIGHTS)
+    assert lora.adapted_layers(base.unet) * 2 == len(load_file(tmp_path / "out" / lora.WEIGHTS))
+
+
+def test_a_whole_checkpoint_is_a_base_of_its_own(base_folder: Path, cache: LatentCache, tmp_path: Path):
+    _tune(base_folder, cache, tmp_path, WHOLE)
+    settings = Base(source=str(tmp_path / "out"), resolution=RESOLUTION, license="apache-2.0")
+    tuned = bases.load("tuned", settings, tmp_path / "out", device=CPU)
+    before = load_parts(base_folder, "unet", "vae", "text")
+    assert torch.equal(tuned.encode_text(["tree"])["encoder_hidden_states"],
+                       before.encode_text(["tree"])["encoder_hidden_states"])  # fmt: skip
+    changed = [not torch.equal(a, b) for a, b in zip(tuned.unet.parameters(), before.unet.parameters(), strict=True)]
+    assert all(changed)
+    assert bases.identity(settings, tmp_path / "out")["digest"] != bases.identity(settings, base_folder)["digest"]
+
+
+@pytest.mark.parametrize("settings", [STYLE, WHOLE], ids=["style", "whole"])
+def test_killed_and_started_again_it_ends_with_the_same_bytes(
+    base_folder: Path, cache: LatentCache, tmp_path: Path, settings: Tuning
+):
+    class Killed(BaseException):
+        pass
+
+    class Killer(NullLogger):
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            if step == 4:
+                raise Killed
+
+    _tune(base_folder, cache, tmp_path / "whole", settings)
+    with pytest.raises(Killed):
+        _tune(base_folder, cache, tmp_path / "killed", settings, Killer())
+    _tune(base_folder, cache, tmp_path / "killed", settings)
+    for path in (tmp_path / "whole/out").rglob("*"):
+        if path.is_file():
+            assert (
+                path.read_bytes() == (tmp_path / "killed/out" / path.relative_to(tmp_path / "whole/out")).read_bytes()
+            )
+
+
+def test_a_whole_checkpoint_in_half_precision_and_too_few_pictures_are_refused(
+    base_folder: Path, cache: LatentCache, tmp_path: Path
+):
+    base = load_parts(base_folder, "unet")
+    base.dtype = torch.bfloat16
+    with pytest.raises(UserError, match="a whole checkpoint is trained in fp32"):
+        tune(base, cache, WHOLE, tmp_path, tmp_path / "out", identity={}, logger=NullLogger())
+    with pytest.raises(UserError, match="8 pictures to train on are less than a batch of 64"):
+        _tune(base_folder, cache, tmp_path, STYLE.model_copy(update={"batch": 64}))
+
+
+def test_the_verbs_make_a_style_and_a_checkpoint_from_pictures_of_their_own(
+    miniatures: Callable[[str], Path],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    raw = projects.make(tmp_path, miniatures, fresh(tmp_path, tmp_path_factory).tracking_uri, "sd15")
+    for number in range(12):
+        add(tmp_path / "other", f"{number}.png", f"subject {number}", picture(100 + number))
+    entry = {"mine": {"model": "sd15", "data": {"path": str(tmp_path / "other")}, "training": {"steps": 4}}}
+    raw |= {"style": json.loads(STYLE.model_dump_json()), "styles": entry}
+    raw |= {"finetune": json.loads(WHOLE.model_dump_json()), "finetunes": entry}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["fetch", "sd15"], ["style", "mine"], ["finetune", "mine"]):
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "styles/mine" / lora.WEIGHTS).is_file()
+    bases.check_folder(tmp_path / "finetunes/mine")
+    with pytest.raises(UserError, match=r"unknown style 'yours'; params\.yaml `styles` has mine"):
+        CliRunner().invoke(app, ["style", "yours"], catch_exceptions=False)
