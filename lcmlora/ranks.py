@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from lcmlora.config import Launch
 from lcmlora.errors import UserError
 
 _PATIENCE = timedelta(hours=1)  # the others wait while the first process validates
+_LAUNCHER = "LCMLORA_LAUNCHER"  # environment: the process id of `launch`
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ def connected(device: str) -> Iterator[Ranks]:
     if size == 1:
         yield Ranks()
         return
+    if os.environ.get(_LAUNCHER) == str(os.getppid()):
+        _end_with_parent()
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -83,6 +89,12 @@ def connected(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def _end_with_parent() -> None:
+    """Lets Linux kill this process when its launcher is killed, which can then end nobody any more."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def launched() -> bool:
     """Returns whether a launcher started this process."""
     return "RANK" in os.environ
@@ -93,6 +105,7 @@ def launch(settings: Launch, module: str, arguments: Sequence[str]) -> int:
 
     Where one of them ends with an error the others are ended, too.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -107,10 +120,13 @@ def launch(settings: Launch, module: str, arguments: Sequence[str]) -> int:
         rdzv_endpoint=settings.rendezvous or "localhost:0",
         max_restarts=0,
     )
+    os.environ[_LAUNCHER] = str(os.getpid())
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // settings.processes))
     try:
         elastic_launch(config, entrypoint=sys.executable)("-m", module, *arguments)
+    except SignalException as error:
+        return 128 + int(error.sigval)
     except ChildFailedError as error:
         return max(1, error.get_first_failure()[1].exitcode)
     return 0

@@ -61,6 +61,10 @@ def _run(
     )
 
 
+class Killed(BaseException):
+    """Stands for a kill: nothing in the program catches it."""
+
+
 def _batch(cache: LatentCache, settings: Distill = SETTINGS, step: int = 0) -> Any:
     return samples(cache, torch.arange(len(cache)), settings, CPU).draw(step)
 
@@ -213,12 +217,38 @@ def test_memory_is_saved_without_changing_the_adapter(
         torch.testing.assert_close(saving[name], plain[name], atol=1e-5, rtol=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_a_compiled_run_makes_the_adapter_of_an_eager_one(
-    base_folder: Path, cache: LatentCache, tmp_path: Path, checkpointing: str
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_over_a_half_precision_base_the_adapter_is_trained_in_fp32_and_also_after_a_kill(
+    base_folder: Path, cache: LatentCache, tmp_path: Path, dtype: torch.dtype
 ):
-    slow = SETTINGS.model_copy(update={"lr": 1e-4, "checkpointing": checkpointing})
+    def load() -> bases.LoadedBase:
+        settings = Base(source=str(base_folder), resolution=RESOLUTION, license="apache-2.0")
+        return bases.load("mini", settings, base_folder, device=CPU, dtype=dtype, parts=("unet",))
+
+    class Killer(NullLogger):
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            if step == 4:
+                raise Killed
+
+    _run(load(), cache, tmp_path / "whole")
+    with pytest.raises(Killed):
+        _run(load(), cache, tmp_path / "killed", logger=Killer())
+    state = torch.load(tmp_path / "killed/scratch/checkpoint.pt", weights_only=True)["optimization"]
+    moments = state["optimizer"]["state"][0]
+    assert {t.dtype for t in (state["weights"], state["average"], moments["exp_avg"])} == {torch.float32}
+    base = load()
+    _run(base, cache, tmp_path / "killed")
+    assert base.unet.conv_in.weight.dtype == dtype
+    assert {p.dtype for n, p in base.unet.named_parameters() if ".lora_" in n} == {torch.float32}
+    files = [load_file(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("whole", "killed")]
+    assert {t.dtype for t in files[0].values()} == {torch.float16}  # as the published adapters are
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert any(t.abs().max() > 1e-3 for n, t in files[0].items() if ".lora_B." in n)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_makes_the_adapter_of_an_eager_one(base_folder: Path, cache: LatentCache, tmp_path: Path):
+    slow = SETTINGS.model_copy(update={"lr": 1e-4})
     for name, settings in (("eager", slow), ("compiled", slow.model_copy(update={"compile": True}))):
         _run(load_parts(base_folder, "unet"), cache, tmp_path / name, settings)
     torch._dynamo.reset()
@@ -293,10 +323,6 @@ def test_the_schedule_is_fp32_under_a_half_precision_base(base_folder: Path, cac
     assert {x.dtype, prediction.x0.dtype, prediction.noise.dtype, distillation.losses(batch).dtype} == {torch.float32}
     error = base.alphas_cumprod[19].sqrt() * prediction.x0 + sigma * prediction.noise - x
     assert error.abs().max() < 1e-5
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the program catches it."""
 
 
 @pytest.mark.parametrize("at", [2, 4])

@@ -1,15 +1,18 @@
 """Training in many processes: real ones, which talk over gloo."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lcmlora import lora, ranks
+from lcmlora import checkpoint, lora, ranks
 from lcmlora.config import Launch
 from lcmlora.data.cache import LatentCache
 from lcmlora.errors import UserError
@@ -18,11 +21,11 @@ from lcmlora.ranks import Ranks
 ROOT = Path(__file__).parents[1]
 
 
-def _train(processes: int, base: Path, cache: LatentCache, work: Path, kill_at: int = -1) -> int:
+def _train(processes: int, base: Path, cache: LatentCache, work: Path, kill_at: int = -1, victim: str = "self") -> int:
     """Returns the exit status of `processes` trainers."""
     script = "import sys; from lcmlora import ranks; from lcmlora.config import Launch; "
     script += f"sys.exit(ranks.launch(Launch(processes={processes}), 'tests.trainer', sys.argv[1:]))"
-    arguments = [str(base), str(cache._folder), str(work), str(kill_at)]
+    arguments = [str(base), str(cache._folder), str(work), str(kill_at), victim]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, env=environment).returncode
 
@@ -47,6 +50,19 @@ def test_killed_and_started_again_they_end_with_the_same_bytes(
     for name in (lora.WEIGHTS, "config.json", "probe.safetensors"):
         whole = adapters / str(processes) / "adapter" / name
         assert (tmp_path / "adapter" / name).read_bytes() == whole.read_bytes()
+
+
+def test_a_launcher_that_is_killed_takes_its_processes_with_it(base_folder: Path, cache: LatentCache, tmp_path: Path):
+    assert _train(2, base_folder, cache, tmp_path, kill_at=4, victim="launcher") == -signal.SIGKILL
+    until = time.monotonic() + 10
+    for rank in ("0", "1"):
+        while time.monotonic() < until:
+            with contextlib.suppress(UserError), checkpoint.locked(tmp_path / "scratch" / rank):
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"process {rank} still works")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_two_processes_make_the_adapter_that_one_makes_of_as_many_pictures(adapters: Path):

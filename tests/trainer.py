@@ -1,6 +1,7 @@
-"""A distillation of the miniature as a process of its own: python -m tests.trainer BASE LATENTS WORK KILL_AT.
+"""A distillation of the miniature as a process of its own: python -m tests.trainer BASE LATENTS WORK KILL_AT VICTIM.
 
-Started by a launcher it is one of many. At step KILL_AT the first process kills itself as `kill -9` would.
+Started by a launcher it is one of many. At step KILL_AT the first process kills itself, or its launcher, as `kill -9`
+would.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-from lcmlora import ranks
+from lcmlora import checkpoint, ranks
 from lcmlora.data.cache import LatentCache
 from lcmlora.distill import distill
 from lcmlora.training import NullLogger
@@ -22,19 +24,20 @@ SLOW = SETTINGS.model_copy(update={"lr": 1e-4})  # Adam makes steps of a gradien
 
 
 class Killer(NullLogger):
-    def __init__(self, at: int) -> None:
-        self._at = at
+    def __init__(self, at: int, victim: str) -> None:
+        self._at, self._victim = at, victim
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         if step == self._at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid() if self._victim == "self" else os.getppid(), signal.SIGKILL)
+            time.sleep(60)
 
 
-def main(base: str, latents: str, work: str, kill_at: str) -> None:
+def main(base: str, latents: str, work: str, kill_at: str, victim: str) -> None:
     torch.set_num_threads(1)
     scratch = Path(work, "scratch")
     scratch.mkdir(parents=True, exist_ok=True)
-    with ranks.connected("cpu") as place:
+    with ranks.connected("cpu") as place, checkpoint.locked(scratch / str(place.rank)):
         distill(
             load_parts(Path(base), "unet"),
             LatentCache(Path(latents)),
@@ -43,7 +46,7 @@ def main(base: str, latents: str, work: str, kill_at: str) -> None:
             Path(work, "adapter"),
             identity={"source": "mini"},
             run={"run_id": None},
-            logger=Killer(int(kill_at)) if place.first else NullLogger(),
+            logger=Killer(int(kill_at), victim) if place.first else NullLogger(),
             ranks=place,
         )
 
