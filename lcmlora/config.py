@@ -298,7 +298,8 @@ class Config(Strict):
         if defaults is None:
             raise UserError(f"params.yaml: {kind}: is missing, it says how `{kind}s` are trained")
         entry = known[name]
-        self.base(entry.model)
+        if entry.model not in self.bases:
+            raise UserError(f"params.yaml: {kind}s.{name}.model: no base named {entry.model!r}; remove it with its base")
         data = _override(self.data, entry.data, f"{kind}s.{name}.data")
         return entry, data, _override(defaults, entry.training, f"{kind}s.{name}.training")
 

@@ -154,5 +154,11 @@ def test_the_verbs_make_a_style_and_a_checkpoint_from_pictures_of_their_own(
         assert result.exit_code == 0, result.output
     assert (tmp_path / "styles/mine" / lora.WEIGHTS).is_file()
     bases.check_folder(tmp_path / "finetunes/mine")
+    (tmp_path / "params.yaml").write_text(
+        yaml.safe_dump(raw | {"bases": {"other": raw["bases"]["sd15"]}, "models": []})
+    )
+    with pytest.raises(UserError, match=r"styles\.mine\.model: no base named 'sd15'; remove it with its base"):
+        CliRunner().invoke(app, ["check"], catch_exceptions=False)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(UserError, match=r"unknown style 'yours'; params\.yaml `styles` has mine"):
         CliRunner().invoke(app, ["style", "yours"], catch_exceptions=False)
