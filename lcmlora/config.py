@@ -299,7 +299,7 @@ class Config(Strict):
             raise UserError(f"params.yaml: {kind}: is missing, it says how `{kind}s` are trained")
         entry = known[name]
         if entry.model not in self.bases:
-            raise UserError(f"params.yaml: {kind}s.{name}.model: no base named {entry.model!r}; remove it with its base")
+            raise UserError(f"{kind}s.{name}.model: no base named {entry.model!r}; bases has {', '.join(self.bases)}")
         data = _override(self.data, entry.data, f"{kind}s.{name}.data")
         return entry, data, _override(defaults, entry.training, f"{kind}s.{name}.training")
 
