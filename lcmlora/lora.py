@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lcmlora.errors import UserError
 from lcmlora.files import atomic_write
 
+Layers = dict[str, tuple[Tensor, Tensor]]  # A and B by the module's name
+
 ADAPTER = "lcm"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -212,7 +214,7 @@ def load(unet: nn.Module, path: Path) -> None:
     attach(unet, layers, str(path))
 
 
-def attach(unet: nn.Module, layers: dict[str, tuple[Tensor, Tensor]], source: str) -> None:
+def attach(unet: nn.Module, layers: Layers, source: str) -> None:
     """Adds an adapter of scale 1 to a bare UNet, active, frozen and in fp32.
 
     Args:
@@ -225,15 +227,7 @@ def attach(unet: nn.Module, layers: dict[str, tuple[Tensor, Tensor]], source: st
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    _check_names(unet, layers, source)
-    modules = dict(unet.named_modules())
-    for name, (down, up) in layers.items():
-        outputs, inputs = modules[name].weight.shape[0], modules[name].weight.shape[1:]
-        if up.shape[0] != outputs or down.shape[1:] != inputs or up.shape[1] != down.shape[0]:
-            raise UserError(
-                f"{source}: {name} is {tuple(down.shape)} and {tuple(up.shape)}, and this base's weight is "
-                f"{tuple(modules[name].weight.shape)}: it was made for another base"
-            )
+    _check_layers(unet, layers, source)
     ranks = {name: down.shape[0] for name, (down, _) in layers.items()}
     most = max(ranks.values())
     others = {f"^{name}": rank for name, rank in ranks.items() if rank != most}
@@ -245,6 +239,50 @@ def attach(unet: nn.Module, layers: dict[str, tuple[Tensor, Tensor]], source: st
         for part, tensor in zip((layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]), layers[name], strict=True):
             part.weight.data = tensor.to(part.weight.device, torch.float32)
     unet.requires_grad_(False)
+
+
+@contextmanager
+def applied(unet: nn.Module, layers: Layers, source: str) -> Iterator[None]:
+    """Within the block a bare UNet has this adapter of scale 1; after it the UNet is bare again, to the bit.
+
+    In fp32 it is summed into the weights, so that drawing costs what the base costs. In half precision, where a sum
+    would round, it stays beside them.
+
+    Args:
+        layers, source: see `attach`.
+    """
+    if any(p.dtype != torch.float32 for p in unet.parameters()):
+        attach(unet, layers, source)
+        try:
+            yield
+        finally:
+            for name, layer in list(_layers(unet)):
+                unet.set_submodule(name, layer.base_layer)
+        return
+    _check_layers(unet, layers, source)
+    modules = dict(unet.named_modules())
+    bare = {name: modules[name].weight.data for name in layers}
+    try:
+        for name, (down, up) in layers.items():
+            weight = bare[name]
+            down, up = (part.to(weight.device, torch.float32).flatten(1) for part in (down, up))
+            modules[name].weight.data = weight + (up @ down).view_as(weight)
+        yield
+    finally:
+        for name, weight in bare.items():
+            modules[name].weight.data = weight
+
+
+def _check_layers(unet: nn.Module, layers: Layers, source: str) -> None:
+    _check_names(unet, layers, source)
+    modules = dict(unet.named_modules())
+    for name, (down, up) in layers.items():
+        outputs, inputs = modules[name].weight.shape[0], modules[name].weight.shape[1:]
+        if up.shape[0] != outputs or down.shape[1:] != inputs or up.shape[1] != down.shape[0]:
+            raise UserError(
+                f"{source}: {name} is {tuple(down.shape)} and {tuple(up.shape)}, and this base's weight is "
+                f"{tuple(modules[name].weight.shape)}: it was made for another base"
+            )
 
 
 def _check_names(unet: nn.Module, names: Iterable[str], source: str) -> None:

@@ -164,3 +164,29 @@ def test_a_layer_of_another_size_and_a_lost_tensor_are_refused_by_name(base: Loa
     save_plain({f"unet.{name}.lora_B.weight": torch.zeros(16, 4)}, tmp_path / "a")
     with pytest.raises(UserError, match=rf"1 tensors do not fit this base, the first is {name}\.lora_B\.weight"):
         lora.load(base.unet, tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_applied_adapter_draws_as_the_student_and_leaves_the_base_bare_to_the_bit(
+    base: LoadedBase, dtype: torch.dtype
+):
+    _trained(base, alpha=8)
+    layers = {
+        n: (m.lora_A["lcm"].weight.detach(), m.lora_B["lcm"].weight.detach() * m.scaling["lcm"])
+        for n, m in lora._layers(base.unet)
+    }
+    base.unet.to(dtype)
+    base.dtype = dtype
+    student = _forward(base)
+    bare = UNet2DConditionModel.from_pretrained(base.folder, subfolder="unet", torch_dtype=dtype).eval()
+    before = {name: value.clone() for name, value in bare.state_dict().items()}
+    base.unet = bare
+    alone = _forward(base)
+    with lora.applied(bare, layers, "adapter"):
+        drawn = _forward(base)
+    # Half precision rounds where the sums are taken, which differs from layer to layer.
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03 * student.abs().max().item()
+    torch.testing.assert_close(drawn, student, atol=tolerance, rtol=1e-4)
+    assert (drawn - alone).abs().max() > 3 * tolerance
+    after = bare.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcmlora import sampling
+from lcmlora import formats, lora, sampling
 from lcmlora.bases import LoadedBase
 from lcmlora.config import Data, Evaluation
 from lcmlora.data.sources import read_records
 from lcmlora.errors import UserError
-from lcmlora.evaluation import features as feature_sets
 from lcmlora.evaluation import report
+from lcmlora.evaluation.bootstrap import Bootstrap, interval
+from lcmlora.evaluation.drawing import Way, distinct_captions, latency, read_strip, save_strip, strip_path
 from lcmlora.evaluation.features import Features
-from lcmlora.evaluation.metrics import frechet_distance, retrieval_at_1
-from lcmlora.evaluation.reference import AGAIN, Artist, distinct_captions, read_strip, square_picture, strip_path
+from lcmlora.evaluation.metrics import distance, diversity, retrieval_hits
+from lcmlora.evaluation.reference import AGAIN, REAL, artist_of, load_features, load_scorers, mean_scores
 from lcmlora.files import atomic_folder, atomic_write, sha256_file, write_json
 
+STUDENT = "student"
 _GRID_STEPS = 4  # at which the grid shows the solvers: where the adapter is meant to be used
 
 
@@ -33,68 +36,92 @@ def evaluate(
     settings: Evaluation,
     pictures: Path,
     reference: Path,
+    scratch: Path,
     out: Path,
     metrics_file: Path,
     plots_file: Path,
-    *,
-    scratch: Path | None = None,
 ) -> dict[str, Any]:
     """Draws with the student, compares, and returns the metrics, which it also writes to `metrics_file`.
 
-    Besides: `plots_file` (CSV, a row for each method and step count) and the folder `out` with grid.png, steps.png and
-    features.safetensors.
+    Besides: `plots_file` (CSV, a row for each method and step count) and the folder `out` with grid.png, steps.png,
+    features.safetensors and the first pictures of every method in pictures/.
 
     Args:
-        base: with the adapter active in its UNet.
+        base: bare.
         adapter: the folder that `distill` wrote.
         reference: the folder that `draw_reference` wrote.
-        scratch: an empty folder, or one in which a killed run of these very inputs left its batches.
+        scratch: folder in which a run that was killed left its batches.
 
     Raises:
         UserError: the reference was made for another base, with other features, prompts or settings, or the student is
             asked for more steps than it was distilled on.
     """
-    features = feature_sets.load(settings.features, base.device)
-    facts = _read_json(reference / "reference.json", "reference")
+    features = load_features(base, settings)
+    facts = read_json(reference / "reference.json", "reference")
     records = read_records(pictures / "validation.jsonl")
     prompts = distinct_captions(records)[: settings.pictures]
     _check_reference(reference, facts, features, settings, prompts, adapter)
-    sampler = _read_json(adapter / "config.json", "distill")["sampler"]
-    grid = sampler["grid"]
-    longest = max(settings.student_steps)
-    if longest > grid:
-        raise UserError(f"evaluation.student_steps: {longest} is more than the {grid} timesteps of the adapter's grid")
+    ways = student_ways(adapter, settings.student_steps, "evaluation.student_steps")
+    scorers = load_scorers(base, settings)
+    artist = artist_of(base, features, settings, prompts, settings.pictures, scratch, scorers)
 
-    artist = Artist(base, features, settings, prompts)
-    drawn = {
-        f"student@{n}": artist.draw(
-            f"student@{n}", sampling.STUDENT, n, settings.seed + 1, scratch, grid=grid, gamma=sampler["gamma"]
-        )
-        for n in settings.student_steps
-    }
+    layers, identity = adapter_layers(adapter)
+    with lora.applied(base.unet, layers, str(adapter)):
+        drawn = {key: artist.draw(key, way, settings.seed + 1, identity) for key, way in ways.items()}
+        speed = latency(base, prompts, ways, settings.latency_repeats)
+    # One solver stands for all: their own arithmetic is nothing beside the network's.
+    scale, solver = settings.guidance_scale, settings.solvers[0]
+    plain = {f"teacher@{settings.teacher_steps}": Way("ddim", settings.teacher_steps, scale)}
+    plain |= {f"{solver}@{n}": Way(solver, n, scale) for n in settings.solver_steps}
+    speed["seconds"] |= latency(base, prompts, plain, settings.latency_repeats)["seconds"]
+
     student = {key: drawing.features for key, drawing in drawn.items()}
-    metrics = measure(facts, load_file(reference / "features.safetensors") | student)
-    metrics["reference_digest"] = sha256_file(reference / "features.safetensors")
+    sets = load_file(reference / "features.safetensors") | student
+    metrics = measure(facts, sets, settings.resamples)
+    metrics |= {"latency": speed, "reference_digest": sha256_file(reference / "features.safetensors")}
+    metrics["adapter"] = identity
     metrics["seconds_per_picture"] |= {key: drawing.seconds for key, drawing in drawn.items()}
-    metrics["network_evaluations"] |= {
-        f"student@{n}": sampling.network_evaluations(sampling.STUDENT, n, 1.0) for n in settings.student_steps
-    }
+    for name, means in mean_scores(drawn).items():
+        metrics["scores"].setdefault(name, {}).update(means)
     table = _table(metrics, settings.teacher_steps)
     with atomic_folder(out) as folder:
         save_file(student, folder / "features.safetensors")
-        first = {record.caption: record for record in reversed(records)}
-        rows = [prompts[i % len(prompts)] for i in range(min(settings.grid_rows, settings.pictures))]
-        real = [square_picture(data, first[caption], base.resolution) for caption in rows]
-        columns = {"real": real} | _solver_columns(settings, reference)
-        columns |= {key: [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in d.strip] for key, d in drawn.items()}
-        report.grid(rows, columns, folder / "grid.png")
+        shutil.copytree(reference / "pictures", folder / "pictures")
+        # Of the teacher's two sets the one that starts from the same noise as all others is shown.
+        teacher = f"teacher@{settings.teacher_steps}"
+        strip_path(folder, teacher + AGAIN).replace(strip_path(folder, teacher))
+        for key, drawing in drawn.items():
+            save_strip(drawing.strip, strip_path(folder, key))
+        rows = artist.shown[: artist.rows]
+        write_json(folder / "pictures" / "prompts.json", {"prompts": rows, "side": base.resolution})
+        report.grid(rows, _columns(settings, folder), folder / "grid.png")
         report.curves(table, metrics["floor"], folder / "steps.png")
     atomic_write(plots_file, lambda path: _write_csv(path, table))
     write_json(metrics_file, metrics)
+    shutil.rmtree(scratch)
     return metrics
 
 
-def _read_json(path: Path, stage: str) -> dict[str, Any]:
+def student_ways(adapter: Path, steps: tuple[int, ...], setting: str) -> dict[str, Way]:
+    """Returns how the student of this folder is drawn with at each number of steps.
+
+    Raises:
+        UserError: more steps than it was distilled on.
+    """
+    sampler = read_json(adapter / "config.json", "distill")["sampler"]
+    if max(steps) > sampler["grid"]:
+        raise UserError(f"{setting}: {max(steps)} is more than the {sampler['grid']} timesteps of the adapter's grid")
+    return {f"{STUDENT}@{n}": Way(sampling.STUDENT, n, grid=sampler["grid"], gamma=sampler["gamma"]) for n in steps}
+
+
+def adapter_layers(adapter: Path) -> tuple[lora.Layers, str]:
+    """Returns the factors of the adapter in a folder, of scale 1, and the SHA-256 of its file."""
+    weights = adapter / lora.WEIGHTS
+    read = formats.read(weights)
+    return {name: (layer.down, layer.folded.up) for name, layer in read.layers.items()}, sha256_file(weights)
+
+
+def read_json(path: Path, stage: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -104,7 +131,7 @@ def _read_json(path: Path, stage: str) -> dict[str, Any]:
 def _check_reference(
     folder: Path, facts: dict[str, Any], features: Features, settings: Evaluation, prompts: list[str], adapter: Path
 ) -> None:
-    made_for = _read_json(adapter / "config.json", "distill")["base"]["digest"]
+    made_for = read_json(adapter / "config.json", "distill")["base"]["digest"]
     pairs = {
         "evaluation.features": (facts["features"]["name"], features.name),
         "the base's digest": (facts["base"]["digest"], made_for),
@@ -118,56 +145,105 @@ def _check_reference(
             raise UserError(f"{folder}: was drawn with {shown}; draw it again (dvc repro reference@{facts['model']})")
 
 
-def measure(facts: dict[str, Any], sets: dict[str, Tensor]) -> dict[str, Any]:
+def measure(facts: dict[str, Any], sets: dict[str, Tensor], resamples: int) -> dict[str, Any]:
     """Returns the figures of all sets of features (N, D), by the names that metrics/MODEL.json has.
 
     Args:
         facts: reference.json.
         sets: of the reference and of the student; `real` and `gallery` among them.
+        resamples: of the bootstrap; without them there are no intervals.
     """
-    teacher = f"teacher@{facts['settings']['teacher_steps']}"
-    compared = {key: value for key, value in sets.items() if key not in (teacher, teacher + AGAIN, "real", "gallery")}
-    floor = frechet_distance(sets[teacher], sets[teacher + AGAIN])
-    distances = {key: frechet_distance(sets[teacher], value) for key, value in compared.items()} | {"teacher": floor}
+    settings, kind = facts["settings"], facts["features"]["distance"]
+    teacher = f"teacher@{settings['teacher_steps']}"
+    compared = {key: value for key, value in sets.items() if key not in (teacher, teacher + AGAIN, REAL, "gallery")}
+    with_teacher = compared | {teacher: sets[teacher]}
+    floor = distance(sets[teacher], sets[teacher + AGAIN], kind)
+    distances = {key: distance(sets[teacher], value, kind) for key, value in compared.items()} | {"teacher": floor}
+    excess = {key: value - floor for key, value in distances.items()}
 
-    captions, missing = facts["captions"], facts["frechet_real_missing"]
+    captions, missing = facts["captions"], facts["distance_real_missing"]
     shown = [facts["prompts"][i % len(facts["prompts"])] for i in range(facts["counts"]["pictures"])]
-    retrieval = {
-        key: retrieval_at_1(value, shown, sets["gallery"], captions["gallery"])
-        for key, value in (compared | {teacher: sets[teacher]}).items()
+    hits = {
+        key: retrieval_hits(value, shown, sets["gallery"], captions["gallery"]) for key, value in with_teacher.items()
     }
+    retrieval = {key: values.double().mean().item() for key, values in hits.items()}
     in_gallery = set(facts["keys"]["gallery"])
     apart = [i for i, key in enumerate(facts["keys"]["real"]) if key not in in_gallery]
     if apart:  # a real picture that is in the gallery would find itself
         real_captions = [captions["real"][i] for i in apart]
-        retrieval["real"] = retrieval_at_1(sets["real"][apart], real_captions, sets["gallery"], captions["gallery"])
-    return {
+        found = retrieval_hits(sets[REAL][apart], real_captions, sets["gallery"], captions["gallery"])
+        retrieval[REAL] = found.double().mean().item()
+
+    varieties = {key: variety(value, shown, sets[REAL]) for key, value in with_teacher.items()}
+    varieties[REAL] = variety(sets[REAL], captions["real"], sets[REAL])
+    costs = {key: value for key, value in facts["network_evaluations"].items() if not key.endswith(AGAIN)}
+    costs |= {key: int(key.partition("@")[2]) for key in compared if key.startswith(STUDENT)}
+    figures = {
         "features": facts["features"],
         "pictures": facts["counts"]["pictures"],
         "real_pictures": facts["counts"]["real"],
         "prompts": len(facts["prompts"]),
-        "seed": facts["settings"]["seed"],
+        "seed": settings["seed"],
         "floor": floor,
-        "frechet_teacher": distances,
-        "excess": {key: value - floor for key, value in distances.items()},
-        "frechet_real": None
+        "distance_teacher": distances,
+        "excess": excess,
+        "distance_real": None
         if missing
-        else {key: frechet_distance(sets["real"], v) for key, v in (compared | {teacher: sets[teacher]}).items()},
-        "frechet_real_missing": missing,
+        else {key: distance(sets[REAL], value, kind) for key, value in with_teacher.items()},
+        "distance_real_missing": missing,
         "retrieval": retrieval,
+        "diversity": {key: value for key, value in varieties.items() if value is not None},
+        "scores": facts["scores"],
         "seconds_per_picture": {k: v for k, v in facts["seconds_per_picture"].items() if not k.endswith(AGAIN)},
-        "network_evaluations": {k: v for k, v in facts["network_evaluations"].items() if not k.endswith(AGAIN)},
+        "network_evaluations": costs,
     }
+    if resamples:
+        bootstrap = Bootstrap(shown, resamples=resamples, seed=settings["seed"])
+        spread = bootstrap.excess(sets[teacher], sets[teacher + AGAIN], compared, kind)
+        figures["advantage"] = _advantages(excess, costs, spread)
+        figures["intervals"] = {
+            "level": 0.95,
+            "resamples": resamples,
+            "excess": {key: interval(spread[key], excess[key]) for key in compared},
+            "retrieval": {key: interval(bootstrap.mean(values), retrieval[key]) for key, values in hits.items()},
+        }
+    return figures
+
+
+def variety(features: Tensor, captions: list[str], real: Tensor) -> float | None:
+    """Returns how far apart the pictures of one caption are, or None where each caption has but one.
+
+    Args:
+        real: features of real pictures, whose mean is what all pictures share.
+    """
+    return diversity(features, captions, real.double().mean(0)) if len(set(captions)) < len(captions) else None
+
+
+def _advantages(excess: dict[str, float], costs: dict[str, int], spread: dict[str, Tensor]) -> dict[str, Any]:
+    """Returns the student's excess less the best solver's at as many network evaluations, with its interval."""
+    found = {}
+    for key in (key for key in spread if key.startswith(STUDENT)):
+        rivals = [name for name in spread if not name.startswith(STUDENT) and costs[name] == costs[key]]
+        if rivals:
+            rival = min(rivals, key=excess.__getitem__)
+            difference = excess[key] - excess[rival]
+            found[key] = {
+                "rival": rival,
+                "network_evaluations": costs[key],
+                "difference": difference,
+                "interval": interval(spread[key] - spread[rival], difference),
+            }
+    return found
 
 
 def _table(metrics: dict[str, Any], teacher_steps: int) -> list[report.Row]:
     """Returns a row for every method at every step count, in order."""
     rows = []
-    for key, distance in metrics["frechet_teacher"].items():
+    for key, value in metrics["distance_teacher"].items():
         name = f"teacher@{teacher_steps}" if key == "teacher" else key
         method, steps = name.split("@")
         cost, retrieval = metrics["network_evaluations"][name], metrics["retrieval"][name]
-        rows.append(report.Row(method, int(steps), cost, distance, metrics["excess"][key], retrieval))
+        rows.append(report.Row(method, int(steps), cost, value, metrics["excess"][key], retrieval))
     return sorted(rows, key=lambda row: (row.method, row.steps))
 
 
@@ -178,8 +254,10 @@ def _write_csv(path: Path, rows: list[report.Row]) -> None:
         writer.writerows(rows)
 
 
-def _solver_columns(settings: Evaluation, reference: Path) -> dict[str, list[Image.Image]]:
-    """Returns the grid's pictures of teacher and solvers, from the noise that the student's row starts from too."""
+def _columns(settings: Evaluation, folder: Path) -> dict[str, list[Image.Image]]:
+    """Returns the grid's pictures by method."""
     steps = min(settings.solver_steps, key=lambda n: abs(n - _GRID_STEPS))
-    keys = [f"teacher@{settings.teacher_steps}{AGAIN}", *(f"{solver}@{steps}" for solver in settings.solvers)]
-    return {key.removesuffix(AGAIN): read_strip(strip_path(reference, key)) for key in keys}
+    solvers = [f"{solver}@{steps}" for solver in settings.solvers]
+    students = [f"{STUDENT}@{n}" for n in settings.student_steps]
+    keys = (REAL, f"teacher@{settings.teacher_steps}", *solvers, *students)
+    return {key: read_strip(strip_path(folder, key)) for key in keys}

@@ -41,13 +41,36 @@ def gate(metrics: dict[str, Any], gate: Gate) -> list[str]:
     return failures
 
 
-def record(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Returns all numbers of the metrics flat, named as MLflow allows: `excess.student_4`, `excess.dpmpp_2`."""
+# What no features enter into.
+_COUNTED = (
+    *("features", "pictures", "real_pictures", "prompts", "seed", "scores"),
+    *("network_evaluations", "seconds_per_picture", "latency"),
+)
+
+
+def record(metrics: dict[str, Any]) -> dict[str, float]:
+    """Returns all numbers of the metrics flat, named as MLflow allows.
+
+    Figures that come from features are named after them, `efficientnet-lite0/320_128px/excess.student_4`, so that
+    runs with different features have no figure in common that could be compared.
+    """
+    made_by = metrics["features"]["name"] + "/"
     flat: dict[str, float] = {}
     for key, value in metrics.items():
-        name = prefix + re.sub(r"[^\w\-./ :]", "_", key.replace("+", "p"))
+        flat |= _flat({key: value}, "" if key in _COUNTED else _named(made_by))
+    return flat
+
+
+def _named(key: str) -> str:
+    return re.sub(r"[^\w\-./ :]", "_", key.replace("+", "p"))
+
+
+def _flat(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, value in metrics.items():
+        name = prefix + _named(key)
         if isinstance(value, dict):
-            flat |= record(value, f"{name}.")
+            flat |= _flat(value, f"{name}.")
         elif isinstance(value, int | float):
             flat[name] = float(value)
     return flat

@@ -21,7 +21,7 @@ class Row(NamedTuple):
     method: str
     steps: int
     network_evaluations: int
-    frechet_teacher: float
+    distance_teacher: float
     excess: float
     retrieval: float
 

@@ -1,0 +1,230 @@
+"""Sets of pictures, drawn with one method each and kept as features: what every figure of an evaluation is made of.
+
+Picture i of a set shows `prompts[i % len(prompts)]` and starts from noise (seed, i), whatever batch it is drawn in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lcmlora import sampling
+from lcmlora.bases import LoadedBase
+from lcmlora.config import Data, digest
+from lcmlora.data.sources import Record, fit, open_picture
+from lcmlora.errors import UserError
+from lcmlora.evaluation.features import Features
+from lcmlora.evaluation.scores import Scorer
+from lcmlora.files import atomic_write
+from lcmlora.progress import track
+
+_SCORE = "score/"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a set is drawn; see `sampling.sample`."""
+
+    method: str
+    steps: int
+    guidance: float = 1.0  # the pipelines' convention; 1 is none
+    grid: int = 50
+    gamma: float | None = None
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for one picture."""
+        return sampling.network_evaluations(self.method, self.steps, self.guidance)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Pictures drawn in one way."""
+
+    features: Tensor  # (N, D) fp16
+    strip: Tensor  # (R, 3, H, W) uint8, the first pictures themselves
+    seconds: float  # of sampling latents, for one picture of a full batch
+    scores: dict[str, Tensor]  # (N,) fp32 by scorer
+
+
+@dataclass(frozen=True)
+class Artist:
+    """Draws sets of one size with one base.
+
+    Args:
+        rows: of how many pictures the pixels are kept.
+        scratch: folder in which a run that was killed left its batches; they are found by a digest of what made them.
+        identity: what else made them: the base.
+    """
+
+    base: LoadedBase
+    features: Features
+    prompts: Sequence[str]
+    pictures: int
+    batch: int
+    rows: int
+    scratch: Path | None = None
+    identity: str = ""
+    scorers: Sequence[Scorer] = ()
+
+    @property
+    def shown(self) -> list[str]:
+        """The prompt of every picture."""
+        return [self.prompts[i % len(self.prompts)] for i in range(self.pictures)]
+
+    def draw(self, label: str, way: Way, seed: int, adapter: str = "") -> Drawing:
+        """Returns a set. No batch found in `scratch` is drawn again.
+
+        Args:
+            label: what the progress bar says.
+            adapter: a digest of what is active in the UNet besides the base.
+        """
+        made_by = (self.identity, adapter, self.features.name, {"way": vars(way), "seed": seed, "rows": self.rows})
+        scored = [scorer.name for scorer in self.scorers]
+        key = digest(*made_by, {"prompts": list(self.prompts), "batch": self.batch, "scores": scored})[:20]
+        parts = []
+        for start in track(range(0, self.pictures, self.batch), label, unit=self.batch):
+            indices = range(start, min(start + self.batch, self.pictures))
+            stored = self.scratch and self.scratch / f"{key}-{indices.start:06d}-{indices.stop:06d}.safetensors"
+            if stored and stored.exists():
+                parts.append(load_file(stored))
+                continue
+            part = self._batch(indices, way, seed)
+            if stored:
+                atomic_write(stored, lambda path, part=part: save_file(part, path))  # type: ignore[misc]
+            parts.append(part)
+        whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        scores = {name.removeprefix(_SCORE): value for name, value in whole.items() if name.startswith(_SCORE)}
+        return Drawing(whole["features"], whole["strip"], whole["seconds"].sum().item() / self.pictures, scores)
+
+    def _batch(self, indices: range, way: Way, seed: int) -> dict[str, Tensor]:
+        base = self.base
+        captions = [self.prompts[i % len(self.prompts)] for i in indices]
+        pictures, seconds = draw(base, captions, way, seed, indices)
+        scored = {_SCORE + scorer.name: scorer(pictures.float() / 255, captions).cpu() for scorer in self.scorers}
+        return scored | {
+            "features": self.vectors(pictures),
+            "strip": pictures[: max(self.rows - indices.start, 0)].cpu().contiguous(),
+            "seconds": torch.tensor([seconds], dtype=torch.float64),
+        }
+
+    def vectors(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, D) fp16 on the CPU."""
+        return self.features(pictures.float() / 255).half().cpu()
+
+    def real(self, label: str, records: Sequence[Record], data: Data) -> Tensor:
+        """Returns the features (N, D) fp16 of real pictures, as training sees them."""
+        vectors = []
+        for start in track(range(0, len(records), self.batch), label, unit=self.batch):
+            rows = records[start : start + self.batch]
+            pixels = np.stack([np.asarray(square_picture(data, row, self.base.resolution)) for row in rows])
+            vectors.append(self.vectors(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+        return torch.cat(vectors)
+
+
+def draw(base: LoadedBase, captions: Sequence[str], way: Way, seed: int, indices: range) -> tuple[Tensor, float]:
+    """Returns pictures (B, 3, H, W) uint8 on the base's device, and the seconds that sampling their latents took.
+
+    Raises:
+        UserError: pictures that are not finite.
+    """
+    conditioning = sampling.text_conditioning(base, captions)
+    unconditional = sampling.unconditional(base) if way.guidance != 1 else None
+    noise = sampling.initial_noise(base.latent_shape, seed, indices)
+    began = now(base.device)
+    latents = sampling.sample(
+        base,
+        conditioning,
+        noise,
+        method=way.method,
+        steps=way.steps,
+        guidance_scale=way.guidance,
+        unconditional=unconditional,
+        seed=seed,
+        indices=indices,
+        grid=way.grid,
+        gamma=way.gamma,
+    )
+    seconds = now(base.device) - began
+    decoded = base.decode(latents)
+    if not decoded.isfinite().all():  # as bytes they would be black pictures, and a figure
+        how = f"{way.method} at {way.steps} steps"
+        raise UserError(f"{base.name}: {how} drew pictures that are not finite ({base.dtype})")
+    return decoded.mul(255).round().byte(), seconds  # what a file would hold, as the real ones do
+
+
+def now(device: torch.device) -> float:
+    """Returns a time in seconds, after all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def latency(base: LoadedBase, prompts: Sequence[str], ways: dict[str, Way], repeats: int) -> dict[str, Any]:
+    """Returns how long one picture takes alone, from its caption to its pixels: seconds, as p50 and p95.
+
+    The ways take turns, so that what else the machine does meets all of them; the first turn is not counted.
+    """
+    taken: dict[str, list[float]] = {key: [] for key in ways}
+    for turn in track(range(repeats + 1), "latency"):
+        for key, way in ways.items():
+            began = now(base.device)
+            draw(base, [prompts[turn % len(prompts)]], way, 0, range(turn, turn + 1))
+            taken[key].append(now(base.device) - began)
+    quantiles = {key: np.quantile(seconds[1:], (0.5, 0.95)).tolist() for key, seconds in taken.items()}
+    return {
+        "seconds": {key: {"p50": p50, "p95": p95} for key, (p50, p95) in quantiles.items()},
+        "repeats": repeats,
+        "batch": 1,
+        "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def distinct_captions(records: Sequence[Record]) -> list[str]:
+    """Returns every caption once, in an order of its own: the first ones, which are shown, are a fair sample."""
+    return sorted({r.caption for r in records}, key=lambda caption: hashlib.blake2b(caption.encode()).digest())
+
+
+def square_picture(data: Data, record: Record, resolution: int) -> Image.Image:
+    """Returns the picture as training sees it: cropped and resized to `resolution`, RGB."""
+    return fit(open_picture(data, record, size=resolution), resolution)[0]
+
+
+def first_pictures(data: Data, records: Sequence[Record], captions: Sequence[str], resolution: int) -> Tensor:
+    """Returns the first real picture of each caption, (R, 3, H, W) uint8."""
+    first = {record.caption: record for record in reversed(records)}
+    pixels = [np.asarray(square_picture(data, first[caption], resolution)) for caption in captions]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+
+
+# --- pictures in files ------------------------------------------------------------------------------------------
+
+
+def strip_path(folder: Path, key: str) -> Path:
+    """Returns where a folder keeps the pictures of this set: `pictures/dpm++@4.png`."""
+    return folder / "pictures" / f"{key.replace('/', '-')}.png"
+
+
+def save_strip(strip: Tensor, path: Path) -> None:
+    """Writes pictures (R, 3, H, W) uint8 below each other into one PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(strip.permute(0, 2, 3, 1).flatten(0, 1).numpy()).save(path)
+
+
+def read_strip(path: Path) -> list[Image.Image]:
+    """Returns the square pictures that stand below each other in such a PNG."""
+    with Image.open(path) as opened:
+        strip = opened.convert("RGB")
+    side = strip.width
+    return [strip.crop((0, top, side, top + side)) for top in range(0, strip.height, side)]
