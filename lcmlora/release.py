@@ -10,9 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from lcmlora import __version__
+from lcmlora import __version__, card
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.evaluation.gate import gate
@@ -25,19 +23,13 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 SCHEDULER = "scheduler_config.json"
 PROVENANCE = "provenance.json"
 METRICS = "metrics.json"
+REPORT = "report.html"
+STUDY = "study.json"
 CHECKSUMS = "SHA256SUMS"
 
 # Largest allowed difference between reloaded and trained student, as a share of the student's largest output. In fp32
 # both run the same kernels; a half-precision base may be reloaded on another device than it was trained on.
 _TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-2}
-
-
-_METHODS = {
-    "lcm": "Latent consistency distillation (arXiv 2310.04378, 2311.05556)",
-    "tcd": "Trajectory consistency distillation (arXiv 2402.19159)",
-    "pcm": "Phased consistency distillation (arXiv 2405.18407)",
-    "tdd": "Target-driven distillation (arXiv 2409.01347)",
-}
 
 
 @dataclass(frozen=True)
@@ -56,6 +48,7 @@ def package(
     base_folder: Path,
     metrics: Path,
     evaluation: Path,
+    studied: Path,
     out: Path,
 ) -> dict[str, Any]:
     """Makes the bundle `out` and returns its provenance. The folder appears whole or not at all.
@@ -65,14 +58,13 @@ def package(
             do not draw as the trained student did.
     """
     base = config.base(model)
-    figures = _read_json(metrics)
+    figures = _read_json(metrics) | _study_of(adapter, studied)
     made = _read_json(adapter / "config.json")
     failures = gate(figures, config.gate)
     with atomic_folder(out) as folder:
         for source, name in (
             (adapter / WEIGHTS, WEIGHTS),
             (adapter / SCHEDULER, SCHEDULER),
-            (metrics, METRICS),
             (evaluation / "grid.png", "grid.png"),
         ):
             if not source.is_file():
@@ -104,8 +96,22 @@ def package(
             "reloaded": asdict(proof),
             "kohya": {"file": kohya.name, "sha256": sha256_file(kohya), "reloaded": asdict(witness.prove(kohya))},
         }
+        write_json(folder / METRICS, figures)
         write_json(folder / PROVENANCE, provenance)
-        (folder / "README.md").write_text(_card(model, base, made, figures, failures), encoding="utf-8")
+        from lcmlora.evaluation import page
+
+        report = page.render(
+            model,
+            figures,
+            provenance,
+            [evaluation, studied] if "variations" in figures else [evaluation],
+            base_license=base.license,
+            kohya_file=kohya.name,
+        )
+        (folder / REPORT).write_text(report, encoding="utf-8")
+        (folder / "README.md").write_text(
+            card.render(model, base, made, figures, failures, kohya.name), encoding="utf-8"
+        )
         _seal(folder)
     return provenance
 
@@ -116,6 +122,14 @@ def kohya_name(model: str) -> str:
     `load_lora_weights` of diffusers, given the folder, still takes the other: it prefers a file of that name.
     """
     return f"lcm-lora-{model}.safetensors"
+
+
+def _study_of(adapter: Path, studied: Path) -> dict[str, Any]:
+    """Returns the figures of a study of this very adapter; none where there is no such study."""
+    if not (studied / STUDY).is_file():
+        return {}
+    figures = _read_json(studied / STUDY)
+    return figures if figures["adapter"] == sha256_file(adapter / WEIGHTS) else {}
 
 
 def _export(weights: Path, out: Path, base: Base, base_folder: Path, alpha: float) -> None:
@@ -275,49 +289,6 @@ def _load_pipeline(release: Path, base: Base, base_folder: Path, dtype: torch.dt
         raise UserError(f"{release / SCHEDULER}: prediction_type is {mine!r}, the base in {base_folder} has {theirs!r}")
     pipeline.scheduler = scheduler
     return pipeline
-
-
-def _card(model: str, base: Base, made: dict[str, Any], figures: dict[str, Any], failures: list[str]) -> str:
-    """Returns the model card. It is written from files at hand; diffusers' own helper asks the network first."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    front = {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "base_model": base.source,
-        "license": base.license,
-        "tags": ["lora", "lcm", "latent-consistency", "diffusers"],
-        "inference": False,
-    }
-    cost = figures["network_evaluations"]
-    sampler = made["sampler"]
-    rows = [
-        {
-            "name": name,
-            "cost": cost[name],
-            "excess": figures["excess"].get(name),
-            "retrieval": figures["retrieval"].get(name),
-            "seconds": figures["seconds_per_picture"].get(name),
-        }
-        for name in sorted(cost, key=lambda name: (cost[name], name))
-    ]
-    environment = Environment(
-        loader=PackageLoader("lcmlora"), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
-    )
-    return environment.get_template("card.md.j2").render(
-        front=yaml.safe_dump(front, sort_keys=False).strip(),
-        model=model,
-        kohya=kohya_name(model),
-        base=base,
-        made=made,
-        method=_METHODS[made["distill"]["objective"]],
-        scheduler=sampler["scheduler"],
-        gamma=sampler["gamma"],
-        distill=made["distill"],
-        figures=figures,
-        rows=rows,
-        failures=failures,
-    )
 
 
 def _git() -> dict[str, Any]:

@@ -16,13 +16,14 @@ from lcmlora import bases, config, lora
 from tests.miniature import RESOLUTION
 
 METRICS: dict[str, Any] = {
-    "features": {"name": "efficientnet-lite0", "dimensions": 320},
+    "features": {"name": "efficientnet-lite0", "dimensions": 320, "distance": "frechet"},
     "pictures": 512,
     "seed": 1000,
     "floor": 78.0,
-    "frechet_teacher": {"teacher": 78.0, "student@2": 88.0, "student@4": 82.5, "ddim@1": 363.0, "dpm++@2": 171.0},
+    "distance_teacher": {"teacher": 78.0, "student@2": 88.0, "student@4": 82.5, "ddim@1": 363.0, "dpm++@2": 171.0},
     "excess": {"teacher": 0.0, "student@2": 10.0, "student@4": 4.5, "ddim@1": 285.0, "dpm++@2": 93.0},
-    "frechet_real": None,
+    "distance_real": None,
+    "distance_real_missing": "24 real validation pictures are too few for 320 dimensions",
     "retrieval": {"teacher@50": 0.9, "student@2": 0.7, "student@4": 0.85, "ddim@1": 0.1, "dpm++@2": 0.5},
     "seconds_per_picture": {"teacher@50": 0.2, "student@2": 0.01, "student@4": 0.02, "ddim@1": 0.01, "dpm++@2": 0.02},
     "network_evaluations": {"teacher@50": 100, "student@2": 2, "student@4": 4, "ddim@1": 2, "dpm++@2": 4},
@@ -34,6 +35,7 @@ def settings(base_folder: Path, *, models: tuple[str, ...] = ("mini",), **change
     raw = yaml.safe_load(Path(__file__).parent.with_name("params.yaml").read_text())
     base = {"source": str(base_folder), "resolution": RESOLUTION, "license": "apache-2.0"}
     raw |= {"models": list(models), "bases": dict.fromkeys(models, base), "styles": {}, "finetunes": {}}
+    raw["study"] |= {"models": [], "styles": [], "finetunes": [], "grid_style": None}
     for section, values in changes.items():
         raw[section] |= values
     return raw
@@ -80,8 +82,12 @@ def write_stages(
     (adapter / "run.json").write_text(json.dumps({"run_id": None, "tracking_uri": None, "experiment": "lcmlora"}))
     (root / "metrics").mkdir(exist_ok=True)
     (root / "metrics" / f"{model}.json").write_text(json.dumps(METRICS))
-    (root / "evaluation" / model).mkdir(parents=True)
-    Image.new("RGB", (16, 16), "red").save(root / "evaluation" / model / "grid.png")
+    evaluation = root / "evaluation" / model
+    (evaluation / "pictures").mkdir(parents=True)
+    Image.new("RGB", (16, 16), "red").save(evaluation / "grid.png")
+    for key in ("real", *METRICS["network_evaluations"]):
+        Image.new("RGB", (16, 32), "green").save(evaluation / "pictures" / f"{key}.png")
+    (evaluation / "pictures" / "prompts.json").write_text(json.dumps({"prompts": ["owl", "fox"], "side": 16}))
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ def package(root: Path, base_folder: Path, **changes: Any) -> dict[str, Any]:
         base_folder,
         root / "metrics/mini.json",
         root / "evaluation/mini",
+        root / "study/mini",
         root / "release/mini",
     )
 
@@ -42,6 +43,7 @@ def test_the_bundle_has_every_file_and_passes_coreutils_sha256sum(stages: Path, 
     assert names == {
         "pytorch_lora_weights.safetensors",
         "lcm-lora-mini.safetensors",
+        "report.html",
         "scheduler_config.json",
         "README.md",
         "provenance.json",
@@ -53,7 +55,7 @@ def test_the_bundle_has_every_file_and_passes_coreutils_sha256sum(stages: Path, 
         ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=stages / "release/mini", capture_output=True, text=True
     )
     assert checked.returncode == 0
-    assert checked.stdout.count(": OK") == 7
+    assert checked.stdout.count(": OK") == 8
     release.verify(stages / "release/mini")
 
 
@@ -133,7 +135,7 @@ def test_the_card_has_the_front_matter_of_the_hub_and_the_figures(stages: Path, 
     assert facts["library_name"] == "diffusers"
     assert facts["pipeline_tag"] == "text-to-image"
     assert facts["license"] == "apache-2.0"
-    assert facts["base_model"] == str(base_folder)
+    assert "base_model" not in facts  # a folder is no model on the hub
     assert {"lora", "lcm", "latent-consistency"} <= set(facts["tags"])
     rows = [line for line in body.splitlines() if line.startswith("| ") and line[2] != "|"]
     assert rows == [
@@ -162,6 +164,18 @@ def test_the_five_lines_of_the_card_draw_a_picture(stages: Path, base_folder: Pa
     lines = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(folder))
     assert len(lines.splitlines()) == 5
     exec(lines.replace('"picture.png"', repr(str(stages / "picture.png"))), {})
+    assert (stages / "picture.png").stat().st_size > 0
+
+
+def test_the_cards_snippet_for_a_style_draws_with_both_adapters(stages: Path, base_folder: Path):
+    package(stages, base_folder)
+    folder = stages / "release/mini"
+    snippet = (folder / "README.md").read_text().split("```python\n")[2].split("```")[0]
+    for place in ("path/to/this/folder", "path/to/a/style"):
+        snippet = snippet.replace(place, str(folder))
+    names: dict[str, Any] = {}
+    exec(snippet.replace('"picture.png"', repr(str(stages / "picture.png"))), names)
+    assert names["pipe"].get_active_adapters() == ["lcm", "style"]
     assert (stages / "picture.png").stat().st_size > 0
 
 

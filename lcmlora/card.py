@@ -1,0 +1,199 @@
+"""The model card of a release: the hub's front matter with the figures as results, and what a user needs to know.
+
+The front matter follows the hub's specification, modelcard.md of huggingface/hub-docs, and is written by its client.
+Everything comes from the files at hand; diffusers' own helper for cards asks the network first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lcmlora.config import Base
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+_METHODS = {
+    "lcm": "Latent consistency distillation (arXiv 2310.04378, 2311.05556)",
+    "tcd": "Trajectory consistency distillation (arXiv 2402.19159)",
+    "pcm": "Phased consistency distillation (arXiv 2405.18407)",
+    "tdd": "Target-driven distillation (arXiv 2409.01347)",
+}
+_DISTANCES = {"frechet": "Fréchet distance", "cmmd": "CMMD"}
+
+# The identifiers that the hub knows (docs/hub/repositories-licenses.md of huggingface/hub-docs); any other is `other`
+# with a `license_name`.
+_LICENSES = """
+    afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0
+    etalab-2.0 eupl-1.1 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community
+    h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4
+    lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl
+    postgresql unknown unlicense wtfpl zlib
+"""
+
+
+def render(
+    model: str, base: Base, made: dict[str, Any], figures: dict[str, Any], failures: list[str], kohya: str
+) -> str:
+    """Returns the card, README.md of the release.
+
+    Args:
+        made: the adapter's config.json.
+        figures: metrics/MODEL.json; what it does not have is left out.
+        failures: why the gate was not passed.
+        kohya: the name of the release's file for ComfyUI and A1111.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("lcmlora"), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    styles = [v for v in figures.get("variations", {}).values() if v["kind"] == "style"]
+    return environment.get_template("card.md.j2").render(
+        front=_front_matter(model, base, made, figures),
+        model=model,
+        base=base,
+        on_hub=_on_hub(base),
+        listed=base.license in _LICENSES.split(),
+        made=made,
+        method=_METHODS[made["distill"]["objective"]],
+        figures=figures,
+        distance=_distance(figures),
+        number=_number(figures),
+        advantages=figures.get("advantage") or _advantages(figures),
+        steps=_student_steps(figures),
+        enough=_enough_steps(figures),
+        teacher=next(key for key in figures["retrieval"] if key.startswith("teacher@")),
+        weights=next((v["weights"] for v in styles), [0.8, 1.0]),
+        table=_table(figures),
+        failures=failures,
+        kohya=kohya,
+    )
+
+
+def _front_matter(model: str, base: Base, made: dict[str, Any], figures: dict[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    name = None if base.license in _LICENSES.split() else re.sub(r"[^a-z0-9.]+", "-", base.license.lower()).strip("-")
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        # "The value must be the ID of a model on the Hub" (huggingface_hub.ModelCardData).
+        base_model=base.source if _on_hub(base) else None,
+        base_model_relation="adapter" if _on_hub(base) else None,
+        license="other" if name else base.license,
+        license_name=name,
+        tags=["lora", "lcm", "latent-consistency", "text-to-image", "diffusers", made["distill"]["objective"]],
+        inference=False,
+        model_name=f"lcm-lora-{model}",
+        eval_results=_results(made, figures),
+    ).to_yaml()
+
+
+def _on_hub(base: Base) -> bool:
+    # `bases/emoji` has a hub id's form too; what tells them apart is the commit that only a hub id must have.
+    return base.revision is not None and not base.source.endswith(".safetensors")
+
+
+def _results(made: dict[str, Any], figures: dict[str, Any]) -> list[EvalResult]:
+    """Returns the student's figures at each number of steps as the hub's results."""
+    from huggingface_hub import EvalResult
+
+    data = {"data_digest": made["data_digest"], "seed": figures["seed"], "pictures": figures["pictures"]}
+    data |= {key: figures[key] for key in ("prompts", "reference_digest") if key in figures}
+    intervals, network = figures.get("intervals", {}), figures["features"]["name"]
+    excess = (f"excess-{figures['features'].get('distance', 'frechet')}", f"Excess {_distance(figures)} to the teacher")
+    # What the hub calls it, twice; whose features it sees; what the figures call it, and its values.
+    measures = [
+        (*excess, network, "excess", figures["excess"]),
+        ("caption-retrieval", "Caption retrieval@1", network, "retrieval", figures["retrieval"]),
+    ]
+    for score, values in figures.get("scores", {}).items():
+        metric, _, network = score.partition("/")
+        measures.append((metric, metric, network or metric, score, values))
+    results = []
+    for metric, title, network, name, values in measures:
+        for key, steps in ((f"student@{n}", n) for n in _student_steps(figures) if f"student@{n}" in values):
+            arguments = {"steps": steps, "network_evaluations": figures["network_evaluations"][key]}
+            if interval := intervals.get(name, {}).get(key):
+                arguments |= {"interval": list(interval), "level": intervals["level"]}
+            if name == "excess":
+                arguments["floor"] = figures["floor"]
+            results.append(
+                EvalResult(
+                    task_type="text-to-image",
+                    dataset_type="captions-kept-from-training",
+                    dataset_name="Captions kept from training",
+                    dataset_split="validation",
+                    dataset_args=data,
+                    metric_type=metric,
+                    metric_name=f"{title}, {steps} step{'s' * (steps > 1)} ({network})",
+                    metric_value=values[key],
+                    metric_config=f"steps={steps},features={network}",
+                    metric_args=arguments,
+                )
+            )
+    return results
+
+
+def _table(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns the titles and the cells of the figures, the cheapest first; what was not measured is empty."""
+    latency = {key: value["p50"] for key, value in figures.get("latency", {}).get("seconds", {}).items()}
+    measures = [
+        ("excess distance", "excess", figures["excess"], _number(figures)),
+        ("retrieval@1", "retrieval", figures["retrieval"], "{:.3f}".format),
+        ("diversity", "diversity", figures.get("diversity"), "{:.3f}".format),
+        *((score, score, values, "{:.2f}".format) for score, values in figures.get("scores", {}).items()),
+        ("seconds per picture", "seconds_per_picture", figures["seconds_per_picture"], "{:.4f}".format),
+        ("one alone, median", "latency", latency, "{:.4f}".format),
+    ]
+    measures = [measure for measure in measures if measure[2]]
+    cost, rows = figures["network_evaluations"], []
+    for key in sorted(cost, key=lambda key: (cost[key], key)):
+        row = [key, str(cost[key])]
+        for _, name, values, show in measures:
+            bounds = figures.get("intervals", {}).get(name, {}).get(key)
+            brackets = f" ({show(bounds[0])} to {show(bounds[1])})" if bounds else ""
+            row.append(show(values[key]) + brackets if key in values else "")
+        rows.append(row)
+    return ["network evaluations", *(measure[0] for measure in measures)], rows
+
+
+def _advantages(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns `advantage` of figures that were written before there were intervals."""
+    excess, cost = figures["excess"], figures["network_evaluations"]
+    found = {}
+    for student in (f"student@{steps}" for steps in _student_steps(figures)):
+        rivals = [k for k in excess if not k.startswith(("student@", "teacher")) and cost[k] == cost[student]]
+        if rivals:
+            rival = min(rivals, key=excess.__getitem__)
+            difference = excess[student] - excess[rival]
+            found[student] = {"rival": rival, "network_evaluations": cost[student], "difference": difference}
+    return found
+
+
+def _enough_steps(figures: dict[str, Any]) -> int:
+    """Returns the fewest steps that more steps do not better, or not by more than the excess's interval."""
+    excess, low = figures["excess"], figures.get("intervals", {}).get("excess", {})
+    steps = _student_steps(figures)
+    bound = {n: low.get(f"student@{n}", [excess[f"student@{n}"]])[0] for n in steps}
+    return next(n for n in steps if all(excess[f"student@{m}"] >= bound[n] for m in steps if m > n))
+
+
+def _student_steps(figures: dict[str, Any]) -> list[int]:
+    return sorted(int(key.removeprefix("student@")) for key in figures["excess"] if key.startswith("student@"))
+
+
+def _distance(figures: dict[str, Any]) -> str:
+    return _DISTANCES[figures["features"].get("distance", "frechet")]
+
+
+def _number(figures: dict[str, Any]) -> Callable[[float], str]:
+    # Distances are hundreds with some features and thousandths with others.
+    return ("{:.2f}" if max(map(abs, figures["excess"].values())) >= 10 else "{:.4f}").format
