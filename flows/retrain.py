@@ -42,7 +42,7 @@ from tasks.models import (
 )
 from tasks.processes import Processes
 
-STAGES = ("encode", "reference", "distill", "evaluate", "package")  # of a model, in order; `prepare` is shared
+STAGES = ("encode", "reference", "distill", "evaluate")  # of a model, in order; `prepare` is shared
 
 
 @dataclass
@@ -101,10 +101,19 @@ def retrain(
     return Completed(name="UpToDate" if idle else "Completed", message=total)
 
 
+def stages_of(model: str, settings: config.Config) -> list[str]:
+    """Returns the names of the model's DVC stages in their order."""
+    names = [f"{stage}@{model}" for stage in STAGES]
+    studied = settings.studied(model)
+    for kind, name in studied:
+        names += [f"{kind}@{model}-{name}", f"{kind}-alone@{model}-{name}"]
+    return [*names, *([f"study@{model}"] if studied else []), f"package@{model}"]
+
+
 def _run_stages(outcomes: list[Outcome], settings: config.Config, force: bool, processes: Processes) -> None:
     due: set[str] = set()
     pull = prepared = False
-    names = {outcome.model: [f"{stage}@{outcome.model}" for stage in STAGES] for outcome in outcomes}
+    names = {outcome.model: stages_of(outcome.model, settings) for outcome in outcomes}
     with _noting(*outcomes):
         everything = ["prepare", *(name for own in names.values() for name in own)]
         due = set(everything) if force else dvc.stale(everything, processes)
@@ -144,7 +153,7 @@ def _run(name: str, due: bool, outcomes: list[Outcome], processes: Processes, fo
         if result and result.ran:
             outcome.ran.append(result)
         else:
-            outcome.fresh.append(name.partition("@")[0])
+            outcome.fresh.append(name)
     return bool(result and result.ran)
 
 
@@ -185,8 +194,12 @@ def _noting(*outcomes: Outcome) -> Iterator[None]:
 
 def _rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
     """Returns what a person wants to know of a model, in pairs."""
-    rows = [("ran", ", ".join(f"{r.stage.partition('@')[0]} {r.seconds:.0f} s" for r in outcome.ran) or "nothing")]
-    rows += [("up to date", ", ".join(outcome.fresh))] if outcome.fresh else []
+
+    def short(stage: str) -> str:
+        return stage.replace(f"@{outcome.model}", "")
+
+    rows = [("ran", ", ".join(f"{short(r.stage)} {r.seconds:.0f} s" for r in outcome.ran) or "nothing")]
+    rows += [("up to date", ", ".join(map(short, outcome.fresh)))] if outcome.fresh else []
     if outcome.figures is not None:
         rows += _figures(outcome.figures, gate_steps)
     if outcome.gate_failures is not None:

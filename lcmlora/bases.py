@@ -120,6 +120,13 @@ def check_folder(folder: Path) -> None:
             raise UserError(f"{folder}: a diffusers base needs {shown}, and there is none")
 
 
+def variant(folder: Path) -> str | None:
+    """Returns the variant in which a base's UNet is there, such as fp16; None for plain files."""
+    files = sorted((folder / "unet").glob("diffusion_pytorch_model*.safetensors"))
+    # diffusion_pytorch_model.fp16.safetensors, or diffusion_pytorch_model.fp16-00001-of-00002.safetensors
+    return files[0].name.split(".")[1].partition("-")[0] if files and files[0].name.count(".") > 1 else None
+
+
 def identity(base: Base, folder: Path) -> dict[str, str | None]:
     """Returns what names a base for good: its source, its pinned revision and a digest of its UNet's files."""
     return {"source": base.source, "revision": base.revision, "digest": sha256_folder(folder / "unet")}

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from lcmlora import adapter_verbs
+from lcmlora import adapter_verbs, study_verbs
 from lcmlora.errors import UserError
 
 app = typer.Typer(
@@ -158,12 +158,12 @@ def reference(context: typer.Context, model: Model) -> None:
     Example: lcmlora reference emoji
     """
     config = _configure(context)
+    from lcmlora import checkpoint
     from lcmlora.evaluation import reference as stage
 
     base, settings = _drawing_base(config, model)
-    stage.draw_reference(
-        base, config.data, settings, Path("data/pictures"), _scratch("reference"), Path("reference", model)
-    )
+    with checkpoint.locked(_scratch("reference", model)) as scratch:
+        stage.draw_reference(base, config.data, settings, Path("data/pictures"), scratch, Path("reference", model))
 
 
 @app.command()
@@ -224,64 +224,6 @@ def _distill(config, model: str, settings, place) -> None:  # type: ignore[no-un
 
 
 @app.command()
-def style(
-    context: typer.Context, name: Annotated[str, typer.Argument(help="A name under `styles` in params.yaml.")]
-) -> None:
-    """Train a LoRA of another style by the ordinary diffusion loss, into styles/NAME: what acceleration is added to.
-
-    Example: lcmlora style noto-v1
-    """
-    _tune(context, "style", name)
-
-
-@app.command()
-def finetune(
-    context: typer.Context, name: Annotated[str, typer.Argument(help="A name under `finetunes` in params.yaml.")]
-) -> None:
-    """Fine-tune a whole base on other pictures into finetunes/NAME, a base of its own.
-
-    Example: lcmlora finetune noto-v1
-    """
-    _tune(context, "finetune", name)
-
-
-def _tune(context: typer.Context, kind, name: str) -> None:  # type: ignore[no-untyped-def]
-    config = _configure(context)
-    entry, data, settings = config.variation(kind, name)
-    from lcmlora import bases, checkpoint, registry
-    from lcmlora.config import digest
-    from lcmlora.data import cache as latents
-    from lcmlora.data import prepare as pictures
-    from lcmlora.finetune import tune as train
-
-    model = config.base(entry.model)
-    folder = Path("bases", entry.model)
-    device = bases.pick_device(settings.device)
-    dtype = bases.pick_dtype(settings.precision, device)
-    identity = bases.identity(model, folder)
-    work = _scratch(kind, f"{name}-{digest(data, settings, identity)[:12]}")
-    with checkpoint.locked(work):
-        pictures.print_report(pictures.prepare(data, settings.batch, work / "pictures"))
-        encoding = config.encode_for(entry.model)
-        base = bases.load(entry.model, model, folder, device=device, dtype=dtype, parts=("vae", "text"))
-        if not (work / "latents" / latents.MANIFEST).exists():
-            latents.encode(base, data, encoding, work / "pictures", work / "encode", work / "latents")
-        del base
-        bare = bases.load(entry.model, model, folder, device=device, dtype=dtype, parts=("unet",))
-        with registry.tracking(config.registry, f"{kind}-{name}", settings.model_dump(mode="json"), work) as run:
-            train(
-                bare,
-                latents.LatentCache(work / "latents"),
-                settings,
-                work,
-                Path(f"{kind}s", name),
-                identity=identity,
-                logger=run,
-            )
-    checkpoint.discard(work)
-
-
-@app.command()
 def doctor(
     context: typer.Context,
     model: Model,
@@ -320,22 +262,23 @@ def evaluate(context: typer.Context, model: Model) -> None:
     Example: lcmlora evaluate emoji
     """
     config = _configure(context)
-    from lcmlora import lora
+    from lcmlora import checkpoint
     from lcmlora.evaluation import evaluate as stage
 
     base, settings = _drawing_base(config, model)
-    lora.load(base.unet, Path("adapters", model, lora.WEIGHTS))
-    stage.evaluate(
-        base,
-        Path("adapters", model),
-        config.data,
-        settings,
-        Path("data/pictures"),
-        Path("reference", model),
-        Path("evaluation", model),
-        Path("metrics", f"{model}.json"),
-        Path("plots", f"{model}_steps.csv"),
-    )
+    with checkpoint.locked(_scratch("evaluate", model)) as scratch:
+        stage.evaluate(
+            base,
+            Path("adapters", model),
+            config.data,
+            settings,
+            Path("data/pictures"),
+            Path("reference", model),
+            scratch,
+            Path("evaluation", model),
+            Path("metrics", f"{model}.json"),
+            Path("plots", f"{model}_steps.csv"),
+        )
 
 
 def _drawing_base(config, model: str):  # type: ignore[no-untyped-def]
@@ -363,11 +306,20 @@ def package(context: typer.Context, model: Model) -> None:
         Path("bases", model),
         Path("metrics", f"{model}.json"),
         Path("evaluation", model),
+        Path("study", model),
         Path("release", model),
     )
 
 
-for _verb in (adapter_verbs.convert, adapter_verbs.combine, adapter_verbs.generate):
+for _verb in (
+    study_verbs.style,
+    study_verbs.finetune,
+    study_verbs.alone,
+    study_verbs.study,
+    adapter_verbs.convert,
+    adapter_verbs.combine,
+    adapter_verbs.generate,
+):
     app.command()(_verb)
 
 

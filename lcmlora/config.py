@@ -14,6 +14,8 @@ from lcmlora.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Kind = Literal["style", "finetune"]
+Solver = Literal["ddim", "dpm++", "unipc", "euler"]
 
 
 class Strict(BaseModel):
@@ -170,14 +172,49 @@ class Evaluation(Strict):
     seed: int
     pictures: Annotated[int, Field(ge=2)]
     batch: Positive
-    features: Literal["efficientnet-lite0"]
+    features: Literal["efficientnet-lite0", "inception", "clip"]
+    features_source: str | None = None  # inception: a file of weights; clip: a hub id or a folder
+    scores: tuple[Literal["clip-score", "image-reward", "hps"], ...] = ()
+    scores_source: dict[str, str] = {}  # hub id or folder by score
     guidance_scale: Annotated[float, Field(ge=1)]  # teacher and solvers, the pipelines' convention (w + 1)
     teacher_steps: Positive
-    solvers: tuple[Literal["ddim", "dpm++", "unipc", "euler"], ...]
+    solvers: Annotated[tuple[Solver, ...], Field(min_length=1)]
     solver_steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
     student_steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
     grid_rows: Positive
+    resamples: Annotated[int, Field(ge=0)] = 200  # of the bootstrap; 0 leaves intervals out
+    latency_repeats: Positive = 20  # pictures drawn alone, for each method
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Study(Strict):
+    """The universal module measured: the adapter added to styles and fine-tuned checkpoints (stage `study`)."""
+
+    models: tuple[str, ...] = ()  # of `models`; the others are released without a study
+    styles: tuple[str, ...] = ()  # of `styles`; a LoRA of each is trained for each of the models
+    finetunes: tuple[str, ...] = ()  # of `finetunes`; likewise a whole checkpoint
+    pictures: Annotated[int, Field(ge=2)]  # of a style, with each method
+    real: dict[str, Any] = {}  # overrides of a style's data for the pictures that it is measured against
+    weights: tuple[float, float]  # lambda1 of the style and lambda2 of the acceleration, eq. (3) of arXiv 2311.05556
+    solver_steps: Annotated[tuple[Positive, ...], Field(min_length=1)]  # of the style alone, under DPM-Solver++
+    student_steps: Annotated[tuple[Positive, ...], Field(min_length=1)]  # of the style accelerated
+    steps: Positive  # at which all is compared at equal cost, and guidance and weights vary
+    guidance_scales: tuple[Annotated[float, Field(gt=1)], ...] = ()  # of the student
+    grid_style: str | None = None  # of `styles`, for the grid of weights; the first one if left out
+    grid_style_weights: tuple[float, ...] = ()
+    grid_adapter_weights: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Self:
+        if self.steps % 2:
+            raise ValueError(f"steps {self.steps} is odd, and a guided solver step costs two evaluations")
+        if self.steps not in self.student_steps:
+            raise ValueError(f"student_steps has no {self.steps}, at which all is compared (steps)")
+        if self.grid_style is not None and self.grid_style not in self.styles:
+            raise ValueError(f"grid_style: {self.grid_style!r} is not among styles")
+        if twice := set(self.styles) & set(self.finetunes):
+            raise ValueError(f"{min(twice)!r} is the name of a style and of a fine-tune")
+        return self
 
 
 class Gate(Strict):
@@ -226,9 +263,8 @@ class Base(Strict):
 
 
 class Variation(Strict):
-    """A style of a model's base: the pictures it is learned from, and what differs in its training."""
+    """A style: the pictures it is learned from, and what differs in its training."""
 
-    model: str
     data: dict[str, Any] = {}  # overrides of `data`
     training: dict[str, Any] = {}  # overrides of `style` or `finetune`
 
@@ -251,6 +287,7 @@ class Config(Strict):
     styles: dict[str, Variation] = {}
     finetune: Tuning | None = None
     finetunes: dict[str, Variation] = {}
+    study: Study | None = None
 
     @model_validator(mode="after")
     def _models_exist(self) -> Self:
@@ -261,6 +298,10 @@ class Config(Strict):
             raise ValueError("style.rank: a style is a LoRA and needs a rank; a whole checkpoint is made by finetune")
         if self.finetune and self.finetune.rank is not None:
             raise ValueError("finetune.rank: a whole checkpoint has no rank; a LoRA is made by style")
+        for key in ("models", "styles", "finetunes") if self.study else ():
+            for name in getattr(self.study, key):
+                if name not in getattr(self, key):
+                    raise ValueError(f"study.{key}: {name!r} is not among {key}: {', '.join(getattr(self, key))}")
         return self
 
     def base(self, model: str) -> Base:
@@ -286,8 +327,8 @@ class Config(Strict):
     def distill_for(self, model: str) -> Distill:
         return _override(self.distill, self.base(model).distill, f"bases.{model}.distill")
 
-    def variation(self, kind: Literal["style", "finetune"], name: str) -> tuple[Variation, Data, Tuning]:
-        """Returns an entry of `styles` or `finetunes` with the pictures and the training that it asks for.
+    def variation(self, kind: Kind, name: str) -> tuple[Data, Tuning]:
+        """Returns the pictures and the training that an entry of `styles` or `finetunes` asks for.
 
         Raises:
             UserError: there is no such entry, or no section that says how it is trained.
@@ -298,10 +339,19 @@ class Config(Strict):
         if defaults is None:
             raise UserError(f"params.yaml: {kind}: is missing, it says how `{kind}s` are trained")
         entry = known[name]
-        if entry.model not in self.bases:
-            raise UserError(f"{kind}s.{name}.model: no base named {entry.model!r}; bases has {', '.join(self.bases)}")
         data = _override(self.data, entry.data, f"{kind}s.{name}.data")
-        return entry, data, _override(defaults, entry.training, f"{kind}s.{name}.training")
+        return data, _override(defaults, entry.training, f"{kind}s.{name}.training")
+
+    def real_pictures(self, kind: Kind, name: str) -> Data:
+        """Returns the pictures that a style or fine-tune is measured against: its own, with the study's overrides."""
+        data, _ = self.variation(kind, name)
+        return _override(data, self.study.real if self.study else {}, "study.real")
+
+    def studied(self, model: str) -> list[tuple[Kind, str]]:
+        """Returns the styles and fine-tunes with which this model is studied."""
+        if self.study is None or model not in self.study.models:
+            return []
+        return [("style", name) for name in self.study.styles] + [("finetune", name) for name in self.study.finetunes]
 
     def evaluation_for(self, model: str) -> Evaluation:
         return _override(self.evaluation, self.base(model).evaluation, f"bases.{model}.evaluation")
@@ -353,6 +403,9 @@ def load(path: Path = Path("params.yaml")) -> Config:
         config.variation("style", name)
     for name in config.finetunes:
         config.variation("finetune", name)
+    for model in config.study.models if config.study else ():
+        for kind, name in config.studied(model):
+            config.real_pictures(kind, name)
     return config
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lcmlora import diffusion, lora
-from lcmlora.bases import LoadedBase, unet_forward
+from lcmlora.bases import LoadedBase, unet_forward, variant
 from lcmlora.batches import Batch, Batches, split
 from lcmlora.config import Tuning
 from lcmlora.data.cache import LatentCache
@@ -158,7 +158,8 @@ def _write_base(base: LoadedBase, folder: Path) -> None:
     """Writes the base with its UNet as it is now; everything else is copied."""
     for path in sorted(base.folder.iterdir()):
         if path.name == "unet":
-            base.unet.save_pretrained(folder / "unet", safe_serialization=True)
+            # Under the name that the base's file has: a base is loaded in one variant.
+            base.unet.save_pretrained(folder / "unet", safe_serialization=True, variant=variant(base.folder))
         elif path.is_dir():
             shutil.copytree(path, folder / path.name)
         else:

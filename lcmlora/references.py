@@ -185,10 +185,7 @@ def _at(folder: Path, adapter: AdapterReference) -> BaseReference:
     resolution = adapter.resolution or architecture.of_folder(folder).resolution
     if resolution is None:
         raise UserError(f"{folder}/unet/config.json: sample_size tells no resolution; name a base of params.yaml")
-    files = sorted((folder / "unet").glob("diffusion_pytorch_model*.safetensors"))
-    # diffusion_pytorch_model.fp16.safetensors, or diffusion_pytorch_model.fp16-00001-of-00002.safetensors
-    variant = files[0].name.split(".")[1].partition("-")[0] if files and files[0].name.count(".") > 1 else None
-    base = Base(source=str(folder), resolution=resolution, variant=variant, license="unknown")
+    base = Base(source=str(folder), resolution=resolution, variant=bases.variant(folder), license="unknown")
     return BaseReference(folder.resolve().name, base, folder)
 
 

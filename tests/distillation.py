@@ -36,6 +36,6 @@ SETTINGS = Distill(
 )
 
 
-def load_parts(folder: Path, *parts: str) -> bases.LoadedBase:
-    settings = Base(source=str(folder), resolution=RESOLUTION, license="apache-2.0")
+def load_parts(folder: Path, *parts: str, variant: str | None = None) -> bases.LoadedBase:
+    settings = Base(source=str(folder), resolution=RESOLUTION, license="apache-2.0", variant=variant)
     return bases.load("mini", settings, folder, device=CPU, parts=parts)

@@ -16,16 +16,19 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from lcmlora import bases
 from lcmlora.bases import unet_forward
 from lcmlora.cli import app
+from lcmlora.errors import UserError
 from lcmlora.evaluation.features import FEATURES
 from tests import projects
-from tests.evaluation.test_reference import Quarters
+from tests.evaluation.conftest import Quarters
 from tests.miniature import ARCHITECTURES, SDXL_FAMILY
 from tests.registries import fresh
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("encode", "reference", "distill", "evaluate", "package")
+STAGES = ("encode", "reference", "distill", "evaluate")
+VARIATIONS = (("style", "ink"), ("alone", "ink"), ("finetune", "clay"), ("alone", "clay"))
 
 
 def _draws_as_the_student_did(root: Path, base: Path, model: str) -> None:
@@ -64,16 +67,28 @@ def test_a_miniature_goes_from_pictures_to_a_release_that_plain_diffusers_loads(
 ):
     raw = projects.make(tmp_path, miniatures, fresh(tmp_path, tmp_path_factory).tracking_uri, model)
     raw["evaluation"]["pictures"] = 16
+    raw["study"]["models"] = [model]
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(FEATURES, "efficientnet-lite0", Quarters)  # the real ones need 321 pictures
-    for arguments in (["prepare"], ["fetch", model], *([stage, model] for stage in STAGES)):
+    stages = [["prepare"], ["fetch", model], *([stage, model] for stage in STAGES)]
+    stages += [[verb, model, name] for verb, name in VARIATIONS]
+    for arguments in (*stages, ["study", model], ["package", model]):
         result = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert result.exit_code == 0, result.output
     _draws_as_the_student_did(tmp_path, miniatures(model), model)
-    metrics = json.loads(Path("metrics", f"{model}.json").read_text())
+    metrics = json.loads(Path("release", model, "metrics.json").read_text())
     assert metrics["network_evaluations"]["student@4"] == 4
-    assert all(value == value for value in metrics["frechet_teacher"].values())
+    assert all(value == value for value in metrics["distance_teacher"].values())
+    assert {name: each["kind"] for name, each in metrics["variations"].items()} == {"ink": "style", "clay": "finetune"}
+    assert len(metrics["guidance"]["excess"]) == 2 and len(metrics["weights"]["distance_real"][0]) == 2
+    report = Path("release", model, "report.html").read_text()
+    assert "ink" in report and "clay" in report
+    bases.check_folder(Path("variations", model, "finetunes", "clay"))
+    with pytest.raises(UserError, match=r"'other' is not studied with .*; params\.yaml `study` has ink, clay"):
+        CliRunner().invoke(app, ["alone", model, "other"], catch_exceptions=False)
+    with pytest.raises(UserError, match=r"unknown style 'other'; params\.yaml `styles` has ink"):
+        CliRunner().invoke(app, ["style", model, "other"], catch_exceptions=False)
     cached = load_file(Path("data/latents", model, "text.safetensors"))
     assert ("text_embeds" in cached) == (model in SDXL_FAMILY)
 
@@ -85,7 +100,8 @@ def test_all_architectures_go_through_the_flow(
     """`python -m pytest -m slow`: minutes, since every stage is a process of its own."""
     projects.make(tmp_path, miniatures, fresh(tmp_path, tmp_path_factory).tracking_uri, *ARCHITECTURES)
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
-    shutil.copytree(ROOT / "lcmlora", tmp_path / "lcmlora")
+    for folder in ("lcmlora", "study"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=tmp_path, check=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}

@@ -40,6 +40,12 @@ def test_the_shipped_params_load_and_hold_presets_for_the_papers_bases(tmp_path:
         ({"models": ["sd99"]}, r"no base named 'sd99'; bases has emoji"),
         ({"bases__emoji__distill": {"stepz": 1}}, r"bases.emoji.distill: stepz: there is no such key"),
         ({"data__source": "ftp"}, r"data.source: got 'ftp'"),
+        ({"study__models": ["sdxl"]}, r"study.models: 'sdxl' is not among models: emoji"),
+        ({"study__styles": ["ink"]}, r"study.*'ink' is not among styles: noto-v1, "),
+        ({"study__steps": 3}, r"study: .*steps 3 is odd, and a guided solver step costs two"),
+        ({"study__student_steps": [1, 2]}, r"study: .*student_steps has no 4, at which all is compared"),
+        ({"study__finetunes": ["noto-v1"], "finetunes__noto-v1": {}}, r"'noto-v1' is the name of a style and of a"),
+        ({"study__real": {"copys": 3}, "study__models": ["emoji"]}, r"study.real: copys: there is no such key"),
         ({"bases__emoji__config": "my/base"}, r"bases.emoji: .*config goes with a .safetensors source"),
     ],
 )
@@ -64,6 +70,16 @@ def test_a_base_overrides_a_stages_settings_for_itself_alone(tmp_path: Path):
     loaded = _load(tmp_path, bases__emoji__distill={"batch": 7})
     assert loaded.distill_for("emoji").batch == 7
     assert loaded.distill.batch == RAW["distill"]["batch"]
+
+
+def test_a_model_is_studied_with_every_style_and_fine_tune_where_it_is_asked_for(tmp_path: Path):
+    assert _load(tmp_path).studied("emoji") == []
+    loaded = _load(tmp_path, study__models=["emoji"])
+    assert loaded.studied("emoji")[0] == ("style", "noto-v1")
+    assert loaded.studied("emoji")[-1] == ("finetune", "noto-v1-full")
+    assert loaded.studied("sdxl") == []
+    trained, measured = loaded.variation("style", "noto-v1")[0], loaded.real_pictures("style", "noto-v1")
+    assert measured == trained.model_copy(update=RAW["study"]["real"])
 
 
 def test_equal_settings_have_equal_digests_and_others_have_not(tmp_path: Path):

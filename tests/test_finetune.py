@@ -1,27 +1,20 @@
-import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from lcmlora import bases, diffusion, lora
 from lcmlora.batches import Batches
-from lcmlora.cli import app
 from lcmlora.config import Base, Tuning
 from lcmlora.data.cache import LatentCache
 from lcmlora.errors import UserError
 from lcmlora.finetune import Denoising, tune
 from lcmlora.training import NullLogger
-from tests import projects
-from tests.data.conftest import add, picture
 from tests.distillation import CPU, SETTINGS, load_parts
 from tests.miniature import RESOLUTION, save_base
-from tests.registries import fresh
 
 COMMON = {name: value for name, value in SETTINGS.model_dump().items() if name in Tuning.model_fields}
 STYLE = Tuning.model_validate(COMMON | {"rank": 4, "alpha": None})
@@ -36,9 +29,11 @@ class Recorder(NullLogger):
         self.validation += [value for name, value in metrics.items() if name == "validation_loss"]
 
 
-def _tune(folder: Path, cache: LatentCache, work: Path, settings: Tuning, logger: Any = None) -> dict[str, Any]:
+def _tune(
+    folder: Path, cache: LatentCache, work: Path, settings: Tuning, logger: Any = None, variant: str | None = None
+) -> dict[str, Any]:
     (work / "scratch").mkdir(parents=True, exist_ok=True)
-    base, logger = load_parts(folder, "unet"), logger or NullLogger()
+    base, logger = load_parts(folder, "unet", variant=variant), logger or NullLogger()
     return tune(base, cache, settings, work / "scratch", work / "out", identity={"digest": "0"}, logger=logger)
 
 
@@ -135,30 +130,13 @@ def test_a_whole_checkpoint_in_half_precision_and_too_few_pictures_are_refused(
         _tune(base_folder, cache, tmp_path, STYLE.model_copy(update={"batch": 64}))
 
 
-def test_the_verbs_make_a_style_and_a_checkpoint_from_pictures_of_their_own(
-    miniatures: Callable[[str], Path],
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_whole_checkpoint_of_a_base_in_a_variant_is_loaded_in_that_variant(
+    base_folder: Path, cache: LatentCache, tmp_path: Path
 ):
-    raw = projects.make(tmp_path, miniatures, fresh(tmp_path, tmp_path_factory).tracking_uri, "sd15")
-    for number in range(12):
-        add(tmp_path / "other", f"{number}.png", f"subject {number}", picture(100 + number))
-    entry = {"mine": {"model": "sd15", "data": {"path": str(tmp_path / "other")}, "training": {"steps": 4}}}
-    raw |= {"style": json.loads(STYLE.model_dump_json()), "styles": entry}
-    raw |= {"finetune": json.loads(WHOLE.model_dump_json()), "finetunes": entry}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
-    monkeypatch.chdir(tmp_path)
-    for arguments in (["fetch", "sd15"], ["style", "mine"], ["finetune", "mine"]):
-        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-    assert (tmp_path / "styles/mine" / lora.WEIGHTS).is_file()
-    bases.check_folder(tmp_path / "finetunes/mine")
-    (tmp_path / "params.yaml").write_text(
-        yaml.safe_dump(raw | {"bases": {"other": raw["bases"]["sd15"]}, "models": []})
-    )
-    with pytest.raises(UserError, match=r"styles\.mine\.model: no base named 'sd15'; bases has other"):
-        CliRunner().invoke(app, ["check"], catch_exceptions=False)
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
-    with pytest.raises(UserError, match=r"unknown style 'yours'; params\.yaml `styles` has mine"):
-        CliRunner().invoke(app, ["style", "yours"], catch_exceptions=False)
+    half = tmp_path / "half"
+    shutil.copytree(base_folder, half)
+    for path in list(half.rglob("*.safetensors")):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    _tune(half, cache, tmp_path, WHOLE, variant="fp16")
+    settings = Base(source=str(tmp_path / "out"), resolution=RESOLUTION, license="apache-2.0", variant="fp16")
+    bases.load("tuned", settings, tmp_path / "out", device=CPU)

@@ -21,7 +21,7 @@ from lcmlora.errors import UserError
 
 # Iconify ships no code points for these two sets; their icons carry the names of a set that has them.
 _NAMED_LIKE = {"noto-v1": "noto", "fluent-emoji": "fluent-emoji-flat"}
-STYLES = ("noto", "twemoji", "fluent-emoji-flat", "noto-v1", "fluent-emoji")
+STYLES = ("noto", "twemoji", "fluent-emoji-flat", "noto-v1", "fluent-emoji", "fluent-emoji-high-contrast")
 
 
 @dataclass(frozen=True)

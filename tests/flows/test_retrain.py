@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.retrain import retrain
+from flows.retrain import retrain, stages_of
 from lcmlora import registry
-from lcmlora.config import load
+from lcmlora.config import Config, load
 from tests.flows.conftest import Project
+from tests.releases import settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -163,6 +164,16 @@ def test_what_cannot_be_started_is_told_in_one_line(
     assert result.stdout == ""
     assert result.stderr.startswith(expected)
     assert result.stderr.count("\n") == 1
+
+
+def test_a_studied_model_has_its_styles_and_fine_tunes_between_evaluation_and_release(base_folder: Path):
+    raw = settings(base_folder, models=("a", "b"))
+    raw |= {"styles": {"ink": {}}, "finetunes": {"clay": {}}}
+    raw["study"] |= {"models": ["a"], "styles": ["ink"], "finetunes": ["clay"]}
+    loaded = Config.model_validate(raw)
+    assert stages_of("b", loaded) == ["encode@b", "reference@b", "distill@b", "evaluate@b", "package@b"]
+    between = ["style@a-ink", "style-alone@a-ink", "finetune@a-clay", "finetune-alone@a-clay", "study@a"]
+    assert stages_of("a", loaded) == ["encode@a", "reference@a", "distill@a", "evaluate@a", *between, "package@a"]
 
 
 def test_help_shows_examples_without_importing_prefect():
