@@ -15,7 +15,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from lcmlora import bases, config, lora
+from benchmarks import tables
+from lcmlora import bases, config
 from lcmlora.data.cache import LatentCache
 from lcmlora.distill import distill
 from lcmlora.evaluation.evaluate import evaluate
@@ -23,7 +24,6 @@ from lcmlora.files import write_json
 from lcmlora.training import NullLogger
 
 OBJECTIVES = ("lcm", "tcd", "pcm", "tdd")
-_BEGIN, _END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
 def run(
@@ -47,15 +47,14 @@ def run(
     work.mkdir(parents=True, exist_ok=True)
     cache = LatentCache(Path("data/latents", model))
     facts = distill(load(), cache, distillation, work, work / "adapter", identity=identity, run={}, logger=NullLogger())
-    drawn = load()
-    lora.load(drawn.unet, work / "adapter" / lora.WEIGHTS)
     figures = evaluate(
-        drawn,
+        load(),
         work / "adapter",
         settings.data,
         settings.evaluation_for(model),
         Path("data/pictures"),
         Path("reference", model),
+        work / "drawn",
         work / "evaluation",
         work / "metrics.json",
         work / "steps.csv",
@@ -75,12 +74,12 @@ def table(runs: dict[str, list[dict[str, Any]]], steps: tuple[int, ...]) -> str:
         return f"{statistics.mean(values):{form}}{spread}"
 
     head = ["objective", *(f"excess@{n}" for n in steps), *(f"retrieval@{n}" for n in steps)]
-    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    rows = []
     for objective, figures in runs.items():
         cells = [cell(figures, "excess", f"student@{n}", ".0f") for n in steps]
         cells += [cell(figures, "retrieval", f"student@{n}", ".3f") for n in steps]
-        lines.append(f"| {objective} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([objective, *cells])
+    return tables.markdown(head, rows)
 
 
 def main() -> None:
@@ -103,9 +102,7 @@ def main() -> None:
     text = table(runs, steps)
     print(text)
     write_json(options.docs / "objectives.json", runs)
-    page = options.docs / "objectives.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
-    page.write_text(before + _BEGIN + text + _END + rest.partition(_END)[2], encoding="utf-8")
+    tables.write(options.docs / "objectives.md", text)
 
 
 if __name__ == "__main__":

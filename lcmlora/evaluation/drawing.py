@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lcmlora.evaluation.scores import Scorer
 from lcmlora.files import atomic_write
 from lcmlora.progress import track
 
+REAL = "real"
 _SCORE = "score/"
 
 
@@ -130,6 +131,21 @@ class Artist:
             pixels = np.stack([np.asarray(square_picture(data, row, self.base.resolution)) for row in rows])
             vectors.append(self.vectors(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
         return torch.cat(vectors)
+
+    def keep(
+        self,
+        folder: Path,
+        drawn: Mapping[str, Drawing],
+        features: dict[str, Tensor],
+        data: Data,
+        records: Sequence[Record],
+    ) -> None:
+        """Writes features.safetensors and the first pictures of every set and of reality to the folder."""
+        save_file(features, folder / "features.safetensors")
+        for key, drawing in drawn.items():
+            save_strip(drawing.strip, strip_path(folder, key))
+        shown = self.shown[: self.rows]
+        save_strip(first_pictures(data, records, shown, self.base.resolution), strip_path(folder, REAL))
 
 
 def draw(base: LoadedBase, captions: Sequence[str], way: Way, seed: int, indices: range) -> tuple[Tensor, float]:

@@ -19,10 +19,10 @@ from lcmlora.data.sources import read_records
 from lcmlora.errors import UserError
 from lcmlora.evaluation import report
 from lcmlora.evaluation.bootstrap import Bootstrap, interval
-from lcmlora.evaluation.drawing import Way, distinct_captions, latency, read_strip, save_strip, strip_path
+from lcmlora.evaluation.drawing import REAL, Way, distinct_captions, latency, read_strip, save_strip, strip_path
 from lcmlora.evaluation.features import Features
 from lcmlora.evaluation.metrics import distance, diversity, retrieval_hits
-from lcmlora.evaluation.reference import AGAIN, REAL, artist_of, load_features, load_scorers, mean_scores
+from lcmlora.evaluation.reference import AGAIN, artist_of, load_features, load_scorers, mean_scores
 from lcmlora.files import atomic_folder, atomic_write, sha256_file, write_json
 
 STUDENT = "student"
@@ -72,7 +72,8 @@ def evaluate(
     # One solver stands for all: their own arithmetic is nothing beside the network's.
     scale, solver = settings.guidance_scale, settings.solvers[0]
     plain = {f"teacher@{settings.teacher_steps}": Way("ddim", settings.teacher_steps, scale)}
-    plain |= {f"{solver}@{n}": Way(solver, n, scale) for n in settings.solver_steps}
+    comparable = [n for n in settings.solver_steps if 2 * n <= max(settings.student_steps)]
+    plain |= {f"{solver}@{n}": Way(solver, n, scale) for n in comparable}
     speed["seconds"] |= latency(base, prompts, plain, settings.latency_repeats)["seconds"]
 
     student = {key: drawing.features for key, drawing in drawn.items()}

@@ -12,22 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from lcmlora.bases import LoadedBase
 from lcmlora.config import Data, Evaluation
 from lcmlora.data.sources import Record, read_records
 from lcmlora.errors import UserError
 from lcmlora.evaluation import features as feature_sets
 from lcmlora.evaluation import scores
-from lcmlora.evaluation.drawing import Artist, Drawing, Way, distinct_captions, first_pictures, save_strip, strip_path
+from lcmlora.evaluation.drawing import REAL, Artist, Drawing, Way, distinct_captions
 from lcmlora.evaluation.features import Features
 from lcmlora.evaluation.metrics import pictures_needed
 from lcmlora.evaluation.scores import Scorer
 from lcmlora.files import atomic_folder, sha256_folder, write_json
 
 AGAIN = "/again"  # ends the key of the teacher's second set
-REAL = "real"
 _GALLERY = 4  # real pictures of one caption in the gallery
 
 
@@ -70,11 +67,7 @@ def draw_reference(
         "scores": mean_scores(drawn),
     } | about_real(real, gallery, settings.pictures, features)
     with atomic_folder(out) as folder:
-        save_file(tensors, folder / "features.safetensors")
-        for key, drawing in drawn.items():
-            save_strip(drawing.strip, strip_path(folder, key))
-        shown = first_pictures(data, records, artist.shown[: artist.rows], base.resolution)
-        save_strip(shown, strip_path(folder, REAL))
+        artist.keep(folder, drawn, tensors, data, records)
         write_json(folder / "reference.json", facts)
     shutil.rmtree(scratch)
     return facts

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lcmlora import compose, formats, lora, release
@@ -25,10 +25,10 @@ from lcmlora.data.prepare import prepare
 from lcmlora.data.sources import read_records
 from lcmlora.errors import UserError
 from lcmlora.evaluation.bootstrap import Bootstrap, interval
-from lcmlora.evaluation.drawing import Artist, Way, distinct_captions, first_pictures, save_strip, strip_path
+from lcmlora.evaluation.drawing import REAL, Artist, Way, distinct_captions, save_strip, strip_path
 from lcmlora.evaluation.evaluate import STUDENT, adapter_layers, read_json, student_ways, variety
 from lcmlora.evaluation.metrics import distance, retrieval_at_1
-from lcmlora.evaluation.reference import AGAIN, REAL, about_real, artist_of, check_count, choose_real, load_features
+from lcmlora.evaluation.reference import AGAIN, about_real, artist_of, check_count, choose_real, load_features
 from lcmlora.files import atomic_folder, sha256_file, write_json
 
 ALONE, ACCELERATED, ADAPTER = "alone/", "accelerated@", "adapter@"
@@ -99,11 +99,7 @@ def draw_alone(
     facts |= {"kind": kind, "prompts": prompts, "seed": seed}
     facts["network_evaluations"] = {ALONE + key: way.evaluations for key, way in ways.items()}
     with atomic_folder(out) as part:
-        save_file(tensors, part / "features.safetensors")
-        for key, drawing in drawn.items():
-            save_strip(drawing.strip, strip_path(part, key))
-        shown = first_pictures(data, records, artist.shown[: artist.rows], base.resolution)
-        save_strip(shown, strip_path(part, REAL))
+        artist.keep(part, drawn, tensors, data, records)
         write_json(part / "alone.json", facts)
     shutil.rmtree(scratch)
     return facts
