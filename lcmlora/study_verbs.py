@@ -112,8 +112,8 @@ def study(context: typer.Context, model: Model) -> None:
     Example: lcmlora study emoji
     """
     config = _configure(context)
-    if model not in config.study.models:
-        raise UserError(f"{model}: is not studied; add it to study.models in params.yaml")
+    if not config.studied(model):
+        raise UserError(f"{model}: is not studied; add it to study.models in params.yaml, with styles or finetunes")
     from lcmlora import checkpoint
     from lcmlora.evaluation import study as stage
 
