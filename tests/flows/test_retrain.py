@@ -13,6 +13,7 @@ import yaml
 from flows.retrain import retrain, stages_of
 from lcmlora import registry
 from lcmlora.config import Config, load
+from tests import repositories
 from tests.flows.conftest import Project
 from tests.releases import settings
 
@@ -174,6 +175,18 @@ def test_a_studied_model_has_its_styles_and_fine_tunes_between_evaluation_and_re
     assert stages_of("b", loaded) == ["encode@b", "reference@b", "distill@b", "evaluate@b", "package@b"]
     between = ["style@a-ink", "style-alone@a-ink", "finetune@a-clay", "finetune-alone@a-clay", "study@a"]
     assert stages_of("a", loaded) == ["encode@a", "reference@a", "distill@a", "evaluate@a", *between, "package@a"]
+
+
+def test_every_stage_that_the_flow_names_is_in_dvc_yaml_and_the_other_way_round(tmp_path: Path):
+    root = repositories.make(tmp_path, (ROOT / "dvc.yaml").read_text())
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw |= {"models": ["emoji", "sdxl"]}
+    raw["study"]["models"] = ["emoji"]
+    (root / "params.yaml").write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "dvc", "stage", "list", "--name-only"]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    named = [name for model in raw["models"] for name in stages_of(model, load(root / "params.yaml"))]
+    assert sorted(listed) == sorted(["pretrain", "prepare", *named])
 
 
 def test_help_shows_examples_without_importing_prefect():
