@@ -177,7 +177,6 @@ class _Painter:
         prompts, self._seed = self._facts["prompts"], self._facts["seed"]
         self._artist = artist_of(base, self._features, evaluation, prompts, settings.pictures, scratch)
         self._grid_pictures, self._resamples = evaluation.pictures, evaluation.resamples
-        self._scratch = scratch
         self._lcm = formats.read(adapter / lora.WEIGHTS)
         self._style = formats.read(variation.folder / lora.WEIGHTS) if variation.kind == "style" else None
         paths = [adapter / lora.WEIGHTS] + ([variation.folder / lora.WEIGHTS] if self._style else [])
