@@ -34,8 +34,7 @@ def settings(base_folder: Path, *, models: tuple[str, ...] = ("mini",), **change
     """The project's own params.yaml with the miniature as base of every model, and these changes of its sections."""
     raw = yaml.safe_load(Path(__file__).parent.with_name("params.yaml").read_text())
     base = {"source": str(base_folder), "resolution": RESOLUTION, "license": "apache-2.0"}
-    raw |= {"models": list(models), "bases": dict.fromkeys(models, base), "styles": {}, "finetunes": {}}
-    raw["study"] |= {"models": [], "styles": [], "finetunes": [], "grid_style": None}
+    raw |= {"models": list(models), "bases": dict.fromkeys(models, base)}
     for section, values in changes.items():
         raw[section] |= values
     return raw

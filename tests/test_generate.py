@@ -48,6 +48,7 @@ def root(
         Path("bases/mini"),
         Path("metrics/mini.json"),
         Path("evaluation/mini"),
+        Path("study/mini"),
         Path("release/mini"),
     )
     return tmp_path

@@ -19,7 +19,7 @@ def _params(tmp_path: Path, entries: dict[str, Any] | None = None) -> Path:
     """The shipped params.yaml, with other bases where they are given."""
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     if entries is not None:
-        raw |= {"models": list(entries)[:1], "bases": entries, "styles": {}, "finetunes": {}}
+        raw |= {"models": list(entries)[:1], "bases": entries}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
     return tmp_path / "params.yaml"
 

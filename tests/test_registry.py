@@ -128,8 +128,8 @@ def test_a_release_becomes_a_version_with_artifacts_figures_and_tags(settings: R
     }
     metrics = client(settings).get_run(run.id).data.metrics
     assert metrics["loss"] == 1.0
-    assert metrics["excess.student_4"] == 4.5
-    assert metrics["excess.dpmpp_2"] == 93.0
+    assert metrics["efficientnet-lite0/excess.student_4"] == 4.5
+    assert metrics["efficientnet-lite0/excess.dpmpp_2"] == 93.0
     client(settings).download_artifacts(run.id, "release", str(tmp_path / "download"))
     for path in bundle.iterdir():
         assert (tmp_path / "download/release" / path.name).read_bytes() == path.read_bytes()
@@ -161,7 +161,7 @@ def test_a_run_that_this_server_does_not_know_is_replaced_by_a_new_one(settings:
     version = client(settings).get_model_version("lcm-lora-mini", "1")
     run = client(settings).get_run(version.run_id)
     assert run.data.params == {"objective": "lcm", "steps": "600"}
-    assert run.data.metrics["retrieval.student_4"] == 0.85
+    assert run.data.metrics["efficientnet-lite0/retrieval.student_4"] == 0.85
 
 
 def test_other_weights_are_another_version(settings: Registry, bundle: Path, tmp_path: Path):
@@ -192,7 +192,7 @@ def test_a_version_is_resolved_by_alias_and_by_number(settings: Registry, bundle
     assert record["tags"]["sha256"] == SHA
     assert record["tags"]["release_uri"] == "s3://bucket/mini"
     assert record["aliases"] == ["champion"]
-    assert record["metrics"]["excess.student_4"] == 4.5
+    assert record["metrics"]["efficientnet-lite0/excess.student_4"] == 4.5
 
 
 @pytest.mark.parametrize(

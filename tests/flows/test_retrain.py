@@ -170,7 +170,7 @@ def test_what_cannot_be_started_is_told_in_one_line(
 def test_a_studied_model_has_its_styles_and_fine_tunes_between_evaluation_and_release(base_folder: Path):
     raw = settings(base_folder, models=("a", "b"))
     raw |= {"styles": {"ink": {}}, "finetunes": {"clay": {}}}
-    raw["study"] |= {"models": ["a"], "styles": ["ink"], "finetunes": ["clay"]}
+    raw["study"] |= {"models": ["a"], "styles": ["ink"], "finetunes": ["clay"], "grid_style": None}
     loaded = Config.model_validate(raw)
     assert stages_of("b", loaded) == ["encode@b", "reference@b", "distill@b", "evaluate@b", "package@b"]
     between = ["style@a-ink", "style-alone@a-ink", "finetune@a-clay", "finetune-alone@a-clay", "study@a"]
