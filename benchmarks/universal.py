@@ -22,7 +22,9 @@ def at_equal_cost(variations: dict[str, Any]) -> str:
         first = facts["claims"][0]
         steps, solver = first["evaluations"], first["other_key"]
         best = f"{_cell(facts, solver)} ({solver.removeprefix('alone/')})"
-        holds = "yes" if all(claim["holds"] for claim in facts["claims"]) else "no"
+        holds = "no" if not all(claim["holds"] for claim in facts["claims"]) else "yes"
+        if holds == "yes" and any(claim["interval"][1] >= 0 for claim in facts["claims"]):
+            holds = "within chance"
         own, without = (_cell(facts, f"{part}@{steps}") for part in ("accelerated", "adapter"))
         rows.append([name, facts["kind"], own, best, without, holds])
     head = ["", "kind", "accelerated", "alone, best solver", "adapter without the style", "accelerated is closest"]

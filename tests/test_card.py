@@ -267,7 +267,7 @@ def test_styles_have_a_table_of_claims_and_their_measured_weight_in_the_snippet(
     assert 'pipe.set_adapters(["lcm", "style"], [1.0, 0.7])' in text
     doubtful = copy.deepcopy(FULL)
     doubtful["variations"]["ink"]["claims"][0]["interval"] = [-650.0, 10.0]
-    assert "(-650.00 to 10.00) | yes, within chance |" in render(figures=doubtful)
+    assert "(-650.00 to 10.00) | within chance |" in render(figures=doubtful)
     assert "### Styles" not in render()
 
 

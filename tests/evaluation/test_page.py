@@ -269,6 +269,10 @@ def test_claims_that_fail_are_said_beside_those_that_hold_and_again_among_the_li
         "Does not hold here: closer to the style than without it, at 4 network evaluations. Distance 512 against 500 "
         "(adapter without the style, 4 steps), difference +12, 95% interval -9 to 30, which includes zero." in text
     )
+    doubtful = whole()
+    doubtful["variations"]["noto-v1"]["claims"][0]["interval"] = [-650.0, 10.0]
+    said = "Within chance: closer to the style than alone, at 4 network evaluations."
+    assert said in Reader(render(doubtful, evaluation)).text and said not in text
     limits = text[text.index("Limits The adapter") :]
     assert "Does not hold for style noto-v1 at 4 network evaluations: closer to the style than without it." in limits
     assert "diversity in 4 steps is 75% of the teacher's" in limits and "retrieval is 80% of the teacher's" in limits
