@@ -40,7 +40,10 @@ def main() -> NoReturn:
 def run(
     model: Annotated[list[str] | None, typer.Option(help="A name under `models` in params.yaml; repeatable.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Run every stage, stale or not.")] = False,
-    publish: Annotated[bool, typer.Option(help="Publish the releases.")] = True,
+    publish: Annotated[
+        str | None, typer.Option(metavar="TO", help="Publish there: a directory or s3://bucket/prefix.")
+    ] = None,
+    no_publish: Annotated[bool, typer.Option("--no-publish", help="Publish nowhere.")] = False,
     promote: Annotated[bool, typer.Option(help="Give a version that passed the gate the alias.")] = True,
 ) -> None:
     """Bring every model up to date: stale stages, gate, registered version, published release, alias.
@@ -53,6 +56,8 @@ def run(
 
       python -m flows.retrain --model emoji --force   one model, every stage
 
+      python -m flows.retrain --publish s3://models/lcm   releases go there, not where params.yaml says
+
       python -m flows.retrain --no-promote      leave the champion as it is
     """
     for key, value in _ENVIRONMENT.items():
@@ -60,6 +65,8 @@ def run(
     from lcmlora import config
 
     choose(config.load(), model)
+    if publish is not None and no_publish:
+        raise UserError("--publish and --no-publish exclude each other")
     if not Path("dvc.yaml").is_file():
         raise UserError("dvc.yaml: no such file; run in the project's folder")
     for ending in (signal.SIGTERM, signal.SIGHUP):
@@ -67,7 +74,7 @@ def run(
     print("starting Prefect ...", file=sys.stderr, flush=True)
     from flows.retrain import retrain
 
-    state = retrain(model, force, publish, promote, return_state=True)
+    state = retrain(model, force, not no_publish, promote, publish, return_state=True)
     if not state.is_completed():
         for line in str(state.message).splitlines():
             print(f"error: {line}", file=sys.stderr)

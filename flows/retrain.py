@@ -37,6 +37,7 @@ from tasks.models import (
     point_channel,
     promote_version,
     publish_release,
+    read_champion,
     read_metrics,
     register_release,
 )
@@ -53,6 +54,7 @@ class Outcome:
     ran: list[dvc.StageResult] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     figures: dict[str, Any] | None = None
+    champion: str | None = None  # that the gate compared with
     gate_failures: list[str] | None = None
     version: str | None = None
     created: bool = False
@@ -66,6 +68,7 @@ def retrain(
     force: bool = False,
     publish: bool = True,
     promote: bool = True,
+    to: str | None = None,
     params: str = "params.yaml",
 ) -> State:
     """Brings every model up to date: stale stages, gate, registered version, published release, alias.
@@ -78,16 +81,20 @@ def retrain(
         force: run every stage, stale or not.
         publish: publish the releases.
         promote: give a version that passed the gate the alias, and point the channel at its release.
+        to: where releases go instead of `publish.to`: a directory or s3://bucket/prefix.
         params: the settings of everything outside DVC; the stages read the params.yaml beside dvc.yaml.
     """
     began = time.monotonic()
     settings = config.load(Path(params))
+    if to is not None:
+        settings = settings.model_copy(update={"publish": settings.publish.model_copy(update={"to": to})})
     outcomes = [Outcome(model) for model in choose(settings, models)]
     with Processes() as processes:
         _run_stages(outcomes, settings, force, processes)
-    for outcome in outcomes:
-        if not outcome.errors:
-            _release(outcome, settings, publish, promote)
+        for outcome in outcomes:
+            if not outcome.errors:
+                _release(outcome, settings, publish, promote, processes)
+        _share(outcomes, processes)
 
     idle = not any(outcome.ran or outcome.created or outcome.errors for outcome in outcomes)
     total = f"{'nothing was stale, ' if idle else ''}{time.monotonic() - began:.0f} s"
@@ -117,7 +124,7 @@ def _run_stages(outcomes: list[Outcome], settings: config.Config, force: bool, p
     with _noting(*outcomes):
         everything = ["prepare", *(name for own in names.values() for name in own)]
         due = set(everything) if force else dvc.stale(everything, processes)
-        pull = bool(due) and dvc.has_remote(processes)
+        pull = bool(due) and dvc.default_remote(processes) is not None
     if any(outcome.errors for outcome in outcomes):
         return
     for outcome in outcomes:
@@ -157,26 +164,40 @@ def _run(name: str, due: bool, outcomes: list[Outcome], processes: Processes, fo
     return bool(result and result.ran)
 
 
-def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: bool) -> None:
+def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: bool, processes: Processes) -> None:
     """Gate, publication, registration, promotion; an unreachable bucket does not keep a version from the registry."""
     model = outcome.model
     with _noting(outcome):
         outcome.figures = read_metrics(model)
-        outcome.gate_failures = pass_gate(model, outcome.figures, settings)
+        # Released although the registry is out of reach: nothing is lost, and the next run registers it.
+        with _noting(outcome):
+            champion = read_champion(model, outcome.figures, settings, processes)
+            outcome.champion = champion.reference if champion else None
+            outcome.gate_failures = pass_gate(model, outcome.figures, champion, settings)
         if publish:
             with _noting(outcome):
                 outcome.uri = publish_release(model, settings)
+        if outcome.gate_failures is None:
+            return
         registered = register_release(model, settings, outcome.uri, outcome.gate_failures)
         outcome.version = f"{registered.name}/{registered.version}"
         outcome.created = registered.created
         aliases = set(registered.aliases)
         # A version that was promoted before and is not champion now was rolled back by a person.
         if promote and not outcome.gate_failures and not registered.promoted:
-            promote_version(model, registered.version, settings)
+            promote_version(model, registered, settings)
             aliases.add(settings.registry.alias)
         outcome.version += "".join(f" @{alias}" for alias in sorted(aliases))
         if promote and settings.registry.alias in aliases and outcome.uri:
             point_channel(model, registered.sha256, settings)
+
+
+def _share(outcomes: list[Outcome], processes: Processes) -> None:
+    """Sends what was made to the DVC remote that others read, where there is one."""
+    made = [outcome for outcome in outcomes if outcome.ran]
+    with _noting(*made):
+        if made and dvc.is_shared(dvc.default_remote(processes)):
+            dvc.push(processes)
 
 
 @contextlib.contextmanager
@@ -203,7 +224,8 @@ def _rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
     if outcome.figures is not None:
         rows += _figures(outcome.figures, gate_steps)
     if outcome.gate_failures is not None:
-        rows += [("gate", f"failed: {line}") for line in outcome.gate_failures] or [("gate", "passed")]
+        passed = "passed" + (f", compared with {outcome.champion}" if outcome.champion else "")
+        rows += [("gate", f"failed: {line}") for line in outcome.gate_failures] or [("gate", passed)]
     if outcome.version:
         rows.append(("version", outcome.version + (" (new)" if outcome.created else "")))
     if outcome.uri:

@@ -1,4 +1,4 @@
-"""Verbs of the command line for adapters, whoever made them: convert, combine, generate. Heavy imports as in cli.py."""
+"""Verbs of the command line for adapters, whoever made them: convert, combine, generate, remeasure."""
 
 from __future__ import annotations
 
@@ -145,3 +145,45 @@ def generate(
     loaded = generate.load(found, chosen, styles, style_weight, device=device, other_base=other_base)
     for path in generate.save(generate.draw(loaded, sampler, request), out, grid=grid):
         print(path)
+
+
+def remeasure(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A name under `bases` in params.yaml, e.g. emoji.", show_default=False)],
+    adapter: Adapter,
+    out: Annotated[Path, typer.Option(help="The JSON file to write.", show_default=False)],
+) -> None:
+    """Measure an adapter that was made on other data on the model's present reference, at the gate's steps.
+
+    The flow does so with the champion where new data has changed the reference, so that the gate can compare.
+
+    Example: lcmlora remeasure emoji --adapter models:/lcm-lora-emoji@champion --out scratch/champion.json
+    """
+    from lcmlora import config
+
+    settings = config.load(context.obj)
+    base, evaluation = settings.base(model), settings.evaluation_for(model)
+    from lcmlora import bases, checkpoint, references
+    from lcmlora.evaluation import remeasure
+    from lcmlora.files import write_json
+
+    chosen = references.open_adapter(adapter, settings, _DOWNLOADS)
+    device = bases.pick_device(evaluation.device)
+    folder = Path("bases", model)
+    loaded = bases.load(model, base, folder, device=device, dtype=bases.pick_dtype("auto", device))
+    with checkpoint.locked(Path("scratch", "remeasure", model)) as scratch:
+        figures = remeasure.remeasure(
+            loaded,
+            base,
+            chosen,
+            evaluation,
+            settings.gate.steps,
+            Path("data/pictures"),
+            Path("reference", model),
+            scratch,
+        )
+    write_json(out, figures)
+    student = f"student@{settings.gate.steps}"
+    print(
+        f"{adapter}: {student} excess {figures['excess'][student]:.1f}, retrieval {figures['retrieval'][student]:.3f}"
+    )

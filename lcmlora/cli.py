@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from lcmlora import adapter_verbs, study_verbs
+from lcmlora import adapter_verbs, registry_verbs, release_verbs, study_verbs
 from lcmlora.errors import UserError
 
 app = typer.Typer(
@@ -183,7 +183,7 @@ def distill(context: typer.Context, model: Model) -> None:
 
 
 def _distill(config, model: str, settings, place) -> None:  # type: ignore[no-untyped-def]
-    from lcmlora import bases, checkpoint, registry
+    from lcmlora import bases, checkpoint, tracking
     from lcmlora.config import digest
     from lcmlora.data.cache import LatentCache
     from lcmlora.distill import distill as train
@@ -205,7 +205,7 @@ def _distill(config, model: str, settings, place) -> None:  # type: ignore[no-un
     logged = config.registry if place.first else None
     with (
         checkpoint.locked(scratch) if place.first else contextlib.nullcontext(),
-        registry.tracking(logged, model, settings.model_dump(mode="json"), scratch) as run,
+        tracking.tracking(logged, model, settings.model_dump(mode="json"), scratch) as run,
     ):
         train(
             loaded,
@@ -319,8 +319,11 @@ for _verb in (
     adapter_verbs.convert,
     adapter_verbs.combine,
     adapter_verbs.generate,
+    adapter_verbs.remeasure,
 ):
     app.command()(_verb)
+app.add_typer(registry_verbs.app, name="registry")
+app.add_typer(release_verbs.app, name="releases")
 
 
 def main() -> None:

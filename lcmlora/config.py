@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -222,22 +223,36 @@ class Gate(Strict):
 
     steps: Positive  # the student at this many steps must beat every solver at as many network evaluations
     min_retrieval: Share  # caption retrieval@1 as a share of the teacher's
+    max_excess: float | None = None  # of the student over the floor, in the units of the features; null asks for none
+    champion: bool = True  # it must not be worse than the champion by more than the confidence interval
 
 
 class Registry(Strict):
     """MLflow: where runs and models are kept."""
 
-    tracking_uri: str
+    tracking_uri: str  # MLFLOW_TRACKING_URI, where it is set, goes before it
     experiment: str
     alias: str
+    system_metrics: bool = True  # CPU, memory, GPU and network while a model is distilled
 
 
 class Publish(Strict):
     """Where releases go: a directory or s3://bucket/prefix."""
 
     to: str
-    endpoint_url: str | None = None
+    endpoint_url: str | None = None  # of MinIO, R2, SeaweedFS, ...; AWS_ENDPOINT_URL does as well
     region: str | None = None
+    encryption: Literal["AES256", "aws:kms"] | None = None  # by the server, of every object
+    kms_key: str | None = None
+    tags: Annotated[dict[str, str], Field(max_length=10)] = {}  # of every object
+    signing_key: str | None = None  # PEM file of a private key; releases are then signed
+    verify_key: str | None = None  # PEM file of its public key; unsigned releases are then refused
+
+    @model_validator(mode="after")
+    def _encrypted(self) -> Self:
+        if self.kms_key is not None and self.encryption != "aws:kms":
+            raise ValueError(f"kms_key goes with encryption aws:kms, and encryption is {self.encryption}")
+        return self
 
 
 class Base(Strict):
@@ -382,6 +397,8 @@ def _explain(where: str, error: ValidationError) -> str:
 def load(path: Path = Path("params.yaml")) -> Config:
     """Returns the configuration in `path`.
 
+    MLFLOW_TRACKING_URI goes before `registry.tracking_uri`: an address with a password does not belong into a file.
+
     Raises:
         UserError: the file is missing, is not YAML, or holds a key or value that does not fit.
     """
@@ -393,6 +410,8 @@ def load(path: Path = Path("params.yaml")) -> Config:
         raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of settings, got {type(raw).__name__}")
+    if (uri := os.environ.get("MLFLOW_TRACKING_URI")) and isinstance(raw.get("registry"), dict):
+        raw["registry"]["tracking_uri"] = uri
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:

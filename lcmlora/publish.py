@@ -1,56 +1,62 @@
 """Published releases, in a directory or on S3: an immutable prefix each, its manifest last, and a channel's pointer.
 
-    TO/MODEL/sha256-<first 12 of the adapter's SHA-256>/{weights, scheduler, card, ..., manifest.json}
+    TO/MODEL/sha256-<first 12 of the adapter's SHA-256>/{SHA256SUMS, weights, scheduler, card, ..., manifest.json}
     TO/MODEL/channels/champion.json
 
-A prefix without a manifest is no release: readers skip it, and the next run completes it.
+SHA256SUMS is written first and says which files this release is made of: of two publishers one creates it, and the
+other either has the same files or none to add. A prefix without a manifest is no release: readers skip it, and the next
+run completes it. SHA256SUMS.sig and yanked.json may join a release later; nothing in it is ever overwritten.
 """
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any
 
-from lcmlora import release
+from lcmlora import published, release, signing
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
-from lcmlora.files import atomic_write, sha256_file
+from lcmlora.files import atomic_folder, sha256_file
+from lcmlora.published import ADAPTER, MANIFEST, YANKED
+from lcmlora.signing import SIGNATURE
+from lcmlora.stores import Entry, Store, open_store
 
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-
-MANIFEST = "manifest.json"
-
-T = TypeVar("T")
+_LONGEST_LINK = 7 * 24 * 3600  # seconds, of signature version 4
 
 
-class Store(Protocol):
-    """Where releases lie. Names are relative and use slashes; nothing that was created is ever overwritten."""
+@dataclass(frozen=True)
+class Published:
+    """A release in a store, or what a publisher that has not ended left of one."""
 
+    model: str
+    sha256: str  # of the adapter; where there is no manifest only its first 12 digits are known
     uri: str
+    bytes: int
+    files: int
+    time: str  # when it became whole, else of its last object; ISO 8601, UTC
+    channels: tuple[str, ...]  # that point to it
+    yanked: dict[str, str] | None  # reason, who, time
+    signed: bool  # there is a signature; `verify` checks it
+    whole: bool  # it has a manifest, so readers see it
 
-    def create(self, name: str, content: Path | bytes, sha256: str) -> bool:
-        """Writes a new object whole or not at all; returns False where one of this name is already there."""
 
-    def digest(self, name: str) -> str | None:
-        """Returns the SHA-256 of the stored object, None where there is none."""
+@dataclass(frozen=True)
+class Verified:
+    """A release of which every object was read and is what its manifest lists."""
 
-    def read(self, name: str) -> tuple[bytes, str] | None:
-        """Returns a small object and its version tag, None where there is none."""
-
-    def fetch(self, name: str, target: Path) -> bool:
-        """Writes the object to the file `target`; returns False where there is none."""
-
-    def swap(self, name: str, content: bytes, tag: str | None) -> bool:
-        """Replaces a small object if its tag still is `tag` (None: if there is none); returns whether it did."""
+    model: str
+    sha256: str
+    uri: str
+    bytes: int
+    files: int
+    signature: str  # none, unchecked (publish.verify_key is not set) or valid
+    yanked: dict[str, str] | None
 
 
 def publish(folder: Path, model: str, settings: Publish) -> str:
@@ -61,123 +67,341 @@ def publish(folder: Path, model: str, settings: Publish) -> str:
 
     Raises:
         UserError: the folder does not match its SHA256SUMS, the store cannot be reached or refuses, or another
-            publisher has left different files under this adapter's prefix.
+            publisher has begun a release of this adapter with other files.
     """
     release.verify(folder)
-    sums = release.checksums(folder) | {release.CHECKSUMS: sha256_file(folder / release.CHECKSUMS)}
+    checksums = (folder / release.CHECKSUMS).read_bytes()
+    claim = hashlib.sha256(checksums).hexdigest()
+    sums = {release.CHECKSUMS: claim} | release.checksums(folder)
     sha256 = release.digest(folder)
+    # Before anything is written: a key that does not work should not leave half a release.
+    signature = signing.sign(checksums, settings.signing_key) if settings.signing_key else None
     store = open_store(settings)
-    prefix = _prefix(model, sha256)
-    if _published(store, model, sha256):
-        return f"{store.uri}/{prefix}"
+    prefix = published.prefix_of(model, sha256)
+    if not _published(store, model, sha256):
+        _claim(store, prefix, folder / release.CHECKSUMS, claim)
+        # Another publisher may have been faster with other files, and have ended.
+        if not _published(store, model, sha256):
+            _fill(store, prefix, folder, sums)
+            _sign(store, prefix, checksums, signature, settings)
+            _complete(store, prefix, folder, model, sha256, sums)
+            return f"{store.uri}/{prefix}"
+    _sign(store, prefix, checksums, signature, settings)
+    return f"{store.uri}/{prefix}"
+
+
+def _claim(store: Store, prefix: str, checksums: Path, claim: str) -> None:
+    name = f"{prefix}/{release.CHECKSUMS}"
+    store.create(name, checksums, claim)
+    found = store.digest(name)
+    if found != claim and store.read(f"{prefix}/{MANIFEST}") is None:
+        shown = f"holds sha256 {found[:12]}..." if found else "is missing"
+        raise UserError(
+            f"{store.uri}/{name}: {shown}, expected {claim[:12]}...; another publisher began this release with other "
+            f"files: if it is at work, run again when it has ended, else delete the prefix {prefix} (it has no "
+            f"{MANIFEST}) and run again"
+        )
+
+
+def _fill(store: Store, prefix: str, folder: Path, sums: dict[str, str]) -> None:
     for name, expected in sums.items():
         store.create(f"{prefix}/{name}", folder / name, expected)
     # Checked after all have been written: whichever publisher wrote an object, it must be the one that is listed.
     for name, expected in sums.items():
         _expect(store, f"{prefix}/{name}", expected)
+
+
+def _complete(store: Store, prefix: str, folder: Path, model: str, sha256: str, sums: dict[str, str]) -> None:
     files = [{"name": n, "bytes": (folder / n).stat().st_size, "sha256": s} for n, s in sorted(sums.items())]
     manifest = _json({"model": model, "sha256": sha256, "files": files})
     digest = hashlib.sha256(manifest).hexdigest()
     if not store.create(f"{prefix}/{MANIFEST}", manifest, digest):
         _expect(store, f"{prefix}/{MANIFEST}", digest)
-    return f"{store.uri}/{prefix}"
+
+
+def _sign(store: Store, prefix: str, checksums: bytes, signature: bytes | None, settings: Publish) -> None:
+    """Adds the signature where there is none. Raises UserError where that of another key is there."""
+    if signature is None or settings.signing_key is None:
+        return
+    name = f"{prefix}/{SIGNATURE}"
+    standing = store.read(f"{prefix}/{release.CHECKSUMS}")
+    found = store.read(name)
+    if found is None and standing is not None and standing[0] != checksums:
+        raise UserError(
+            f"{store.uri}/{prefix}: is unsigned, and its {release.CHECKSUMS} (sha256 "
+            f"{hashlib.sha256(standing[0]).hexdigest()[:12]}...) is not that of this run "
+            f"({hashlib.sha256(checksums).hexdigest()[:12]}...), which alone may be signed; publish without "
+            "publish.signing_key, or sign the folder that was published"
+        )
+    if found is None and store.create(name, signature, hashlib.sha256(signature).hexdigest()):
+        return
+    found = found or store.read(name)
+    if found and standing:
+        signing.check_own(standing[0], found[0], settings.signing_key, f"{store.uri}/{name}")
 
 
 def point(model: str, sha256: str, settings: Publish, channel: str = "champion") -> str:
     """Points the channel at a published release and returns the pointer's address; idempotent.
 
     Raises:
-        UserError: there is no such release, or another publisher moved the pointer at the same moment.
+        UserError: there is no such release, it was yanked, or another publisher moved the pointer at the same moment.
     """
-    store = open_store(settings)
+    store = open_store(settings, consequence="the channel was not moved, and the next run moves it")
+    prefix = published.prefix_of(model, sha256)
     if not _published(store, model, sha256):
-        raise UserError(f"{store.uri}/{_prefix(model, sha256)}: no {MANIFEST}, so no release to point {channel} at")
+        raise UserError(f"{store.uri}/{prefix}: no {MANIFEST}, so no release to point {channel} at")
+    _usable(store, prefix)
     name = f"{model}/channels/{channel}.json"
-    content = _json({"model": model, "sha256": sha256, "release": f"{store.uri}/{_prefix(model, sha256)}"})
+    content = _json({"model": model, "sha256": sha256, "release": f"{store.uri}/{prefix}"})
     current = store.read(name)
     if current is None or current[0] != content:
         moved = store.swap(name, content, current[1] if current else None)
         after = None if moved else store.read(name)
         if not moved and (after is None or after[0] != content):
             raise UserError(f"{store.uri}/{name}: another publisher moved it just now; look at it, then run again")
+    # Whoever yanks looks at the channels before; it may have been this very moment.
+    _usable(store, prefix)
     return f"{store.uri}/{name}"
 
 
-def find(uri: str, settings: Publish) -> tuple[str, str]:
-    """Returns the address of a published release on S3, and its adapter's SHA-256.
+def _usable(store: Store, prefix: str) -> None:
+    yanked = published.yanked(store, f"{prefix}/{YANKED}")
+    published.refuse_yanked(yanked, f"{store.uri}/{prefix}", "no channel can point to it; take another release")
+
+
+def find(uri: str, settings: Publish, *, yanked: bool = False, key: str = "publish.to") -> tuple[str, str]:
+    """Returns the address of a published release, and its adapter's SHA-256.
 
     Args:
-        uri: s3://bucket/.../MODEL/sha256-..., or a channel's pointer s3://bucket/.../MODEL/channels/champion.json.
-        settings: its endpoint and region are used.
+        uri: MODEL@CHANNEL or MODEL/sha256-<first digits> below `settings.to`; or the address or path of a release or
+            of a channel's pointer: s3://bucket/.../MODEL/sha256-..., file:///..., a directory's path,
+            .../MODEL/channels/champion.json.
+        settings: where releases are, how S3 is reached, and by whose key they must be signed.
+        yanked: take it although it was yanked.
+        key: what messages say of who named the store.
 
     Raises:
-        UserError: there is no whole release, or the store cannot be reached.
+        UserError: there is no whole release, it was yanked, it is not signed as `publish.verify_key` asks, or the store
+            cannot be reached.
     """
-    if uri.endswith(".json"):
-        folder, _, name = uri.rpartition("/")
-        found = _reader(folder, settings).read(name)
-        if found is None:
-            raise UserError(f"{uri}: no such pointer")
-        uri = str(_read(found[0], uri, "release"))
-    found = _reader(uri, settings).read(MANIFEST)
-    if found is None:
-        raise UserError(f"{uri}: holds no {MANIFEST}, so no release; expected s3://bucket/.../MODEL/sha256-...")
-    return uri.rstrip("/"), str(_read(found[0], f"{uri}/{MANIFEST}", "sha256"))
+    found = _open(uri, settings, key, yanked)
+    return found.uri, found.sha256
 
 
-def download(uri: str, settings: Publish, folder: Path) -> None:
-    """Writes the files of the release at `uri`, see `find`, to the folder.
+def download(uri: str, settings: Publish, folder: Path, *, everything: bool = True, yanked: bool = False) -> None:
+    """Writes the files of a release to the folder, and its signature where there is one.
+
+    Args:
+        uri: what `find` accepts.
+        everything: False leaves out what drawing does not need: all but weights, scheduler, provenance and SHA256SUMS.
+        yanked: take it although it was yanked.
 
     Raises:
-        UserError: a file is missing or is not the one that the manifest lists, or the store cannot be reached.
+        UserError: a file is missing or is not the one that the manifest lists, the release is not signed as
+            `publish.verify_key` asks or was yanked, a file cannot be written, or the store cannot be reached.
     """
-    store = _reader(uri, settings)
-    found = store.read(MANIFEST)
-    files = _read(found[0], f"{uri}/{MANIFEST}", "files") if found else []
-    for file in files:
-        name, expected = str(file["name"]), file["sha256"]
-        if Path(name).name != name:
-            raise UserError(f"{uri}/{MANIFEST}: {name!r} is not the name of a file")
-        if not store.fetch(name, folder / name):
-            raise UserError(f"{uri}/{name}: is listed in {MANIFEST} and missing")
-        if (got := sha256_file(folder / name)) != expected:
-            raise UserError(f"{uri}/{name}: expected sha256 {expected[:12]}..., got {got[:12]}...")
+    found = _open(uri, settings, "publish.to", yanked)
+    _download(found, folder, folder, everything)
 
 
-def _reader(uri: str, settings: Publish) -> Store:
-    return open_store(settings.model_copy(update={"to": uri}), key="--adapter", consequence="ask again later")
-
-
-def _read(content: bytes, place: str, key: str) -> Any:
-    try:
-        return json.loads(content)[key]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{place}: expected a JSON object with {key}") from None
-
-
-def open_store(
+def pull(
+    uri: str,
     settings: Publish,
+    out: Path,
     *,
+    everything: bool = False,
+    yanked: bool = False,
     key: str = "publish.to",
-    consequence: str = "the release is kept, and the next run publishes it",
-) -> Store:
-    """Returns the store that `publish.to` names. Raises UserError where it names neither a directory nor a bucket.
+) -> Path:
+    """Writes a release to the folder `out`, whole or not at all, and returns `out`.
 
     Args:
-        key, consequence: what messages say of who named the store, and of what follows where it cannot be reached.
+        uri, yanked, key: as of `find`.
+        everything: False leaves out what drawing does not need.
+
+    Raises:
+        UserError: as of `download`; or `out` is there, and is neither an empty folder nor this very release.
     """
-    if settings.to.startswith("s3://"):
-        bucket, _, prefix = settings.to.removeprefix("s3://").strip("/").partition("/")
-        if not bucket:
-            raise UserError(f"{key}: expected s3://bucket/prefix, got {settings.to!r}")
-        return S3Store(bucket, prefix, settings, key, consequence)
-    if "://" in settings.to:
-        raise UserError(f"{key}: expected a directory or s3://bucket/prefix, got {settings.to!r}")
-    return DirectoryStore(Path(settings.to))
+    found = _open(uri, settings, key, yanked)
+    if _is_release(out, found, everything):
+        return out
+    try:
+        with atomic_folder(out) as folder:
+            _download(found, folder, out, everything)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}; nothing was left there") from None
+    return out
 
 
-def _prefix(model: str, sha256: str) -> str:
-    return f"{model}/sha256-{sha256[:12]}"
+def releases(settings: Publish, model: str | None = None, *, key: str = "publish.to") -> list[Published]:
+    """Returns all releases, or those of one model, the oldest first; also those that nobody has completed.
+
+    Raises:
+        UserError: a manifest, pointer or yank record cannot be read, or the store cannot be reached.
+    """
+    store = open_store(settings, key=key, consequence="ask again later")
+    groups: dict[str, list[Entry]] = {}
+    channels: dict[str, list[str]] = {}
+    for entry in store.entries(f"{model}/" if model else ""):
+        if match := re.fullmatch(r"([^/]+/sha256-[0-9a-f]{12})/[^/]+", entry.name):
+            groups.setdefault(match[1], []).append(entry)
+        elif match := re.fullmatch(r"[^/]+/channels/([^/]+)\.json", entry.name):
+            found = store.read(entry.name)
+            if found:
+                target = published.target(found[0], f"{store.uri}/{entry.name}")
+                channels.setdefault(target, []).append(match[1])
+    rows = [_row(store, prefix, entries, channels.get(prefix, ())) for prefix, entries in groups.items()]
+    return sorted(rows, key=lambda row: (row.model, row.time, row.uri))
+
+
+def _row(store: Store, prefix: str, entries: list[Entry], channels: Iterable[str]) -> Published:
+    names = {Path(entry.name).name: entry for entry in entries}
+    model, _, short = prefix.partition("/sha256-")
+    manifest = store.read(f"{prefix}/{MANIFEST}") if MANIFEST in names else None
+    place = f"{store.uri}/{prefix}"
+    return Published(
+        model=model,
+        sha256=str(published.value(manifest[0], f"{place}/{MANIFEST}", "sha256")) if manifest else short,
+        uri=place,
+        bytes=sum(entry.bytes for entry in entries),
+        files=len(entries),
+        time=(names[MANIFEST].time if manifest else max(entry.time for entry in entries)).isoformat(),
+        channels=tuple(sorted(channels)),
+        yanked=published.yanked(store, f"{prefix}/{YANKED}") if YANKED in names else None,
+        signed=SIGNATURE in names,
+        whole=manifest is not None,
+    )
+
+
+def verify(uri: str, settings: Publish, *, key: str = "publish.to") -> Verified:
+    """Reads every object of a release, which `find` would find, and returns what it is.
+
+    Raises:
+        UserError: naming each object that is missing, differs from the manifest or is not listed in it, a line each;
+            the release is not signed as `publish.verify_key` asks; or the store cannot be reached.
+    """
+    found = _open(uri, settings, key, yanked=True)
+    wrong = []
+    for name, expected in found.files.items():
+        got = found.store.digest(name, reread=True)
+        if got is None:
+            wrong.append(f"{found.uri}/{name}: is listed in {MANIFEST} and missing")
+        elif got != expected:
+            wrong.append(published.differs(f"{found.uri}/{name}", expected, got))
+    entries = found.store.entries("")
+    others = {MANIFEST, YANKED, SIGNATURE}
+    wrong += [
+        f"{found.uri}/{entry.name}: is not listed in {MANIFEST}; find out who added it, and delete it"
+        for entry in entries
+        if entry.name not in others and entry.name not in found.files
+    ]
+    if wrong:
+        raise UserError("\n".join(wrong))
+    signature = "none" if found.signature is None else "valid" if settings.verify_key else "unchecked"
+    total = sum(entry.bytes for entry in entries)
+    return Verified(found.model, found.sha256, found.uri, total, len(entries), signature, found.yanked)
+
+
+def yank(uri: str, settings: Publish, *, reason: str, who: str, key: str = "publish.to") -> str:
+    """Marks a release as not to be used any more and returns the address of that record; its files stay.
+
+    Raises:
+        UserError: there is no such release, a channel points to it, it was yanked before with another reason, or the
+            store cannot be reached.
+    """
+    if not reason.strip():
+        raise UserError("--reason: is empty; say why nobody should use this release")
+    address = published.locate(uri, settings, key)
+    # A release with wrong files or a wrong signature can be yanked too, so nothing but the manifest is read.
+    store = published.reader(address, settings)
+    sha256 = str(published.value(published.manifest_of(store), f"{store.uri}/{MANIFEST}", "sha256"))
+    root, name = published.split(store.uri)
+    channels = open_store(settings.model_copy(update={"to": root}), key=store.uri, consequence="it was not yanked")
+    if pointing := _pointing(channels, name):
+        raise UserError(f"{store.uri}: {', '.join(pointing)} points to it; roll back first, then yank it")
+    record = {"sha256": sha256, "reason": reason, "who": who, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    content = _json(record)
+    if not store.create(YANKED, content, hashlib.sha256(content).hexdigest()):
+        found = published.yanked(store, YANKED)
+        if found and (found["reason"], found["who"]) != (reason, who):
+            published.refuse_yanked(found, store.uri, "it stays so")
+    if pointing := _pointing(channels, name):
+        raise UserError(f"{store.uri}: was yanked, and {', '.join(pointing)} was pointed to it meanwhile; roll back")
+    return f"{store.uri}/{YANKED}"
+
+
+def links(uri: str, settings: Publish, seconds: int, *, key: str = "publish.to") -> dict[str, str]:
+    """Returns name -> address of every file of a release, at which anybody can read it for so many seconds.
+
+    Raises:
+        UserError: as of `find`; the release is in a directory; or more than 7 days were asked for.
+    """
+    if not 1 <= seconds <= _LONGEST_LINK:
+        raise UserError(f"--expires: expected 1 to {_LONGEST_LINK} seconds (7 days), got {seconds}")
+    found = _open(uri, settings, key, yanked=False)
+    names = [*found.files, MANIFEST, *([SIGNATURE] if found.signature else [])]
+    return {name: found.store.link(name, seconds) for name in names}
+
+
+def _open(uri: str, settings: Publish, key: str, yanked: bool) -> published.Release:
+    found = published.open_release(published.locate(uri, settings, key), settings)
+    if not yanked:
+        published.refuse_yanked(found.yanked, found.uri, "take another release, or pull it with --yanked all the same")
+    return found
+
+
+def _download(found: published.Release, folder: Path, shown: Path, everything: bool) -> None:
+    """Writes to `folder`; messages speak of `shown`."""
+    wanted = [name for name in found.files if name != release.CHECKSUMS and (everything or name in ADAPTER)]
+    for name in ADAPTER:
+        if name not in wanted:
+            raise UserError(f"{found.uri}/{MANIFEST}: does not list {name}, so this is no adapter's release")
+    name = release.CHECKSUMS
+    try:
+        (folder / name).write_bytes(found.checksums)
+        if found.signature is not None:
+            (folder / SIGNATURE).write_bytes(found.signature)
+        for name in wanted:
+            _fetch(found, name, folder / name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{shown}: {Path(error.filename or name).name} cannot be written: {reason}") from None
+
+
+def _fetch(found: published.Release, name: str, target: Path) -> None:
+    if not found.store.fetch(name, target):
+        raise UserError(f"{found.uri}/{name}: is listed in {MANIFEST} and missing")
+    if (got := sha256_file(target)) != found.files[name]:
+        target.unlink()
+        raise UserError(published.differs(f"{found.uri}/{name}", found.files[name], got))
+
+
+def _is_release(out: Path, found: published.Release, everything: bool) -> bool:
+    """Returns whether `out` is this release already, False where it can be written. Raises UserError where neither."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if out.is_dir():
+        there = {path.name: path for path in out.iterdir()}
+        wanted = set(found.files) if everything else {*ADAPTER, release.CHECKSUMS}
+        known = found.files | ({SIGNATURE: hashlib.sha256(found.signature).hexdigest()} if found.signature else {})
+        if wanted <= there.keys() and all(
+            path.is_file() and sha256_file(path) == known.get(name) for name, path in there.items()
+        ):
+            return True
+    raise UserError(
+        f"--out: {out}: is there, and is neither an empty folder nor the release {found.sha256[:12]}...; name another "
+        "folder, or remove it"
+    )
+
+
+def _pointing(store: Store, prefix: str) -> list[str]:
+    """Returns the channels that point to MODEL/sha256-<12>."""
+    found = []
+    for entry in store.entries(f"{prefix.rpartition('/')[0]}/channels/"):
+        pointer = store.read(entry.name) if entry.name.endswith(".json") else None
+        if pointer and published.target(pointer[0], f"{store.uri}/{entry.name}") == prefix:
+            found.append(Path(entry.name).stem)
+    return found
 
 
 def _json(value: dict[str, Any]) -> bytes:
@@ -185,9 +409,9 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def _published(store: Store, model: str, sha256: str) -> bool:
-    name = f"{_prefix(model, sha256)}/{MANIFEST}"
+    name = f"{published.prefix_of(model, sha256)}/{MANIFEST}"
     found = store.read(name)
-    if found and (theirs := json.loads(found[0])["sha256"]) != sha256:
+    if found and (theirs := published.value(found[0], f"{store.uri}/{name}", "sha256")) != sha256:
         raise UserError(f"{store.uri}/{name}: is the release of adapter {theirs}, expected {sha256}")
     return found is not None
 
@@ -200,203 +424,3 @@ def _expect(store: Store, name: str, sha256: str) -> None:
             f"{store.uri}/{name}: {shown}, expected {sha256[:12]}...; another publisher left it there: if no other "
             f"run is publishing now, delete the prefix {Path(name).parent} (it has no {MANIFEST}) and run again"
         )
-
-
-class DirectoryStore:
-    """Releases in a directory. Hard links make creation exclusive on any local file system."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self.uri = root.absolute().as_uri()
-
-    def create(self, name: str, content: Path | bytes, sha256: str) -> bool:
-        path = self._root / name
-        with self._explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-            try:
-                with os.fdopen(descriptor, "wb") as target:
-                    # A copy is checked, not the source: what is read twice may change between.
-                    digest = hashlib.sha256()
-                    for block in _blocks(content):
-                        digest.update(block)
-                        target.write(block)
-                    target.flush()
-                    os.fsync(target.fileno())
-                if digest.hexdigest() != sha256:
-                    raise UserError(f"{path.name}: changed while it was published; package the release again")
-                Path(temporary).chmod(0o644)
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            finally:
-                Path(temporary).unlink(missing_ok=True)
-        return True
-
-    def digest(self, name: str) -> str | None:
-        path = self._root / name
-        with self._explained(path):
-            return sha256_file(path) if path.is_file() else None
-
-    def read(self, name: str) -> tuple[bytes, str] | None:
-        path = self._root / name
-        with self._explained(path):
-            if not path.is_file():
-                return None
-            content = path.read_bytes()
-            return content, hashlib.sha256(content).hexdigest()
-
-    def fetch(self, name: str, target: Path) -> bool:
-        path = self._root / name
-        with self._explained(path):
-            if not path.is_file():
-                return False
-            shutil.copyfile(path, target)
-        return True
-
-    def swap(self, name: str, content: bytes, tag: str | None) -> bool:
-        current = self.read(name)
-        if (current[1] if current else None) != tag:
-            return False
-        path = self._root / name
-        with self._explained(path):
-            atomic_write(path, lambda p: p.write_bytes(content))
-        return True
-
-    @contextlib.contextmanager
-    def _explained(self, path: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"publish.to: cannot use {path}: {error.strerror or error}; the release is kept") from error
-
-
-def _blocks(content: Path | bytes) -> Iterator[bytes]:
-    if isinstance(content, bytes):
-        yield content
-        return
-    with content.open("rb") as file:
-        while block := file.read(1 << 20):
-            yield block
-
-
-class S3Store:
-    """Releases in a bucket. Credentials come from boto3's own chain; the server checks every object's SHA-256."""
-
-    def __init__(self, bucket: str, prefix: str, settings: Publish, key: str, consequence: str) -> None:
-        import boto3
-        from botocore.config import Config
-
-        self._bucket = bucket
-        self._prefix = f"{prefix}/" if prefix else ""
-        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._place = f"{key}: bucket {bucket} at {settings.endpoint_url or 'AWS'}"
-        self._consequence = consequence
-        self._client: S3Client = boto3.Session().client(
-            "s3",
-            endpoint_url=settings.endpoint_url,
-            region_name=settings.region,
-            config=Config(
-                connect_timeout=5,
-                read_timeout=60,
-                retries={"total_max_attempts": 1},  # `_call` retries
-                # Other S3s do not know the checksums that boto3 adds by itself; ours are explicit.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            ),
-        )
-
-    def create(self, name: str, content: Path | bytes, sha256: str) -> bool:
-        checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
-
-        def put() -> bool:
-            with contextlib.ExitStack() as stack:
-                body = content if isinstance(content, bytes) else stack.enter_context(content.open("rb"))
-                self._client.put_object(**self._at(name), Body=body, ChecksumSHA256=checksum, IfNoneMatch="*")
-            return True
-
-        return self._call(put, {"PreconditionFailed": False})
-
-    def digest(self, name: str) -> str | None:
-        def head() -> str | None:
-            answer = self._client.head_object(**self._at(name), ChecksumMode="ENABLED")
-            if stored := answer.get("ChecksumSHA256"):
-                return base64.b64decode(stored).hex()
-            body = self._client.get_object(**self._at(name))["Body"]  # written by others, without a checksum
-            digest = hashlib.sha256()
-            for block in body.iter_chunks(1 << 20):
-                digest.update(block)
-            return digest.hexdigest()
-
-        return self._call(head, {"404": None})
-
-    def read(self, name: str) -> tuple[bytes, str] | None:
-        def get() -> tuple[bytes, str] | None:
-            answer = self._client.get_object(**self._at(name))
-            return answer["Body"].read(), answer["ETag"]
-
-        return self._call(get, {"NoSuchKey": None})
-
-    def fetch(self, name: str, target: Path) -> bool:
-        def get() -> bool:
-            body = self._client.get_object(**self._at(name))["Body"]
-            with target.open("wb") as file:
-                for block in body.iter_chunks(1 << 20):
-                    file.write(block)
-            return True
-
-        return self._call(get, {"NoSuchKey": False})
-
-    def swap(self, name: str, content: bytes, tag: str | None) -> bool:
-        checksum = base64.b64encode(hashlib.sha256(content).digest()).decode()
-
-        def put() -> bool:
-            if tag is None:
-                self._client.put_object(**self._at(name), Body=content, ChecksumSHA256=checksum, IfNoneMatch="*")
-            else:
-                self._client.put_object(**self._at(name), Body=content, ChecksumSHA256=checksum, IfMatch=tag)
-            return True
-
-        return self._call(put, {"PreconditionFailed": False})
-
-    def _at(self, name: str) -> Any:
-        return {"Bucket": self._bucket, "Key": self._prefix + name}
-
-    def _call(self, action: Callable[[], T], answers: Mapping[str, T]) -> T:
-        """Runs one request, again where the connection or the server failed.
-
-        Args:
-            answers: what error codes that are no errors stand for.
-        """
-        from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
-        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
-
-        def passes(error: BaseException) -> bool:
-            if isinstance(error, ClientError):
-                busy = {"SlowDown", "ConditionalRequestConflict", "RequestTimeout"}
-                return _status(error) >= 500 or _code(error) in busy
-            return isinstance(error, HTTPClientError)
-
-        attempts = Retrying(
-            retry=retry_if_exception(passes),
-            stop=stop_after_attempt(4),
-            wait=wait_exponential_jitter(initial=0.5, max=8),
-            reraise=True,
-        )
-        try:
-            return attempts(action)
-        except ClientError as error:
-            if _code(error) in answers:
-                return answers[_code(error)]
-            reason = f"{_code(error)} ({error.response['Error'].get('Message') or _status(error)})"
-        except BotoCoreError as error:
-            reason = " ".join(str(error).split())
-        raise UserError(f"{self._place}: {reason}; {self._consequence}")
-
-
-def _code(error: Any) -> str:
-    return str(error.response["Error"].get("Code", ""))
-
-
-def _status(error: Any) -> int:
-    return int(error.response["ResponseMetadata"].get("HTTPStatusCode", 0))

@@ -78,9 +78,8 @@ def _registered(reference: str, config: Config | None, cache: Path) -> Path:
 
     if config is None:
         raise UserError(f"{reference}: needs registry in params.yaml, and there is none here; see --params")
-    settings = config.registry
-    version = registry.resolve(reference.removeprefix("models:/"), settings)
-    return _cached(cache, version["tags"]["sha256"], lambda folder: registry.download(version, settings, folder))
+    version = registry.resolve(reference, config.registry)
+    return registry.pull(version.reference, config.registry, cache / f"sha256-{version.sha256[:12]}")
 
 
 def _published(reference: str, config: Config | None, cache: Path) -> Path:
@@ -105,9 +104,9 @@ def _cached(cache: Path, sha256: str, download: Callable[[Path], None]) -> Path:
 
 
 def _described(folder: Path, shown: str, weights: Path | None = None) -> AdapterReference:
-    if (folder / release.CHECKSUMS).is_file():
-        release.verify(folder)
     weights = weights or folder / lora.WEIGHTS
+    if (folder / release.CHECKSUMS).is_file():
+        release.verify(folder, {weights.name, release.SCHEDULER, release.PROVENANCE})
     if not weights.is_file():
         raise UserError(f"{weights}: no such file; {shown} is not the folder of an adapter")
     facts = _facts(folder)

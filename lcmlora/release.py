@@ -6,18 +6,18 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import yaml
 
 from lcmlora import __version__, card
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.evaluation.gate import gate
 from lcmlora.files import atomic_folder, sha256_file, write_json
-
-if TYPE_CHECKING:
-    import torch
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 SCHEDULER = "scheduler_config.json"
@@ -26,6 +26,7 @@ METRICS = "metrics.json"
 REPORT = "report.html"
 STUDY = "study.json"
 CHECKSUMS = "SHA256SUMS"
+ADAPTER = (CHECKSUMS, WEIGHTS, SCHEDULER, PROVENANCE)  # what drawing takes of a release
 
 # Largest allowed difference between reloaded and trained student, as a share of the student's largest output. In fp32
 # both run the same kernels; a half-precision base may be reloaded on another device than it was trained on.
@@ -81,6 +82,7 @@ def package(
             "resolution": base.resolution,
             "sampler": made["sampler"],
             "data_digest": made["data_digest"],
+            "data_dvc": _dvc_digest("data/pictures"),
             "seed": made["seed"],
             "params": {
                 "data": config.data.model_dump(mode="json"),
@@ -171,13 +173,19 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def verify(folder: Path) -> None:
-    """Checks every file against SHA256SUMS. Raises UserError naming the first that is missing or differs."""
+def verify(folder: Path, names: Collection[str] | None = None) -> None:
+    """Checks every file against SHA256SUMS. Raises UserError naming the first that is missing or differs.
+
+    Args:
+        names: check these alone, where only the adapter was downloaded.
+    """
     sums = checksums(folder)
     for name in (WEIGHTS, SCHEDULER, PROVENANCE):
         if name not in sums:
             raise UserError(f"{folder / CHECKSUMS}: does not list {name}; package the release again")
     for name, expected in sums.items():
+        if names is not None and name not in names:
+            continue
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path}: is listed in {CHECKSUMS} and missing; package the release again")
@@ -203,6 +211,7 @@ class Witness:
         import torch
         from safetensors.torch import load_file
 
+        from lcmlora import pipelines
         from lcmlora.bases import pick_device, pick_dtype
 
         # An adapter of a half-precision base is saved in fp16, so its file tells how the probe was computed.
@@ -210,7 +219,7 @@ class Witness:
         self._base_folder = base_folder
         self._device = pick_device("auto")
         dtype = torch.float32 if first.dtype == torch.float32 else pick_dtype(precision, self._device)
-        self._pipeline = _load_pipeline(release, base, base_folder, dtype).to(self._device)
+        self._pipeline = pipelines.assemble(release, base_folder, base.variant, dtype).to(self._device)
         self._probe = {name: tensor.to(self._device) for name, tensor in load_file(probe).items()}
 
     def prove(self, weights: Path) -> Proof:
@@ -266,29 +275,14 @@ class Witness:
             raise UserError(f"{weights}: plain diffusers cannot load it on {self._base_folder}: {reason}") from error
 
 
-def _load_pipeline(release: Path, base: Base, base_folder: Path, dtype: torch.dtype) -> Any:
-    import diffusers
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    # Parts that drawing does not need, such as SD-V1.5's safety checker, are not downloaded.
-    listed = _read_json(base_folder / "model_index.json")
-    absent = {n: None for n, part in listed.items() if isinstance(part, list) and not (base_folder / n).exists()}
+def _dvc_digest(out: str) -> str | None:
+    """Returns the digest under which dvc.lock has an output, None where it has not."""
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            base_folder, torch_dtype=dtype, variant=base.variant, use_safetensors=True, **absent
-        )
-        settings = _read_json(release / SCHEDULER)
-        scheduler = getattr(diffusers, settings["_class_name"]).from_config(settings)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{release / SCHEDULER}: plain diffusers cannot load it or {base_folder}: {reason}") from error
-    mine, theirs = scheduler.config.prediction_type, pipeline.scheduler.config.prediction_type
-    if mine != theirs:
-        raise UserError(f"{release / SCHEDULER}: prediction_type is {mine!r}, the base in {base_folder} has {theirs!r}")
-    pipeline.scheduler = scheduler
-    return pipeline
+        stages = yaml.safe_load(Path("dvc.lock").read_text(encoding="utf-8"))["stages"].values()
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None
+    found = (entry for stage in stages for entry in stage.get("outs", ()) if entry.get("path") == out)
+    return next((entry.get("md5") for entry in found), None)
 
 
 def _git() -> dict[str, Any]:

@@ -44,7 +44,7 @@ def _folder(model: str, part: str, name: str) -> Path:
 def _tune(context: typer.Context, kind, model: str, name: str) -> None:  # type: ignore[no-untyped-def]
     config = _configure(context)
     data, settings = config.variation(kind, name)
-    from lcmlora import bases, checkpoint, registry
+    from lcmlora import bases, checkpoint, tracking
     from lcmlora.config import digest
     from lcmlora.data import cache as latents
     from lcmlora.data import prepare as pictures
@@ -64,7 +64,7 @@ def _tune(context: typer.Context, kind, model: str, name: str) -> None:  # type:
         del base
         bare = bases.load(model, entry, folder, device=device, dtype=dtype, parts=("unet",))
         label = f"{model}-{kind}-{name}"
-        with registry.tracking(config.registry, label, settings.model_dump(mode="json"), work) as run:
+        with tracking.tracking(config.registry, label, settings.model_dump(mode="json"), work) as run:
             train(
                 bare,
                 latents.LatentCache(work / "latents"),

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -55,9 +56,30 @@ def stale(stages: Sequence[str], processes: Processes) -> set[str]:
 
 
 @task(task_run_name="default remote", cache_policy=NO_CACHE)
-def has_remote(processes: Processes) -> bool:
-    """Returns whether DVC has a default remote to pull from."""
-    return "core.remote=" in _ask(processes, ["config", "--list"])
+def default_remote(processes: Processes) -> str | None:
+    """Returns the address of DVC's default remote, None where there is none."""
+    # Not `dvc config --list`, whose lines can hold keys and passwords.
+    for line in _ask(processes, ["remote", "list"]).splitlines():
+        if line.endswith("(default)"):
+            return line.removesuffix("(default)").split(maxsplit=1)[1].strip()
+    return None
+
+
+def is_shared(remote: str | None) -> bool:
+    """Returns whether others read this remote: not the one inside this repository."""
+    return remote is not None and ("://" in remote or not Path(remote).resolve().is_relative_to(Path.cwd()))
+
+
+@task(task_run_name="push", cache_policy=NO_CACHE)
+def push(processes: Processes, jobs: int = 4) -> None:
+    """Sends outputs and the run-cache to the default remote, so that another machine restores instead of computing.
+
+    Raises:
+        StageFailed: with the last error line. What was sent stays; the next push sends the rest.
+    """
+    status, lines = stream(processes, _dvc("push", "--run-cache", "--jobs", str(jobs)))
+    if status != 0:
+        raise StageFailed(f"dvc push: {reason(lines) or f'ended with status {status}'}")
 
 
 @task(task_run_name="doctor {model}", cache_policy=NO_CACHE)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from lcmlora import config, publish, registry
+from lcmlora import config, promotion, publish, registry, release
 from lcmlora.evaluation import gate
+from tasks.dvc import StageFailed
+from tasks.processes import Processes, python, reason, stream
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version that a candidate is compared with, and its figures on the candidate's own reference."""
+
+    reference: str
+    figures: dict[str, Any]
 
 
 @task(task_run_name="fetch base {model}", cache_policy=NO_CACHE)
@@ -28,10 +39,42 @@ def read_metrics(model: str) -> dict[str, Any]:
     return figures
 
 
+@task(task_run_name="champion {model}", cache_policy=NO_CACHE)
+def read_champion(
+    model: str, figures: dict[str, Any], settings: config.Config, processes: Processes
+) -> Champion | None:
+    """Returns the champion to compare with; None where there is none, or it is this adapter, or another base's.
+
+    Where data, prompts or features have changed since it was measured, it is measured again.
+    """
+    champion = registry.champion(model, settings.registry)
+    if champion is None or champion.sha256 == release.digest(Path("release", model)):
+        return None
+    theirs = registry.figures(champion, settings.registry)
+    if gate.incomparable(figures, theirs):
+        if champion.base["digest"] != json.loads(Path("adapters", model, "config.json").read_text())["base"]["digest"]:
+            return None
+        theirs = _remeasure(model, champion.reference, processes)
+    return Champion(champion.reference, theirs)
+
+
+def _remeasure(model: str, reference: str, processes: Processes) -> dict[str, Any]:
+    out = Path("scratch", "champion", f"{model}.json")
+    arguments = ("remeasure", model, "--adapter", f"models:/{reference}", "--out", str(out))
+    status, lines = stream(processes, python("lcmlora.cli", *arguments))
+    if status != 0:
+        raise StageFailed(f"remeasure {reference}: {reason(lines) or f'ended with status {status}'}")
+    figures: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return figures
+
+
 @task(task_run_name="gate {model}", cache_policy=NO_CACHE)
-def pass_gate(model: str, figures: dict[str, Any], settings: config.Config) -> list[str]:
+def pass_gate(model: str, figures: dict[str, Any], champion: Champion | None, settings: config.Config) -> list[str]:
     """Returns why the candidate must not become champion; empty if it may."""
-    return gate.gate(figures, settings.gate)
+    failures = gate.gate(figures, settings.gate)
+    if champion is not None:
+        failures += gate.against(figures, champion.figures, settings.gate, champion.reference)
+    return failures
 
 
 @task(task_run_name="publish {model}", cache_policy=NO_CACHE)
@@ -50,9 +93,9 @@ def register_release(
 
 
 @task(task_run_name="promote {model}", cache_policy=NO_CACHE)
-def promote_version(model: str, version: int, settings: config.Config) -> str:
+def promote_version(model: str, version: registry.Registered, settings: config.Config) -> str:
     """Moves the configured alias to this version and returns the reference by which it is now found."""
-    return registry.promote(model, version, settings.registry)
+    return promotion.assign(version, settings.registry, reason="passed the gate")
 
 
 @task(task_run_name="point channel {model}", cache_policy=NO_CACHE)

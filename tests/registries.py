@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lcmlora.config import Registry
-from lcmlora.registry import tracking
+from lcmlora.tracking import tracking
 
 _TEMPLATE = "mlflow-template"
 

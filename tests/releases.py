@@ -101,8 +101,17 @@ def _save_probe(base: bases.LoadedBase, path: Path, generator: torch.Generator) 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-def write_sealed(folder: Path, *, weights: bytes = b"weights", card: str = "card\n") -> Path:
-    """Writes a bundle that passes `release.verify`, with bytes that only look like weights; returns the folder."""
+def write_sealed(
+    folder: Path, *, weights: bytes = b"weights", card: str = "card\n", metrics: dict[str, Any] | None = None
+) -> Path:
+    """Writes a bundle that passes `release.verify`, with bytes that only look like weights; returns the folder.
+
+    Args:
+        metrics: what differs in metrics.json; figures of one group are added to those that stand there.
+    """
+    figures = dict(METRICS)
+    for key, value in (metrics or {}).items():
+        figures[key] = METRICS[key] | value if isinstance(METRICS.get(key), dict) else value
     folder.mkdir(parents=True)
     provenance = {
         "model": "mini",
@@ -117,7 +126,7 @@ def write_sealed(folder: Path, *, weights: bytes = b"weights", card: str = "card
         "scheduler_config.json": b"{}\n",
         "README.md": card.encode(),
         "provenance.json": json.dumps(provenance).encode(),
-        "metrics.json": json.dumps(METRICS).encode(),
+        "metrics.json": json.dumps(figures).encode(),
         "grid.png": b"png",
     }
     for name, content in contents.items():

@@ -15,7 +15,8 @@ from lcmlora import config as settings
 from lcmlora.cli import app
 from lcmlora.config import Base
 from lcmlora.errors import UserError
-from lcmlora.registry import promote, register
+from lcmlora.promotion import assign
+from lcmlora.registry import register
 from tests import adapters, releases
 from tests.miniature import RESOLUTION
 from tests.registries import fresh
@@ -71,8 +72,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_a_folder_a_release_its_files_and_its_alias_draw_the_same_picture(root: Path):
     registry = settings.load(root / "params.yaml").registry
-    register("mini", registry, root / "release/mini")
-    promote("mini", 1, registry)
+    assign(register("mini", registry, root / "release/mini"), registry, reason="first")
     names = (
         "adapters/mini",
         "release/mini",

@@ -11,8 +11,9 @@ from lcmlora import config as settings
 from lcmlora import publish, references, release
 from lcmlora.config import Config
 from lcmlora.errors import UserError
+from lcmlora.promotion import assign
 from lcmlora.references import AdapterReference, Sampler
-from lcmlora.registry import promote, register
+from lcmlora.registry import register
 from tests import releases
 from tests.miniature import RESOLUTION, save_base
 from tests.registries import fresh
@@ -97,12 +98,11 @@ def test_a_damaged_release_and_a_name_of_nothing_are_refused(bundle: Path, tmp_p
 
 
 def test_a_registered_version_is_downloaded_once_by_its_alias(config: Config, bundle: Path, tmp_path: Path):
-    register("mini", config.registry, bundle)
-    promote("mini", 1, config.registry)
+    assign(register("mini", config.registry, bundle), config.registry, reason="first")
     for name in ("models:/lcm-lora-mini@champion", "models:/lcm-lora-mini/1"):
         found = references.open_adapter(name, config, tmp_path / "cache")
         assert found.shown == name and found.model == "mini"
-        release.verify(found.weights.parent)
+        release.verify(found.weights.parent, release.ADAPTER)
         assert release.digest(found.weights.parent) == release.digest(bundle)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"sha256-{release.digest(bundle)[:12]}"]
     with pytest.raises(UserError, match="lcm-lora-mini@nobody: no such alias; lcm-lora-mini has champion"):
@@ -113,9 +113,9 @@ def test_a_registered_version_is_downloaded_once_by_its_alias(config: Config, bu
 
 def test_a_registered_release_that_was_changed_is_not_kept(config: Config, bundle: Path, tmp_path: Path):
     register("mini", config.registry, bundle)
-    (stored,) = (path for path in tmp_path.rglob("artifacts/release/grid.png"))
-    stored.write_bytes(b"pnG")
-    with pytest.raises(UserError, match=r"grid\.png: expected sha256"):
+    (stored,) = (path for path in tmp_path.rglob("artifacts/release/scheduler_config.json"))
+    stored.write_bytes(b"[]")
+    with pytest.raises(UserError, match=r"scheduler_config\.json: expected sha256"):
         references.open_adapter("models:/lcm-lora-mini/1", config, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
     shutil.rmtree(stored.parent)
@@ -128,7 +128,7 @@ def test_a_published_release_is_downloaded_file_by_file_as_its_manifest_lists_th
     store = settings.Publish(to=str(tmp_path / "store"))
     publish.publish(bundle, "mini", store)
     place = str(tmp_path / "store" / "mini" / f"sha256-{release.digest(bundle)[:12]}")
-    assert publish.find(place, store) == (place, release.digest(bundle))
+    assert publish.find(place, store) == (Path(place).as_uri(), release.digest(bundle))
     (tmp_path / "out").mkdir()
     publish.download(place, store, tmp_path / "out")
     release.verify(tmp_path / "out")

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import re
 import socket
 from pathlib import Path
@@ -10,7 +11,10 @@ from PIL import Image
 
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
-from lcmlora.registry import promote, register, resolve, tracking
+from lcmlora.files import sha256_file
+from lcmlora.promotion import assign
+from lcmlora.registry import champion, compare, condition, figures, pull, register, resolve, versions
+from lcmlora.tracking import tracking
 from tests.registries import fresh
 from tests.releases import write_sealed
 
@@ -34,6 +38,15 @@ def unreachable() -> Registry:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return Registry(tracking_uri=f"http://user:sesame@127.0.0.1:{port}", experiment="lcmlora", alias="champion")
+
+
+def rewrite(folder: Path, name: str, content: bytes) -> None:
+    """Changes a file of a release, and its checksum with it."""
+    sums = (folder / "SHA256SUMS").read_text().replace(sha256_file(folder / name), hashlib.sha256(content).hexdigest())
+    if name == "pytorch_lora_weights.safetensors":
+        sums = sums.replace(SHA, hashlib.sha256(content).hexdigest())
+    (folder / name).write_bytes(content)
+    (folder / "SHA256SUMS").write_text(sums)
 
 
 def client(settings: Registry) -> Any:
@@ -115,7 +128,8 @@ def test_a_release_becomes_a_version_with_artifacts_figures_and_tags(settings: R
     assert (registered.sha256, registered.aliases, registered.promoted) == (SHA, (), False)
     version = client(settings).get_model_version("lcm-lora-mini", "1")
     assert version.run_id == run.id
-    assert version.tags == {
+    events = {key: value for key, value in version.tags.items() if key.startswith("event.")}
+    assert version.tags == events | {
         "sha256": SHA,
         "base": "bases/mini",
         "base_digest": "b" * 64,
@@ -126,13 +140,18 @@ def test_a_release_becomes_a_version_with_artifacts_figures_and_tags(settings: R
         "release_uri": "file:///releases/mini",
         "gate": "passed",
     }
+    assert [json.loads(value)["action"] for _, value in sorted(events.items())] == ["registered", "passed"]
     metrics = client(settings).get_run(run.id).data.metrics
     assert metrics["loss"] == 1.0
     assert metrics["efficientnet-lite0/excess.student_4"] == 4.5
     assert metrics["efficientnet-lite0/excess.dpmpp_2"] == 93.0
-    client(settings).download_artifacts(run.id, "release", str(tmp_path / "download"))
+    client(settings).download_artifacts(run.id, "model", str(tmp_path))
     for path in bundle.iterdir():
-        assert (tmp_path / "download/release" / path.name).read_bytes() == path.read_bytes()
+        assert (tmp_path / "model/artifacts/release" / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "model/MLmodel").is_file() and not list(tmp_path.rglob("*.pkl"))
+    (data,) = client(settings).get_run(run.id).inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("data/pictures", "d" * 36)
+    assert "grid.png" in version.description and "| student@4 | 4 | 4.5 | 0.850 |" in version.description
 
 
 def test_registering_again_finds_the_version_and_writes_nothing(settings: Registry, bundle: Path):
@@ -149,7 +168,7 @@ def test_registering_again_finds_the_version_and_writes_nothing(settings: Regist
 def test_registering_again_completes_the_tags_that_a_former_run_could_not_know(settings: Registry, bundle: Path):
     register("mini", settings, bundle, gate_failures=["too bad", "too slow"])
     tags = client(settings).get_model_version("lcm-lora-mini", "1").tags
-    assert (tags["gate"], tags["gate_reason"]) == ("failed", "too bad; too slow")
+    assert (tags["gate"], tags["gate_reason"]) == ("rejected", "too bad; too slow")
     assert "release_uri" not in tags
     register("mini", settings, bundle, None, "s3://bucket/mini")
     tags = client(settings).get_model_version("lcm-lora-mini", "1").tags
@@ -161,6 +180,7 @@ def test_a_run_that_this_server_does_not_know_is_replaced_by_a_new_one(settings:
     version = client(settings).get_model_version("lcm-lora-mini", "1")
     run = client(settings).get_run(version.run_id)
     assert run.data.params == {"objective": "lcm", "steps": "600"}
+    assert run.data.tags["sha256"] == SHA
     assert run.data.metrics["efficientnet-lite0/retrieval.student_4"] == 0.85
 
 
@@ -170,29 +190,90 @@ def test_other_weights_are_another_version(settings: Registry, bundle: Path, tmp
     assert (other.version, other.created) == (2, True)
 
 
-def test_the_alias_moves_and_a_former_champion_is_known_as_promoted(settings: Registry, bundle: Path, tmp_path: Path):
+def test_a_version_is_resolved_by_alias_by_number_and_by_digest(settings: Registry, bundle: Path):
+    registered = register("mini", settings, bundle, None, "s3://bucket/mini")
+    assert champion("mini", settings) is None
+    assign(registered, settings, reason="first")
+    version = resolve("lcm-lora-mini@champion", settings)
+    assert version == resolve("lcm-lora-mini/1", settings) == resolve(SHA, settings) == resolve(SHA[:12], settings)
+    assert version == resolve("models:/lcm-lora-mini@champion", settings) == champion("mini", settings)
+    assert (version.sha256, version.release_uri, version.aliases) == (SHA, "s3://bucket/mini", ("champion",))
+    assert version.base == {"source": "bases/mini", "revision": None, "digest": "b" * 64}
+    assert (version.objective, version.data_digest, version.git_commit) == ("lcm", "d" * 64, "c" * 40)
+    assert version.metrics["efficientnet-lite0/excess.student_4"] == version.figure("excess.student_4") == 4.5
+    assert version.promoted is not None and version.created[:19] <= version.promoted[:19] <= version.updated[:19]
+    assert json.loads(json.dumps(version.plain()))["run_id"] == version.run_id
+
+
+def test_versions_are_listed_with_their_aliases_and_searched_by_tag_and_figure(
+    settings: Registry, bundle: Path, tmp_path: Path
+):
     register("mini", settings, bundle)
-    register("mini", settings, write_sealed(tmp_path / "other", weights=b"better"))
-    assert promote("mini", 1, settings) == "lcm-lora-mini@champion"
-    assert register("mini", settings, bundle).aliases == ("champion",)
-    before = client(settings).get_registered_model("lcm-lora-mini").last_updated_timestamp
-    promote("mini", 1, settings)
-    assert client(settings).get_registered_model("lcm-lora-mini").last_updated_timestamp == before
-    promote("mini", 2, settings)
-    former = register("mini", settings, bundle)
-    assert (former.aliases, former.promoted) == ((), True)
-    assert resolve("lcm-lora-mini@champion", settings)["version"] == 2
+    other = register("mini", settings, write_sealed(tmp_path / "other", weights=b"better"))
+    register("other", settings, write_sealed(tmp_path / "third", weights=b"third"), gate_failures=["too bad"])
+    assign(other, settings, reason="better")
+    listed = [(v.reference, v.aliases, v.gate) for v in versions(settings)]
+    assert listed == [
+        ("lcm-lora-mini/2", ("champion",), "passed"),
+        ("lcm-lora-mini/1", (), "passed"),
+        ("lcm-lora-other/1", (), "rejected"),
+    ]
+    assert [v.version for v in versions(settings, "lcm-lora-mini")] == [2, 1]
+
+    def found(*conditions: str) -> list[str]:
+        return [v.reference for v in versions(settings) if all(condition(text)(v) for text in conditions)]
+
+    assert found("gate=rejected") == ["lcm-lora-other/1"]
+    assert found(f"sha256={SHA}", "objective=lcm") == ["lcm-lora-mini/1"]
+    assert len(found("excess.student_4<4.6")) == 3 and found("excess.student_4>4.6") == found("nothing<1") == []
+    for text, message in (("objective", "expected KEY=VALUE"), ("excess<low", "'low' is not a number")):
+        with pytest.raises(UserError, match=message):
+            condition(text)
+    with pytest.raises(UserError, match="lcm-lora-none: not registered"):
+        versions(settings, "lcm-lora-none")
 
 
-def test_a_version_is_resolved_by_alias_and_by_number(settings: Registry, bundle: Path):
-    version = register("mini", settings, bundle, None, "s3://bucket/mini").version
-    promote("mini", version, settings)
-    record = resolve("lcm-lora-mini@champion", settings)
-    assert record == resolve("lcm-lora-mini/1", settings)
-    assert record["tags"]["sha256"] == SHA
-    assert record["tags"]["release_uri"] == "s3://bucket/mini"
-    assert record["aliases"] == ["champion"]
-    assert record["metrics"]["efficientnet-lite0/excess.student_4"] == 4.5
+def test_two_versions_are_compared_figure_by_figure(settings: Registry, bundle: Path, tmp_path: Path):
+    register("mini", settings, bundle)
+    other = write_sealed(tmp_path / "other", weights=b"better")
+    changed = json.loads((other / "metrics.json").read_text())
+    changed["excess"]["student@4"] = 3.0
+    rewrite(other, "metrics.json", json.dumps(changed).encode())
+    register("mini", settings, other)
+    rows = {row.figure: row for row in compare(*(resolve(f"lcm-lora-mini/{n}", settings) for n in (1, 2)))}
+    row = rows["efficientnet-lite0/excess.student_4"]
+    assert (row.first, row.second, row.change) == (4.5, 3.0, -1.5)
+    assert rows["sha256"].first == SHA != rows["sha256"].second and rows["sha256"].change is None
+    assert rows["base digest"].first == rows["base digest"].second == "b" * 64
+    assert figures(resolve("lcm-lora-mini/2", settings), settings) == changed
+
+
+def test_pulling_writes_the_adapter_alone_and_only_if_it_is_the_registered_one(
+    settings: Registry, bundle: Path, tmp_path: Path
+):
+    register("mini", settings, bundle)
+    out = pull("lcm-lora-mini/1", settings, tmp_path / "out")
+    names = ["SHA256SUMS", "provenance.json", "pytorch_lora_weights.safetensors", "scheduler_config.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert pull("lcm-lora-mini/1", settings, out) == out
+    whole = pull("lcm-lora-mini/1", settings, tmp_path / "whole", everything=True)
+    assert {path.name for path in whole.iterdir()} == {path.name for path in bundle.iterdir()}
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/file").touch()
+    with pytest.raises(UserError, match="taken: is in the way"):
+        pull("lcm-lora-mini/1", settings, tmp_path / "taken")
+
+    stored = next((tmp_path / "mlruns").rglob("pytorch_lora_weights.safetensors"))
+    stored.write_bytes(b"weightS")
+    with pytest.raises(UserError, match=r"pytorch_lora_weights\.safetensors: expected sha256 9a129038d9a0"):
+        pull("lcm-lora-mini/1", settings, tmp_path / "damaged")
+    rewrite(stored.parent, stored.name, b"weightS")  # its checksums agree with it, the registry does not
+    with pytest.raises(UserError, match=r"weights\.safetensors has sha256 .*, the registry says 9a129038d9a0"):
+        pull("lcm-lora-mini/1", settings, tmp_path / "damaged")
+    stored.unlink()
+    with pytest.raises(UserError, match=r"lcm-lora-mini/1: has no pytorch_lora_weights\.safetensors"):
+        pull("lcm-lora-mini/1", settings, tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists() and not (tmp_path / ".damaged.part").exists()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +282,8 @@ def test_a_version_is_resolved_by_alias_and_by_number(settings: Registry, bundle
         ("lcm-lora-mini@nobody", "no such alias; lcm-lora-mini has none"),
         ("lcm-lora-mini/7", "not registered at sqlite"),
         ("lcm-lora-nothing@champion", "not registered at sqlite"),
-        ("lcm-lora-mini", "expected MODEL@ALIAS or MODEL/VERSION"),
+        ("lcm-lora-mini", "expected MODEL@ALIAS, MODEL/VERSION or the SHA-256"),
+        ("0123456789ab", "no adapter of this SHA-256"),
     ],
 )
 def test_what_cannot_be_resolved_is_named(reference: str, expected: str, settings: Registry, bundle: Path):

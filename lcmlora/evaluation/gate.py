@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -12,7 +13,8 @@ def gate(metrics: dict[str, Any], gate: Gate) -> list[str]:
     """Returns why a candidate with these metrics must not become champion, a line for each reason; empty if it may.
 
     The student at `gate.steps` must have a smaller excess over the teacher's floor than every solver at as many network
-    evaluations, and at least `gate.min_retrieval` of the teacher's caption retrieval.
+    evaluations, an excess of at most `gate.max_excess` where one is set, and at least `gate.min_retrieval` of the
+    teacher's caption retrieval. How it compares with the champion is another question: `against`.
     """
     student, excess, cost = f"student@{gate.steps}", metrics["excess"], metrics["network_evaluations"]
     if student not in excess:
@@ -31,6 +33,11 @@ def gate(metrics: dict[str, Any], gate: Gate) -> list[str]:
                 f"{student}: excess Frechet distance {excess[student]:.2f} is not below {rival}'s {excess[rival]:.2f} "
                 f"at {cost[student]} network evaluations: {excess[student] - excess[rival]:.2f} too high"
             )
+    if gate.max_excess is not None and not excess[student] <= gate.max_excess:
+        failures.append(
+            f"{student}: excess distance {excess[student]:.2f} is above {gate.max_excess:.2f} (gate.max_excess): "
+            f"{excess[student] - gate.max_excess:.2f} too high"
+        )
     teacher = next(name for name in metrics["retrieval"] if name.startswith("teacher@"))
     reached, needed = metrics["retrieval"][student], gate.min_retrieval * metrics["retrieval"][teacher]
     if not reached >= needed:
@@ -39,6 +46,48 @@ def gate(metrics: dict[str, Any], gate: Gate) -> list[str]:
             f"{metrics['retrieval'][teacher]:.3f}): {needed - reached:.3f} too low"
         )
     return failures
+
+
+def incomparable(metrics: dict[str, Any], champion: dict[str, Any]) -> str | None:
+    """Returns why two evaluations cannot be compared; None where features, prompts, seeds and teacher are the same."""
+    mine, theirs = metrics["features"]["name"], champion["features"]["name"]
+    if mine != theirs:
+        return f"its features are {mine}, the other's {theirs}"
+    if metrics.get("reference_digest") != champion.get("reference_digest"):
+        return "it was measured against other pictures of the teacher (reference_digest)"
+    return None
+
+
+def against(metrics: dict[str, Any], champion: dict[str, Any], gate: Gate, name: str) -> list[str]:
+    """Returns in what a candidate is worse than the champion, a line for each figure; empty if in nothing.
+
+    Worse means by more than the confidence interval of the difference, whose half width is the root of the sum of both
+    squared half widths: as if the two were drawn from independent noise. They share it, which makes the true interval
+    narrower, so that the gate errs on the candidate's side. Without intervals (resamples: 0) any loss is too much.
+
+    Args:
+        champion: measured on the same features, prompts and teacher; see `incomparable`.
+        name: of the champion, for the messages.
+    """
+    student = f"student@{gate.steps}"
+    if student not in metrics["excess"] or student not in champion["excess"]:
+        return [f"{student}: was not drawn with both candidate and {name}, so they cannot be compared (gate.steps)"]
+    failures = []
+    for figure, shown, sign in (("excess", "excess distance", 1), ("retrieval", "caption retrieval", -1)):
+        mine, theirs = metrics[figure][student], champion[figure][student]
+        loss = sign * (mine - theirs)
+        tolerance = math.hypot(*(_half_width(each, figure, student) for each in (metrics, champion)))
+        if not loss <= tolerance:
+            failures.append(
+                f"{student}: {shown} {mine:.3f} is worse than {name}'s {theirs:.3f} by {loss:.3f}, and chance explains "
+                f"{tolerance:.3f}"
+            )
+    return failures
+
+
+def _half_width(metrics: dict[str, Any], figure: str, key: str) -> float:
+    low, high = metrics.get("intervals", {}).get(figure, {}).get(key, (0.0, 0.0))
+    return float(high - low) / 2
 
 
 # What no features enter into.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lcmlora.config import Gate
-from lcmlora.evaluation.gate import gate, record
+from lcmlora.evaluation.gate import against, gate, incomparable, record
 
 GATE = Gate(steps=4, min_retrieval=0.8)
 METRICS: dict[str, Any] = {
@@ -60,3 +60,36 @@ def test_recorded_names_are_those_that_mlflow_takes() -> None:
     assert not any(name.startswith((made_by + "distance_real", "features.name")) for name in flat)
     with pytest.raises(KeyError):
         flat["features.name"]
+
+
+def test_an_absolute_bound_on_the_excess_names_both_numbers() -> None:
+    bounded = GATE.model_copy(update={"max_excess": 10.0})
+    (line,) = gate(METRICS, bounded)
+    assert "12.00 is above 10.00" in line and "2.00 too high" in line
+    assert gate(METRICS, GATE.model_copy(update={"max_excess": 12.0})) == []
+    assert len(gate(changed("excess", "student@4", float("nan")), bounded)) == 3
+
+
+def test_the_champion_is_met_unless_a_figure_is_worse_by_more_than_chance_explains() -> None:
+    chance = {"excess": {"student@4": [9.0, 15.0]}, "retrieval": {"student@4": [0.6, 0.65]}}
+    champion = METRICS | {"intervals": chance}
+    name = "lcm-lora-mini/3"
+    assert against(champion, champion, GATE, name) == []
+    worse = changed("excess", "student@4", 12.0 + 4.2) | {"intervals": chance}  # sqrt(3^2 + 3^2) is 4.24
+    assert against(worse, champion, GATE, name) == []
+    worse["excess"]["student@4"] = 12.0 + 4.3
+    (line,) = against(worse, champion, GATE, name)
+    assert "excess distance 16.300 is worse than lcm-lora-mini/3's 12.000 by 4.300" in line
+    assert line.endswith("chance explains 4.243")
+    (line,) = against(changed("retrieval", "student@4", 0.6), METRICS, GATE, name)  # no intervals: any loss
+    assert "caption retrieval 0.600 is worse than lcm-lora-mini/3's 0.625 by 0.025" in line
+    assert len(against(changed("excess", "student@4", float("nan")), champion, GATE, name)) == 1
+    (line,) = against(METRICS, champion, GATE.model_copy(update={"steps": 8}), name)
+    assert line.startswith("student@8: was not drawn")
+
+
+def test_figures_of_other_features_or_another_reference_are_not_comparable() -> None:
+    mine = METRICS | {"reference_digest": "a"}
+    assert incomparable(mine, copy.deepcopy(mine)) is None
+    assert "reference_digest" in str(incomparable(mine, mine | {"reference_digest": "b"}))
+    assert "its features are efficientnet-lite0" in str(incomparable(mine, changed("features", "name", "inception")))

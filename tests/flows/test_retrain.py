@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from flows.retrain import retrain, stages_of
-from lcmlora import registry
+from lcmlora import promotion, registry
 from lcmlora.config import Config, load
 from tests import repositories
 from tests.flows.conftest import Project
@@ -92,7 +92,7 @@ def test_a_candidate_that_fails_the_gate_is_registered_with_the_reason_and_witho
     state = retrain(["a"], params=strict, return_state=True)
     assert state.is_completed()
     version = project.versions("a")[0]
-    assert version.tags["gate"] == "failed"
+    assert version.tags["gate"] == "rejected"
     assert "caption retrieval 0.850 is below 0.900" in version.tags["gate_reason"]
     assert project.aliases("a") == {}
     assert not (project.root / "releases/a/channels").exists()
@@ -108,11 +108,12 @@ def test_a_champion_that_a_person_rolled_back_stays_rolled_back(project: Project
     name = "lcm-lora-a"
     client = project.mlflow()
     older = client.create_model_version(name, project.versions("a")[0].source, tags={"sha256": "0" * 64})
-    registry.promote("a", int(older.version), load().registry)
+    settings = load().registry
+    promotion.assign(registry.resolve(f"{name}/{older.version}", settings), settings, reason="blurred")
     pointer = project.root / "releases/a/channels/champion.json"
     pointer.write_text("moved by hand")
     retrain(["a"])
-    assert project.aliases("a") == {"champion": int(older.version)}
+    assert project.aliases("a") == {"champion": int(older.version), "previous": 1}
     assert pointer.read_text() == "moved by hand"
 
 

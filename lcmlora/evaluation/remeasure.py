@@ -1,0 +1,64 @@
+"""An adapter that was released on other data, measured again: on the reference that a new candidate was measured on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from lcmlora import formats, lora, references, sampling
+from lcmlora.bases import LoadedBase, identity
+from lcmlora.config import Base, Evaluation
+from lcmlora.data.sources import read_records
+from lcmlora.errors import UserError
+from lcmlora.evaluation.drawing import REAL, Way, distinct_captions
+from lcmlora.evaluation.evaluate import STUDENT, measure, read_json
+from lcmlora.evaluation.reference import AGAIN, artist_of, load_features
+from lcmlora.files import sha256_file
+from lcmlora.references import AdapterReference
+
+
+def remeasure(
+    base: LoadedBase,
+    settings: Base,
+    adapter: AdapterReference,
+    evaluation: Evaluation,
+    steps: int,
+    pictures: Path,
+    reference: Path,
+    scratch: Path,
+) -> dict[str, Any]:
+    """Returns the figures of an adapter at `steps`, as metrics/MODEL.json has them, but for solvers, scores, latency.
+
+    Args:
+        base: bare.
+        adapter: made for this very base.
+        reference: the folder that `draw_reference` wrote for the new candidate.
+        scratch: folder in which a run that was killed left its batches.
+
+    Raises:
+        UserError: the adapter is another base's, or the reference has other features.
+    """
+    references.check_same_base(adapter, identity(settings, base.folder), "this base is")
+    features = load_features(base, evaluation)
+    facts = read_json(reference / "reference.json", "reference")
+    if facts["features"]["name"] != features.name:
+        raise UserError(f"{reference}: has features {facts['features']['name']}, this evaluation {features.name}")
+    prompts = distinct_captions(read_records(pictures / "validation.jsonl"))[: evaluation.pictures]
+    artist = artist_of(base, features, evaluation, prompts, evaluation.pictures, scratch)
+    sampler = adapter.sampler or references.Sampler()
+    way = Way(sampling.STUDENT, steps, grid=sampler.grid, gamma=sampler.gamma)
+    read = formats.read(adapter.weights, references.BaseReference(base.name, settings, base.folder).architecture())
+    layers = {name: (layer.down, layer.folded.up) for name, layer in read.layers.items()}
+    key, digest = f"{STUDENT}@{steps}", sha256_file(adapter.weights)
+    with lora.applied(base.unet, layers, adapter.shown):
+        drawn = artist.draw(key, way, evaluation.seed + 1, digest)
+    teacher = f"teacher@{facts['settings']['teacher_steps']}"
+    kept = load_file(reference / "features.safetensors")
+    sets = {name: kept[name] for name in (teacher, teacher + AGAIN, REAL, "gallery")}
+    metrics = measure(facts, sets | {key: drawn.features}, evaluation.resamples)
+    metrics |= {"reference_digest": sha256_file(reference / "features.safetensors"), "adapter": digest}
+    shutil.rmtree(scratch)
+    return metrics

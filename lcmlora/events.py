@@ -1,0 +1,81 @@
+"""What happened to a registered version, kept as its tags: `event.<time>` holds JSON."""
+
+from __future__ import annotations
+
+import datetime
+import getpass
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+_TAG = "event."
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a version."""
+
+    time: str  # ISO 8601 with microseconds, UTC
+    action: str  # registered, passed, rejected, promoted, rolled back
+    version: int
+    who: str
+    reason: str | None = None
+    alias: str | None = None  # that the version got
+    former: int | None = None  # the version that had the alias before
+    override: bool = False  # against the gate
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def tag(
+    action: str,
+    *,
+    reason: str | None = None,
+    who: str | None = None,
+    alias: str | None = None,
+    former: int | None = None,
+    override: bool = False,
+) -> tuple[str, str]:
+    """Returns name and value of the tag of an event that happens now.
+
+    Args:
+        who: by default the user that this process runs as.
+    """
+    event = Event(now(), action, 0, who or getpass.getuser(), reason, alias, former, override)
+    said = {key: value for key, value in asdict(event).items() if value and key not in ("time", "version")}
+    # MLflow's names of tags have no colon.
+    return f"{_TAG}{event.time.replace(':', '').replace('-', '')}", json.dumps(said, sort_keys=True)
+
+
+def read(version: int, tags: Mapping[str, str]) -> list[Event]:
+    """Returns the events among the tags of a version, the oldest first."""
+    return [
+        Event(time=_time(name), version=version, **json.loads(value))
+        for name, value in sorted(tags.items())
+        if name.startswith(_TAG)
+    ]
+
+
+def champions(events: Iterable[Event], alias: str) -> list[int]:
+    """Returns the line of versions that had the alias, the present one last, without what was rolled back.
+
+    Args:
+        events: of all versions, the oldest first.
+    """
+    line: list[int] = []
+    for event in (event for event in events if event.alias == alias):
+        # The former one may have been made champion elsewhere, in MLflow's own pages.
+        if event.former is not None and event.former not in line[-1:]:
+            line.append(event.former)
+        if event.action == "rolled back" and event.version in line:
+            del line[line.index(event.version) + 1 :]
+        elif line[-1:] != [event.version]:
+            line.append(event.version)
+    return line
+
+
+def _time(name: str) -> str:
+    digits = name.removeprefix(_TAG)  # 20261125T195433.123456Z
+    return f"{digits[:4]}-{digits[4:6]}-{digits[6:11]}:{digits[11:13]}:{digits[13:]}"
