@@ -240,6 +240,8 @@ def figures(version: Version, settings: Registry) -> dict[str, Any]:
     Raises:
         UserError: the version has no release, or MLflow cannot be reached.
     """
+    if not version.run_id:
+        raise UserError(f"{version.reference}: has no run, so no release; it was registered by other means")
     with reaching(settings, "ask again later"), tempfile.TemporaryDirectory() as folder:
         path = _fetch(connect(settings), version, release.METRICS, Path(folder))
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -511,7 +513,7 @@ def read_aliases(client: Any, name: str) -> dict[str, int]:
 def _described(client: Any, found: Sequence[Any], settings: Registry) -> list[Version]:
     """Returns the versions with aliases and figures, which take a request for each model and for 100 runs."""
     aliases = {name: read_aliases(client, name) for name in {version.name for version in found}}
-    metrics = _metrics(client, sorted({version.run_id for version in found}))
+    metrics = _metrics(client, sorted({version.run_id for version in found if version.run_id}))
     described = []
     for version in found:
         tags, number = dict(version.tags), int(version.version)

@@ -117,7 +117,7 @@ def test_a_worse_version_is_refused_with_figure_and_difference_and_a_better_one_
 def test_versions_measured_on_other_prompts_are_not_compared_behind_ones_back(settings: Registry):
     assign(add(settings, "one", reference_digest="a" * 64), settings, reason="first")
     add(settings, "two", reference_digest="b" * 64)
-    with pytest.raises(UserError, match="cannot be compared with lcm-lora-mini/1, the champion: .*reference_digest"):
+    with pytest.raises(UserError, match=r"cannot be compared with lcm-lora-mini/1, the champion: .*reference_digest"):
         promote(f"{NAME}/2", settings, GATE, reason="please")
 
 

@@ -15,7 +15,7 @@ from lcmlora import promotion, registry
 from lcmlora.config import Config, load
 from tests import repositories
 from tests.flows.conftest import Project
-from tests.releases import settings
+from tests.releases import settings, write_sealed
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,14 +106,13 @@ def test_a_candidate_that_fails_the_gate_is_registered_with_the_reason_and_witho
 def test_a_champion_that_a_person_rolled_back_stays_rolled_back(project: Project):
     retrain(["a"])
     name = "lcm-lora-a"
-    client = project.mlflow()
-    older = client.create_model_version(name, project.versions("a")[0].source, tags={"sha256": "0" * 64})
     settings = load().registry
+    older = registry.register("a", settings, write_sealed(project.root / "older"))
     promotion.assign(registry.resolve(f"{name}/{older.version}", settings), settings, reason="blurred")
     pointer = project.root / "releases/a/channels/champion.json"
     pointer.write_text("moved by hand")
     retrain(["a"])
-    assert project.aliases("a") == {"champion": int(older.version), "previous": 1}
+    assert project.aliases("a") == {"champion": older.version, "previous": 1}
     assert pointer.read_text() == "moved by hand"
 
 
