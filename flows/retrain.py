@@ -194,7 +194,7 @@ def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: 
 
 def _share(outcomes: list[Outcome], processes: Processes) -> None:
     """Sends what was made to the DVC remote that others read, where there is one."""
-    made = [outcome for outcome in outcomes if outcome.ran]
+    made = [outcome for outcome in outcomes if outcome.ran or outcome.created]
     with _noting(*made):
         if made and dvc.is_shared(dvc.default_remote(processes)):
             dvc.push(processes)

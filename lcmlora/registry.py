@@ -395,7 +395,8 @@ def _create_model(client: Any, name: str) -> None:
 def _description(figures: dict[str, Any], provenance: dict[str, Any], run_id: str) -> str:
     """Returns Markdown for MLflow's page of the version: figures, and grid and report from the run's artifacts."""
     rows = []
-    for name in [n for n in figures["excess"] if n.startswith("student@")]:
+    students = sorted((n for n in figures["excess"] if n.startswith("student@")), key=lambda n: int(n[8:]))
+    for name in students:
         cost, excess, retrieval = (figures[k][name] for k in ("network_evaluations", "excess", "retrieval"))
         rows.append(f"| {name} | {cost} | {excess:.1f} | {retrieval:.3f} |")
     artifacts = f"get-artifact?run_uuid={run_id}&path={_RELEASE}"
@@ -409,9 +410,9 @@ def _description(figures: dict[str, Any], provenance: dict[str, Any], run_id: st
             "|---|---|---|---|",
             *rows,
             "",
-            f"![grid]({artifacts}/grid.png)",
+            f"The whole report: model/artifacts/release/{release.REPORT} among the run's artifacts.",
             "",
-            f"[report]({artifacts}/{release.REPORT})",
+            f'<img src="{artifacts}/grid.png" width="100%">',
         ]
     )
 

@@ -56,7 +56,7 @@ class Relay:
         self._server.server_close()
 
     def at(self, pattern: str, action: Callable[[], None]) -> None:
-        """Does this once, when a request comes whose line the pattern matches, before it is passed on."""
+        """Does this once instead of passing a request on, when one comes whose line the pattern matches."""
         with self._lock:
             self._pattern, self._action = re.compile(pattern), action
 
@@ -69,6 +69,8 @@ class Relay:
                 self._pattern = None
         if due:
             self._action()
+            handler.close_connection = True
+            return
         headers = {name: value for name, value in handler.headers.items() if name.lower() not in _OF_ONE_HOP}
         connection = http.client.HTTPConnection("127.0.0.1", self._target, timeout=60)
         try:

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from lcmlora import registry, release
-from lcmlora.config import Registry
+from lcmlora import bases, registry, release
+from lcmlora.config import Base, Registry
+from lcmlora.files import sha256_folder
 from tests import repositories
 from tests.flows.conftest import DISTILL, STAGES
-from tests.flows.conftest import stock as stock
 from tests.integration.relay import Relay
 from tests.integration.seaweed import REGION, SeaweedFS
 from tests.integration.tracking_servers import PASSWORD, MLflow, PrefectServer
-from tests.releases import settings
+from tests.miniature import RESOLUTION
+from tests.releases import load_settings, settings, write_stages
 
 pytestmark = pytest.mark.integration
 
@@ -102,20 +104,34 @@ class Team:
 
 
 @pytest.fixture(scope="module")
+def stock(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What distill, evaluate and package give, for the very base that is on disk."""
+    root = tmp_path_factory.mktemp("stock")
+    base = Base(source=str(base_folder), resolution=RESOLUTION, license="apache-2.0")
+    write_stages(bases.load("a", base, base_folder, device=torch.device("cpu")), root, model="a")
+    made = root / "adapters/a/config.json"
+    facts = json.loads(made.read_text())
+    facts["base"]["digest"] = sha256_folder(base_folder / "unet")
+    made.write_text(json.dumps(facts))
+    folders = [root / "adapters/a", base_folder, root / "metrics/a.json", root / "evaluation/a", root / "study/a"]
+    release.package("a", load_settings(base_folder, models=("a",)), *folders, root / "release/a")
+    (root / "a").write_text("a")
+    return root
+
+
+@pytest.fixture(scope="module")
 def team(
     prefect_server: PrefectServer,
     s3: SeaweedFS,
     mlflow_server: MLflow,
     base_folder: Path,
+    stock: Path,
     tmp_path_factory: pytest.TempPathFactory,
-    request: pytest.FixtureRequest,
 ) -> Iterator[Team]:
     """The project after three runs: killed before it registers, killed before it promotes, and finished."""
-    made: Path = request.getfixturevalue("stock")
     folder = tmp_path_factory.mktemp("team")
     root = repositories.make(folder / "project", STAGES.replace("[a, b]", "[a]"))
-    (root / "stock").symlink_to(made)
-    (made / "a").write_text("a")
+    (root / "stock").symlink_to(stock)
     (root / "pictures").write_text("{}\n")
     (root / "distill.sh").write_text(DISTILL)
     raw = settings(base_folder, models=("a",), registry={"experiment": "team"})
@@ -177,7 +193,7 @@ def test_the_last_run_repairs_both_without_a_stage_an_orphan_or_a_second_release
     assert json.loads(team.read("team", "releases/a/channels/champion.json"))["sha256"] == sha256
 
 
-def test_the_command_shows_every_field_of_the_champion(team: Team):
+def test_the_command_shows_every_field_of_the_champion(team: Team, base_folder: Path):
     shown = json.loads(team.command(sys.executable, "-m", "lcmlora.cli", "registry", "show", CHAMPION, "--json"))
     assert shown.keys() == {each.name for each in dataclasses.fields(registry.Version)}
     sha256 = release.digest(team.root / "release/a")
@@ -193,7 +209,11 @@ def test_the_command_shows_every_field_of_the_champion(team: Team):
         "features": "efficientnet-lite0",
     }
     assert {key: shown[key] for key in expected} == expected
-    assert shown["base"]["digest"] == "b" * 64
+    assert shown["base"] == {
+        "source": str(base_folder),
+        "revision": None,
+        "digest": sha256_folder(base_folder / "unet"),
+    }
     assert shown["metrics"]["efficientnet-lite0/excess.student_4"] == 4.5
     assert shown["created"] <= shown["promoted"]
     assert all(shown[key] for key in ("objective", "run_id", "created", "updated", "tags"))
@@ -216,7 +236,7 @@ def test_a_clone_with_an_empty_cache_restores_the_adapter_without_running_a_stag
     team.command("git", "commit", "--quiet", "--message", "trained")
     clone = tmp_path / "clone"
     team.command("git", "clone", "--quiet", str(team.root), str(clone))
-    assert not (clone / "adapters").exists() and not (clone / ".dvc/cache").exists()
+    assert not (clone / "adapters/a").exists() and not (clone / ".dvc/cache").exists()
     said = team.command("dvc", "repro", "--pull", cwd=clone)
     assert "Running stage" not in said
     assert not (clone / "distilled").exists()

@@ -1,0 +1,57 @@
+"""A champion measured again on the reference of a new candidate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lcmlora import bases, references
+from lcmlora.config import Data, Gate
+from lcmlora.errors import UserError
+from lcmlora.evaluation.evaluate import evaluate
+from lcmlora.evaluation.gate import against, incomparable
+from lcmlora.evaluation.remeasure import remeasure
+from tests.evaluation.conftest import CPU, made_of, settings
+
+pytestmark = pytest.mark.usefixtures("small_features")
+
+
+def again(base_folder: Path, adapter: Path, pictures: Path, reference: Path, root: Path) -> dict[str, Any]:
+    base = bases.load("mini", made_of(base_folder), base_folder, device=CPU)
+    found = references.open_adapter(str(adapter), None, root)
+    return remeasure(base, made_of(base_folder), found, settings(), 4, pictures, reference, root / "again")
+
+
+def test_the_figures_are_those_of_an_evaluation_and_can_be_compared_with_it(
+    base: bases.LoadedBase,
+    base_folder: Path,
+    adapter: Path,
+    data: Data,
+    pictures: Path,
+    reference: Path,
+    tmp_path: Path,
+) -> None:
+    figures = again(base_folder, adapter, pictures, reference, tmp_path)
+    (tmp_path / "evaluating").mkdir()
+    files = (tmp_path / "evaluation", tmp_path / "metrics.json", tmp_path / "steps.csv")
+    whole = evaluate(base, adapter, data, settings(), pictures, reference, tmp_path / "evaluating", *files)
+    for key in ("excess", "retrieval"):
+        assert figures[key]["student@4"] == whole[key]["student@4"]
+        assert figures["intervals"][key]["student@4"] == whole["intervals"][key]["student@4"]
+    assert figures["adapter"] == whole["adapter"]
+    assert incomparable(whole, figures) is None
+    assert against(whole, figures, Gate(steps=4, min_retrieval=0.5), "lcm-lora-mini/1") == []
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_adapter_of_another_base_is_refused_by_digest(
+    base_folder: Path, adapter: Path, pictures: Path, reference: Path, tmp_path: Path
+) -> None:
+    facts = json.loads((adapter / "config.json").read_text())
+    facts["base"]["digest"] = "0" * 64
+    (adapter / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"was made for .* \(digest 000000000000\.\.\.\)"):
+        again(base_folder, adapter, pictures, reference, tmp_path)

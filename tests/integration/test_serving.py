@@ -1,0 +1,140 @@
+import base64
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lcmlora import pipelines, serving
+from lcmlora.pipelines import Pipeline
+from tests import served
+from tests.integration.seaweed import free_ports
+from tests.miniature import RESOLUTION
+
+pytestmark = pytest.mark.integration
+
+
+@dataclass(frozen=True)
+class Server:
+    """`mlflow models serve` with a model, and the pipeline that it should draw as."""
+
+    address: str
+    draw: Pipeline
+
+    def ask(self, *prompts: Any, **params: Any) -> tuple[int, dict[str, Any]]:
+        """Returns the status and the JSON of the answer."""
+        body = {"dataframe_records": [{"prompt": prompt} for prompt in prompts], "params": params}
+        request = urllib.request.Request(
+            f"{self.address}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def pictures(self, *prompts: str, **params: Any) -> list[Image.Image]:
+        status, answer = self.ask(*prompts, **params)
+        assert status == 200, answer
+        found = [Image.open(io.BytesIO(base64.b64decode(row["png"]))) for row in answer["predictions"]]
+        assert {picture.format for picture in found} == {"PNG"}
+        return found
+
+
+@pytest.fixture(scope="module")
+def server(miniatures: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("serving")
+    made = served.make(miniatures("sd15"), root / "made", gamma=0.4, grid=20)
+    serving.write_model(root / "model", model="mini")
+    served.copy(made, root / "model" / serving.RELEASE)
+    (port,) = free_ports(1)
+    mlflow = Path(sys.executable).with_name("mlflow")
+    command = [mlflow, "models", "serve", "-m", root / "model", "--env-manager", "local", "-p", str(port)]
+    log = root / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=root,
+            env=served.environment(LCMLORA_BASE=str(miniatures("sd15")), MLFLOW_TRACKING_URI="http://127.0.0.1:9"),
+            start_new_session=True,  # it starts another process
+        )
+    try:
+        draw = pipelines.load(made, warm=False)
+        _wait(process, f"http://127.0.0.1:{port}/ping", log)
+        yield Server(f"http://127.0.0.1:{port}", draw)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], ping: str, log: Path) -> None:
+    until = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(ping, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail(f"mlflow models serve did not start: {log.read_text()[-3000:]}")
+
+
+def test_a_request_is_answered_with_the_picture_that_the_pipeline_draws(server: Server):
+    (found,) = server.pictures("owl", steps=3, guidance=1.5, seed=9)
+    assert found.size == (RESOLUTION, RESOLUTION)
+    assert found.tobytes() == server.draw("owl", steps=3, guidance=1.5, seed=9)[0].tobytes()
+    (default,) = server.pictures("owl")
+    assert default.tobytes() == server.draw("owl")[0].tobytes() != found.tobytes()
+
+
+def test_several_prompts_are_several_pictures_of_the_size_that_was_asked_for(server: Server):
+    found = server.pictures("red apple", "tree", "fruit", width=24, height=8)
+    expected = server.draw(["red apple", "tree", "fruit"], width=24, height=8)
+    assert [picture.size for picture in found] == [(24, 8)] * 3
+    assert [picture.tobytes() for picture in found] == [picture.tobytes() for picture in expected]
+
+
+def test_requests_at_once_are_answered_as_alone(server: Server):
+    seeds = range(8)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda seed: server.pictures("tree", seed=seed)[0].tobytes(), seeds))
+    assert found == [server.draw("tree", seed=seed)[0].tobytes() for seed in seeds]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"steps": 21}, "steps: expected 1 to 20, the timesteps of this adapter, got 21"),
+        ({"guidance": 0}, "guidance: expected 1 (none) or more, got 0"),
+        ({"height": 12}, "height: expected a positive multiple of 8 pixels, got 12"),
+        ({"seed": "one"}, "for 'seed': long (default: 0), error: Can not safely convert"),
+    ],
+)
+def test_a_bad_parameter_is_a_bad_request_that_names_it_and_no_path(
+    server: Server, params: dict[str, Any], message: str
+):
+    status, answer = server.ask("owl", **params)
+    assert (status, answer["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
+    assert message in answer["message"]
+    assert "stack_trace" not in answer and ".py" not in json.dumps(answer)
+
+
+def test_a_prompt_that_is_no_text_is_a_bad_request_too(server: Server):
+    for prompt in (3, None):
+        status, answer = server.ask(prompt)
+        assert (status, "stack_trace" in answer) == (400, False)
+        assert f"prompt: expected text, got {prompt}" in answer["message"]
+    assert server.pictures("owl")[0].size == (RESOLUTION, RESOLUTION)
