@@ -158,7 +158,7 @@ def load(
         raise UserError(f"{folder / release.PROVENANCE}: resolution: expected pixels, and {base_folder} does not tell")
     pipeline = Pipeline(
         pipeline=plain,
-        sampler=references._sampler(folder, provenance) or references.Sampler(),
+        sampler=references.sampler_of(folder, provenance) or references.Sampler(),
         provenance=provenance,
         resolution=resolution,
     )

@@ -116,7 +116,7 @@ def _described(folder: Path, shown: str, weights: Path | None = None) -> Adapter
         model=facts.get("model"),
         base=facts.get("base"),
         resolution=facts.get("resolution"),
-        sampler=_sampler(folder, facts),
+        sampler=sampler_of(folder, facts),
     )
 
 
@@ -128,7 +128,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _sampler(folder: Path, facts: dict[str, Any]) -> Sampler | None:
+def sampler_of(folder: Path, facts: dict[str, Any]) -> Sampler | None:
     """Returns what the folder says of its sampler; what older ones lack follows from the scheduler's settings."""
     if "sampler" in facts:
         return Sampler(**facts["sampler"])

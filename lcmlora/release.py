@@ -78,7 +78,7 @@ def package(
         provenance = {
             "model": model,
             "sha256": digest(folder),
-            "base": made["base"],
+            "base": made["base"] | {"variant": base.variant},
             "resolution": base.resolution,
             "sampler": made["sampler"],
             "data_digest": made["data_digest"],
