@@ -193,10 +193,12 @@ def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: 
 
 
 def _share(outcomes: list[Outcome], processes: Processes) -> None:
-    """Sends what was made to the DVC remote that others read, where there is one."""
-    made = [outcome for outcome in outcomes if outcome.ran or outcome.created]
-    with _noting(*made):
-        if made and dvc.is_shared(dvc.default_remote(processes)):
+    """Sends to the DVC remote that others read, where there is one, what is not there yet.
+
+    Also where nothing ran: the last run may have been killed before it came here.
+    """
+    with _noting(*outcomes):
+        if dvc.is_shared(dvc.default_remote(processes)):
             dvc.push(processes)
 
 

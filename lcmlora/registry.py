@@ -115,7 +115,8 @@ def register(
             version = found[0]
             _update(client, version, tags)
         else:
-            run_id = _run_of(client, settings, model, provenance, run_id)
+            known = existing(client, run_id)
+            run_id = known or _run_for(client, settings, model, provenance)
             _log(client, run_id, provenance, figures, tags)
             _upload(client, run_id, folder, name)
             _create_model(client, name)
@@ -126,7 +127,7 @@ def register(
                 tags=tags | dict([events.tag("registered"), events.tag(tags["gate"], reason=tags.get("gate_reason"))]),
                 description=_description(figures, provenance, run_id),
             )
-            version = _only_one(client, version, sha256)
+            version = _only_one(client, version, sha256, own_run=known is None)
         aliases = read_aliases(client, name)
         past = events.read(int(version.version), client.get_model_version(name, version.version).tags)
     return Registered(
@@ -332,10 +333,8 @@ def _update(client: Any, version: Any, tags: dict[str, str]) -> None:
         client.set_model_version_tag(name, number, key, event)
 
 
-def _run_of(client: Any, settings: Registry, model: str, provenance: dict[str, Any], run_id: str | None) -> str:
-    """Returns the distillation's run, else one that a killed registration of this adapter left, else a new one."""
-    if found := existing(client, run_id):
-        return found
+def _run_for(client: Any, settings: Registry, model: str, provenance: dict[str, Any]) -> str:
+    """Returns a run for an adapter whose own is not known here: one that a killed registration left, or a new one."""
     sha256 = provenance["sha256"]
     experiment = client.get_experiment_by_name(settings.experiment)
     left = client.search_runs([experiment.experiment_id], f"tags.sha256 = '{sha256}'") if experiment else []
@@ -374,11 +373,20 @@ def _upload(client: Any, run_id: str, folder: Path, name: str) -> None:
     client.log_artifacts(run_id, str(folder), _RELEASE)
 
 
-def _only_one(client: Any, version: Any, sha256: str) -> Any:
-    """Returns the version of this adapter: of two that were registered at the same moment, the first."""
+def _only_one(client: Any, version: Any, sha256: str, *, own_run: bool) -> Any:
+    """Returns the version of this adapter: of two that were registered at the same moment, the first.
+
+    Args:
+        own_run: the version's run was made for it, and ends here.
+    """
     first = _with_digest(client, sha256, version.name)[0]
-    if int(first.version) != int(version.version):
+    lost = int(first.version) != int(version.version)
+    if lost:
         client.delete_model_version(version.name, version.version)
+    if own_run:
+        client.set_terminated(version.run_id)
+        if lost and first.run_id != version.run_id:
+            client.delete_run(version.run_id)
     return first
 
 
