@@ -29,6 +29,8 @@ PASSED, REJECTED = "passed", "rejected"
 
 _MODEL = "model"  # where a run has its MLflow model
 _RELEASE = f"{_MODEL}/artifacts/release"
+_PREVIEW = "preview.png"
+_PREVIEW_WIDTH = 800  # pixels: MLflow's page shows pictures as they are, and cuts what does not fit
 
 
 @dataclass(frozen=True)
@@ -365,12 +367,17 @@ def _log(client: Any, run_id: str, provenance: dict[str, Any], figures: dict[str
 
 
 def _upload(client: Any, run_id: str, folder: Path, name: str) -> None:
+    from PIL import Image
+
     from lcmlora import serving
 
     with tempfile.TemporaryDirectory() as temporary:
         serving.write_model(Path(temporary, _MODEL), model=name)
         client.log_artifacts(run_id, str(Path(temporary, _MODEL)), _MODEL)
     client.log_artifacts(run_id, str(folder), _RELEASE)
+    with Image.open(folder / "grid.png") as grid:
+        side = (_PREVIEW_WIDTH, max(1, round(grid.height * _PREVIEW_WIDTH / grid.width)))
+        client.log_image(run_id, grid.convert("RGB").resize(side, Image.Resampling.LANCZOS), _PREVIEW)
 
 
 def _only_one(client: Any, version: Any, sha256: str, *, own_run: bool) -> Any:
@@ -407,7 +414,7 @@ def _description(figures: dict[str, Any], provenance: dict[str, Any], run_id: st
     for name in students:
         cost, excess, retrieval = (figures[k][name] for k in ("network_evaluations", "excess", "retrieval"))
         rows.append(f"| {name} | {cost} | {excess:.1f} | {retrieval:.3f} |")
-    artifacts = f"get-artifact?run_uuid={run_id}&path={_RELEASE}"
+    artifact = f"get-artifact?run_uuid={run_id}&path"
     return "\n".join(
         [
             f"Acceleration adapter of `{provenance['base']['source']}`, objective "
@@ -418,9 +425,9 @@ def _description(figures: dict[str, Any], provenance: dict[str, Any], run_id: st
             "|---|---|---|---|",
             *rows,
             "",
-            f"The whole report: model/artifacts/release/{release.REPORT} among the run's artifacts.",
+            f"[The whole report]({artifact}={_RELEASE}/{release.REPORT}), which the run's artifacts show as a page.",
             "",
-            f'<img src="{artifacts}/grid.png" width="100%">',
+            f"![grid]({artifact}={_PREVIEW})",
         ]
     )
 

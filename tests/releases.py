@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,12 @@ def _save_probe(base: bases.LoadedBase, path: Path, generator: torch.Generator) 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
+def _png() -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (4, 2), "red").save(content, "PNG")
+    return content.getvalue()
+
+
 def write_sealed(
     folder: Path, *, weights: bytes = b"weights", card: str = "card\n", metrics: dict[str, Any] | None = None
 ) -> Path:
@@ -127,7 +134,7 @@ def write_sealed(
         "README.md": card.encode(),
         "provenance.json": json.dumps(provenance).encode(),
         "metrics.json": json.dumps(figures).encode(),
-        "grid.png": b"png",
+        "grid.png": _png(),
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)

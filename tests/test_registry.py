@@ -151,7 +151,9 @@ def test_a_release_becomes_a_version_with_artifacts_figures_and_tags(settings: R
     assert (tmp_path / "model/MLmodel").is_file() and not list(tmp_path.rglob("*.pkl"))
     (data,) = client(settings).get_run(run.id).inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest) == ("data/pictures", "d" * 36)
-    assert "grid.png" in version.description and "| student@4 | 4 | 4.5 | 0.850 |" in version.description
+    client(settings).download_artifacts(run.id, "preview.png", str(tmp_path))
+    assert Image.open(tmp_path / "preview.png").size == (800, 400)
+    assert "preview.png" in version.description and "| student@4 | 4 | 4.5 | 0.850 |" in version.description
 
 
 def test_registering_again_finds_the_version_and_writes_nothing(settings: Registry, bundle: Path):
