@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import getpass
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -29,6 +30,14 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
+def user() -> str:
+    """Returns the name of the user that this process runs as; in a container he often has none, but a number."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
 def tag(
     action: str,
     *,
@@ -43,7 +52,7 @@ def tag(
     Args:
         who: by default the user that this process runs as.
     """
-    event = Event(now(), action, 0, who or getpass.getuser(), reason, alias, former, override)
+    event = Event(now(), action, 0, who or user(), reason, alias, former, override)
     said = {key: value for key, value in asdict(event).items() if value and key not in ("time", "version")}
     # MLflow's names of tags have no colon.
     return f"{_TAG}{event.time.replace(':', '').replace('-', '')}", json.dumps(said, sort_keys=True)

@@ -191,21 +191,10 @@ def yank(
     Example: lcmlora releases yank emoji/sha256-0a1b2c --reason "draws hands with six fingers"
     """
     settings, key = _settings(context, to, reference)
-    from lcmlora import publish
+    from lcmlora import events, publish
 
-    record = publish.yank(reference, settings, reason=reason, who=by or _user(), key=key)
+    record = publish.yank(reference, settings, reason=reason, who=by or events.user(), key=key)
     print(json.dumps({"yanked": record}) if as_json else record)
-
-
-def _user() -> str:
-    import getpass
-
-    from lcmlora.errors import UserError
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user often has no name
-        raise UserError("--by: is needed, the user who runs this has no name") from None
 
 
 @app.command()

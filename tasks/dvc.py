@@ -58,11 +58,9 @@ def stale(stages: Sequence[str], processes: Processes) -> set[str]:
 @task(task_run_name="default remote", cache_policy=NO_CACHE)
 def default_remote(processes: Processes) -> str | None:
     """Returns the address of DVC's default remote, None where there is none."""
-    # Not `dvc config --list`, whose lines can hold keys and passwords.
-    for line in _ask(processes, ["remote", "list"]).splitlines():
-        if line.endswith("(default)"):
-            return line.removesuffix("(default)").split(maxsplit=1)[1].strip()
-    return None
+    listed = _ask(processes, ["config", "--list"]).splitlines()
+    settings = dict(line.split("=", 1) for line in listed if "=" in line)
+    return settings.get(f"remote.{settings.get('core.remote')}.url")
 
 
 def is_shared(remote: str | None) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.dvc import StageFailed, has_remote, run_stage, stale
+from tasks.dvc import StageFailed, default_remote, is_shared, push, run_stage, stale
 from tasks.processes import Processes
 from tests.repositories import make
 
@@ -100,14 +100,31 @@ def test_a_default_remote_is_seen_and_restores_what_the_cache_lost(repository: P
         subprocess.run([sys.executable, "-m", "dvc", *arguments], check=True, capture_output=True)
 
     with Processes() as processes:
-        assert has_remote.fn(processes) is False
+        assert default_remote.fn(processes) is None
         dvc("remote", "add", "--default", "shipped", str(tmp_path / "remote"))
-        assert has_remote.fn(processes) is True
+        assert default_remote.fn(processes) == str(tmp_path / "remote")
         run_stage.fn("first", processes)
-        dvc("push", "-q")
+        push.fn(processes)
+        assert any((tmp_path / "remote" / "runs").iterdir())  # the run-cache, which a plain push leaves out
         subprocess.run(["rm", "-r", ".dvc/cache", "first"], check=True)
         assert run_stage.fn("first", processes, pull=True).ran is False
     assert (repository / "first").read_text() == "1\n"
+
+
+def test_what_lies_inside_the_repository_is_not_shared_and_all_else_is(repository: Path, tmp_path: Path):
+    assert not is_shared(None)
+    assert not is_shared(str(repository / "shipped"))
+    assert is_shared(str(tmp_path / "elsewhere")) and is_shared("s3://bucket/dvc")
+
+
+def test_a_remote_that_cannot_be_reached_is_named(repository: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    remote = [sys.executable, "-m", "dvc", "remote", "add", "--default", "broken", str(tmp_path / "file" / "remote")]
+    subprocess.run(remote, check=True, capture_output=True)
+    with Processes() as processes:
+        run_stage.fn("first", processes)
+        with pytest.raises(StageFailed, match="dvc push: "):
+            push.fn(processes)
 
 
 def test_an_interrupt_ends_the_whole_process_group(repository: Path):
