@@ -9,21 +9,29 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test lint bench up down install clean
 
 demo: install
 	$(BIN)/python -m flows.retrain
 
 test: install
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 3 --dist loadgroup --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Prefect, MLflow, SeaweedFS and a worker on this machine: schedules run by themselves. State is in .up/.
+up: install
+	$(BIN)/python -m flows.stack up
+
+down:
+	$(BIN)/python -m flows.stack down
+
+# lcmlora's step beside the reference recipe's, in turns; docs/performance.md says more, and how it is run on a GPU.
 bench: install
-	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.compare
 
 install: $(VENV)/.installed node_modules/.installed
 

@@ -57,7 +57,7 @@ def main() -> None:
     z = torch.randn(batch, *base.latent_shape, device=device)
     index = torch.arange(batch, device=device) % distill.grid
     w = torch.full((batch,), distill.w_min, device=device)
-    sample = Batch(z, torch.randn_like(z), index, w, torch.rand(batch, 2, device=device), conditioning)
+    sample = Batch(range(batch), z, torch.randn_like(z), index, w, torch.rand(batch, 2, device=device), conditioning)
     teacher = distillation.teacher
     t, t_prev = teacher.t[index], teacher.t_prev[index]
 

@@ -17,3 +17,8 @@ def choose(settings: Config, models: list[str] | None) -> list[str]:
             hint = "add it there" if model in settings.bases else f"known bases: {', '.join(settings.bases)}"
             raise UserError(f"unknown model {model!r}: params.yaml `models` has {', '.join(settings.models)}; {hint}")
     return list(dict.fromkeys(models or settings.models))
+
+
+def name_of(model: str) -> str:
+    """Returns the name under which a model's versions are registered."""
+    return f"lcm-lora-{model.removeprefix('lcm-lora-')}"

@@ -63,6 +63,7 @@ def run(
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     from lcmlora import config
+    from tasks.processes import mark
 
     choose(config.load(), model)
     if publish is not None and no_publish:
@@ -71,6 +72,8 @@ def run(
         raise UserError("dvc.yaml: no such file; run in the project's folder")
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, _interrupt)  # else Python ends at once, and the trainer goes on
+    # Prefect's temporary server would outlive a flow that is killed.
+    mark()
     print("starting Prefect ...", file=sys.stderr, flush=True)
     from flows.retrain import retrain
 

@@ -10,27 +10,28 @@ if __name__ == "__main__":  # before Prefect is imported, which takes seconds an
 
     main()
 
+import concurrent.futures
 import contextlib
+import contextvars
 import shutil
-import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
+from typing import Annotated
 
-from prefect import State, flow
-from prefect.artifacts import create_markdown_artifact
+from prefect import State, flow, get_run_logger
 from prefect.states import Completed, Failed
-from rich.console import Console
-from rich.table import Table
+from pydantic import Field
 
-from flows import choose
+from flows import choose, outcomes
+from flows.outcomes import Outcome
 from lcmlora import config
 from lcmlora.errors import UserError
 from tasks import dvc
+from tasks.devices import occupied
 from tasks.models import (
     fetch_base,
     pass_gate,
@@ -42,39 +43,32 @@ from tasks.models import (
     register_release,
 )
 from tasks.processes import Processes
+from tasks.retrying import networked
 
 STAGES = ("encode", "reference", "distill", "evaluate")  # of a model, in order; `prepare` is shared
 
-
-@dataclass
-class Outcome:
-    """What became of one model."""
-
-    model: str
-    ran: list[dvc.StageResult] = field(default_factory=list)
-    fresh: list[str] = field(default_factory=list)
-    figures: dict[str, Any] | None = None
-    champion: str | None = None  # that the gate compared with
-    gate_failures: list[str] | None = None
-    version: str | None = None
-    created: bool = False
-    uri: str | None = None
-    errors: list[str] = field(default_factory=list)
+Models = Annotated[
+    list[str] | None, Field(min_length=1, description="Names under `models` in params.yaml; all of them if left out.")
+]
 
 
 @flow(name="retrain")
 def retrain(
-    models: list[str] | None = None,
-    force: bool = False,
-    publish: bool = True,
-    promote: bool = True,
-    to: str | None = None,
+    models: Models = None,
+    force: Annotated[bool, Field(description="Run every stage, stale or not.")] = False,
+    publish: Annotated[bool, Field(description="Publish the releases.")] = True,
+    promote: Annotated[bool, Field(description="Give a version that passed the gate the alias.")] = True,
+    to: Annotated[
+        str | None, Field(description="Where releases go instead of `publish.to`: a directory or s3://bucket/prefix.")
+    ] = None,
     params: str = "params.yaml",
 ) -> State:
     """Brings every model up to date: stale stages, gate, registered version, published release, alias.
 
-    Ends as Completed, as UpToDate where nothing was stale, or as Failed where a model failed; the others are finished
-    all the same. Run it in the project's folder.
+    Several models go side by side, but what trains or draws goes one at a time, under the GPU limit. Ends as Failed
+    where a model failed, the others being finished all the same; else as Rejected, Promoted, Registered, Reproduced
+    (stages ran and gave an adapter that is known) or UpToDate, whichever of the models' ends comes first in this list.
+    Run it in the project's folder.
 
     Args:
         models: names under `models` in params.yaml; all of them if left out.
@@ -85,27 +79,38 @@ def retrain(
         params: the settings of everything outside DVC; the stages read the params.yaml beside dvc.yaml.
     """
     began = time.monotonic()
-    settings = config.load(Path(params))
+    try:
+        settings = config.load(Path(params))
+        found = [Outcome(model) for model in choose(settings, models)]
+    except UserError as error:
+        return Failed(message=str(error))
     if to is not None:
         settings = settings.model_copy(update={"publish": settings.publish.model_copy(update={"to": to})})
-    outcomes = [Outcome(model) for model in choose(settings, models)]
-    with Processes() as processes:
-        _run_stages(outcomes, settings, force, processes)
-        for outcome in outcomes:
+    workers = concurrent.futures.ThreadPoolExecutor(max_workers=settings.flow.models_at_once)
+    # Left in this order: a flow that is told to end first ends the processes that its threads wait for.
+    with workers, Processes(several=len(found) > 1) as processes:
+        work = _prepare(found, settings, force, processes)
+        done = []
+        for outcome in found:
             if not outcome.errors:
-                _release(outcome, settings, publish, promote, processes)
-        _share(outcomes, processes)
+                context = contextvars.copy_context()  # by which Prefect knows whose tasks a thread runs
+                task = partial(_bring_up, outcome, settings, work, publish, promote, processes)
+                done.append(workers.submit(context.run, task))
+        for each in done:
+            each.result()
+        with _noting(*found):
+            if dvc.is_shared(work.remote):
+                # Also where nothing ran: the last run may have been killed before it came here.
+                networked(dvc.push, settings)(processes)
 
-    idle = not any(outcome.ran or outcome.created or outcome.errors for outcome in outcomes)
-    total = f"{'nothing was stale, ' if idle else ''}{time.monotonic() - began:.0f} s"
-    rows = [(outcome.model, *row) for outcome in outcomes for row in _rows(outcome, settings.gate.steps)]
-    _print_table(rows, total)
-    lines = "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
-    create_markdown_artifact(f"| model | | |\n|---|---|---|\n{lines}\n\n{total}", key="retrain")
-    failed = [f"{outcome.model}: {error}" for outcome in outcomes for error in outcome.errors]
-    if failed:
-        return Failed(message="\n".join(failed))
-    return Completed(name="UpToDate" if idle else "Completed", message=total)
+    end = outcomes.end(found)
+    total = f"{'nothing was stale, ' if end == 'UpToDate' else ''}{time.monotonic() - began:.0f} s"
+    lines = [(outcome.model, *row) for outcome in found for row in outcomes.rows(outcome, settings.gate.steps)]
+    outcomes.print_table(lines, total)
+    outcomes.leave_artifacts(found, settings, total)
+    if end == "Failed":
+        return Failed(message="\n".join(f"{o.model}: {error}" for o in found for error in o.errors))
+    return Completed(name=end, message=f"{'; '.join(outcome.line for outcome in found)}; {total}")
 
 
 def stages_of(model: str, settings: config.Config) -> list[str]:
@@ -117,35 +122,68 @@ def stages_of(model: str, settings: config.Config) -> list[str]:
     return [*names, *([f"study@{model}"] if studied else []), f"package@{model}"]
 
 
-def _run_stages(outcomes: list[Outcome], settings: config.Config, force: bool, processes: Processes) -> None:
+@dataclass(frozen=True)
+class _Work:
+    """What there is to do, as it was found before the models part."""
+
+    due: set[str]  # stages
+    force: bool
+    remote: str | None  # DVC's default one
+    prepared: bool  # `prepare` ran, so that all that follows may be stale
+
+    @property
+    def pull(self) -> bool:
+        """Whether outputs may be had from the remote instead of computing them."""
+        return self.remote is not None
+
+
+def _prepare(found: list[Outcome], settings: config.Config, force: bool, processes: Processes) -> _Work:
+    """Asks what is stale, fetches the bases that need it, and runs the stage that all models share."""
+    names = {outcome.model: stages_of(outcome.model, settings) for outcome in found}
     due: set[str] = set()
-    pull = prepared = False
-    names = {outcome.model: stages_of(outcome.model, settings) for outcome in outcomes}
-    with _noting(*outcomes):
+    remote, prepared = None, False
+    with _noting(*found):
         everything = ["prepare", *(name for own in names.values() for name in own)]
         due = set(everything) if force else dvc.stale(everything, processes)
-        pull = bool(due) and dvc.default_remote(processes) is not None
-    if any(outcome.errors for outcome in outcomes):
-        return
-    for outcome in outcomes:
+        remote = dvc.default_remote()
+    for outcome in found:
         # A base is a dependency and its revision a parameter, so one that has to be fetched anew is among what is due.
-        if due & {"prepare", *names[outcome.model]}:
+        if not outcome.errors and due & {"prepare", *names[outcome.model]}:
             with _noting(outcome):
-                fetch_base(outcome.model, settings)
-    with _noting(*outcomes):
-        prepared = _run("prepare", "prepare" in due, outcomes, processes, force, pull)
-    for outcome in outcomes:
-        if outcome.errors:
-            continue
-        with _noting(outcome):
-            stale = changed = prepared
-            for name in names[outcome.model]:
-                # What follows a stale stage may be stale when its turn comes; what precedes the first one is not.
-                stale = stale or name in due
+                networked(fetch_base, settings)(outcome.model, settings)
+    going = [outcome for outcome in found if not outcome.errors]
+    with _noting(*going):
+        if going and "prepare" in due:
+            prepared = _run("prepare", going, settings, force, remote is not None, processes)
+        else:
+            for outcome in going:
+                outcome.fresh.append("prepare")
+    return _Work(due, force, remote, prepared)
+
+
+def _bring_up(
+    outcome: Outcome, settings: config.Config, work: _Work, publish: bool, promote: bool, processes: Processes
+) -> None:
+    """Takes one model through its stages and out of the house."""
+    with _noting(outcome):
+        names = stages_of(outcome.model, settings)
+        # What follows a stale stage may be stale when its turn comes; what precedes the first one is not.
+        first = next((n for n, name in enumerate(names) if name in work.due or work.prepared), len(names))
+        outcome.fresh += names[:first]
+        trains = [name for name in names[first:] if dvc.needs_device(name)]
+        changed = work.prepared
+        # From the first to the last: of many models one is finished before the next one starts.
+        with occupied(settings.flow.limit, processes) if trains else contextlib.nullcontext():
+            for name in trains:
                 examined = name.startswith("distill@") and _has_gpu(settings.distill_for(outcome.model))
-                if examined and (changed or name in due):
-                    dvc.examine(outcome.model, processes)
-                changed = _run(name, stale, [outcome], processes, force, pull)
+                if examined and (changed or name in work.due):
+                    dvc.examine(outcome.model, processes, settings)
+                changed = _run(name, [outcome], settings, work.force, work.pull, processes)
+        for name in names[first:]:
+            if name not in trains:
+                _run(name, [outcome], settings, work.force, work.pull, processes)
+        _release(outcome, settings, publish, promote, processes)
+    get_run_logger().info("%s", outcome.line, extra={"model": outcome.model, "mlflow_run": outcome.run_id})
 
 
 def _has_gpu(distill: config.Distill) -> bool:
@@ -153,53 +191,44 @@ def _has_gpu(distill: config.Distill) -> bool:
     return distill.device == "cuda" or (distill.device == "auto" and shutil.which("nvidia-smi") is not None)
 
 
-def _run(name: str, due: bool, outcomes: list[Outcome], processes: Processes, force: bool, pull: bool) -> bool:
-    """Runs a stage that is due, writes down what became of it, and returns whether it ran."""
-    result = dvc.run_stage(name, processes, force, pull) if due else None
+def _run(
+    name: str, outcomes: list[Outcome], settings: config.Config, force: bool, pull: bool, processes: Processes
+) -> bool:
+    """Runs a stage if DVC finds it stale, writes down what became of it, and returns whether it ran."""
+    result = dvc.run_stage(name, processes, settings, force, pull)
     for outcome in outcomes:
-        if result and result.ran:
+        if result.ran:
             outcome.ran.append(result)
         else:
             outcome.fresh.append(name)
-    return bool(result and result.ran)
+    return result.ran
 
 
 def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: bool, processes: Processes) -> None:
     """Gate, publication, registration, promotion; an unreachable bucket does not keep a version from the registry."""
     model = outcome.model
+    outcome.figures = read_metrics(model)
+    # Released although the registry is out of reach: nothing is lost, and the next run registers it.
     with _noting(outcome):
-        outcome.figures = read_metrics(model)
-        # Released although the registry is out of reach: nothing is lost, and the next run registers it.
+        champion = networked(read_champion, settings)(model, outcome.figures, settings, processes)
+        outcome.champion = champion.reference if champion else None
+        outcome.gate_failures = pass_gate(model, outcome.figures, champion, settings)
+    if publish:
         with _noting(outcome):
-            champion = read_champion(model, outcome.figures, settings, processes)
-            outcome.champion = champion.reference if champion else None
-            outcome.gate_failures = pass_gate(model, outcome.figures, champion, settings)
-        if publish:
-            with _noting(outcome):
-                outcome.uri = publish_release(model, settings)
-        if outcome.gate_failures is None:
-            return
-        registered = register_release(model, settings, outcome.uri, outcome.gate_failures)
-        outcome.version = f"{registered.name}/{registered.version}"
-        outcome.created = registered.created
-        aliases = set(registered.aliases)
-        # A version that was promoted before and is not champion now was rolled back by a person.
-        if promote and not outcome.gate_failures and not registered.promoted:
-            promote_version(model, registered, settings)
-            aliases.add(settings.registry.alias)
-        outcome.version += "".join(f" @{alias}" for alias in sorted(aliases))
-        if promote and settings.registry.alias in aliases and outcome.uri:
-            point_channel(model, registered.sha256, settings)
-
-
-def _share(outcomes: list[Outcome], processes: Processes) -> None:
-    """Sends to the DVC remote that others read, where there is one, what is not there yet.
-
-    Also where nothing ran: the last run may have been killed before it came here.
-    """
-    with _noting(*outcomes):
-        if dvc.is_shared(dvc.default_remote(processes)):
-            dvc.push(processes)
+            outcome.uri = networked(publish_release, settings)(model, settings)
+    if outcome.gate_failures is None:
+        return
+    registered = networked(register_release, settings)(model, settings, outcome.uri, outcome.gate_failures)
+    outcome.version, outcome.run_id = f"{registered.name}/{registered.version}", registered.run_id
+    outcome.created, outcome.aliases = registered.created, list(registered.aliases)
+    alias = settings.registry.alias
+    # A version that was promoted before and is not champion now was rolled back by a person.
+    if promote and not outcome.gate_failures and not registered.promoted:
+        networked(promote_version, settings)(model, registered, settings)
+        outcome.promoted = True
+        outcome.aliases = sorted({*outcome.aliases, alias})
+    if promote and alias in outcome.aliases and outcome.uri:
+        networked(point_channel, settings)(model, registered.sha256, settings)
 
 
 @contextlib.contextmanager
@@ -213,61 +242,3 @@ def _noting(*outcomes: Outcome) -> Iterator[None]:
         line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         for outcome in outcomes:
             outcome.errors.append(line)
-
-
-def _rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
-    """Returns what a person wants to know of a model, in pairs."""
-
-    def short(stage: str) -> str:
-        return stage.replace(f"@{outcome.model}", "")
-
-    rows = [("ran", ", ".join(f"{short(r.stage)} {r.seconds:.0f} s" for r in outcome.ran) or "nothing")]
-    rows += [("up to date", ", ".join(map(short, outcome.fresh)))] if outcome.fresh else []
-    if outcome.figures is not None:
-        rows += _figures(outcome.figures, gate_steps)
-    if outcome.gate_failures is not None:
-        passed = "passed" + (f", compared with {outcome.champion}" if outcome.champion else "")
-        rows += [("gate", f"failed: {line}") for line in outcome.gate_failures] or [("gate", passed)]
-    if outcome.version:
-        rows.append(("version", outcome.version + (" (new)" if outcome.created else "")))
-    if outcome.uri:
-        rows.append(("release", _relative(outcome.uri)))
-    elif outcome.figures is not None:
-        rows.append(("release", f"release/{outcome.model}, not published"))
-    return rows + [("error", error) for error in outcome.errors]
-
-
-def _figures(figures: dict[str, Any], gate_steps: int) -> list[tuple[str, str]]:
-    """Returns the student's excess beside the best solver's at equal network evaluations, and the retrieval."""
-    rows = []
-    excess, retrieval = figures["excess"], figures["retrieval"]
-    for steps in sorted({2, gate_steps}):
-        rivals = [n for n in excess if "@" in n and not n.startswith(("student", "teacher"))]
-        rivals = [n for n in rivals if figures["network_evaluations"][n] == steps]
-        best = min(rivals, key=excess.__getitem__, default=None)
-        if f"student@{steps}" in excess:
-            beside = f", best solver {excess[best]:.1f} ({best})" if best else ", no solver"
-            rows.append((f"excess at {steps} evaluations", f"student {excess[f'student@{steps}']:.1f}{beside}"))
-    known = [name for name in (f"student@{gate_steps}", *retrieval) if name in retrieval]
-    shown = [name for name in dict.fromkeys(known) if name.startswith(("teacher", f"student@{gate_steps}"))]
-    return [*rows, ("retrieval@1", ", ".join(f"{name} {retrieval[name]:.3f}" for name in shown))]
-
-
-def _relative(uri: str) -> str:
-    """Returns a path for what lies below the current folder, the address as it is otherwise."""
-    path = Path(urlparse(uri).path)
-    return str(path.relative_to(Path.cwd())) if uri.startswith("file:") and path.is_relative_to(Path.cwd()) else uri
-
-
-def _print_table(rows: list[tuple[str, str, str]], total: str) -> None:
-    table = Table(show_header=False, caption=total)
-    table.add_column(style="bold")
-    table.add_column()
-    table.add_column(overflow="fold")
-    for number, (model, what, value) in enumerate(rows):
-        first = number == 0 or rows[number - 1][0] != model
-        if first and number:
-            table.add_section()
-        table.add_row(model if first else "", what, value)
-    # No markup: a path in brackets is no style.
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, markup=False, highlight=False).print(table)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lcmlora import lora, singlefile
 from lcmlora.config import Base
-from lcmlora.errors import UserError
+from lcmlora.errors import Unavailable, UserError
 from lcmlora.files import sha256_folder
 
 # What a UNet is given besides latents and timestep: `encoder_hidden_states` (B, T, C) and, for the SDXL family,
@@ -43,7 +43,8 @@ def fetch(name: str, base: Base, root: Path = Path("bases")) -> Path:
 
     Raises:
         UserError: a hub id without revision, a folder without the parts of a pipeline, a file that is no checkpoint
-            of this family, or an unreachable hub.
+            of this family, or what the hub does not know or does not let this user have.
+        Unavailable: the hub does not answer.
     """
     target = root / name
     source = Path(base.source)
@@ -84,10 +85,22 @@ def fetch(name: str, base: Base, root: Path = Path("bases")) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"bases.{name}: cannot download {base.source} at {base.revision}: {reason}") from error
+        kind = Unavailable if _is_passing(error) else UserError
+        raise kind(f"bases.{name}: cannot download {base.source} at {base.revision}: {reason}") from error
     check_folder(target)
     marker.write_text(wanted)
     return target
+
+
+def _is_passing(error: Exception) -> bool:
+    """Returns whether a download may succeed later: the hub did not answer, or was busy."""
+    from httpx2 import TransportError  # the hub's own client
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and (error.response.status_code == 429 or error.response.status_code >= 500)
+    # What the hub does not know is one of its HTTP errors; with this one no connection came about.
+    return isinstance(error, ConnectionError | TimeoutError | TransportError | LocalEntryNotFoundError)
 
 
 def _is_local(place: str) -> bool:

@@ -24,6 +24,7 @@ _GOLDEN = 0.6180339887498949
 class Batch:
     """Samples and all their randomness, on the device."""
 
+    places: range  # in the stream
     z: Tensor  # (B, C, h, w) clean latents, drawn anew from the VAE's posterior
     noise: Tensor  # (B, C, h, w)
     index: Tensor  # (B,) int64, rows of the solver's grid
@@ -127,6 +128,7 @@ class Batches:
         for name, value in self._unconditional.items():
             conditioning[name][empty] = value.to(conditioning[name].device)
         batch = Batch(
+            places=positions,
             z=mean + (0.5 * logvar).exp() * spread,
             noise=noise,
             index=(even * self._grid).long(),
@@ -134,5 +136,5 @@ class Batches:
             u=u[:, 2:],
             conditioning=conditioning,
         )
-        moved = {name: value.to(self._device) for name, value in vars(batch).items() if name != "conditioning"}
-        return Batch(**moved, conditioning={k: v.to(self._device) for k, v in conditioning.items()})
+        moved = {name: value.to(self._device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+        return Batch(positions, **moved, conditioning={k: v.to(self._device) for k, v in conditioning.items()})

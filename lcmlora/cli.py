@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -130,15 +131,24 @@ def prepare(context: typer.Context) -> None:
 
 @app.command()
 def encode(context: typer.Context, model: Model) -> None:
-    """Encode the training pictures and captions into the latent cache of one base.
+    """Encode the training pictures and captions into the latent cache of one base; a killed run goes on.
 
     Example: lcmlora encode emoji
     """
     config = _configure(context)
+    settings, launch = config.encode_for(model), config.launch_for(model)
+    from lcmlora import ranks
+
+    if launch.processes * launch.machines > 1 and not ranks.launched():
+        raise SystemExit(ranks.launch(launch, "lcmlora.cli", sys.argv[1:]))
+    with ranks.connected(settings.device) as place:
+        _encode(config, model, settings, place)
+
+
+def _encode(config, model: str, settings, place) -> None:  # type: ignore[no-untyped-def]
     from lcmlora import bases
     from lcmlora.data import cache
 
-    settings = config.encode_for(model)
     device = bases.pick_device(settings.device)
     base = bases.load(
         model,
@@ -148,7 +158,8 @@ def encode(context: typer.Context, model: Model) -> None:
         dtype=bases.pick_dtype("auto", device),
         parts=("vae", "text"),
     )
-    cache.encode(base, config.data, settings, Path("data/pictures"), _scratch("encode"), Path("data/latents", model))
+    out = Path("data/latents", model)
+    cache.encode(base, config.data, settings, Path("data/pictures"), _scratch("encode"), out, place)
 
 
 @app.command()
@@ -218,6 +229,9 @@ def _distill(config, model: str, settings, place) -> None:  # type: ignore[no-un
             logger=run,
             ranks=place,
             decode=loaded.decode if place.first else None,
+            teacher_cache=(_scratch("teacher"), int(config.teacher_cache_gb * 1e9))
+            if config.teacher_cache_gb
+            else None,
         )
     if place.first:
         checkpoint.discard(scratch)
@@ -328,6 +342,8 @@ app.add_typer(release_verbs.app, name="releases")
 
 def main() -> None:
     """Runs the command line; a UserError is printed as it is and ends with status 2."""
+    for entry in importlib.metadata.entry_points(group="lcmlora.verbs"):
+        app.command(entry.name)(entry.load())
     try:
         app()
     except UserError as error:

@@ -82,7 +82,7 @@ class Encode(Strict):
 
     batch: Positive
     shard_mb: Positive = 256
-    text_cache_mb: Positive = 2000  # above this the cache keeps token ids only
+    text_cache_mb: Positive = 2000  # of distinct captions; more is refused
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -255,6 +255,21 @@ class Publish(Strict):
         return self
 
 
+class Flow(Strict):
+    """How the Prefect flows run all this. No result depends on it."""
+
+    gpu_limit: str = "gpu"  # Prefect's concurrency limit that whatever trains or draws holds, one at a time
+    models_at_once: Positive = 4
+    retries: Annotated[int, Field(ge=0)] = 3  # of what needs the network
+    retry_seconds: Annotated[float, Field(gt=0)] = 5.0  # before the first retry, doubled for each further one
+    timeout_hours: Annotated[float, Field(gt=0)] = 72.0  # of a stage
+
+    @property
+    def limit(self) -> str:
+        """The limit's name; LCMLORA_GPU_LIMIT, which a worker with GPUs of its own sets, goes before `gpu_limit`."""
+        return os.environ.get("LCMLORA_GPU_LIMIT") or self.gpu_limit
+
+
 class Base(Strict):
     """A base model. Only what differs between bases and cannot be read from its own folder."""
 
@@ -292,11 +307,13 @@ class Config(Strict):
     data: Data
     encode: Encode
     launch: Launch = Launch()
+    teacher_cache_gb: Annotated[float, Field(ge=0)] = 0.0  # of disk, for each model (lcmlora/teacher_cache.py)
     distill: Distill
     evaluation: Evaluation
     gate: Gate
     registry: Registry
     publish: Publish
+    flow: Flow = Flow()
     bases: dict[str, Base]
     style: Tuning | None = None
     styles: dict[str, Variation] = {}
@@ -398,6 +415,7 @@ def load(path: Path = Path("params.yaml")) -> Config:
     """Returns the configuration in `path`.
 
     MLFLOW_TRACKING_URI goes before `registry.tracking_uri`: an address with a password does not belong into a file.
+    LCMLORA_PUBLISH_TO goes before `publish.to`, so that `make up` can lead to the bucket that it serves.
 
     Raises:
         UserError: the file is missing, is not YAML, or holds a key or value that does not fit.
@@ -412,6 +430,8 @@ def load(path: Path = Path("params.yaml")) -> Config:
         raise UserError(f"{path}: expected a mapping of settings, got {type(raw).__name__}")
     if (uri := os.environ.get("MLFLOW_TRACKING_URI")) and isinstance(raw.get("registry"), dict):
         raw["registry"]["tracking_uri"] = uri
+    if (to := os.environ.get("LCMLORA_PUBLISH_TO")) and isinstance(raw.get("publish"), dict):
+        raw["publish"]["to"] = to
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:

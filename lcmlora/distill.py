@@ -22,7 +22,7 @@ from torch import Tensor
 from lcmlora import diffusion, lora, objectives
 from lcmlora.bases import Conditioning, LoadedBase, unet_forward
 from lcmlora.batches import Batch, Batches, split
-from lcmlora.config import Distill
+from lcmlora.config import Distill, digest
 from lcmlora.data.cache import LatentCache
 from lcmlora.errors import UserError
 from lcmlora.execution import AdapterCheck, compiled, recompute
@@ -30,6 +30,7 @@ from lcmlora.files import atomic_folder, write_json
 from lcmlora.objectives import Objective, Prediction, pseudo_huber
 from lcmlora.optimization import Optimization
 from lcmlora.ranks import Ranks
+from lcmlora.teacher_cache import TeacherCache
 from lcmlora.training import Logger, train
 from lcmlora.validation import Validation
 
@@ -37,30 +38,56 @@ from lcmlora.validation import Validation
 class Teacher:
     """The base with its adapter off, taking one guided DDIM step on a grid whose every step has its loss weight."""
 
-    def __init__(self, base: LoadedBase, unconditional: Conditioning, settings: Distill) -> None:
-        self._base = base
+    def __init__(
+        self, base: LoadedBase, unconditional: Conditioning, settings: Distill, cache: TeacherCache | None = None
+    ) -> None:
+        """Args:
+        cache: what was said of samples before.
+        """
+        self._base, self._cache = base, cache
         self._unconditional = {k: v.to(base.device) for k, v in unconditional.items()}
         upper, lower = diffusion.ddim_grid(len(base.alphas_cumprod), settings.grid)
         self.t, self.t_prev = upper.to(base.device), lower.to(base.device)
         self.weight = diffusion.loss_weights(base.alphas_cumprod, self.t, settings.weighting)
 
     @torch.no_grad()
-    def step(self, x: Tensor, t: Tensor, t_prev: Tensor, w: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns zhat_{t_n} (B, C, h, w): the DDIM step from t to t_prev with guidance w (B,)."""
+    def step(
+        self,
+        x: Tensor,
+        t: Tensor,
+        t_prev: Tensor,
+        w: Tensor,
+        conditioning: Conditioning,
+        places: range | None = None,
+    ) -> Tensor:
+        """Returns zhat_{t_n} (B, C, h, w): the DDIM step from t to t_prev with guidance w (B,).
+
+        Args:
+            places: in the stream, where x is the noisy state that belongs to them.
+        """
         base = self._base
+        guided = diffusion.guide(*self._outputs(x, t, conditioning, places), w)
+        alpha, sigma = diffusion.alpha_sigma(base.alphas_cumprod, t)
+        x0 = diffusion.predicted_x0(guided, x, alpha, sigma, base.prediction_type)
+        noise = diffusion.predicted_noise(guided, x, alpha, sigma, base.prediction_type)
+        return diffusion.ddim_step(x0, noise, *diffusion.alpha_sigma(base.alphas_cumprod, t_prev))
+
+    def _outputs(self, x: Tensor, t: Tensor, conditioning: Conditioning, places: range | None) -> tuple[Tensor, Tensor]:
+        """Returns the conditional and the unconditional output, both (B, C, h, w) fp32."""
+        if self._cache and places and (known := self._cache.read(places)):
+            conditional, unconditional = (output.to(x.device).float() for output in known)
+            return conditional, unconditional
         both = {
             # The unconditional pass keeps the picture's own micro-conditioning.
             k: torch.cat([v, v if k == "time_ids" else self._unconditional[k].expand_as(v)])
             for k, v in conditioning.items()
         }
-        with lora.disabled(base.unet):
-            output = unet_forward(base.unet, torch.cat([x, x]), torch.cat([t, t]), both)
+        with lora.disabled(self._base.unet):
+            output = unet_forward(self._base.unet, torch.cat([x, x]), torch.cat([t, t]), both)
         conditional, unconditional = output.chunk(2)
-        guided = diffusion.guide(conditional, unconditional, w)
-        alpha, sigma = diffusion.alpha_sigma(base.alphas_cumprod, t)
-        x0 = diffusion.predicted_x0(guided, x, alpha, sigma, base.prediction_type)
-        noise = diffusion.predicted_noise(guided, x, alpha, sigma, base.prediction_type)
-        return diffusion.ddim_step(x0, noise, *diffusion.alpha_sigma(base.alphas_cumprod, t_prev))
+        if self._cache and places:
+            self._cache.write(places, conditional, unconditional)
+        return conditional, unconditional
 
 
 def samples(
@@ -74,9 +101,15 @@ def samples(
 class Distillation:
     """One frozen base in its roles, and what is asked of the student."""
 
-    def __init__(self, base: LoadedBase, unconditional: Conditioning, settings: Distill) -> None:
+    def __init__(
+        self,
+        base: LoadedBase,
+        unconditional: Conditioning,
+        settings: Distill,
+        teacher_cache: TeacherCache | None = None,
+    ) -> None:
         self.base = base
-        self.teacher = Teacher(base, unconditional, settings)
+        self.teacher = Teacher(base, unconditional, settings, teacher_cache)
         self.objective: Objective = objectives.make(settings, base.alphas_cumprod)
         self._huber_c = settings.huber_c
         self._averaged_target = settings.target == "ema"
@@ -104,7 +137,7 @@ class Distillation:
         """
         t, t_prev = self.teacher.t[batch.index], self.teacher.t_prev[batch.index]
         x = self.noisy(batch, batch.index)
-        x_prev = self.teacher.step(x, t, t_prev, batch.w, batch.conditioning)
+        x_prev = self.teacher.step(x, t, t_prev, batch.w, batch.conditioning, batch.places)
         s = self.objective.destination(batch.index, batch.u)
         # The target first: what the student's forward keeps for the backward pass must not change any more.
         averaged = optimization.averaged() if optimization and self._averaged_target else contextlib.nullcontext()
@@ -126,6 +159,7 @@ def distill(
     logger: Logger,
     ranks: Ranks | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
+    teacher_cache: tuple[Path, int] | None = None,
 ) -> dict[str, Any]:
     """Trains the adapter and writes the folder `out`; returns its config.json.
 
@@ -137,6 +171,8 @@ def distill(
         identity: what config.json says of the base.
         run: where the figures are logged, written to run.json.
         decode: latents to pictures in [0, 1], for the validation pictures; without it there are none.
+        teacher_cache: a folder, the same for many runs, and the bytes that it may hold of what the teacher says of
+            the samples of this one.
 
     Raises:
         UserError: the cache was made for other latents or holds less than a batch, the loss is not finite ten times in
@@ -158,7 +194,8 @@ def distill(
     probe = _probe(base, batches.at(range(-2, 0), rows[:1].expand(2)))
     check = AdapterCheck(base, *probe)
     optimization = equip(base, settings, ranks)
-    distillation = Distillation(base, unconditional, settings)
+    remembered = teacher_cache and _teacher_cache(*teacher_cache, base, cache, settings, batches, identity)
+    distillation = Distillation(base, unconditional, settings, remembered or None)
 
     check.teacher(compiled=settings.compile)
     state = train(
@@ -204,6 +241,28 @@ def distill(
             _save_probe(base, probe, folder / "probe.safetensors")
     ranks.wait()
     return facts
+
+
+def _teacher_cache(
+    folder: Path,
+    limit: int,
+    base: LoadedBase,
+    cache: LatentCache,
+    settings: Distill,
+    batches: Batches,
+    identity: dict[str, Any],
+) -> TeacherCache:
+    """Returns the cache of all runs to which the teacher says the same, to the bit, of the same samples."""
+    decisive = ("seed", "grid", "empty_prompts", "validation_pictures", "compile")
+    key = digest(
+        settings.model_dump(include=set(decisive)),
+        identity,
+        cache.digest,
+        # What else decides how a pass is rounded.
+        {"dtype": str(base.dtype), "device": base.device.type, "rows": batches.size} | versions(),
+    )
+    places = settings.steps * settings.batch
+    return TeacherCache(folder / f"{base.name}-{key[:12]}", base.latent_shape, base.dtype, places, limit)
 
 
 def _file_dtype(base: LoadedBase) -> torch.dtype:

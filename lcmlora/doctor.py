@@ -83,7 +83,7 @@ def examine(base: LoadedBase, cache: LatentCache, settings: Distill, launch: Lau
     trials = _trials(distillation, optimization, cache, rows, share)
     best = min((trial for trial in trials if trial.seconds), key=lambda trial: trial.seconds or 0.0)
 
-    base.unet.disable_gradient_checkpointing()
+    recompute(base.unet, "none")
     began = _now(base.device)
     size = max(1, share.batch // settings.accumulate)
     validation = Validation(distillation, cache, held, share, size, base.decode)
@@ -130,7 +130,6 @@ def _trials(
 
     def attempt(trial: Trial) -> Trial:
         tried = settings.model_copy(update={"accumulate": trial.accumulate, "checkpointing": trial.checkpointing})
-        base.unet.disable_gradient_checkpointing()
         recompute(base.unet, trial.checkpointing)
         batches = samples(cache, rows, tried, device)
         _forget(device)

@@ -1,4 +1,4 @@
-"""The one exception of this package that is meant for the person who runs it."""
+"""The exceptions of this package that are meant for the person who runs it."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the line without a traceback and exits with status 2.
     """
+
+
+class Unavailable(UserError):
+    """Something outside could not be reached or did not answer; the same call may succeed later."""

@@ -1,7 +1,8 @@
 """From gradients to the next adapter: optimizer, clipping, loss scale, moving average.
 
-The adapter's weights, its gradient and its average are one flat buffer each, of which the layers' tensors are views.
-Averaging over processes, the norm, the update and the moving average are then one kernel each, however many layers.
+The adapter's weights and its average are one flat buffer each, of which the layers' tensors are views, and so is its
+gradient when a step is taken. Averaging over processes, the norm, the update and the moving average are then one kernel
+each, however many layers.
 """
 
 from __future__ import annotations
@@ -48,19 +49,35 @@ class Optimization:
             total += -(-parameter.numel() // _ALIGN) * _ALIGN
         device = next(iter(parameters.values())).device
         self._weights = nn.Parameter(torch.zeros(total, device=device))
-        self._gradient = torch.zeros(total, device=device)
+        self._parameters, self._starts = list(parameters.values()), starts
         with torch.no_grad():
-            for start, parameter in zip(starts, parameters.values(), strict=True):
-                stop = start + parameter.numel()
-                self._weights[start:stop] = parameter.flatten()
-                parameter.data = self._weights.data[start:stop].view_as(parameter)
-                parameter.grad = self._gradient[start:stop].view_as(parameter)
-        self._weights.grad = self._gradient
+            for view, parameter in zip(self._views(self._weights.data), self._parameters, strict=True):
+                view.copy_(parameter)
+                parameter.data = view
         self._average = self._weights.detach().clone()
         self._optimizer = _optimizer(self._weights, settings)
         self._fused = settings.optimizer == "adamw"
         self._scale = torch.tensor(_FIRST_SCALE, device=device) if scaled else None
         self._growth = torch.zeros((), dtype=torch.int32, device=device)
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """Returns what each parameter's numbers are of a flat buffer."""
+        pairs = zip(self._starts, self._parameters, strict=True)
+        return [flat[start : start + p.numel()].view_as(p) for start, p in pairs]
+
+    def _gather(self) -> Tensor:
+        """Returns the gradients, flat; the parameters then have none.
+
+        There is no buffer for them before: while activations fill the memory, there is none to spare.
+        """
+        gradient = torch.zeros_like(self._weights, requires_grad=False)
+        found = [
+            (v, p.grad) for v, p in zip(self._views(gradient), self._parameters, strict=True) if p.grad is not None
+        ]
+        torch._foreach_copy_([view for view, _ in found], [grad for _, grad in found])
+        for parameter in self._parameters:
+            parameter.grad = None
+        return gradient
 
     def rate(self, step: int) -> float:
         """Linear warm-up, constant, then linear to zero over the last `cooldown` of the steps."""
@@ -81,8 +98,9 @@ class Optimization:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = self.rate(step)
-        self._ranks.add_up(self._gradient)
-        norm = torch.linalg.vector_norm(self._gradient) / self._ranks.size
+        self._weights.grad = gradient = self._gather()
+        self._ranks.add_up(gradient)
+        norm = torch.linalg.vector_norm(gradient) / self._ranks.size
         divisor = torch.ones_like(norm) * self._ranks.size
         if self._scale is not None:
             norm, divisor = norm / self._scale, divisor * self._scale
@@ -94,11 +112,11 @@ class Optimization:
             kernel.grad_scale, kernel.found_inf = divisor, overflow
             self._optimizer.step()
         elif not overflow:
-            self._gradient.div_(divisor)
+            gradient.div_(divisor)
             self._optimizer.step()
         if self._scale is not None:
             torch._amp_update_scale_(self._scale, self._growth, overflow, _GROWTH, _BACKOFF, _INTERVAL)
-        self._gradient.zero_()
+        self._weights.grad = None
         if self._settings.optimizer != "schedule-free":  # which keeps an average of its own
             # Early weights are forgotten quickly, or a short run would average over its start.
             decay = min(self._settings.ema, (1 + step) / (10 + step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -90,3 +91,9 @@ def track(
     """
     count = len(items) if total is None else total  # type: ignore[arg-type]
     return Track(items, label, count, completed, unit, quiet)
+
+
+def parse(line: str) -> tuple[str, int, int] | None:
+    """Returns label, items done and total of a line that `track` wrote to a log; None for any other line."""
+    found = re.match(r"(.+): (\d+)/(\d+)  [\d.]+/s  \S+ s left", line)
+    return (found[1], int(found[2]), int(found[3])) if found else None

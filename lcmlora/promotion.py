@@ -13,7 +13,8 @@ from lcmlora.config import Gate, Registry
 from lcmlora.errors import UserError
 from lcmlora.evaluation import gate as gates
 from lcmlora.events import Event
-from lcmlora.registry import PASSED, Registered, Version, figures, find, read_aliases, resolve, search
+from lcmlora.registration import Registered
+from lcmlora.registry import PASSED, Version, figures, find, read_aliases, resolve, search
 from lcmlora.tracking import connect, reaching, shown
 
 PREVIOUS = "previous"  # the alias of the champion before the present one

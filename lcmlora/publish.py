@@ -164,6 +164,12 @@ def point(model: str, sha256: str, settings: Publish, channel: str = "champion")
     return f"{store.uri}/{name}"
 
 
+def follow(model: str, sha256: str, uri: str, settings: Publish, channel: str = "champion") -> str:
+    """Points the channel beside the release at `uri` at it, which need not lie where releases go now; see `point`."""
+    to = uri.removeprefix("file://").rpartition(f"/{model}/sha256-")[0]
+    return point(model, sha256, settings.model_copy(update={"to": to}), channel)
+
+
 def _usable(store: Store, prefix: str) -> None:
     yanked = published.yanked(store, f"{prefix}/{YANKED}")
     published.refuse_yanked(yanked, f"{store.uri}/{prefix}", "no channel can point to it; take another release")

@@ -73,7 +73,7 @@ def list_versions(
         for version in found
     ]
     titles = ("version", "alias", "gate", f"excess@{steps}", f"retrieval@{steps}", "objective", "sha256", "created")
-    _print_table(titles, rows)
+    print_table(titles, rows)
 
 
 def _figure(version: Version, name: str) -> str:
@@ -101,7 +101,7 @@ def show(context: typer.Context, reference: Reference, as_json: AsJson = False) 
     rows = [(key, str(value)) for key, value in facts.items() if value not in (None, "")]
     rows += [(f"base {key}", str(value)) for key, value in base.items() if value]
     shown = {key: value for key, value in metrics.items() if "student_" in key and "interval" not in key}
-    _print_table(("", version.reference), rows + [(key, f"{value:.4g}") for key, value in sorted(shown.items())])
+    print_table(("", version.reference), rows + [(key, f"{value:.4g}") for key, value in sorted(shown.items())])
     print(f"{len(metrics) - len(shown)} more figures: --json")
 
 
@@ -121,7 +121,7 @@ def compare(context: typer.Context, first: Reference, second: Reference, as_json
         print(json.dumps({"first": one.reference, "second": two.reference, "rows": plain}, indent=2))
         return
     shown = [row for row in rows if row.change != 0 and row.first != row.second]
-    _print_table(
+    print_table(
         ("", one.reference, two.reference, "change"),
         [(row.figure, _short(row.first), _short(row.second), _short(row.change)) for row in shown],
     )
@@ -148,7 +148,7 @@ def history(context: typer.Context, name: Name, as_json: AsJson = False) -> None
         alias = f"@{event.alias}" + (f" (was /{event.former})" if event.former else "") if event.alias else ""
         action = event.action + (" against the gate" if event.override else "")
         rows.append((event.time[:19] + "Z", f"/{event.version}", action, alias, event.who, event.reason or ""))
-    _print_table(("time", "version", "what", "alias", "who", "why"), rows)
+    print_table(("time", "version", "what", "alias", "who", "why"), rows)
 
 
 @app.command()
@@ -208,9 +208,7 @@ def _tell(config: Config, version: Version, as_json: bool) -> None:
     if version.release_uri is None:
         print(f"note: {version.reference} was never published, so no channel was moved", file=sys.stderr)
     else:
-        # The release may lie elsewhere than where params.yaml publishes to now.
-        to = version.release_uri.removeprefix("file://").rpartition(f"/{model}/sha256-")[0]
-        channel = publish.point(model, version.sha256, config.publish.model_copy(update={"to": to}), alias)
+        channel = publish.follow(model, version.sha256, version.release_uri, config.publish, alias)
     if as_json:
         print(json.dumps(version.plain() | {"channel": channel}, indent=2))
     else:
@@ -243,7 +241,8 @@ def _short(value: float | str | None) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value[:40]
 
 
-def _print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints rows below titles on standard output."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lcmlora import progress
 from lcmlora.config import Publish
-from lcmlora.errors import UserError
+from lcmlora.errors import Unavailable, UserError
 from lcmlora.files import atomic_write, sha256_file
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Entry:
 class Store(Protocol):
     """Where releases lie. Names are relative and use slashes; nothing that was created is ever overwritten.
 
-    Every method raises UserError where the store cannot be reached or refuses.
+    Every method raises Unavailable where the store cannot be reached, UserError where it refuses.
     """
 
     uri: str
@@ -317,7 +317,13 @@ class S3Store:
             answers: what error codes that are no errors stand for.
             name: the object, or the beginning of the objects' names, that it is about.
         """
-        from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            ConnectionError,
+            HTTPClientError,
+            IncompleteReadError,
+        )
         from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
         def passes(error: BaseException) -> bool:
@@ -338,10 +344,12 @@ class S3Store:
             if _code(error) in answers:
                 return answers[_code(error)]
             reason = f"{_code(error)} ({error.response['Error'].get('Message') or _status(error)})"
+            kind = Unavailable if passes(error) else UserError
         except BotoCoreError as error:
             reason = " ".join(str(error).split())
+            kind = Unavailable if passes(error) or isinstance(error, ConnectionError) else UserError
         about = f" for {self._prefix}{name}" if self._prefix + name else ""
-        raise UserError(f"{self._place}: {reason}{about}; {self._consequence}")
+        raise kind(f"{self._place}: {reason}{about}; {self._consequence}")
 
 
 def _client(settings: Publish, place: str) -> S3Client:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from lcmlora.config import Registry
-from lcmlora.errors import UserError
+from lcmlora.errors import Unavailable, UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,6 +37,13 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+
+_TRANSPORT = {
+    *(f"requests.{name}" for name in ("ConnectionError", "Timeout", "ChunkedEncodingError", "RetryError")),
+    *(f"urllib3.{name}" for name in ("NewConnectionError", "MaxRetryError", "TimeoutError", "ProtocolError")),
+    *(f"botocore.{name}" for name in ("HTTPClientError", "ConnectionError")),
+}
+_BUSY = (429, 500, 502, 503, 504)  # HTTP
 
 # Of MLflow's own variables, those whose values must not be printed.
 _SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -221,7 +228,12 @@ def connect(settings: Registry) -> Any:
 
 @contextlib.contextmanager
 def reaching(settings: Registry, consequence: str) -> Iterator[None]:
-    """Turns what MLflow and its transports raise into one line with the tracking URI and what follows."""
+    """Turns what MLflow and its transports raise into one line with the tracking URI and what follows.
+
+    Raises:
+        Unavailable: the server or the database did not answer, or was busy.
+        UserError: it did, and refuses.
+    """
     try:
         yield
     except Exception as error:
@@ -233,7 +245,39 @@ def reaching(settings: Registry, consequence: str) -> Iterator[None]:
         reason = (_without_secrets(str(error), uri) or type(error).__name__).splitlines()[0][:300]
         # The original message, which a log may print with the traceback, can hold the address as it is.
         cause = error if _without_secrets(str(error), uri) == str(error) else None
-        raise UserError(f"MLflow at {shown(uri)}: {reason}; {consequence}") from cause
+        kind = Unavailable if _is_passing(error) else UserError
+        raise kind(f"MLflow at {shown(uri)}: {reason}; {consequence}") from cause
+
+
+def _is_passing(error: BaseException | None) -> bool:
+    """Returns whether the same call may succeed later, by the error or by what it came of.
+
+    MLflow wraps what its transport raised, and a database's driver says by its text alone what went wrong.
+    """
+    while error is not None:
+        names = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(error).__mro__}
+        if isinstance(error, ConnectionError | TimeoutError) or names & _TRANSPORT:
+            return True
+        if "sqlalchemy.OperationalError" in names:
+            return not re.search(r"authentication failed|does not exist|unable to open|[Aa]ccess denied", str(error))
+        status = getattr(error, "get_http_status_code", lambda: 0)() if "mlflow.RestException" in names else 0
+        if status in _BUSY:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def page(settings: Registry, run_id: str) -> str | None:
+    """Returns the address of a run in the server's pages; None where there is no server, or it does not answer."""
+    if not settings.tracking_uri.startswith("http"):
+        return None
+    try:
+        with reaching(settings, "no link to the run"):
+            experiment = connect(settings).get_run(run_id).info.experiment_id
+    except UserError:
+        return None
+    address = re.sub(r"://[^/@]*@", "://", settings.tracking_uri.rstrip("/"))
+    return f"{address}/#/experiments/{experiment}/runs/{run_id}"
 
 
 def shown(uri: str) -> str:

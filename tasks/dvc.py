@@ -1,4 +1,4 @@
-"""DVC stages as Prefect tasks: each runs in a process group of its own, which ends when the flow ends."""
+"""DVC stages as Prefect tasks: each command has a supervisor, and ends when the flow ends."""
 
 from __future__ import annotations
 
@@ -8,16 +8,38 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from prefect import task
+from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import State
 
-from lcmlora.errors import UserError
+from lcmlora.config import Config, Flow
+from lcmlora.errors import Unavailable, UserError
+from tasks.devices import held
+from tasks.leftovers import mend
+from tasks.output import told
 from tasks.processes import Command, Processes, python, reason, stream
+from tasks.retrying import failure
+
+_WITHOUT_DEVICE = ("prepare", "package")  # stages that neither train nor draw
 
 
 class StageFailed(UserError):
-    """A stage ended with an error; the message is the stage and the last line that says why."""
+    """A stage ended with an error; the message is the stage and the last line that says why.
+
+    Args:
+        resumable: it was killed or crashed, and may well go on where it was; else it said itself what is wrong.
+    """
+
+    def __init__(self, message: str, *, resumable: bool = False) -> None:
+        super().__init__(message)
+        self.resumable = resumable
+
+
+class NotPushed(StageFailed, Unavailable):
+    """The remote did not get everything."""
 
 
 @dataclass(frozen=True)
@@ -29,21 +51,49 @@ class StageResult:
     seconds: float
 
 
-@task(task_run_name="stage {stage}", cache_policy=NO_CACHE)
-def run_stage(stage: str, processes: Processes, force: bool = False, pull: bool = False) -> StageResult:
-    """Runs one DVC stage if it is stale, its output on standard error.
+def run_stage(
+    stage: str, processes: Processes, settings: Config, force: bool = False, pull: bool = False
+) -> StageResult:
+    """Runs one DVC stage if it is stale; a distillation that was killed or crashed is resumed once.
 
     Args:
+        settings: `flow` says how long a stage may take.
+        force: run it, stale or not.
         pull: ask the default remote for outputs and former runs before computing.
 
     Raises:
         StageFailed: with the stage and the last error line.
     """
+    again = {"retries": 1, "retry_delay_seconds": settings.flow.retry_seconds, "retry_condition_fn": _is_resumable}
+    task = repro.with_options(**again) if stage.startswith("distill@") else repro  # type: ignore[arg-type]
+    return task(stage, processes, settings, force, pull)
+
+
+def needs_device(stage: str) -> bool:
+    """Returns whether the stage trains or draws, so that it is to run where nothing else does (tasks.devices)."""
+    return stage.partition("@")[0] not in _WITHOUT_DEVICE
+
+
+def _is_resumable(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
+    error = failure(state)
+    return isinstance(error, StageFailed) and error.resumable
+
+
+@task(task_run_name="stage {stage}", cache_policy=NO_CACHE)
+def repro(stage: str, processes: Processes, settings: Config, force: bool = False, pull: bool = False) -> StageResult:
+    """Runs one DVC stage once; see `run_stage`."""
     began = time.monotonic()
     options = [*(["--force"] if force else []), *(["--pull"] if pull else [])]
-    status, lines = stream(processes, _dvc("repro", "--single-item", *options, stage))
+    model = stage.partition("@")[2]
+    # A flow that was killed leaves a stage that is ending: DVC does not wait for it, but fails.
+    with held(Path(".dvc/tmp", f"lcmlora-{stage}.lock"), stage, processes):
+        mend()
+        status, lines = _listen(
+            processes, _dvc("repro", "--single-item", *options, stage), stage, model or None, settings.flow
+        )
     if status != 0:
-        raise StageFailed(f"{stage}: {reason(lines) or f'dvc ended with status {status}'}")
+        raise _failed(stage, status, lines)
+    mend()
     ran = any(line.startswith(f"Running stage '{stage}'") for line in lines)
     return StageResult(stage, ran, time.monotonic() - began)
 
@@ -55,12 +105,20 @@ def stale(stages: Sequence[str], processes: Processes) -> set[str]:
     return set(answer) & set(stages)
 
 
-@task(task_run_name="default remote", cache_policy=NO_CACHE)
-def default_remote(processes: Processes) -> str | None:
-    """Returns the address of DVC's default remote, None where there is none."""
-    listed = _ask(processes, ["config", "--list"]).splitlines()
-    settings = dict(line.split("=", 1) for line in listed if "=" in line)
-    return settings.get(f"remote.{settings.get('core.remote')}.url")
+def default_remote() -> str | None:
+    """Returns the address of DVC's default remote, None where there is none.
+
+    Raises:
+        StageFailed: DVC's settings are none.
+    """
+    from dvc.config import Config, ConfigError  # read in this process: a DVC of its own takes a second to start
+
+    try:
+        settings = Config.from_cwd()
+    except ConfigError as error:
+        raise StageFailed(f"dvc config: {' '.join(str(error).split())}") from error
+    remote = settings["remote"].get(settings["core"].get("remote"))
+    return str(remote["url"]) if remote else None
 
 
 def is_shared(remote: str | None) -> bool:
@@ -73,23 +131,45 @@ def push(processes: Processes, jobs: int = 4) -> None:
     """Sends outputs and the run-cache to the default remote, so that another machine restores instead of computing.
 
     Raises:
-        StageFailed: with the last error line. What was sent stays; the next push sends the rest.
+        NotPushed: with the last error line. What was sent stays; the next push sends the rest.
     """
-    status, lines = stream(processes, _dvc("push", "--run-cache", "--jobs", str(jobs)))
+    status, lines = _listen(processes, _dvc("push", "--run-cache", "--jobs", str(jobs)), "push")
     if status != 0:
-        raise StageFailed(f"dvc push: {reason(lines) or f'ended with status {status}'}")
+        raise NotPushed(f"dvc push: {reason(lines, status)}")
 
 
 @task(task_run_name="doctor {model}", cache_policy=NO_CACHE)
-def examine(model: str, processes: Processes) -> None:
+def examine(model: str, processes: Processes, settings: Config) -> None:
     """Tries a step of a model's distillation, so that what cannot work fails before hours are spent.
+
+    For a holder of the device, as the stages that train are.
 
     Raises:
         StageFailed: with the last error line.
     """
-    status, lines = stream(processes, python("lcmlora.cli", "doctor", model))
+    status, lines = _listen(processes, python("lcmlora.cli", "doctor", model), "doctor", model, settings.flow)
     if status != 0:
-        raise StageFailed(f"doctor {model}: {reason(lines) or f'ended with status {status}'}")
+        raise _failed(f"doctor {model}", status, lines)
+
+
+def _listen(
+    processes: Processes, command: Command, stage: str, model: str | None = None, flow: Flow | None = None
+) -> tuple[int, list[str]]:
+    with told(stage, model) as listen:
+        try:
+            timeout = flow.timeout_hours * 3600 if flow else None
+            return stream(processes, command, timeout=timeout, listen=listen, label=stage)
+        except TimeoutError:
+            assert flow is not None
+            raise StageFailed(
+                f"{stage}: was ended, it took longer than {flow.timeout_hours:g} hours (flow.timeout_hours); what it "
+                "did so far is kept where it writes checkpoints"
+            ) from None
+
+
+def _failed(what: str, status: int, lines: Sequence[str]) -> StageFailed:
+    said = any(line.startswith("error: ") for line in lines)
+    return StageFailed(f"{what}: {reason(lines, status)}", resumable=not said)
 
 
 def _dvc(*arguments: str) -> Command:
@@ -98,9 +178,10 @@ def _dvc(*arguments: str) -> Command:
 
 def _ask(processes: Processes, arguments: Sequence[str]) -> str:
     """Returns the standard output of a short DVC command."""
+    mend()
     with processes.start(**_dvc(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         out, err = process.communicate()
     if process.returncode != 0:
-        why = reason((out + err).decode(errors="replace").splitlines())
-        raise StageFailed(f"dvc {arguments[0]}: {why or f'ended with status {process.returncode}'}")
+        why = reason(err.decode(errors="replace").splitlines(), process.returncode)
+        raise StageFailed(f"dvc {arguments[0]}: {why}")
     return out.decode()

@@ -10,8 +10,9 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from lcmlora import config, promotion, publish, registry, release
+from lcmlora import config, promotion, publish, registration, registry, release
 from lcmlora.evaluation import gate
+from tasks.devices import occupied
 from tasks.dvc import StageFailed
 from tasks.processes import Processes, python, reason, stream
 
@@ -54,16 +55,17 @@ def read_champion(
     if gate.incomparable(figures, theirs):
         if champion.base["digest"] != json.loads(Path("adapters", model, "config.json").read_text())["base"]["digest"]:
             return None
-        theirs = _remeasure(model, champion.reference, processes)
+        theirs = _remeasure(model, champion.reference, settings, processes)
     return Champion(champion.reference, theirs)
 
 
-def _remeasure(model: str, reference: str, processes: Processes) -> dict[str, Any]:
+def _remeasure(model: str, reference: str, settings: config.Config, processes: Processes) -> dict[str, Any]:
     out = Path("scratch", "champion", f"{model}.json")
     arguments = ("remeasure", model, "--adapter", f"models:/{reference}", "--out", str(out))
-    status, lines = stream(processes, python("lcmlora.cli", *arguments))
+    with occupied(settings.flow.limit, processes):
+        status, lines = stream(processes, python("lcmlora.cli", *arguments))
     if status != 0:
-        raise StageFailed(f"remeasure {reference}: {reason(lines) or f'ended with status {status}'}")
+        raise StageFailed(f"remeasure {reference}: {reason(lines, status)}")
     figures: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return figures
 
@@ -86,14 +88,14 @@ def publish_release(model: str, settings: config.Config) -> str:
 @task(task_run_name="register {model}", cache_policy=NO_CACHE)
 def register_release(
     model: str, settings: config.Config, uri: str | None, gate_failures: list[str]
-) -> registry.Registered:
+) -> registration.Registered:
     """Returns the version of the release in the registry; idempotent."""
     run = json.loads(Path("adapters", model, "run.json").read_text(encoding="utf-8"))
-    return registry.register(model, settings.registry, Path("release", model), run["run_id"], uri, gate_failures)
+    return registration.register(model, settings.registry, Path("release", model), run["run_id"], uri, gate_failures)
 
 
 @task(task_run_name="promote {model}", cache_policy=NO_CACHE)
-def promote_version(model: str, version: registry.Registered, settings: config.Config) -> str:
+def promote_version(model: str, version: registration.Registered, settings: config.Config) -> str:
     """Moves the configured alias to this version and returns the reference by which it is now found."""
     return promotion.assign(version, settings.registry, reason="passed the gate")
 

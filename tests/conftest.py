@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,23 @@ from tests.data.conftest import add, data_in, picture
 from tests.distillation import load_parts
 from tests.miniature import RESOLUTION, save_base
 
+ROOT = Path(__file__).parent
+
 torch.set_num_threads(1)
+
+# A shell that knows the servers of `make up` must not lead the tests to them.
+for _name in ("LCMLORA_GPU_LIMIT", "LCMLORA_PUBLISH_TO", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+    os.environ.pop(_name, None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of many test processes one starts the Prefect server of the flows' tests, one the servers of the integration
+    tests, and both start with them, for they take longest; the other files are dealt out whole."""
+    rooms = [ROOT / "flows", ROOT / "integration"]
+    items.sort(key=lambda item: not any(room in item.path.parents for room in rooms))
+    for item in items:
+        room = next((room for room in rooms if room in item.path.parents), item.path)
+        item.add_marker(pytest.mark.xdist_group(str(room)))
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,10 @@ def _lora_names(pipeline: DiffusionPipeline, bare: dict[str, torch.Tensor]) -> l
     return [n.replace(".default_0.", ".lcm.") for n in pipeline.unet.state_dict() if "lora_A" in n and n not in bare]
 
 
-@pytest.mark.parametrize("model", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "model",
+    ["sd15", "sdxl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd2", "ssd1b"))],
+)
 def test_a_miniature_goes_from_pictures_to_a_release_that_plain_diffusers_loads(
     miniatures: Callable[[str], Path],
     tmp_path: Path,

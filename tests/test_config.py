@@ -87,3 +87,14 @@ def test_equal_settings_have_equal_digests_and_others_have_not(tmp_path: Path):
     assert config.digest(one) == config.digest(_load(tmp_path).distill)
     assert config.digest(one) != config.digest(two)
     assert config.digest({"a": 1, "b": 2}) == config.digest({"b": 2, "a": 1})
+
+
+def test_addresses_in_the_environment_go_before_those_of_the_file(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    monkeypatch.setenv("LCMLORA_PUBLISH_TO", "s3://lcmlora/releases")
+    monkeypatch.setenv("LCMLORA_GPU_LIMIT", "gpu-b")
+    loaded = config.load(Path(__file__).parents[1] / "params.yaml")
+    found = (loaded.registry.tracking_uri, loaded.publish.to, loaded.flow.limit)
+    assert found == ("http://127.0.0.1:5000", "s3://lcmlora/releases", "gpu-b")
+    monkeypatch.delenv("LCMLORA_GPU_LIMIT")
+    assert loaded.flow.limit == loaded.flow.gpu_limit == "gpu"

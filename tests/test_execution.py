@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -39,9 +41,13 @@ def test_a_student_that_training_has_not_changed_is_refused(base: LoadedBase):
     check.student()
 
 
-def test_a_compiled_unet_is_teacher_and_student_as_the_eager_one_is(base: LoadedBase):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_unet_is_teacher_and_student_as_the_eager_one_is(
+    base: LoadedBase, backend: str, monkeypatch: pytest.MonkeyPatch
+):
     check = AdapterCheck(base, *_inputs())
     _inject(base, strength=0.1)
+    monkeypatch.setattr(base.unet, "compile", partial(base.unet.compile, backend=backend))
     execution.compiled(base.unet)
     check.teacher(compiled=True)
     check.student()

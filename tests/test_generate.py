@@ -16,7 +16,7 @@ from lcmlora.cli import app
 from lcmlora.config import Base
 from lcmlora.errors import UserError
 from lcmlora.promotion import assign
-from lcmlora.registry import register
+from lcmlora.registration import register
 from tests import adapters, releases
 from tests.miniature import RESOLUTION
 from tests.registries import fresh

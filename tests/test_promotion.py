@@ -10,7 +10,8 @@ from mlflow import MlflowClient
 from lcmlora.config import Gate, Registry
 from lcmlora.errors import UserError
 from lcmlora.promotion import assign, history, promote, rollback
-from lcmlora.registry import Registered, register, resolve
+from lcmlora.registration import Registered, register
+from lcmlora.registry import resolve
 from tests.registries import fresh
 from tests.releases import write_sealed
 

@@ -13,7 +13,7 @@ from lcmlora.config import Config
 from lcmlora.errors import UserError
 from lcmlora.promotion import assign
 from lcmlora.references import AdapterReference, Sampler
-from lcmlora.registry import register
+from lcmlora.registration import register
 from tests import releases
 from tests.miniature import RESOLUTION, save_base
 from tests.registries import fresh

@@ -13,7 +13,7 @@ from lcmlora.config import load
 from lcmlora.errors import UserError
 from lcmlora.promotion import assign
 from lcmlora.publish import point, publish
-from lcmlora.registry import register
+from lcmlora.registration import register
 from tests import releases
 from tests.registries import fresh
 

@@ -16,10 +16,12 @@ import hashlib
 import json
 import os
 import shutil
+import time
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,10 +35,11 @@ from torch import Tensor
 
 from lcmlora import checkpoint, config
 from lcmlora.bases import Conditioning, LoadedBase
-from lcmlora.data.sources import RESIZE_FILTER, Record, fit, open_picture, read_records, workers
+from lcmlora.data.sources import RESIZE_FILTER, Record, fit, open_picture, workers
 from lcmlora.errors import UserError
 from lcmlora.files import atomic_folder, atomic_write, sha256_file, sha256_folder, write_json
 from lcmlora.progress import track
+from lcmlora.ranks import Ranks
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -47,6 +50,7 @@ _LOGVAR = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clamps it
 _ROW_BYTES = 8 + 8 + 16 + 4  # of a picture besides its latent: orig_size, crop_tl, key, text_row
 _HEADER_BYTES = 4096  # room for a safetensors header
 _UNCONDITIONAL = "unconditional."
+_VISIBLE = 120.0  # seconds until another machine's files must be seen; NFS may take 60 (acdirmax in nfs(5))
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,63 +60,124 @@ Loaded = tuple[np.ndarray, tuple[int, int], tuple[int, int]]
 
 
 def encode(
-    base: LoadedBase, data: config.Data, settings: config.Encode, pictures: Path, scratch: Path, out: Path
-) -> dict[str, Any]:
-    """Encodes the training pictures and captions of `pictures` into a cache in the folder `out`; returns its manifest.
+    base: LoadedBase,
+    data: config.Data,
+    settings: config.Encode,
+    pictures: Path,
+    scratch: Path,
+    out: Path,
+    ranks: Ranks | None = None,
+) -> None:
+    """Encodes the training pictures and captions of `pictures` into a cache in the folder `out`.
 
-    A shard that is finished stays in `scratch` until the whole cache is, so a killed run goes on at the next shard.
+    A shard that is finished stays in `scratch` until the whole cache is, so a killed run goes on at the next shard, on
+    any number of processes. The cache has the same bytes for any number.
 
     Args:
         base: with its VAE and text encoders.
         pictures: the folder that `prepare` wrote.
-        scratch: folder for unfinished work, best on the same disk as `out`.
+        scratch: folder for unfinished work, best on the same disk as `out`, and the same for all processes.
+        ranks: this process among those that encode together; alone by default.
 
     Raises:
         UserError: no list of pictures, a picture that changed, latents that are not finite, too much text for
-            `text_cache_mb`, too little disk, or another run at work on the same. `out` is then as it was before.
+            `text_cache_mb`, too little disk, another run at work on the same, or processes with other files. `out` is
+            then as it was before.
     """
-    records = read_records(pictures / "train.jsonl")
-    if not records:
-        raise UserError(f"{pictures / 'train.jsonl'}: lists no pictures; run `lcmlora prepare`")
-    captions = list(dict.fromkeys(r.caption for r in records))
+    ranks = ranks or Ranks()
+    listed = _List(pictures / "train.jsonl")
     channels, height, width = base.latent_shape
     row_bytes = 2 * 2 * channels * height * width + _ROW_BYTES
-    shards = _plan(len(records), row_bytes, settings)
+    shards = _plan(len(listed), row_bytes, settings)
+    # Dealt out in turn, so that what a killed run has left to do is divided evenly as well.
+    own = list(shards)[ranks.rank :: ranks.size]
     fingerprint = _fingerprint(base, "vae", scaling=base.latent_scale, dtype=str(base.vae.dtype), resize=RESIZE_FILTER)
     text = _fingerprint(base, "text_encoder*", "tokenizer*", dtype=str(base.dtype))
-    lines = "".join(f"{r.sha256} {r.key} {r.caption}\n" for r in records)
     sizes = {"model": base.name, "resolution": base.resolution, "batch": settings.batch, "shard_mb": settings.shard_mb}
-    with checkpoint.locked(scratch / config.digest(lines, fingerprint, text, sizes)[:16]) as work:
-        store = _Store(work, fingerprint)
-        missing = {name: rows for name, rows in shards.items() if name not in store.done}
-        text_bytes = _text_bytes(base, captions, settings.text_cache_mb)
-        with _room(scratch, row_bytes * sum(map(len, missing.values())) + text_bytes):
-            if TEXT not in store.done:
+    work = scratch / config.digest(listed.digest, fingerprint, text, sizes)[:16]
+    with checkpoint.locked(work) if ranks.first else nullcontext():
+        store = _Store(work, fingerprint, own)
+        missing = {name: shards[name] for name in own if name not in store.done}
+        left = [rows for name, rows in shards.items() if name not in store.done] if ranks.first else missing.values()
+        text_bytes = _text_bytes(base, listed.captions, settings.text_cache_mb) if ranks.first else 0
+        with _room(scratch, row_bytes * sum(map(len, left)) + text_bytes):
+            # Nobody writes before all have looked at the disk and the first one has the lock.
+            ranks.agree(listed_pictures=listed.digest, base=(fingerprint, text), settings=sizes)
+            if ranks.first and TEXT not in store.done:
+                captions = list(listed.captions)
                 store.save(TEXT, _encode_captions(base, captions, settings.batch), captions=len(captions))
-            total = sum(len(_batches(rows, settings.batch)) for rows in shards.values())
-            for name, tensors in _encode_pictures(base, data, records, captions, missing, settings.batch, total):
+            total = sum(len(_batches(shards[name], settings.batch)) for name in own)
+            for name, tensors in _encode_pictures(base, data, listed, missing, settings.batch, total, ranks):
                 store.save(name, tensors, pictures=len(tensors["key"]))
-            for number, rows in enumerate(shards.values()):
-                told = (json.dumps({"key": records[i].key, "caption": records[i].caption}) + "\n" for i in rows)
-                (store.files / f"captions-{number:05d}.jsonl").write_text("".join(told), encoding="utf-8")
-            manifest = {
-                "version": VERSION,
-                "model": base.name,
-                "kind": base.kind,
-                "pictures": len(records),
-                "captions": len(captions),
-                "latent_shape": list(base.latent_shape),
-                "resolution": base.resolution,
-                "fingerprint": fingerprint,
-                "shards": [store.done[name] for name in shards],
-                "text": store.done[TEXT],
-            }
-            write_json(store.files / MANIFEST, manifest)
-            with atomic_folder(out) as folder:
-                for path in store.files.iterdir():
-                    _link(path, folder / path.name)
-        checkpoint.discard(work)
-    return manifest
+            ranks.wait()
+            if ranks.first:
+                store.gather([*shards, TEXT])
+                _finish(base, listed, shards, store, out)
+            ranks.wait()
+        if ranks.first:
+            checkpoint.discard(work)
+
+
+def _finish(base: LoadedBase, listed: _List, shards: dict[str, range], store: _Store, out: Path) -> None:
+    """Writes what people read and the manifest, and puts the finished files in place."""
+    names = [*shards, TEXT, MANIFEST]
+    for number, rows in enumerate(shards.values()):
+        told = (json.dumps({"key": r.key, "caption": r.caption}) + "\n" for r in listed.read(rows))
+        names.append(f"captions-{number:05d}.jsonl")
+        (store.files / names[-1]).write_text("".join(told), encoding="utf-8")
+    manifest = {
+        "version": VERSION,
+        "model": base.name,
+        "kind": base.kind,
+        "pictures": len(listed),
+        "captions": len(listed.captions),
+        "latent_shape": list(base.latent_shape),
+        "resolution": base.resolution,
+        "fingerprint": store.fingerprint,
+        "shards": [store.done[name] for name in shards],
+        "text": store.done[TEXT],
+    }
+    write_json(store.files / MANIFEST, manifest)
+    with atomic_folder(out) as folder:
+        for name in names:  # and not what a killed process left half written
+            _link(store.files / name, folder / name)
+
+
+class _List:
+    """The list of pictures that `prepare` wrote, read where it is wanted: millions would fill every process's memory.
+
+    captions: the distinct captions and their numbers, in the order of the pictures.
+    digest: SHA-256 of the list.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError where this is no list of pictures, or an empty one."""
+        self._path = path
+        self._places = array("Q")  # in the file, of each picture
+        self.captions: dict[str, int] = {}
+        digest, place = hashlib.sha256(), 0
+        try:
+            with path.open("rb") as file:
+                for line in file:
+                    self.captions.setdefault(Record(**json.loads(line)).caption, len(self.captions))
+                    self._places.append(place)
+                    digest.update(line)
+                    place += len(line)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such list of pictures; run `lcmlora prepare`") from None
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: not a list of pictures ({error}); run `lcmlora prepare`") from None
+        if not self._places:
+            raise UserError(f"{path}: lists no pictures; run `lcmlora prepare`")
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, rows: range) -> list[Record]:
+        with self._path.open("rb") as file:
+            file.seek(self._places[rows.start])
+            return [Record(**json.loads(line)) for line in islice(file, len(rows))]
 
 
 def _plan(pictures: int, row_bytes: int, settings: config.Encode) -> dict[str, range]:
@@ -134,7 +199,7 @@ def _fingerprint(base: LoadedBase, *parts: str, **also: object) -> str:
     return config.digest({folder.name: sha256_folder(folder) for folder in folders} | also)
 
 
-def _text_bytes(base: LoadedBase, captions: list[str], limit_mb: int) -> int:
+def _text_bytes(base: LoadedBase, captions: Sized, limit_mb: int) -> int:
     """Returns the size of the embeddings. Raises UserError where it is over the limit."""
     row = sum(value.numel() for value in base.unconditional().values()) * _text_dtype(base).itemsize
     size = row * (len(captions) + 1)
@@ -167,22 +232,50 @@ def _room(folder: Path, needed: int) -> Iterator[None]:
 
 
 class _Store:
-    """The files of a cache in the making that are finished, kept in `work` over kills; `done` has their entries."""
+    """The files of a cache in the making that are finished, kept in `work` over kills; `done` has their entries.
 
-    def __init__(self, work: Path, fingerprint: str) -> None:
+    Each has its entry in a file of its own, so that many processes can write to one folder. The files in `own`, which
+    this process makes, are read whole to see whether they are sound.
+    """
+
+    def __init__(self, work: Path, fingerprint: str, own: Sequence[str]) -> None:
         self.files = work / "files"
-        self.files.mkdir(exist_ok=True)
-        self._list = work / "done.json"
-        self._fingerprint = fingerprint
-        entries: dict[str, Entry] = json.loads(self._list.read_text()) if self._list.exists() else {}
-        self.done = {name: e for name, e in entries.items() if _fault(self.files, e, contents=True) is None}
+        self.files.mkdir(parents=True, exist_ok=True)
+        self.fingerprint = fingerprint
+        self._entries = work / "done"
+        self._own = {*own, TEXT}
+        self.done: dict[str, Entry] = {}
+        self._read()
 
     def save(self, name: str, tensors: Tensors, **counts: int) -> None:
-        content = to_bytes({n: t.contiguous() for n, t in tensors.items()}, {"fingerprint": self._fingerprint})
+        content = to_bytes({n: t.contiguous() for n, t in tensors.items()}, {"fingerprint": self.fingerprint})
         atomic_write(self.files / name, lambda path: path.write_bytes(content))
         sha256 = hashlib.sha256(content).hexdigest()
         self.done[name] = {"name": name, "bytes": len(content), "sha256": sha256, **counts}
-        write_json(self._list, self.done)
+        write_json(self._entries / f"{name}.json", self.done[name])
+
+    def gather(self, names: Sequence[str]) -> None:
+        """Adds what the other processes have finished to `done`.
+
+        Raises:
+            UserError: one of these files does not appear.
+        """
+        until = time.monotonic() + _VISIBLE
+        while missing := [name for name in names if name not in self.done]:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{self.files / missing[0]}: is not there, though another process has made it, and neither are "
+                    f"{len(missing) - 1} others; all machines need one and the same scratch folder"
+                )
+            self._read()
+            time.sleep(0.1)
+
+    def _read(self) -> None:
+        for path in sorted(self._entries.glob("*.json")):
+            entry: Entry = json.loads(path.read_text())
+            name = entry["name"]
+            if name not in self.done and _fault(self.files, entry, contents=name in self._own) is None:
+                self.done[name] = entry
 
 
 # --- text -------------------------------------------------------------------------------------------------------
@@ -214,19 +307,18 @@ def _encode_captions(base: LoadedBase, captions: list[str], size: int) -> Tensor
 def _encode_pictures(
     base: LoadedBase,
     data: config.Data,
-    records: list[Record],
-    captions: list[str],
+    listed: _List,
     shards: dict[str, range],
     size: int,
     total: int,
+    ranks: Ranks,
 ) -> Iterator[tuple[str, Tensors]]:
     """Yields name and tensors of each of `shards`. Pictures are read ahead, so that the encoder need not wait.
 
     Args:
         size: pictures in a batch.
-        total: batches of the whole cache, for the progress.
+        total: batches of this process, for the progress; those of an earlier run, too.
     """
-    text_row = {caption: row for row, caption in enumerate(captions)}
 
     def load(record: Record) -> Loaded:
         picture = open_picture(data, record, size=base.resolution)
@@ -234,15 +326,17 @@ def _encode_pictures(
         return np.asarray(fitted), (picture.height, picture.width), crop
 
     batches = [(name, batch) for name, rows in shards.items() for batch in _batches(rows, size)]
-    wanted = (records[i] for _, batch in batches for i in batch)
+    wanted = (record for _, batch in batches for record in listed.read(batch))
     parts: list[Tensors] = []
+    done, unit = total - len(batches), size * ranks.size
+    progress = track(batches, "encode pictures", total=total, completed=done, unit=unit, quiet=not ranks.first)
     # Drawing emoji holds the interpreter's lock: there a second thread would only wait.
     with ThreadPoolExecutor(1 if data.source == "emoji" else workers()) as pool:
         loaded = _ahead(pool, load, wanted, depth=2 * size)
-        for name, batch in track(batches, "encode pictures", total=total, completed=total - len(batches), unit=size):
-            mine = [records[i] for i in batch]
+        for name, batch in progress:
+            mine = listed.read(batch)
             tensors = _encode_batch(base, mine, list(islice(loaded, len(batch))))
-            tensors["text_row"] = torch.tensor([text_row[r.caption] for r in mine], dtype=torch.int32)
+            tensors["text_row"] = torch.tensor([listed.captions[r.caption] for r in mine], dtype=torch.int32)
             parts.append(tensors)
             if batch.stop == shards[name].stop:
                 yield name, {key: torch.cat([part[key] for part in parts]) for key in tensors}

@@ -77,13 +77,16 @@ def sdxl_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+def load_encoders(folder: Path, resolution: int) -> bases.LoadedBase:
+    settings = Base(source=str(folder), resolution=resolution, license="apache-2.0")
+    return bases.load("mini", settings, folder, device=torch.device("cpu"), parts=("vae", "text"))
+
+
 @pytest.fixture
 def load_base(base_folder: Path, sdxl_folder: Path) -> Callable[..., bases.LoadedBase]:
     """Loads the encoders of a miniature at any resolution."""
 
     def load(resolution: int, *, sdxl: bool = False) -> bases.LoadedBase:
-        folder = sdxl_folder if sdxl else base_folder
-        settings = Base(source=str(folder), resolution=resolution, license="apache-2.0")
-        return bases.load("mini", settings, folder, device=torch.device("cpu"), parts=("vae", "text"))
+        return load_encoders(sdxl_folder if sdxl else base_folder, resolution)
 
     return load

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.client.schemas.objects import Artifact
 from prefect.testing.utilities import prefect_test_harness
 
 from lcmlora import bases, release
@@ -20,6 +25,10 @@ from tests.miniature import RESOLUTION
 from tests.registries import fresh
 from tests.releases import load_settings, settings, write_stages
 
+MODELS = ("a", "b", "c")  # the third is not among `models` of params.yaml
+
+LIMIT = f"gpu-of-test-{os.getpid()}"  # what trains on this machine must not keep tests waiting
+
 STAGES = """
 stages:
   prepare:
@@ -28,7 +37,7 @@ stages:
     outs: [data/pictures]
   encode:
     matrix: &models
-      model: [a, b]
+      model: [a, b, c]
     cmd: mkdir -p data/latents && cp -r data/pictures data/latents/${item.model}
     deps: [data/pictures]
     outs:
@@ -45,6 +54,8 @@ stages:
     deps:
       - data/latents/${item.model}
       - stock/${item.model}
+    params:
+      - bases.${item.model}
     outs:
       - adapters/${item.model}
   evaluate:
@@ -79,19 +90,28 @@ cp -r stock/adapters/$1 adapters
 """
 
 
+# Loops of the server that nothing here waits for.
+_IDLE = ("CANCELLATION_CLEANUP", "FOREMAN", "LATE_RUNS", "PAUSE_EXPIRATIONS", "SCHEDULER", "TRIGGERS")
+
+
 @pytest.fixture(scope="session")
 def prefect() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=300):
+    quiet = {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in _IDLE}
+    quiet["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+    with mock.patch.dict(os.environ, quiet), prefect_test_harness(server_startup_timeout=300):
+        with get_client(sync_client=True) as client:
+            limit = GlobalConcurrencyLimitCreate(name=LIMIT, limit=1)
+            client.request("POST", "/v2/concurrency_limits/", json=limit.model_dump(mode="json"))
         yield
 
 
 @pytest.fixture(scope="session")
 def stock(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What distill, evaluate and package give for two models."""
+    """What distill, evaluate and package give for three models."""
     root = tmp_path_factory.mktemp("stock")
     base = Base(source=str(base_folder), resolution=RESOLUTION, license="apache-2.0")
-    config = load_settings(base_folder, models=("a", "b"))
-    for seed, model in enumerate(("a", "b")):
+    config = load_settings(base_folder, models=MODELS)
+    for seed, model in enumerate(MODELS):
         loaded = bases.load(model, base, base_folder, device=torch.device("cpu"))
         write_stages(loaded, root, model=model, seed=seed)
         release.package(
@@ -105,6 +125,14 @@ def stock(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             root / "release" / model,
         )
     return root
+
+
+def artifacts(key: str) -> list[Any]:
+    """Returns what the flows left under this key, the newest last."""
+    with get_client(sync_client=True) as client:
+        asked = {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC"}
+        found = client.request("POST", "/artifacts/filter", json=asked).json()
+    return [Artifact.model_validate(each) for each in reversed(found)]
 
 
 @dataclass(frozen=True)
@@ -132,6 +160,12 @@ class Project:
     def distilled(self) -> list[str]:
         return (self.root / "distilled").read_text().split()
 
+    def change(self, change: Callable[[dict[str, Any]], Any]) -> None:
+        """Lets `change` work on the settings of params.yaml."""
+        raw = yaml.safe_load((self.root / "params.yaml").read_text())
+        change(raw)
+        (self.root / "params.yaml").write_text(yaml.safe_dump(raw))
+
     def params(self, name: str, **changes: dict[str, Any]) -> str:
         """Writes the settings with these changes to a file of this name and returns the name."""
         raw = yaml.safe_load((self.root / "params.yaml").read_text())
@@ -152,12 +186,14 @@ def project(
 ) -> Project:
     root = repositories.make(tmp_path / "project", STAGES)
     (root / "stock").symlink_to(stock)
-    for model in ("a", "b"):
+    for model in MODELS:
         (stock / model).write_text(model)
     (root / "pictures").write_text("{}\n")
     (root / "distill.sh").write_text(DISTILL)
     registry = fresh(root, tmp_path_factory)
-    raw = settings(base_folder, models=("a", "b"), registry={"tracking_uri": registry.tracking_uri})
+    raw = settings(base_folder, models=MODELS, registry={"tracking_uri": registry.tracking_uri})
+    raw |= {"models": ["a", "b"]}
+    raw["flow"] |= {"gpu_limit": LIMIT, "retry_seconds": 0.05}
     (root / "params.yaml").write_text(yaml.safe_dump(raw))
     monkeypatch.chdir(root)
     return Project(root, registry.tracking_uri)

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from flows.retrain import retrain, stages_of
-from lcmlora import promotion, registry
+from lcmlora import promotion, registration, registry
 from lcmlora.config import Config, load
 from tests import repositories
-from tests.flows.conftest import Project
+from tests.flows.conftest import Project, artifacts
 from tests.releases import settings, write_sealed
 
 ROOT = Path(__file__).parents[2]
@@ -26,42 +26,59 @@ def closed_port() -> int:
         return int(free.getsockname()[1])
 
 
-def test_one_model_fails_the_others_are_finished_and_the_next_runs_do_only_what_is_left(project: Project, capfd):
+def test_of_three_models_one_fails_the_others_are_finished_and_the_next_runs_do_only_what_is_left(
+    project: Project, capfd
+):
+    project.change(lambda raw: raw.update(models=["a", "b", "c"]))
     (project.root / "broken-b").touch()
     state = retrain(return_state=True)
     assert state.is_failed()
     assert state.message == "b: distill@b: step 7: the loss is not finite"
     table = capfd.readouterr().out
     assert "error" in table and "distill@b: step 7: the loss is not finite" in table
-    assert "lcm-lora-a/1 @champion (new)" in table
+    assert "lcm-lora-a/1 @champion (new)" in table and "lcm-lora-c/1 @champion (new)" in table
     assert "student 4.5, best solver 93.0 (dpm++@2)" in table
     assert "student@4 0.850, teacher@50 0.900" in table
-    assert project.aliases("a") == {"champion": 1}
-    assert project.versions("b") == []
+    assert [project.aliases(model) for model in ("a", "c")] == [{"champion": 1}] * 2
+    assert [len(project.versions(model)) for model in ("a", "b", "c")] == [1, 0, 1]
     sha = project.versions("a")[0].tags["sha256"]
-    assert project.releases() == [f"a/sha256-{sha[:12]}/manifest.json"]
+    assert f"a/sha256-{sha[:12]}/manifest.json" in project.releases()
     pointer = json.loads((project.root / "releases/a/channels/champion.json").read_text())
     assert pointer["sha256"] == sha
+    check_page_of_the_run(project)
 
     (project.root / "broken-b").unlink()
     state = retrain(return_state=True)
-    assert (state.is_completed(), state.name) == (True, "Completed")
-    assert project.distilled() == ["a", "b"]
-    assert [len(project.versions(model)) for model in ("a", "b")] == [1, 1]
+    assert (state.is_completed(), state.name) == (True, "Promoted")
+    assert sorted(project.distilled()) == ["a", "b", "c"]
+    assert [len(project.versions(model)) for model in ("a", "b", "c")] == [1, 1, 1]
     assert project.aliases("b") == {"champion": 1}
-    assert len(project.releases()) == 2
+    assert len(project.releases()) == 3
     capfd.readouterr()
 
     before = sorted((str(p), p.stat().st_mtime_ns) for p in (project.root / "releases").rglob("*"))
-    stamps = [project.versions(model)[0].last_updated_timestamp for model in ("a", "b")]
+    stamps = [project.versions(model)[0].last_updated_timestamp for model in ("a", "b", "c")]
     state = retrain(return_state=True)
     assert (state.is_completed(), state.name) == (True, "UpToDate")
     shown = capfd.readouterr()
     assert "nothing was stale" in shown.out
     assert "Stage '" not in shown.err  # DVC was asked once and no stage was started
-    assert project.distilled() == ["a", "b"]
-    assert stamps == [project.versions(model)[0].last_updated_timestamp for model in ("a", "b")]
+    assert sorted(project.distilled()) == ["a", "b", "c"]
+    assert stamps == [project.versions(model)[0].last_updated_timestamp for model in ("a", "b", "c")]
     assert before == sorted((str(p), p.stat().st_mtime_ns) for p in (project.root / "releases").rglob("*"))
+
+
+def check_page_of_the_run(project: Project) -> None:
+    """Table, card, figures and links are what Prefect's page of the run shows."""
+    table = artifacts("retrain")[-1].data
+    assert "| b | error | distill@b: step 7: the loss is not finite |" in table
+    assert "| a | version | lcm-lora-a/1 @champion (new) |" in table
+    card = artifacts("card-a")[-1].data
+    assert card.lstrip().startswith("#") and "library_name" not in card
+    assert "![" not in card or "](data:image/png;base64," in card
+    rows = json.loads(artifacts("figures-a")[-1].data)
+    assert {"drawn with": "student@4", "network evaluations": "4", "excess": "4.5", "retrieval@1": "0.850"} in rows
+    assert str(project.root / "releases/a/sha256-") in artifacts("release-a")[-1].data
 
 
 def test_an_unreachable_registry_and_bucket_leave_the_release_for_the_next_run(project: Project, monkeypatch, capfd):
@@ -81,7 +98,7 @@ def test_an_unreachable_registry_and_bucket_leave_the_release_for_the_next_run(p
     assert (project.root / "release/a/SHA256SUMS").is_file()
 
     state = retrain(["a"], return_state=True)
-    assert (state.is_completed(), state.name) == (True, "Completed")  # a version is new, though no stage ran
+    assert (state.is_completed(), state.name) == (True, "Promoted")  # a version is new, though no stage ran
     assert project.distilled() == ["a"]
     assert project.aliases("a") == {"champion": 1}
     assert len(project.releases()) == 1
@@ -107,7 +124,7 @@ def test_a_champion_that_a_person_rolled_back_stays_rolled_back(project: Project
     retrain(["a"])
     name = "lcm-lora-a"
     settings = load().registry
-    older = registry.register("a", settings, write_sealed(project.root / "older"))
+    older = registration.register("a", settings, write_sealed(project.root / "older"))
     promotion.assign(registry.resolve(f"{name}/{older.version}", settings), settings, reason="blurred")
     pointer = project.root / "releases/a/channels/champion.json"
     pointer.write_text("moved by hand")
@@ -121,19 +138,23 @@ def test_without_publishing_and_promoting_there_is_a_version_only_and_force_runs
     assert project.releases() == []
     assert project.aliases("a") == {}
     state = retrain(["a"], force=True, publish=False, return_state=True)
-    assert state.name == "Completed"
+    assert state.name == "Promoted"
     assert project.distilled() == ["a", "a"]
     assert len(project.versions("a")) == 1
     assert project.aliases("a") == {"champion": 1}
     assert not (project.root / "releases").exists()
 
 
-def test_a_data_change_runs_every_stage_of_every_model(project: Project, capfd):
+def test_settings_of_one_model_retrain_that_model_only_and_a_data_change_retrains_all(project: Project):
     retrain()
-    capfd.readouterr()
+    project.change(lambda raw: raw["bases"].update(b=raw["bases"]["b"] | {"distill": {"steps": 3}}))
+    state = retrain(return_state=True)
+    assert sorted(project.distilled()) == ["a", "b", "b"]
+    assert state.name == "Reproduced"  # the stock's adapter is the same for all settings
+    assert state.message.startswith("a: UpToDate lcm-lora-a/1; b: Reproduced lcm-lora-b/1; ")
     (project.root / "pictures").write_text('{"more": 1}\n')
     retrain()
-    assert project.distilled() == ["a", "b", "a", "b"]
+    assert sorted(project.distilled()) == ["a", "a", "b", "b", "b"]
     assert [len(project.versions(model)) for model in ("a", "b")] == [1, 1]
 
 
@@ -199,12 +220,10 @@ def test_help_shows_examples_without_importing_prefect():
 
 
 def test_a_gpu_model_is_examined_before_it_is_trained(project: Project):
-    raw = yaml.safe_load((project.root / "params.yaml").read_text())
-    raw["bases"]["a"] = raw["bases"]["a"] | {"distill": {"device": "cuda"}}
-    (project.root / "params.yaml").write_text(yaml.safe_dump(raw))
-    state = retrain(return_state=True)
+    project.change(lambda raw: raw["bases"].update(a=raw["bases"]["a"] | {"distill": {"device": "cuda"}}))
+    state = retrain(["a"], return_state=True)
     assert state.message == "a: doctor a: device: cuda was asked for and this machine has no usable GPU"
-    assert project.distilled() == ["b"]
+    assert not (project.root / "distilled").exists()
 
 
 @pytest.mark.integration

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lcmlora import promotion, registry, release
+from lcmlora import promotion, registration, registry, release
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
 from lcmlora.registry import Version
@@ -74,9 +74,9 @@ def shelf(relay: Relay, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     with tracking(settings, "mini", {"steps": 600}) as run:
         run.log({"loss": 0.5}, 1)
     assert run.id
-    registry.register("mini", settings, folders[0], run.id, "s3://bucket/team/mini")
-    registry.register("mini", settings, folders[1])
-    registry.register("mini", settings, folders[2], gate_failures=["too bad"])
+    registration.register("mini", settings, folders[0], run.id, "s3://bucket/team/mini")
+    registration.register("mini", settings, folders[1])
+    registration.register("mini", settings, folders[2], gate_failures=["too bad"])
     promotion.promote(f"{NAME}/1", settings, gate, reason="the first one", who="ada")
     promotion.promote(f"{NAME}/2", settings, gate, reason="better", who="bob")
     promotion.rollback(NAME, settings, reason="complaints", who="cleo")
@@ -215,7 +215,7 @@ def elsewhere() -> Any:
 def test_two_processes_that_register_one_adapter_at_the_same_moment_leave_one_version(
     settings: Registry, sealed: Path, elsewhere: Any
 ):
-    processes = [elsewhere.Process(target=registry.register, args=("twice", settings, sealed)) for _ in range(2)]
+    processes = [elsewhere.Process(target=registration.register, args=("twice", settings, sealed)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -233,13 +233,13 @@ def versions(settings: Registry, name: str) -> list[Version]:
 def test_a_process_killed_while_it_uploads_leaves_no_orphan_to_the_next_one(
     settings: Registry, sealed: Path, relay: Relay, elsewhere: Any
 ):
-    process = elsewhere.Process(target=registry.register, args=("killed", settings, sealed))
+    process = elsewhere.Process(target=registration.register, args=("killed", settings, sealed))
     relay.at("PUT .*/release/", lambda: os.kill(process.pid, signal.SIGKILL))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert versions(settings, "lcm-lora-killed") == []
-    assert registry.register("killed", settings, sealed).created
+    assert registration.register("killed", settings, sealed).created
     assert [version.sha256 for version in versions(settings, "lcm-lora-killed")] == [release.digest(sealed)]
     assert len(runs(settings)) == 1
 
@@ -249,15 +249,15 @@ def test_mlflow_killed_at_registration_is_told_in_one_line_and_the_next_one_make
 ):
     relay.at("PUT .*/release/", mlflow_server.kill)
     with pytest.raises(UserError) as caught:
-        registry.register("down", settings, sealed)
+        registration.register("down", settings, sealed)
     assert str(caught.value).startswith(f"MLflow at {relay.uri}: ")
     assert str(caught.value).endswith(f"the release is kept in {sealed} and the next run registers it")
     assert "\n" not in str(caught.value)
     release.verify(sealed)
     mlflow_server.start()
-    registered = registry.register("down", settings, sealed)
+    registered = registration.register("down", settings, sealed)
     assert (registered.version, registered.created) == (1, True)
-    assert not registry.register("down", settings, sealed).created
+    assert not registration.register("down", settings, sealed).created
     assert [version.sha256 for version in versions(settings, "lcm-lora-down")] == [release.digest(sealed)]
     assert len(runs(settings)) == 1
 
@@ -269,7 +269,7 @@ def test_a_wrong_database_password_is_refused_without_being_told(
     directly = settings.model_copy(update={"tracking_uri": wrong})
     began = time.monotonic()
     with pytest.raises(UserError, match="password authentication failed") as caught:
-        registry.register("secret", directly, sealed)
+        registration.register("secret", directly, sealed)
     assert "MARKED" not in f"{caught.value}{caught.value.__cause__}"
     assert "\n" not in str(caught.value)
     assert time.monotonic() - began < 30  # MLflow itself tries for 100 seconds

@@ -22,7 +22,7 @@ from lcmlora import bases, registry, release
 from lcmlora.config import Base, Registry
 from lcmlora.files import sha256_folder
 from tests import repositories
-from tests.flows.conftest import DISTILL, STAGES
+from tests.flows.conftest import DISTILL, LIMIT, STAGES
 from tests.integration.relay import Relay
 from tests.integration.seaweed import REGION, SeaweedFS
 from tests.integration.tracking_servers import PASSWORD, MLflow, PrefectServer
@@ -130,14 +130,17 @@ def team(
 ) -> Iterator[Team]:
     """The project after three runs: killed before it registers, killed before it promotes, and finished."""
     folder = tmp_path_factory.mktemp("team")
-    root = repositories.make(folder / "project", STAGES.replace("[a, b]", "[a]"))
+    root = repositories.make(folder / "project", STAGES.replace("[a, b, c]", "[a]"))
     (root / "stock").symlink_to(stock)
     (root / "pictures").write_text("{}\n")
     (root / "distill.sh").write_text(DISTILL)
-    raw = settings(base_folder, models=("a",), registry={"experiment": "team"})
+    raw = settings(base_folder, models=("a",), registry={"experiment": "team"}, flow={"gpu_limit": LIMIT})
     (root / "params.yaml").write_text(yaml.safe_dump(raw))
     s3.client().create_bucket(Bucket="team")
     prefect_server.wait()
+    body = json.dumps({"name": LIMIT, "limit": 1}).encode()
+    limits = f"{prefect_server.api}/v2/concurrency_limits/"
+    urllib.request.urlopen(urllib.request.Request(limits, body, {"Content-Type": "application/json"}), timeout=30)
     access, secret = s3.keys["writer"]
     foreign = ("AWS_", "MLFLOW_", "PREFECT_", "GIT_")
     with Relay(mlflow_server.port) as relay:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lcmlora.config import Publish
-from lcmlora.errors import UserError
+from lcmlora.errors import Unavailable, UserError
 from lcmlora.publish import find, links, point, publish, pull, releases, verify, yank
 from lcmlora.references import open_adapter
 from lcmlora.stores import S3Store, open_store
@@ -142,7 +142,7 @@ def test_a_bucket_that_does_not_exist_is_named(s3: SeaweedFS, bucket: Publish, b
 def test_a_server_that_does_not_answer_is_named_and_the_release_is_kept(bucket: Publish, bundle: Path):
     endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
     settings = Publish(to=bucket.to, endpoint_url=endpoint, region="us-east-1")
-    with pytest.raises(UserError, match=f"at {endpoint}: Could not connect .*the release is kept"):
+    with pytest.raises(Unavailable, match=f"at {endpoint}: Could not connect .*the release is kept"):
         publish(bundle, "mini", settings)
 
 

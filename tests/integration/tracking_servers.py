@@ -8,17 +8,17 @@ import os
 import pwd
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tests.integration.seaweed import REGION, SeaweedFS, free_ports
+from flows import services
+from flows.services import S3, free_ports
+from tests.integration.seaweed import SeaweedFS
 
 PASSWORD = "MARKED-PG-SECRET"
 _USER = "lcmlora"
@@ -68,7 +68,8 @@ class Server(ABC):
     def wait(self) -> None:
         """Returns when it answers; at once where it was waited for before."""
         assert self._process is not None
-        while self._process.poll() is None and time.monotonic() < self._began + _SECONDS:
+        until = time.monotonic() + _SECONDS  # from now: it may have been launched long ago
+        while self._process.poll() is None and time.monotonic() < until:
             if self._answers():
                 self.seconds = self.seconds or time.monotonic() - self._began
                 return
@@ -198,28 +199,19 @@ class MLflow(Server):
 
     def __init__(self, root: Path, database: str, s3: SeaweedFS, bucket: str) -> None:
         super().__init__(root)
-        self._database = database
-        self._s3 = s3
         self.bucket = bucket
         self.uri = f"http://127.0.0.1:{self.port}"
+        access = S3(s3.endpoint, *s3.keys["writer"]).environment
+        self._service = services.mlflow(self.port, database, f"s3://{bucket}/artifacts", access)
 
     def _command(self) -> list[str]:
-        return [*_module("mlflow"), "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        return self._service.command
 
     def _settings(self) -> dict[str, str]:
-        access, secret = self._s3.keys["writer"]
-        return {
-            "MLFLOW_BACKEND_STORE_URI": self._database,
-            "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{self.bucket}/artifacts",
-            "MLFLOW_S3_ENDPOINT_URL": self._s3.endpoint,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes more
-            "AWS_ACCESS_KEY_ID": access,
-            "AWS_SECRET_ACCESS_KEY": secret,
-            "AWS_DEFAULT_REGION": REGION,
-        }
+        return self._service.environment
 
     def _answers(self) -> bool:
-        return _is_healthy(f"{self.uri}/health")
+        return self._service.answers()
 
 
 class PrefectServer(Server):
@@ -228,45 +220,29 @@ class PrefectServer(Server):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.api = f"http://127.0.0.1:{self.port}/api"
+        self._service = services.prefect(self.port, root / "prefect", pages=False)
 
     def _command(self) -> list[str]:
-        return [*_module("prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(self.port), "--no-ui"]
+        return self._service.command
 
     def _settings(self) -> dict[str, str]:
-        return {"PREFECT_HOME": str(self.root / "prefect")}
+        return self._service.environment
 
     def _answers(self) -> bool:
-        return _is_healthy(f"{self.api}/health")
+        return self._service.answers()
 
 
 def _environment() -> dict[str, str]:
     """Returns this process's environment without what would lead a server, or a client, elsewhere."""
     foreign = ("AWS_", "MLFLOW_", "PREFECT_", "PG")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    return kept | {
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
+    return kept | services.QUIET | {"AWS_EC2_METADATA_DISABLED": "true"}
 
 
 def _is_alive(process: psutil.Process) -> bool:
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
-        return False
-
-
-def _module(name: str) -> list[str]:
-    return [sys.executable, "-m", name]
-
-
-def _is_healthy(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
         return False
 
 

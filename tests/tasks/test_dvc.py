@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tasks.dvc import StageFailed, default_remote, is_shared, push, run_stage, stale
+from lcmlora import config
+from tasks.dvc import NotPushed, StageFailed, default_remote, is_shared, push, repro, stale
 from tasks.processes import Processes
-from tests.repositories import make
+from tests.repositories import alive, make
+
+SETTINGS = config.load(Path(__file__).parents[2] / "params.yaml")
 
 STAGES = """
 stages:
@@ -50,20 +53,15 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def alive(pid: int) -> bool:
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return bool(state) and not state.startswith("Z")
-
-
 def test_a_stage_runs_once_and_what_follows_a_change_is_stale(repository: Path, capfd: pytest.CaptureFixture):
     with Processes() as processes:
         assert stale.fn(["first", "second@a"], processes) == {"first", "second@a"}
-        assert run_stage.fn("first", processes).ran is True
+        assert repro.fn("first", processes, SETTINGS).ran is True
         shown = capfd.readouterr()
         assert "making first" in shown.err
         assert shown.out == ""
-        assert run_stage.fn("first", processes).ran is False
-        assert run_stage.fn("second@a", processes).ran is True
+        assert repro.fn("first", processes, SETTINGS).ran is False
+        assert repro.fn("second@a", processes, SETTINGS).ran is True
         assert not (repository / "second-b").exists()
         assert stale.fn(["first", "second@a"], processes) == set()
         (repository / "source").write_text("2\n")
@@ -72,23 +70,39 @@ def test_a_stage_runs_once_and_what_follows_a_change_is_stale(repository: Path, 
 
 def test_force_runs_a_stage_that_is_up_to_date_and_a_lost_output_comes_from_the_cache(repository: Path):
     with Processes() as processes:
-        run_stage.fn("first", processes)
-        assert run_stage.fn("first", processes, force=True).ran is True
+        repro.fn("first", processes, SETTINGS)
+        assert repro.fn("first", processes, SETTINGS, force=True).ran is True
         (repository / "first").unlink()
-        assert run_stage.fn("first", processes).ran is False
+        assert repro.fn("first", processes, SETTINGS).ran is False
     assert (repository / "first").read_text() == "1\n"
 
 
 def test_a_failing_stage_is_told_by_its_own_error_line(repository: Path):
     with Processes() as processes, pytest.raises(StageFailed) as caught:
-        run_stage.fn("broken", processes)
+        repro.fn("broken", processes, SETTINGS)
     assert str(caught.value) == "broken: the disk is full"
+    assert not caught.value.resumable
+
+
+def test_a_stage_that_is_killed_says_that_it_can_be_resumed(repository: Path):
+    (repository / "broken.sh").write_text("kill -9 $$\n")
+    with Processes() as processes, pytest.raises(StageFailed, match=r"broken: .*(-9|137)") as caught:
+        repro.fn("broken", processes, SETTINGS)
+    assert caught.value.resumable
+
+
+def test_a_stage_that_takes_too_long_is_ended(repository: Path):
+    hasty = SETTINGS.model_copy(update={"flow": SETTINGS.flow.model_copy(update={"timeout_hours": 4 / 3600})})
+    (repository / "slow.sh").write_text("echo $$ > pid; sleep 60\n")
+    with Processes() as processes, pytest.raises(StageFailed, match=r"slow: was ended, .*\(flow.timeout_hours\)"):
+        repro.fn("slow", processes, hasty)
+    assert not alive(int((repository / "pid").read_text()))
 
 
 def test_a_stage_that_does_not_exist_and_a_dvc_yaml_that_is_none_are_told_in_one_line(repository: Path):
     with Processes() as processes:
         with pytest.raises(StageFailed, match=r"^nowhere: Stage 'nowhere' not found inside 'dvc.yaml' file$"):
-            run_stage.fn("nowhere", processes)
+            repro.fn("nowhere", processes, SETTINGS)
         (repository / "dvc.yaml").write_text("stages: 3\n")
         with pytest.raises(StageFailed, match=r"^dvc status: ") as caught:
             stale.fn(["first"], processes)
@@ -100,14 +114,14 @@ def test_a_default_remote_is_seen_and_restores_what_the_cache_lost(repository: P
         subprocess.run([sys.executable, "-m", "dvc", *arguments], check=True, capture_output=True)
 
     with Processes() as processes:
-        assert default_remote.fn(processes) is None
+        assert default_remote() is None
         dvc("remote", "add", "--default", "shipped", str(tmp_path / "remote"))
-        assert default_remote.fn(processes) == str(tmp_path / "remote")
-        run_stage.fn("first", processes)
+        assert default_remote() == str(tmp_path / "remote")
+        repro.fn("first", processes, SETTINGS)
         push.fn(processes)
         assert any((tmp_path / "remote" / "runs").iterdir())  # the run-cache, which a plain push leaves out
         subprocess.run(["rm", "-r", ".dvc/cache", "first"], check=True)
-        assert run_stage.fn("first", processes, pull=True).ran is False
+        assert repro.fn("first", processes, SETTINGS, pull=True).ran is False
     assert (repository / "first").read_text() == "1\n"
 
 
@@ -122,8 +136,8 @@ def test_a_remote_that_cannot_be_reached_is_named(repository: Path, tmp_path: Pa
     remote = [sys.executable, "-m", "dvc", "remote", "add", "--default", "broken", str(tmp_path / "file" / "remote")]
     subprocess.run(remote, check=True, capture_output=True)
     with Processes() as processes:
-        run_stage.fn("first", processes)
-        with pytest.raises(StageFailed, match="dvc push: "):
+        repro.fn("first", processes, SETTINGS)
+        with pytest.raises(NotPushed, match="dvc push: "):
             push.fn(processes)
 
 
@@ -141,14 +155,14 @@ def test_an_interrupt_ends_the_whole_process_group(repository: Path):
     try:
         threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt), Processes() as processes:
-            run_stage.fn("slow", processes)
+            repro.fn("slow", processes, SETTINGS)
     finally:
         signal.signal(signal.SIGINT, former)
     assert not alive(int(pid_file.read_text()))
 
 
 def test_a_stage_sees_a_terminal_where_there_is_one(repository: Path):
-    script = "from tasks.dvc import *\nwith Processes() as p: run_stage.fn('tell', p)\n"
+    script = "from tests.tasks.test_dvc import *\nwith Processes() as p: repro.fn('tell', p, SETTINGS)\n"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     ours, theirs = pty.openpty()
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, stderr=theirs)
@@ -157,5 +171,5 @@ def test_a_stage_sees_a_terminal_where_there_is_one(repository: Path):
     assert (repository / "told").read_text() == "terminal\n"
     (repository / "told").unlink()
     with Processes() as processes:
-        run_stage.fn("tell", processes, force=True)
+        repro.fn("tell", processes, SETTINGS, force=True)
     assert (repository / "told").read_text() == "none\n"

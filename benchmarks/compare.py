@@ -1,0 +1,452 @@
+"""lcmlora's step against the reference recipe's (reference.py), in turns: python -m benchmarks.compare --help
+
+Both are given the same base, adapter, pictures, batch and precision, each in a process of its own. First both train a
+few steps on the same samples, from cached latents and text, and their losses are compared. Then they take turns: some
+steps of the recipe as it is, some of its UNet part alone (latents and text cached, as lcmlora always has them), some of
+lcmlora's. A ratio is that of two neighbours in time; what is told is the median over the turns, and the range.
+
+The base is that of params.yaml, or one of its size with random weights (--random), which costs the same.
+Both learn by the recipe's objective, latent consistency. Peak memory is that of tensors, as torch's allocators count.
+
+    python -m benchmarks.compare                        # the emoji base, on this machine
+    python -m benchmarks.compare sd15:1,4,16 sdxl:1,4 ssd1b:4 --random --seconds 2 --repeats 5      # on a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import multiprocessing
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import published, tables
+from benchmarks.reference import Reference
+from lcmlora import bases, config
+from lcmlora.checkpoint import Checkpoints
+from lcmlora.config import Base, Data, Distill
+from lcmlora.data import cache
+from lcmlora.data.prepare import prepare
+from lcmlora.data.sources import fit, open_picture, read_records
+from lcmlora.distill import Distillation, equip, samples
+from lcmlora.files import write_json
+from lcmlora.training import take_step
+
+OURS, RECIPE, UNET = "lcmlora", "reference", "reference, UNet part alone"
+_AGREEING = 4  # steps over whose losses both must agree
+_SIDES = (OURS, RECIPE)  # the processes
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared."""
+
+    model: str
+    base: Base
+    folder: Path  # of the base
+    data: Path  # `prepared` and `latents` in it
+    distill: Distill
+
+
+@dataclass
+class Result:
+    """What a case gave."""
+
+    model: str
+    batch: int
+    device: str
+    dtype: str
+    threads: int
+    steps: int  # of a turn
+    rates: dict[str, list[float]] = field(default_factory=dict)  # pictures/s, of each turn
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    checkpoint_bytes: dict[str, int] = field(default_factory=dict)
+    first_step_seconds: dict[str, float] = field(default_factory=dict)  # from the start of the process
+    loss_difference: float = float("nan")  # largest, relative, over the samples of the steps that both made
+    teraflops: float | None = None  # that lcmlora's steps sustain
+    matmul_teraflops: float | None = None  # that this device does, in this precision
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def ratio(self, other: str) -> tuple[float, float, float]:
+        """Returns median, least and greatest of lcmlora's rate over the other's."""
+        ratios = [a / b for a, b in zip(self.rates[OURS], self.rates[other], strict=True)]
+        return statistics.median(ratios), min(ratios), max(ratios)
+
+
+# --- in a process of its own ------------------------------------------------------------------------------------
+
+
+class _Side:
+    """One of the two, as the other process drives it."""
+
+    def __init__(self, case: Case) -> None:
+        self.settings = case.distill
+        self.device = bases.pick_device(self.settings.device)
+        self.dtype = bases.pick_dtype(self.settings.precision, self.device)
+        self.cache = cache.LatentCache(case.data / "latents")
+        self.batches = samples(self.cache, torch.arange(len(self.cache)), self.settings, self.device)
+        self._done = 0
+
+    def steps(self, mode: str, count: int) -> list[Tensor]:
+        losses = []
+        for _ in range(count):
+            losses.append(self.step(mode, self._done))
+            self._done += 1
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return losses
+
+    def step(self, mode: str, step: int) -> Tensor:
+        raise NotImplementedError
+
+    def save(self, path: Path) -> None:
+        raise NotImplementedError
+
+    def timed(self, mode: str, count: int) -> float:
+        """Returns pictures/s."""
+        began = time.perf_counter()
+        self.steps(mode, count)
+        return self.settings.batch * count / (time.perf_counter() - began)
+
+    def agree(self, count: int) -> tuple[list[list[float]], float]:
+        """Returns the losses of each of the first steps, and how long the process has lived after the first of them."""
+        losses = self.steps(UNET, 1)
+        seconds = time.time() - psutil.Process().create_time()
+        return [each.flatten().tolist() for each in losses + self.steps(UNET, count - 1)], seconds
+
+    def peak(self, mode: str) -> int:
+        """Returns the most bytes that tensors have within a step."""
+        self.steps(mode, 1)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.steps(mode, 1)
+            return torch.cuda.max_memory_allocated()
+        return _most_allocated(lambda: self.steps(mode, 1))
+
+    def checkpoint(self) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder))
+            return sum(path.stat().st_size for path in Path(folder).rglob("*"))
+
+    def teraflops(self) -> tuple[float, float]:
+        """Returns operations of a step, in 1e12, and the matmul rate of the device, in 1e12 per second."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            self.steps(OURS, 1)
+        return counter.get_total_flops() / 1e12, _matmul_rate(self.device, self.dtype)
+
+
+class _Ours(_Side):
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        base = bases.load(case.model, case.base, case.folder, device=self.device, dtype=self.dtype, parts=("unet",))
+        self._optimization = equip(base, self.settings)
+        self._distillation = Distillation(base, self.cache.unconditional(), self.settings)
+
+    def step(self, mode: str, step: int) -> Tensor:
+        losses, _ = take_step(self._distillation, self._optimization, self.batches, self.settings, step)
+        return losses
+
+    def save(self, path: Path) -> None:
+        state = self._optimization.state()
+        best = {"step": 0, "loss": 0.0, "weights": state["average"]}
+        Checkpoints(path).save({"step": 0, "loss": 0.0, "best": best, "history": {}, "optimization": state})
+
+
+class _Recipe(_Side):
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        student, teacher = (
+            bases.load(case.model, case.base, case.folder, device=self.device, parts=("unet",)) for _ in range(2)
+        )
+        coder = bases.load(
+            case.model, case.base, case.folder, device=self.device, dtype=self.dtype, parts=("vae", "text")
+        )
+        student.vae, student.tokenizers, student.text_encoders = coder.vae, coder.tokenizers, coder.text_encoders
+        self._reference = Reference(student, teacher, self.settings, self.dtype)
+        self._unconditional = {k: v.to(self.device) for k, v in self.cache.unconditional().items()}
+        records = read_records(case.data / "prepared" / "train.jsonl")
+        data = _data(case.data / "pictures")
+        pixels = [
+            np.asarray(fit(open_picture(data, r, size=case.base.resolution), case.base.resolution)[0]) for r in records
+        ]
+        self._pictures = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+        self._captions = [record.caption for record in records]
+
+    def step(self, mode: str, step: int) -> Tensor:
+        batch = self.batches.draw(step)
+        if mode == RECIPE:
+            rows = self.batches.rows(self.batches.positions(step, 0))
+            batch = self._reference.encode(batch, self._pictures[rows], [self._captions[row] for row in rows.tolist()])
+        return self._reference.step(batch, self._unconditional)
+
+    def save(self, path: Path) -> None:
+        trained = {n: p for n, p in self._reference.base.unet.named_parameters() if p.requires_grad}
+        torch.save({"adapter": trained, "optimizer": self._reference.optimizer.state_dict()}, path / "state.pt")
+
+
+def _most_allocated(run: Callable[[], object]) -> int:
+    """Returns the most bytes that tensors on the CPU have while it runs: those there before, and what torch's allocator
+    then gives and takes back. (What a process holds tells less: it keeps what is given back.)"""
+    from torch.profiler import ProfilerActivity, profile
+
+    before = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some of what lies about in memory minds being looked at
+        for found in gc.get_objects():
+            if isinstance(found, Tensor) and found.device.type == "cpu":
+                storage = found.untyped_storage()
+                before[storage.data_ptr()] = storage.nbytes()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return sum(before.values()) + max(held)
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Returns 1e12 operations per second of a large product, the best of a few."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        for _ in range(10 if device.type == "cuda" else 2):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - began) / (10 if device.type == "cuda" else 2))
+    return 2 * side**3 / best / 1e12
+
+
+def _serve(name: str, case: Case, pipe: Connection) -> None:
+    """Does what it is told through the pipe, until that is closed."""
+    try:
+        side = (_Ours if name == OURS else _Recipe)(case)
+        pipe.send(None)
+        while (told := pipe.recv()) is not None:
+            method, arguments = told
+            pipe.send(getattr(side, method)(*arguments))
+            if side.device.type == "cuda":
+                torch.cuda.empty_cache()  # the other one needs room
+    except EOFError:
+        pass
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send(error if isinstance(error, torch.OutOfMemoryError) else RuntimeError(str(error)))
+
+
+# --- in turns ---------------------------------------------------------------------------------------------------
+
+
+class _Process:
+    """The other end of `_serve`."""
+
+    def __init__(self, name: str, case: Case) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(name, case, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ready(self) -> None:
+        self._answer()
+
+    def __call__(self, method: str, *arguments: object) -> Any:
+        self._pipe.send((method, arguments))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        answer = self._pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def end(self) -> None:
+        self._pipe.close()
+        self._process.join(10)
+        self._process.kill()
+
+
+def compare(case: Case, repeats: int, seconds: float) -> Result:
+    """Returns what a case gives.
+
+    Args:
+        repeats: turns.
+        seconds: that a turn of the slowest takes, about.
+    """
+    device = bases.pick_device(case.distill.device)
+    dtype = bases.pick_dtype(case.distill.precision, device)
+    named = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
+    result = Result(
+        case.model, case.distill.batch, named, str(dtype).removeprefix("torch."), torch.get_num_threads(), 0
+    )
+    sides, losses = {}, {}
+    try:
+        for name in _SIDES:  # one after the other, so that neither waits for the other's start
+            sides[name] = _Process(name, case)
+            sides[name].ready()
+            losses[name], result.first_step_seconds[name] = sides[name]("agree", _AGREEING)
+        a, b = (torch.tensor(losses[name]) for name in _SIDES)
+        result.loss_difference = float(((a - b).abs() / b.abs()).max())
+        for name, mode in ((OURS, OURS), (RECIPE, UNET), (RECIPE, RECIPE)):
+            result.peak_bytes[mode] = sides[name]("peak", mode)
+            result.checkpoint_bytes[name] = sides[name]("checkpoint")
+        slowest = case.distill.batch / sides[RECIPE]("timed", RECIPE, 2)
+        result.steps = max(2, round(seconds / slowest))
+        for _ in range(repeats):
+            for name, mode in ((RECIPE, UNET), (OURS, OURS), (RECIPE, RECIPE)):
+                result.rates.setdefault(mode, []).append(sides[name]("timed", mode, result.steps))
+        operations, result.matmul_teraflops = sides[OURS]("teraflops")
+        result.teraflops = operations * statistics.median(result.rates[OURS]) / case.distill.batch
+    except torch.OutOfMemoryError as error:
+        result.failed["memory"] = str(error).splitlines()[0]
+    finally:
+        for side in sides.values():
+            side.end()
+    return result
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+# --- what is compared -------------------------------------------------------------------------------------------
+
+
+def _data(folder: Path) -> Data:
+    return Data.model_validate(
+        {"source": "folder", "path": folder, "min_side": 16, "max_aspect": 2.0, "validation": 0.05, "seed": 0}
+    )
+
+
+def _pictures(folder: Path, count: int, side: int) -> None:
+    """Writes captioned pictures of smooth colours: what they show does not change what anything costs."""
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    for number in range(count):
+        small = Image.fromarray(noise.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        small.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"red apple, number {number}")
+
+
+def make_case(model: str, batch: int | None, work: Path, *, random: bool, compiled: bool, device: str) -> Case:
+    """Fetches or makes the base, and prepares and encodes pictures for it."""
+    settings = config.load()
+    base, distill = settings.base(model), settings.distill_for(model)
+    how = {"objective": "lcm", "accumulate": 1, "cooldown": 0.0, "compile": compiled, "device": device}
+    distill = distill.model_copy(update=how | {"batch": batch or distill.batch})
+    if random:
+        folder = work / "bases" / model
+        if not folder.is_dir():
+            published.save(model, folder)
+        base = base.model_copy(update={"source": str(folder), "revision": None, "variant": None})
+    else:
+        folder = bases.fetch(model, base)
+    data = work / f"{model}-{base.resolution}"
+    if not data.is_dir():
+        count = 64
+        _pictures(data / "pictures", count, base.resolution)
+        source = _data(data / "pictures")
+        prepare(source, 1, data / "prepared")
+        place = bases.pick_device(device)
+        dtype = bases.pick_dtype(distill.precision, place)
+        loaded = bases.load(model, base, folder, device=place, dtype=dtype, parts=("vae", "text"))
+        encode = settings.encode.model_copy(update={"batch": 4})
+        cache.encode(loaded, source, encode, data / "prepared", data / "scratch", data / "latents")
+    return Case(model, base, folder, data, distill)
+
+
+def table(results: Sequence[Result]) -> str:
+    head = ["base", "batch", "pictures/s", "reference", "ratio", "UNet part alone", "ratio", "peak memory", "reference"]
+    head += ["ratio", "checkpoint", "reference", "first step", "reference", "loss differs by"]
+    rows = []
+    for result in results:
+        if result.failed:
+            rows.append([result.model, str(result.batch), *(["does not fit"] + [""] * (len(head) - 3))])
+            continue
+        rates = {name: statistics.median(values) for name, values in result.rates.items()}
+        told = {name: "{:.2f} ({:.2f} to {:.2f})".format(*result.ratio(name)) for name in (RECIPE, UNET)}
+        peaks = result.peak_bytes
+        rows.append(
+            [
+                result.model,
+                str(result.batch),
+                f"{rates[OURS]:.1f}",
+                f"{rates[RECIPE]:.1f}",
+                told[RECIPE],
+                f"{rates[UNET]:.1f}",
+                told[UNET],
+                f"{peaks[OURS] / 1e6:.0f} MB",
+                f"{peaks[RECIPE] / 1e6:.0f} MB",
+                f"{peaks[OURS] / peaks[RECIPE]:.2f}",
+                *(f"{result.checkpoint_bytes[name] / 1e6:.1f} MB" for name in _SIDES),
+                *(f"{result.first_step_seconds[name]:.1f} s" for name in _SIDES),
+                f"{result.loss_difference:.0e}",
+            ]
+        )
+    return tables.markdown(head, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "cases",
+        nargs="*",
+        default=["emoji"],
+        metavar="MODEL[:BATCH,...]",
+        help="bases of params.yaml, with the pictures in a step where they are to differ from it",
+    )
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=4.0, help="that a turn of the slowest takes")
+    parser.add_argument("--random", action="store_true", help="random weights instead of the base's own")
+    parser.add_argument("--compile", action="store_true", help="lcmlora's UNet is compiled")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    options = parser.parse_args()
+    results = []
+    with tempfile.TemporaryDirectory(prefix="lcmlora-compare-") as work:
+        for told in options.cases:
+            model, _, batches = told.partition(":")
+            for batch in map(int, batches.split(",")) if batches else [None]:
+                case = make_case(
+                    model, batch, Path(work), random=options.random, compiled=options.compile, device=options.device
+                )
+                results.append(compare(case, options.repeats, options.seconds))
+                print(json.dumps(asdict(results[-1])), file=sys.stderr, flush=True)
+            shutil.rmtree(Path(work, "bases", model), ignore_errors=True)
+    first = results[0]
+    print(f"{first.device}, {first.dtype}, {first.threads} threads, torch {torch.__version__}\n")
+    print(table(results))
+    if options.json:
+        write_json(options.json, [asdict(result) for result in results])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The recipe that is measured against: a step of LCM-LoRA distillation as the common training scripts take it.
+
+Written from the recipe's description, with diffusers, PEFT and torch used as those scripts use them:
+
+* two UNets, teacher and student, both in fp32 under autocast, so that frozen weights are cast again in every pass;
+* pictures and captions, of which VAE and text encoders make latents and embeddings in every step;
+* the teacher's conditional and unconditional passes one after the other;
+* PEFT's own forward; AdamW as torch makes it, over all parameters of the UNet; `.item()` of the loss in every step.
+
+Of their mistakes those are mended that would make it faster or slower than the recipe is: gradients are really clipped
+(there the list of parameters is empty by then), autocast has the precision that was asked for (there fp16), and of
+many processes only one is measured. What an optional loader, logger or launcher costs is left out, in its favour.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lcmlora import bases, diffusion, lora
+from lcmlora.bases import Conditioning
+from lcmlora.batches import Batch
+from lcmlora.config import Distill
+from lcmlora.objectives import pseudo_huber
+
+
+class Reference:
+    """The recipe over a base; `step` takes one optimization step."""
+
+    def __init__(
+        self, base: bases.LoadedBase, teacher: bases.LoadedBase, settings: Distill, dtype: torch.dtype
+    ) -> None:
+        """Args:
+        base: becomes the student; its UNet in fp32, VAE and text encoders, if they are to run, in `dtype`.
+        teacher: the same base again.
+        dtype: of autocast; fp32 is without.
+        """
+        self.base, self.teacher, self._settings, self._dtype = base, teacher, settings, dtype
+        lora.inject(base.unet, settings.rank, settings.alpha, settings.seed)
+        self._trained = [p for p in base.unet.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            base.unet.parameters(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=settings.weight_decay, eps=1e-8
+        )
+        warmup = max(1, settings.warmup)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        upper, lower = diffusion.ddim_grid(len(base.alphas_cumprod), settings.grid)
+        self._t, self._t_prev = upper.to(base.device), lower.to(base.device)
+        self._weight = diffusion.loss_weights(base.alphas_cumprod, self._t, settings.weighting)
+
+    def encode(self, batch: Batch, pictures: Tensor, captions: list[str]) -> Batch:
+        """Returns the batch with latents and embeddings computed from (B, 3, H, W) pictures in [-1, 1] and captions."""
+        mean, logvar = self.base.encode_pictures(pictures.to(self.base.device))
+        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        conditioning = self.base.encode_text(captions)
+        kept = {name: value for name, value in batch.conditioning.items() if name == "time_ids"}
+        return Batch(batch.places, z, batch.noise, batch.index, batch.w, batch.u, conditioning | kept)
+
+    def step(self, batch: Batch, unconditional: Conditioning) -> Tensor:
+        """Trains on the batch and returns the loss of each sample, (B,)."""
+        t, t_prev = self._t[batch.index], self._t_prev[batch.index]
+        x = diffusion.add_noise(batch.z, batch.noise, *diffusion.alpha_sigma(self.base.alphas_cumprod, t))
+        x0, _ = self._predict(self.base, x, t, batch.conditioning)
+        online = diffusion.consistency(x, x0, t)
+        with torch.no_grad():
+            no_text = {
+                k: v if k == "time_ids" else unconditional[k].expand_as(v) for k, v in batch.conditioning.items()
+            }
+            x0, noise = self._predict(self.teacher, x, t, batch.conditioning)
+            x0_without, noise_without = self._predict(self.teacher, x, t, no_text)
+            x0, noise = (diffusion.guide(*pair, batch.w) for pair in ((x0, x0_without), (noise, noise_without)))
+            x_prev = diffusion.ddim_step(x0, noise, *diffusion.alpha_sigma(self.base.alphas_cumprod, t_prev))
+            x0, _ = self._predict(self.base, x_prev, t_prev, batch.conditioning)
+            aim = diffusion.consistency(x_prev, x0, t_prev)
+        losses = self._weight[batch.index] * pseudo_huber(online, aim, self._settings.huber_c)
+        loss = losses.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._trained, self._settings.max_grad_norm)
+        self.optimizer.step()
+        self._schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.item()  # for the progress bar
+        return losses.detach()
+
+    def _predict(
+        self, base: bases.LoadedBase, x: Tensor, t: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor]:
+        """Returns x0 and noise, both (B, C, h, w) fp32, as the base's UNet says."""
+        with torch.autocast(x.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            output = bases.unet_forward(base.unet, x, t, conditioning)
+        alpha, sigma = diffusion.alpha_sigma(base.alphas_cumprod, t)
+        kind = base.prediction_type
+        return (
+            diffusion.predicted_x0(output, x, alpha, sigma, kind),
+            diffusion.predicted_noise(output, x, alpha, sigma, kind),
+        )

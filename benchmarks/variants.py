@@ -1,0 +1,235 @@
+"""What each way of executing a step is worth: python -m benchmarks.variants [MODEL] [--only NAME ...]
+
+Each variant changes one thing in lcmlora's step as it is. It takes turns with the step as it is, on the same samples,
+in the same process; its figure is how long it takes relative to that, the median over the turns with the range. Above 1
+it is slower: what it leaves out is worth that much. Below 1 it is something to take up, or already an option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import tables
+from benchmarks.compare import Case, make_case
+from lcmlora import bases, execution, lora
+from lcmlora.bases import Conditioning
+from lcmlora.batches import Batch
+from lcmlora.data.cache import LatentCache
+from lcmlora.distill import Distillation, Teacher, samples
+from lcmlora.files import write_json
+from lcmlora.optimization import Optimization
+from lcmlora.teacher_cache import TeacherCache
+
+STEP = Callable[[int], Tensor]
+
+
+@dataclass
+class Build:
+    """The parts of a step, before something is changed."""
+
+    case: Case
+    device: torch.device
+    dtype: torch.dtype
+    cache: LatentCache
+
+    def step(
+        self,
+        *,
+        forwards: str = "direct",
+        teacher: type[Teacher] | None = None,
+        remembered: TeacherCache | None = None,
+        optimization: Callable[..., Any] = Optimization,
+        around: Callable[[], Any] = nullcontext,
+        dtype: torch.dtype | None = None,
+        prepare: Callable[[nn.Module], object] = lambda unet: None,
+        wait: bool = False,
+    ) -> STEP:
+        """Returns a step with a base of its own."""
+        settings = self.case.distill
+        base = bases.load(
+            self.case.model,
+            self.case.base,
+            self.case.folder,
+            device=self.device,
+            dtype=dtype or self.dtype,
+            parts=("unet",),
+        )
+        parameters = lora.inject(base.unet, settings.rank, settings.alpha, settings.seed)
+        if forwards != "peft":
+            lora.direct_forwards(base.unet, merged={"direct": None, "merged": True, "beside": False}[forwards])
+        prepare(base.unet)
+        optimizing = optimization(parameters, settings)
+        distillation = Distillation(base, self.cache.unconditional(), settings, remembered)
+        if teacher is not None:
+            distillation.teacher = teacher(base, self.cache.unconditional(), settings)
+        batches = samples(self.cache, torch.arange(len(self.cache)), settings, self.device)
+
+        def step(number: int) -> Tensor:
+            batch: Batch = batches.draw(number)
+            with around():
+                losses = distillation.losses(batch)
+            optimizing.backward(losses.mean())
+            optimizing.step(number)
+            if wait:
+                losses.mean().item()
+            return losses.detach()
+
+        return step
+
+
+class _TwoPasses(Teacher):
+    """Guidance in one pass after the other."""
+
+    def _outputs(self, x: Tensor, t: Tensor, conditioning: Conditioning, places: range | None) -> tuple[Tensor, Tensor]:
+        no_text = {k: v if k == "time_ids" else self._unconditional[k].expand_as(v) for k, v in conditioning.items()}
+        with lora.disabled(self._base.unet):
+            unet = self._base.unet
+            return bases.unet_forward(unet, x, t, conditioning), bases.unet_forward(unet, x, t, no_text)
+
+
+class _Unfused:
+    """torch's AdamW as it comes, over the adapter's tensors one by one."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], settings: Any) -> None:
+        self._parameters, self._settings = list(parameters.values()), settings
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, step: int) -> None:
+        torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _channels_last(unet: nn.Module) -> None:
+    unet.to(memory_format=torch.channels_last)
+    unet.register_forward_pre_hook(
+        lambda module, inputs: (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
+    )
+
+
+def variants(build: Build, folder: Path) -> dict[str, Callable[[], STEP]]:
+    """Returns what there is to try, by name; each makes its step when it is called."""
+    kind = build.device.type
+    size = build.case.distill.batch * 10_000
+
+    def remembering() -> STEP:
+        channels, height, width = build.cache.latent_shape
+        kept = TeacherCache(folder / "teacher", (channels, height, width), build.dtype, size, 10**12)
+        return build.step(remembered=kept)
+
+    found: dict[str, Callable[[], STEP]] = {
+        "teacher cached by an earlier run": remembering,
+        "guidance in two passes": lambda: build.step(teacher=_TwoPasses),
+        "PEFT's forward": lambda: build.step(forwards="peft"),
+        "adapter beside its layer": lambda: build.step(forwards="beside"),
+        "adapter merged into its layer's weight": lambda: build.step(forwards="merged"),
+        "AdamW as it comes": lambda: build.step(optimization=_Unfused),
+        "the host waits for each loss": lambda: build.step(wait=True),
+        "channels_last": lambda: build.step(prepare=_channels_last),
+        "activations recomputed, all": lambda: build.step(prepare=lambda unet: execution.recompute(unet, "full")),
+        "activations recomputed, selectively": lambda: build.step(
+            prepare=lambda unet: execution.recompute(unet, "selective")
+        ),
+        "bf16 by autocast": lambda: build.step(around=lambda: torch.autocast(kind, torch.bfloat16)),
+        "bf16 base": lambda: build.step(dtype=torch.bfloat16),
+        "fp32 base": lambda: build.step(dtype=torch.float32),
+        "compiled": lambda: build.step(prepare=execution.compiled),
+    }
+    if kind == "cpu":
+        found["one thread"] = lambda: _with_one_thread(build.step())
+    return found
+
+
+def _with_one_thread(step: STEP) -> STEP:
+    def alone(number: int) -> Tensor:
+        with _threads(1):
+            return step(number)
+
+    return alone
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="emoji")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=4, help="of a turn")
+    parser.add_argument("--random", action="store_true", help="random weights instead of the base's own")
+    parser.add_argument("--only", nargs="*", help="names of variants, or their beginnings")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    options = parser.parse_args()
+    told: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="lcmlora-variants-") as work:
+        case = make_case(options.model, options.batch, Path(work), random=options.random, compiled=False, device="auto")
+        device = bases.pick_device("auto")
+        dtype = bases.pick_dtype(case.distill.precision, device)
+        build = Build(case, device, dtype, LatentCache(case.data / "latents"))
+        plain = build.step()
+        for name, make in variants(build, Path(work)).items():
+            if options.only and not name.startswith(tuple(options.only)):
+                continue
+            try:
+                told[name] = _measure(plain, make(), options.repeats, options.steps, device)
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                told[name] = {"failed": str(error).splitlines()[0]}
+            print(name, told[name], file=sys.stderr, flush=True)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    told_ = {"model": case.model, "batch": case.distill.batch, "dtype": str(dtype), "device": device.type}
+    print(_table(told))
+    if options.json:
+        write_json(options.json, told_ | {"variants": told})
+
+
+def _measure(plain: STEP, changed: STEP, repeats: int, steps: int, device: torch.device) -> dict[str, Any]:
+    """Returns how long `changed` takes relative to `plain`."""
+    ratios = []
+    for repeat in range(repeats + 1):
+        seconds = []
+        for step in (plain, changed):
+            began = time.perf_counter()
+            for number in range(steps):
+                step(number)  # the same samples in each turn, so that a cache has them from the first one on
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        if repeat:  # the first one warms up
+            ratios.append(seconds[1] / seconds[0])
+    return {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+
+
+def _table(told: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for name, found in told.items():
+        figures = found.get("failed") or "{ratio:.2f} ({least:.2f} to {most:.2f})".format(**found)
+        rows.append([name, figures])
+    return tables.markdown(["with", "time of a step"], rows)
+
+
+if __name__ == "__main__":
+    main()

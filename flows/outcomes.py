@@ -1,0 +1,186 @@
+"""What became of the models of one run: the table on the terminal, the name of the flow's end, and its artifacts."""
+
+from __future__ import annotations
+
+import base64
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from rich.console import Console
+from rich.table import Table
+
+from lcmlora import tracking
+from lcmlora.config import Config
+from tasks.dvc import StageResult
+from tasks.output import slug
+
+# The flow ends with the first of these that one of its models ended with.
+ENDS = ("Failed", "Rejected", "Promoted", "Registered", "Reproduced", "UpToDate")
+
+_CARD = "README.md"  # of a release
+_PICTURE_BYTES = 1_000_000  # of a picture within a card; a larger one is left to the release's own page
+
+
+@dataclass
+class Outcome:
+    """What became of one model."""
+
+    model: str
+    ran: list[StageResult] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    figures: dict[str, Any] | None = None
+    champion: str | None = None  # that the gate compared with
+    gate_failures: list[str] | None = None
+    version: str | None = None  # lcm-lora-emoji/3
+    aliases: list[str] = field(default_factory=list)
+    created: bool = False  # the version, by this run
+    promoted: bool = False  # by this run
+    run_id: str | None = None
+    uri: str | None = None
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def end(self) -> str:
+        """One of ENDS. `Reproduced`: stages ran, and gave an adapter that was registered before."""
+        if self.errors:
+            return "Failed"
+        if self.gate_failures and (self.created or self.ran):
+            return "Rejected"
+        if self.promoted:
+            return "Promoted"
+        if self.created:
+            return "Registered"
+        return "Reproduced" if self.ran else "UpToDate"
+
+    @property
+    def line(self) -> str:
+        """The end in a few words."""
+        return f"{self.model}: " + ("; ".join(self.errors) or " ".join(filter(None, (self.end, self.version))))
+
+
+def end(outcomes: Sequence[Outcome]) -> str:
+    """Returns the name of the flow's end."""
+    return min((outcome.end for outcome in outcomes), key=ENDS.index, default="UpToDate")
+
+
+def rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
+    """Returns what a person wants to know of a model, in pairs."""
+
+    def short(stage: str) -> str:
+        return stage.replace(f"@{outcome.model}", "")
+
+    found = [("ran", ", ".join(f"{short(r.stage)} {r.seconds:.0f} s" for r in outcome.ran) or "nothing")]
+    found += [("up to date", ", ".join(map(short, outcome.fresh)))] if outcome.fresh else []
+    if outcome.figures is not None:
+        found += _figures(outcome.figures, gate_steps)
+    if outcome.gate_failures is not None:
+        passed = "passed" + (f", compared with {outcome.champion}" if outcome.champion else "")
+        found += [("gate", f"failed: {line}") for line in outcome.gate_failures] or [("gate", passed)]
+    if outcome.version:
+        aliases = "".join(f" @{alias}" for alias in sorted(outcome.aliases))
+        found.append(("version", outcome.version + aliases + (" (new)" if outcome.created else "")))
+    if outcome.uri:
+        found.append(("release", _relative(outcome.uri)))
+    elif outcome.figures is not None:
+        found.append(("release", f"release/{outcome.model}, not published"))
+    return found + [("error", error) for error in outcome.errors]
+
+
+def _figures(figures: dict[str, Any], gate_steps: int) -> list[tuple[str, str]]:
+    """Returns the student's excess beside the best solver's at equal network evaluations, and the retrieval."""
+    found = []
+    excess, retrieval = figures["excess"], figures["retrieval"]
+    for steps in sorted({2, gate_steps}):
+        rivals = [n for n in excess if "@" in n and not n.startswith(("student", "teacher"))]
+        rivals = [n for n in rivals if figures["network_evaluations"][n] == steps]
+        best = min(rivals, key=excess.__getitem__, default=None)
+        if f"student@{steps}" in excess:
+            beside = f", best solver {excess[best]:.1f} ({best})" if best else ", no solver"
+            found.append((f"excess at {steps} evaluations", f"student {excess[f'student@{steps}']:.1f}{beside}"))
+    known = [name for name in (f"student@{gate_steps}", *retrieval) if name in retrieval]
+    shown = [name for name in dict.fromkeys(known) if name.startswith(("teacher", f"student@{gate_steps}"))]
+    return [*found, ("retrieval@1", ", ".join(f"{name} {retrieval[name]:.3f}" for name in shown))]
+
+
+def _relative(uri: str) -> str:
+    """Returns a path for what lies below the current folder, the address as it is otherwise."""
+    path = Path(urlparse(uri).path)
+    return str(path.relative_to(Path.cwd())) if uri.startswith("file:") and path.is_relative_to(Path.cwd()) else uri
+
+
+def print_table(lines: Sequence[tuple[str, str, str]], total: str) -> None:
+    """Prints model, what and value in three columns on standard output."""
+    table = Table(show_header=False, caption=total)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_column(overflow="fold")
+    for number, (model, what, value) in enumerate(lines):
+        first = number == 0 or lines[number - 1][0] != model
+        if first and number:
+            table.add_section()
+        table.add_row(model if first else "", what, value)
+    # No markup: a path in brackets is no style.
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, markup=False, highlight=False).print(table)
+
+
+def leave_artifacts(outcomes: Sequence[Outcome], settings: Config, total: str) -> None:
+    """Leaves on Prefect's page of the run what a person looks for: the table, and each model's card, figures, links."""
+    lines = [(outcome.model, *row) for outcome in outcomes for row in rows(outcome, settings.gate.steps)]
+    table = f"{markdown(('model', '', ''), lines)}\n\n{total}"
+    create_markdown_artifact(table, key="retrain", description="What became of each model")
+    for outcome in outcomes:
+        key = slug(outcome.model)
+        if outcome.figures is not None:
+            create_table_artifact(_methods(outcome.figures), key=f"figures-{key}", description=_counts(outcome.figures))
+        if (Path("release", outcome.model) / _CARD).is_file():
+            text = card(Path("release", outcome.model))
+            create_markdown_artifact(text, key=f"card-{key}", description=f"Model card of {outcome.model}'s release")
+        page = tracking.page(settings.registry, outcome.run_id) if outcome.run_id else None
+        if page:
+            create_link_artifact(page, link_text=f"MLflow run of {outcome.version}", key=f"mlflow-{key}")
+        if outcome.uri:
+            create_link_artifact(outcome.uri, link_text=f"Release of {outcome.version}", key=f"release-{key}")
+
+
+def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Returns a table in Markdown."""
+    told = [titles, ["---"] * len(titles), *([cell.replace("|", "&#124;") for cell in line] for line in lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in told)
+
+
+def card(folder: Path) -> str:
+    """Returns a release's card without its header, for a page that has none of the release's files beside it."""
+    text = (folder / _CARD).read_text(encoding="utf-8")
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    return re.sub(r"!\[([^\]]*)\]\(([^)]+)\)", lambda found: _embedded(folder / found[2], found[1]), text)
+
+
+def _embedded(path: Path, caption: str) -> str:
+    if not path.is_file() or path.stat().st_size > _PICTURE_BYTES:
+        return ""
+    return f"![{caption}](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})"
+
+
+def _methods(figures: dict[str, Any]) -> list[dict[str, str]]:
+    """Returns a row for each way of drawing, the fewest network evaluations first."""
+    cost = figures["network_evaluations"]
+    return [
+        {
+            "drawn with": name,
+            "network evaluations": str(cost[name]),
+            "excess": f"{figures['excess'][name]:.1f}",
+            "retrieval@1": f"{figures['retrieval'][name]:.3f}" if name in figures["retrieval"] else "",
+        }
+        for name in sorted(figures["excess"], key=lambda name: (cost.get(name, 0), figures["excess"][name]))
+        if name in cost
+    ]
+
+
+def _counts(figures: dict[str, Any]) -> str:
+    return f"{figures['features']['name']}, {figures['pictures']} pictures, seed {figures['seed']}"

@@ -1,0 +1,172 @@
+"""Where every model stands: champion, last run, what is stale, when it is due; by MLflow, DVC and Prefect."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+
+from flows import name_of
+from flows.retrain import stages_of
+from lcmlora import registry
+from lcmlora.config import Config
+from lcmlora.errors import Unavailable
+from lcmlora.registry import Version
+from tasks import dvc
+from tasks.processes import Processes
+
+_PAGE = 200  # Prefect's most runs in one answer
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the retrain flow, as far as one model goes."""
+
+    end: str  # the flow's state: Promoted, UpToDate, Failed, Running, ...
+    time: str  # ISO 8601, UTC
+    message: str | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where one model stands."""
+
+    model: str
+    champion: str | None  # lcm-lora-emoji/3
+    since: str | None  # ISO 8601, UTC
+    figures: dict[str, float | None]  # excess and retrieval of the champion at the gate's steps
+    newest: str | None
+    newest_gate: str | None
+    last_run: Run | None
+    stale: list[str]  # stages that the next run begins with
+    due: str | None  # the next scheduled run, ISO 8601, UTC
+
+
+def standings(settings: Config, *, server: bool) -> list[Standing]:
+    """Returns where each model of params.yaml stands.
+
+    Args:
+        server: ask Prefect for runs and schedules; they are None without.
+
+    Raises:
+        Unavailable: MLflow or Prefect does not answer.
+        StageFailed: DVC does not.
+    """
+    names = {model: stages_of(model, settings) for model in settings.models}
+    with Processes() as processes:
+        due = dvc.stale.fn(["prepare", *(name for own in names.values() for name in own)], processes)
+    past, coming = _runs() if server else ([], [])
+    versions: dict[str, list[Version]] = {}
+    for version in registry.versions(settings.registry):
+        versions.setdefault(version.name, []).append(version)
+    found = []
+    for model in settings.models:
+        own = versions.get(name_of(model), [])
+        champion = next((v for v in own if settings.registry.alias in v.aliases), None)
+        steps = settings.gate.steps
+        figures = {key: champion.figure(f"{key}.student_{steps}") if champion else None for key in FIGURES}
+        found.append(
+            Standing(
+                model=model,
+                champion=champion.reference if champion else None,
+                since=champion.promoted if champion else None,
+                figures=figures,
+                newest=own[0].reference if own else None,
+                newest_gate=own[0].gate if own else None,
+                last_run=next((_run(run) for run in past if _concerns(run, model)), None),
+                stale=[name for name in ("prepare", *names[model]) if name in due],
+                due=next((_time(run.expected_start_time) for run in coming if _concerns(run, model)), None),
+            )
+        )
+    return found
+
+
+FIGURES = ("excess", "retrieval")
+
+
+def has_server() -> bool:
+    """Returns whether a Prefect server is configured; the temporary one of a single run knows no schedule."""
+    from prefect.settings import PREFECT_API_URL
+
+    return bool(PREFECT_API_URL.value())
+
+
+def runs_since(began: datetime) -> list[Run]:
+    """Returns the runs of the retrain flow that started since then, the newest first.
+
+    Raises:
+        Unavailable: Prefect does not answer.
+    """
+    with _client() as client:
+        started = FlowRunFilter(start_time=FlowRunFilterStartTime.model_validate({"after_": began}))
+        found = client.read_flow_runs(flow_filter=_RETRAIN, flow_run_filter=started, sort=_NEWEST, limit=_PAGE)
+    return [_run(run) for run in found]
+
+
+_RETRAIN = FlowFilter(name=FlowFilterName(any_=["retrain"]))
+_NEWEST = FlowRunSort.START_TIME_DESC
+
+
+def _runs() -> tuple[list[FlowRun], list[FlowRun]]:
+    """Returns the runs that have started, the newest first, and those to come, the next first."""
+    scheduled = FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING])
+    started = FlowRunFilterStateType(not_any_=[StateType.SCHEDULED, StateType.PENDING])
+    with _client() as client:
+        past, coming = (
+            client.read_flow_runs(
+                flow_filter=_RETRAIN,
+                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=kind)),
+                sort=sort,
+                limit=_PAGE,
+            )
+            for kind, sort in ((started, _NEWEST), (scheduled, FlowRunSort.EXPECTED_START_TIME_ASC))
+        )
+    return past, coming
+
+
+class _client:
+    """A client of the configured server, whose silence is one line."""
+
+    def __enter__(self) -> SyncPrefectClient:
+        self._client = get_client(sync_client=True)
+        return self._client.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
+        import httpx
+
+        self._client.__exit__(kind, error, at)
+        if isinstance(error, httpx.HTTPError):
+            raise Unavailable(f"Prefect at {os.environ.get('PREFECT_API_URL')}: {error}") from error
+
+
+def _concerns(run: FlowRun, model: str) -> bool:
+    models = run.parameters.get("models")
+    return models is None or model in models
+
+
+def _run(run: FlowRun) -> Run:
+    state = run.state
+    return Run(
+        end=state.name or state.type.value if state else "Unknown",
+        time=_time(run.start_time or run.expected_start_time) or "",
+        message=state.message if state else None,
+        name=run.name,
+    )
+
+
+def _time(moment: datetime | None) -> str | None:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ") if moment else None

@@ -1,0 +1,75 @@
+"""Which version is champion, changed by a person from Prefect's pages: through the gate, against it, or back.
+
+`lcmlora registry promote` and `rollback` do the same from a terminal.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from prefect import State, flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.states import Completed, Failed
+from pydantic import Field
+
+from flows import name_of, outcomes
+from lcmlora import config, promotion
+from lcmlora.errors import UserError
+from lcmlora.registry import Version
+from tasks.champions import move_channel, promote_reference, roll_back
+from tasks.output import slug
+from tasks.retrying import networked
+
+Reason = Annotated[str, Field(min_length=1, description="Why, for the history.")]
+Who = Annotated[str | None, Field(description="Who decided; by default the user that the worker runs as.")]
+
+
+@flow(name="promote")
+def promote(
+    reference: Annotated[str, Field(description="lcm-lora-emoji/3, lcm-lora-emoji@ALIAS or an adapter's SHA-256.")],
+    reason: Reason,
+    override: Annotated[bool, Field(description="Against the gate; the history says so.")] = False,
+    who: Who = None,
+    params: str = "params.yaml",
+) -> State:
+    """Makes a version champion; the published channel follows. Ends as Promoted, or Failed with the gate's reasons."""
+    try:
+        settings = config.load(Path(params))
+        version = networked(promote_reference, settings)(reference, settings, reason, who, override)
+        return _told("Promoted", version, settings)
+    except UserError as error:
+        return Failed(message=str(error))
+
+
+@flow(name="rollback")
+def rollback(
+    model: Annotated[str, Field(description="A name under `models` in params.yaml, or lcm-lora-MODEL.")],
+    reason: Reason,
+    to: Annotated[int | None, Field(description="The version to go to; the last champion if left out.")] = None,
+    who: Who = None,
+    params: str = "params.yaml",
+) -> State:
+    """Makes the champion before the present one champion again; the published channel follows. Ends as RolledBack.
+
+    The retrain flow does not promote again what was rolled back.
+    """
+    try:
+        settings = config.load(Path(params))
+        # Not tried again: a second call would go further back.
+        version = roll_back(name_of(model), settings, reason, who, to)
+        return _told("RolledBack", version, settings)
+    except UserError as error:
+        return Failed(message=str(error))
+
+
+def _told(end: str, version: Version, settings: config.Config) -> State:
+    """Moves the channel, leaves the model's history as an artifact, and returns the flow's end."""
+    channel = networked(move_channel, settings)(version, settings) if version.release_uri else None
+    history = promotion.history(version.name, settings.registry)
+    lines = [(e.time[:19] + "Z", f"/{e.version}", e.action, e.alias or "", e.who, e.reason or "") for e in history]
+    table = outcomes.markdown(("time", "version", "what", "alias", "who", "why"), lines)
+    key = f"history-{slug(version.name)}"
+    create_markdown_artifact(table, key=key, description=f"What happened to {version.name}")
+    told = f", {channel} follows" if channel else ", which was never published, so no channel was moved"
+    return Completed(name=end, message=f"{version.name}@{settings.registry.alias} is {version.reference}{told}")

@@ -1,0 +1,84 @@
+"""What the flows need on a Prefect server beside deployments: the work pool, the GPU limit, a watch for dead runs.
+
+Everything is made where it is missing; what a person has changed on the server stays.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling
+
+from flows.services import POOL
+
+DEAD = "lcmlora: runs whose heartbeats stop have crashed"
+_HEARTBEAT = "prefect.flow-run.heartbeat"
+
+
+def provide(limit: str, *, pool: bool) -> None:
+    """Makes the limit with one slot, the automation, and the process work pool where it is asked for."""
+    with get_client(sync_client=True) as client:
+        if pool:
+            try:
+                client.read_work_pool(POOL)
+            except ObjectNotFound:
+                client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+        try:
+            client.read_global_concurrency_limit_by_name(limit)
+        except ObjectNotFound:
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=limit, limit=1))
+        if not client.read_automations_by_name(DEAD):
+            client.create_automation(dead_runs())
+
+
+def dead_runs() -> AutomationCore:
+    """Returns the automation that gives back what a run holds whose machine or whose worker died with it.
+
+    A worker that lives sees its runs' processes end and says so itself.
+    """
+    return AutomationCore(
+        name=DEAD,
+        description="A run that was killed together with its worker would stay Running and keep its slots.",
+        trigger=EventTrigger(
+            after={_HEARTBEAT},
+            # Not the names of the states in which runs end: ours end in states of their own, such as UpToDate.
+            expect={"prefect.flow-run.*"},
+            match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            # Six of make up's heartbeats: a machine whose cores are all busy may be late.
+            within=timedelta(seconds=180),
+        ),
+        actions=[
+            ChangeFlowRunState(name="Crashed", state=StateType.CRASHED, message="Its heartbeats stopped.", force=False)
+        ],
+    )
+
+
+def cancel_runs() -> int:
+    """Tells the pool's workers to cancel what they run, and returns how many runs that are not over yet there are."""
+    going = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=going))),
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
+        )
+        for run in runs:
+            if run.state_type != StateType.CANCELLING:
+                client.set_flow_run_state(run.id, Cancelling(message="make down"))
+    return len(runs)

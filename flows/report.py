@@ -1,0 +1,86 @@
+"""The digest of the last days: champions, versions, runs, and what needs a person."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Annotated
+
+from prefect import State, flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.states import Completed, Failed
+from pydantic import Field
+
+from flows import name_of, outcomes, overview
+from flows.overview import Run, Standing
+from lcmlora import config, promotion
+from lcmlora.errors import UserError
+from lcmlora.events import Event
+
+
+@flow(name="report")
+def report(
+    days: Annotated[int, Field(gt=0, description="How many days back.")] = 7, params: str = "params.yaml"
+) -> State:
+    """Leaves a digest as the artifact `digest`: where each model stands, what happened to versions, how runs ended.
+
+    Ends as Quiet where nothing happened, as Reported otherwise.
+    """
+    try:
+        settings = config.load(Path(params))
+        began = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days)
+        server = overview.has_server()
+        standings = overview.standings(settings, server=server)
+        runs = overview.runs_since(began) if server else []
+        happened = [
+            (standing.model, event)
+            for standing in standings
+            if standing.newest
+            for event in promotion.history(name_of(standing.model), settings.registry)
+            if event.time >= began.isoformat()
+        ]
+    except UserError as error:
+        return Failed(message=str(error))
+    create_markdown_artifact(digest(days, standings, happened, runs, settings.gate.steps), key="digest")
+    counts = f"{len(happened)} events of versions, {len(runs)} runs in {days} days"
+    return Completed(name="Reported" if happened or runs else "Quiet", message=counts)
+
+
+def digest(days: int, standings: list[Standing], happened: list[tuple[str, Event]], runs: list[Run], steps: int) -> str:
+    """Returns the digest in Markdown."""
+    ends: dict[str, int] = {}
+    for run in runs:
+        ends[run.end] = ends.get(run.end, 0) + 1
+    stale = [f"* {s.model}: {', '.join(s.stale)} stale since the last run" for s in standings if s.stale]
+    failed = [f"* {run.time} {run.name}: {run.end}: {run.message}" for run in runs if run.end in _TELLING]
+    parts = [
+        f"# The last {days} days",
+        outcomes.markdown(
+            ("model", "champion", "since", f"excess@{steps}", f"retrieval@{steps}", "last run", "next run"),
+            [
+                (
+                    s.model,
+                    s.champion or "none",
+                    (s.since or "")[:10],
+                    *("" if s.figures[key] is None else f"{s.figures[key]:.4g}" for key in overview.FIGURES),
+                    s.last_run.end if s.last_run else "",
+                    s.due or "",
+                )
+                for s in standings
+            ],
+        ),
+        "## Versions",
+        outcomes.markdown(
+            ("time", "model", "version", "what", "who", "why"),
+            [(e.time[:19] + "Z", model, f"/{e.version}", e.action, e.who, e.reason or "") for model, e in happened],
+        )
+        if happened
+        else "None was registered, promoted, rejected or rolled back.",
+        "## Runs",
+        ", ".join(f"{count} {end}" for end, count in sorted(ends.items())) or "None.",
+        *(["## For a person", "\n".join([*stale, *failed])] if stale or failed else []),
+    ]
+    return "\n\n".join(parts)
+
+
+_TELLING = ("Failed", "Crashed", "Rejected", "TimedOut")

@@ -1,0 +1,125 @@
+"""The deployments of prefect.yaml served by this process, for one machine that needs neither work pool nor worker.
+
+python -m flows.serve --help
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+import yaml
+
+from lcmlora.errors import UserError
+
+if TYPE_CHECKING:
+    from prefect.deployments.runner import RunnerDeployment
+
+
+def serve(
+    file: Annotated[Path, typer.Option(help="Where the deployments are defined.")] = Path("prefect.yaml"),
+    limit: Annotated[int, typer.Option(min=1, help="How many runs go at once.")] = 4,
+) -> None:
+    """Put the deployments of prefect.yaml on a Prefect server and run what is due, until interrupted.
+
+    Needs PREFECT_API_URL. `make up` starts a server and a worker, which does the same; use one of the two.
+
+    Example: PREFECT_API_URL=http://127.0.0.1:4200/api python -m flows.serve
+    """
+    if not os.environ.get("PREFECT_API_URL"):
+        raise UserError(
+            "PREFECT_API_URL is not set: schedules need a server, which `prefect server start` or `make up` starts; "
+            "export PREFECT_API_URL=http://127.0.0.1:4200/api"
+        )
+    from lcmlora import config
+
+    settings = config.load()
+    deployments = read_deployments(file)
+    import httpx
+    import prefect
+
+    from flows import provision
+
+    try:
+        _require_no_pool(deployments)
+        provision.provide(settings.flow.limit, pool=False)
+        prefect.serve(*deployments, limit=limit)
+    except httpx.TransportError as error:
+        raise UserError(f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer: {error}") from error
+
+
+def _require_no_pool(deployments: list[RunnerDeployment]) -> None:
+    """Raises UserError where a work pool has one of them: Prefect would keep its path and pull steps for our runs."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    with get_client(sync_client=True) as client:
+        for each in deployments:
+            try:
+                there = client.read_deployment_by_name(f"{each.flow_name}/{each.name}")
+            except ObjectNotFound:
+                continue
+            if there.work_pool_name:
+                raise UserError(
+                    f"{each.flow_name}/{each.name} is deployed to the work pool {there.work_pool_name}, whose workers "
+                    f"run it; to serve it instead: `prefect deployment delete {each.flow_name}/{each.name}`, and so on"
+                )
+
+
+def read_deployments(path: Path) -> list[RunnerDeployment]:
+    """Returns the deployments that a prefect.yaml defines, to be run in the current folder instead of in a work pool.
+
+    Raises:
+        UserError: the file is missing, or something in it does not fit.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["deployments"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run in the project's folder") from None
+    found = []
+    for entry in entries:
+        try:
+            found.append(_deployment(entry))
+        except (TypeError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: {entry.get('entrypoint')}, {entry.get('name')}: {error}") from error
+    return found
+
+
+def _deployment(entry: dict[str, Any]) -> RunnerDeployment:
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.events import DeploymentTriggerTypes
+    from prefect.schedules import Schedule
+    from pydantic import TypeAdapter
+
+    limit = entry.get("concurrency_limit")
+    triggers = TypeAdapter(list[DeploymentTriggerTypes])
+    return RunnerDeployment.from_entrypoint(
+        entry["entrypoint"],
+        entry["name"],
+        schedules=[Schedule(**each) for each in entry.get("schedules", [])],
+        triggers=[*triggers.validate_python(entry.get("triggers", []))],
+        concurrency_limit=ConcurrencyLimitConfig(**limit) if isinstance(limit, dict) else limit,
+        parameters=entry.get("parameters"),
+        description=entry.get("description"),
+        tags=entry.get("tags"),
+    )
+
+
+def main() -> NoReturn:
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(serve)
+    try:
+        app(prog_name="python -m flows.serve")
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()

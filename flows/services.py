@@ -1,0 +1,254 @@
+"""The servers that flows work with, as commands: `make up` starts them, and so do the tests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+HOST = "127.0.0.1"
+REGION = "us-east-1"  # of SeaweedFS, which has but one
+POOL = "lcmlora"  # Prefect's work pool, which prefect.yaml names
+
+# Nobody is called home.
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+
+
+@dataclass(frozen=True)
+class Service:
+    """A server: how it is started, and how one sees that it works."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str]  # beyond what is inherited; what is secret is here and not on the command line
+    answers: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who may do what, such as `Read`, or of one bucket or prefix only `Write:bucket/prefix/*`."""
+
+    access: str
+    secret: str
+    actions: tuple[str, ...]
+
+
+OWNER = ("Admin", "Read", "Write", "List")
+
+
+@dataclass(frozen=True)
+class S3:
+    """Where buckets are, and the keys to them."""
+
+    endpoint: str
+    access: str
+    secret: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What boto3, and so DVC, MLflow and the releases, find it by."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_ACCESS_KEY_ID": self.access,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+        }
+
+    def client(self) -> S3Client:
+        """Returns a client that does not try again: who waits for a server asks often."""
+        import boto3
+        from botocore.config import Config
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name=REGION,
+            aws_access_key_id=self.access,
+            aws_secret_access_key=self.secret,
+            config=Config(connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1}),
+        )
+
+
+def seaweedfs(
+    folder: Path, ports: Sequence[int], s3: S3, identities: Path, key: str, bucket: str = "ready", volume_mb: int = 64
+) -> Service:
+    """Returns an S3 server of one process, as `weed server` with a filer.
+
+    Args:
+        folder: holds its data.
+        ports: eight of them; the seventh is S3's, which `s3` names.
+        s3: of an identity that may do everything.
+        identities: the file that `write_identities` wrote.
+        key: a passphrase for objects that are to be encrypted.
+        bucket: is there once it answers.
+        volume_mb: of the files that objects are kept in; of each bucket there are several.
+    """
+    flags = {
+        "dir": folder,
+        "ip": HOST,
+        "ip.bind": HOST,
+        "master.port": ports[0],
+        "master.port.grpc": ports[1],
+        "volume.port": ports[2],
+        "volume.port.grpc": ports[3],
+        "filer.port": ports[4],
+        "filer.port.grpc": ports[5],
+        "s3.port": ports[6],
+        "s3.port.grpc": ports[7],
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "s3.config": identities,
+        "master.volumeSizeLimitMB": volume_mb,
+        "volume.max": 0,
+        "master.telemetry": "false",
+        "master.electionTimeout": "1s",
+        "volume.preStopSeconds": 0,
+    }
+    command = [str(weed()), "server", "-filer", "-s3", *(f"-{name}={value}" for name, value in flags.items())]
+    return Service("seaweedfs", command, {"WEED_S3_SSE_KEY": key}, lambda: _stores(s3, bucket))
+
+
+def write_identities(path: Path, identities: Mapping[str, Identity]) -> None:
+    """Writes what SeaweedFS reads, for nobody else to read."""
+    users = [
+        {"name": name, "credentials": [{"accessKey": i.access, "secretKey": i.secret}], "actions": list(i.actions)}
+        for name, i in identities.items()
+    ]
+    path.touch(mode=0o600)
+    path.write_text(json.dumps({"identities": users}))
+
+
+def weed() -> str | None:
+    """Returns SeaweedFS's program, the one beside this interpreter first."""
+    return shutil.which("weed", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
+
+
+def mlflow(port: int, database: str, artifacts: str, access: Mapping[str, str]) -> Service:
+    """Returns a tracking server through which artifacts pass, so that clients need no keys to where they lie.
+
+    Args:
+        database: an SQLAlchemy address; it goes through the environment, for it may hold a password.
+        artifacts: a folder or s3://bucket/prefix.
+        access: the environment variables that open it.
+    """
+    return Service(
+        "mlflow",
+        module("mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
+        {
+            **access,
+            "MLFLOW_BACKEND_STORE_URI": database,
+            "MLFLOW_ARTIFACTS_DESTINATION": artifacts,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes more
+        },
+        lambda: is_healthy(f"http://{HOST}:{port}/health"),
+    )
+
+
+def prefect(port: int, home: Path, pages: bool = True) -> Service:
+    """Returns a Prefect server with an sqlite database below `home`."""
+    api = f"http://{HOST}:{port}/api"
+    command = module("prefect", "server", "start", "--host", HOST, "--port", str(port), "--ui" if pages else "--no-ui")
+    environment = {
+        "PREFECT_HOME": str(home),
+        "PREFECT_UI_API_URL": api,
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        # In memory, as they are by default, a restart would forget who holds a slot, and never give it back.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        # `watch` alone runs 35,000 times a year; runs are forgotten after Prefect's 90 days.
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+    }
+    return Service("prefect", command, environment, lambda: is_healthy(f"{api}/health"))
+
+
+def worker(api: str, home: Path, project: Path, name: str) -> Service:
+    """Returns a worker that runs this project's flows as processes, and logs their lines and its own as JSON.
+
+    It answers once it has been heard of after this call.
+    """
+    began = datetime.now(UTC)
+    command = module("prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", name)
+    environment = {
+        "PREFECT_API_URL": api,
+        "PREFECT_HOME": str(home),
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_FORMATTER": "json",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "LCMLORA_PROJECT": str(project),
+    }
+    return Service("worker", command, environment, lambda: _is_online(api, name, began))
+
+
+def free_ports(count: int) -> list[int]:
+    """Returns ports that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind((HOST, 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def is_free(port: int) -> bool:
+    """Returns whether a server could listen on the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a former server's last connections are no matter
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def is_healthy(address: str) -> bool:
+    """Returns whether an HTTP GET is answered with 200."""
+    try:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def module(name: str, *arguments: str) -> list[str]:
+    """Returns `python -m NAME ARGUMENTS` with this interpreter."""
+    return [sys.executable, "-m", name, *arguments]
+
+
+def _stores(s3: S3, bucket: str) -> bool:
+    """Returns whether an object can be written: the S3 gateway answers well before its volumes do."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = s3.client()
+    try:
+        if all(each["Name"] != bucket for each in client.list_buckets()["Buckets"]):
+            client.create_bucket(Bucket=bucket)
+        client.put_object(Bucket=bucket, Key="ready", Body=b"ready")
+    except (BotoCoreError, ClientError):
+        return False
+    return True
+
+
+def _is_online(api: str, name: str, began: datetime) -> bool:
+    question = urllib.request.Request(
+        f"{api}/work_pools/{POOL}/workers/filter", b"{}", {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(question, timeout=5) as answer:
+            workers = json.loads(answer.read())
+    except OSError:
+        return False
+    return any(each["name"] == name and datetime.fromisoformat(each["last_heartbeat_time"]) > began for each in workers)

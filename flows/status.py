@@ -1,0 +1,53 @@
+"""`lcmlora status`: where every model stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def status(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object for each model.")] = False,
+) -> None:
+    """Show for each model its champion, the last run, what is stale and when the next run is due.
+
+    Runs and schedules are Prefect's: `make up`, then `source .up/environment`, or PREFECT_API_URL of your server.
+
+    Example: lcmlora status --json
+    """
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    from dataclasses import asdict
+
+    from lcmlora import config
+
+    settings = config.load(context.obj or Path("params.yaml"))
+    from flows import overview
+
+    server = overview.has_server()
+    if not server:
+        print("note: PREFECT_API_URL is not set, so runs and schedules are not known", file=sys.stderr)
+    found = overview.standings(settings, server=server)
+    if as_json:
+        print(json.dumps([asdict(standing) for standing in found], indent=2))
+        return
+    from lcmlora.registry_verbs import print_table
+
+    rows = [
+        (
+            standing.model,
+            f"{standing.champion} since {standing.since}" if standing.champion else "none",
+            f"{standing.newest} {standing.newest_gate}" if standing.newest else "none",
+            f"{standing.last_run.end} {standing.last_run.time}" if standing.last_run else "",
+            ", ".join(name.replace(f"@{standing.model}", "") for name in standing.stale) or "nothing",
+            standing.due or "",
+        )
+        for standing in found
+    ]
+    print_table(("model", "champion", "newest version", "last run", "stale", "next run"), rows)

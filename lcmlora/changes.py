@@ -1,0 +1,55 @@
+"""What a run depends on and nobody announces: whether the pictures or a base are still what they were."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from lcmlora.config import Base
+from lcmlora.errors import Unavailable, UserError
+from lcmlora.files import sha256_file
+
+
+def fingerprint(path: Path) -> str:
+    """Returns a digest that changes when the file's bytes change, or any name, size or time below the folder.
+
+    A folder's files are not read, so that millions of pictures take a minute; copying it changes the digest.
+
+    Raises:
+        UserError: there is no such path.
+    """
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    known = hashlib.sha256()
+    for root, folders, files in os.walk(path):
+        folders.sort()
+        for name in sorted(files):
+            found = Path(root, name)
+            told = found.lstat()
+            known.update(f"{found.relative_to(path)}\0{told.st_size}\0{told.st_mtime_ns}\n".encode())
+    return known.hexdigest()
+
+
+def base_state(name: str, base: Base) -> str:
+    """Returns a local base's fingerprint, or the commit at which the hub's repository is now.
+
+    Raises:
+        Unavailable: the hub does not answer.
+        UserError: there is no such folder, file or repository.
+    """
+    if base.revision is None:
+        return fingerprint(Path(base.source))
+    from httpx2 import HTTPError  # which the hub's client does not turn into an error of its own
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        head = HfApi().model_info(base.source, timeout=30).sha
+    except (RepositoryNotFoundError, GatedRepoError) as error:
+        raise UserError(f"bases.{name}: {base.source}: {' '.join(str(error).split())}") from error
+    except (HTTPError, OSError) as error:
+        raise Unavailable(f"bases.{name}: the hub does not answer: {' '.join(str(error).split())}") from error
+    return str(head)

@@ -1,0 +1,20 @@
+"""Looking at what a run depends on."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from lcmlora import changes, config
+
+
+@task(task_run_name="look at the data set", cache_policy=NO_CACHE)
+def read_data_state(settings: config.Config) -> str:
+    """Returns a digest that changes with the pictures or captions."""
+    return changes.fingerprint(settings.data.path)
+
+
+@task(task_run_name="look at the base of {model}", cache_policy=NO_CACHE)
+def read_base_state(model: str, settings: config.Config) -> str:
+    """Returns a local base's digest, or the commit of the hub's repository."""
+    return changes.base_state(model, settings.base(model))

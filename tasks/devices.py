@@ -1,0 +1,114 @@
+"""One at a time on a device: what trains or draws holds a lock on this machine and a slot of Prefect's limit."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lcmlora.errors import Unavailable, UserError
+from tasks.output import tell
+from tasks.processes import Processes
+
+_ASK = 0.2  # seconds between two tries of a lock that another holds
+_ASK_SERVER = 2.0
+_LEASE = 60.0  # seconds for which a slot stays taken after its holder was killed
+
+
+@contextlib.contextmanager
+def occupied(limit: str, processes: Processes) -> Iterator[None]:
+    """Waits until nobody else holds the limit, and holds it within the block.
+
+    On this machine it is a lock that the supervisors of the block's commands hold, too: after a flow is killed the next
+    one waits until the last of its processes is gone. Between machines it is a slot of the Prefect server's concurrency
+    limit of this name. The temporary server of a run without one has none: it would never give back the slot of a
+    holder that was killed.
+
+    Raises:
+        UserError: the server has no such limit.
+        Unavailable: the server does not answer.
+        Ended: the flow ended while it waited.
+    """
+    with held(_of_user(limit), limit, processes), _slot(limit, processes):
+        yield
+
+
+@contextlib.contextmanager
+def held(path: Path, what: str, processes: Processes) -> Iterator[None]:
+    """Waits for the lock on a file and holds it within the block, with the supervisors of the block's commands."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be locked: {error.strerror}") from error
+    try:
+        if not _try(descriptor):
+            holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            tell(f"waiting for {what}, held by process {holder or 'unknown'}")
+            while not _try(descriptor):
+                processes.pause(_ASK)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        with processes.lending(descriptor):
+            yield
+    finally:
+        os.close(descriptor)
+
+
+def _try(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _of_user(limit: str) -> Path:
+    name = re.sub(r"[^\w.-]", "_", limit)
+    return Path(tempfile.gettempdir(), f"lcmlora-{os.getuid()}-{name}.lock")
+
+
+@contextlib.contextmanager
+def _slot(limit: str, processes: Processes) -> Iterator[None]:
+    from prefect.settings import get_current_settings
+
+    if get_current_settings().api.url is None:
+        yield
+        return
+    with contextlib.ExitStack() as slot:
+        waiting = False
+        while not _take(limit, slot):
+            if not waiting:
+                tell(f"waiting for a slot of Prefect's limit {limit}")
+            waiting = True
+            processes.pause(_ASK_SERVER)
+        yield
+
+
+def _take(limit: str, slot: contextlib.ExitStack) -> bool:
+    """Returns whether a slot was free, which then is given back with `slot`."""
+    import httpx
+    from prefect.concurrency._asyncio import ConcurrencySlotAcquisitionError
+    from prefect.concurrency.sync import concurrency
+
+    try:
+        # Prefect's own wait cannot be interrupted from the flow's thread. A lease that could not be renewed is no
+        # reason to end a training of days.
+        wanted = concurrency(
+            limit, max_retries=0, lease_duration=_LEASE, strict=True, raise_on_lease_renewal_failure=False
+        )
+        slot.enter_context(wanted)
+    except ConcurrencySlotAcquisitionError as error:
+        cause = error.__cause__
+        if isinstance(cause, httpx.HTTPStatusError) and cause.response.status_code == httpx.codes.LOCKED:
+            return False
+        if cause is None:
+            raise UserError(
+                f"the Prefect server has no limit {limit!r}: `prefect gcl create {limit} --limit 1` makes it"
+            ) from error
+        raise Unavailable(f"no slot of the limit {limit!r}: Prefect's server: {cause}") from error
+    return True

@@ -1,0 +1,115 @@
+"""What a command says, in Prefect: its lines in the run's log, and how far it is as a progress artifact."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_run_logger
+
+from lcmlora import progress
+
+_EVERY = 5.0  # seconds between two updates of an artifact
+
+_LEVELS = {"error: ": logging.ERROR, "ERROR: ": logging.ERROR, "warning: ": logging.WARNING}
+
+
+def run_logger() -> Any | None:
+    """Returns the logger of the run that this is part of; None outside any."""
+    try:
+        return get_run_logger()
+    except MissingContextError:
+        return None
+
+
+def tell(line: str) -> None:
+    """Says something of the work itself: to Prefect where there is a run, else on standard error."""
+    logger = run_logger()
+    if logger is None:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        logger.info("%s", line)
+
+
+@contextlib.contextmanager
+def told(stage: str, model: str | None = None) -> Iterator[Callable[[str], None] | None]:
+    """Yields what a command's lines are to be given to; None where there is no run to tell.
+
+    The log's entries have `stage` and `model`; what tells of progress is in the artifact `progress-STAGE`, which is
+    renewed every five seconds at most, from a thread of its own: a slow server holds up no training.
+    """
+    logger = run_logger()
+    if logger is None:
+        yield None
+        return
+    fields = {"stage": stage, "model": model}
+    with _Board(f"progress-{slug(stage)}", logger) as board:
+
+        def listen(line: str) -> None:
+            level = next((level for start, level in _LEVELS.items() if line.startswith(start)), logging.INFO)
+            logger.log(level, "%s", line, extra=fields)
+            if step := progress.parse(line):
+                board.put(*step)
+
+        yield listen
+
+
+def slug(name: str) -> str:
+    """Returns the name as Prefect's keys are written: lowercase letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+class _Board:
+    """A progress artifact that follows the last figures put here."""
+
+    def __init__(self, key: str, logger: Any) -> None:
+        self._key = key
+        self._logger = logger
+        self._waiting: tuple[str, int, int] | None = None
+        self._artifact: UUID | None = None
+        self._changed, self._over = threading.Event(), threading.Event()
+        # The artifact belongs to the run of the thread that makes the board.
+        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._follow,), daemon=True)
+
+    def __enter__(self) -> _Board:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._changed.set()
+        self._thread.join(_EVERY)
+
+    def put(self, label: str, done: int, total: int) -> None:
+        self._waiting = (label, done, total)
+        self._changed.set()
+
+    def _follow(self) -> None:
+        try:
+            while not self._over.is_set():
+                self._changed.wait()
+                self._changed.clear()
+                waiting, self._waiting = self._waiting, None
+                if waiting:
+                    self._show(*waiting)
+                self._over.wait(_EVERY)
+            if self._waiting:
+                self._show(*self._waiting)
+        except Exception as error:  # what is shown must not end what is done
+            self._logger.warning("no progress is shown any more: %s", error)
+
+    def _show(self, label: str, done: int, total: int) -> None:
+        share, text = 100 * done / max(total, 1), f"{label}: {done} of {total}"
+        if self._artifact is None:
+            self._artifact = cast(UUID, create_progress_artifact(share, key=self._key, description=text))
+        else:
+            update_progress_artifact(self._artifact, share, description=text)

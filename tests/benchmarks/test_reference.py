@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import torch
+
+from benchmarks.reference import Reference
+from lcmlora.data.cache import LatentCache
+from lcmlora.distill import Distillation, equip, samples
+from lcmlora.training import take_step
+from tests.distillation import CPU, SETTINGS, load_parts
+
+
+def test_both_compute_the_same_losses_from_the_same_samples(base_folder: Path, cache: LatentCache):
+    settings = SETTINGS.model_copy(update={"cooldown": 0.0, "lr": 1e-3})
+    batches = samples(cache, torch.arange(len(cache)), settings, CPU)
+    reference = Reference(load_parts(base_folder, "unet"), load_parts(base_folder, "unet"), settings, torch.float32)
+    base = load_parts(base_folder, "unet")
+    optimization = equip(base, settings)
+    distillation = Distillation(base, cache.unconditional(), settings)
+    for step in range(5):
+        theirs = reference.step(batches.draw(step), cache.unconditional())
+        ours, _ = take_step(distillation, optimization, batches, settings, step)
+        torch.testing.assert_close(ours[0], theirs, rtol=1e-3, atol=1e-6)
+    first = reference.step(batches.draw(0), cache.unconditional())
+    assert not torch.allclose(first, ours[0], rtol=0.1)  # it has something to see
+
+
+def test_the_recipe_encodes_pictures_and_captions_in_every_step(base_folder: Path, cache: LatentCache):
+    base = load_parts(base_folder, "unet", "vae", "text")
+    batch = samples(cache, torch.arange(len(cache)), SETTINGS, CPU).draw(0)
+    reference = Reference(base, load_parts(base_folder, "unet"), SETTINGS, torch.float32)
+    pictures = torch.rand(SETTINGS.batch, 3, 16, 16).mul(2).sub(1)
+    encoded = reference.encode(batch, pictures, ["red apple"] * SETTINGS.batch)
+    assert encoded.z.shape == batch.z.shape
+    assert encoded.conditioning.keys() == batch.conditioning.keys()
+    assert not torch.equal(encoded.z, batch.z)

@@ -1,0 +1,257 @@
+"""Everything that Prefect, Kubernetes and Docker are given, loaded by those who will read it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import tomllib
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import docker.models.containers
+import kubernetes_validate
+import pytest
+import yaml
+from dockerfile_parse import DockerfileParser
+from prefect import Flow
+from prefect.cli.deploy._config import _load_deploy_configs_and_actions
+from prefect.cli.deploy._schedules import _schedule_config_to_deployment_schedule
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import Flow as FlowRecord
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments.runner import RunnerDeployment
+from prefect.events import DeploymentEventTrigger
+from prefect.flows import load_flow_from_entrypoint
+from prefect.workers.base import BaseJobConfiguration
+from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+from rich.console import Console
+
+from flows.provision import dead_runs
+from flows.retrain import stages_of
+from flows.serve import read_deployments
+from flows.services import POOL
+from flows.watch import BASE_CHANGED, DATASET_CHANGED
+from lcmlora import config
+from lcmlora.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+KUBERNETES = "1.31"  # of the schemas
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_the_project() -> Iterator[None]:
+    """Entrypoints are relative to the project; what a machine has set is not asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for name in ("MLFLOW_TRACKING_URI", "LCMLORA_PROJECT", "AWS_ACCESS_KEY_ID"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def entries() -> list[dict[str, Any]]:
+    """The deployments as `prefect deploy` reads them."""
+    console = Console(record=True, quiet=True)
+    entries, _ = _load_deploy_configs_and_actions(ROOT / "prefect.yaml", console=console)
+    assert console.export_text() == ""  # where it says what it skips
+    return entries
+
+
+@pytest.fixture(scope="module")
+def flows(entries: list[dict[str, Any]]) -> dict[str, Flow]:
+    """The flows by their entrypoints."""
+    return {entry["entrypoint"]: load_flow_from_entrypoint(entry["entrypoint"]) for entry in entries}
+
+
+@pytest.fixture(scope="module")
+def deployments(flows: dict[str, Flow]) -> list[RunnerDeployment]:
+    """The deployments as `python -m flows.serve` reads them."""
+    return read_deployments(ROOT / "prefect.yaml")
+
+
+def test_every_flow_of_the_project_is_deployed_under_its_own_name(
+    entries: list[dict[str, Any]], flows: dict[str, Flow]
+):
+    names = {f"{flows[entry['entrypoint']].name}/{entry['name']}" for entry in entries}
+    assert names == {
+        "retrain/scheduled",
+        "promote/by-hand",
+        "rollback/by-hand",
+        "watch/quarter-hourly",
+        "report/weekly",
+    }
+    assert {entry["work_pool"]["name"] for entry in entries} == {POOL}
+    assert all(entry["description"] and entry["tags"] for entry in entries)
+
+
+def test_parameters_of_deployments_and_triggers_are_those_of_the_flows(
+    entries: list[dict[str, Any]], flows: dict[str, Flow]
+):
+    # What has no default is asked for when a person starts the flow.
+    asked = {
+        "promote": {"reference": "lcm-lora-emoji/1", "reason": "better"},
+        "rollback": {"model": "emoji", "reason": "x"},
+    }
+    for entry in entries:
+        flow = flows[entry["entrypoint"]]
+        flow.validate_parameters(entry.get("parameters", {}) | asked.get(flow.name, {}))
+        for trigger in entry.get("triggers", []):
+            assert set(trigger["parameters"]) <= set(flow.parameters.properties), flow.name
+    required = {flow.name: set(flow.parameters.required) for flow in flows.values() if flow.parameters.required}
+    assert required == {name: set(values) for name, values in asked.items()}
+
+
+def test_every_schedule_has_a_slug_of_its_own_and_a_time_zone(entries: list[dict[str, Any]]):
+    schedules = [schedule for entry in entries for schedule in entry.get("schedules", [])]
+    made = [_schedule_config_to_deployment_schedule(schedule)["schedule"] for schedule in schedules]
+    assert {schedule["slug"]: (made.cron, made.timezone) for schedule, made in zip(schedules, made, strict=True)} == {
+        "retrain-nightly": ("0 2 * * *", "UTC"),
+        "watch-quarter-hourly": ("*/15 * * * *", "UTC"),
+        "report-weekly": ("0 7 * * 1", "UTC"),
+    }
+    assert len({schedule["slug"] for schedule in schedules}) == len(schedules)
+
+
+def test_retrain_listens_for_what_watch_says_and_runs_once_at_a_time(deployments: list[RunnerDeployment]):
+    retrain = next(each for each in deployments if each.flow_name == "retrain")
+    expected = {DATASET_CHANGED: "lcmlora.dataset", BASE_CHANGED: "lcmlora.base.*"}
+    found = {}
+    for trigger in retrain.triggers:
+        assert isinstance(trigger, DeploymentEventTrigger)
+        (event,) = trigger.expect
+        (found[event],) = trigger.match["prefect.resource.id"]
+        trigger.set_deployment_id(uuid.uuid4())
+        assert trigger.as_automation().actions[0].parameters == {"models": "{{ event.payload.models }}"}
+    assert found == expected
+    assert retrain.concurrency_limit == 1
+    assert retrain.concurrency_options.collision_strategy == "CANCEL_NEW"
+
+
+def test_both_ways_to_deploy_find_the_same(entries: list[dict[str, Any]], deployments: list[RunnerDeployment]):
+    assert [(each.entrypoint, each.name, each.tags, each.description) for each in deployments] == [
+        (each["entrypoint"], each["name"], each["tags"], each["description"]) for each in entries
+    ]
+    slugs = [[schedule.slug for schedule in each.schedules] for each in deployments]
+    assert slugs == [[schedule["slug"] for schedule in each.get("schedules", [])] for each in entries]
+
+
+def test_a_mistake_in_a_definition_is_told_with_the_deployment(tmp_path: Path):
+    entry = {"entrypoint": "flows/report.py:report", "name": "weekly", "schedules": [{"cron": "0 7 * * mondays"}]}
+    (tmp_path / "prefect.yaml").write_text(yaml.safe_dump({"deployments": [entry]}))
+    with pytest.raises(UserError, match=r"flows/report\.py:report, weekly: .*mondays"):
+        read_deployments(tmp_path / "prefect.yaml")
+
+
+def test_every_stage_that_the_flow_names_is_in_dvc_yaml():
+    settings = config.load(ROOT / "params.yaml")
+    assert settings.study is not None
+    studied = settings.model_copy(update={"study": settings.study.model_copy(update={"models": settings.models})})
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    for model in settings.models:
+        names = {name.split("@")[0] for name in stages_of(model, studied)}
+        assert names <= set(stages), f"dvc.yaml lacks {names - set(stages)}"
+        assert {"study", "style", "package"} <= names
+
+
+def test_a_run_is_dead_only_when_nothing_is_heard_of_it_whatever_its_last_state_was_named():
+    trigger = dead_runs().trigger
+    assert trigger.expect == {"prefect.flow-run.*"}
+    assert trigger.after == {"prefect.flow-run.heartbeat"}
+    assert trigger.within.total_seconds() >= 3 * 30  # of make up's heartbeats
+
+
+@pytest.mark.parametrize("pool", ["kubernetes", "docker"])
+def test_a_template_uses_all_its_variables_and_no_others(pool: str):
+    template = json.loads((ROOT / "deploy" / pool / "base-job-template.json").read_text())
+    used = set(re.findall(r"\{\{ (\w+) \}\}", json.dumps(template["job_configuration"])))
+    declared = set(template["variables"]["properties"])
+    assert used <= declared
+    # Docker's environment is written out, and what is set as `env` is merged into it.
+    assert declared - used <= {"env"}
+
+
+@pytest.mark.parametrize("flow", ["retrain", "watch"])
+def test_the_kubernetes_template_gives_a_job_that_the_api_accepts(flow: str, entries: list[dict[str, Any]]):
+    job = _prepared(KubernetesWorkerJobConfiguration, "kubernetes", flow, entries).job_manifest
+    pod = job["spec"]["template"]["spec"]
+    # Prefect demands these of a pod, where Kubernetes does not know them and passes them over.
+    assert (pod.pop("completions"), pod.pop("parallelism")) == (1, 1)
+    kubernetes_validate.validate(job, KUBERNETES, strict=True)
+    container, project = pod["containers"][0], pod["initContainers"][0]
+    gpus = 1 if flow == "retrain" else 0
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == gpus
+    assert container["resources"]["requests"]["nvidia.com/gpu"] == gpus
+    environment = {each["name"]: each["value"] for each in container["env"]}
+    assert environment["LCMLORA_PROJECT"] == container["volumeMounts"][0]["mountPath"] == "/project"
+    assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"  # of a node that is drained
+    assert container["envFrom"] == project["envFrom"] == [{"secretRef": {"name": "lcmlora"}}]
+    assert {each["name"]: each["value"] for each in project["env"]}["UPDATE"] == ("true" if gpus else "false")
+    assert container["args"] == ["prefect", "flow-run", "execute"]
+    assert pod["terminationGracePeriodSeconds"] > 10  # which a flow takes to end its trainer
+
+
+def test_the_clusters_other_objects_are_those_that_the_template_names():
+    objects = list(yaml.safe_load_all((ROOT / "deploy/kubernetes/worker.yaml").read_text()))
+    for each in objects:
+        kubernetes_validate.validate(each, KUBERNETES, strict=True)
+    found = {each["kind"]: each for each in objects}
+    template = json.loads((ROOT / "deploy/kubernetes/base-job-template.json").read_text())
+    defaults = {name: each.get("default") for name, each in template["variables"]["properties"].items()}
+    assert found["Namespace"]["metadata"]["name"] == defaults["namespace"]
+    assert found["PersistentVolumeClaim"]["metadata"]["name"] == defaults["claim"]
+    worker = found["Deployment"]["spec"]["template"]["spec"]
+    assert worker["containers"][0]["image"] == defaults["image"]
+    assert worker["containers"][0]["envFrom"] == [{"secretRef": {"name": defaults["secret"]}}]
+    assert worker["serviceAccountName"] == found["ServiceAccount"]["metadata"]["name"]
+    assert POOL in worker["containers"][0]["args"]
+
+
+def test_the_docker_template_gives_a_container_that_dockers_client_accepts(
+    entries: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of the worker")
+    configuration = _prepared(DockerWorkerJobConfiguration, "docker", "retrain", entries)
+    wanted = DockerWorker(POOL)._build_container_settings(docker_client=None, configuration=configuration)
+    arguments = docker.models.containers._create_container_args(wanted | {"version": "1.43"})
+    host = arguments["host_config"]
+    (request,) = host["DeviceRequests"]
+    assert (request["Driver"], request["Count"], request["Capabilities"]) == ("nvidia", -1, [["gpu"]])
+    assert (host["Init"], host["ShmSize"], host["Binds"]) == (True, 8 << 30, ["/srv/lcmlora:/project"])
+    assert arguments["environment"]["AWS_ACCESS_KEY_ID"] == "of the worker"
+    assert arguments["environment"]["LCMLORA_PROJECT"] == "/project"
+    assert arguments["user"] == "1000:1000"
+
+
+def test_the_image_is_built_from_the_lock_and_runs_as_nobody_special():
+    parsed = DockerfileParser(str(ROOT / "deploy/Dockerfile"))
+    steps = [(each["instruction"], each["value"]) for each in parsed.structure if each["instruction"] != "COMMENT"]
+    ignored = (ROOT / "deploy/Dockerfile.dockerignore").read_text().split()
+    for instruction, value in steps:
+        if instruction == "COPY":
+            for name in value.split()[:-1]:
+                assert (ROOT / name).exists(), name
+                assert f"!{name}" in ignored
+    (install,) = [value for instruction, value in steps if instruction == "RUN" and "pip install" in value]
+    assert "--constraint requirements.lock" in install
+    extras = set(re.search(r'"\.\[(.*)\]"', install)[1].split(","))
+    assert extras < set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    assert [value for instruction, value in steps if instruction == "USER"] == ["1000:1000"]
+    assert parsed.baseimage == "python:3.11-bookworm"
+
+
+def _prepared(kind: type[BaseJobConfiguration], pool: str, flow: str, entries: list[dict[str, Any]]) -> Any:
+    """Returns what a worker of this pool would start for a run of this flow's deployment."""
+    template = json.loads((ROOT / "deploy" / pool / "base-job-template.json").read_text())
+    entry = next(each for each in entries if each["entrypoint"].endswith(f":{flow}"))
+    # Nothing of the template is on a server, and so nothing is asked of this one.
+    client = PrefectClient("http://prefect.example.org/api")
+    variables = entry["work_pool"].get("job_variables", {})
+    made = asyncio.run(kind.from_template_and_values(template, variables, client=client))
+    record = FlowRecord(id=uuid.uuid4(), name=flow)
+    made.env["PREFECT_API_URL"] = "http://prefect.example.org/api"
+    made.prepare_for_flow_run(FlowRun(id=uuid.uuid4(), flow_id=record.id, name="quiet-owl"), flow=record)
+    return made

@@ -1,0 +1,251 @@
+"""`make up` and `make down`: what they decide on, and how they know and end what is theirs. The servers are real."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from flows import services, stack
+from flows.services import HOST, Service
+from flows.stack import BUCKET, Part, Plan, State
+from lcmlora import config
+from lcmlora.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project that no server is started for yet, whose settings are the repository's own."""
+    for name in ("params.yaml", "prefect.yaml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / ".up").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "LCMLORA_PUBLISH_TO"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def planned(project: Path, state: State | None = None, **changes: dict[str, Any]) -> Plan:
+    settings = config.load()
+    for section, values in changes.items():
+        changed = getattr(settings, section).model_copy(update=values)
+        settings = settings.model_copy(update={section: changed})
+    return stack._plan(project, project / ".up", settings, state or State())
+
+
+def test_without_s3_a_bucket_is_served_for_releases_and_artifacts(project: Path):
+    state = State()
+    plan = planned(project, state)
+    assert [each.name for each in plan.servers] == ["seaweedfs", "mlflow", "prefect"]
+    mlflow = plan.servers[1].environment
+    assert mlflow["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{project}/mlflow.db"
+    assert mlflow["MLFLOW_ARTIFACTS_DESTINATION"] == f"s3://{BUCKET}/mlflow"
+    assert plan.exported["LCMLORA_PUBLISH_TO"] == f"s3://{BUCKET}/releases"
+    assert plan.exported["AWS_ENDPOINT_URL"] == f"http://{HOST}:{state.ports['seaweedfs'][0]}"
+    assert planned(project, state).exported == plan.exported  # ports and keys are kept
+
+
+def test_secrets_are_for_their_owner_alone_and_on_no_command_line(project: Path):
+    state = State()
+    plan = planned(project, state)
+    stack._write(project / ".up/environment", stack._as_shell(plan))
+    for name in ("environment", "identities.json"):
+        assert stat.S_IMODE((project / ".up" / name).stat().st_mode) == 0o600
+    assert len(set(state.secrets.values())) == 3
+    words = [word for each in plan.servers for word in each.command]
+    assert not any(secret in word for secret in state.secrets.values() for word in words)
+    shown = subprocess.run(
+        ["sh", "-c", ". .up/environment && env"], cwd=project, capture_output=True, text=True, check=True
+    )
+    assert all(f"{name}={value}\n" in shown.stdout for name, value in plan.exported.items())
+
+
+def test_releases_that_go_to_s3_need_no_bucket_here(project: Path):
+    plan = planned(
+        project, publish={"to": "s3://models/lcm", "endpoint_url": "http://minio:9000", "region": "eu-central-1"}
+    )
+    assert [each.name for each in plan.servers] == ["mlflow", "prefect"]
+    environment = plan.servers[0].environment
+    assert environment["MLFLOW_ARTIFACTS_DESTINATION"] == "s3://models/mlflow"
+    assert environment["MLFLOW_S3_ENDPOINT_URL"] == "http://minio:9000"
+    assert environment["AWS_DEFAULT_REGION"] == "eu-central-1"
+    assert plan.exported.keys() == {"MLFLOW_TRACKING_URI", "PREFECT_API_URL"}
+
+
+def test_keys_that_dvcs_remote_needs_are_not_hidden_behind_ours(project: Path):
+    (project / ".dvc").mkdir()
+    (project / ".dvc/config").write_text("[core]\n    remote = store\n['remote \"store\"']\n    url = s3://data/dvc\n")
+    plan = planned(project)
+    assert [each.name for each in plan.servers] == ["mlflow", "prefect"]
+    assert "AWS_ACCESS_KEY_ID" not in plan.exported
+    assert "s3://data/dvc" in plan.notes[0]
+
+
+def test_a_tracking_server_of_somebody_elses_is_left_alone(project: Path):
+    plan = planned(project, registry={"tracking_uri": "https://mlflow.example.org"})
+    assert [each.name for each in plan.servers] == ["seaweedfs", "prefect"]
+    assert "MLFLOW_TRACKING_URI" not in plan.exported
+
+
+def test_a_port_that_another_has_is_not_taken(project: Path):
+    with socket.socket() as other:
+        other.bind((HOST, 0))
+        other.listen()
+        state = State(ports={"prefect": [other.getsockname()[1]]})
+        plan = planned(project, state)
+        assert state.ports["prefect"] != [other.getsockname()[1]]
+        assert plan.exported["PREFECT_API_URL"] == f"http://{HOST}:{state.ports['prefect'][0]}/api"
+
+
+# Ends neither when it is asked to nor when its parent does, and has a child.
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+open(sys.argv[1], "a").write("started\\n")
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def part(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Service, Path]]:
+    monkeypatch.setattr(stack, "_GRACE", 0.5)
+    started = project / "started"
+    command = [sys.executable, "-c", STUBBORN, str(started)]
+    yield Service("mlflow", command, {}, started.exists), project / ".up"
+    stack._end(project / ".up/mlflow")
+
+
+def test_starting_twice_is_one_process_and_one_that_died_is_started_again(part: tuple[Service, Path]):
+    service, folder = part
+    state, plan = State(), Plan([service], {}, [], None)
+    assert stack._start([service], plan, folder, state) == [service]
+    stack._wait([service], folder, state)
+    first = state.parts["mlflow"].pid
+    assert stack._start([service], plan, folder, state) == []
+    assert state.parts["mlflow"].pid == first
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    assert stack._start([service], plan, folder, state) == [service]
+    assert state.parts["mlflow"].pid != first
+    changed = Service("mlflow", service.command, {"MORE": "1"}, service.answers)
+    assert stack._start([changed], plan, folder, state) == [changed]
+    leaders = [each.pid for each in stack._family(folder / "mlflow") if each.pid == os.getsid(each.pid)]
+    assert state.parts["mlflow"].pid in leaders
+
+
+def test_what_will_not_end_is_killed_with_all_it_started(part: tuple[Service, Path]):
+    service, folder = part
+    state = State()
+    stack._start([service], Plan([service], {}, [], None), folder, state)
+    stack._wait([service], folder, state)
+    assert len(stack._family(folder / "mlflow")) == 2
+    assert stack._end(folder / "mlflow") == 2
+    assert stack._family(folder / "mlflow") == []
+
+
+def test_a_process_number_from_before_a_reboot_is_nobodys(part: tuple[Service, Path]):
+    service, folder = part
+    state, plan = State(), Plan([service], {}, [], None)
+    stack._start([service], plan, folder, state)
+    digest = state.parts["mlflow"].digest
+    stack._end(folder / "mlflow")
+    state.parts["mlflow"] = Part(pid=os.getpid(), digest=digest)  # somebody has the number now
+    assert stack._start([service], plan, folder, state) == [service]
+    assert psutil.pid_exists(os.getpid())
+
+
+def test_a_part_that_ends_at_once_is_told_with_the_end_of_its_log(project: Path):
+    service = Service("mlflow", [sys.executable, "-c", "raise SystemExit('no such table')"], {}, lambda: False)
+    state = State()
+    stack._start([service], Plan([service], {}, [], None), project / ".up", state)
+    with pytest.raises(UserError, match=r"mlflow has ended; \.up/mlflow\.log ends with:\nno such table"):
+        stack._wait([service], project / ".up", state)
+
+
+def _run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    foreign = ("AWS_", "MLFLOW_", "PREFECT_", "LCMLORA_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    command = [sys.executable, "-m", "flows.stack", *arguments]
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+
+
+def test_the_command_says_what_is_missing_and_that_another_is_at_work(project: Path, tmp_path_factory):
+    elsewhere = _run(tmp_path_factory.mktemp("elsewhere"), "up")
+    assert elsewhere.returncode == 2
+    assert elsewhere.stderr == "error: params.yaml: no such file; run in the project's folder\n"
+    with stack._locked(project / ".up"):
+        second = _run(project, "down")
+    assert second.returncode == 2
+    assert "another `make up` or `make down` is at work" in second.stderr
+    assert _run(project, "down").stdout == "nothing was running\n"
+
+
+def _of(project: Path) -> list[str]:
+    """Returns the command lines of the processes that know the project, however they got there."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = [*process.cmdline(), *process.environ().values(), process.cwd()]
+            if process.pid != os.getpid() and any(str(project) in word for word in words):
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_run_goes_through_the_worker_and_nothing_is_left_after_down(project: Path, base_folder: Path):
+    for name in ("flows", "tasks"):
+        (project / name).symlink_to(ROOT / name)
+    (project / "data").mkdir()
+    raw = yaml.safe_load((project / "params.yaml").read_text())
+    raw["data"] |= {"source": "folder", "path": "data"}
+    raw["bases"]["emoji"]["source"] = str(base_folder)
+    (project / "params.yaml").write_text(yaml.safe_dump(raw))
+    try:
+        first = _run(project, "up")
+        assert first.returncode == 0, first.stdout + first.stderr
+        state = stack._read(project / ".up")
+        again = _run(project, "up")
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert stack._read(project / ".up").parts == state.parts
+        os.kill(state.parts["prefect"].pid, signal.SIGKILL)
+        repaired = _run(project, "up")
+        assert repaired.returncode == 0, repaired.stdout + repaired.stderr
+        now = stack._read(project / ".up").parts
+        assert {name for name in now if now[name] != state.parts[name]} == {"prefect"}
+        with httpx.Client(base_url=state.exported["PREFECT_API_URL"], timeout=30) as client:
+            found = client.get("/deployments/name/watch/quarter-hourly").json()
+            run = client.post(f"/deployments/{found['id']}/create_flow_run", json={}).json()
+            until = time.monotonic() + 90
+            while not run["end_time"] and time.monotonic() < until:
+                time.sleep(0.5)
+                run = client.get(f"/flow_runs/{run['id']}").json()
+        assert run["state_name"] == "Unchanged", run["state"]
+        stored = services.S3(
+            state.exported["AWS_ENDPOINT_URL"],
+            state.exported["AWS_ACCESS_KEY_ID"],
+            state.exported["AWS_SECRET_ACCESS_KEY"],
+        )
+        assert [each["Name"] for each in stored.client().list_buckets()["Buckets"]] == [BUCKET]
+    finally:
+        ended = _run(project, "down")
+    assert ended.returncode == 0, ended.stderr
+    assert _of(project) == []
+    assert (project / ".up/prefect/prefect.db").exists()

@@ -1,0 +1,66 @@
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.events.filters import EventFilter, EventNameFilter
+
+from flows.watch import watch
+from tests.flows.conftest import Project
+
+
+@pytest.fixture
+def watched(project: Project, base_folder: Path) -> Project:
+    """A project whose pictures are a folder, and whose bases are two copies of the miniature."""
+    (project.root / "data/in").mkdir(parents=True)
+    (project.root / "data/in/cat.txt").write_text("cat")
+    raw = yaml.safe_load((project.root / "params.yaml").read_text())
+    raw["data"] |= {"source": "folder", "path": "data/in"}
+    for model in ("a", "b"):
+        shutil.copytree(base_folder, project.root / "sources" / model)
+        raw["bases"][model] = raw["bases"][model] | {"source": f"sources/{model}"}
+    raw["registry"]["experiment"] = project.root.parent.name  # what one test's flow remembers is not another's
+    (project.root / "params.yaml").write_text(yaml.safe_dump(raw))
+    return project
+
+
+def test_the_first_look_remembers_and_each_change_is_told_once(watched: Project):
+    def look() -> tuple[str, str]:
+        state = watch(return_state=True)
+        assert state.is_completed(), state.message
+        return state.name, state.message
+
+    assert look() == ("Unchanged", "as it was")
+    (watched.root / "data/in/dog.txt").write_text("dog")
+    assert look() == ("Changed", "the data set at data/in has changed")
+    assert look() == ("Unchanged", "as it was")
+    (watched.root / "sources/b/model_index.json").touch()
+    name, message = look()
+    assert name == "Changed"
+    assert message.startswith("the base of b, sources/b, is at ")
+    assert look() == ("Unchanged", "as it was")
+
+
+def test_what_cannot_be_looked_at_fails_the_watch_and_the_rest_is_told(watched: Project):
+    watch()
+    shutil.rmtree(watched.root / "data/in")
+    (watched.root / "sources/a/model_index.json").touch()
+    state = watch(return_state=True)
+    assert state.is_failed()
+    assert state.message == "data/in: no such file or folder"
+    assert "lcmlora.base.a" in told("lcmlora.base.changed")
+
+
+def told(event: str) -> set[str]:
+    """Returns the resources of the events of this name, once there are any: they reach the server by and by."""
+    wanted = EventFilter(event=EventNameFilter(name=[event])).model_dump(mode="json")
+    until = time.monotonic() + 30
+    resources: set[str] = set()
+    with get_client(sync_client=True) as client:
+        while "lcmlora.base.a" not in resources and time.monotonic() < until:
+            time.sleep(0.2)
+            found = client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"]
+            resources = {each["resource"]["prefect.resource.id"] for each in found}
+    return resources
