@@ -139,6 +139,7 @@ def _run_for(client: Any, settings: Registry, model: str, provenance: dict[str, 
 def _log(client: Any, run_id: str, provenance: dict[str, Any], figures: dict[str, Any], tags: dict[str, str]) -> None:
     """Logs the figures, the settings of all stages and the data as the run's input."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+    from mlflow.exceptions import MlflowException
 
     now = int(time.time() * 1000)
     metrics = [Metric(name, value, now, 0) for name, value in record(figures).items()]
@@ -154,7 +155,12 @@ def _log(client: Any, run_id: str, provenance: dict[str, Any], figures: dict[str
     digest = provenance.get("data_dvc") or provenance["data_digest"][:36]
     source = json.dumps({"path": "data/pictures", "latents": provenance["data_digest"]})
     data = Dataset("data/pictures", digest, "dvc" if provenance.get("data_dvc") else "local", source)
-    client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+    inputs = [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
+    try:
+        client.log_inputs(run_id, inputs)
+    except MlflowException:
+        # Of two that log the same new data set at the same moment one is refused by the database; it is there now.
+        client.log_inputs(run_id, inputs)
 
 
 def _upload(client: Any, run_id: str, folder: Path, name: str) -> None:

@@ -187,7 +187,7 @@ def test_the_best_weights_by_validation_are_saved_and_config_json_says_which(
     base = load_parts(base_folder, "unet", "vae")
     logger = Recorder()
     # A rate at which the student gets worse and worse.
-    settings = SETTINGS.model_copy(update={"lr": 0.3, "warmup": 0, "cooldown": 0.0, "ema": 0.0, "validate_every": 1})
+    settings = SETTINGS.model_copy(update={"lr": 0.03, "warmup": 0, "cooldown": 0.0, "ema": 0.0, "validate_every": 1})
     facts = _run(base, cache, tmp_path, settings, logger, decode=base.decode)
     best = facts["validation"]["best_step"]
     assert logger.validation == {int(step): loss for step, loss in facts["validation"]["loss"].items()}
