@@ -21,6 +21,8 @@ from tests.miniature import RESOLUTION, save_base
 ROOT = Path(__file__).parent
 
 torch.set_num_threads(1)
+# The processes that tests start share the cores with other tests: threads would wait for each other, spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell that knows the servers of `make up` must not lead the tests to them.
 for _name in ("LCMLORA_GPU_LIMIT", "LCMLORA_PUBLISH_TO", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
