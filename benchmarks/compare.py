@@ -210,13 +210,15 @@ class _Recipe(_Side):
 def _most_allocated(run: Callable[[], object]) -> int:
     """Returns the most bytes that tensors on the CPU have while it runs: those there before, and what torch's allocator
     then gives and takes back. (What a process holds tells less: it keeps what is given back.)"""
+    from torch._subclasses.fake_tensor import is_fake
     from torch.profiler import ProfilerActivity, profile
 
     before = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some of what lies about in memory minds being looked at
         for found in gc.get_objects():
-            if isinstance(found, Tensor) and found.device.type == "cpu":
+            # A compiled graph leaves fakes of its tensors behind, which have no bytes.
+            if isinstance(found, Tensor) and found.device.type == "cpu" and not is_fake(found):
                 storage = found.untyped_storage()
                 before[storage.data_ptr()] = storage.nbytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -30,6 +30,7 @@ from lcmlora.data.cache import LatentCache
 from lcmlora.distill import Distillation, Teacher, samples
 from lcmlora.files import write_json
 from lcmlora.optimization import Optimization
+from lcmlora.remaking import remake
 from lcmlora.teacher_cache import TeacherCache
 
 STEP = Callable[[int], Tensor]
@@ -155,7 +156,8 @@ def variants(build: Build, folder: Path) -> dict[str, Callable[[], STEP]]:
         "activations recomputed, selectively": lambda: build.step(
             prepare=lambda unet: execution.recompute(unet, "selective")
         ),
-        "bf16 by autocast": lambda: build.step(around=lambda: torch.autocast(kind, torch.bfloat16)),
+        "outputs of norms and activation functions made again": lambda: build.step(prepare=remake),
+        "bf16 by autocast": lambda: build.step(forwards="beside", around=lambda: torch.autocast(kind, torch.bfloat16)),
         "bf16 base": lambda: build.step(dtype=torch.bfloat16),
         "fp32 base": lambda: build.step(dtype=torch.float32),
         "compiled": lambda: build.step(prepare=execution.compiled),
