@@ -29,6 +29,7 @@ for _name in ("LCMLORA_GPU_LIMIT", "LCMLORA_PUBLISH_TO", "MLFLOW_TRACKING_URI", 
     os.environ.pop(_name, None)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of many test processes one starts the Prefect server of the flows' tests, one the servers of the integration
     tests, and both start with them, for they take longest; the other files are dealt out whole."""
