@@ -15,7 +15,7 @@ demo: install
 	$(BIN)/python -m flows.retrain
 
 test: install
-	$(BIN)/python -m pytest -q -n 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 3 --dist loadscope --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,15 +30,26 @@ for _name in ("LCMLORA_GPU_LIMIT", "LCMLORA_PUBLISH_TO", "MLFLOW_TRACKING_URI", 
     os.environ.pop(_name, None)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+_ROOMS = ("tests/flows/", "tests/integration/")  # each has a server that takes long to start
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of many test processes one starts the Prefect server of the flows' tests, one the servers of the integration
-    tests, and both start with them, for they take longest; the other files are dealt out whole."""
-    rooms = [ROOT / "flows", ROOT / "integration"]
-    items.sort(key=lambda item: not any(room in item.path.parents for room in rooms))
-    for item in items:
-        room = next((room for room in rooms if room in item.path.parents), item.path)
-        item.add_marker(pytest.mark.xdist_group(str(room)))
+    """What takes longest comes first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_ROOMS))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of many test processes one takes all the flows' tests, one all of the integration tests; the other files are
+    dealt out whole. (xdist's own groups, --dist loadgroup, are lost on pytest 9.2: it writes an attribute that pytest
+    no longer reads.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Rooms(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return next((room for room in _ROOMS if path.startswith(room)), path)
+
+    return Rooms(config, log)
 
 
 @pytest.fixture(scope="session")
