@@ -158,8 +158,10 @@ def _log(client: Any, run_id: str, provenance: dict[str, Any], figures: dict[str
     inputs = [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
     try:
         client.log_inputs(run_id, inputs)
-    except MlflowException:
+    except MlflowException as error:
         # Of two that log the same new data set at the same moment one is refused by the database; it is there now.
+        if error.error_code != "BAD_REQUEST":
+            raise
         client.log_inputs(run_id, inputs)
 
 

@@ -16,8 +16,8 @@ _CHEAP = (nn.GroupNorm, nn.LayerNorm, nn.SiLU)
 def remake(unet: Any) -> None:
     """Has the backward pass of this UNet compute the outputs of norms and activation functions again.
 
-    They are half of what a graph keeps and cost next to nothing. Gradients are the same to the bit. A compiled UNet is
-    left alone: its compiler makes this choice itself.
+    Each is a pass over memory to compute and as large as what it was computed from, which is kept anyway. Gradients are
+    the same to the bit. A compiled UNet is left alone: its compiler makes this choice itself.
     """
     _Remaking(unet)
 
