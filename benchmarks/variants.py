@@ -30,7 +30,6 @@ from lcmlora.data.cache import LatentCache
 from lcmlora.distill import Distillation, Teacher, samples
 from lcmlora.files import write_json
 from lcmlora.optimization import Optimization
-from lcmlora.remaking import remake
 from lcmlora.teacher_cache import TeacherCache
 
 STEP = Callable[[int], Tensor]
@@ -70,6 +69,7 @@ class Build:
         parameters = lora.inject(base.unet, settings.rank, settings.alpha, settings.seed)
         if forwards != "peft":
             lora.direct_forwards(base.unet, merged={"direct": None, "merged": True, "beside": False}[forwards])
+        execution.recompute(base.unet, settings.checkpointing)
         prepare(base.unet)
         optimizing = optimization(parameters, settings)
         distillation = Distillation(base, self.cache.unconditional(), settings, remembered)
@@ -153,10 +153,7 @@ def variants(build: Build, folder: Path) -> dict[str, Callable[[], STEP]]:
         "the host waits for each loss": lambda: build.step(wait=True),
         "channels_last": lambda: build.step(prepare=_channels_last),
         "activations recomputed, all": lambda: build.step(prepare=lambda unet: execution.recompute(unet, "full")),
-        "activations recomputed, selectively": lambda: build.step(
-            prepare=lambda unet: execution.recompute(unet, "selective")
-        ),
-        "outputs of norms and activation functions made again": lambda: build.step(prepare=remake),
+        "no activations recomputed": lambda: build.step(prepare=lambda unet: execution.recompute(unet, "none")),
         "bf16 by autocast": lambda: build.step(forwards="beside", around=lambda: torch.autocast(kind, torch.bfloat16)),
         "bf16 base": lambda: build.step(dtype=torch.bfloat16),
         "fp32 base": lambda: build.step(dtype=torch.float32),

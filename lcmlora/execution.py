@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lcmlora import lora
+from lcmlora import lora, remaking
 from lcmlora.bases import Conditioning, LoadedBase, unet_forward
 from lcmlora.errors import UserError
 
@@ -24,59 +23,20 @@ def recompute(unet: Any, how: str) -> None:
     """Lets the backward pass compute activations again instead of keeping them. The last call counts.
 
     Args:
-        how: `none`; `full` keeps the input of each block and costs another forward; `selective` keeps what products,
-            convolutions and attention are given up to the last cheap operation before them, and does norms and
-            activation functions again.
+        how: `none`; `selective` does norms and activation functions again (lcmlora/remaking.py); `full` keeps the input
+            of each block and costs another forward.
     """
-    from diffusers.models.activations import GEGLU
-    from diffusers.models.attention import FeedForward
-    from diffusers.models.resnet import ResnetBlock2D
-
     unet.disable_gradient_checkpointing()
-    for module in unet.modules():
-        ordinary = isinstance(module, ResnetBlock2D) and module.time_embedding_norm == "default"
-        if ordinary and module.upsample is None and module.downsample is None:
-            forward: Callable[..., Tensor] = _resnet
-        elif isinstance(module, FeedForward) and isinstance(module.net[0], GEGLU):
-            forward = _feed_forward
-        else:
-            continue
-        if how == "selective":
-            module.forward = partial(forward, module)
-        else:
-            module.__dict__.pop("forward", None)
-    if how == "full":
-        unet.enable_gradient_checkpointing(lambda module, *arguments: _again(module.__call__, *arguments))
+    remaking.keep(unet)
+    if how == "selective":
+        remaking.remake(unet)
+    elif how == "full":
+        unet.enable_gradient_checkpointing(_again)
 
 
-def _again(run: Callable[..., Any], *arguments: Any) -> Any:
+def _again(block: nn.Module, *arguments: Any) -> Any:
     """Runs it, keeping the arguments alone; in the backward pass it runs up to the last input that is needed there."""
-    return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-
-def _resnet(block: Any, x: Tensor, temb: Tensor, *unused: Any, **also: Any) -> Tensor:
-    """The forward of diffusers' ResnetBlock2D, without the inputs of its convolutions in memory."""
-    hidden = _again(lambda h: block.conv1(block.nonlinearity(block.norm1(h))), x)
-    if block.time_emb_proj is not None:
-        time = temb if block.skip_time_act else block.nonlinearity(temb)
-        hidden = hidden + block.time_emb_proj(time)[:, :, None, None]
-    hidden = _again(lambda h: block.conv2(block.dropout(block.nonlinearity(block.norm2(h)))), hidden)
-    shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
-    return (shortcut + hidden) / block.output_scale_factor
-
-
-def _feed_forward(block: Any, x: Tensor, *unused: Any, **also: Any) -> Tensor:
-    """The forward of diffusers' FeedForward with GEGLU, without the input of its second layer in memory."""
-    gated, *rest = block.net
-
-    def after(projected: Tensor) -> Tensor:
-        value, gate = projected.chunk(2, dim=-1)
-        out = value * gated.gelu(gate)
-        for module in rest:
-            out = module(out)
-        return out
-
-    return _again(after, gated.proj(x))
+    return checkpoint(block.__call__, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def compiled(unet: nn.Module) -> None:

@@ -22,6 +22,16 @@ def remake(unet: Any) -> None:
     _Remaking(unet)
 
 
+def keep(unet: Any) -> None:
+    """Undoes `remake`, where that was called."""
+    for module in (unet, *_cheap(unet)):
+        vars(module).pop("forward", None)
+
+
+def _cheap(unet: nn.Module) -> list[nn.Module]:
+    return [module for module in unet.modules() if isinstance(module, _CHEAP) or _is_geglu(module)]
+
+
 def _is_geglu(module: nn.Module) -> bool:
     from diffusers.models.activations import GEGLU
 
@@ -69,11 +79,11 @@ class _Remaking:
         self._noted: dict[int, tuple[weakref.ref[Tensor], _Remade]] = {}  # by address, while the tensor lives
         self._forward = unet.forward
         unet.forward = self._unet
-        for module in unet.modules():
-            if isinstance(module, _CHEAP):
-                vars(module)["forward"] = partial(self._cheap, module.forward)
-            elif _is_geglu(module):
+        for module in _cheap(unet):
+            if _is_geglu(module):
                 vars(module)["forward"] = partial(self._geglu, module)
+            else:
+                vars(module)["forward"] = partial(self._once, module.forward)
 
     def _unet(self, *arguments: Any, **options: Any) -> Any:
         if not self._wanted():
@@ -85,7 +95,7 @@ class _Remaking:
     def _wanted() -> bool:
         return torch.is_grad_enabled() and not torch.compiler.is_compiling()  # which chooses for itself
 
-    def _cheap(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _once(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return self._note(forward, x) if self._wanted() else forward(x)
 
     def _geglu(self, module: Any, x: Tensor, *unused: Any, **also: Any) -> Tensor:

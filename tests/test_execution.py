@@ -86,5 +86,5 @@ def test_recomputed_activations_give_the_same_gradients_and_save_memory(base: Lo
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
-    if how == "full":  # what selective keeps lies in a store of its own, out of the hook's sight
+    if how == "full":  # selective has hooks of its own; tests/test_remaking.py counts what it keeps
         assert saved < 0.5 * plain

@@ -30,3 +30,5 @@ def test_the_backward_pass_makes_again_what_is_not_kept_to_the_bit(base: LoadedB
         for name, gradient in expected.items():
             assert torch.equal(found[name], gradient), name
         assert 0 < kept < 0.7 * plain
+    remaking.keep(base.unet)
+    assert _gradients(base)[1] == plain
