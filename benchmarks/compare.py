@@ -82,6 +82,7 @@ class Result:
     checkpoint_bytes: dict[str, int] = field(default_factory=dict)
     first_step_seconds: dict[str, float] = field(default_factory=dict)  # from the start of the process
     loss_difference: float = float("nan")  # largest, relative, over the samples of the steps that both made
+    operations: dict[str, float] = field(default_factory=dict)  # of a step, in 1e12
     teraflops: float | None = None  # that lcmlora's steps sustain
     matmul_teraflops: float | None = None  # that this device does, in this precision
     failed: dict[str, str] = field(default_factory=dict)
@@ -149,13 +150,17 @@ class _Side:
             self.save(Path(folder))
             return sum(path.stat().st_size for path in Path(folder).rglob("*"))
 
-    def teraflops(self) -> tuple[float, float]:
-        """Returns operations of a step, in 1e12, and the matmul rate of the device, in 1e12 per second."""
+    def operations(self, mode: str) -> float:
+        """Returns the operations of a step's products, convolutions and attention, in 1e12."""
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
-            self.steps(OURS, 1)
-        return counter.get_total_flops() / 1e12, _matmul_rate(self.device, self.dtype)
+            self.steps(mode, 1)
+        return counter.get_total_flops() / 1e12
+
+    def matmul_rate(self) -> float:
+        """Returns what the device does in this precision, in 1e12 operations per second."""
+        return _matmul_rate(self.device, self.dtype)
 
 
 class _Ours(_Side):
@@ -316,14 +321,15 @@ def compare(case: Case, repeats: int, seconds: float) -> Result:
         result.loss_difference = float(((a - b).abs() / b.abs()).max())
         for name, mode in ((OURS, OURS), (RECIPE, UNET), (RECIPE, RECIPE)):
             result.peak_bytes[mode] = sides[name]("peak", mode)
+            result.operations[mode] = sides[name]("operations", mode)
             result.checkpoint_bytes[name] = sides[name]("checkpoint")
         slowest = case.distill.batch / sides[RECIPE]("timed", RECIPE, 2)
         result.steps = max(2, round(seconds / slowest))
         for _ in range(repeats):
             for name, mode in ((RECIPE, UNET), (OURS, OURS), (RECIPE, RECIPE)):
                 result.rates.setdefault(mode, []).append(sides[name]("timed", mode, result.steps))
-        operations, result.matmul_teraflops = sides[OURS]("teraflops")
-        result.teraflops = operations * statistics.median(result.rates[OURS]) / case.distill.batch
+        result.matmul_teraflops = sides[OURS]("matmul_rate")
+        result.teraflops = result.operations[OURS] * statistics.median(result.rates[OURS]) / case.distill.batch
     except torch.OutOfMemoryError as error:
         result.failed["memory"] = str(error).splitlines()[0]
     finally:
@@ -387,7 +393,8 @@ def make_case(model: str, batch: int | None, work: Path, *, random: bool, compil
 
 def table(results: Sequence[Result]) -> str:
     head = ["base", "batch", "pictures/s", "reference", "ratio", "UNet part alone", "ratio", "peak memory", "reference"]
-    head += ["ratio", "checkpoint", "reference", "first step", "reference", "loss differs by"]
+    head += ["ratio", "checkpoint", "reference", "first step", "reference", "operations", "loss differs by"]
+    head += ["of the matmul rate"]
     rows = []
     for result in results:
         if result.failed:
@@ -410,7 +417,9 @@ def table(results: Sequence[Result]) -> str:
                 f"{peaks[OURS] / peaks[RECIPE]:.2f}",
                 *(f"{result.checkpoint_bytes[name] / 1e6:.1f} MB" for name in _SIDES),
                 *(f"{result.first_step_seconds[name]:.1f} s" for name in _SIDES),
+                f"{result.operations[OURS] / result.operations[RECIPE]:.2f} of the reference's",
                 f"{result.loss_difference:.0e}",
+                f"{(result.teraflops or 0) / (result.matmul_teraflops or 1):.0%}",
             ]
         )
     return tables.markdown(head, rows)
