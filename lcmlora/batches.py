@@ -7,6 +7,7 @@ its step, and no generator has a state to keep.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from lcmlora.bases import Conditioning
 from lcmlora.config import Training
 from lcmlora.data.cache import LatentCache
+from lcmlora.data.plan import Plan, Shard
 from lcmlora.noise import generator
 from lcmlora.ranks import Ranks
 
@@ -77,8 +79,7 @@ class Batches:
         self._grid, self._guidance = grid, guidance
         self._unconditional = cache.unconditional()
         self._offset = torch.rand((), dtype=torch.float64, generator=generator("offset", settings.seed))
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.long)
+        self._step, self._order = -1, torch.empty(0, dtype=torch.long)
 
     @property
     def size(self) -> int:
@@ -91,15 +92,23 @@ class Batches:
         return range(start, start + self.size)
 
     def rows(self, positions: range) -> Tensor:
-        """Returns rows of the cache (B,) int64: every picture once in an epoch, in an order of its own."""
-        rows = []
-        for position in positions:
-            epoch, offset = divmod(position, len(self._candidates))
-            if epoch != self._epoch:
-                order = torch.randperm(len(self._candidates), generator=generator("epoch", self._settings.seed, epoch))
-                self._epoch, self._order = epoch, self._candidates[order]
-            rows.append(self._order[offset])
-        return torch.stack(rows)
+        """Returns rows of the cache (B,) int64 for places of one step: what the plan says of it."""
+        step, start = divmod(positions.start, self._settings.batch)
+        if step != self._step:
+            batch = self._plan.at(step)
+            first = self._counts.cumsum(0) - self._counts
+            order = first[torch.from_numpy(batch.shards)] + torch.from_numpy(batch.rows)
+            self._step, self._order = step, self._candidates[order]
+        return self._order[start : start + len(positions)]
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        """How many of the candidates each shard has."""
+        return self._cache.shards(self._candidates).bincount()
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return Plan(self._settings.seed, [Shard(0, n) for n in self._counts.tolist()], self._settings.batch)
 
     def names(self, rows: Tensor) -> list[str]:
         """Returns the file names of the pictures in these rows of the cache, for messages."""

@@ -253,7 +253,7 @@ def _teacher_cache(
     identity: dict[str, Any],
 ) -> TeacherCache:
     """Returns the cache of all runs to which the teacher says the same, to the bit, of the same samples."""
-    decisive = ("seed", "grid", "empty_prompts", "validation_pictures", "compile")
+    decisive = ("seed", "batch", "grid", "empty_prompts", "validation_pictures", "compile")
     key = digest(
         settings.model_dump(include=set(decisive)),
         identity,

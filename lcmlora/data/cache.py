@@ -419,11 +419,11 @@ class LatentCache:
         shards = [self._open(entry) for entry in self.manifest["shards"]]
         self._small = {name: torch.cat([s[name] for s in shards]) for name in ("orig_size", "crop_tl", "text_row")}
         self._latents = {name: [s[name] for s in shards] for name in ("latent_mean", "latent_logvar")}
-        if sum(entry["bytes"] for entry in self.manifest["shards"]) <= ram_bytes:
-            self._latents = {name: [torch.cat(parts)] for name, parts in self._latents.items()}
         lengths = torch.tensor([len(part) for part in self._latents["latent_mean"]])
         self._stops = lengths.cumsum(0)
         self._starts = self._stops - lengths
+        if sum(entry["bytes"] for entry in self.manifest["shards"]) <= ram_bytes:
+            self._latents = {name: [torch.cat(parts)] for name, parts in self._latents.items()}
         text = self._open(self.manifest["text"])
         self._unconditional = {
             n.removeprefix(_UNCONDITIONAL): v for n, v in text.items() if n.startswith(_UNCONDITIONAL)
@@ -460,6 +460,10 @@ class LatentCache:
         """Returns the number of each picture's caption, (N,) int64: pictures with equal captions have equal ones."""
         return self._small["text_row"].long()
 
+    def shards(self, rows: Tensor) -> Tensor:
+        """Returns the number of the shard that holds each row, (B,) int64."""
+        return torch.bucketize(rows, self._stops, right=True)
+
     def names(self, rows: Tensor) -> list[str]:
         """Returns the file names of the pictures in these rows (B,), for messages."""
         names: list[str] = []
@@ -479,7 +483,7 @@ class LatentCache:
         if len(parts) == 1:
             return parts[0].index_select(0, rows).float()
         picked = torch.empty(len(rows), *self.latent_shape)
-        shard_of = torch.bucketize(rows, self._stops, right=True)
+        shard_of = self.shards(rows)
         for shard in set(shard_of.tolist()):
             mine = shard_of == shard
             picked[mine] = parts[shard].index_select(0, rows[mine] - self._starts[shard]).float()
