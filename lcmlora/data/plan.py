@@ -137,7 +137,8 @@ class Plan:
         """Returns the batch of a step, one lane's part after the other."""
         epoch, bucket, number = self._find(step)
         wanted = np.arange(number * self._part, (number + 1) * self._part)
-        places = np.concatenate([self._mixed(wanted, epoch, bucket, lane) for lane in range(self._lanes)])
+        lanes = np.arange(self._lanes)[:, None] * self._lane_rows[bucket]
+        places = (lanes + self._mixed(wanted, epoch, bucket)).flatten()
         line = self._epoch(epoch).lines[bucket]
         shards, stops = line.at(places)
         return Batch(bucket, shards, places - stops + self._rows[shards])
@@ -176,13 +177,14 @@ class Plan:
             lines[bucket] = _Line(shards, self._rows[shards].cumsum())
         return _Epoch(order, number, lines)
 
-    def _mixed(self, wanted: Rows, epoch: int, bucket: int, lane: int) -> Rows:
-        """Returns where in the bucket's line these rows of the lane lie, each mixed with the others of its window."""
+    def _mixed(self, wanted: Rows, epoch: int, bucket: int) -> Rows:
+        """Returns where in its lane each of these rows lies, mixed with the others of its window. Lanes share it: their
+        rows are strangers anyway."""
         size = int(self._lane_rows[bucket])
         places = np.empty_like(wanted)
         for window in map(int, np.unique(wanted // self._window)):
             here = wanted // self._window == window
             start = window * self._window
             length = min(self._window, size - start)
-            places[here] = start + permuted(wanted[here] - start, length, self._seed, epoch, bucket, lane, window)
-        return places + lane * size
+            places[here] = start + permuted(wanted[here] - start, length, self._seed, epoch, bucket, window)
+        return places
