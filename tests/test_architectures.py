@@ -59,7 +59,7 @@ def _lora_names(pipeline: DiffusionPipeline, bare: dict[str, torch.Tensor]) -> l
 
 @pytest.mark.parametrize(
     "model",
-    ["sd15", "sdxl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd2", "ssd1b"))],
+    ["sdxl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd15", "sd2", "ssd1b"))],
 )
 def test_a_miniature_goes_from_pictures_to_a_release_that_plain_diffusers_loads(
     miniatures: Callable[[str], Path],

@@ -325,7 +325,7 @@ def test_the_schedule_is_fp32_under_a_half_precision_base(base_folder: Path, cac
     assert error.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_killed_run_ends_with_the_same_bytes_as_an_undisturbed_one(
     base_folder: Path, cache: LatentCache, tmp_path: Path, at: int
 ):

@@ -340,6 +340,7 @@ def encode_in(processes: int, folder: Path, data: Data, tmp_path: Path, out: str
     return tmp_path / out
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_bytes_that_one_writes(
     load_base: Load, base_folder: Path, listed: Data, tmp_path: Path
 ) -> None:

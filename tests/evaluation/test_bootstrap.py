@@ -37,7 +37,7 @@ def excess(teacher: Tensor, again: Tensor, sets: dict[str, Tensor], kind: Distan
     return {key: distance(teacher, features, kind) - floor for key, features in sets.items()}
 
 
-@pytest.mark.parametrize("kind", ["frechet", "cmmd"])
+@pytest.mark.parametrize("kind", [pytest.param("frechet", marks=pytest.mark.slow), "cmmd"])
 def test_nearly_all_intervals_hold_the_expected_excess_and_the_expected_difference(kind: Distance) -> None:
     world, draws = World(), 120
     many = [excess(*world.draw(), kind) for _ in range(2000)]

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from flows.report import report
 from flows.retrain import retrain
 from flows.status import status
@@ -13,7 +15,7 @@ from tests.flows.conftest import Project, artifacts
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_digest_tells_champions_events_runs_and_what_needs_a_person(project: Project):
+def test_digest_and_status_tell_champions_events_runs_and_what_needs_a_person(project: Project, capsys):
     (project.root / "broken-b").touch()
     retrain(return_state=True)
     state = report(return_state=True)
@@ -25,10 +27,11 @@ def test_the_digest_tells_champions_events_runs_and_what_needs_a_person(project:
     assert "| a | /1 | promoted |" in text
     assert "b: distill@b: step 7: the loss is not finite" in text  # under what needs a person
     assert "* b: distill@b, evaluate@b, package@b stale" in text
+    check_status(project, capsys)
 
 
-def test_status_shows_each_model_and_without_a_server_says_what_is_not_known(project: Project, capsys):
-    retrain(["a"])
+def check_status(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each model has its line, and without a server it is said what is not known."""
     environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
     environment |= {"PREFECT_HOME": str(project.root / "prefect"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "lcmlora.cli", "status", "--json"]
@@ -44,4 +47,4 @@ def test_status_shows_each_model_and_without_a_server_says_what_is_not_known(pro
     capsys.readouterr()
     status(SimpleNamespace(obj=None))  # with the tests' server
     table = capsys.readouterr().out
-    assert "lcm-lora-a/1" in table and "Promoted" in table
+    assert "lcm-lora-a/1" in table and "Failed" in table
