@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from lcmlora import adapter_verbs, registry_verbs, release_verbs, study_verbs
+from lcmlora import adapter_verbs, data_verbs, registry_verbs, release_verbs, study_verbs
 from lcmlora.errors import UserError
 
 app = typer.Typer(
@@ -336,6 +336,7 @@ for _verb in (
     adapter_verbs.remeasure,
 ):
     app.command()(_verb)
+app.add_typer(data_verbs.app, name="data")
 app.add_typer(registry_verbs.app, name="registry")
 app.add_typer(release_verbs.app, name="releases")
 

@@ -1,0 +1,57 @@
+"""A look at a data set before anything is encoded: some of its pictures with their captions, on one sheet."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from lcmlora.config import Data
+from lcmlora.data.prepare import prepare
+from lcmlora.data.sources import Record, open_picture, read_records
+from lcmlora.files import atomic_write
+
+_COLUMNS = 4
+_CELL = 2.4  # inches
+_DPI = 110
+_WIDTH, _LINES = 34, 3  # of a caption: letters, lines
+
+
+def preview(data: Data, count: int, path: Path) -> dict[str, Any]:
+    """Reads all pictures as `prepare` would, draws `count` of those it would keep into the PNG `path`, and returns its
+    report.
+
+    They are chosen by their SHA-256: the same ones each time, from all over the data set.
+
+    Raises:
+        UserError: there is nothing to train on.
+    """
+    with tempfile.TemporaryDirectory(prefix="lcmlora-preview-") as folder:
+        out = Path(folder) / "pictures"
+        report = prepare(data, 1, out)
+        kept = read_records(out / "train.jsonl") + read_records(out / "validation.jsonl")
+    chosen = sorted(kept, key=lambda record: record.sha256)[:count]
+    atomic_write(path, lambda place: _sheet(data, chosen, place))
+    return report
+
+
+def _sheet(data: Data, records: list[Record], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    columns = min(_COLUMNS, len(records))
+    rows = math.ceil(len(records) / columns)
+    figure = Figure(figsize=(columns * _CELL, rows * (_CELL + 0.6)), dpi=_DPI, layout="constrained")
+    for axes, record in zip(figure.subplots(rows, columns, squeeze=False).flat, records, strict=False):
+        picture = open_picture(data, record)
+        picture.thumbnail((round(_CELL * _DPI), round(_CELL * _DPI)))
+        axes.imshow(picture)
+        lines = textwrap.wrap(record.caption, _WIDTH, max_lines=_LINES, placeholder=" ...")
+        axes.set_title("\n".join(lines), fontsize=7, parse_math=False)
+        axes.set_xlabel(f"{record.width} x {record.height}", fontsize=6, color="#6b6b6b")
+    for axes in figure.axes:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+    figure.savefig(path, format="png")

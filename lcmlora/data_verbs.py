@@ -1,0 +1,46 @@
+"""Verbs of the command line that look at data: data preview. Heavy imports as in cli.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Look at captioned pictures before anything is made of them.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `preview` a verb of its own while it is the only one."""
+
+
+@app.command()
+def preview(
+    context: typer.Context,
+    source: Annotated[
+        Path | None,
+        typer.Argument(help="A folder of captioned pictures; without it, `data` of params.yaml.", show_default=False),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures on the sheet.")] = 12,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("preview.png"),
+) -> None:
+    """Draw twelve pictures with their captions into one PNG, and count what would be kept and dropped, and why.
+
+    Limits, like data.min_side, are those of params.yaml. Nothing else is written.
+
+    Examples:
+
+      lcmlora data preview                                   the data set of params.yaml
+
+      lcmlora data preview ~/pictures --out look.png         a folder, before it is named there
+    """
+    from lcmlora import config
+    from lcmlora.data import preview as sheets
+    from lcmlora.data.prepare import print_report
+
+    data = config.load(context.obj).data
+    if source is not None:
+        data = data.model_copy(update={"source": "folder", "path": source})
+    print_report(sheets.preview(data, count, out))
+    print(out)
