@@ -7,18 +7,22 @@ import os
 from pathlib import Path
 
 from lcmlora.config import Base
+from lcmlora.data.remote import Files
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.files import sha256_file
 
 
-def fingerprint(path: Path) -> str:
-    """Returns a digest that changes when the file's bytes change, or any name, size or time below the folder.
+def fingerprint(path: Path | str) -> str:
+    """Returns a digest that changes when the file's bytes change, or any name, size or time below the folder or bucket.
 
     A folder's files are not read, so that millions of pictures take a minute; copying it changes the digest.
 
     Raises:
         UserError: there is no such path.
     """
+    if "://" in str(path):
+        return Files(str(path)).state()
+    path = Path(path)
     if path.is_file():
         return sha256_file(path)
     if not path.is_dir():

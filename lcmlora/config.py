@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lcmlora.errors import UserError
 
@@ -66,8 +66,10 @@ class Pretrain(Strict):
 class Data(Strict):
     """Which captioned pictures, and which of them are kept (stage `prepare`)."""
 
-    source: Literal["emoji", "folder"]
-    path: Path  # folder: the folder; emoji: the package-lock.json beside node_modules
+    source: Literal["emoji", "folder", "parquet", "webdataset"]
+    # folder: the folder; parquet, webdataset: a file or a folder of them, here or at s3://; emoji: the
+    # package-lock.json beside node_modules
+    path: Annotated[str, BeforeValidator(os.fspath)]
     groups: tuple[str, ...] = ()  # emoji
     styles: tuple[str, ...] = ()  # emoji
     copies: Positive = 1  # emoji: placements drawn of each drawing

@@ -19,8 +19,16 @@ def _group() -> None:
 def preview(
     context: typer.Context,
     source: Annotated[
-        Path | None,
-        typer.Argument(help="A folder of captioned pictures; without it, `data` of params.yaml.", show_default=False),
+        str | None,
+        typer.Argument(
+            help="Captioned pictures: a folder, or .parquet or .tar files, here or at s3://; without it, `data` of "
+            "params.yaml.",
+            show_default=False,
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="folder, parquet or webdataset; guessed from the files' names.", show_default=False),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures on the sheet.")] = 12,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("preview.png"),
@@ -34,13 +42,16 @@ def preview(
       lcmlora data preview                                   the data set of params.yaml
 
       lcmlora data preview ~/pictures --out look.png         a folder, before it is named there
+
+      lcmlora data preview s3://bucket/laion --count 24      tables or tar files in a bucket
     """
     from lcmlora import config
     from lcmlora.data import preview as sheets
     from lcmlora.data.prepare import print_report
+    from lcmlora.data.remote import guess
 
     data = config.load(context.obj).data
     if source is not None:
-        data = data.model_copy(update={"source": "folder", "path": source})
+        data = type(data).model_validate(data.model_dump() | {"source": kind or guess(source), "path": source})
     print_report(sheets.preview(data, count, out))
     print(out)

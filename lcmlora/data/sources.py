@@ -1,4 +1,4 @@
-"""Where captioned pictures come from, and how a picture is read safely: sources `emoji` and `folder`.
+"""Where captioned pictures come from (`emoji`, `folder`, `parquet`, `webdataset`), and how a picture is read safely.
 
 A picture is decoded as what its bytes are, whatever its name says, and only as JPEG, PNG or WebP. What cannot be used
 becomes a `Rejection` with a reason; what is a mistake of layout (no pictures, no captions) is an error.
@@ -6,16 +6,14 @@ becomes a `Rejection` with a reason; what is a mistake of layout (no pictures, n
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
 import os
-import unicodedata
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lcmlora.config import Data
 from lcmlora.data import emoji
+from lcmlora.data.candidates import (
+    DAMAGED,
+    NOT_A_PICTURE,
+    TOO_LARGE,
+    Candidate,
+    Rejection,
+    Source,
+    Unusable,
+    clean_caption,
+)
+from lcmlora.data.folder import Folder
+from lcmlora.data.parquet import Parquet
+from lcmlora.data.tars import Tars
 from lcmlora.errors import UserError
 from lcmlora.files import atomic_write
 from lcmlora.progress import track
@@ -31,29 +42,17 @@ EMOJI_SIDE = 128  # pixels of a drawing that nobody asked for in another size
 RESIZE_FILTER = "lanczos"
 
 _FORMATS = ("JPEG", "PNG", "WEBP")  # every further decoder of Pillow is a further way in for hostile files
-# What a person would call a picture. The ones that are not in _FORMATS are reported instead of overlooked.
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2"}
-_METADATA = ("metadata.jsonl", "metadata.csv")
-_MAX_BYTES = 1 << 28  # of a file; uncompressed, the largest picture that Pillow opens has as many
-
-NOT_A_PICTURE = "not a JPEG, PNG or WebP picture, or its header is broken"
-DAMAGED = "damaged or truncated"
-TOO_LARGE = "too many pixels or bytes (decompression bomb)"
-EMPTY = "file of zero bytes"
-MISSING = "no such file"
-UNREADABLE = "file cannot be read"
-TWICE = "named twice in the metadata; the first caption counts"
-OUTSIDE = "leads out of the folder"
-NOT_UTF8 = "file name or caption is not UTF-8"
 
 
 @dataclass(frozen=True)
 class Record:
     """One captioned picture that can be used.
 
-    key: unique and stable; a path below `data.path`, or style/code/copy of an emoji.
-    sha256: of the file's bytes; for emoji of drawing and placement.
+    key: unique and stable; a path below `data.path`, with the place in the file it lies in, or style/code/copy of an
+        emoji.
+    sha256: of the picture's bytes; for emoji of drawing and placement.
     width, height: pixels, upright (after EXIF rotation).
+    place: by which the source reads it, where that is not the key.
     """
 
     key: str
@@ -61,27 +60,39 @@ class Record:
     sha256: str
     width: int
     height: int
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """A picture that cannot be used, and why."""
-
-    name: str
-    reason: str
-
-
-class _Unusable(Exception):
-    """The reason why the picture at hand is rejected."""
+    place: str | None = None
 
 
 def find(data: Data) -> tuple[list[Record], list[Rejection]]:
     """Returns the usable pictures of `data.path`, in a stable order, and the others with reasons. Reads each once.
 
     Raises:
-        UserError: no such folder, no pictures in it, pictures without captions, or metadata that cannot be understood.
+        UserError: no such folder or file, no pictures in it, pictures without captions, or metadata that cannot be
+            understood.
     """
-    return (_find_emoji(data), []) if data.source == "emoji" else _find_in_folder(data.path)
+    if data.source == "emoji":
+        return _find_emoji(data), []
+    source = _source(data)
+    candidates, rejections = source.candidates()
+    # Pillow warns about what is over its limit and refuses only what is over it twice; here the limit counts.
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers()) as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        found = pool.map(lambda candidate: _examine(source, candidate), candidates)
+        results = list(track(found, "read pictures", total=len(candidates)))
+    rejections += [r for r in results if isinstance(r, Rejection)]
+    return [r for r in results if isinstance(r, Record)], rejections
+
+
+def _source(data: Data) -> Source:
+    if data.source == "parquet":
+        return Parquet(data.path)
+    return Tars(data.path) if data.source == "webdataset" else Folder(Path(data.path))
+
+
+@lru_cache(1)
+def _again(data: Data) -> Source:
+    """Returns the source with what it has read already: files that were opened, groups of rows."""
+    return _source(data)
 
 
 def open_picture(data: Data, record: Record, *, size: int | None = None) -> Image.Image:
@@ -97,14 +108,15 @@ def open_picture(data: Data, record: Record, *, size: int | None = None) -> Imag
         style, code, _ = record.key.split("/")
         art = emoji.artwork(_modules(data), style)
         return emoji.render(art, code, size or record.width, emoji.Placement.draw(record.key))
-    path = data.path / record.key
     try:
-        content = _read(path)
+        content = _again(data).read(record.place or record.key)
         if hashlib.sha256(content).hexdigest() != record.sha256:
-            raise _Unusable("it has changed")
+            raise Unusable("it has changed")
         return _decode(content)
-    except _Unusable as reason:
-        raise UserError(f"{path}: {reason}, but it was good when the list was made; run `lcmlora prepare`") from None
+    except Unusable as reason:
+        raise UserError(
+            f"{data.path}: {record.key}: {reason}, but it was good when the list was made; run `lcmlora prepare`"
+        ) from None
 
 
 def fit(picture: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
@@ -133,21 +145,16 @@ def read_records(path: Path) -> list[Record]:
 def write_records(path: Path, records: list[Record]) -> None:
     """Writes one JSON object a line, with the fields of `Record`."""
     # ASCII, because str.splitlines also breaks at characters that JSON leaves bare (U+2028, U+0085).
-    text = "".join(json.dumps(asdict(record), sort_keys=True) + "\n" for record in records)
+    plain = ({name: value for name, value in asdict(record).items() if value is not None} for record in records)
+    text = "".join(json.dumps(record, sort_keys=True) + "\n" for record in plain)
     atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
-
-
-def clean_caption(text: str) -> str:
-    """Returns the caption in NFKC without control characters and surplus white space."""
-    plain = (" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in unicodedata.normalize("NFKC", text))
-    return " ".join("".join(plain).split())
 
 
 # --- emoji ------------------------------------------------------------------------------------------------------
 
 
 def _modules(data: Data) -> Path:
-    return data.path.parent / "node_modules"
+    return Path(data.path).parent / "node_modules"
 
 
 def _find_emoji(data: Data) -> list[Record]:
@@ -166,139 +173,22 @@ def _find_emoji(data: Data) -> list[Record]:
     return records
 
 
-# --- folder -----------------------------------------------------------------------------------------------------
-
-
-def _find_in_folder(folder: Path) -> tuple[list[Record], list[Rejection]]:
-    if not folder.is_dir():
-        raise UserError(f"data.path: {folder} is not a folder; source folder needs one with pictures and captions")
-    root = folder.resolve()
-    files = [p for p in root.rglob("*") if not p.is_dir() and not _hidden(root, p)]
-    captions, rejections = _metadata_captions(root, [p for p in files if p.name in _METADATA])
-    pictures = {p for p in files if p.suffix.lower() in _SUFFIXES} | set(captions)
-    if not pictures:
-        raise UserError(f"{folder}: no pictures (JPEG, PNG or WebP) in this folder or below it")
-    candidates, bare = [], []
-    for path in sorted(pictures):
-        key = path.relative_to(root).as_posix()
-        try:
-            _check(root, path)
-            caption = captions.get(path) or _caption_beside(root, path)
-        except _Unusable as reason:
-            rejections.append(Rejection(_printable(key), str(reason)))
-            continue
-        if caption:
-            candidates.append((root, key, caption))
-        else:
-            bare.append(key)
-    if bare:
-        names = ", ".join(bare[:3]) + (", ..." if len(bare) > 3 else "")
-        raise UserError(
-            f"{folder}: {len(bare)} of {len(bare) + len(candidates)} pictures have no caption ({names}); put it into a "
-            ".txt file of the same name, or into metadata.jsonl or metadata.csv with file_name and text"
-        )
-    # Pillow warns about what is over its limit and refuses only what is over it twice; here the limit counts.
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers()) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        results = list(track(pool.map(_examine, candidates), "read pictures", total=len(candidates)))
-    rejections += [r for r in results if isinstance(r, Rejection)]
-    return [r for r in results if isinstance(r, Record)], rejections
-
-
 def workers() -> int:
     """How many threads decode pictures: Pillow leaves the interpreter's lock, and a large picture takes 0.4 GB."""
     return min(8, os.cpu_count() or 1)
 
 
-def _hidden(root: Path, path: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def _printable(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def _check(root: Path, path: Path) -> None:
-    try:
-        if not path.is_file():
-            raise _Unusable(MISSING)
-    except OSError:  # a name too long
-        raise _Unusable(MISSING) from None
-    if not path.resolve().is_relative_to(root):
-        raise _Unusable(OUTSIDE)
-    if _printable(str(path)) != str(path):
-        raise _Unusable(NOT_UTF8)
-
-
-def _caption_beside(root: Path, path: Path) -> str:
-    beside = path.with_suffix(".txt")
-    if not beside.is_file():
-        return ""
-    _check(root, beside)
-    try:
-        return clean_caption(beside.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise _Unusable(NOT_UTF8) from None
-    except OSError:
-        raise _Unusable(UNREADABLE) from None
-
-
-def _metadata_captions(root: Path, tables: list[Path]) -> tuple[dict[Path, str], list[Rejection]]:
-    """Returns the caption of every picture that a metadata file names, whether there is such a file or not."""
-    captions: dict[Path, str] = {}
-    rejections = []
-    for table in sorted(tables):
-        if not table.resolve().is_relative_to(root):
-            raise UserError(f"{table}: is a link out of the folder; put the file itself there")
-        for name, text in _rows(table):
-            path = Path(os.path.normpath(table.parent / name))
-            if not path.is_relative_to(root):
-                rejections.append(Rejection(_printable(name), OUTSIDE))
-            elif path in captions:
-                rejections.append(Rejection(_printable(name), TWICE))
-            else:
-                captions[path] = clean_caption(text)
-    return captions, rejections
-
-
-def _rows(table: Path) -> Iterator[tuple[str, str]]:
-    """Yields (file_name, text) of every row of a metadata file."""
-    number = 0
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            rows = (
-                csv.DictReader(file) if table.suffix == ".csv" else (json.loads(line) for line in file if line.strip())
-            )
-            for number, row in enumerate(rows, start=1):
-                name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
-                if not isinstance(name, str) or not isinstance(text, str):
-                    raise UserError(f"{table}: row {number}: expected texts file_name and text, got {str(row)[:200]}")
-                yield name, text
-    except (ValueError, RecursionError, csv.Error, OSError) as error:  # ValueError: not JSON, or not UTF-8
-        raise UserError(f"{table}: cannot be read after row {number}: {error}") from None
-
-
 # --- decoding ---------------------------------------------------------------------------------------------------
 
 
-def _examine(candidate: tuple[Path, str, str]) -> Record | Rejection:
-    root, key, caption = candidate
+def _examine(source: Source, candidate: Candidate) -> Record | Rejection:
     try:
-        content = _read(root / key)
+        content = source.read(candidate.place)
         picture = _decode(content)
-    except _Unusable as reason:
-        return Rejection(key, str(reason))
-    return Record(key, caption, hashlib.sha256(content).hexdigest(), *picture.size)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if not 0 < size <= _MAX_BYTES:
-            raise _Unusable(TOO_LARGE if size else EMPTY)
-        return path.read_bytes()
-    except OSError:
-        raise _Unusable(UNREADABLE) from None
+    except Unusable as reason:
+        return Rejection(candidate.key, str(reason))
+    place = None if candidate.place == candidate.key else candidate.place
+    return Record(candidate.key, candidate.caption, hashlib.sha256(content).hexdigest(), *picture.size, place)
 
 
 def _decode(content: bytes) -> Image.Image:
@@ -308,11 +198,11 @@ def _decode(content: bytes) -> Image.Image:
         ) as opened:  # reads the size, refuses bombs, no pixels yet
             return _to_rgb(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
-        raise _Unusable(NOT_A_PICTURE) from None
+        raise Unusable(NOT_A_PICTURE) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _Unusable(TOO_LARGE) from None
+        raise Unusable(TOO_LARGE) from None
     except Exception:  # decoders raise whatever broken bytes lead them to
-        raise _Unusable(DAMAGED) from None
+        raise Unusable(DAMAGED) from None
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from lcmlora.config import Data
+from lcmlora.data.candidates import DAMAGED
 from lcmlora.data.prepare import DUPLICATE, choose_validation, prepare, print_report
-from lcmlora.data.sources import DAMAGED, read_records
+from lcmlora.data.sources import read_records
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 

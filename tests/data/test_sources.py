@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lcmlora.config import Data
-from lcmlora.data import sources
+from lcmlora.data import candidates, sources
 from lcmlora.data.sources import Record, find, fit, open_picture
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
@@ -81,12 +81,12 @@ def test_metadata_rows_without_a_file_or_out_of_the_folder_or_twice_are_reported
     (tmp_path / "in" / "metadata.jsonl").write_text(lines)
     assert found(tmp_path / "in") == {"a.png": "t"}
     assert rejected(tmp_path / "in") == {
-        "gone.png": sources.MISSING,
-        "../secret.png": sources.OUTSIDE,
-        str(tmp_path / "secret.png"): sources.OUTSIDE,
-        "a.png": sources.TWICE,
-        "x" * 5000: sources.MISSING,
-        "nul\0.png": sources.MISSING,
+        "gone.png": candidates.MISSING,
+        "../secret.png": candidates.OUTSIDE,
+        str(tmp_path / "secret.png"): candidates.OUTSIDE,
+        "a.png": candidates.TWICE,
+        "x" * 5000: candidates.MISSING,
+        "nul\0.png": candidates.MISSING,
     }
 
 
@@ -96,7 +96,7 @@ def test_links_out_of_the_folder_are_not_followed(folder: Path, tmp_path: Path) 
     (folder / "link.txt").write_text("mine")
     add(folder, "words.png", None, picture(40))
     (folder / "words.txt").symlink_to(tmp_path / "secret.txt")
-    assert rejected(folder) == {"link.png": sources.OUTSIDE, "words.png": sources.OUTSIDE}
+    assert rejected(folder) == {"link.png": candidates.OUTSIDE, "words.png": candidates.OUTSIDE}
 
 
 def test_a_linked_data_folder_is_fine(folder: Path, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_truncated_png_or_jpeg_is_dropped_and_reported(folder: Path) -> None:
     for suffix in ("png", "jpg"):
         whole = add(folder, f"cut.{suffix}", "cut", picture(50, (64, 64))).read_bytes()
         (folder / f"cut.{suffix}").write_bytes(whole[: -len(whole) // 8])
-    assert rejected(folder) == {"cut.png": sources.DAMAGED, "cut.jpg": sources.DAMAGED}
+    assert rejected(folder) == {"cut.png": candidates.DAMAGED, "cut.jpg": candidates.DAMAGED}
     assert len(found(folder)) == 8
 
 
@@ -161,19 +161,19 @@ def test_what_is_no_picture_is_dropped_and_reported_with_its_reason(folder: Path
     (folder / "noise.txt.txt").write_bytes(b"\xff\xfe\x00caption")
     (folder / "broken.png").symlink_to(folder / "nowhere.png")
     assert rejected(folder) == {
-        "animation.gif": sources.NOT_A_PICTURE,
-        "broken.png": sources.MISSING,
-        "disguised.png": sources.NOT_A_PICTURE,
-        "empty.png": sources.EMPTY,
-        "noise.txt.png": sources.NOT_UTF8,
-        "text.png": sources.NOT_A_PICTURE,
+        "animation.gif": candidates.NOT_A_PICTURE,
+        "broken.png": candidates.MISSING,
+        "disguised.png": candidates.NOT_A_PICTURE,
+        "empty.png": candidates.EMPTY,
+        "noise.txt.png": candidates.NOT_UTF8,
+        "text.png": candidates.NOT_A_PICTURE,
     }
 
 
 @pytest.mark.parametrize("side", [9_500, 20_000])  # over Pillow's limit once, where it only warns, and twice
 def test_a_decompression_bomb_is_dropped_before_it_is_unpacked(folder: Path, side: int) -> None:
     add(folder, "bomb.png", "boom", Image.new("1", (side, side)))
-    assert rejected(folder) == {"bomb.png": sources.TOO_LARGE}
+    assert rejected(folder) == {"bomb.png": candidates.TOO_LARGE}
 
 
 def test_a_wrong_extension_does_not_matter(folder: Path) -> None:
@@ -257,7 +257,7 @@ def test_fit_resizes_the_short_side_and_crops_the_centre(size: tuple[int, int], 
     ],
 )
 def test_captions_are_cleaned(raw: str, clean: str) -> None:
-    assert sources.clean_caption(raw) == clean
+    assert candidates.clean_caption(raw) == clean
 
 
 # --- lists

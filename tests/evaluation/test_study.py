@@ -204,7 +204,7 @@ def test_too_few_real_pictures_and_other_features_are_refused_by_name(
 ) -> None:  # fmt: skip
     few = tmp_path / "few"
     few.mkdir()
-    for path in sorted(data.path.iterdir())[:32]:
+    for path in sorted(Path(data.path).iterdir())[:32]:
         shutil.copy(path, few / path.name)
     scarce = data.model_copy(update={"path": few})
     with pytest.raises(UserError, match=r"real validation pictures are too few for 12 dimensions; give it more"):

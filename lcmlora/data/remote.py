@@ -1,0 +1,106 @@
+"""Files of this machine or of a bucket, behind fsspec: s3://bucket/prefix takes s3fs and AWS's usual variables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from lcmlora.errors import Unavailable, UserError
+
+
+class Files:
+    """The files of one path."""
+
+    def __init__(self, path: str) -> None:
+        """Raises as `list` does, and UserError where the path's protocol cannot be read here."""
+        from fsspec.core import url_to_fs
+
+        self._path = path
+        try:
+            self._system, root = url_to_fs(path, use_listings_cache=False, skip_instance_cache=True)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"data.path: {path}: {error}; s3:// needs pip install 'lcmlora[pipeline]'") from None
+        self._root: str = root.rstrip("/")
+        self._only: str | None = None  # the name of the file that the path is
+        with self._told():
+            if self._system.isfile(self._root):
+                self._root, _, self._only = self._root.rpartition("/")
+
+    def list(self, suffix: str) -> list[str]:
+        """Returns the names below the path that end so, sorted; the path's own name where it is a file.
+
+        Raises:
+            UserError: there is no such path.
+            Unavailable: it cannot be reached.
+        """
+        if self._only:
+            return [self._only] if self._only.endswith(suffix) else []
+        with self._told():
+            found = self._system.find(self._root)
+        if not found and not self._exists():
+            raise UserError(f"data.path: {self._path}: no such file or folder")
+        names = (PurePosixPath(path).relative_to(self._root) for path in found)
+        return sorted(str(name) for name in names if name.suffix == suffix and not _hidden(name))
+
+    def state(self) -> str:
+        """Returns a digest that changes with any name, size, time or tag of a file. Raises as `list` does."""
+        with self._told():
+            path = f"{self._root}/{self._only}" if self._only else self._root
+            found = self._system.find(path, detail=True)
+        told = hashlib.sha256()
+        for path, facts in sorted(found.items()):
+            facts = {name: str(facts.get(name)) for name in ("size", "ETag", "LastModified", "mtime")}
+            told.update(json.dumps([path, facts], sort_keys=True).encode())
+        return told.hexdigest()
+
+    def open(self, name: str) -> IO[bytes]:
+        """Returns the file for random access. Raises as `list` does."""
+        with self._told():
+            file: IO[bytes] = self._system.open(f"{self._root}/{name}", "rb")
+            return file
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """Returns these bytes of the file. Raises as `list` does."""
+        with self._told():
+            content: bytes = self._system.cat_file(f"{self._root}/{name}", start=start, end=start + length)
+            return content
+
+    def _exists(self) -> bool:
+        with self._told():
+            return bool(self._system.exists(self._root))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, *_of_botocore()) as error:
+            plain = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, FileNotFoundError | PermissionError):
+                raise UserError(f"data.path: {self._path}: {plain}") from None
+            raise Unavailable(f"data.path: {self._path}: {plain}") from error
+
+
+def guess(path: str) -> str:
+    """Returns which source can read this path: `parquet` or `webdataset` by what lies there, else `folder`."""
+    files = Files(path)
+    for source, suffix in (("parquet", ".parquet"), ("webdataset", ".tar")):
+        if files.list(suffix):
+            return source
+    return "folder"
+
+
+def _hidden(name: PurePosixPath) -> bool:
+    return any(part.startswith(".") for part in name.parts)
+
+
+def _of_botocore() -> tuple[Any, ...]:
+    """Returns the errors of a bucket that are no OSError."""
+    try:
+        from botocore.exceptions import BotoCoreError
+    except ImportError:
+        return ()
+    return (BotoCoreError,)

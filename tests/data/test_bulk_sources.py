@@ -1,0 +1,223 @@
+"""Pictures in parquet and tar files, here and in a bucket."""
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from lcmlora.config import Data
+from lcmlora.data import candidates, tars
+from lcmlora.data.parquet import NO_BYTES
+from lcmlora.data.remote import guess
+from lcmlora.data.sources import find, open_picture
+from lcmlora.errors import UserError
+from tests.data.conftest import data_in, picture
+
+Member = tuple[str | tarfile.TarInfo, bytes]
+
+
+def png(number: int, size: tuple[int, int] = (32, 32)) -> bytes:
+    file = io.BytesIO()
+    picture(number, size).save(file, "PNG")
+    return file.getvalue()
+
+
+def tar(path: Path, *members: Member) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as made:
+        for member, content in members:
+            info = tarfile.TarInfo(member) if isinstance(member, str) else member
+            info.size = 0 if info.islnk() or info.issym() else len(content)
+            made.addfile(info, io.BytesIO(content))
+    return path
+
+
+def table(path: Path, **columns: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=3)
+    return path
+
+
+def sample(number: int) -> list[Member]:
+    return [(f"{number:04d}.png", png(number)), (f"{number:04d}.txt", f"subject {number}".encode())]
+
+
+def reasons(data: Data) -> dict[str, str]:
+    return {rejection.name: rejection.reason for rejection in find(data)[1]}
+
+
+def layouts(root: Path) -> dict[str, Data]:
+    """Eight pictures, in every layout."""
+    (root / "folder").mkdir()
+    for number in range(8):
+        (root / "folder" / f"{number:04d}.png").write_bytes(png(number))
+        (root / "folder" / f"{number:04d}.txt").write_text(f"subject {number}")
+    for start in (0, 4):
+        tar(root / "tars" / f"{start}.tar", *(m for number in range(start, start + 4) for m in sample(number)))
+        numbers = range(start, start + 4)
+        table(
+            root / "tables" / f"{start}.parquet",
+            image=[png(number) for number in numbers],
+            TEXT=[f"subject {number}" for number in numbers],
+        )
+    table(
+        root / "hub.parquet",
+        image=[{"bytes": png(number), "path": f"{number}.png"} for number in range(8)],
+        text=[f"subject {number}" for number in range(8)],
+    )
+    kinds = {"folder": "folder", "tars": "webdataset", "tables": "parquet", "hub.parquet": "parquet"}
+    return {name: data_in(root / name, source=kind) for name, kind in kinds.items()}
+
+
+def test_the_same_pictures_are_the_same_in_every_layout(tmp_path: Path):
+    found = {}
+    for name, data in layouts(tmp_path).items():
+        assert guess(data.path) == data.source
+        records, rejections = find(data)
+        assert rejections == []
+        found[name] = [(r.caption, r.sha256, r.width, r.height) for r in records]
+        last = records[-1]
+        assert np.array_equal(np.asarray(open_picture(data, last)), np.asarray(picture(7))), name
+    assert all(each == found["folder"] for each in found.values())
+    assert [caption for caption, *_ in found["folder"]] == [f"subject {number}" for number in range(8)]
+
+
+def test_a_caption_is_also_found_in_a_samples_json(tmp_path: Path):
+    told = json.dumps({"url": "x", "caption": " in  JSON "}).encode()
+    tar(tmp_path / "a.tar", ("dir.v1/1.json", told), ("dir.v1/1.jpg", png(1)), ("dir.v1/1.cls", b"7"))
+    (record,) = find(data_in(tmp_path / "a.tar", source="webdataset"))[0]
+    assert (record.key, record.caption) == ("a.tar/dir.v1/1.jpg", "in JSON")
+
+
+def test_hostile_tar_files_give_a_reason_each_and_run_nothing(tmp_path: Path):
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    link, hard, device, folder = (tarfile.TarInfo(name) for name in ("link.png", "hard.png", "null.png", "dir.png"))
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    hard.type, hard.linkname = tarfile.LNKTYPE, "0000.png"
+    device.type, folder.type = tarfile.CHRTYPE, tarfile.DIRTYPE
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    named = [(link, "link"), (hard, "hard"), (device, "null")]
+    tar(
+        tmp_path / "in" / "a.tar",
+        *sample(0),
+        ("code.pkl", pickle.dumps(Evil())),
+        ("0001.png", png(1)),
+        ("0001.pkl", pickle.dumps(Evil())),
+        ("../up.png", png(2)),
+        ("../up.txt", b"up"),
+        ("/etc/absolute.png", png(3)),
+        ("/etc/absolute.txt", b"absolute"),
+        *(member for info, name in named for member in ((info, b""), (f"{name}.txt", b"c"))),
+        (folder, b""),
+        ("empty.png", b""),
+        ("empty.txt", b"c"),
+        ("bomb.png", bomb.getvalue()),
+        ("bomb.txt", b"boom"),
+        ("latin.png", png(4)),
+        ("latin.txt", b"caf\xe9"),
+        ("long.png", png(5)),
+        ("long.txt", b"a" * (1 << 20)),
+        ("deep.png", png(6)),
+        ("deep.json", b"[" * 60_000),
+        ("control.png", png(7)),
+        ("control.txt", b"\x00\x07\x1b"),
+        ("text.png", b"no picture"),
+        ("text.txt", b"c"),
+        ("n\udcff.png", png(8)),
+        ("n\udcff.txt", b"c"),
+        *sample(9),
+    )
+    data = data_in(tmp_path / "in", source="webdataset")
+    assert [record.key for record in find(data)[0]] == ["a.tar/0000.png", "a.tar/0009.png"]
+    assert reasons(data) == {
+        "a.tar/code": tars.NO_PICTURE,
+        "a.tar/0001.png": candidates.NO_CAPTION,
+        "a.tar/../up.png": candidates.OUTSIDE,
+        "a.tar//etc/absolute.png": candidates.OUTSIDE,
+        "a.tar/link.png": tars.NO_FILE,
+        "a.tar/hard.png": tars.NO_FILE,
+        "a.tar/null.png": tars.NO_FILE,
+        "a.tar/empty.png": candidates.EMPTY,
+        "a.tar/bomb.png": candidates.TOO_LARGE,
+        "a.tar/latin.png": candidates.NOT_UTF8,
+        "a.tar/long.png": candidates.LONG_CAPTION,
+        "a.tar/deep.png": "its JSON cannot be read",
+        "a.tar/control.png": candidates.NO_CAPTION,
+        "a.tar/text.png": candidates.NOT_A_PICTURE,
+        "a.tar/n\\udcff.png": candidates.NOT_UTF8,
+    }
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tar_file_that_was_cut_off_or_is_none_is_told_and_the_others_are_read(tmp_path: Path):
+    whole = tar(tmp_path / "in" / "a.tar", *(m for number in range(4) for m in sample(number))).read_bytes()
+    (tmp_path / "in" / "b.tar").write_bytes(whole[: 5 * 1024 + 100])
+    (tmp_path / "in" / "c.tar").write_bytes(b"not a tar file at all" * 100)
+    (tmp_path / "in" / "d.tar").write_bytes(b"")
+    data = data_in(tmp_path / "in", source="webdataset")
+    records, rejections = find(data)
+    assert [record.key for record in records][:4] == [f"a.tar/{number:04d}.png" for number in range(4)]
+    told = {rejection.name: rejection.reason for rejection in rejections}
+    assert [told[name] for name in ("b.tar", "c.tar", "d.tar")] == [tars.CUT_OFF] * 3
+
+
+def test_rows_that_cannot_be_used_give_a_reason_each(tmp_path: Path):
+    binary = pyarrow.array([b"one", None, b"caf\xe9", b"\x07 ", b"b" * 70_000, b"six", b"seven", b"eight"])
+    texts = pyarrow.StringArray.from_buffers(8, *binary.buffers()[1:], binary.buffers()[0])  # unchecked, as some are
+    pictures = [png(0), png(1), png(2), png(3), png(4), None, b"", png(7)[:60]]
+    table(tmp_path / "a.parquet", caption=texts, jpg=pictures)
+    data = data_in(tmp_path / "a.parquet", source="parquet")
+    assert [(r.key, r.caption) for r in find(data)[0]] == [("a.parquet/000000", "one")]
+    assert reasons(data) == {
+        "a.parquet/000001": candidates.NO_CAPTION,
+        "a.parquet/000002": candidates.NOT_UTF8,
+        "a.parquet/000003": candidates.NO_CAPTION,
+        "a.parquet/000004": candidates.LONG_CAPTION,
+        "a.parquet/000005": NO_BYTES,
+        "a.parquet/000006": candidates.EMPTY,
+        "a.parquet/000007": candidates.DAMAGED,
+    }
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"URL": ["x"], "TEXT": ["t"]}, r"has addresses \(URL\) and no pictures.*img2dataset"),
+        ({"image": [b""], "label": ["t"]}, "no column of a caption: expected one of caption, text, TEXT, got image, l"),
+        ({"image": ["x.png"], "text": ["t"]}, "column image has string, expected bytes of pictures"),
+        ({"image": [b""], "text": [[1]]}, "column text has list.*expected texts"),
+    ],
+)
+def test_tables_that_cannot_be_meant_are_an_error_naming_the_column(tmp_path: Path, columns: dict, message: str):
+    table(tmp_path / "a.parquet", **columns)
+    with pytest.raises(UserError, match=message):
+        find(data_in(tmp_path, source="parquet"))
+
+
+def test_nothing_to_read_is_an_error(tmp_path: Path):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more")
+    for source, message in (("parquet", "not a parquet file"), ("webdataset", r"no \.tar files")):
+        with pytest.raises(UserError, match=message):
+            find(data_in(tmp_path, source=source))
+        with pytest.raises(UserError, match="no such file or folder"):
+            find(data_in(tmp_path / "nowhere", source=source))
+
+
+def test_a_picture_that_changed_after_the_list_was_made_is_an_error(tmp_path: Path):
+    data = data_in(tar(tmp_path / "a.tar", *sample(0)), source="webdataset")
+    (record,), _ = find(data)
+    tar(tmp_path / "a.tar", *sample(1))
+    with pytest.raises(UserError, match=r"0000\.png: it has changed.*lcmlora prepare"):
+        open_picture(data, record)
