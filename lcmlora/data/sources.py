@@ -11,9 +11,8 @@ import io
 import json
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from lcmlora.data.candidates import (
     clean_caption,
 )
 from lcmlora.data.folder import Folder
+from lcmlora.data.isolation import isolated
 from lcmlora.data.parquet import Parquet
 from lcmlora.data.tars import Tars
 from lcmlora.errors import UserError
@@ -72,13 +72,10 @@ def find(data: Data) -> tuple[list[Record], list[Rejection]]:
     """
     if data.source == "emoji":
         return _find_emoji(data), []
-    source = _source(data)
-    candidates, rejections = source.candidates()
-    # Pillow warns about what is over its limit and refuses only what is over it twice; here the limit counts.
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers()) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        found = pool.map(lambda candidate: _examine(source, candidate), candidates)
-        results = list(track(found, "read pictures", total=len(candidates)))
+    candidates, rejections = _source(data).candidates()
+    examine = partial(_examine, data)
+    found = isolated(examine, candidates, lambda c, reason: Rejection(c.key, reason), workers(), preload=__name__)
+    results = list(track(found, "read pictures", total=len(candidates)))
     rejections += [r for r in results if isinstance(r, Rejection)]
     return [r for r in results if isinstance(r, Record)], rejections
 
@@ -174,17 +171,20 @@ def _find_emoji(data: Data) -> list[Record]:
 
 
 def workers() -> int:
-    """How many threads decode pictures: Pillow leaves the interpreter's lock, and a large picture takes 0.4 GB."""
+    """How many threads or processes decode pictures: a large one takes 0.4 GB, and more while it is made RGB."""
     return min(8, os.cpu_count() or 1)
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------
 
 
-def _examine(source: Source, candidate: Candidate) -> Record | Rejection:
+def _examine(data: Data, candidate: Candidate) -> Record | Rejection:
     try:
-        content = source.read(candidate.place)
-        picture = _decode(content)
+        content = _again(data).read(candidate.place)
+        # Pillow warns about what is over its limit and refuses only what is over it twice; here the limit counts.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = _decode(content)
     except Unusable as reason:
         return Rejection(candidate.key, str(reason))
     place = None if candidate.place == candidate.key else candidate.place
@@ -199,7 +199,7 @@ def _decode(content: bytes) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         raise Unusable(NOT_A_PICTURE) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError):
         raise Unusable(TOO_LARGE) from None
     except Exception:  # decoders raise whatever broken bytes lead them to
         raise Unusable(DAMAGED) from None
