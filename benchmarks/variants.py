@@ -27,9 +27,10 @@ from lcmlora import bases, execution, lora
 from lcmlora.bases import Conditioning
 from lcmlora.batches import Batch
 from lcmlora.data.cache import LatentCache
-from lcmlora.distill import Distillation, Teacher, samples
+from lcmlora.distill import Distillation, samples
 from lcmlora.files import write_json
 from lcmlora.optimization import Optimization
+from lcmlora.teacher import Teacher
 from lcmlora.teacher_cache import TeacherCache
 
 STEP = Callable[[int], Tensor]
@@ -74,7 +75,7 @@ class Build:
         optimizing = optimization(parameters, settings)
         distillation = Distillation(base, self.cache.unconditional(), settings, remembered)
         if teacher is not None:
-            distillation.teacher = teacher(base, self.cache.unconditional(), settings)
+            distillation.teacher = teacher(base, self.cache.unconditional(), settings.grid)
         batches = samples(self.cache, torch.arange(len(self.cache)), settings, self.device)
 
         def step(number: int) -> Tensor:

@@ -39,7 +39,8 @@ def fetch(name: str, base: Base, root: Path = Path("bases")) -> Path:
     """Puts the base at `root/name` and returns that folder.
 
     A hub id is downloaded at its revision, a local folder linked, a single-file checkpoint converted. Idempotent; a
-    changed revision or variant downloads again, a changed file is converted again.
+    changed revision or variant downloads again, a changed file is converted again. With a style the folder is a copy
+    that has it in its UNet, and the plain base is at `root/.plain/name`.
 
     Raises:
         UserError: a hub id without revision, a folder without the parts of a pipeline, a file that is no checkpoint
@@ -47,6 +48,13 @@ def fetch(name: str, base: Base, root: Path = Path("bases")) -> Path:
         Unavailable: the hub does not answer.
     """
     target = root / name
+    from lcmlora import styled
+
+    if base.style is None and (target / styled.MARKER).is_file():
+        shutil.rmtree(target)
+    if base.style is not None:
+        styled.make(name, base, fetch(name, base.model_copy(update={"style": None}), root / ".plain"), target)
+        return target
     source = Path(base.source)
     if singlefile.names_a_file(base.source):
         if base.config is not None and _is_local(base.config):
@@ -141,8 +149,10 @@ def variant(folder: Path) -> str | None:
 
 
 def identity(base: Base, folder: Path) -> dict[str, str | None]:
-    """Returns what names a base for good: its source, its pinned revision and a digest of its UNet's files."""
-    return {"source": base.source, "revision": base.revision, "digest": sha256_folder(folder / "unet")}
+    """Returns what names a base for good: its source, its pinned revision and a digest of its UNet's files; with a
+    style, that one's source and weight."""
+    style = {"style": f"{base.style.source} at {base.style.weight:g}"} if base.style else {}
+    return {"source": base.source, "revision": base.revision, "digest": sha256_folder(folder / "unet")} | style
 
 
 def unet_config(base: Base, folder: Path) -> dict[str, Any]:
@@ -418,6 +428,20 @@ def load(
             loaded.tokenizers.append(CLIPTokenizer.from_pretrained(folder / "tokenizer_2"))
             loaded.text_encoders.append(part(CLIPTextModelWithProjection, "text_encoder_2", dtype=dtype))
     return loaded
+
+
+def write(base: LoadedBase, folder: Path) -> None:
+    """Writes a base with its UNet as it is now into an empty folder; everything else is copied."""
+    for path in sorted(base.folder.iterdir()):
+        if path.name.startswith("."):  # which tell where the base came from
+            continue
+        if path.name == "unet":
+            # Under the name that the base's file has: a base is loaded in one variant.
+            base.unet.save_pretrained(folder / "unet", safe_serialization=True, variant=variant(base.folder))
+        elif path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        else:
+            shutil.copyfile(path, folder / path.name)
 
 
 def _check_latents(folder: Path) -> None:

@@ -20,6 +20,7 @@ from lcmlora.noise import generator
 from lcmlora.ranks import Ranks
 
 _GOLDEN = 0.6180339887498949
+_SILVER = 0.4142135623730951
 
 
 @dataclass
@@ -33,6 +34,10 @@ class Batch:
     w: Tensor  # (B,) guidance in the papers' convention
     u: Tensor  # (B, 2) uniform numbers for the objective
     conditioning: Conditioning
+    # Where the noisy states are not z with noise:
+    pair: Tensor | None = None  # (2, B, C, h, w) of the teacher's own run, the states at `index` and a step further
+    stops: Tensor | None = None  # (J, B) int64, the rows of the grid at which the student's own run halts, then `index`
+    fresh: Tensor | None = None  # (J, B, C, h, w) noise that it takes up there
 
 
 def split(cache: LatentCache, settings: Training) -> tuple[Tensor, Tensor]:
@@ -65,11 +70,14 @@ class Batches:
         *,
         grid: int,
         guidance: tuple[float, float] = (0.0, 0.0),
+        trajectory: float = 0.0,
+        rollout: float = 0.0,
     ) -> None:
         """Args:
         rows: (N,) int64, of the cache.
         grid: how many timesteps `index` chooses from.
         guidance: the range of w.
+        trajectory, rollout: shares of the steps that have states of the teacher's run, and of the student's.
         """
         self._cache = cache
         self._candidates = rows
@@ -77,6 +85,7 @@ class Batches:
         self._device = device
         self._ranks = ranks or Ranks()
         self._grid, self._guidance = grid, guidance
+        self._trajectory, self._rollout = trajectory, rollout
         self._unconditional = cache.unconditional()
         self._offset = torch.rand((), dtype=torch.float64, generator=generator("offset", settings.seed))
         self._step, self._order = -1, torch.empty(0, dtype=torch.long)
@@ -117,7 +126,34 @@ class Batches:
     def draw(self, step: int, part: int = 0) -> Batch:
         """Returns the samples of this process's `part`-th forward of a step."""
         positions = self.positions(step, part)
-        return self.at(positions, self.rows(positions))
+        rows = self.rows(positions)
+        batch = self.at(positions, rows)
+        # Spread evenly over the steps, as places are over the grid, by another number of that kind.
+        kind = (step * _SILVER + float(self._offset)) % 1
+        if kind < self._trajectory:
+            batch.pair = self._cache.states(rows, self._index(positions)).to(self._device)
+        elif kind < self._trajectory + self._rollout:
+            self._add_run(batch, halts=step % 2)
+        return batch
+
+    def _index(self, positions: range) -> Tensor:
+        # Places follow each other by the golden ratio: each is uniform by itself, and however many make a step, they
+        # lie evenly over the grid, so that its loss hardly depends on the draw.
+        even = (torch.arange(positions.start, positions.stop, dtype=torch.float64) * _GOLDEN + self._offset) % 1
+        return (even * self._grid).long()
+
+    def _add_run(self, batch: Batch, halts: int) -> None:
+        """Says where the student's own run to these samples' timesteps ends, and where it halts before."""
+        generators = [generator("run", self._settings.seed, position) for position in batch.places]
+        index, last = self._index(batch.places), self._grid - 1
+        stops, fresh = [index], []
+        for _ in range(halts):
+            above = torch.stack([torch.rand((), generator=g) for g in generators])
+            stops.insert(0, (stops[0] + 1 + (above * (last - stops[0])).long()).clamp(max=last))
+        for _ in stops:
+            fresh.append(torch.stack([torch.randn(batch.noise.shape[1:], generator=g) for g in generators]))
+        batch.stops = torch.stack(stops).to(self._device)
+        batch.fresh = torch.stack(fresh).to(self._device)
 
     def at(self, positions: range, rows: Tensor) -> Batch:
         """Returns these rows with the random numbers of these places."""
@@ -129,9 +165,6 @@ class Batches:
             torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]) for _ in ("posterior", "noise")
         )
         u = torch.stack([torch.rand(4, generator=g) for g in generators])
-        # Places follow each other by the golden ratio: each is uniform by itself, and however many make a step, they
-        # lie evenly over the grid, so that its loss hardly depends on the draw.
-        even = (torch.arange(positions.start, positions.stop, dtype=torch.float64) * _GOLDEN + self._offset) % 1
         conditioning = self._cache.conditioning(rows)
         empty = u[:, 1] < s.empty_prompts
         for name, value in self._unconditional.items():
@@ -140,7 +173,7 @@ class Batches:
             places=positions,
             z=mean + (0.5 * logvar).exp() * spread,
             noise=noise,
-            index=(even * self._grid).long(),
+            index=self._index(positions),
             w=w_min + (w_max - w_min) * u[:, 0],
             u=u[:, 2:],
             conditioning=conditioning,

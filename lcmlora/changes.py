@@ -38,12 +38,15 @@ def fingerprint(path: Path | str) -> str:
 
 
 def base_state(name: str, base: Base) -> str:
-    """Returns a local base's fingerprint, or the commit at which the hub's repository is now.
+    """Returns a local base's fingerprint, or the commit at which the hub's repository is now; with that of its style.
 
     Raises:
         Unavailable: the hub does not answer.
         UserError: there is no such folder, file or repository.
     """
+    if base.style is not None:
+        plain = base_state(name, base.model_copy(update={"style": None}))
+        return f"{plain} {fingerprint(Path(base.style.source))}"
     if base.revision is None:
         return fingerprint(Path(base.source))
     from httpx2 import HTTPError  # which the hub's client does not turn into an error of its own

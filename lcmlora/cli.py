@@ -156,7 +156,7 @@ def _encode(config, model: str, settings, place) -> None:  # type: ignore[no-unt
         Path("bases", model),
         device=device,
         dtype=bases.pick_dtype("auto", device),
-        parts=("vae", "text"),
+        parts=("unet" if config.data.source == "prompts" else "vae", "text"),
     )
     out = Path("data/latents", model)
     cache.encode(base, config.data, settings, Path("data/pictures"), _scratch("encode"), out, place)

@@ -66,23 +66,32 @@ class Pretrain(Strict):
 class Data(Strict):
     """Which captioned pictures, and which of them are kept (stage `prepare`)."""
 
-    source: Literal["emoji", "folder", "parquet", "webdataset"]
+    source: Literal["emoji", "folder", "parquet", "webdataset", "prompts"]
     # folder: the folder; parquet, webdataset: a file or a folder of them, here or at s3://; emoji: the
-    # package-lock.json beside node_modules
+    # package-lock.json beside node_modules; prompts: a text file with a prompt in each line, here or at s3://
     path: Annotated[str, BeforeValidator(os.fspath)]
     groups: tuple[str, ...] = ()  # emoji
     styles: tuple[str, ...] = ()  # emoji
-    copies: Positive = 1  # emoji: placements drawn of each drawing
+    copies: Positive = 1  # emoji: placements drawn of each drawing; prompts: latents that the teacher makes of each
     min_side: Positive  # pixels; smaller pictures are dropped
     max_aspect: Annotated[float, Field(ge=1)]  # longer side over shorter; what is longer is dropped
     validation: Annotated[float, Field(gt=0, lt=1)]  # share of captions that training never sees
     seed: int
 
 
+class Rollouts(Strict):
+    """How the teacher makes latents of prompts without pictures: guided DDIM (lcmlora/data/rollouts.py)."""
+
+    steps: Positive = 50  # the points of its grid
+    w: Annotated[float, Field(ge=0)] = 7.5  # guidance as in `distill`
+    states: bool = False  # keep all states on the way, for distill.trajectory: the cache is then so much larger
+
+
 class Encode(Strict):
     """The latent cache (stage `encode`)."""
 
     batch: Positive
+    rollouts: Rollouts = Rollouts()  # of source prompts
     shard_mb: Positive = 256
     text_cache_mb: Positive = 2000  # of distinct captions; more is refused
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -136,9 +145,14 @@ class Distill(Training):
     grid: Positive  # DDIM timesteps, N of Algorithm 1
     huber_c: Annotated[float, Field(gt=0)]
     weighting: Literal["uniform", "snr+1"]  # of a sample's loss, by its timestep
+    # Shares of the steps whose noisy states are no noised latents:
+    trajectory: Share = 0.0  # those of the teacher's rollouts, which the cache then holds; no teacher's pass is needed
+    rollout: Share = 0.0  # those that the student's own first one or two jumps lead to, on policy
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.trajectory + self.rollout > 1:
+            raise ValueError(f"trajectory {self.trajectory} and rollout {self.rollout} are shares and add up to over 1")
         if self.w_min > self.w_max:
             raise ValueError(f"w_min {self.w_min} is above w_max {self.w_max}")
         if self.phases > self.grid:
@@ -272,6 +286,13 @@ class Flow(Strict):
         return os.environ.get("LCMLORA_GPU_LIMIT") or self.gpu_limit
 
 
+class Merged(Strict):
+    """A LoRA that is summed into a base."""
+
+    source: str  # a .safetensors file in any spelling, or the folder of an adapter
+    weight: float = 1.0
+
+
 class Base(Strict):
     """A base model. Only what differs between bases and cannot be read from its own folder."""
 
@@ -279,6 +300,7 @@ class Base(Strict):
     revision: str | None = None  # hub commit; required for a hub id, so that a run can be repeated
     config: str | None = None  # single file: the diffusers folder or hub id whose configurations it goes with
     variant: str | None = None  # e.g. fp16
+    style: Merged | None = None  # of a LoRA that the model is distilled with
     resolution: Positive  # pixels, width and height of the training pictures
     license: str
     # Overrides of the stages' settings for this base.
@@ -377,8 +399,14 @@ class Config(Strict):
         return data, _override(defaults, entry.training, f"{kind}s.{name}.training")
 
     def real_pictures(self, kind: Kind, name: str) -> Data:
-        """Returns the pictures that a style or fine-tune is measured against: its own, with the study's overrides."""
+        """Returns the pictures that a style or fine-tune is measured against: its own, with the study's overrides.
+
+        Raises:
+            UserError: it has none.
+        """
         data, _ = self.variation(kind, name)
+        if data.source == "prompts":
+            raise UserError(f"{kind}s.{name}.data.source: prompts have no pictures, and a {kind} is learned from some")
         return _override(data, self.study.real if self.study else {}, "study.real")
 
     def studied(self, model: str) -> list[tuple[Kind, str]]:
@@ -391,11 +419,42 @@ class Config(Strict):
         return _override(self.evaluation, self.base(model).evaluation, f"bases.{model}.evaluation")
 
 
+def check_trajectory(settings: Distill, rollouts: Rollouts | None, where: str = "") -> None:
+    """Raises UserError where a distillation on the teacher's trajectories does not go with the teacher's rollouts.
+
+    Args:
+        rollouts: how they were made; None where the data are pictures.
+        where: what the message begins with.
+    """
+    if not settings.trajectory:
+        return
+    if rollouts is None or not rollouts.states:
+        raise UserError(
+            f"{where}distill.trajectory: {settings.trajectory:g} needs data.source: prompts, and "
+            "encode.rollouts.states: true"
+        )
+    if rollouts.steps != settings.grid:
+        raise UserError(
+            f"{where}encode.rollouts.steps: {rollouts.steps} is not distill.grid, {settings.grid}, whose steps count"
+        )
+    if not settings.w_min <= rollouts.w <= settings.w_max:
+        raise UserError(
+            f"{where}encode.rollouts.w: {rollouts.w:g} is not within distill.w_min {settings.w_min:g} and w_max "
+            f"{settings.w_max:g}"
+        )
+
+
 def _override(settings: S, changes: dict[str, Any], where: str) -> S:
     try:
-        return type(settings).model_validate(settings.model_dump() | changes)
+        return type(settings).model_validate(_merged(settings.model_dump(), changes))
     except ValidationError as error:
         raise UserError(_explain(where, error)) from None
+
+
+def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings with the changes; of settings within settings with those that are changed."""
+    within = {k: _merged(settings[k], v) for k, v in changes.items() if isinstance(v, dict) and settings.get(k)}
+    return settings | changes | within
 
 
 def _explain(where: str, error: ValidationError) -> str:
@@ -440,6 +499,9 @@ def load(path: Path = Path("params.yaml")) -> Config:
         raise UserError(_explain(str(path), error)) from None
     for model in config.bases:  # overrides are checked here, not hours later
         config.encode_for(model), config.launch_for(model), config.evaluation_for(model)
+    for model in config.models:
+        rollouts = config.encode_for(model).rollouts if config.data.source == "prompts" else None
+        check_trajectory(config.distill_for(model), rollouts, f"{model}: ")
     for name in config.styles:
         config.variation("style", name)
     for name in config.finetunes:

@@ -2,7 +2,8 @@
 
 One frozen base serves as teacher (adapter off), student (adapter on, with gradients) and target (adapter on, without).
 A step costs four UNet forwards and one backward: the teacher's conditional and unconditional passes in one batch, the
-target, and the student. It reads the latent cache only: no text encoder is in memory, and a VAE only where pictures are
+target, and the student; where it starts from a neighbouring pair of states that the teacher's own run left in the
+cache, the last two. It reads the latent cache only: no text encoder is in memory, and a VAE only where pictures are
 asked for, behind the `decode` that is passed in.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from lcmlora import diffusion, lora, objectives
 from lcmlora.bases import Conditioning, LoadedBase, unet_forward
 from lcmlora.batches import Batch, Batches, split
-from lcmlora.config import Distill, digest
+from lcmlora.config import Distill, check_trajectory, digest
 from lcmlora.data.cache import LatentCache
 from lcmlora.errors import UserError
 from lcmlora.execution import AdapterCheck, compiled, recompute
@@ -30,64 +31,10 @@ from lcmlora.files import atomic_folder, write_json
 from lcmlora.objectives import Objective, Prediction, pseudo_huber
 from lcmlora.optimization import Optimization
 from lcmlora.ranks import Ranks
+from lcmlora.teacher import Teacher
 from lcmlora.teacher_cache import TeacherCache
 from lcmlora.training import Logger, train
 from lcmlora.validation import Validation
-
-
-class Teacher:
-    """The base with its adapter off, taking one guided DDIM step on a grid whose every step has its loss weight."""
-
-    def __init__(
-        self, base: LoadedBase, unconditional: Conditioning, settings: Distill, cache: TeacherCache | None = None
-    ) -> None:
-        """Args:
-        cache: what was said of samples before.
-        """
-        self._base, self._cache = base, cache
-        self._unconditional = {k: v.to(base.device) for k, v in unconditional.items()}
-        upper, lower = diffusion.ddim_grid(len(base.alphas_cumprod), settings.grid)
-        self.t, self.t_prev = upper.to(base.device), lower.to(base.device)
-        self.weight = diffusion.loss_weights(base.alphas_cumprod, self.t, settings.weighting)
-
-    @torch.no_grad()
-    def step(
-        self,
-        x: Tensor,
-        t: Tensor,
-        t_prev: Tensor,
-        w: Tensor,
-        conditioning: Conditioning,
-        places: range | None = None,
-    ) -> Tensor:
-        """Returns zhat_{t_n} (B, C, h, w): the DDIM step from t to t_prev with guidance w (B,).
-
-        Args:
-            places: in the stream, where x is the noisy state that belongs to them.
-        """
-        base = self._base
-        guided = diffusion.guide(*self._outputs(x, t, conditioning, places), w)
-        alpha, sigma = diffusion.alpha_sigma(base.alphas_cumprod, t)
-        x0 = diffusion.predicted_x0(guided, x, alpha, sigma, base.prediction_type)
-        noise = diffusion.predicted_noise(guided, x, alpha, sigma, base.prediction_type)
-        return diffusion.ddim_step(x0, noise, *diffusion.alpha_sigma(base.alphas_cumprod, t_prev))
-
-    def _outputs(self, x: Tensor, t: Tensor, conditioning: Conditioning, places: range | None) -> tuple[Tensor, Tensor]:
-        """Returns the conditional and the unconditional output, both (B, C, h, w) fp32."""
-        if self._cache and places and (known := self._cache.read(places)):
-            conditional, unconditional = (output.to(x.device).float() for output in known)
-            return conditional, unconditional
-        both = {
-            # The unconditional pass keeps the picture's own micro-conditioning.
-            k: torch.cat([v, v if k == "time_ids" else self._unconditional[k].expand_as(v)])
-            for k, v in conditioning.items()
-        }
-        with lora.disabled(self._base.unet):
-            output = unet_forward(self._base.unet, torch.cat([x, x]), torch.cat([t, t]), both)
-        conditional, unconditional = output.chunk(2)
-        if self._cache and places:
-            self._cache.write(places, conditional, unconditional)
-        return conditional, unconditional
 
 
 def samples(
@@ -95,7 +42,17 @@ def samples(
 ) -> Batches:
     """Returns the stream of samples that a distillation sees of these rows (N,) of the cache."""
     guidance = (settings.w_min, settings.w_max)
-    return Batches(cache, rows, settings, device, ranks, grid=settings.grid, guidance=guidance)
+    return Batches(
+        cache,
+        rows,
+        settings,
+        device,
+        ranks,
+        grid=settings.grid,
+        guidance=guidance,
+        trajectory=settings.trajectory,
+        rollout=settings.rollout,
+    )
 
 
 class Distillation:
@@ -109,7 +66,8 @@ class Distillation:
         teacher_cache: TeacherCache | None = None,
     ) -> None:
         self.base = base
-        self.teacher = Teacher(base, unconditional, settings, teacher_cache)
+        self.teacher = Teacher(base, unconditional, settings.grid, teacher_cache)
+        self.weight = diffusion.loss_weights(base.alphas_cumprod, self.teacher.t, settings.weighting)  # of each row
         self.objective: Objective = objectives.make(settings, base.alphas_cumprod)
         self._huber_c = settings.huber_c
         self._averaged_target = settings.target == "ema"
@@ -129,6 +87,18 @@ class Distillation:
             diffusion.predicted_noise(output, x, alpha, sigma, kind),
         )
 
+    @torch.no_grad()
+    def _travelled(self, batch: Batch) -> Tensor:
+        """Returns the states (B, C, h, w) to which the student as it is comes from pure noise, by way of the stops."""
+        assert batch.stops is not None and batch.fresh is not None
+        x, row = batch.noise, torch.full_like(batch.index, len(self.teacher.t) - 1)
+        for stop, fresh in zip(batch.stops, batch.fresh, strict=True):
+            t, s = self.teacher.t[row], self.teacher.t[stop]
+            arrived = self.objective.travel(x, self.student(x, t, batch.conditioning), t, s, fresh)
+            stays = (stop == row).view(-1, *(1,) * (x.ndim - 1))
+            x, row = torch.where(stays, x, arrived), stop
+        return x
+
     def losses(self, batch: Batch, optimization: Optimization | None = None) -> Tensor:
         """Returns the weighted loss of each sample, (B,), with gradients to the adapter alone.
 
@@ -136,15 +106,21 @@ class Distillation:
             optimization: has the averaged weights, where the target is computed with those.
         """
         t, t_prev = self.teacher.t[batch.index], self.teacher.t_prev[batch.index]
-        x = self.noisy(batch, batch.index)
-        x_prev = self.teacher.step(x, t, t_prev, batch.w, batch.conditioning, batch.places)
+        if batch.pair is not None:
+            x, x_prev = batch.pair
+        elif batch.stops is not None:
+            x = self._travelled(batch)
+            x_prev = self.teacher.step(x, t, t_prev, batch.w, batch.conditioning)
+        else:
+            x = self.noisy(batch, batch.index)
+            x_prev = self.teacher.step(x, t, t_prev, batch.w, batch.conditioning, batch.places)
         s = self.objective.destination(batch.index, batch.u)
         # The target first: what the student's forward keeps for the backward pass must not change any more.
         averaged = optimization.averaged() if optimization and self._averaged_target else contextlib.nullcontext()
         with torch.no_grad(), averaged:
             aim = self.objective.jump(x_prev, self.student(x_prev, t_prev, batch.conditioning), t_prev, s)
         online = self.objective.jump(x, self.student(x, t, batch.conditioning), t, s)
-        return self.teacher.weight[batch.index] * pseudo_huber(online, aim, self._huber_c)
+        return self.weight[batch.index] * pseudo_huber(online, aim, self._huber_c)
 
 
 def distill(
@@ -179,6 +155,7 @@ def distill(
             a row, the adapter does not do what it should, or the processes have different files.
     """
     ranks = ranks or Ranks()
+    check_trajectory(settings, cache.rollouts)
     if cache.latent_shape != base.latent_shape:
         raise UserError(
             f"the latent cache holds {cache.latent_shape}, {base.name} needs {base.latent_shape}: encode again"

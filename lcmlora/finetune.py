@@ -5,7 +5,6 @@ What an acceleration adapter is to be added to. Cache, loop and checkpoints are 
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lcmlora import diffusion, lora
-from lcmlora.bases import LoadedBase, unet_forward, variant
+from lcmlora.bases import LoadedBase, unet_forward, write
 from lcmlora.batches import Batch, Batches, split
 from lcmlora.config import Tuning
 from lcmlora.data.cache import LatentCache
@@ -134,7 +133,7 @@ def tune(
         optimization.use(best["weights"], torch.float32)
         with atomic_folder(out) as folder:
             if settings.rank is None:
-                _write_base(base, folder)
+                write(base, folder)
             else:
                 tensors, metadata = lora.state_dict(base.unet), lora.adapter_metadata(settings.rank)
                 lora.save_file(tensors, folder / lora.WEIGHTS, dtype=torch.float32, metadata=metadata)
@@ -152,15 +151,3 @@ def _parameters(base: LoadedBase, settings: Tuning) -> dict[str, nn.Parameter]:
         raise UserError(f"{base.name}: a whole checkpoint is trained in fp32; set precision: fp32")
     base.unet.requires_grad_(True)
     return dict(base.unet.named_parameters())
-
-
-def _write_base(base: LoadedBase, folder: Path) -> None:
-    """Writes the base with its UNet as it is now; everything else is copied."""
-    for path in sorted(base.folder.iterdir()):
-        if path.name == "unet":
-            # Under the name that the base's file has: a base is loaded in one variant.
-            base.unet.save_pretrained(folder / "unet", safe_serialization=True, variant=variant(base.folder))
-        elif path.is_dir():
-            shutil.copytree(path, folder / path.name)
-        else:
-            shutil.copyfile(path, folder / path.name)

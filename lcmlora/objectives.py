@@ -61,6 +61,19 @@ class Objective:
         """Returns the state (B, C, h, w) fp32 at s to which the student jumps from x at t; x itself where s = t."""
         return diffusion.ddim_step(*prediction, *diffusion.alpha_sigma(self._alphas_cumprod, s))
 
+    def travel(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+        """Returns the state (B, C, h, w) fp32 at s to which the student's sampler goes from x at t: it jumps somewhat
+        below and takes up noise (arXiv 2402.19159, Algorithm 4).
+
+        Args:
+            noise: (B, C, h, w) of unit variance.
+        """
+        below = ((1 - (self.sampler.gamma or 0.0)) * s).long()
+        jumped = self.jump(x, prediction, t, below)
+        (alpha, _), (start, _) = (diffusion.alpha_sigma(self._alphas_cumprod, v) for v in (s, below))
+        kept = alpha / start
+        return diffusion.add_noise(jumped, noise, kept, (1 - kept.square()).clamp(min=0).sqrt())
+
     def _edges(self, steps: int) -> Tensor:
         """Returns, for each row of the grid, where a student of this many steps would go from it, (grid,) int64."""
         schedule = diffusion.student_timesteps(len(self._alphas_cumprod), self._grid, steps)
@@ -80,6 +93,11 @@ class LatentConsistency(Objective):
     def jump(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
         del s
         return diffusion.consistency(x, prediction.x0, t)
+
+    def travel(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+        """To t = 0, and with noise back to s (arXiv 2310.04378, Algorithm 3)."""
+        clean = self.jump(x, prediction, t, s)
+        return diffusion.add_noise(clean, noise, *diffusion.alpha_sigma(self._alphas_cumprod, s))
 
 
 class TrajectoryConsistency(Objective):

@@ -219,6 +219,11 @@ def _base(folder: Path, made_for: dict[str, str | None], wanted: Path | None) ->
         raise UserError(f"{folder / release.PROVENANCE}: base: expected a source and a digest, got {made_for}")
     if wanted is not None:
         place = wanted
+    elif style := made_for.get("style"):
+        raise UserError(
+            f"{folder}: was made for {source} with the style {style} summed into it; say where that base's folder is, "
+            "which `lcmlora fetch` makes"
+        )
     elif Path(source).is_dir():
         place = Path(source)
     elif revision is None or singlefile.names_a_file(source):

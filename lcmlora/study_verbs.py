@@ -43,6 +43,7 @@ def _folder(model: str, part: str, name: str) -> Path:
 
 def _tune(context: typer.Context, kind, model: str, name: str) -> None:  # type: ignore[no-untyped-def]
     config = _configure(context)
+    config.real_pictures(kind, name)
     data, settings = config.variation(kind, name)
     from lcmlora import bases, checkpoint, tracking
     from lcmlora.config import digest

@@ -95,3 +95,27 @@ def test_at_most_a_tenth_is_kept_and_pictures_of_one_caption_can_be_told_apart(c
     same._small = cache._small | {"text_row": torch.zeros(len(cache), dtype=torch.int32)}
     rows, held = split(same, SETTINGS)
     assert (len(rows), len(held)) == (len(cache) - 1, 1)
+
+
+def test_the_students_own_runs_halt_on_the_way_down_to_the_timestep_and_are_the_same_on_any_number_of_processes(
+    cache: LatentCache,
+):
+    alone = _batches(cache, batch=8, rollout=1.0)
+    for step in range(6):
+        batch = alone.draw(step)
+        assert batch.stops is not None and batch.fresh is not None
+        assert batch.stops.shape == (1 + step % 2, 8) and batch.fresh.shape == (1 + step % 2, *batch.z.shape)
+        assert torch.equal(batch.stops[-1], batch.index)
+        assert (batch.stops[0] >= batch.index).all() and batch.stops.max() <= 49
+        assert step % 2 == 0 or (batch.stops[0] > batch.index)[batch.index < 49].all()
+        parts = [_batches(cache, Ranks(rank, 2), batch=8, rollout=1.0).draw(step) for rank in range(2)]
+        assert torch.equal(torch.cat([p.stops for p in parts], dim=1), batch.stops)
+        assert torch.equal(torch.cat([p.fresh for p in parts], dim=1), batch.fresh)
+
+
+def test_as_many_steps_are_of_each_kind_as_was_asked_for_and_the_others_are_as_ever(cache: LatentCache):
+    mixed, plain = _batches(cache, rollout=0.3), _batches(cache)
+    own = [mixed.draw(step).stops is not None for step in range(100)]
+    assert 28 <= sum(own) <= 32
+    for step in (own.index(False), own.index(True)):
+        assert all(torch.equal(getattr(mixed.draw(step), n), getattr(plain.draw(step), n)) for n in NAMES)

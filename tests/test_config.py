@@ -98,3 +98,30 @@ def test_addresses_in_the_environment_go_before_those_of_the_file(monkeypatch: p
     assert found == ("http://127.0.0.1:5000", "s3://lcmlora/releases", "gpu-b")
     monkeypatch.delenv("LCMLORA_GPU_LIMIT")
     assert loaded.flow.limit == loaded.flow.gpu_limit == "gpu"
+
+
+@pytest.mark.parametrize(
+    ("source", "rollouts", "message"),
+    [
+        ("emoji", {}, r"emoji: distill\.trajectory: 0\.5 needs data\.source: prompts, and encode\.rollouts\.states"),
+        ("prompts", {"states": False}, r"emoji: distill\.trajectory: 0\.5 needs data\.source: prompts"),
+        ("prompts", {"steps": 50}, r"emoji: encode\.rollouts\.steps: 50 is not distill\.grid, 20"),
+        ("prompts", {"w": 7.5}, r"emoji: encode\.rollouts\.w: 7\.5 is not within distill\.w_min 4 and w_max 4"),
+        ("prompts", {}, None),
+    ],
+)
+def test_a_trajectory_needs_the_states_of_rollouts_on_its_grid_and_with_its_guidance(
+    tmp_path: Path, source: str, rollouts: dict[str, object], message: str | None
+):
+    changes = {"data__source": source, "distill__trajectory": 0.5}
+    changes["encode__rollouts"] = {"steps": 20, "w": 4.0, "states": True} | rollouts
+    if message is None:
+        assert _load(tmp_path, **changes).distill_for("emoji").trajectory == 0.5
+        return
+    with pytest.raises(UserError, match=message):
+        _load(tmp_path, **changes)
+
+
+def test_an_override_changes_of_settings_within_settings_what_it_names(tmp_path: Path):
+    loaded = _load(tmp_path, encode__rollouts={"states": True})
+    assert loaded.encode_for("sd15").rollouts == config.Rollouts(steps=50, w=7.5, states=True)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 
 from lcmlora import objectives
 from lcmlora.diffusion import alpha_sigma, ddim_grid, student_timesteps
@@ -73,3 +73,32 @@ def test_a_jump_is_a_ddim_step_and_the_identity_where_it_goes_nowhere(name: str)
     expected = scheduler.step(noise[:1], 999, x[:1]).prev_sample
     ours = objective.jump(x[:1], Prediction(prediction.x0[:1], noise[:1]), t[:1], torch.tensor([979]))
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "gamma"), [("tcd", 0.3), ("tcd", 0.0), ("pcm", None)])
+def test_the_way_to_a_timestep_is_a_step_of_the_students_sampler(name: str, gamma: float | None):
+    objective = _objective(name, **({} if gamma is None else {"gamma": gamma}))
+    scheduler = TCDScheduler(**SCHEDULE | {"prediction_type": "epsilon"})
+    scheduler.set_timesteps(4, original_inference_steps=50)
+    generator = torch.Generator().manual_seed(0)
+    x, output = torch.randn(2, 1, 4, 8, 8, generator=generator)
+    t, s = torch.tensor([999]), scheduler.timesteps[1:2]
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    eta, seeded = objective.sampler.gamma, torch.Generator().manual_seed(5)
+    expected = scheduler.step(output, 999, x, eta=eta, generator=seeded).prev_sample
+    alpha, sigma = (v.view(-1, 1, 1, 1) for v in alpha_sigma(CUMPROD, t))
+    arrived = objective.travel(x, Prediction((x - sigma * output) / alpha, output), t, s, noise)
+    torch.testing.assert_close(arrived, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_way_of_lcm_leads_over_zero():
+    scheduler = LCMScheduler(**SCHEDULE | {"prediction_type": "epsilon"})
+    scheduler.set_timesteps(4, original_inference_steps=50)
+    generator = torch.Generator().manual_seed(0)
+    x, output = torch.randn(2, 1, 4, 8, 8, generator=generator)
+    t, s = torch.tensor([999]), scheduler.timesteps[1:2]
+    expected = scheduler.step(output, 999, x, generator=torch.Generator().manual_seed(5)).prev_sample
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    alpha, sigma = (v.view(-1, 1, 1, 1) for v in alpha_sigma(CUMPROD, t))
+    arrived = _objective("lcm").travel(x, Prediction((x - sigma * output) / alpha, output), t, s, noise)
+    torch.testing.assert_close(arrived, expected, atol=1e-4, rtol=1e-4)

@@ -4,7 +4,8 @@ A cache is a folder:
     manifest.json              counts, shapes, and size and SHA-256 of every other file that training reads
     shard-00000.safetensors    latent_mean, latent_logvar (N, C, h, w) fp16; orig_size (N, 2) height and width of the
                                picture, crop_tl (N, 2) top and left of the crop, text_row (N,), all int32;
-                               key (N, 16) uint8, the first bytes of the picture's SHA-256
+                               key (N, 16) uint8, the first bytes of the picture's SHA-256; of prompts without
+                               pictures what rollouts.py says
     text.safetensors           embeddings of the distinct captions, `text_row` numbers them; `unconditional.*` one row
     captions-00000.jsonl       key and caption of each row of the shard, for people
 """
@@ -18,15 +19,12 @@ import os
 import shutil
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -35,7 +33,9 @@ from torch import Tensor
 
 from lcmlora import checkpoint, config
 from lcmlora.bases import Conditioning, LoadedBase
-from lcmlora.data.sources import RESIZE_FILTER, Record, fit, open_picture, workers
+from lcmlora.data.encoding import Tensors, picture_encoder
+from lcmlora.data.rollouts import ROWS, RolloutEncoder
+from lcmlora.data.sources import RESIZE_FILTER, Record
 from lcmlora.errors import UserError
 from lcmlora.files import atomic_folder, atomic_write, sha256_file, sha256_folder, write_json
 from lcmlora.progress import track
@@ -46,17 +46,12 @@ MANIFEST = "manifest.json"
 TEXT = "text.safetensors"
 
 _MB = 1 << 20
-_LOGVAR = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clamps it
 _ROW_BYTES = 8 + 8 + 16 + 4  # of a picture besides its latent: orig_size, crop_tl, key, text_row
 _HEADER_BYTES = 4096  # room for a safetensors header
 _UNCONDITIONAL = "unconditional."
 _VISIBLE = 120.0  # seconds until another machine's files must be seen; NFS may take 60 (acdirmax in nfs(5))
 
-T = TypeVar("T")
-R = TypeVar("R")
-Tensors = dict[str, Tensor]
 Entry = dict[str, Any]  # of the manifest: name, bytes and sha256 of a file
-Loaded = tuple[np.ndarray, tuple[int, int], tuple[int, int]]
 
 
 def encode(
@@ -74,7 +69,7 @@ def encode(
     any number of processes. The cache has the same bytes for any number.
 
     Args:
-        base: with its VAE and text encoders.
+        base: with its VAE and text encoders; for prompts with its UNet instead of the VAE.
         pictures: the folder that `prepare` wrote.
         scratch: folder for unfinished work, best on the same disk as `out`, and the same for all processes.
         ranks: this process among those that encode together; alone by default.
@@ -87,12 +82,14 @@ def encode(
     ranks = ranks or Ranks()
     listed = _List(pictures / "train.jsonl")
     channels, height, width = base.latent_shape
-    row_bytes = 2 * 2 * channels * height * width + _ROW_BYTES
-    shards = _plan(len(listed), row_bytes, settings)
+    rollouts = settings.rollouts if data.source == "prompts" else None
+    tensors = 2 + (rollouts.steps + 1 if rollouts and rollouts.states else 0)
+    row_bytes = 2 * tensors * channels * height * width + _ROW_BYTES
+    shards = _plan(len(listed), row_bytes, settings, most=ROWS if rollouts else None)
     # Dealt out in turn, so that what a killed run has left to do is divided evenly as well.
     own = list(shards)[ranks.rank :: ranks.size]
-    fingerprint = _fingerprint(base, "vae", scaling=base.latent_scale, dtype=str(base.vae.dtype), resize=RESIZE_FILTER)
     text = _fingerprint(base, "text_encoder*", "tokenizer*", dtype=str(base.dtype))
+    fingerprint = _latents_fingerprint(base, rollouts, text)
     sizes = {"model": base.name, "resolution": base.resolution, "batch": settings.batch, "shard_mb": settings.shard_mb}
     work = scratch / config.digest(listed.digest, fingerprint, text, sizes)[:16]
     with checkpoint.locked(work) if ranks.first else nullcontext():
@@ -107,18 +104,25 @@ def encode(
                 captions = list(listed.captions)
                 store.save(TEXT, _encode_captions(base, captions, settings.batch), captions=len(captions))
             total = sum(len(_batches(shards[name], settings.batch)) for name in own)
-            for name, tensors in _encode_pictures(base, data, listed, missing, settings.batch, total, ranks):
-                store.save(name, tensors, pictures=len(tensors["key"]))
+            for name, rows in _encode_shards(base, data, settings, listed, missing, total, ranks):
+                store.save(name, rows, pictures=len(rows["key"]))
             ranks.wait()
             if ranks.first:
                 store.gather([*shards, TEXT])
-                _finish(base, listed, shards, store, out)
+                _finish(base, listed, shards, store, out, rollouts)
             ranks.wait()
         if ranks.first:
             checkpoint.discard(work)
 
 
-def _finish(base: LoadedBase, listed: _List, shards: dict[str, range], store: _Store, out: Path) -> None:
+def _finish(
+    base: LoadedBase,
+    listed: _List,
+    shards: dict[str, range],
+    store: _Store,
+    out: Path,
+    rollouts: config.Rollouts | None,
+) -> None:
     """Writes what people read and the manifest, and puts the finished files in place."""
     names = [*shards, TEXT, MANIFEST]
     for number, rows in enumerate(shards.values()):
@@ -136,7 +140,7 @@ def _finish(base: LoadedBase, listed: _List, shards: dict[str, range], store: _S
         "fingerprint": store.fingerprint,
         "shards": [store.done[name] for name in shards],
         "text": store.done[TEXT],
-    }
+    } | ({"rollouts": rollouts.model_dump()} if rollouts else {})
     write_json(store.files / MANIFEST, manifest)
     with atomic_folder(out) as folder:
         for name in names:  # and not what a killed process left half written
@@ -180,9 +184,10 @@ class _List:
             return [Record(**json.loads(line)) for line in islice(file, len(rows))]
 
 
-def _plan(pictures: int, row_bytes: int, settings: config.Encode) -> dict[str, range]:
-    """Returns the rows of each shard by its name."""
+def _plan(pictures: int, row_bytes: int, settings: config.Encode, most: int | None = None) -> dict[str, range]:
+    """Returns the rows of each shard by its name, at most so many."""
     rows = max(1, (settings.shard_mb * _MB - _HEADER_BYTES) // row_bytes)
+    rows = min(rows, most or rows)
     if rows > settings.batch:
         rows -= rows % settings.batch  # no short batch but the last
     starts = range(0, pictures, rows)
@@ -197,6 +202,19 @@ def _fingerprint(base: LoadedBase, *parts: str, **also: object) -> str:
     """Returns a SHA-256 over these folders of the base and what else decides what comes out of them."""
     folders = sorted(folder for part in parts for folder in base.folder.glob(part))
     return config.digest({folder.name: sha256_folder(folder) for folder in folders} | also)
+
+
+def _latents_fingerprint(base: LoadedBase, rollouts: config.Rollouts | None, text: str) -> str:
+    """Returns a SHA-256 over what makes the latents.
+
+    Args:
+        text: that of the text encoders, which has a part in what the teacher draws.
+    """
+    if rollouts is None:
+        vae = {"scaling": base.latent_scale, "dtype": str(base.vae.dtype), "resize": RESIZE_FILTER}
+        return _fingerprint(base, "vae", **vae)
+    drawn = {"dtype": str(base.dtype), "text": text, "rollouts": rollouts.model_dump()}
+    return _fingerprint(base, "unet", "scheduler", **drawn)
 
 
 def _text_bytes(base: LoadedBase, captions: Sized, limit_mb: int) -> int:
@@ -301,80 +319,51 @@ def _encode_captions(base: LoadedBase, captions: list[str], size: int) -> Tensor
     return tensors | {_UNCONDITIONAL + name: value for name, value in stored(base.unconditional()).items()}
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
+# --- latents ----------------------------------------------------------------------------------------------------
 
 
-def _encode_pictures(
+@contextmanager
+def _encoder(
+    base: LoadedBase, data: config.Data, settings: config.Encode, wanted: Iterable[Record]
+) -> Iterator[Callable[[list[Record]], Tensors]]:
+    """Gives what makes the latents of a batch of records, all of which come in the order of `wanted`."""
+    if data.source == "prompts":
+        yield RolloutEncoder(base, settings.rollouts)
+        return
+    with picture_encoder(base, data, wanted, settings.batch) as encoder:
+        yield encoder
+
+
+def _encode_shards(
     base: LoadedBase,
     data: config.Data,
+    settings: config.Encode,
     listed: _List,
     shards: dict[str, range],
-    size: int,
     total: int,
     ranks: Ranks,
 ) -> Iterator[tuple[str, Tensors]]:
-    """Yields name and tensors of each of `shards`. Pictures are read ahead, so that the encoder need not wait.
+    """Yields name and tensors of each of `shards`.
 
     Args:
-        size: pictures in a batch.
         total: batches of this process, for the progress; those of an earlier run, too.
     """
-
-    def load(record: Record) -> Loaded:
-        picture = open_picture(data, record, size=base.resolution)
-        fitted, crop = fit(picture, base.resolution)
-        return np.asarray(fitted), (picture.height, picture.width), crop
-
-    batches = [(name, batch) for name, rows in shards.items() for batch in _batches(rows, size)]
+    batches = [(name, batch) for name, rows in shards.items() for batch in _batches(rows, settings.batch)]
     wanted = (record for _, batch in batches for record in listed.read(batch))
     parts: list[Tensors] = []
-    done, unit = total - len(batches), size * ranks.size
-    progress = track(batches, "encode pictures", total=total, completed=done, unit=unit, quiet=not ranks.first)
-    # Drawing emoji holds the interpreter's lock: there a second thread would only wait.
-    with ThreadPoolExecutor(1 if data.source == "emoji" else workers()) as pool:
-        loaded = _ahead(pool, load, wanted, depth=2 * size)
+    done, unit = total - len(batches), settings.batch * ranks.size
+    label = "draw rollouts" if data.source == "prompts" else "encode pictures"
+    progress = track(batches, label, total=total, completed=done, unit=unit, quiet=not ranks.first)
+    with _encoder(base, data, settings, wanted) as encoded:
         for name, batch in progress:
             mine = listed.read(batch)
-            tensors = _encode_batch(base, mine, list(islice(loaded, len(batch))))
+            tensors = encoded(mine)
+            tensors["key"] = torch.tensor([list(bytes.fromhex(r.sha256)[:16]) for r in mine], dtype=torch.uint8)
             tensors["text_row"] = torch.tensor([listed.captions[r.caption] for r in mine], dtype=torch.int32)
             parts.append(tensors)
             if batch.stop == shards[name].stop:
                 yield name, {key: torch.cat([part[key] for part in parts]) for key in tensors}
                 parts = []
-
-
-def _encode_batch(base: LoadedBase, records: list[Record], loaded: list[Loaded]) -> Tensors:
-    pixels, sizes, crops = zip(*loaded, strict=True)
-    pictures = torch.from_numpy(np.stack(pixels)).to(base.device).permute(0, 3, 1, 2).contiguous()
-    mean, logvar = base.encode_pictures(pictures.float().div_(127.5).sub_(1))
-    mean = mean.half()
-    finite = (mean.isfinite() & logvar.isfinite()).flatten(1).all(1)
-    if not finite.all():
-        raise UserError(
-            f"{records[int(finite.int().argmin())].key}: its latent is not finite (NaN or infinite); leave the picture "
-            f"out, or encode with a VAE in higher precision (now {base.vae.dtype})"
-        )
-    return {
-        "latent_mean": mean.cpu(),
-        "latent_logvar": logvar.clamp(*_LOGVAR).half().cpu(),
-        "orig_size": torch.tensor(sizes, dtype=torch.int32),
-        "crop_tl": torch.tensor(crops, dtype=torch.int32),
-        "key": torch.tensor([list(bytes.fromhex(r.sha256)[:16]) for r in records], dtype=torch.uint8),
-    }
-
-
-def _ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
-    """Yields function(item) in order, computed in the pool at most `depth` items ahead."""
-    source = iter(items)
-    waiting = deque(pool.submit(function, item) for item in islice(source, depth))
-    try:
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(function, item) for item in islice(source, 1))
-            yield result
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def _link(source: Path, target: Path) -> None:
@@ -416,9 +405,12 @@ class LatentCache:
         self.digest = hashlib.sha256(content).hexdigest()
         channels, height, width = self.manifest["latent_shape"]
         self.latent_shape: tuple[int, int, int] = (channels, height, width)
+        told = self.manifest.get("rollouts")
+        self.rollouts = None if told is None else config.Rollouts(**told)  # how the teacher drew what is in it
         shards = [self._open(entry) for entry in self.manifest["shards"]]
         self._small = {name: torch.cat([s[name] for s in shards]) for name in ("orig_size", "crop_tl", "text_row")}
-        self._latents = {name: [s[name] for s in shards] for name in ("latent_mean", "latent_logvar")}
+        large = ("latent_mean", "latent_logvar", *(["states"] if self.rollouts and self.rollouts.states else []))
+        self._latents = {name: [s[name] for s in shards] for name in large}
         lengths = torch.tensor([len(part) for part in self._latents["latent_mean"]])
         self._stops = lengths.cumsum(0)
         self._starts = self._stops - lengths
@@ -440,6 +432,17 @@ class LatentCache:
     def latents(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and log-variance (B, C, h, w) fp32 of the rows (B,) int64."""
         return self._gather("latent_mean", rows), self._gather("latent_logvar", rows)
+
+    def states(self, rows: Tensor, index: Tensor) -> Tensor:
+        """Returns two neighbouring states of the teacher's run, (2, B, C, h, w) fp32, for the rows (B,) int64: at the
+        timestep of the grid that `index` (B,) int64 numbers, and where the teacher steps from there."""
+        parts, shard_of = self._latents["states"], self.shards(rows)
+        starts = self._starts if len(parts) > 1 else torch.zeros_like(self._starts)
+        pairs = torch.empty(2, len(rows), *self.latent_shape)
+        for i, (shard, row) in enumerate(zip(shard_of.tolist(), rows - starts[shard_of], strict=True)):
+            pair = parts[shard if len(parts) > 1 else 0][row, index[i] : index[i] + 2]
+            pairs[:, i] = pair.flip(0).float()
+        return pairs
 
     def conditioning(self, rows: Tensor) -> Conditioning:
         """Returns what the UNet is given for the rows (B,) int64, fp32: encoder_hidden_states (B, T, D), and for the

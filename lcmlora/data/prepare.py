@@ -81,7 +81,8 @@ def print_report(report: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("pictures", "count", "first of them", title=f"data: {report['source']}", title_justify="left")
+    counted = "prompts" if report["source"] == "prompts" else "pictures"
+    table = Table(counted, "count", "first of them", title=f"data: {report['source']}", title_justify="left")
     table.add_row("read", str(report["read"]), "")
     for reason, dropped in report["dropped"].items():
         names = ", ".join(dropped["first"][:3]) + (", ..." if dropped["count"] > 3 else "")
@@ -92,6 +93,8 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def _unwanted(record: Record, data: Data) -> str:
+    if data.source == "prompts":
+        return ""
     short, long = sorted((record.width, record.height))
     if short < data.min_side:
         return f"shorter side under {data.min_side} pixels (data.min_side)"

@@ -11,6 +11,7 @@ from typing import Any
 from lcmlora.config import Data
 from lcmlora.data.prepare import prepare
 from lcmlora.data.sources import Record, open_picture, read_records
+from lcmlora.errors import UserError
 from lcmlora.files import atomic_write
 
 _COLUMNS = 4
@@ -26,8 +27,10 @@ def preview(data: Data, count: int, path: Path) -> dict[str, Any]:
     They are chosen by their SHA-256: the same ones each time, from all over the data set.
 
     Raises:
-        UserError: there is nothing to train on.
+        UserError: there is nothing to train on, or there are prompts without pictures.
     """
+    if data.source == "prompts":
+        raise UserError(f"data.source: prompts has no pictures to look at; {data.path} is text")
     with tempfile.TemporaryDirectory(prefix="lcmlora-preview-") as folder:
         out = Path(folder) / "pictures"
         report = prepare(data, 1, out)

@@ -1,4 +1,5 @@
 """Where captioned pictures come from (`emoji`, `folder`, `parquet`, `webdataset`), and how a picture is read safely.
+From `prompts` come captions alone.
 
 A picture is decoded as what its bytes are, whatever its name says, and only as JPEG, PNG or WebP. What cannot be used
 becomes a `Rejection` with a reason; what is a mistake of layout (no pictures, no captions) is an error.
@@ -19,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lcmlora.config import Data
-from lcmlora.data import emoji
+from lcmlora.data import emoji, prompts
 from lcmlora.data.candidates import (
     DAMAGED,
     NOT_A_PICTURE,
@@ -50,8 +51,8 @@ class Record:
 
     key: unique and stable; a path below `data.path`, with the place in the file it lies in, or style/code/copy of an
         emoji.
-    sha256: of the picture's bytes; for emoji of drawing and placement.
-    width, height: pixels, upright (after EXIF rotation).
+    sha256: of the picture's bytes; for emoji of drawing and placement; of prompt and copy where there is no picture.
+    width, height: pixels, upright (after EXIF rotation); 0 where there is no picture.
     place: by which the source reads it, where that is not the key.
     """
 
@@ -72,12 +73,20 @@ def find(data: Data) -> tuple[list[Record], list[Rejection]]:
     """
     if data.source == "emoji":
         return _find_emoji(data), []
+    if data.source == "prompts":
+        candidates, rejections = prompts.find(data.path)
+        return [_unpictured(c, copy) for copy in range(data.copies) for c in candidates], rejections
     candidates, rejections = _source(data).candidates()
     examine = partial(_examine, data)
     found = isolated(examine, candidates, lambda c, reason: Rejection(c.key, reason), workers(), preload=__name__)
     results = list(track(found, "read pictures", total=len(candidates)))
     rejections += [r for r in results if isinstance(r, Rejection)]
     return [r for r in results if isinstance(r, Record)], rejections
+
+
+def _unpictured(prompt: Candidate, copy: int) -> Record:
+    digest = hashlib.sha256(f"{copy}/{prompt.caption}".encode()).hexdigest()
+    return Record(f"{prompt.key}/{copy}", prompt.caption, digest, 0, 0)
 
 
 def _source(data: Data) -> Source:

@@ -140,10 +140,12 @@ class Artist:
         data: Data,
         records: Sequence[Record],
     ) -> None:
-        """Writes features.safetensors and the first pictures of every set and of reality to the folder."""
+        """Writes features.safetensors and the first pictures of every set, and of reality if any, to the folder."""
         save_file(features, folder / "features.safetensors")
         for key, drawing in drawn.items():
             save_strip(drawing.strip, strip_path(folder, key))
+        if REAL not in features:
+            return
         shown = self.shown[: self.rows]
         save_strip(first_pictures(data, records, shown, self.base.resolution), strip_path(folder, REAL))
 

@@ -151,7 +151,7 @@ def measure(facts: dict[str, Any], sets: dict[str, Tensor], resamples: int) -> d
 
     Args:
         facts: reference.json.
-        sets: of the reference and of the student; `real` and `gallery` among them.
+        sets: of the reference and of the student; `gallery` among them, and `real` where there are real pictures.
         resamples: of the bootstrap; without them there are no intervals.
     """
     settings, kind = facts["settings"], facts["features"]["distance"]
@@ -175,8 +175,10 @@ def measure(facts: dict[str, Any], sets: dict[str, Tensor], resamples: int) -> d
         found = retrieval_hits(sets[REAL][apart], real_captions, sets["gallery"], captions["gallery"])
         retrieval[REAL] = found.double().mean().item()
 
-    varieties = {key: variety(value, shown, sets[REAL]) for key, value in with_teacher.items()}
-    varieties[REAL] = variety(sets[REAL], captions["real"], sets[REAL])
+    centre = sets.get(REAL, sets["gallery"])
+    varieties = {key: variety(value, shown, centre) for key, value in with_teacher.items()}
+    if REAL in sets:
+        varieties[REAL] = variety(sets[REAL], captions["real"], centre)
     costs = {key: value for key, value in facts["network_evaluations"].items() if not key.endswith(AGAIN)}
     costs |= {key: int(key.partition("@")[2]) for key in compared if key.startswith(STUDENT)}
     figures = {
@@ -211,13 +213,13 @@ def measure(facts: dict[str, Any], sets: dict[str, Tensor], resamples: int) -> d
     return figures
 
 
-def variety(features: Tensor, captions: list[str], real: Tensor) -> float | None:
+def variety(features: Tensor, captions: list[str], all_kinds: Tensor) -> float | None:
     """Returns how far apart the pictures of one caption are, or None where each caption has but one.
 
     Args:
-        real: features of real pictures, whose mean is what all pictures share.
+        all_kinds: features of pictures of all captions, best real ones, whose mean is what all pictures share.
     """
-    return diversity(features, captions, real.double().mean(0)) if len(set(captions)) < len(captions) else None
+    return diversity(features, captions, all_kinds.double().mean(0)) if len(set(captions)) < len(captions) else None
 
 
 def _advantages(excess: dict[str, float], costs: dict[str, int], spread: dict[str, Tensor]) -> dict[str, Any]:
@@ -261,4 +263,5 @@ def _columns(settings: Evaluation, folder: Path) -> dict[str, list[Image.Image]]
     solvers = [f"{solver}@{steps}" for solver in settings.solvers]
     students = [f"{STUDENT}@{n}" for n in settings.student_steps]
     keys = (REAL, f"teacher@{settings.teacher_steps}", *solvers, *students)
-    return {key: read_strip(strip_path(folder, key)) for key in keys}
+    paths = {key: strip_path(folder, key) for key in keys}
+    return {key: read_strip(path) for key, path in paths.items() if key != REAL or path.exists()}

@@ -264,10 +264,12 @@ def _cell_sizes(side: int) -> dict[str, int]:
 
 
 def _prompts(figures: dict[str, Any], album: Album) -> dict[str, Any]:
-    """Returns, for each prompt, the real picture, the teacher's, and for each method a row of pictures by steps."""
+    """Returns, for each prompt, the real picture if any, the teacher's, and for each method a row of pictures by
+    steps."""
     cost, teacher = figures["network_evaluations"], _teacher(figures)
     keys = [key for key in _ordered(figures) if key != teacher]
-    strips = {key: album.strip(key, label(key)) for key in ("real", teacher, *keys)}
+    real = [] if figures.get("real_pictures") == 0 else ["real"]
+    strips = {key: album.strip(key, label(key)) for key in (*real, teacher, *keys)}
     steps = sorted({Key.parse(key).steps for key in keys})
     methods = []
     for method in dict.fromkeys(Key.parse(key).method for key in keys):
@@ -277,7 +279,7 @@ def _prompts(figures: dict[str, Any], album: Album) -> dict[str, Any]:
     for i, prompt in enumerate(album.prompts):
         drawn = {key: strip[i] for key, strip in strips.items()}
         rows = [(*method, [drawn.get(f"{method[0]}@{n}") for n in steps]) for method in methods]
-        blocks.append({"prompt": prompt, "real": drawn["real"], "teacher": drawn[teacher], "rows": rows})
+        blocks.append({"prompt": prompt, "real": drawn.get("real"), "teacher": drawn[teacher], "rows": rows})
     return {"steps": steps, "teacher_steps": Key.parse(teacher).steps, "blocks": blocks}
 
 

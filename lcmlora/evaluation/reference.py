@@ -2,6 +2,7 @@
 
 The teacher's pictures start from noise of seed S. Everything that is compared with them starts from seed S + 1: the
 solvers, the student, and the teacher itself once more, whose distance to the first set is the floor of that comparison.
+Where the data are prompts without pictures, a third set of the teacher's (seed S + 2) is the gallery of retrieval.
 """
 
 from __future__ import annotations
@@ -52,10 +53,16 @@ def draw_reference(
 
     jobs = _jobs(settings)
     drawn = {key: artist.draw(key, way, seed) for key, (way, seed) in jobs.items()}
-    real, gallery = choose_real(records, prompts, settings.pictures)
     tensors = {key: drawing.features for key, drawing in drawn.items()}
-    tensors[REAL] = artist.real("real pictures", real, data)
-    tensors["gallery"] = artist.real("gallery", gallery, data)
+    if data.source == "prompts":
+        teacher, _ = jobs[f"teacher@{settings.teacher_steps}"]
+        tensors["gallery"] = artist.draw("gallery", teacher, settings.seed + 2).features
+        about = about_prompts(artist.shown, settings.seed + 2, features)
+    else:
+        real, gallery = choose_real(records, prompts, settings.pictures)
+        tensors[REAL] = artist.real("real pictures", real, data)
+        tensors["gallery"] = artist.real("gallery", gallery, data)
+        about = about_real(real, gallery, settings.pictures, features)
     facts = {
         "model": base.name,
         "base": {"digest": sha256_folder(base.folder / "unet"), "dtype": str(base.dtype).removeprefix("torch.")},
@@ -65,7 +72,7 @@ def draw_reference(
         "seconds_per_picture": {key: drawing.seconds for key, drawing in drawn.items()},
         "network_evaluations": {key: way.evaluations for key, (way, _) in jobs.items()},
         "scores": mean_scores(drawn),
-    } | about_real(real, gallery, settings.pictures, features)
+    } | about
     with atomic_folder(out) as folder:
         artist.keep(folder, drawn, tensors, data, records)
         write_json(folder / "reference.json", facts)
@@ -147,6 +154,20 @@ def about_real(real: list[Record], gallery: list[Record], pictures: int, feature
         "keys": {"real": [r.key for r in real], "gallery": [r.key for r in gallery]},
         "captions": {"real": [r.caption for r in real], "gallery": [r.caption for r in gallery]},
     }
+
+
+def about_prompts(shown: list[str], seed: int, features: Features) -> dict[str, Any]:
+    """Returns what a reference's facts say where there are no real pictures.
+
+    Args:
+        shown: the prompts of the gallery that the teacher drew from this seed.
+    """
+    facts = about_real([], [], len(shown), features)
+    facts["counts"]["gallery"] = len(shown)
+    facts["distance_real_missing"] = "the data are prompts, without real pictures"
+    facts["keys"]["gallery"] = [f"{seed}/{i}" for i in range(len(shown))]
+    facts["captions"]["gallery"] = shown
+    return facts
 
 
 def choose_real(records: list[Record], prompts: Sequence[str], count: int) -> tuple[list[Record], list[Record]]:

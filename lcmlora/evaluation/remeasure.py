@@ -57,7 +57,7 @@ def remeasure(
         drawn = artist.draw(key, way, evaluation.seed + 1, digest)
     teacher = f"teacher@{facts['settings']['teacher_steps']}"
     kept = load_file(reference / "features.safetensors")
-    sets = {name: kept[name] for name in (teacher, teacher + AGAIN, REAL, "gallery")}
+    sets = {name: kept[name] for name in (teacher, teacher + AGAIN, REAL, "gallery") if name in kept}
     metrics = measure(facts, sets | {key: drawn.features}, evaluation.resamples)
     metrics |= {"reference_digest": sha256_file(reference / "features.safetensors"), "adapter": digest}
     shutil.rmtree(scratch)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from lcmlora import bases, lora, sampling
 from lcmlora.config import Data
+from lcmlora.data.prepare import prepare
 from lcmlora.data.sources import Record
 from lcmlora.errors import UserError
 from lcmlora.evaluation.drawing import Artist, Way
@@ -255,3 +256,23 @@ def test_a_reference_that_does_not_fit_is_refused_by_what_differs(
     with pytest.raises(UserError, match="for the base's digest, and this evaluation has f00d"):
         run(base, adapter, data, pictures, reference)
     assert not (tmp_path / "evaluation").exists() and not (tmp_path / "metrics").exists()
+
+
+def test_prompts_without_pictures_are_measured_against_the_teacher_alone(
+    base: bases.LoadedBase, adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(WORDS))
+    data = Data(source="prompts", path=tmp_path / "prompts.txt", min_side=8, max_aspect=2.0, validation=0.4, seed=0)
+    prepare(data, 1, tmp_path / "pictures")
+    facts = draw_reference(base, data, settings(), tmp_path / "pictures", tmp_path / "s", tmp_path / "reference")
+    sets = load_file(tmp_path / "reference" / "features.safetensors")
+    assert "real" not in sets and not (tmp_path / "reference/pictures/real.png").exists()
+    assert facts["counts"] == {"pictures": 20, "real": 0, "gallery": 20}
+    assert not any(torch.equal(sets["gallery"], other) for key, other in sets.items() if key != "gallery")
+    metrics = run(base, adapter, data, tmp_path / "pictures", tmp_path / "reference")
+    assert metrics["distance_real"] is None
+    assert metrics["distance_real_missing"] == "the data are prompts, without real pictures"
+    assert "real" not in metrics["retrieval"] and "real" not in metrics["diversity"]
+    assert metrics["excess"].keys() >= {"student@4", "ddim@2"}
+    with Image.open(tmp_path / "evaluation/grid.png") as grid:
+        assert grid.size[0] > 0

@@ -1,0 +1,179 @@
+"""Prompts without pictures, and the latents that the teacher makes of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lcmlora import bases
+from lcmlora.config import Data, Encode, Rollouts
+from lcmlora.data.cache import LatentCache, encode
+from lcmlora.data.prepare import prepare
+from lcmlora.data.preview import preview
+from lcmlora.data.rollouts import RolloutEncoder
+from lcmlora.data.sources import Record, find, read_records
+from lcmlora.errors import UserError
+from lcmlora.noise import generator
+from lcmlora.sampling import text_conditioning
+from lcmlora.teacher import Teacher
+from tests.data.conftest import data_in
+from tests.distillation import load_parts
+from tests.miniature import RESOLUTION
+
+SETTINGS = Encode(batch=4, rollouts=Rollouts(steps=5, w=3.0, states=True))
+
+
+def prompts(path: Path, content: bytes | str, **changes: Any) -> Data:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return data_in(path, source="prompts", **changes)
+
+
+def ten(root: Path, **changes: Any) -> Data:
+    return prompts(root / "prompts.txt", "".join(f"subject {n}\n" for n in range(10)), **changes)
+
+
+def draw(base_folder: Path, data: Data, work: Path, settings: Encode = SETTINGS) -> LatentCache:
+    prepare(data, 1, work / "prompts")
+    base = load_parts(base_folder, "unet", "text")
+    encode(base, data, settings, work / "prompts", work / "scratch", work / "latents")
+    return LatentCache(work / "latents")
+
+
+@pytest.fixture(scope="module")
+def cache(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
+    root = tmp_path_factory.mktemp("rollouts")
+    return draw(base_folder, ten(root), root)
+
+
+def test_a_text_file_has_a_prompt_in_each_line(tmp_path: Path) -> None:
+    lines = b"a red\tapple \r\n\n\xef\xbc\xa1 tree\na red apple\nbroken \xff\n" + b"x" * 70000 + b"\n\x01\nlast"
+    records, rejections = find(prompts(tmp_path / "p.txt", lines))
+    assert [(r.key, r.caption) for r in records] == [
+        ("p.txt/000001/0", "a red apple"), ("p.txt/000003/0", "A tree"), ("p.txt/000008/0", "last"),
+    ]  # fmt: skip
+    assert {r.name: r.reason for r in rejections} == {
+        "p.txt/000004": "same prompt as another",
+        "p.txt/000005": "file name or caption is not UTF-8",
+        "p.txt/000006": "caption of more than 65536 bytes",
+        "p.txt/000007": "no caption",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", '{"prompt": "one"}\n"two"\n\n{"caption": "three", "seed": 4}\n{"text": "\\ud800"}\n'),
+        ("p.csv", 'seed,prompt\n1,one\n2,"two"\n3,three\n4,\xff\n'.encode("latin-1")),
+    ],
+)
+def test_lines_of_json_and_tables_name_their_prompts(tmp_path: Path, name: str, content: bytes | str) -> None:
+    records, rejections = find(prompts(tmp_path / name, content))
+    assert [r.caption for r in records] == ["one", "two", "three"]
+    assert [r.reason for r in rejections] == ["file name or caption is not UTF-8"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.md", "one", "no prompts; expected a file that ends in .txt, .jsonl, .csv"),
+        ("p.txt", "\n\n", "no prompt that can be used"),
+        ("p.jsonl", '{"prompt": "one"}\n{"prompt"', "p.jsonl: line 2: not JSON"),
+        ("p.jsonl", '{"name": "one"}\n', "p.jsonl: row 1: expected a text prompt or caption or text, got {'name'"),
+        ("p.csv", "name\none\n", "p.csv: row 1: expected a text prompt"),
+    ],
+)
+def test_a_file_that_is_none_of_prompts_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        find(prompts(tmp_path / name, content))
+
+
+def test_copies_of_a_prompt_are_told_apart_and_fall_on_one_side(tmp_path: Path) -> None:
+    report = prepare(ten(tmp_path, copies=3), 4, tmp_path / "out")
+    train, held = (read_records(tmp_path / f"out/{part}.jsonl") for part in ("train", "validation"))
+    assert report["kept"] == len(train) + len(held) == 30
+    assert len({r.sha256 for r in train + held}) == len({r.key for r in train + held}) == 30
+    assert not {r.caption for r in train} & {r.caption for r in held}
+
+
+def test_there_is_nothing_to_preview(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="prompts has no pictures to look at"):
+        preview(ten(tmp_path), 12, tmp_path / "sheet.png")
+
+
+def test_a_latent_is_the_end_of_the_teachers_guided_run_from_the_prompts_own_noise(base: bases.LoadedBase) -> None:
+    records = [Record(f"p/{i}/0", f"subject {i}", f"{i:02d}", 0, 0) for i in range(3)]
+    rows = RolloutEncoder(base, SETTINGS.rollouts)(records)
+    teacher = Teacher(base, base.unconditional(), 5)
+    for i, record in enumerate(records):
+        x = noise = torch.randn(1, *base.latent_shape, generator=generator("rollout", record.sha256))
+        text = text_conditioning(base, [record.caption])
+        for row in (4, 3, 2, 1, 0):
+            x = teacher.step(x, teacher.t[row : row + 1], teacher.t_prev[row : row + 1], torch.tensor([3.0]), text)
+            torch.testing.assert_close(rows["states"][i, row].float(), x[0], atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(rows["states"][i, 5].float(), noise[0], atol=2e-3, rtol=1e-3)
+    assert torch.equal(rows["latent_mean"], rows["states"][:, 0])
+    assert rows["orig_size"].tolist() == [[RESOLUTION] * 2] * 3
+
+
+def test_the_cache_says_how_it_was_drawn_and_gives_neighbouring_states(cache: LatentCache) -> None:
+    assert cache.rollouts == SETTINGS.rollouts
+    rows, index = torch.tensor([6, 0, 3]), torch.tensor([0, 4, 2])
+    upper, lower = cache.states(rows, index)
+    mean, logvar = cache.latents(rows)
+    assert torch.equal(lower[0], mean[0]) and (0.5 * logvar).exp().max() < 1e-6
+    again = cache.states(rows, index - 1 + (index == 0).long())[0]
+    assert torch.equal(again[1:], lower[1:])
+    assert upper[1].std() > 0.9 and not torch.equal(upper, lower)
+
+
+def test_shards_end_early_enough_for_a_killed_run_and_give_the_same_states(
+    base_folder: Path, cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lcmlora.data.cache.ROWS", 3)
+    parts = draw(base_folder, ten(tmp_path), tmp_path)
+    assert len(parts.manifest["shards"]) == 3 < len(cache)
+    mapped = LatentCache(tmp_path / "latents", ram_bytes=0)
+    rows, index = torch.arange(len(cache)), torch.arange(len(cache)) % 5
+    for other in (parts, mapped):  # batches of another size round otherwise
+        torch.testing.assert_close(other.states(rows, index), cache.states(rows, index), atol=2e-3, rtol=2e-3)
+
+
+def test_a_killed_run_goes_on_at_the_next_shard_with_the_same_bytes(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lcmlora.data.cache.ROWS", 4)
+    whole = draw(base_folder, ten(tmp_path / "whole"), tmp_path / "whole")
+    taken: list[int] = []
+    real = RolloutEncoder.__call__
+
+    def killed(self: RolloutEncoder, records: list[Record]) -> Any:
+        if len(taken) == 1:
+            taken.append(0)
+            raise KeyboardInterrupt
+        taken.append(len(records))
+        return real(self, records)
+
+    monkeypatch.setattr(RolloutEncoder, "__call__", killed)
+    with pytest.raises(KeyboardInterrupt):
+        draw(base_folder, ten(tmp_path), tmp_path)
+    draw(base_folder, ten(tmp_path), tmp_path)
+    assert taken == [4, 0, len(whole) - 4]
+    for path in (tmp_path / "whole/latents").iterdir():
+        assert path.read_bytes() == (tmp_path / "latents" / path.name).read_bytes()
+
+
+def test_a_teacher_that_is_not_finite_is_told_by_the_prompt(base: bases.LoadedBase) -> None:
+    base.unet.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="p/0/0: the teacher's latent is not finite"):
+        RolloutEncoder(base, SETTINGS.rollouts)([Record("p/0/0", "a", "00", 0, 0)])
+
+
+def test_pictures_have_no_rollouts(base_folder: Path, tmp_path: Path, folder: Path) -> None:
+    prepare(data_in(folder), 1, tmp_path / "pictures")
+    base = load_parts(base_folder, "vae", "text")
+    encode(base, data_in(folder), SETTINGS, tmp_path / "pictures", tmp_path / "scratch", tmp_path / "latents")
+    assert LatentCache(tmp_path / "latents").rollouts is None
+    assert "rollouts" not in json.loads((tmp_path / "latents/manifest.json").read_text())
