@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,13 @@ from lcmlora.training import NullLogger
 OBJECTIVES = ("lcm", "tcd", "pcm", "tdd")
 
 
-def run(
-    settings: config.Config, model: str, objective: str, seed: int, steps: int | None, work: Path
-) -> dict[str, Any]:
-    """Distils and evaluates once and returns the figures, from `work` where they are known."""
+def run(settings: config.Config, model: str, changes: dict[str, Any], cache: LatentCache, work: Path) -> dict[str, Any]:
+    """Distils with some settings changed and evaluates, once, and returns the figures, from `work` where they are
+    known."""
     known = work / "figures.json"
     if known.exists():
         return json.loads(known.read_text())
     distillation = settings.distill_for(model)
-    changes: dict[str, Any] = {"objective": objective, "seed": seed, "steps": steps or distillation.steps}
     distillation = type(distillation).model_validate(distillation.model_dump() | changes)
     device = bases.pick_device(distillation.device)
     folder = Path("bases", model)
@@ -45,8 +44,9 @@ def run(
 
     identity = bases.identity(settings.base(model), folder)
     work.mkdir(parents=True, exist_ok=True)
-    cache = LatentCache(Path("data/latents", model))
+    began = time.monotonic()
     facts = distill(load(), cache, distillation, work, work / "adapter", identity=identity, run={}, logger=NullLogger())
+    seconds = time.monotonic() - began
     figures = evaluate(
         load(),
         work / "adapter",
@@ -59,26 +59,30 @@ def run(
         work / "metrics.json",
         work / "steps.csv",
     )
-    found = {"validation": facts["validation"], "settings": facts["distill"]}
+    found = {"seconds": seconds, "validation": facts["validation"], "settings": facts["distill"]}
     found |= {name: figures[name] for name in ("features", "pictures", "seed", "floor", "excess", "retrieval")}
     write_json(known, found)
     return found
 
 
-def table(runs: dict[str, list[dict[str, Any]]], steps: tuple[int, ...]) -> str:
-    """Returns a row for each objective: means over the seeds, and how far the seeds lie apart."""
+def table(runs: dict[str, list[dict[str, Any]]], steps: tuple[int, ...], what: str = "objective") -> str:
+    """Returns a row for each entry: means over the seeds, and how far the seeds lie apart.
+
+    Args:
+        what: the entries are.
+    """
 
     def cell(figures: list[dict[str, Any]], name: str, key: str, form: str) -> str:
         values = [f[name][key] for f in figures]
         spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
         return f"{statistics.mean(values):{form}}{spread}"
 
-    head = ["objective", *(f"excess@{n}" for n in steps), *(f"retrieval@{n}" for n in steps)]
+    head = [what, *(f"excess@{n}" for n in steps), *(f"retrieval@{n}" for n in steps)]
     rows = []
-    for objective, figures in runs.items():
+    for name, figures in runs.items():
         cells = [cell(figures, "excess", f"student@{n}", ".0f") for n in steps]
         cells += [cell(figures, "retrieval", f"student@{n}", ".3f") for n in steps]
-        rows.append([objective, *cells])
+        rows.append([name, *cells])
     return tables.markdown(head, rows)
 
 
@@ -93,11 +97,13 @@ def main() -> None:
     options = parser.parse_args()
 
     settings = config.load()
+    cache = LatentCache(Path("data/latents", options.model))
     runs: dict[str, list[dict[str, Any]]] = {objective: [] for objective in options.objectives}
     for seed, objective in itertools.product(range(options.seeds), options.objectives):
         print(f"{objective}, seed {seed}", flush=True)
         work = options.scratch / f"{options.model}-{objective}-{seed}-{options.steps or 'all'}"
-        runs[objective].append(run(settings, options.model, objective, seed, options.steps, work))
+        changes = {"objective": objective, "seed": seed} | ({"steps": options.steps} if options.steps else {})
+        runs[objective].append(run(settings, options.model, changes, cache, work))
     steps = settings.evaluation_for(options.model).student_steps
     text = table(runs, steps)
     print(text)

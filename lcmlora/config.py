@@ -63,6 +63,13 @@ class Pretrain(Strict):
     checkpoint_every: Positive
 
 
+class Range(Strict):
+    """Where a number must lie; without a bound, anywhere."""
+
+    min: float | None = None
+    max: float | None = None
+
+
 class Data(Strict):
     """Which captioned pictures, and which of them are kept (stage `prepare`)."""
 
@@ -75,6 +82,9 @@ class Data(Strict):
     copies: Positive = 1  # emoji: placements drawn of each drawing; prompts: latents that the teacher makes of each
     min_side: Positive  # pixels; smaller pictures are dropped
     max_aspect: Annotated[float, Field(ge=1)]  # longer side over shorter; what is longer is dropped
+    scores: dict[str, Range] = {}  # numbers that metadata, tables or JSON have of a picture; what has none is dropped
+    # Bits of 64 in which the looks of two pictures may differ and the later is dropped; null drops equal bytes alone.
+    near_duplicates: Annotated[int, Field(ge=0, le=8)] | None = None
     validation: Annotated[float, Field(gt=0, lt=1)]  # share of captions that training never sees
     seed: int
 

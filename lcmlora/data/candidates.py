@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import html
+import math
+import re
 import unicodedata
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 # What a person would call a picture. Those that are not decoded are reported instead of overlooked.
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2"}
 MAX_BYTES = 1 << 28  # of a file; uncompressed, the largest picture that Pillow opens has as many
 MAX_CAPTION = 1 << 16  # bytes; text encoders read 77 tokens of it
+
+CAPTIONS = ("caption", "text", "TEXT", "prompt")  # by which tables, JSON and metadata name it
 
 NOT_A_PICTURE = "not a JPEG, PNG or WebP picture, or its header is broken"
 DAMAGED = "damaged or truncated"
@@ -24,26 +30,44 @@ NO_CAPTION = "no caption"
 LONG_CAPTION = f"caption of more than {MAX_CAPTION} bytes"
 
 
+# Markup has a letter behind its bracket, so that "a < b" stays. Neither pattern can run on for long.
+_MARKUP = re.compile(r"<!--[^<]*?-->|</?[a-zA-Z][^<>]*>")
+_ADDRESS = re.compile(r"(?:https?://|www\.)\S+")
+
+
+class Caption(NamedTuple):
+    """A caption: cleaned, empty where it says nothing; and as it was written, where cleaning took words from it."""
+
+    text: str
+    raw: str | None = None
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A picture that is named with a caption.
 
     key: unique and stable, told to people.
-    caption: cleaned, not empty.
+    caption: not empty.
     place: by which its source reads it.
+    scores: what the source says of it in numbers, of those that are asked for.
     """
 
     key: str
-    caption: str
+    caption: Caption
     place: str
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """A picture that cannot be used, and why."""
+    """A picture that cannot be used, and why.
+
+    place: by which its source reads it, where it can be read.
+    """
 
     name: str
     reason: str
+    place: str | None = None
 
 
 class Unusable(Exception):
@@ -53,8 +77,11 @@ class Unusable(Exception):
 class Source(Protocol):
     """Where captioned pictures lie."""
 
-    def candidates(self) -> tuple[list[Candidate], list[Rejection]]:
+    def candidates(self, scores: Iterable[str] = ()) -> tuple[list[Candidate], list[Rejection]]:
         """Returns what there is, in a stable order to which later names are added at the end, and what is refused.
+
+        Args:
+            scores: names of numbers that are wanted of each.
 
         Raises:
             UserError: there is nothing, or it is no such source.
@@ -64,18 +91,37 @@ class Source(Protocol):
         """Returns the bytes of a candidate's picture, from any thread. Raises Unusable."""
 
 
-def clean_caption(text: str) -> str:
-    """Returns the caption in NFKC without control characters and surplus white space."""
-    plain = (" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in unicodedata.normalize("NFKC", text))
-    return " ".join("".join(plain).split())
+def clean_caption(text: str) -> Caption:
+    """Returns the caption in NFKC without control characters, HTML, addresses and surplus white space."""
+    plain = _plain(text)
+    bare = _plain(_ADDRESS.sub(" ", _MARKUP.sub(" ", html.unescape(plain))))
+    return Caption(bare, plain if plain != bare else None)
+
+
+def _plain(text: str) -> str:
+    kept = (" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in unicodedata.normalize("NFKC", text))
+    return " ".join("".join(kept).split())
+
+
+def scores_in(told: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+    """Returns the numbers under these names; what is none, or not there, is left out."""
+    found = {}
+    for name in names:
+        try:
+            value = float(told[name])
+        except (KeyError, TypeError, ValueError):
+            continue
+        if not math.isnan(value):
+            found[name] = value
+    return found
 
 
 def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def decoded_caption(content: bytes) -> str:
-    """Returns a caption's bytes as a cleaned text, empty where it says nothing. Raises Unusable."""
+def decoded_caption(content: bytes) -> Caption:
+    """Returns the caption that these bytes are. Raises Unusable."""
     if len(content) > MAX_CAPTION:
         raise Unusable(LONG_CAPTION)
     try:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 from lcmlora.data.candidates import (
+    CAPTIONS,
     EMPTY,
     LONG_CAPTION,
     MAX_BYTES,
@@ -22,9 +24,9 @@ from lcmlora.data.candidates import (
     Unusable,
     decoded_caption,
     printable,
+    scores_in,
 )
 from lcmlora.data.remote import Files
-from lcmlora.data.tars import CAPTIONS
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.progress import track
 
@@ -39,24 +41,19 @@ class Parquet:
     """A parquet file, or a folder of them. A place is `file@group+row`, a key `file/row`."""
 
     def __init__(self, path: str) -> None:
-        """Raises UserError without pyarrow."""
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError:
-            raise UserError("data.source: parquet needs pyarrow: pip install pyarrow") from None
         self._path = path
         self._files = Files(path)
         self._lock = threading.Lock()
         self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
 
-    def candidates(self) -> tuple[list[Candidate], list[Rejection]]:
+    def candidates(self, scores: Iterable[str] = ()) -> tuple[list[Candidate], list[Rejection]]:
         tables = self._files.list(".parquet")
         if not tables:
             raise UserError(f"data.path: {self._path}: no .parquet files")
         found: list[Candidate] = []
         rejections: list[Rejection] = []
         for table in track(tables, "read tables"):
-            self._rows(table, found, rejections)
+            self._rows(table, tuple(scores), found, rejections)
         if not found and not rejections:
             raise UserError(f"data.path: {self._path}: no rows in {len(tables)} parquet files")
         return found, rejections
@@ -77,26 +74,31 @@ class Parquet:
             raise Unusable(TOO_LARGE if content else EMPTY)
         return bytes(content)
 
-    def _rows(self, table: str, found: list[Candidate], rejections: list[Rejection]) -> None:
+    def _rows(self, table: str, scores: tuple[str, ...], found: list[Candidate], rejections: list[Rejection]) -> None:
         """Adds the rows of one file."""
         with self._opened(table) as opened:
             caption = self._column(table, opened, CAPTIONS, "a caption")
             self._picture_column(table, opened)
+            for name in scores:
+                self._column(table, opened, (name,), f"{name} (data.scores)")
             number = 0
             for group in range(opened.num_row_groups):
-                texts = opened.read_row_group(group, columns=[caption]).column(0)
+                read = opened.read_row_group(group, columns=[caption, *scores])
+                texts = read.column(caption)
+                numbers = read.select(scores).to_pylist() if scores else [{}] * len(texts)
                 for row, text in enumerate(self._as_bytes(table, caption, texts)):
                     name = f"{printable(table)}/{number:06d}"
                     number += 1
                     try:
                         if text is not None and len(text) > MAX_CAPTION:
                             raise Unusable(LONG_CAPTION)
-                        if not (cleaned := decoded_caption(text or b"")):
+                        if not (cleaned := decoded_caption(text or b"")).text:
                             raise Unusable(NO_CAPTION)
                     except Unusable as reason:
                         rejections.append(Rejection(name, str(reason)))
                     else:
-                        found.append(Candidate(name, cleaned, f"{table}@{group}+{row}"))
+                        told = scores_in(numbers[row], scores)
+                        found.append(Candidate(name, cleaned, f"{table}@{group}+{row}", told))
 
     def _pictures(self, table: str, group: int) -> Any:
         """Returns the column of pictures of a group of rows. Rows are asked for in order, so few groups are kept."""

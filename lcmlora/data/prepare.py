@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from lcmlora.config import Data
+from lcmlora.data.duplicates import Looks
+from lcmlora.data.rejections import write as write_rejections
 from lcmlora.data.sources import Record, Rejection, find, write_records
 from lcmlora.errors import UserError
 from lcmlora.files import atomic_folder, write_json
 
 DUPLICATE = "same bytes as another picture"
+ALIKE = "looks like another picture (data.near_duplicates)"
 
 _OFFENDERS = 10  # names listed for each reason
 
 
 def prepare(data: Data, minimum: int, out: Path) -> dict[str, Any]:
     """Writes train.jsonl, validation.jsonl and report.json to the folder `out`; returns the report.
+
+    Where something was dropped, rejected.parquet has it all, and rejected.html shows examples.
 
     Args:
         minimum: training pictures without which training cannot start (one batch).
@@ -30,10 +35,13 @@ def prepare(data: Data, minimum: int, out: Path) -> dict[str, Any]:
     read = len(found) + len(rejections)
     kept = []
     seen: set[str] = set()
+    looks = Looks(data.near_duplicates or 0)
     for record in found:
         reason = _unwanted(record, data) or (DUPLICATE if record.sha256 in seen else "")
+        if not reason and record.look is not None and looks.add(int(record.look, 16)):
+            reason = ALIKE
         if reason:
-            rejections.append(Rejection(record.key, reason))
+            rejections.append(Rejection(record.key, reason, record.place or record.key))
         else:
             seen.add(record.sha256)
             kept.append(record)
@@ -54,6 +62,8 @@ def prepare(data: Data, minimum: int, out: Path) -> dict[str, Any]:
         write_records(folder / "train.jsonl", train)
         write_records(folder / "validation.jsonl", validation)
         write_json(folder / "report.json", report)
+        if rejections:
+            write_rejections(folder, data, rejections)
     return report
 
 

@@ -40,12 +40,12 @@ def find(path: str) -> tuple[list[Candidate], list[Rejection]]:
                 key = f"{name}/{number:06d}"
                 try:
                     prompt = decoded_caption(content)
-                    if not prompt or prompt in seen:
-                        raise Unusable(TWICE if prompt else NO_CAPTION)
+                    if not prompt.text or prompt.text in seen:
+                        raise Unusable(TWICE if prompt.text else NO_CAPTION)
                 except Unusable as reason:
                     rejections.append(Rejection(key, str(reason)))
                 else:
-                    seen.add(prompt)
+                    seen.add(prompt.text)
                     found.append(Candidate(key, prompt, key))
     if not found:
         raise UserError(f"data.path: {path}: no prompt that can be used in {len(names)} files")

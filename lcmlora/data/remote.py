@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import IO, Any
 
 from lcmlora.errors import Unavailable, UserError
+
+_AT_ONCE = 512  # files
 
 
 class Files:
@@ -29,6 +31,29 @@ class Files:
         with self._told():
             if self._system.isfile(self._root):
                 self._root, _, self._only = self._root.rpartition("/")
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of every file below the path, by name, sorted. Raises as `list` does."""
+        with self._told():
+            found = self._system.find(self._root, detail=True)
+        if not found and not self._exists():
+            raise UserError(f"data.path: {self._path}: no such file or folder")
+        names = {PurePosixPath(path).relative_to(self._root): facts["size"] for path, facts in sorted(found.items())}
+        return {str(name): int(size) for name, size in names.items() if not _hidden(name)}
+
+    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Returns the whole of small files, which are asked for at once; those that cannot be read are left out."""
+        found: dict[str, bytes] = {}
+        for start in range(0, len(names), _AT_ONCE):
+            paths = {f"{self._root}/{name}": name for name in names[start : start + _AT_ONCE]}
+            with self._told():
+                read = self._system.cat(list(paths), on_error="return")
+            for path, content in read.items():
+                if isinstance(content, bytes):
+                    found[paths[path]] = content
+                elif not isinstance(content, FileNotFoundError | PermissionError):
+                    raise Unavailable(f"data.path: {self._path}: {content}")
+        return found
 
     def list(self, suffix: str) -> list[str]:
         """Returns the names below the path that end so, sorted; the path's own name where it is a file.

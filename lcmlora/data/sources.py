@@ -31,6 +31,7 @@ from lcmlora.data.candidates import (
     Unusable,
     clean_caption,
 )
+from lcmlora.data.duplicates import perceptual_hash
 from lcmlora.data.folder import Folder
 from lcmlora.data.isolation import isolated
 from lcmlora.data.parquet import Parquet
@@ -54,6 +55,8 @@ class Record:
     sha256: of the picture's bytes; for emoji of drawing and placement; of prompt and copy where there is no picture.
     width, height: pixels, upright (after EXIF rotation); 0 where there is no picture.
     place: by which the source reads it, where that is not the key.
+    raw_caption: as it was written, where cleaning took words from it.
+    look: 64 bits of what it looks like, where near duplicates are asked for; 16 hexadecimal digits.
     """
 
     key: str
@@ -62,6 +65,8 @@ class Record:
     width: int
     height: int
     place: str | None = None
+    raw_caption: str | None = None
+    look: str | None = None
 
 
 def find(data: Data) -> tuple[list[Record], list[Rejection]]:
@@ -76,29 +81,47 @@ def find(data: Data) -> tuple[list[Record], list[Rejection]]:
     if data.source == "prompts":
         candidates, rejections = prompts.find(data.path)
         return [_unpictured(c, copy) for copy in range(data.copies) for c in candidates], rejections
-    candidates, rejections = _source(data).candidates()
+    candidates, rejections = _source(data.source, data.path).candidates(data.scores)
+    wanted = []
+    for candidate in candidates:
+        if reason := _low(candidate, data):
+            rejections.append(Rejection(candidate.key, reason, candidate.place))
+        else:
+            wanted.append(candidate)
     examine = partial(_examine, data)
-    found = isolated(examine, candidates, lambda c, reason: Rejection(c.key, reason), workers(), preload=__name__)
-    results = list(track(found, "read pictures", total=len(candidates)))
+    found = isolated(examine, wanted, lambda c, reason: Rejection(c.key, reason), workers(), preload=__name__)
+    results = list(track(found, "read pictures", total=len(wanted)))
     rejections += [r for r in results if isinstance(r, Rejection)]
     return [r for r in results if isinstance(r, Record)], rejections
 
 
 def _unpictured(prompt: Candidate, copy: int) -> Record:
-    digest = hashlib.sha256(f"{copy}/{prompt.caption}".encode()).hexdigest()
-    return Record(f"{prompt.key}/{copy}", prompt.caption, digest, 0, 0)
+    text, raw = prompt.caption
+    digest = hashlib.sha256(f"{copy}/{text}".encode()).hexdigest()
+    return Record(f"{prompt.key}/{copy}", text, digest, 0, 0, raw_caption=raw)
 
 
-def _source(data: Data) -> Source:
-    if data.source == "parquet":
-        return Parquet(data.path)
-    return Tars(data.path) if data.source == "webdataset" else Folder(Path(data.path))
+def _low(candidate: Candidate, data: Data) -> str:
+    """Returns which score is out of its range, as a reason; empty where all are within."""
+    for name, (low, high) in ((name, (wanted.min, wanted.max)) for name, wanted in data.scores.items()):
+        value = candidate.scores.get(name)
+        if value is None:
+            return f"no {name} (data.scores)"
+        if low is not None and value < low:
+            return f"{name} under {low:g} (data.scores)"
+        if high is not None and value > high:
+            return f"{name} over {high:g} (data.scores)"
+    return ""
 
 
-@lru_cache(1)
-def _again(data: Data) -> Source:
-    """Returns the source with what it has read already: files that were opened, groups of rows."""
-    return _source(data)
+def _source(kind: str, path: str) -> Source:
+    if kind == "parquet":
+        return Parquet(path)
+    return Tars(path) if kind == "webdataset" else Folder(path)
+
+
+# With what it has read already: files that were opened, groups of rows.
+_again = lru_cache(1)(_source)
 
 
 def open_picture(data: Data, record: Record, *, size: int | None = None) -> Image.Image:
@@ -115,7 +138,7 @@ def open_picture(data: Data, record: Record, *, size: int | None = None) -> Imag
         art = emoji.artwork(_modules(data), style)
         return emoji.render(art, code, size or record.width, emoji.Placement.draw(record.key))
     try:
-        content = _again(data).read(record.place or record.key)
+        content = _again(data.source, data.path).read(record.place or record.key)
         if hashlib.sha256(content).hexdigest() != record.sha256:
             raise Unusable("it has changed")
         return _decode(content)
@@ -123,6 +146,18 @@ def open_picture(data: Data, record: Record, *, size: int | None = None) -> Imag
         raise UserError(
             f"{data.path}: {record.key}: {reason}, but it was good when the list was made; run `lcmlora prepare`"
         ) from None
+
+
+def glimpse(data: Data, side: int, place: str) -> bytes | None:
+    """Returns a picture as a JPEG of at most `side` pixels; None where it cannot be decoded."""
+    try:
+        picture = _decode(_again(data.source, data.path).read(place))
+    except Unusable:
+        return None
+    picture.thumbnail((side, side))
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=80)
+    return content.getvalue()
 
 
 def fit(picture: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
@@ -173,7 +208,7 @@ def _find_emoji(data: Data) -> list[Record]:
                 key = f"{style}/{subject.code}/{copy}"
                 drawing = f"{art.digest(subject.code)} {emoji.Placement.draw(key)}"
                 digest = hashlib.sha256(drawing.encode()).hexdigest()
-                records.append(Record(key, clean_caption(subject.label), digest, side, side))
+                records.append(Record(key, clean_caption(subject.label).text, digest, side, side))
     if not records:
         raise UserError("data: source emoji needs data.styles and data.groups; with these there is not one picture")
     return records
@@ -189,15 +224,22 @@ def workers() -> int:
 
 def _examine(data: Data, candidate: Candidate) -> Record | Rejection:
     try:
-        content = _again(data).read(candidate.place)
+        content = _again(data.source, data.path).read(candidate.place)
         # Pillow warns about what is over its limit and refuses only what is over it twice; here the limit counts.
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = _decode(content)
     except Unusable as reason:
         return Rejection(candidate.key, str(reason))
-    place = None if candidate.place == candidate.key else candidate.place
-    return Record(candidate.key, candidate.caption, hashlib.sha256(content).hexdigest(), *picture.size, place)
+    return Record(
+        candidate.key,
+        candidate.caption.text,
+        hashlib.sha256(content).hexdigest(),
+        *picture.size,
+        place=None if candidate.place == candidate.key else candidate.place,
+        raw_caption=candidate.caption.raw,
+        look=None if data.near_duplicates is None else f"{perceptual_hash(picture):016x}",
+    )
 
 
 def _decode(content: bytes) -> Image.Image:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from lcmlora.data.candidates import (
+    CAPTIONS,
     DAMAGED,
     EMPTY,
     LONG_CAPTION,
@@ -26,20 +27,22 @@ from lcmlora.data.candidates import (
     TOO_LARGE,
     UNREADABLE,
     Candidate,
+    Caption,
     Rejection,
     Unusable,
     clean_caption,
     decoded_caption,
     printable,
+    scores_in,
 )
 from lcmlora.data.remote import Files
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.progress import track
 
-CAPTIONS = ("caption", "text", "TEXT")  # by which parquet files and JSON name it
-
 NO_FILE = "a link or a device in a tar file"
 NO_PICTURE = "a sample without a picture"
+BAD_JSON = "its JSON cannot be read"
+_MAX_JSON = 1 << 20  # bytes; it may have more than a caption
 CUT_OFF = "the tar file is damaged from here on"
 
 
@@ -50,7 +53,7 @@ class Tars:
         self._path = path
         self._files = Files(path)
 
-    def candidates(self) -> tuple[list[Candidate], list[Rejection]]:
+    def candidates(self, scores: Iterable[str] = ()) -> tuple[list[Candidate], list[Rejection]]:
         tars = self._files.list(".tar")
         if not tars:
             raise UserError(f"data.path: {self._path}: no .tar files; those of .tar.gz must be unpacked to .tar first")
@@ -58,7 +61,7 @@ class Tars:
         rejections: list[Rejection] = []
         for tar in track(tars, "read tar files"):
             with self._files.open(tar) as file:
-                for each in _samples(tar, file):
+                for each in _samples(tar, file, tuple(scores)):
                     (found if isinstance(each, Candidate) else rejections).append(each)  # type: ignore[arg-type]
         if not found and not rejections:
             raise UserError(f"data.path: {self._path}: no pictures in {len(tars)} tar files")
@@ -80,7 +83,7 @@ class Tars:
         return content
 
 
-def _samples(tar: str, file: IO[bytes]) -> Iterator[Candidate | Rejection]:
+def _samples(tar: str, file: IO[bytes], scores: tuple[str, ...]) -> Iterator[Candidate | Rejection]:
     damaged = False
 
     def members(opened: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -96,7 +99,7 @@ def _samples(tar: str, file: IO[bytes]) -> Iterator[Candidate | Rejection]:
         with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape", ignore_zeros=False) as opened:
             files = (member for member in members(opened) if not member.isdir())
             for key, sample in groupby(files, _key):
-                yield from _sample(tar, key, list(sample), file)
+                yield from _sample(tar, key, list(sample), file, scores)
             # tarfile takes a header that it cannot read for the end, which is a block of zeros.
             file.seek(opened.offset)  # of the block after the last member
             damaged = damaged or file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE)
@@ -111,7 +114,9 @@ def _key(member: tarfile.TarInfo) -> str:
     return folder + slash + name.partition(".")[0]
 
 
-def _sample(tar: str, key: str, members: list[tarfile.TarInfo], file: IO[bytes]) -> Iterator[Candidate | Rejection]:
+def _sample(
+    tar: str, key: str, members: list[tarfile.TarInfo], file: IO[bytes], scores: tuple[str, ...]
+) -> Iterator[Candidate | Rejection]:
     """Yields the pictures of one sample."""
     pictures = [member for member in members if PurePosixPath(member.name).suffix.lower() in SUFFIXES]
     if not pictures:
@@ -125,34 +130,45 @@ def _sample(tar: str, key: str, members: list[tarfile.TarInfo], file: IO[bytes])
                 raise Unusable(OUTSIDE)
             if printable(picture.name) != picture.name:
                 raise Unusable(NOT_UTF8)
-            caption = _caption(members, file)
+            caption, told = _told(members, file, scores)
         except Unusable as reason:
             yield Rejection(name, str(reason))
             continue
-        yield Candidate(name, caption, f"{tar}@{picture.offset_data}+{picture.size}")
+        place = f"{tar}@{picture.offset_data}+{picture.size}"
+        yield Candidate(name, caption, place, scores_in(told, scores))
 
 
-def _caption(members: list[tarfile.TarInfo], file: IO[bytes]) -> str:
-    caption = ""
+def _told(members: list[tarfile.TarInfo], file: IO[bytes], scores: tuple[str, ...]) -> tuple[Caption, dict[str, Any]]:
+    """Returns the caption of a sample, of several the first, and what its JSON says."""
+    caption, told = Caption(""), {}
     for member in members:
-        if caption or not member.isreg() or not member.name.endswith((".txt", ".json")):
+        if not member.isreg() or not member.name.endswith((".txt", ".json")):
             continue
-        if member.size > MAX_CAPTION:
-            raise Unusable(LONG_CAPTION)
+        text = member.name.endswith(".txt")
+        if caption.text and (text or not scores):
+            continue
+        if member.size > (MAX_CAPTION if text else _MAX_JSON):
+            raise Unusable(LONG_CAPTION if text else BAD_JSON)
         place = file.tell()
         file.seek(member.offset_data)
         content = file.read(member.size)
         file.seek(place)
-        caption = decoded_caption(content) if member.name.endswith(".txt") else _in_json(content)
-    if not caption:
+        if text:
+            caption = decoded_caption(content)
+            continue
+        told = _json(content)
+        named = next((told[name] for name in CAPTIONS if isinstance(told.get(name), str)), "")
+        if len(named) > MAX_CAPTION:
+            raise Unusable(LONG_CAPTION)
+        caption = caption if caption.text else clean_caption(named)
+    if not caption.text:
         raise Unusable(NO_CAPTION)
-    return caption
+    return caption, told
 
 
-def _in_json(content: bytes) -> str:
+def _json(content: bytes) -> dict[str, Any]:
     try:
         told = json.loads(content)
     except (ValueError, RecursionError):
-        raise Unusable("its JSON cannot be read") from None
-    named = (told.get(name) for name in CAPTIONS) if isinstance(told, dict) else ()
-    return clean_caption(next((text for text in named if isinstance(text, str)), ""))
+        raise Unusable(BAD_JSON) from None
+    return told if isinstance(told, dict) else {}

@@ -195,7 +195,10 @@ def test_rows_that_cannot_be_used_give_a_reason_each(tmp_path: Path):
     ("columns", "message"),
     [
         ({"URL": ["x"], "TEXT": ["t"]}, r"has addresses \(URL\) and no pictures.*img2dataset"),
-        ({"image": [b""], "label": ["t"]}, "no column of a caption: expected one of caption, text, TEXT, got image, l"),
+        (
+            {"image": [b""], "label": ["t"]},
+            "no column of a caption: expected one of caption, text, TEXT, prompt, got im",
+        ),
         ({"image": ["x.png"], "text": ["t"]}, "column image has string, expected bytes of pictures"),
         ({"image": [b""], "text": [[1]]}, "column text has list.*expected texts"),
     ],

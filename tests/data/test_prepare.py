@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from lcmlora.config import Data
@@ -39,7 +40,15 @@ def test_the_report_counts_what_was_read_kept_and_dropped(folder: Path, tmp_path
     }
     assert report["train"]["pictures"] + report["validation"]["pictures"] == 9
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.json", "train.jsonl", "validation.jsonl"]
+    names = ["rejected.html", "rejected.parquet", "report.json", "train.jsonl", "validation.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
+    assert dict(zip(table["name"], table["reason"], strict=True)) == {
+        "cut.png": DAMAGED, "copy-of-3.png": DUPLICATE, "small.png": small, "long.png": long,
+    }  # fmt: skip
+    page = (tmp_path / "out" / "rejected.html").read_text()
+    assert page.count("<img") == 3  # the truncated one has none
+    assert all(f"{name}</li>" in page for name in table["name"])
 
 
 def test_only_the_first_ten_offenders_are_named(folder: Path, tmp_path: Path) -> None:

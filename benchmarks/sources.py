@@ -1,0 +1,163 @@
+"""What a distillation learns from, at equal wall-clock time: python -m benchmarks.sources [--seconds 200] ...
+
+The same captions come as real pictures and as prompts without any. From prompts the teacher fills the cache, and its
+time for that counts, as does the VAE's for pictures; what is left of the seconds is for steps, whose cost is measured
+first, the kinds of step taking turns. Otherwise the settings are those of params.yaml, and the evaluation is
+`evaluate`'s on captions that neither has seen. A run that is finished is kept in --scratch and not repeated. Writes
+docs/sources.json and the tables in docs/sources.md. Run `dvc repro encode@MODEL reference@MODEL` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import objectives, tables
+from lcmlora import bases, config
+from lcmlora.data.cache import LatentCache, encode
+from lcmlora.data.sources import find, read_records, write_records
+from lcmlora.distill import Distillation, equip, samples
+from lcmlora.files import write_json
+from lcmlora.training import take_step
+
+KINDS: dict[str, dict[str, Any]] = {
+    "real pictures": {},
+    "final": {"trajectory": 0.0},
+    "half trajectory": {"trajectory": 0.5},
+    "trajectory": {"trajectory": 1.0},
+}
+PICTURES = "real pictures"
+
+
+def fill(settings: config.Config, model: str, work: Path, *, pictures: bool) -> tuple[LatentCache, float]:
+    """Returns the cache of the training captions, made once, and the seconds that it took."""
+    work.mkdir(parents=True, exist_ok=True)
+    known, out = work / "seconds.json", work / "latents"
+    if not known.exists():
+        listed = read_records(Path("data/pictures/train.jsonl"))
+        data = settings.data
+        if pictures:
+            write_records(work / "train.jsonl", listed)
+        else:
+            (work / "prompts.txt").write_text("\n".join(dict.fromkeys(r.caption for r in listed)) + "\n")
+            changes = {"source": "prompts", "path": str(work / "prompts.txt")}
+            data = type(data).model_validate(data.model_dump() | changes)
+            write_records(work / "train.jsonl", find(data)[0])
+        device = bases.pick_device("auto")
+        base = bases.load(
+            model,
+            settings.base(model),
+            Path("bases", model),
+            device=device,
+            dtype=bases.pick_dtype("auto", device),
+            parts=("vae" if pictures else "unet", "text"),
+        )
+        began = time.monotonic()
+        encode(base, data, settings.encode_for(model), work, work / "scratch", out)
+        write_json(known, {"seconds": time.monotonic() - began})
+    return LatentCache(out), json.loads(known.read_text())["seconds"]
+
+
+def paces(
+    settings: config.Config, model: str, caches: dict[str, LatentCache], turns: int
+) -> dict[str, dict[str, float]]:
+    """Returns for each kind the median seconds of a step, and what it takes of a step on real pictures: the median
+    over the turns, the lowest and the highest."""
+    steps = {}
+    for kind, changes in KINDS.items():
+        plain = settings.distill_for(model)
+        distillation = type(plain).model_validate(plain.model_dump() | changes)
+        device = bases.pick_device(distillation.device)
+        base = bases.load(
+            model,
+            settings.base(model),
+            Path("bases", model),
+            device=device,
+            dtype=bases.pick_dtype(distillation.precision, device),
+            parts=("unet",),
+        )
+        optimization, cache = equip(base, distillation), caches[kind]
+        lesson = Distillation(base, cache.unconditional(), distillation)
+        steps[kind] = (
+            lesson,
+            optimization,
+            samples(cache, torch.arange(len(cache)), distillation, device),
+            distillation,
+        )
+    taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for turn in range(turns + 1):
+        for kind, parts in steps.items():
+            began = time.perf_counter()
+            for step in range(4 * turn, 4 * turn + 4):
+                _, norm = take_step(*parts, step)
+            norm.item()
+            if turn:  # the first one warms up
+                taken[kind].append((time.perf_counter() - began) / 4)
+    found = {}
+    for kind, seconds in taken.items():
+        ratios = [mine / theirs for mine, theirs in zip(seconds, taken[PICTURES], strict=True)]
+        found[kind] = {"seconds": statistics.median(seconds), "ratio": statistics.median(ratios)}
+        found[kind] |= {"lowest": min(ratios), "highest": max(ratios)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="emoji")
+    parser.add_argument("--seconds", type=float, default=200.0, help="for filling the cache and distilling")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=9, help="in which the steps are timed")
+    parser.add_argument("--scratch", type=Path, default=Path("scratch/sources"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    options = parser.parse_args()
+
+    settings, model = config.load(), options.model
+    changes: dict[str, Any] = {"encode": settings.encode.model_dump(mode="json")}
+    changes["encode"]["rollouts"]["states"] = True
+    changes["evaluation"] = settings.evaluation.model_dump(mode="json")
+    changes["evaluation"] |= {"student_steps": [1, 2, 4, 8], "resamples": 0, "latency_repeats": 1}
+    settings = config.Config.model_validate(settings.model_dump(mode="json") | changes)
+    real = fill(settings, model, options.scratch / f"{model}-pictures", pictures=True)
+    drawn = fill(settings, model, options.scratch / f"{model}-prompts", pictures=False)
+    filled = {kind: real if kind == PICTURES else drawn for kind in KINDS}
+    known = options.scratch / f"{model}-paces.json"
+    if not known.exists():
+        write_json(known, paces(settings, model, {kind: cache for kind, (cache, _) in filled.items()}, options.turns))
+    pace = json.loads(known.read_text())
+    steps = {kind: int((options.seconds - filled[kind][1]) / pace[kind]["seconds"]) for kind in KINDS}
+    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    for seed, kind in itertools.product(range(options.seeds), KINDS):
+        print(f"{kind}, seed {seed}: {steps[kind]} steps", flush=True)
+        work = options.scratch / f"{model}-{kind.replace(' ', '-')}-{seed}-{options.seconds:g}"
+        each = KINDS[kind] | {"seed": seed, "steps": steps[kind], "validate_every": steps[kind]}
+        runs[kind].append(objectives.run(settings, model, each, filled[kind][0], work))
+    text = tables.markdown(
+        ["learned from", "latents", "filled in", "a step, of one on pictures", "steps", "seconds in all"],
+        [
+            [
+                kind,
+                str(len(filled[kind][0])),
+                f"{filled[kind][1]:.0f} s",
+                f"{pace[kind]['ratio']:.2f} ({pace[kind]['lowest']:.2f} to {pace[kind]['highest']:.2f})",
+                str(steps[kind]),
+                f"{filled[kind][1] + statistics.mean(run['seconds'] for run in runs[kind]):.0f}",
+            ]
+            for kind in KINDS
+        ],
+    )
+    text += "\n" + objectives.table(runs, (1, 2, 4, 8), "learned from")
+    print(text)
+    facts = {"seconds": options.seconds, "paces": pace, "filled": {kind: filled[kind][1] for kind in KINDS}}
+    write_json(options.docs / "sources.json", facts | {"latents": {k: len(filled[k][0]) for k in KINDS}, "runs": runs})
+    tables.write(options.docs / "sources.md", text)
+
+
+if __name__ == "__main__":
+    main()

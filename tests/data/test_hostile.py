@@ -1,0 +1,175 @@
+"""A folder of what nobody wants, each with its reason; nothing of it stops the run. Tar files: test_bulk_sources.py."""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, PngImagePlugin
+
+from lcmlora.data import candidates
+from lcmlora.data.folder import Folder
+from lcmlora.data.prepare import DUPLICATE, prepare
+from lcmlora.data.sources import find
+from lcmlora.errors import UserError
+from tests.data.conftest import add, data_in, picture
+
+SMALL = "shorter side under 16 pixels (data.min_side)"
+LONG = "longer side over 2 times the shorter (data.max_aspect)"
+
+
+def encoded(number: int, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture(number, (64, 48)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def png(width: int, height: int, *, data: bytes = b"\0", crc: int | None = None, extra: bytes = b"") -> bytes:
+    """A PNG that says it has this size, whatever it holds."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content) if crc is None else crc
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def jpeg_of_size(width: int, height: int) -> bytes:
+    """A JPEG whose header was changed."""
+    content = bytearray(encoded(3, "JPEG"))
+    place = content.index(b"\xff\xc0")
+    content[place + 5 : place + 9] = struct.pack(">HH", height, width)
+    return bytes(content)
+
+
+def odd_but_good(folder: Path) -> dict[str, tuple[int, int]]:
+    """Pictures that are decoded, by name, with their sizes when upright."""
+    wide, tall = (64, 48), (48, 64)
+    sizes = {}
+
+    def put(name: str, image: Image.Image, size: tuple[int, int] = wide, **options: Any) -> None:
+        add(folder, name, f"good {name}", image, **options)
+        sizes[name] = size
+
+    for number in range(12):
+        put(f"plain-{number:02d}.png", picture(number, wide))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        size = tall if orientation > 4 else wide
+        put(f"turned-{orientation}.jpg", picture(20 + orientation, wide), size, exif=exif)
+    put("cmyk.jpg", picture(30, wide).convert("CMYK"))
+    put("grey.jpg", picture(31, wide).convert("L"))
+    put("deep.png", Image.new("I;16", wide, 40_000))
+    put("one-bit.png", picture(32, wide).convert("1"))
+    put("palette.png", picture(33, wide).convert("P"))
+    put("clear.png", picture(34, wide).convert("RGBA"))
+    put("clear-grey.png", picture(35, wide).convert("LA"))
+    put("moving.webp", picture(36, wide), save_all=True, append_images=[picture(37, wide)], lossless=True)
+    put("moving.png", picture(38, wide), save_all=True, append_images=[picture(39, wide)])
+    put("odd-profile.png", picture(40, wide), icc_profile=b"no profile at all")
+    put("n" * 200 + ".png", picture(41, wide))
+    add(folder, "a-png.jpg", "good wrong ending", encoded(42, "PNG"))
+    add(folder, "a-jpg.webp", "good wrong ending too", encoded(43, "JPEG"))
+    return sizes | {"a-png.jpg": wide, "a-jpg.webp": wide}
+
+
+def bad(folder: Path, outside: Path) -> dict[str, str]:
+    """What is refused, by name, with the reason."""
+    reasons: dict[str, str] = {}
+
+    def put(name: str, reason: str, content: bytes | Image.Image, caption: str | bytes | None = "a caption") -> None:
+        path = add(folder, name, None, content)
+        if caption is not None:
+            path.with_suffix(".txt").write_bytes(caption.encode() if isinstance(caption, str) else caption)
+        reasons[name] = reason
+
+    for kind in ("PNG", "JPEG", "WEBP"):
+        whole = encoded(50, kind)
+        put(f"half.{kind.lower()}", candidates.DAMAGED, whole[: len(whole) // 2])
+        put(f"most.{kind.lower()}", candidates.DAMAGED, whole[: len(whole) * 3 // 4])
+        put(f"start.{kind.lower()}", candidates.DAMAGED if kind == "JPEG" else candidates.NOT_A_PICTURE, whole[:8])
+    for number in range(3):
+        put(f"nothing-{number}.png", candidates.EMPTY, b"")
+    put("bomb.png", candidates.TOO_LARGE, png(60_000, 60_000))
+    put("bomb-wide.png", candidates.TOO_LARGE, png(2**31 - 1, 2))
+    put("bomb.jpg", candidates.TOO_LARGE, jpeg_of_size(65_000, 65_000))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "x" * (80 << 20), zip=True)
+    put("bomb-in-text.png", candidates.DAMAGED, encoded(51, "PNG", pnginfo=text))
+    put("checksum.png", candidates.NOT_A_PICTURE, png(64, 48, crc=7))
+    put("short.png", candidates.DAMAGED, png(64, 48, data=b"\0" * 9))
+    put("text.png", candidates.NOT_A_PICTURE, b"not a picture")
+    put("page.jpg", candidates.NOT_A_PICTURE, b"<!doctype html><script>alert(1)</script>")
+    put("drawing.png", candidates.NOT_A_PICTURE, b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>')
+    put("code.png", candidates.NOT_A_PICTURE, b"%!PS-Adobe-3.0 EPSF-3.0\n(/etc/passwd) run\n")
+    put("numbers.png", candidates.NOT_A_PICTURE, b"P6 64 48 255\n" + bytes(64 * 48 * 3))
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.writestr("a.png", encoded(52, "PNG"))
+    put("archive.png", candidates.NOT_A_PICTURE, archive.getvalue())
+    for kind, ending in (("GIF", "gif"), ("BMP", "bmp"), ("TIFF", "tiff"), ("JPEG2000", "jp2"), ("TIFF", "png")):
+        put(f"other-{kind}.{ending}", candidates.NOT_A_PICTURE, encoded(53, kind))
+    put("megabyte.png", candidates.LONG_CAPTION, picture(60), "word " * 200_000)
+    put("megabyte-too.png", candidates.LONG_CAPTION, picture(61), b"\xff" * (1 << 20))
+    put("latin.png", candidates.NOT_UTF8, picture(62), "caf\xe9".encode("latin-1"))
+    put("utf-16.png", candidates.NOT_UTF8, picture(63), "caption".encode("utf-16"))
+    put("control.png", candidates.NO_CAPTION, picture(64), b"\x00\x01\x1b\n\t")
+    put("markup.png", candidates.NO_CAPTION, picture(65), "<b></b> https://example.org/a.png")
+    put("missing.png", candidates.NO_CAPTION, picture(66), None)
+    put("missing-too.png", candidates.NO_CAPTION, picture(67), None)
+    for number in range(3):
+        put(f"same-{number}.png", DUPLICATE, (folder / f"plain-{number:02d}.png").read_bytes())
+    put("small.png", SMALL, picture(70, (40, 15)))
+    put("speck.png", SMALL, picture(71, (1, 1)))
+    put("long.png", LONG, picture(72, (99, 33)))
+    put("tall.png", LONG, picture(73, (20, 200)))
+    secret = add(outside, "secret.png", "secret", picture(74))
+    for name, target in (("link.png", secret), ("passwords.png", Path("/etc/passwd"))):
+        (folder / name).symlink_to(target)
+        reasons[name] = candidates.OUTSIDE
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    os.mkfifo(folder / "pipe.png")  # which nobody writes to: whoever opens it waits for ever
+    reasons |= dict.fromkeys(("loop.png", "gone.png", "pipe.png"), candidates.MISSING)
+    name = os.fsdecode(b"caf\xe9.png")
+    add(folder, name, "a caption", picture(75))
+    return reasons | {candidates.printable(name): candidates.NOT_UTF8}
+
+
+def test_a_hostile_folder_costs_each_picture_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    sizes, reasons = odd_but_good(folder), bad(folder, tmp_path / "outside")
+    assert len(sizes) + len(reasons) >= 60
+    data = data_in(folder)
+    records, rejections = find(data)
+    assert {r.key: (r.width, r.height) for r in records if r.key not in reasons} == sizes
+    later = (DUPLICATE, SMALL, LONG)  # found in what could be decoded
+    assert {r.name: r.reason for r in rejections} == {n: r for n, r in reasons.items() if r not in later}
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 20  # KiB, of any process: none took 1 GiB
+
+    report = prepare(data, 4, tmp_path / "out")
+    assert {reason: found["count"] for reason, found in report["dropped"].items()} == Counter(reasons.values())
+    assert report["kept"] == len(sizes)
+    assert report["read"] == len(sizes) + len(reasons)
+    assert "secret" not in (tmp_path / "out" / "train.jsonl").read_text()
+
+
+def test_where_most_pictures_have_no_caption_the_layout_is_wrong(folder: Path) -> None:
+    for number in range(7):
+        add(folder, f"bare-{number}.png", None, picture(90 + number))
+    assert Counter(r.reason for r in Folder(str(folder)).candidates()[1]) == {candidates.NO_CAPTION: 7}
+    for number in range(2):
+        add(folder, f"barer-{number}.png", None, picture(100 + number))
+    with pytest.raises(UserError, match=r"9 of 17 pictures have no caption \(bare-0.png, bare-1.png, bare-2.png, "):
+        find(data_in(folder))
