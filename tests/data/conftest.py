@@ -27,6 +27,8 @@ def data_in(folder: Path, **changes: Any) -> Data:
 def picture(number: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
     """A gradient whose colours say which one it is."""
     red = Image.linear_gradient("L").resize(size)
+    if number >= 256:
+        red = red.point([(value + number // 256) % 256 for value in range(256)])
     return Image.merge("RGB", (red, red.rotate(180), Image.new("L", size, number * 7 % 256)))
 
 

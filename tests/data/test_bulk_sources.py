@@ -54,27 +54,34 @@ def reasons(data: Data) -> dict[str, str]:
     return {rejection.name: rejection.reason for rejection in find(data)[1]}
 
 
-def layouts(root: Path) -> dict[str, Data]:
-    """Eight pictures, in every layout."""
-    (root / "folder").mkdir()
-    for number in range(8):
-        (root / "folder" / f"{number:04d}.png").write_bytes(png(number))
+def layouts(root: Path, count: int = 8) -> dict[str, Data]:
+    """So many pictures, an even number, in every layout."""
+    numbers = range(count)
+    for number in numbers:
+        content, name = png(number), f"{number:04d}.png"
+        for folder in ("folder", "jsonl", "csv"):
+            (root / folder).mkdir(exist_ok=True)
+            (root / folder / name).write_bytes(content)
         (root / "folder" / f"{number:04d}.txt").write_text(f"subject {number}")
-    for start in (0, 4):
-        tar(root / "tars" / f"{start}.tar", *(m for number in range(start, start + 4) for m in sample(number)))
-        numbers = range(start, start + 4)
+    rows = [{"file_name": f"{number:04d}.png", "text": f"subject {number}"} for number in numbers]
+    (root / "jsonl" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [f"{row['file_name']},{row['text']}\n" for row in rows]
+    (root / "csv" / "metadata.csv").write_text("file_name,text\n" + "".join(lines))
+    for half in (numbers[: count // 2], numbers[count // 2 :]):
+        name = f"{half[0]:04d}"
+        tar(root / "tars" / f"{name}.tar", *(m for number in half for m in sample(number)))
         table(
-            root / "tables" / f"{start}.parquet",
-            image=[png(number) for number in numbers],
-            TEXT=[f"subject {number}" for number in numbers],
+            root / "tables" / f"{name}.parquet",
+            image=[png(number) for number in half],
+            TEXT=[f"subject {number}" for number in half],
         )
     table(
         root / "hub.parquet",
-        image=[{"bytes": png(number), "path": f"{number}.png"} for number in range(8)],
-        text=[f"subject {number}" for number in range(8)],
+        image=[{"bytes": png(number), "path": f"{number}.png"} for number in numbers],
+        text=[f"subject {number}" for number in numbers],
     )
-    kinds = {"folder": "folder", "tars": "webdataset", "tables": "parquet", "hub.parquet": "parquet"}
-    return {name: data_in(root / name, source=kind) for name, kind in kinds.items()}
+    kinds = {"folder": "folder", "jsonl": "folder", "csv": "folder", "tars": "webdataset", "tables": "parquet"}
+    return {name: data_in(root / name, source=kind) for name, kind in (kinds | {"hub.parquet": "parquet"}).items()}
 
 
 def test_the_same_pictures_are_the_same_in_every_layout(tmp_path: Path):

@@ -1,52 +1,83 @@
 """Pictures in a real bucket."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lcmlora.changes import fingerprint
-from lcmlora.config import Publish
+from lcmlora.config import Encode, Publish
+from lcmlora.data.cache import encode
+from lcmlora.data.prepare import prepare
 from lcmlora.data.remote import guess
 from lcmlora.data.sources import find, open_picture
 from lcmlora.errors import Unavailable, UserError
 from tests.data.conftest import data_in
 from tests.data.test_bulk_sources import layouts
+from tests.distillation import load_parts
 from tests.integration.seaweed import SeaweedFS, free_ports
 
 pytestmark = pytest.mark.integration
 
+COUNT = int(os.environ.get("LCMLORA_TEST_PICTURES", "8"))
+
 
 @pytest.fixture
 def uploaded(s3: SeaweedFS, bucket: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of a bucket with eight pictures as tar files and as tables."""
+    """The address of a bucket with the same pictures in all layouts."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    layouts(tmp_path)
+    layouts(tmp_path, COUNT)
     root = "/".join(bucket.to.split("/")[:3])
-    for name in ("tars/0.tar", "tars/4.tar", "tables/0.parquet", "tables/4.parquet"):
-        s3.client().upload_file(str(tmp_path / name), root.removeprefix("s3://"), name)
+    for folder in ("folder", "jsonl", "csv", "tars", "tables"):
+        for path in sorted((tmp_path / folder).iterdir()):
+            s3.client().upload_file(str(path), root.removeprefix("s3://"), f"{folder}/{path.name}")
     return root
 
 
 def test_pictures_in_a_bucket_are_those_of_the_folder(s3: SeaweedFS, uploaded: str, tmp_path: Path):
     expected = find(data_in(tmp_path / "folder"))[0]
-    for name, source in (("tars", "webdataset"), ("tables", "parquet")):
+    names = {"folder": "folder", "jsonl": "folder", "csv": "folder", "tars": "webdataset", "tables": "parquet"}
+    for name, source in names.items():
         data = data_in(f"{uploaded}/{name}", source=source)
         assert guess(data.path) == source
         records, rejections = find(data)
         assert rejections == []
         assert [(r.caption, r.sha256) for r in records] == [(r.caption, r.sha256) for r in expected]
         assert open_picture(data, records[5]).size == (32, 32)
-        one = find(data_in(f"{data.path}/4{Path(records[0].key).parts[0][1:]}", source=source))[0]
-        assert [r.caption for r in one] == [f"subject {number}" for number in range(4, 8)]
+    for file in (f"tars/{COUNT // 2:04d}.tar", f"tables/{COUNT // 2:04d}.parquet"):
+        one = find(data_in(f"{uploaded}/{file}", source=names[file.partition("/")[0]]))[0]
+        assert [r.caption for r in one] == [f"subject {number}" for number in range(COUNT // 2, COUNT)]
+    table = find(data_in(f"{uploaded}/csv/metadata.csv"))[0]
+    assert [(r.caption, r.sha256) for r in table] == [(r.caption, r.sha256) for r in expected]
+
+
+def test_the_same_pictures_have_the_same_latents_wherever_they_lie(
+    s3: SeaweedFS, uploaded: str, base_folder: Path, tmp_path: Path
+):
+    base = load_parts(base_folder, "vae", "text")
+    names = {"folder": "folder", "jsonl": "folder", "csv": "folder", "tars": "webdataset", "tables": "parquet"}
+    caches = {}
+    for place in (str(tmp_path), uploaded):
+        for name, source in names.items():
+            data, work = data_in(f"{place}/{name}", source=source), tmp_path / f"work-{len(caches)}"
+            prepare(data, 4, work / "pictures")
+            encode(base, data, Encode(batch=64), work / "pictures", work / "scratch", work / "latents")
+            caches[f"{place}/{name}"] = load_file(work / "latents" / "shard-00000.safetensors")
+    first = caches[f"{tmp_path}/folder"]
+    assert len(first["key"]) >= COUNT // 2
+    for name, tensors in caches.items():
+        assert all(torch.equal(tensors[part], first[part]) for part in first), name
 
 
 def test_a_bucket_that_grows_is_seen(s3: SeaweedFS, uploaded: str, tmp_path: Path):
     before = fingerprint(f"{uploaded}/tars")
     assert fingerprint(f"{uploaded}/tars") == before
-    s3.client().upload_file(str(tmp_path / "tars" / "0.tar"), uploaded.removeprefix("s3://"), "tars/8.tar")
+    s3.client().upload_file(str(tmp_path / "tars" / "0000.tar"), uploaded.removeprefix("s3://"), "tars/9999.tar")
     assert fingerprint(f"{uploaded}/tars") != before
-    assert len(find(data_in(f"{uploaded}/tars", source="webdataset"))[0]) == 12
+    assert len(find(data_in(f"{uploaded}/tars", source="webdataset"))[0]) == COUNT + COUNT // 2
 
 
 def test_what_is_not_there_or_does_not_answer_is_one_line(uploaded: str, monkeypatch: pytest.MonkeyPatch):
