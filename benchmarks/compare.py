@@ -45,6 +45,7 @@ from lcmlora import bases, config
 from lcmlora.checkpoint import Checkpoints
 from lcmlora.config import Base, Data, Distill
 from lcmlora.data import cache
+from lcmlora.data.encode import encode
 from lcmlora.data.prepare import prepare
 from lcmlora.data.sources import fit, open_picture, read_records
 from lcmlora.distill import Distillation, equip, samples
@@ -386,8 +387,8 @@ def make_case(model: str, batch: int | None, work: Path, *, random: bool, compil
         place = bases.pick_device(device)
         dtype = bases.pick_dtype(distill.precision, place)
         loaded = bases.load(model, base, folder, device=place, dtype=dtype, parts=("vae", "text"))
-        encode = settings.encode.model_copy(update={"batch": 4})
-        cache.encode(loaded, source, encode, data / "prepared", data / "scratch", data / "latents")
+        encoding = settings.encode.model_copy(update={"batch": 4})
+        encode(loaded, source, encoding, data / "prepared", data / "scratch", data / "latents")
     return Case(model, base, folder, data, distill)
 
 

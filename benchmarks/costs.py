@@ -50,7 +50,7 @@ def count(name: str, settings: config.Config) -> Preset:
     from torch.utils.flop_counter import FlopCounterMode
 
     from lcmlora import bases, lora
-    from lcmlora.data.cache import _ROW_BYTES
+    from lcmlora.data.encode import _ROW_BYTES
     from lcmlora.evaluation.reference import _jobs
     from lcmlora.sampling import STUDENT, network_evaluations
 

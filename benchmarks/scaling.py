@@ -84,7 +84,7 @@ def encode_pictures(samples: int, root: Path) -> dict[str, float]:
     """Encodes so many pictures, which are one tiny picture under 8 captions."""
     import torch
 
-    from lcmlora.data.cache import encode
+    from lcmlora.data.encode import encode
     from lcmlora.data.sources import Record, write_records
     from tests.data.conftest import add, data_in, picture
     from tests.distillation import load_parts

@@ -21,7 +21,8 @@ import torch
 
 from benchmarks import objectives, tables
 from lcmlora import bases, config
-from lcmlora.data.cache import LatentCache, encode
+from lcmlora.data.cache import LatentCache
+from lcmlora.data.encode import encode
 from lcmlora.data.sources import find, read_records, write_records
 from lcmlora.distill import Distillation, equip, samples
 from lcmlora.files import write_json

@@ -104,7 +104,9 @@ class Batches:
         """Returns rows of the cache (B,) int64 for places of one step: what the plan says of it."""
         step, start = divmod(positions.start, self._settings.batch)
         if step != self._step:
-            batch = self._plan.at(step)
+            plan = self._plan
+            self._cache.reach(step)
+            batch = plan.at(step)
             first = self._counts.cumsum(0) - self._counts
             order = first[torch.from_numpy(batch.shards)] + torch.from_numpy(batch.rows)
             self._step, self._order = step, self._candidates[order]
@@ -117,7 +119,10 @@ class Batches:
 
     @cached_property
     def _plan(self) -> Plan:
-        return Plan(self._settings.seed, [Shard(0, n) for n in self._counts.tolist()], self._settings.batch)
+        s = self._settings
+        plan = Plan(s.seed, [Shard(0, n) for n in self._counts.tolist()], s.batch, window=s.window)
+        self._cache.follow(plan, s.batch, s.window)
+        return plan
 
     def names(self, rows: Tensor) -> list[str]:
         """Returns the file names of the pictures in these rows of the cache, for messages."""

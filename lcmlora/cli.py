@@ -147,7 +147,7 @@ def encode(context: typer.Context, model: Model) -> None:
 
 def _encode(config, model: str, settings, place) -> None:  # type: ignore[no-untyped-def]
     from lcmlora import bases
-    from lcmlora.data import cache
+    from lcmlora.data.encode import encode as fill
 
     device = bases.pick_device(settings.device)
     base = bases.load(
@@ -159,7 +159,7 @@ def _encode(config, model: str, settings, place) -> None:  # type: ignore[no-unt
         parts=("unet" if config.data.source == "prompts" else "vae", "text"),
     )
     out = Path("data/latents", model)
-    cache.encode(base, config.data, settings, Path("data/pictures"), _scratch("encode"), out, place)
+    fill(base, config.data, settings, Path("data/pictures"), _scratch("encode"), out, place)
 
 
 @app.command()
@@ -193,10 +193,16 @@ def distill(context: typer.Context, model: Model) -> None:
         _distill(config, model, settings, place)
 
 
+def _opened(config, model: str):  # type: ignore[no-untyped-def]
+    from lcmlora.data.cache import LatentCache
+
+    budget = int(config.shard_cache_gb * 1e9)
+    return LatentCache(Path("data/latents", model), shards=_scratch("shards", model), budget=budget)
+
+
 def _distill(config, model: str, settings, place) -> None:  # type: ignore[no-untyped-def]
     from lcmlora import bases, checkpoint, tracking
     from lcmlora.config import digest
-    from lcmlora.data.cache import LatentCache
     from lcmlora.distill import distill as train
 
     device = bases.pick_device(settings.device)
@@ -209,7 +215,7 @@ def _distill(config, model: str, settings, place) -> None:  # type: ignore[no-un
         dtype=bases.pick_dtype(settings.precision, device),
         parts=("unet", "vae") if place.first else ("unet",),
     )
-    cache = LatentCache(Path("data/latents", model))
+    cache = _opened(config, model)
     identity = bases.identity(config.base(model), folder)
     key = digest(settings, identity, cache.digest)[:12]
     scratch = _scratch("distill", f"{model}-{key}")
@@ -251,11 +257,10 @@ def doctor(
     import json
 
     from lcmlora import bases, doctor
-    from lcmlora.data.cache import LatentCache
 
     settings, launch = config.distill_for(model), config.launch_for(model)
     device = bases.pick_device(settings.device)
-    cache = LatentCache(Path("data/latents", model))
+    cache = _opened(config, model)
     dtype = bases.pick_dtype(settings.precision, device)
     base = bases.load(
         model, config.base(model), Path("bases", model), device=device, dtype=dtype, parts=("unet", "vae")

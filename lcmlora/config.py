@@ -103,6 +103,7 @@ class Encode(Strict):
     batch: Positive
     rollouts: Rollouts = Rollouts()  # of source prompts
     shard_mb: Positive = 256
+    shards: str | None = None  # s3://bucket/prefix that takes the shards; without it the cache has them itself
     text_cache_mb: Positive = 2000  # of distinct captions; more is refused
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -130,9 +131,12 @@ class Training(Strict):
     log_every: Positive
     validate_every: Positive
     validation_pictures: Positive  # kept from training, by caption; at most a tenth of the cache
+    window: Positive = 1 << 18  # pictures that are mixed with each other, where there are more (lcmlora/data/plan.py)
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
+        if self.window < self.batch:
+            raise ValueError(f"window {self.window} is less than batch {self.batch}")
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide batch {self.batch}")
         if self.optimizer == "schedule-free" and self.cooldown:
@@ -342,6 +346,7 @@ class Config(Strict):
     encode: Encode
     launch: Launch = Launch()
     teacher_cache_gb: Annotated[float, Field(ge=0)] = 0.0  # of disk, for each model (lcmlora/teacher_cache.py)
+    shard_cache_gb: Annotated[float, Field(gt=0)] = 50.0  # of disk, for shards out of a bucket (lcmlora/data/shards.py)
     distill: Distill
     evaluation: Evaluation
     gate: Gate

@@ -47,8 +47,9 @@ def _tune(context: typer.Context, kind, model: str, name: str) -> None:  # type:
     data, settings = config.variation(kind, name)
     from lcmlora import bases, checkpoint, tracking
     from lcmlora.config import digest
-    from lcmlora.data import cache as latents
     from lcmlora.data import prepare as pictures
+    from lcmlora.data.cache import MANIFEST, LatentCache
+    from lcmlora.data.encode import encode
     from lcmlora.finetune import tune as train
 
     entry, folder = config.base(model), Path("bases", model)
@@ -59,16 +60,16 @@ def _tune(context: typer.Context, kind, model: str, name: str) -> None:  # type:
     with checkpoint.locked(work):
         pictures.print_report(pictures.prepare(data, settings.batch, work / "pictures"))
         base = bases.load(model, entry, folder, device=device, dtype=dtype, parts=("vae", "text"))
-        if not (work / "latents" / latents.MANIFEST).exists():
-            encoding = config.encode_for(model)
-            latents.encode(base, data, encoding, work / "pictures", work / "encode", work / "latents")
+        if not (work / "latents" / MANIFEST).exists():
+            encoding = config.encode_for(model).model_copy(update={"shards": None})
+            encode(base, data, encoding, work / "pictures", work / "encode", work / "latents")
         del base
         bare = bases.load(model, entry, folder, device=device, dtype=dtype, parts=("unet",))
         label = f"{model}-{kind}-{name}"
         with tracking.tracking(config.registry, label, settings.model_dump(mode="json"), work) as run:
             train(
                 bare,
-                latents.LatentCache(work / "latents"),
+                LatentCache(work / "latents"),
                 settings,
                 work,
                 _folder(model, f"{kind}s", name),

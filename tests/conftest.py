@@ -13,7 +13,8 @@ import torch
 
 from lcmlora import bases
 from lcmlora.config import Base, Encode
-from lcmlora.data.cache import LatentCache, encode
+from lcmlora.data.cache import LatentCache
+from lcmlora.data.encode import encode
 from lcmlora.data.prepare import prepare
 from tests.data.conftest import add, data_in, picture
 from tests.distillation import load_parts

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from lcmlora import bases, diffusion, lora
 from lcmlora.config import Base, Distill, Encode, Rollouts
-from lcmlora.data.cache import LatentCache, encode
+from lcmlora.data.cache import LatentCache
+from lcmlora.data.encode import encode
 from lcmlora.data.prepare import prepare
 from lcmlora.distill import Distillation, distill, samples
 from lcmlora.errors import UserError

@@ -77,6 +77,14 @@ class Batch(NamedTuple):
     rows: Rows  # (B,) int64, of each shard
 
 
+class Load(NamedTuple):
+    """The shards of a window, and the first and the last step that read it."""
+
+    first: int
+    last: int
+    shards: Rows  # numbers in the table, ascending
+
+
 class _Line(NamedTuple):
     """The shards of a bucket in an epoch's order, and where in that line the rows of each end."""
 
@@ -107,7 +115,7 @@ class Plan:
         batch: rows of a step over all processes.
         lanes: equal parts into which the rows of an epoch are divided. Of each batch every lane gives its part, in
             order, so that a machine whose processes take one lane's part reads a share of the shards alone.
-        window: rows that are mixed, over all lanes.
+        window: rows that are mixed, over all lanes; whole batches of them are.
 
         Raises:
             ValueError: lanes that do not divide the batch, a window below a batch, or fewer rows than a batch in every
@@ -118,7 +126,8 @@ class Plan:
         if window < batch:
             raise ValueError(f"a window of {window} rows is less than a batch of {batch}")
         self._seed, self._lanes = seed, lanes
-        self._part, self._window = batch // lanes, window // lanes  # of a lane
+        self._part = batch // lanes  # of a lane
+        self._window = window // batch * self._part  # likewise
         self._buckets = np.array([shard.bucket for shard in shards], dtype=np.int32)
         self._rows = np.array([shard.rows for shard in shards], dtype=np.int64)
         totals = np.bincount(self._buckets, self._rows).astype(np.int64)
@@ -150,13 +159,28 @@ class Plan:
             lanes: of these lanes; by default of all.
         """
         epoch, bucket, number = self._find(step)
+        start = number * self._part // self._window * self._window
+        return self._under(epoch, bucket, start, lanes or range(self._lanes))
+
+    def loads(self, epoch: int) -> list[Load]:
+        """Returns what the steps of an epoch read, window by window, in the order in which each is begun."""
+        made, found = self._epoch(epoch), []
+        for bucket in made.lines:
+            steps = np.flatnonzero(made.bucket == bucket) + epoch * self.steps
+            for first in range(0, len(steps), self._window // self._part):
+                last = min(first + self._window // self._part, len(steps)) - 1
+                shards = self._under(epoch, bucket, first * self._part, range(self._lanes))
+                found.append(Load(int(steps[first]), int(steps[last]), shards))
+        return sorted(found, key=lambda load: load.first)
+
+    def _under(self, epoch: int, bucket: int, start: int, lanes: range) -> Rows:
+        """Returns the numbers of the shards below the window that begins at this row of each of the lanes."""
         size, line = int(self._lane_rows[bucket]), self._epoch(epoch).lines[bucket]
-        first = number * self._part // self._window * self._window
-        last = min(((number + 1) * self._part - 1) // self._window * self._window + self._window, size) - 1
+        ends = np.array([start, min(start + self._window, size) - 1])
         found = []
-        for lane in lanes or range(self._lanes):
-            start, stop = np.searchsorted(line.stops, np.array([first, last]) + lane * size, side="right")
-            found.append(line.shards[start : stop + 1])
+        for lane in lanes:
+            first, last = np.searchsorted(line.stops, ends + lane * size, side="right")
+            found.append(line.shards[first : last + 1])
         return np.unique(np.concatenate(found))
 
     def _find(self, step: int) -> tuple[int, int, int]:

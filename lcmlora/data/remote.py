@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from lcmlora.errors import Unavailable, UserError
@@ -32,11 +32,12 @@ class Files:
             if self._system.isfile(self._root):
                 self._root, _, self._only = self._root.rpartition("/")
 
-    def sizes(self) -> dict[str, int]:
-        """Returns the bytes of every file below the path, by name, sorted. Raises as `list` does."""
+    def sizes(self, *, missing_ok: bool = False) -> dict[str, int]:
+        """Returns the bytes of every file below the path, by name, sorted. Raises as `list` does, but for a path that
+        may be missing."""
         with self._told():
             found = self._system.find(self._root, detail=True)
-        if not found and not self._exists():
+        if not found and not missing_ok and not self._exists():
             raise UserError(f"data.path: {self._path}: no such file or folder")
         names = {PurePosixPath(path).relative_to(self._root): facts["size"] for path, facts in sorted(found.items())}
         return {str(name): int(size) for name, size in names.items() if not _hidden(name)}
@@ -93,6 +94,12 @@ class Files:
         with self._told():
             content: bytes = self._system.cat_file(f"{self._root}/{name}", start=start, end=start + length)
             return content
+
+    def put(self, path: Path, name: str) -> None:
+        """Uploads a file of this machine. Raises as `list` does."""
+        with self._told():
+            self._system.makedirs(self._root, exist_ok=True)
+            self._system.put_file(str(path), f"{self._root}/{name}")
 
     def _exists(self) -> bool:
         with self._told():

@@ -17,7 +17,7 @@ from lcmlora.errors import UserError
 from lcmlora.noise import generator
 from lcmlora.teacher import Teacher
 
-ROWS = 512  # of a shard: what a killed run has to draw again at most
+MOST = 512  # rows of a shard: what a killed run has to draw again at most
 NO_SPREAD = -30.0  # log-variance, the lowest of diffusers' DiagonalGaussianDistribution
 
 

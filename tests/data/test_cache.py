@@ -18,7 +18,8 @@ from safetensors import safe_open
 from lcmlora import checkpoint, ranks
 from lcmlora.bases import LoadedBase
 from lcmlora.config import Data, Encode
-from lcmlora.data.cache import LatentCache, encode
+from lcmlora.data.cache import LatentCache
+from lcmlora.data.encode import encode
 from lcmlora.data.sources import Record, find, fit, open_picture, read_records, write_records
 from lcmlora.errors import UserError
 from lcmlora.files import sha256_file
@@ -380,7 +381,7 @@ def test_processes_with_scratch_folders_of_their_own_are_told_so(
 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
-    monkeypatch.setattr("lcmlora.data.cache._VISIBLE", 0.0)
+    monkeypatch.setattr("lcmlora.data.store._VISIBLE", 0.0)
     rest = (listed, SETTINGS, tmp_path / "pictures", tmp_path / "scratch", tmp_path / "latents/mini")
     with pytest.raises(UserError, match=r"shard-00001\.safetensors: is not there.*one and the same scratch folder"):
         encode(load_base(LARGE), *rest, Ranks(0, 2))

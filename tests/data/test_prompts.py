@@ -9,7 +9,8 @@ import torch
 
 from lcmlora import bases
 from lcmlora.config import Data, Encode, Rollouts
-from lcmlora.data.cache import LatentCache, encode
+from lcmlora.data.cache import LatentCache
+from lcmlora.data.encode import encode
 from lcmlora.data.prepare import prepare
 from lcmlora.data.preview import preview
 from lcmlora.data.rollouts import RolloutEncoder
@@ -132,7 +133,7 @@ def test_the_cache_says_how_it_was_drawn_and_gives_neighbouring_states(cache: La
 def test_shards_end_early_enough_for_a_killed_run_and_give_the_same_states(
     base_folder: Path, cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lcmlora.data.cache.ROWS", 3)
+    monkeypatch.setattr("lcmlora.data.encode.MOST", 3)
     parts = draw(base_folder, ten(tmp_path), tmp_path)
     assert len(parts.manifest["shards"]) == 3 < len(cache)
     mapped = LatentCache(tmp_path / "latents", ram_bytes=0)
@@ -144,7 +145,7 @@ def test_shards_end_early_enough_for_a_killed_run_and_give_the_same_states(
 def test_a_killed_run_goes_on_at_the_next_shard_with_the_same_bytes(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lcmlora.data.cache.ROWS", 4)
+    monkeypatch.setattr("lcmlora.data.encode.MOST", 4)
     whole = draw(base_folder, ten(tmp_path / "whole"), tmp_path / "whole")
     taken: list[int] = []
     real = RolloutEncoder.__call__

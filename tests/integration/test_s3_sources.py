@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from lcmlora.changes import fingerprint
 from lcmlora.config import Encode, Publish
-from lcmlora.data.cache import encode
+from lcmlora.data.encode import encode
 from lcmlora.data.prepare import prepare
 from lcmlora.data.remote import guess
 from lcmlora.data.sources import find, open_picture

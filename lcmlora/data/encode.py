@@ -1,0 +1,334 @@
+"""Stage `encode`: pictures, or what the teacher draws of prompts, and captions go through the frozen parts once.
+
+What it makes is described in cache.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from lcmlora import checkpoint, config
+from lcmlora.bases import Conditioning, LoadedBase
+from lcmlora.data.cache import MANIFEST, ROWS, TEXT, UNCONDITIONAL, VERSION, Tensors
+from lcmlora.data.posteriors import picture_encoder
+from lcmlora.data.rollouts import MOST, RolloutEncoder
+from lcmlora.data.sources import RESIZE_FILTER, Record
+from lcmlora.data.store import Store, link
+from lcmlora.errors import UserError
+from lcmlora.files import atomic_folder, sha256_folder, write_json
+from lcmlora.progress import track
+from lcmlora.ranks import Ranks
+
+_MB = 1 << 20
+_ROW_BYTES = 8 + 8 + 16 + 4  # of a picture besides its latent: orig_size, crop_tl, key, text_row
+_HEADER_BYTES = 4096  # room for a safetensors header
+
+
+def encode(
+    base: LoadedBase,
+    data: config.Data,
+    settings: config.Encode,
+    pictures: Path,
+    scratch: Path,
+    out: Path,
+    ranks: Ranks | None = None,
+) -> None:
+    """Encodes the training pictures and captions of `pictures` into a cache in the folder `out`.
+
+    A shard that is finished stays in `scratch` until the whole cache is, so a killed run goes on at the next shard, on
+    any number of processes. The cache has the same bytes for any number.
+
+    Args:
+        base: with its VAE and text encoders; for prompts with its UNet instead of the VAE.
+        pictures: the folder that `prepare` wrote.
+        scratch: folder for unfinished work, best on the same disk as `out`, and the same for all processes.
+        ranks: this process among those that encode together; alone by default.
+
+    Raises:
+        UserError: no list of pictures, a picture that changed, latents that are not finite, too much text for
+            `text_cache_mb`, too little disk, another run at work on the same, or processes with other files. `out` is
+            then as it was before.
+    """
+    ranks = ranks or Ranks()
+    listed = _List(pictures / "train.jsonl")
+    channels, height, width = base.latent_shape
+    rollouts = settings.rollouts if data.source == "prompts" else None
+    tensors = 2 + (rollouts.steps + 1 if rollouts and rollouts.states else 0)
+    row_bytes = 2 * tensors * channels * height * width + _ROW_BYTES
+    shards = _plan(len(listed), row_bytes, settings, most=MOST if rollouts else None)
+    # Dealt out in turn, so that what a killed run has left to do is divided evenly as well.
+    own = list(shards)[ranks.rank :: ranks.size]
+    text = _fingerprint(base, "text_encoder*", "tokenizer*", dtype=str(base.dtype))
+    fingerprint = _latents_fingerprint(base, rollouts, text)
+    sizes = {"model": base.name, "resolution": base.resolution, "batch": settings.batch, "shard_mb": settings.shard_mb}
+    place = f"{settings.shards.rstrip('/')}/{base.name}" if settings.shards else None
+    work = scratch / config.digest(listed.digest, fingerprint, text, sizes | ({"shards": place} if place else {}))[:16]
+    with checkpoint.locked(work) if ranks.first else nullcontext():
+        store = Store(work, fingerprint, own, place)
+        made_of = {name: listed.digest_of(shards[name], text) for name in own}
+        _take_over(out, store, made_of)
+        missing = {name: shards[name] for name in own if name not in store.done}
+        left = [rows for name, rows in shards.items() if name not in store.done] if ranks.first else missing.values()
+        text_bytes = _text_bytes(base, listed.captions, settings.text_cache_mb) if ranks.first else 0
+        with _room(scratch, row_bytes * sum(map(len, left)) + text_bytes):
+            # Nobody writes before all have looked at the disk and the first one has the lock.
+            ranks.agree(listed_pictures=listed.digest, base=(fingerprint, text), settings=sizes)
+            if ranks.first and TEXT not in store.done:
+                captions = list(listed.captions)
+                store.save(TEXT, _encode_captions(base, captions, settings.batch), captions=len(captions))
+            total = sum(len(_batches(shards[name], settings.batch)) for name in own)
+            for name, rows in _encode_shards(base, data, settings, listed, missing, total, ranks):
+                store.save_shard(name, rows, made_of[name])
+            ranks.wait()
+            if ranks.first:
+                store.gather([*shards, TEXT])
+                _finish(base, listed, shards, store, out, rollouts)
+            ranks.wait()
+        if ranks.first:
+            checkpoint.discard(work)
+
+
+def _finish(
+    base: LoadedBase,
+    listed: _List,
+    shards: dict[str, range],
+    store: Store,
+    out: Path,
+    rollouts: config.Rollouts | None,
+) -> None:
+    """Writes what people read and the manifest, and puts the finished files in place."""
+    names = [*([ROWS] if store.place else shards), TEXT, MANIFEST]
+    if store.place:
+        store.save(ROWS, store.small_rows(shards))
+    for number, rows in enumerate(shards.values()):
+        told = (json.dumps({"key": r.key, "caption": r.caption}) + "\n" for r in listed.read(rows))
+        names.append(f"captions-{number:05d}.jsonl")
+        (store.files / names[-1]).write_text("".join(told), encoding="utf-8")
+    manifest = {
+        "version": VERSION,
+        "model": base.name,
+        "kind": base.kind,
+        "pictures": len(listed),
+        "captions": len(listed.captions),
+        "latent_shape": list(base.latent_shape),
+        "resolution": base.resolution,
+        "fingerprint": store.fingerprint,
+        "shards": [store.done[name] for name in shards],
+        "text": store.done[TEXT],
+    } | ({"rollouts": rollouts.model_dump()} if rollouts else {})
+    if store.place:
+        manifest |= {"at": store.place, "rows": store.done[ROWS]}
+    write_json(store.files / MANIFEST, manifest)
+    with atomic_folder(out) as folder:
+        for name in names:  # and not what a killed process left half written
+            link(store.files / name, folder / name)
+
+
+def _take_over(out: Path, store: Store, made_of: dict[str, str]) -> None:
+    """Takes the shards of the cache in `out` that are made of the very same, as all are that come before new ones."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return
+    if (manifest.get("version"), manifest.get("fingerprint")) != (VERSION, store.fingerprint):
+        return
+    if manifest.get("at") != store.place:
+        return
+    start = 0
+    for entry in manifest["shards"]:
+        rows = range(start, start := start + entry["pictures"])
+        if entry["name"] not in store.done and made_of.get(entry["name"]) == entry.get("made_of"):
+            store.adopt(out, entry, rows)
+
+
+class _List:
+    """The list of pictures that `prepare` wrote, read where it is wanted: millions would fill every process's memory.
+
+    captions: the distinct captions and their numbers, in the order of the pictures.
+    digest: SHA-256 of the list.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError where this is no list of pictures, or an empty one."""
+        self._path = path
+        self._places = array("Q")  # in the file, of each picture
+        self.captions: dict[str, int] = {}
+        digest, place = hashlib.sha256(), 0
+        try:
+            with path.open("rb") as file:
+                for line in file:
+                    self.captions.setdefault(Record(**json.loads(line)).caption, len(self.captions))
+                    self._places.append(place)
+                    digest.update(line)
+                    place += len(line)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such list of pictures; run `lcmlora prepare`") from None
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: not a list of pictures ({error}); run `lcmlora prepare`") from None
+        if not self._places:
+            raise UserError(f"{path}: lists no pictures; run `lcmlora prepare`")
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def digest_of(self, rows: range, text: str) -> str:
+        """Returns a SHA-256 over what a shard of these rows is made of, but for what makes latents.
+
+        Args:
+            text: a digest of the text encoders, by whose embeddings the rows are numbered.
+        """
+        told = hashlib.sha256(text.encode())
+        for record in self.read(rows):
+            told.update(f"{record.sha256} {self.captions[record.caption]} {record.caption}\n".encode())
+        return told.hexdigest()
+
+    def read(self, rows: range) -> list[Record]:
+        with self._path.open("rb") as file:
+            file.seek(self._places[rows.start])
+            return [Record(**json.loads(line)) for line in islice(file, len(rows))]
+
+
+def _plan(pictures: int, row_bytes: int, settings: config.Encode, most: int | None = None) -> dict[str, range]:
+    """Returns the rows of each shard by its name, at most so many."""
+    rows = max(1, (settings.shard_mb * _MB - _HEADER_BYTES) // row_bytes)
+    rows = min(rows, most or rows)
+    if rows > settings.batch:
+        rows -= rows % settings.batch  # no short batch but the last
+    starts = range(0, pictures, rows)
+    return {f"shard-{i:05d}.safetensors": range(a, min(a + rows, pictures)) for i, a in enumerate(starts)}
+
+
+def _batches(rows: range, size: int) -> list[range]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _fingerprint(base: LoadedBase, *parts: str, **also: object) -> str:
+    """Returns a SHA-256 over these folders of the base and what else decides what comes out of them."""
+    folders = sorted(folder for part in parts for folder in base.folder.glob(part))
+    return config.digest({folder.name: sha256_folder(folder) for folder in folders} | also)
+
+
+def _latents_fingerprint(base: LoadedBase, rollouts: config.Rollouts | None, text: str) -> str:
+    """Returns a SHA-256 over what makes the latents.
+
+    Args:
+        text: that of the text encoders, which has a part in what the teacher draws.
+    """
+    if rollouts is None:
+        vae = {"scaling": base.latent_scale, "dtype": str(base.vae.dtype), "resize": RESIZE_FILTER}
+        return _fingerprint(base, "vae", **vae)
+    drawn = {"dtype": str(base.dtype), "text": text, "rollouts": rollouts.model_dump()}
+    return _fingerprint(base, "unet", "scheduler", **drawn)
+
+
+def _text_bytes(base: LoadedBase, captions: Sized, limit_mb: int) -> int:
+    """Returns the size of the embeddings. Raises UserError where it is over the limit."""
+    row = sum(value.numel() for value in base.unconditional().values()) * _text_dtype(base).itemsize
+    size = row * (len(captions) + 1)
+    if size > limit_mb * _MB:
+        raise UserError(
+            f"encode.text_cache_mb: the embeddings of {len(captions)} captions take {size / _MB:.1f} MB and "
+            f"{limit_mb} MB are allowed; raise it, or use fewer distinct captions"
+        )
+    return size
+
+
+@contextmanager
+def _room(folder: Path, needed: int) -> Iterator[None]:
+    """Says what is missing where the disk has not the room, or has it no longer."""
+
+    def full(where: Path) -> UserError:
+        return UserError(
+            f"{where}: no disk space: the latent cache needs {needed} bytes more in {folder} and "
+            f"{shutil.disk_usage(folder).free} are free; make room and run it again, finished shards are kept"
+        )
+
+    if needed > shutil.disk_usage(folder).free:
+        raise full(folder)
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise full(error.filename or folder) from error
+
+
+# --- text -------------------------------------------------------------------------------------------------------
+
+
+def _text_dtype(base: LoadedBase) -> torch.dtype:
+    return torch.float32 if base.dtype == torch.float32 else torch.float16
+
+
+def _encode_captions(base: LoadedBase, captions: list[str], size: int) -> Tensors:
+    def stored(conditioning: Conditioning) -> Tensors:
+        return {name: value.to("cpu", _text_dtype(base)) for name, value in conditioning.items()}
+
+    batches = [captions[rows.start : rows.stop] for rows in _batches(range(len(captions)), size)]
+    encoded = [stored(base.encode_text(batch)) for batch in track(batches, "encode captions", unit=size)]
+    tensors = {name: torch.cat([rows[name] for rows in encoded]) for name in encoded[0]}
+    for name, value in tensors.items():
+        finite = value.flatten(1).isfinite().all(1)
+        if not finite.all():
+            raise UserError(
+                f"{name} of caption {captions[int(finite.int().argmin())]!r} is not finite; is {base.folder} whole?"
+            )
+    return tensors | {UNCONDITIONAL + name: value for name, value in stored(base.unconditional()).items()}
+
+
+# --- latents ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _encoder(
+    base: LoadedBase, data: config.Data, settings: config.Encode, wanted: Iterable[Record]
+) -> Iterator[Callable[[list[Record]], Tensors]]:
+    """Gives what makes the latents of a batch of records, all of which come in the order of `wanted`."""
+    if data.source == "prompts":
+        yield RolloutEncoder(base, settings.rollouts)
+        return
+    with picture_encoder(base, data, wanted, settings.batch) as encoder:
+        yield encoder
+
+
+def _encode_shards(
+    base: LoadedBase,
+    data: config.Data,
+    settings: config.Encode,
+    listed: _List,
+    shards: dict[str, range],
+    total: int,
+    ranks: Ranks,
+) -> Iterator[tuple[str, Tensors]]:
+    """Yields name and tensors of each of `shards`.
+
+    Args:
+        total: batches of this process, for the progress; those of an earlier run, too.
+    """
+    batches = [(name, batch) for name, rows in shards.items() for batch in _batches(rows, settings.batch)]
+    wanted = (record for _, batch in batches for record in listed.read(batch))
+    parts: list[Tensors] = []
+    done, unit = total - len(batches), settings.batch * ranks.size
+    label = "draw rollouts" if data.source == "prompts" else "encode pictures"
+    progress = track(batches, label, total=total, completed=done, unit=unit, quiet=not ranks.first)
+    with _encoder(base, data, settings, wanted) as encoded:
+        for name, batch in progress:
+            mine = listed.read(batch)
+            tensors = encoded(mine)
+            tensors["key"] = torch.tensor([list(bytes.fromhex(r.sha256)[:16]) for r in mine], dtype=torch.uint8)
+            tensors["text_row"] = torch.tensor([listed.captions[r.caption] for r in mine], dtype=torch.int32)
+            parts.append(tensors)
+            if batch.stop == shards[name].stop:
+                yield name, {key: torch.cat([part[key] for part in parts]) for key in tensors}
+                parts = []

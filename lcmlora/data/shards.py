@@ -1,0 +1,199 @@
+"""Shards of a latent cache that lie in a bucket, brought to this disk as training comes to need them.
+
+The plan (plan.py) says which shards a step reads and which come next, so nothing is guessed: what is read now is there,
+what comes next is on its way, and what goes is what is needed last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lcmlora.data.plan import Load, Plan
+from lcmlora.data.remote import Files
+from lcmlora.errors import Unavailable, UserError
+from lcmlora.files import sha256_file
+
+PATIENCE = 600.0  # seconds for which a bucket that does not answer is asked again
+
+_PIECE = 8 << 20  # bytes that are asked for at once
+_AT_ONCE = 4  # shards on their way
+_DTYPES = {"F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "U8": torch.uint8}
+
+T = TypeVar("T")
+
+
+def object_name(entry: dict[str, Any]) -> str:
+    """Returns the name of a shard in the bucket: by its contents, so that none is ever overwritten."""
+    return f"{entry['sha256']}.safetensors"
+
+
+class Shards:
+    """The shards of one cache, in a folder that holds at most `budget` bytes of them."""
+
+    def __init__(
+        self, files: Files, entries: Sequence[dict[str, Any]], folder: Path, budget: int, patience: float = PATIENCE
+    ) -> None:
+        """Args:
+        entries: of the manifest: bytes, sha256 and number of pictures.
+        folder: may be shared with other processes of this machine; finished shards in it are used.
+        patience: seconds for which a bucket that does not answer is asked again.
+        """
+        self._files, self._entries, self._folder = files, entries, folder
+        self._budget, self._patience = budget, patience
+        self._plan: Plan | None = None
+        self._loads: dict[int, list[Load]] = {}
+        self._until = -1  # the step before which nothing changes
+        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="shards")
+        self._coming: dict[int, Future[Path]] = {}
+        self._open: dict[int, dict[str, Tensor]] = {}
+        self._headers: dict[int, tuple[int, dict[str, Any]]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def follow(self, plan: Plan, batch: int, window: int) -> None:
+        """Prepares for a run by this plan over these shards.
+
+        Raises:
+            UserError: the budget has not the room for a window; with what is needed.
+        """
+        needed = self._needed(window // batch * batch)
+        if needed > self._budget:
+            raise UserError(
+                f"shard_cache_gb: {self._budget / 1e9:.3g} is not enough for what is mixed at a time: {window} "
+                f"pictures (distill.window) may lie in {needed / 1e9:.3g} GB of shards, and twice that lets the next "
+                f"ones come ahead; raise it to {needed / 1e9:.3g} at least, or lower the window"
+            )
+        self._plan, self._loads, self._until = plan, {}, -1
+
+    def reach(self, step: int) -> None:
+        """Says that the run is at this step: what it reads stays or comes, then what comes next, then all else goes.
+
+        Raises:
+            UserError: a shard is missing or damaged.
+            Unavailable: the bucket did not answer for too long.
+        """
+        if self._plan is None or step < self._until:
+            return
+        epoch = step // self._plan.steps
+        self._loads = {n: self._loads.get(n) or self._plan.loads(n) for n in (epoch, epoch + 1)}
+        loads = [load for of_epoch in self._loads.values() for load in of_epoch]
+        live = [load for load in loads if load.first <= step <= load.last]
+        following = [load for load in loads if load.first > step]
+        self._until = min([load.last + 1 for load in live] + [load.first for load in following[:1]])
+        kept: dict[int, None] = {}
+        size = 0
+        for load in live + following:
+            fresh = [int(n) for n in load.shards if int(n) not in kept]
+            size += sum(self._entries[n]["bytes"] for n in fresh)
+            if kept and size > self._budget:
+                break
+            kept |= dict.fromkeys(fresh)
+        self._leave([n for n in {*self._open, *self._coming} if n not in kept])
+        for number in kept:
+            if number not in self._coming:
+                self._coming[number] = self._pool.submit(self._fetch, number)
+        for load in live:
+            for number in map(int, load.shards):
+                self._opened(number)
+
+    def rows(self, number: int, name: str, rows: Tensor) -> Tensor:
+        """Returns rows (N,) of a tensor of a shard: of the disk where it is there, else of the bucket, row by row."""
+        if number in self._coming and self._coming[number].done():
+            return self._opened(number)[name].index_select(0, rows)
+        return torch.stack([self._far(number, name, int(row)) for row in rows])
+
+    def _needed(self, window: int) -> int:
+        """Returns the bytes of the shards under a window, wherever it lies and in whichever order they come."""
+        sizes = sorted(entry["pictures"] for entry in self._entries)
+        inside = count = 0
+        while count < len(sizes) and inside + sizes[count] <= window - 2:
+            inside += sizes[count]
+            count += 1
+        largest = max(entry["bytes"] for entry in self._entries)
+        return min((count + 2) * largest, sum(entry["bytes"] for entry in self._entries))
+
+    def _path(self, number: int) -> Path:
+        return self._folder / object_name(self._entries[number])
+
+    def _opened(self, number: int) -> dict[str, Tensor]:
+        if number not in self._open:
+            self._open[number] = load_file(self._coming[number].result())
+        return self._open[number]
+
+    def _leave(self, numbers: list[int]) -> None:
+        for number in numbers:
+            future = self._coming.pop(number, None)
+            if future is not None and not future.cancel():
+                with contextlib.suppress(UserError):
+                    future.result()
+            self._open.pop(number, None)
+            self._path(number).unlink(missing_ok=True)
+
+    # In the threads of the pool:
+
+    def _fetch(self, number: int) -> Path:
+        entry, path = self._entries[number], self._path(number)
+        if path.is_file() and path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]:
+            return path
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        digest = hashlib.sha256()
+        try:
+            with part.open("wb") as file:
+                for start in range(0, entry["bytes"], _PIECE):
+                    length = min(_PIECE, entry["bytes"] - start)
+                    piece = self._patiently(partial(self._piece, number, start, length))
+                    digest.update(piece)
+                    file.write(piece)
+            if digest.hexdigest() != entry["sha256"]:
+                raise UserError(f"{path.name}: is damaged in the bucket: its SHA-256 is {digest.hexdigest()[:12]}...")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        return path
+
+    def _piece(self, number: int, start: int, length: int) -> bytes:
+        name = object_name(self._entries[number])
+        content = self._files.read(name, start, length)
+        if len(content) < length:
+            raise Unavailable(f"{name}: {len(content)} bytes came where {length} were asked for")
+        return content
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        until, pause = time.monotonic() + self._patience, 1.0
+        while True:
+            try:
+                return call()
+            except Unavailable as error:
+                if time.monotonic() + pause > until:
+                    raise
+                if pause == 1.0:
+                    print(f"{error}; asking again for {self._patience:.0f} s", file=sys.stderr, flush=True)
+                time.sleep(pause)
+                pause = min(2 * pause, 15.0)
+
+    def _far(self, number: int, name: str, row: int) -> Tensor:
+        """Returns a row out of the bucket."""
+        if number not in self._headers:
+            size = int.from_bytes(self._patiently(lambda: self._piece(number, 0, 8)), "little")
+            self._headers[number] = 8 + size, json.loads(self._patiently(lambda: self._piece(number, 8, size)))
+        begin, header = self._headers[number]
+        told = header[name]
+        dtype, shape = _DTYPES[told["dtype"]], told["shape"][1:]
+        stride = math.prod(shape) * dtype.itemsize
+        start = begin + told["data_offsets"][0] + row * stride
+        content = bytearray(self._patiently(lambda: self._piece(number, start, stride)))
+        return torch.frombuffer(content, dtype=dtype).view(shape)
