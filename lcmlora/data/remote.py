@@ -98,7 +98,8 @@ class Files:
     def put(self, path: Path, name: str) -> None:
         """Uploads a file of this machine. Raises as `list` does."""
         with self._told():
-            self._system.makedirs(self._root, exist_ok=True)
+            if "file" in self._system.protocol:  # a bucket has no folders
+                self._system.makedirs(self._root, exist_ok=True)
             self._system.put_file(str(path), f"{self._root}/{name}")
 
     def _exists(self) -> bool:

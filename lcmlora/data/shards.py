@@ -12,11 +12,13 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -58,11 +60,13 @@ class Shards:
         self._plan: Plan | None = None
         self._loads: dict[int, list[Load]] = {}
         self._until = -1  # the step before which nothing changes
-        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="shards")
+        self._wanted: SimpleQueue[tuple[int, Future[Path]]] = SimpleQueue()
         self._coming: dict[int, Future[Path]] = {}
         self._open: dict[int, dict[str, Tensor]] = {}
         self._headers: dict[int, tuple[int, dict[str, Any]]] = {}
         folder.mkdir(parents=True, exist_ok=True)
+        for _ in range(_AT_ONCE):  # daemons, or a process that ends would wait for a bucket that does not answer
+            threading.Thread(target=self._work, daemon=True).start()
 
     def follow(self, plan: Plan, batch: int, window: int) -> None:
         """Prepares for a run by this plan over these shards.
@@ -105,7 +109,8 @@ class Shards:
         self._leave([n for n in {*self._open, *self._coming} if n not in kept])
         for number in kept:
             if number not in self._coming:
-                self._coming[number] = self._pool.submit(self._fetch, number)
+                self._coming[number] = Future()
+                self._wanted.put((number, self._coming[number]))
         for load in live:
             for number in map(int, load.shards):
                 self._opened(number)
@@ -143,7 +148,15 @@ class Shards:
             self._open.pop(number, None)
             self._path(number).unlink(missing_ok=True)
 
-    # In the threads of the pool:
+    def _work(self) -> None:
+        while True:
+            number, future = self._wanted.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self._fetch(number))
+            except Exception as error:
+                future.set_exception(error)
 
     def _fetch(self, number: int) -> Path:
         entry, path = self._entries[number], self._path(number)

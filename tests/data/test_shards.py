@@ -1,0 +1,217 @@
+"""Caches that grow, and caches whose shards lie elsewhere and come to this disk as training needs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lcmlora.batches import Batches
+from lcmlora.config import Encode
+from lcmlora.data.cache import LatentCache
+from lcmlora.data.encode import encode
+from lcmlora.data.prepare import prepare
+from lcmlora.data.remote import Files
+from lcmlora.data.shards import Shards
+from lcmlora.data.sources import find, write_records
+from lcmlora.errors import Unavailable, UserError
+from tests.data.conftest import add, data_in, picture
+from tests.data.test_cache import count_batches, tree
+from tests.distillation import CPU, SETTINGS, load_parts
+
+SIDE = 128  # pixels; the latent is 4 x 64 x 64, and 1 MB holds 15 of them
+PICTURES = 150
+
+
+def fill(base_folder: Path, work: Path, count: int, *, shards: str | None = None, out: str = "latents") -> Any:
+    """Encodes so many pictures of `work`/in and returns the sizes of the VAE's batches."""
+    for number in range(count):
+        if not (work / "in" / f"{number:03d}.png").exists():
+            add(work / "in", f"{number:03d}.png", f"subject {number % 9}", picture(number))
+    data = data_in(work / "in")
+    write_records(work / "pictures" / "train.jsonl", find(data)[0])
+    base = load_parts(base_folder, "vae", "text")
+    base.resolution = SIDE
+    sizes = count_batches(base)
+    settings = Encode(batch=5, shard_mb=1, shards=shards)
+    encode(base, data, settings, work / "pictures", work / "scratch", work / out)
+    return sizes
+
+
+@pytest.fixture(scope="module")
+def places(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """The same cache whole, and with its shards elsewhere; and where they are."""
+    work = tmp_path_factory.mktemp("places")
+    fill(base_folder, work, PICTURES)
+    fill(base_folder, work, PICTURES, shards=str(work / "bucket"), out="far")
+    return work / "latents", work / "far", work / "bucket" / "mini"
+
+
+def stream(cache: LatentCache, window: int = 30) -> Batches:
+    settings = SETTINGS.model_copy(update={"window": window, "batch": 5})
+    return Batches(cache, torch.arange(len(cache)), settings, CPU, grid=50)
+
+
+def far(places: tuple[Path, Path, Path], folder: Path, megabytes: float) -> LatentCache:
+    return LatentCache(places[1], shards=folder, budget=int(megabytes * (1 << 20)))
+
+
+# --- growth
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_list_that_grew_has_its_new_shards_encoded_alone(base_folder: Path, tmp_path: Path, elsewhere: bool) -> None:
+    shards = str(tmp_path / "bucket") if elsewhere else None
+    assert sum(fill(base_folder, tmp_path, 40, shards=shards)) == 40
+    before = tree(tmp_path / "latents")
+    assert sum(fill(base_folder, tmp_path, 40, shards=shards)) == 0
+    assert tree(tmp_path / "latents") == before
+    assert sum(fill(base_folder, tmp_path, 60, shards=shards)) == 30  # of the third shard on, which had 10 pictures
+    grown = tree(tmp_path / "latents")
+    fresh = tmp_path / "fresh"
+    (tmp_path / "in").rename(fresh / "in") if fresh.mkdir() is None else None
+    fill(base_folder, fresh, 60, shards=shards and str(fresh / "bucket"))
+    whole = tree(fresh / "latents")
+    for name in grown.keys() - {"manifest.json"}:
+        assert grown[name] == whole[name]
+    one, other = (json.loads(files["manifest.json"]) for files in (grown, whole))
+    assert one["shards"] == other["shards"] and one["fingerprint"] == other["fingerprint"]
+
+
+def test_a_picture_that_changed_has_its_shard_encoded_again_and_a_damaged_shard_too(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    fill(base_folder, tmp_path, 45)
+    add(tmp_path / "in", "020.png", "subject 2", picture(500))
+    assert sum(fill(base_folder, tmp_path, 45)) == 15
+    shard = tmp_path / "latents" / "shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert sum(fill(base_folder, tmp_path, 45)) == 15
+    LatentCache(tmp_path / "latents").verify()
+
+
+def test_a_new_caption_before_the_others_changes_all_rows_of_text(base_folder: Path, tmp_path: Path) -> None:
+    fill(base_folder, tmp_path, 45)
+    add(tmp_path / "in", "000.png", "another subject", picture(0))
+    assert sum(fill(base_folder, tmp_path, 45)) == 45
+
+
+# --- elsewhere
+
+
+def test_the_stream_from_elsewhere_is_that_of_the_whole_cache_within_the_budget(
+    places: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    assert sorted(p.name for p in places[1].iterdir() if "captions" not in p.name) == [
+        "manifest.json", "rows.safetensors", "text.safetensors",
+    ]  # fmt: skip
+    here, there = stream(LatentCache(places[0])), stream(far(places, tmp_path / "disk", 4.2))
+    for step in range(40):
+        one, other = here.draw(step), there.draw(step)
+        assert torch.equal(one.z, other.z) and torch.equal(one.index, other.index)
+        for name, value in one.conditioning.items():
+            assert torch.equal(value, other.conditioning[name])
+        held = sum(p.stat().st_size for p in (tmp_path / "disk").iterdir())
+        assert held <= 4.2 * (1 << 20)
+
+
+def test_each_shard_comes_once_in_an_epoch_and_before_it_is_needed(
+    places: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came: list[str] = []
+    real = Files.read
+    monkeypatch.setattr(Files, "read", lambda self, *piece: came.append(piece[0]) or real(self, *piece))
+    cache = far(places, tmp_path, 4.2)
+    batches = stream(cache)
+    steps = PICTURES // 5
+    for step in range(3 * steps):
+        batches.draw(step)
+    # Ten shards in three epochs. Those under the edge of two windows come once, as the budget has room for four, and
+    # so do those in which an epoch ends and the next one begins.
+    assert 20 <= len(came) <= 33
+
+
+def test_a_run_goes_on_from_any_step(places: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    here, there = stream(LatentCache(places[0])), stream(far(places, tmp_path, 4.2))
+    for step in (17, 18, 33, 2):
+        assert torch.equal(here.draw(step).z, there.draw(step).z)
+
+
+def test_rows_that_no_step_reads_come_one_by_one(
+    places: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    real = Files.read
+    monkeypatch.setattr(Files, "read", lambda self, name, a, n: sizes.append(n) or real(self, name, a, n))
+    rows = torch.tensor([3, 70, 31])
+    mean, logvar = far(places, tmp_path, 4.2).latents(rows)
+    expected = LatentCache(places[0]).latents(rows)
+    assert torch.equal(mean, expected[0]) and torch.equal(logvar, expected[1])
+    assert max(sizes) == 4 * 64 * 64 * 2
+
+
+def test_a_budget_below_a_window_is_refused_with_the_number_that_is_needed(
+    places: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    message = r"0\.0021 is not enough.*30 pictures \(distill\.window\) may lie in 0\.00295 GB.* raise it to 0\.00295"
+    with pytest.raises(UserError, match=message):
+        stream(far(places, tmp_path, 2)).draw(0)
+    stream(far(places, tmp_path, 2), window=5).draw(0)
+
+
+def test_a_bucket_that_does_not_answer_for_a_while_is_asked_again_and_not_for_ever(
+    places: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    real, silent = Files.read, [3]
+
+    def read(self: Files, *piece: Any) -> bytes:
+        if silent[0]:
+            silent[0] -= 1
+            raise Unavailable("no answer")
+        return real(self, *piece)
+
+    monkeypatch.setattr(Files, "read", read)
+    expected = stream(LatentCache(places[0])).draw(0)
+    assert torch.equal(stream(far(places, tmp_path / "a", 4.2)).draw(0).z, expected.z)
+    assert "no answer; asking again for 600 s" in capfd.readouterr().err
+    silent[0] = 1 << 30
+    cache = far(places, tmp_path / "b", 4.2)
+    assert cache._far is not None
+    cache._far._patience = 2.0
+    with pytest.raises(Unavailable, match="no answer"):
+        stream(cache).draw(0)
+
+
+def test_a_shard_that_is_damaged_there_is_refused_and_one_that_is_damaged_here_comes_again(
+    places: tuple[Path, Path, Path], tmp_path: Path, base_folder: Path
+) -> None:
+    batches = stream(far(places, tmp_path / "disk", 4.2))
+    expected = batches.draw(0).z
+    one = next((tmp_path / "disk").glob("*.safetensors"))
+    content = bytearray(one.read_bytes())
+    content[-1] ^= 1
+    one.write_bytes(content)
+    assert torch.equal(stream(far(places, tmp_path / "disk", 4.2)).draw(0).z, expected)
+    manifest = json.loads((places[1] / "manifest.json").read_text())
+    entries = [entry | {"sha256": "0" * 64} for entry in manifest["shards"]]
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    (bucket / f"{'0' * 64}.safetensors").write_bytes(bytes(max(entry["bytes"] for entry in entries)))
+    damaged = Shards(Files(str(bucket)), entries, tmp_path / "other", 1 << 30)
+    with pytest.raises(UserError, match="is damaged in the bucket"):
+        damaged._fetch(0)
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_prepared_pictures_of_a_growing_folder_keep_their_order(tmp_path: Path) -> None:
+    for count in (20, 30):
+        for number in range(count):
+            add(tmp_path / "in", f"{number:03d}.png", f"subject {number}", picture(number))
+        prepare(data_in(tmp_path / "in"), 4, tmp_path / str(count))
+    few, many = ((tmp_path / n / "train.jsonl").read_text().splitlines() for n in ("20", "30"))
+    assert many[: len(few)] == few and len(many) > len(few)
