@@ -260,6 +260,12 @@ class LoadedBase:
         return (self.vae_config["latent_channels"], side, side)
 
     @property
+    def size_unit(self) -> int:
+        """What the sides of a picture must be multiples of, in pixels: the VAE and the UNet halve them so often."""
+        unet = _read_json(self.folder / "unet" / "config.json")["block_out_channels"]
+        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1 + len(unet) - 1))
+
+    @property
     def latent_scale(self) -> float:
         return float(self.vae_config.get("scaling_factor", 0.18215))
 

@@ -57,6 +57,12 @@ def split(cache: LatentCache, settings: Training) -> tuple[Tensor, Tensor]:
     return torch.nonzero(~held).flatten(), torch.nonzero(held).flatten()
 
 
+def chunks(cache: LatentCache, rows: Tensor, size: int) -> list[Tensor]:
+    """Returns the rows (N,) in parts of at most `size`, each of one bucket."""
+    bucket = cache.bucket(rows)
+    return [part for number in bucket.unique() for part in rows[bucket == number].split(size)]
+
+
 class Batches:
     """The stream of samples over these rows of the cache, and this process's part of every step."""
 
@@ -120,7 +126,8 @@ class Batches:
     @cached_property
     def _plan(self) -> Plan:
         s = self._settings
-        plan = Plan(s.seed, [Shard(0, n) for n in self._counts.tolist()], s.batch, window=s.window)
+        shards = [Shard(self._cache.bucket_of_shard(i), n) for i, n in enumerate(self._counts.tolist())]
+        plan = Plan(s.seed, shards, s.batch, window=s.window)
         self._cache.follow(plan, s.batch, s.window)
         return plan
 

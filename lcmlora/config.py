@@ -104,6 +104,8 @@ class Encode(Strict):
     rollouts: Rollouts = Rollouts()  # of source prompts
     shard_mb: Positive = 256
     shards: str | None = None  # s3://bucket/prefix that takes the shards; without it the cache has them itself
+    aspect_buckets: bool = False  # pictures are cropped to a shape close to their own, not to the square
+    bucket_pictures: Positive = 64  # a shape with fewer gives them to its neighbour
     text_cache_mb: Positive = 2000  # of distinct captions; more is refused
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -515,6 +517,12 @@ def load(path: Path = Path("params.yaml")) -> Config:
     for model in config.bases:  # overrides are checked here, not hours later
         config.encode_for(model), config.launch_for(model), config.evaluation_for(model)
     for model in config.models:
+        encoding, batch = config.encode_for(model), config.distill_for(model).batch
+        if encoding.aspect_buckets and encoding.bucket_pictures < 2 * batch:
+            raise UserError(
+                f"{model}: encode.bucket_pictures: {encoding.bucket_pictures} is less than two batches (distill.batch "
+                f"{batch}); pictures of a shape that do not fill a batch are never seen"
+            )
         rollouts = config.encode_for(model).rollouts if config.data.source == "prompts" else None
         check_trajectory(config.distill_for(model), rollouts, f"{model}: ")
     for name in config.styles:

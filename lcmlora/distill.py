@@ -166,6 +166,8 @@ def distill(
             f"distill.batch: {settings.batch} is more than the {len(rows)} pictures of the cache that are left beside "
             f"{len(held)} for validation"
         )
+    if teacher_cache and len(cache.buckets) > 1:
+        raise UserError("teacher_cache_gb: keeps what is said of one shape, and the pictures have several; set it to 0")
     unconditional = cache.unconditional()
     batches = samples(cache, rows, settings, base.device, ranks)
     probe = _probe(base, batches.at(range(-2, 0), rows[:1].expand(2)))

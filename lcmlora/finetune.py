@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lcmlora import diffusion, lora
 from lcmlora.bases import LoadedBase, unet_forward, write
-from lcmlora.batches import Batch, Batches, split
+from lcmlora.batches import Batch, Batches, chunks, split
 from lcmlora.config import Tuning
 from lcmlora.data.cache import LatentCache
 from lcmlora.errors import UserError
@@ -49,15 +49,13 @@ class Denoising:
 class _Held:
     """The same loss on pictures kept from training, at fixed noise and timesteps."""
 
-    def __init__(self, lesson: Denoising, batches: Batches, rows: Tensor, size: int) -> None:
+    def __init__(self, lesson: Denoising, cache: LatentCache, batches: Batches, rows: Tensor, size: int) -> None:
         self._lesson = lesson
-        every = rows.repeat(_LOOKS)
-        starts = range(0, len(every), size)
-        # Places before the stream's beginning: none of them is trained on.
-        self._batches = [
-            batches.at(range(-len(every) + i, -len(every) + i + len(part)), part)
-            for i, part in ((start, every[start : start + size]) for start in starts)
-        ]
+        self._batches: list[Batch] = []
+        place = -_LOOKS * len(rows)  # before the stream's beginning: none of these places is trained on
+        for part in chunks(cache, rows.repeat(_LOOKS), size):
+            self._batches.append(batches.at(range(place, place + len(part)), part))
+            place += len(part)
 
     @torch.no_grad()
     def look(self, step: int, logger: Logger) -> float:
@@ -110,7 +108,7 @@ def tune(
         lesson,
         optimization,
         batches,
-        lambda: _Held(lesson, Batches(cache, held, plain, base.device, grid=timesteps), held, batches.size),
+        lambda: _Held(lesson, cache, Batches(cache, held, plain, base.device, grid=timesteps), held, batches.size),
         settings,
         scratch,
         check=check.student,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lcmlora import diffusion, sampling
-from lcmlora.batches import Batch, Batches
+from lcmlora.batches import Batch, Batches, chunks
 from lcmlora.config import Distill
 from lcmlora.data.cache import LatentCache
 from lcmlora.errors import UserError
@@ -67,7 +67,8 @@ class Validation:
         base, objective = distillation.base, distillation.objective
         upper, _ = diffusion.ddim_grid(len(base.alphas_cumprod), settings.grid)
         starts = diffusion.student_timesteps(len(base.alphas_cumprod), settings.grid, min(STEPS, settings.grid))
-        groups = [(int((upper == t).nonzero()), rows[i : i + size]) for t in starts for i in range(0, len(rows), size)]
+        parts = chunks(cache, rows, size)
+        groups = [(int((upper == t).nonzero()), part) for t in starts for part in parts]
         self._jumps = [
             self._draw_up(batches, index, part, objective) for index, part in track(groups, "validation targets")
         ]
@@ -129,7 +130,7 @@ class Validation:
         latents = sampling.sample(
             d.base,
             conditioning,
-            sampling.initial_noise(d.base.latent_shape, settings.seed, shown),
+            sampling.initial_noise(batch.z.shape[1:], settings.seed, shown),
             method=sampling.STUDENT,
             steps=min(STEPS, settings.grid),
             seed=settings.seed,

@@ -10,6 +10,8 @@ A cache is a folder:
     rows.safetensors           all that is in them but latents and states
     text.safetensors           embeddings of the distinct captions, `text_row` numbers them; `unconditional.*` one row
     captions-00000.jsonl       key and caption of each row of the shard, for people
+A shard has latents of one shape. With aspect buckets the manifest has the `buckets` (height and width in pixels) and
+which one each shard is of.
 """
 
 from __future__ import annotations
@@ -83,6 +85,10 @@ class LatentCache:
         told = self.manifest.get("rollouts")
         self.rollouts = None if told is None else config.Rollouts(**told)  # how the teacher drew what is in it
         entries = self.manifest["shards"]
+        side = self.manifest["resolution"]
+        # Height and width in pixels of the shapes that there are, and which one each shard has.
+        self.buckets = [(high, wide) for high, wide in self.manifest.get("buckets", [(side, side)])]
+        self._bucket_of = torch.tensor([entry.get("bucket", 0) for entry in entries])
         self._latents: dict[str, list[Tensor]] = {}
         self._far: Shards | None = None
         if place := self.manifest.get("at"):
@@ -97,7 +103,7 @@ class LatentCache:
             lengths = torch.tensor([len(part) for part in self._latents["latent_mean"]])
         self._stops = lengths.cumsum(0)
         self._starts = self._stops - lengths
-        if self._latents and sum(entry["bytes"] for entry in entries) <= ram_bytes:
+        if self._latents and len(self.buckets) == 1 and sum(entry["bytes"] for entry in entries) <= ram_bytes:
             self._latents = {name: [torch.cat(parts)] for name, parts in self._latents.items()}
         text = self._open(self.manifest["text"])
         self._unconditional = {n.removeprefix(UNCONDITIONAL): v for n, v in text.items() if n.startswith(UNCONDITIONAL)}
@@ -120,8 +126,15 @@ class LatentCache:
         if self._far:
             self._far.reach(step)
 
+    def bucket(self, rows: Tensor) -> Tensor:
+        """Returns the number of the bucket of each row, (B,) int64."""
+        return self._bucket_of[self.shards(rows)]
+
+    def bucket_of_shard(self, number: int) -> int:
+        return int(self._bucket_of[number])
+
     def latents(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and log-variance (B, C, h, w) fp32 of the rows (B,) int64."""
+        """Returns mean and log-variance (B, C, h, w) fp32 of the rows (B,) int64, which are of one bucket."""
         return self._gather("latent_mean", rows), self._gather("latent_logvar", rows)
 
     def states(self, rows: Tensor, index: Tensor) -> Tensor:
@@ -139,7 +152,7 @@ class LatentCache:
         text_rows = self._small["text_row"][rows]
         conditioning = {name: value.index_select(0, text_rows).float() for name, value in self._text.items()}
         if self.manifest["kind"] == "sdxl":
-            target = torch.full((len(rows), 2), self.manifest["resolution"])
+            target = torch.tensor(self.buckets)[self.bucket(rows)]
             parts = [self._small["orig_size"][rows], self._small["crop_tl"][rows], target]
             conditioning["time_ids"] = torch.cat(parts, dim=1).float()
         return conditioning
@@ -181,8 +194,12 @@ class LatentCache:
     def _gather(self, name: str, rows: Tensor) -> Tensor:
         if len(self._latents.get(name, ())) == 1:
             return self._latents[name][0].index_select(0, rows).float()
-        picked = torch.empty(len(rows), *self.latent_shape)
         shard_of = self.shards(rows)
+        channels, side, _ = self.latent_shape
+        high, wide = (
+            pixels * side // self.manifest["resolution"] for pixels in self.buckets[self._bucket_of[shard_of[0]]]
+        )
+        picked = torch.empty(len(rows), channels, high, wide)
         for shard in set(shard_of.tolist()):
             mine = shard_of == shard
             local = rows[mine] - self._starts[shard]

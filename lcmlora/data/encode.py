@@ -5,6 +5,7 @@ What it makes is described in cache.py.
 
 from __future__ import annotations
 
+import bisect
 import errno
 import hashlib
 import json
@@ -12,13 +13,15 @@ import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from lcmlora import checkpoint, config
 from lcmlora.bases import Conditioning, LoadedBase
+from lcmlora.data import buckets
 from lcmlora.data.cache import MANIFEST, ROWS, TEXT, UNCONDITIONAL, VERSION, Tensors
 from lcmlora.data.posteriors import picture_encoder
 from lcmlora.data.rollouts import MOST, RolloutEncoder
@@ -65,14 +68,19 @@ def encode(
     rollouts = settings.rollouts if data.source == "prompts" else None
     tensors = 2 + (rollouts.steps + 1 if rollouts and rollouts.states else 0)
     row_bytes = 2 * tensors * channels * height * width + _ROW_BYTES
-    shards = _plan(len(listed), row_bytes, settings, most=MOST if rollouts else None)
+    if settings.aspect_buckets and not rollouts:
+        listed.sort(buckets.table(base.resolution, base.size_unit, data.max_aspect), settings.bucket_pictures)
+    else:
+        listed.sort([(base.resolution, base.resolution)], 1)
+    shards = _plan(listed, row_bytes, settings, most=MOST if rollouts else None)
     # Dealt out in turn, so that what a killed run has left to do is divided evenly as well.
     own = list(shards)[ranks.rank :: ranks.size]
     text = _fingerprint(base, "text_encoder*", "tokenizer*", dtype=str(base.dtype))
     fingerprint = _latents_fingerprint(base, rollouts, text)
     sizes = {"model": base.name, "resolution": base.resolution, "batch": settings.batch, "shard_mb": settings.shard_mb}
     place = f"{settings.shards.rstrip('/')}/{base.name}" if settings.shards else None
-    work = scratch / config.digest(listed.digest, fingerprint, text, sizes | ({"shards": place} if place else {}))[:16]
+    varied = sizes | {"shards": place, "shapes": listed.sizes}
+    work = scratch / config.digest(listed.digest, fingerprint, text, varied)[:16]
     with checkpoint.locked(work) if ranks.first else nullcontext():
         store = Store(work, fingerprint, own, place)
         made_of = {name: listed.digest_of(shards[name], text) for name in own}
@@ -82,7 +90,7 @@ def encode(
         text_bytes = _text_bytes(base, listed.captions, settings.text_cache_mb) if ranks.first else 0
         with _room(scratch, row_bytes * sum(map(len, left)) + text_bytes):
             # Nobody writes before all have looked at the disk and the first one has the lock.
-            ranks.agree(listed_pictures=listed.digest, base=(fingerprint, text), settings=sizes)
+            ranks.agree(listed_pictures=listed.digest, base=(fingerprint, text), settings=varied)
             if ranks.first and TEXT not in store.done:
                 captions = list(listed.captions)
                 store.save(TEXT, _encode_captions(base, captions, settings.batch), captions=len(captions))
@@ -114,7 +122,7 @@ def _finish(
         told = (json.dumps({"key": r.key, "caption": r.caption}) + "\n" for r in listed.read(rows))
         names.append(f"captions-{number:05d}.jsonl")
         (store.files / names[-1]).write_text("".join(told), encoding="utf-8")
-    manifest = {
+    manifest: dict[str, Any] = {
         "version": VERSION,
         "model": base.name,
         "kind": base.kind,
@@ -123,9 +131,13 @@ def _finish(
         "latent_shape": list(base.latent_shape),
         "resolution": base.resolution,
         "fingerprint": store.fingerprint,
-        "shards": [store.done[name] for name in shards],
+        "shards": [dict(store.done[name]) for name in shards],
         "text": store.done[TEXT],
     } | ({"rollouts": rollouts.model_dump()} if rollouts else {})
+    if len(listed.sizes) > 1:
+        manifest["buckets"] = [list(size) for size in listed.sizes]
+        for entry, rows in zip(manifest["shards"], shards.values(), strict=True):
+            entry["bucket"] = listed.bucket(rows.start)
     if store.place:
         manifest |= {"at": store.place, "rows": store.done[ROWS]}
     write_json(store.files / MANIFEST, manifest)
@@ -144,31 +156,40 @@ def _take_over(out: Path, store: Store, made_of: dict[str, str]) -> None:
         return
     if manifest.get("at") != store.place:
         return
-    start = 0
+    there, start = {}, 0
     for entry in manifest["shards"]:
-        rows = range(start, start := start + entry["pictures"])
-        if entry["name"] not in store.done and made_of.get(entry["name"]) == entry.get("made_of"):
-            store.adopt(out, entry, rows)
+        there[entry.get("made_of")] = entry, range(start, start + entry["pictures"])
+        start += entry["pictures"]
+    for name, digest in made_of.items():
+        if name not in store.done and digest in there:
+            store.adopt(out, *there[digest], name)
 
 
 class _List:
     """The list of pictures that `prepare` wrote, read where it is wanted: millions would fill every process's memory.
 
-    captions: the distinct captions and their numbers, in the order of the pictures.
+    captions: the distinct captions and their numbers, in the order of the list.
     digest: SHA-256 of the list.
+    sizes: shapes in which the pictures are wanted; rows of one stand together, and else in the order of the list.
     """
 
     def __init__(self, path: Path) -> None:
         """Raises UserError where this is no list of pictures, or an empty one."""
         self._path = path
         self._places = array("Q")  # in the file, of each picture
+        self._shapes: list[array[int]] = [array("I"), array("I")]  # widths and heights
+        self.sizes: list[buckets.Size] = []
+        self._starts = [0]  # of the rows of each size
         self.captions: dict[str, int] = {}
         digest, place = hashlib.sha256(), 0
         try:
             with path.open("rb") as file:
                 for line in file:
-                    self.captions.setdefault(Record(**json.loads(line)).caption, len(self.captions))
+                    record = Record(**json.loads(line))
+                    self.captions.setdefault(record.caption, len(self.captions))
                     self._places.append(place)
+                    self._shapes[0].append(record.width)
+                    self._shapes[1].append(record.height)
                     digest.update(line)
                     place += len(line)
         except FileNotFoundError:
@@ -182,31 +203,60 @@ class _List:
     def __len__(self) -> int:
         return len(self._places)
 
+    def sort(self, sizes: list[buckets.Size], least: int) -> None:
+        """Puts the pictures in the order of the shapes that they are cropped to, of these those that are needed.
+
+        Args:
+            least: pictures of a shape, where there are so many.
+        """
+        if len(sizes) == 1:
+            self.sizes = sizes
+            return
+        shapes = np.stack([np.asarray(sides) for sides in self._shapes], axis=1)
+        different, number, count = np.unique(shapes, axis=0, return_inverse=True, return_counts=True)
+        self.sizes = buckets.chosen(different, count, sizes, least)
+        near = buckets.nearest(different, self.sizes)[number]
+        self._places = array("Q", np.asarray(self._places)[np.argsort(near, kind="stable")].tolist())
+        counts = np.bincount(near, minlength=len(self.sizes))
+        self._starts = (counts.cumsum() - counts).tolist()
+
+    def bucket(self, row: int) -> int:
+        """Returns the number of the size of this row."""
+        return bisect.bisect_right(self._starts, row) - 1
+
+    def parts(self) -> list[range]:
+        """Returns the rows of each size."""
+        ends = [*self._starts[1:], len(self)]
+        return [range(start, end) for start, end in zip(self._starts, ends, strict=True)]
+
     def digest_of(self, rows: range, text: str) -> str:
         """Returns a SHA-256 over what a shard of these rows is made of, but for what makes latents.
 
         Args:
             text: a digest of the text encoders, by whose embeddings the rows are numbered.
         """
-        told = hashlib.sha256(text.encode())
+        told = hashlib.sha256(f"{text} {self.sizes[self.bucket(rows.start)]}\n".encode())
         for record in self.read(rows):
             told.update(f"{record.sha256} {self.captions[record.caption]} {record.caption}\n".encode())
         return told.hexdigest()
 
     def read(self, rows: range) -> list[Record]:
+        records = []
         with self._path.open("rb") as file:
-            file.seek(self._places[rows.start])
-            return [Record(**json.loads(line)) for line in islice(file, len(rows))]
+            for row in rows:
+                file.seek(self._places[row])
+                records.append(Record(**json.loads(file.readline())))
+        return records
 
 
-def _plan(pictures: int, row_bytes: int, settings: config.Encode, most: int | None = None) -> dict[str, range]:
-    """Returns the rows of each shard by its name, at most so many."""
+def _plan(listed: _List, row_bytes: int, settings: config.Encode, most: int | None = None) -> dict[str, range]:
+    """Returns the rows of each shard by its name, at most so many, and of one size."""
     rows = max(1, (settings.shard_mb * _MB - _HEADER_BYTES) // row_bytes)
     rows = min(rows, most or rows)
     if rows > settings.batch:
         rows -= rows % settings.batch  # no short batch but the last
-    starts = range(0, pictures, rows)
-    return {f"shard-{i:05d}.safetensors": range(a, min(a + rows, pictures)) for i, a in enumerate(starts)}
+    ranges = [part[i : i + rows] for part in listed.parts() for i in range(0, len(part), rows)]
+    return {f"shard-{number:05d}.safetensors": each for number, each in enumerate(ranges)}
 
 
 def _batches(rows: range, size: int) -> list[range]:
@@ -292,7 +342,7 @@ def _encode_captions(base: LoadedBase, captions: list[str], size: int) -> Tensor
 
 @contextmanager
 def _encoder(
-    base: LoadedBase, data: config.Data, settings: config.Encode, wanted: Iterable[Record]
+    base: LoadedBase, data: config.Data, settings: config.Encode, wanted: Iterable[tuple[Record, buckets.Size]]
 ) -> Iterator[Callable[[list[Record]], Tensors]]:
     """Gives what makes the latents of a batch of records, all of which come in the order of `wanted`."""
     if data.source == "prompts":
@@ -317,7 +367,8 @@ def _encode_shards(
         total: batches of this process, for the progress; those of an earlier run, too.
     """
     batches = [(name, batch) for name, rows in shards.items() for batch in _batches(rows, settings.batch)]
-    wanted = (record for _, batch in batches for record in listed.read(batch))
+    sizes = {name: listed.sizes[listed.bucket(rows.start)] for name, rows in shards.items()}
+    wanted = ((record, sizes[name]) for name, batch in batches for record in listed.read(batch))
     parts: list[Tensors] = []
     done, unit = total - len(batches), settings.batch * ranks.size
     label = "draw rollouts" if data.source == "prompts" else "encode pictures"

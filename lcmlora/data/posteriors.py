@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lcmlora.bases import LoadedBase
 from lcmlora.config import Data
+from lcmlora.data.buckets import Size
 from lcmlora.data.sources import Record, fit, open_picture, workers
 from lcmlora.errors import UserError
 
@@ -28,24 +29,26 @@ Loaded = tuple[np.ndarray, tuple[int, int], tuple[int, int]]
 
 @contextmanager
 def picture_encoder(
-    base: LoadedBase, data: Data, wanted: Iterable[Record], size: int
+    base: LoadedBase, data: Data, wanted: Iterable[tuple[Record, Size]], batch: int
 ) -> Iterator[Callable[[list[Record]], Tensors]]:
     """Gives a function from the records of a batch to the rows of a shard (cache.py).
 
     Args:
         base: with its VAE.
-        wanted: all records in the order in which the function will be given them, so that it need not wait for them.
-        size: of a batch.
+        wanted: all records in the order in which the function will be given them, so that it need not wait for them,
+            each with the size in which it is wanted.
+        batch: pictures in a call.
     """
 
-    def load(record: Record) -> Loaded:
+    def load(item: tuple[Record, Size]) -> Loaded:
+        record, size = item
         picture = open_picture(data, record, size=base.resolution)
-        fitted, crop = fit(picture, base.resolution)
+        fitted, crop = fit(picture, *size)
         return np.asarray(fitted), (picture.height, picture.width), crop
 
     # Drawing emoji holds the interpreter's lock: there a second thread would only wait.
     with ThreadPoolExecutor(1 if data.source == "emoji" else workers()) as pool:
-        loaded = _ahead(pool, load, wanted, depth=2 * size)
+        loaded = _ahead(pool, load, wanted, depth=2 * batch)
         try:
             yield lambda records: _encode(base, records, list(islice(loaded, len(records))))
         finally:

@@ -74,7 +74,10 @@ class Shards:
         Raises:
             UserError: the budget has not the room for a window; with what is needed.
         """
-        needed = self._needed(window // batch * batch)
+        kinds: dict[int, list[dict[str, Any]]] = {}
+        for entry in self._entries:  # of each shape a window is open
+            kinds.setdefault(entry.get("bucket", 0), []).append(entry)
+        needed = sum(_needed(entries, window // batch * batch) for entries in kinds.values())
         if needed > self._budget:
             raise UserError(
                 f"shard_cache_gb: {self._budget / 1e9:.3g} is not enough for what is mixed at a time: {window} "
@@ -120,16 +123,6 @@ class Shards:
         if number in self._coming and self._coming[number].done():
             return self._opened(number)[name].index_select(0, rows)
         return torch.stack([self._far(number, name, int(row)) for row in rows])
-
-    def _needed(self, window: int) -> int:
-        """Returns the bytes of the shards under a window, wherever it lies and in whichever order they come."""
-        sizes = sorted(entry["pictures"] for entry in self._entries)
-        inside = count = 0
-        while count < len(sizes) and inside + sizes[count] <= window - 2:
-            inside += sizes[count]
-            count += 1
-        largest = max(entry["bytes"] for entry in self._entries)
-        return min((count + 2) * largest, sum(entry["bytes"] for entry in self._entries))
 
     def _path(self, number: int) -> Path:
         return self._folder / object_name(self._entries[number])
@@ -210,3 +203,14 @@ class Shards:
         start = begin + told["data_offsets"][0] + row * stride
         content = bytearray(self._patiently(lambda: self._piece(number, start, stride)))
         return torch.frombuffer(content, dtype=dtype).view(shape)
+
+
+def _needed(entries: Sequence[dict[str, Any]], window: int) -> int:
+    """Returns the bytes of the shards under a window, wherever it lies and in whichever order they come."""
+    sizes = sorted(entry["pictures"] for entry in entries)
+    inside = count = 0
+    while count < len(sizes) and inside + sizes[count] <= window - 2:
+        inside += sizes[count]
+        count += 1
+    largest = max(entry["bytes"] for entry in entries)
+    return min((count + 2) * int(largest), sum(entry["bytes"] for entry in entries))

@@ -160,16 +160,17 @@ def glimpse(data: Data, side: int, place: str) -> bytes | None:
     return content.getvalue()
 
 
-def fit(picture: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Returns the centre of the picture as resolution x resolution pixels, and (top, left) of that crop.
+def fit(picture: Image.Image, height: int, width: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """Returns the centre of the picture in this size, by default a square, and (top, left) of that crop.
 
-    The shorter side is resized to `resolution` (RESIZE_FILTER) and the longer one is cropped.
+    It is resized (RESIZE_FILTER) until it just covers the size, and what stands over is cropped.
     """
-    factor = resolution / min(picture.size)
-    width, height = (max(resolution, round(side * factor)) for side in picture.size)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    resized = picture.resize((width, height), Image.Resampling[RESIZE_FILTER.upper()])
-    return resized.crop((left, top, left + resolution, top + resolution)), (top, left)
+    width = width or height
+    factor = max(width / picture.width, height / picture.height)
+    whole = max(width, round(picture.width * factor)), max(height, round(picture.height * factor))
+    left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
+    resized = picture.resize(whole, Image.Resampling[RESIZE_FILTER.upper()])
+    return resized.crop((left, top, left + width, top + height)), (top, left)
 
 
 def read_records(path: Path) -> list[Record]:

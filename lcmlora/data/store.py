@@ -67,19 +67,19 @@ class Store:
             (self.files / name).unlink()
         write_json(self._entries / f"{name}.json", self.done[name])
 
-    def adopt(self, folder: Path, entry: Entry, rows: range) -> None:
-        """Takes a shard of a finished cache, where it is sound."""
+    def adopt(self, folder: Path, entry: Entry, rows: range, name: str) -> None:
+        """Takes a shard of a finished cache, where it is sound, under this name."""
         if self._bucket:
             if self._there.get(object_name(entry)) != entry["bytes"]:
                 return
             small = load_file(folder / ROWS)
-            self._keep_small(entry["name"], {part: small[part][rows.start : rows.stop].clone() for part in SMALL})
+            self._keep_small(name, {part: small[part][rows.start : rows.stop].clone() for part in SMALL})
         elif fault(folder, entry, contents=True) is None:
-            link(folder / entry["name"], self.files / entry["name"])
+            link(folder / entry["name"], self.files / name)
         else:
             return
-        self.done[entry["name"]] = entry
-        write_json(self._entries / f"{entry['name']}.json", entry)
+        self.done[name] = {key: value for key, value in entry.items() if key != "bucket"} | {"name": name}
+        write_json(self._entries / f"{name}.json", self.done[name])
 
     def small_rows(self, names: Iterable[str]) -> Tensors:
         """Returns the small tensors of all shards."""
