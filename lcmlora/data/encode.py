@@ -87,8 +87,12 @@ def encode(
         _take_over(out, store, made_of)
         missing = {name: shards[name] for name in own if name not in store.done}
         left = [rows for name, rows in shards.items() if name not in store.done] if ranks.first else missing.values()
-        text_bytes = _text_bytes(base, listed.captions, settings.text_cache_mb) if ranks.first else 0
-        with _room(scratch, row_bytes * sum(map(len, left)) + text_bytes):
+        needed = _text_bytes(base, listed.captions, settings.text_cache_mb) if ranks.first else 0
+        pictures_left = sum(map(len, left))
+        if place:  # a shard is here until it is there
+            needed += _ROW_BYTES * pictures_left
+            pictures_left = max(map(len, left), default=0)
+        with _room(scratch, needed + row_bytes * pictures_left):
             # Nobody writes before all have looked at the disk and the first one has the lock.
             ranks.agree(listed_pictures=listed.digest, base=(fingerprint, text), settings=varied)
             if ranks.first and TEXT not in store.done:
@@ -134,7 +138,7 @@ def _finish(
         "shards": [dict(store.done[name]) for name in shards],
         "text": store.done[TEXT],
     } | ({"rollouts": rollouts.model_dump()} if rollouts else {})
-    if len(listed.sizes) > 1:
+    if listed.sizes != [(base.resolution, base.resolution)]:
         manifest["buckets"] = [list(size) for size in listed.sizes]
         for entry, rows in zip(manifest["shards"], shards.values(), strict=True):
             entry["bucket"] = listed.bucket(rows.start)

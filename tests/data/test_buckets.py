@@ -156,6 +156,15 @@ def test_a_set_that_grows_keeps_its_shards_whatever_stands_before_them(base_fold
     assert len(cache) == 61
 
 
+def test_one_shape_that_is_no_square_is_told_too(base_folder: Path, tmp_path: Path) -> None:
+    base = load_encoders(base_folder, 32)
+    for number in range(12):
+        add(tmp_path / "in", f"{number:03d}.png", f"subject {number}", picture(number, (64, 40)))
+    cache = fill(base, tmp_path, 12)
+    assert cache.buckets == [(24, 40)]
+    assert cache.latents(torch.arange(12))[0].shape == (12, 4, 12, 20)
+
+
 def test_squares_alone_make_the_cache_that_knows_no_shapes(base_folder: Path, tmp_path: Path) -> None:
     base = load_encoders(base_folder, 32)
     for number in range(12):
