@@ -92,7 +92,8 @@ class LatentCache:
         self._latents: dict[str, list[Tensor]] = {}
         self._far: Shards | None = None
         if place := self.manifest.get("at"):
-            self._far = Shards(Files(place), entries, shards or folder / ".shards", budget)
+            beside = folder.with_name(f".{folder.name}.shards")
+            self._far = Shards(Files(place), entries, shards or beside, budget)
             self._small = self._open(self.manifest["rows"])
             lengths = torch.tensor([entry["pictures"] for entry in entries])
         else:

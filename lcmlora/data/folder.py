@@ -140,7 +140,7 @@ class Folder:
     """A folder with pictures, or the one file of metadata that names them. A place is a path below the folder."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        path = self._path = str(path)
         self._table: str | None = None  # of metadata, where the path is one
         if "://" not in path:
             here = Path(path)

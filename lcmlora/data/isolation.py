@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +47,9 @@ def isolated(
     context = multiprocessing.get_context("forkserver")  # fork copies locks that other threads hold
     context.set_forkserver_preload([preload])
     waiting: deque[tuple[T, ProcessFuture[R]]] = deque()
-    with ProcessPool(max_workers=workers, context=context, initializer=_limit, initargs=[memory]) as pool:
+    with ProcessPool(
+        max_workers=workers, context=context, initializer=_begin, initargs=[memory, dict(os.environ)]
+    ) as pool:
 
         def result() -> R:
             item, future = waiting.popleft()
@@ -69,5 +72,8 @@ def isolated(
                 pool.stop()
 
 
-def _limit(memory: int) -> None:
+def _begin(memory: int, environment: dict[str, str]) -> None:
+    # The server that processes are forked from has the environment of the day it was started.
+    os.environ.clear()
+    os.environ.update(environment)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

@@ -1,6 +1,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -22,11 +23,15 @@ def work(item: str) -> str:
     return item
 
 
-def _run(*items: str, **options: float) -> list[str]:
+def environment(name: str) -> str:
+    return os.environ.get(name, "not there")
+
+
+def _run(*items: str, function: Callable[[str], str] = work, **options: float) -> list[str]:
     def lost(item: str, why: str) -> str:
         return f"{item}: {why}"
 
-    return list(isolated(work, items, lost, 2, preload=__name__, memory=2 << 30, **options))
+    return list(isolated(function, items, lost, 2, preload=__name__, memory=2 << 30, **options))
 
 
 def test_results_come_in_order_and_what_crashes_hangs_or_eats_memory_costs_itself_alone():
@@ -38,3 +43,9 @@ def test_results_come_in_order_and_what_crashes_hangs_or_eats_memory_costs_itsel
 def test_a_mistake_of_the_program_is_no_result():
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         _run("a", "raise", "b")
+
+
+def test_a_process_has_the_environment_of_the_moment(monkeypatch: pytest.MonkeyPatch):
+    _run("a")  # from here on there is a server that others are forked from
+    monkeypatch.setenv("LCMLORA_TEST", "set later")
+    assert _run("LCMLORA_TEST", function=environment) == ["set later"]
