@@ -6,7 +6,7 @@ from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from lcmlora import card
-from lcmlora.config import Base
+from lcmlora.config import Base, Merged
 from tests.releases import METRICS
 
 HUB = Base(source="someone/base", revision="c" * 40, resolution=512, license="openrail++")
@@ -286,3 +286,19 @@ def test_the_card_is_tidy_markdown(figures: dict[str, Any], failures: tuple[str,
     assert not [line for line in text.split("---\n", 2)[2].splitlines() if line != line.strip() and line[:3] != "   "]
     assert "[report.html](report.html)" in text
     assert ("* too bad" in text) == bool(failures) == ("The gate was not passed" in text)
+
+
+def test_an_adapter_of_a_styled_base_is_shown_with_its_style():
+    text = render(HUB.model_copy(update={"style": Merged(source="loras/ink.safetensors", weight=0.8)}))
+    assert "with the style `loras/ink.safetensors` at weight 0.8" in text
+    use = section(text, "diffusers")
+    assert use.count("```python") == 1
+    assert 'pipe.load_lora_weights("loras/ink.safetensors", adapter_name="style")' in use
+    assert 'pipe.set_adapters(["lcm", "style"], [1.0, 0.8])' in use
+
+
+def test_without_real_pictures_retrieval_is_among_the_teachers():
+    assert "nearest real picture is one" in render()
+    assert "nearest picture of the teacher's, from further seeds, is one" in render(
+        figures=METRICS | {"real_pictures": 0}
+    )
