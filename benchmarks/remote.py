@@ -80,6 +80,7 @@ def main() -> None:
     rows = options.pictures // options.shards
     with tempfile.TemporaryDirectory(prefix="lcmlora-remote-") as folder:
         work = Path(folder)
+        (work / "server").mkdir()
         server = SeaweedFS(work / "server")
         server.start()
         try:
