@@ -34,6 +34,7 @@ PATIENCE = 600.0  # seconds for which a bucket that does not answer is asked aga
 
 _PIECE = 8 << 20  # bytes that are asked for at once
 _AT_ONCE = 4  # shards on their way
+_EPOCHS = 8  # whose windows are looked at beforehand
 _DTYPES = {"F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "U8": torch.uint8}
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class Shards:
         self._files, self._entries, self._folder = files, entries, folder
         self._budget, self._patience = budget, patience
         self._plan: Plan | None = None
+        self._window = 0
         self._loads: dict[int, list[Load]] = {}
         self._until = -1  # the step before which nothing changes
         self._wanted: SimpleQueue[tuple[int, Future[Path]]] = SimpleQueue()
@@ -78,13 +80,24 @@ class Shards:
         for entry in self._entries:  # of each shape a window is open
             kinds.setdefault(entry.get("bucket", 0), []).append(entry)
         needed = sum(_needed(entries, window // batch * batch) for entries in kinds.values())
+        # What is kept from training makes shards shorter than they are in the manifest.
+        for epoch in range(_EPOCHS):
+            loads = plan.loads(epoch)
+            needed = max([needed, *(self._bytes(_live(loads, load.first)) for load in loads)])
+        self._check(needed, window)
+        self._plan, self._window, self._loads, self._until = plan, window, {}, -1
+
+    def _check(self, needed: int, window: int) -> None:
         if needed > self._budget:
             raise UserError(
                 f"shard_cache_gb: {self._budget / 1e9:.3g} is not enough for what is mixed at a time: {window} "
                 f"pictures (distill.window) may lie in {needed / 1e9:.3g} GB of shards, and twice that lets the next "
                 f"ones come ahead; raise it to {needed / 1e9:.3g} at least, or lower the window"
             )
-        self._plan, self._loads, self._until = plan, {}, -1
+
+    def _bytes(self, loads: Sequence[Load]) -> int:
+        shards = {int(number) for load in loads for number in load.shards}
+        return sum(self._entries[number]["bytes"] for number in shards)
 
     def reach(self, step: int) -> None:
         """Says that the run is at this step: what it reads stays or comes, then what comes next, then all else goes.
@@ -98,9 +111,13 @@ class Shards:
         epoch = step // self._plan.steps
         self._loads = {n: self._loads.get(n) or self._plan.loads(n) for n in (epoch, epoch + 1)}
         loads = [load for of_epoch in self._loads.values() for load in of_epoch]
-        live = [load for load in loads if load.first <= step <= load.last]
+        live = _live(loads, step)
+        self._check(self._bytes(live), self._window)
         following = [load for load in loads if load.first > step]
-        self._until = min([load.last + 1 for load in live] + [load.first for load in following[:1]])
+        begins, self._until = (
+            self._until < 0,
+            min([load.last + 1 for load in live] + [load.first for load in following[:1]]),
+        )
         kept: dict[int, None] = {}
         size = 0
         for load in live + following:
@@ -110,6 +127,8 @@ class Shards:
                 break
             kept |= dict.fromkeys(fresh)
         self._leave([n for n in {*self._open, *self._coming} if n not in kept])
+        if begins:
+            self._sweep({self._path(n).name for n in kept})
         for number in kept:
             if number not in self._coming:
                 self._coming[number] = Future()
@@ -140,6 +159,13 @@ class Shards:
                     future.result()
             self._open.pop(number, None)
             self._path(number).unlink(missing_ok=True)
+
+    def _sweep(self, kept: set[str]) -> None:
+        """Deletes what earlier runs left: shards that are not kept, and pieces of those that were on their way."""
+        for path in self._folder.iterdir():
+            running = path.suffix == ".part" and Path("/proc", path.stem.rpartition(".")[2]).exists()
+            if path.name not in kept and not running:
+                path.unlink(missing_ok=True)
 
     def _work(self) -> None:
         while True:
@@ -203,6 +229,11 @@ class Shards:
         start = begin + told["data_offsets"][0] + row * stride
         content = bytearray(self._patiently(lambda: self._piece(number, start, stride)))
         return torch.frombuffer(content, dtype=dtype).view(shape)
+
+
+def _live(loads: Sequence[Load], step: int) -> list[Load]:
+    """Returns the windows that are open at a step."""
+    return [load for load in loads if load.first <= step <= load.last]
 
 
 def _needed(entries: Sequence[dict[str, Any]], window: int) -> int:

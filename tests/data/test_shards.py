@@ -136,6 +136,26 @@ def test_each_shard_comes_once_in_an_epoch_and_before_it_is_needed(
     assert 20 <= len(came) <= 33
 
 
+def test_what_an_earlier_run_left_goes_when_the_next_one_begins(
+    places: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    stream(far(places, tmp_path, 4.2)).draw(0)
+    (tmp_path / f"{'a' * 64}.safetensors").write_bytes(b"of another cache")
+    (tmp_path / f".{'b' * 64}.safetensors.999999999.part").write_bytes(b"of a run that was killed")
+    stream(far(places, tmp_path, 4.2)).draw(20)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert not any(name.startswith(("a" * 64, f".{'b' * 64}")) for name in names)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 4.2 * (1 << 20)
+
+
+def test_rows_kept_from_training_widen_what_a_window_needs(places: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    cache = far(places, tmp_path, 4.2)
+    few = torch.arange(len(cache))[::3]  # five of each shard: a window of 30 is spread over six
+    settings = SETTINGS.model_copy(update={"window": 30, "batch": 5})
+    with pytest.raises(UserError, match=r"30 pictures \(distill\.window\) may lie in 0\.0059 GB"):
+        Batches(cache, few, settings, CPU, grid=50).draw(0)
+
+
 def test_a_run_goes_on_from_any_step(places: tuple[Path, Path, Path], tmp_path: Path) -> None:
     here, there = stream(LatentCache(places[0])), stream(far(places, tmp_path, 4.2))
     for step in (17, 18, 33, 2):
