@@ -322,13 +322,14 @@ def compare(case: Case, repeats: int, seconds: float) -> Result:
         result.loss_difference = float(((a - b).abs() / b.abs()).max())
         for name, mode in ((OURS, OURS), (RECIPE, UNET), (RECIPE, RECIPE)):
             result.peak_bytes[mode] = sides[name]("peak", mode)
-            result.operations[mode] = sides[name]("operations", mode)
             result.checkpoint_bytes[name] = sides[name]("checkpoint")
         slowest = case.distill.batch / sides[RECIPE]("timed", RECIPE, 2)
         result.steps = max(2, round(seconds / slowest))
         for _ in range(repeats):
             for name, mode in ((RECIPE, UNET), (OURS, OURS), (RECIPE, RECIPE)):
                 result.rates.setdefault(mode, []).append(sides[name]("timed", mode, result.steps))
+        for name, mode in ((OURS, OURS), (RECIPE, UNET), (RECIPE, RECIPE)):
+            result.operations[mode] = sides[name]("operations", mode)  # after which nothing runs compiled any more
         result.matmul_teraflops = sides[OURS]("matmul_rate")
         result.teraflops = result.operations[OURS] * statistics.median(result.rates[OURS]) / case.distill.batch
     except torch.OutOfMemoryError as error:
@@ -365,12 +366,22 @@ def _pictures(folder: Path, count: int, side: int) -> None:
         (folder / f"{number}.txt").write_text(f"red apple, number {number}")
 
 
-def make_case(model: str, batch: int | None, work: Path, *, random: bool, compiled: bool, device: str) -> Case:
+def make_case(
+    model: str,
+    batch: int | None,
+    work: Path,
+    *,
+    random: bool,
+    compiled: bool,
+    device: str,
+    precision: str | None = None,
+) -> Case:
     """Fetches or makes the base, and prepares and encodes pictures for it."""
     settings = config.load()
     base, distill = settings.base(model), settings.distill_for(model)
     how = {"objective": "lcm", "accumulate": 1, "cooldown": 0.0, "compile": compiled, "device": device}
-    distill = distill.model_copy(update=how | {"batch": batch or distill.batch})
+    how |= {"batch": batch or distill.batch, "precision": precision or distill.precision}
+    distill = distill.model_copy(update=how)
     if random:
         folder = work / "bases" / model
         if not folder.is_dir():
@@ -439,6 +450,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="that a turn of the slowest takes")
     parser.add_argument("--random", action="store_true", help="random weights instead of the base's own")
     parser.add_argument("--compile", action="store_true", help="lcmlora's UNet is compiled")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="of both; that of params.yaml by default")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
@@ -448,7 +460,13 @@ def main() -> None:
             model, _, batches = told.partition(":")
             for batch in map(int, batches.split(",")) if batches else [None]:
                 case = make_case(
-                    model, batch, Path(work), random=options.random, compiled=options.compile, device=options.device
+                    model,
+                    batch,
+                    Path(work),
+                    random=options.random,
+                    compiled=options.compile,
+                    device=options.device,
+                    precision=options.precision,
                 )
                 results.append(compare(case, options.repeats, options.seconds))
                 print(json.dumps(asdict(results[-1])), file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lcmlora import lora, singlefile
+from lcmlora.attention import widen_attention
 from lcmlora.config import Base
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.files import sha256_folder
@@ -298,6 +299,19 @@ class LoadedBase:
             for tokenizer in self.tokenizers
         ]
 
+    @property
+    def token_lengths(self) -> list[int]:
+        """How many tokens each text encoder reads."""
+        return [tokenizer.model_max_length for tokenizer in self.tokenizers]
+
+    def cut(self, captions: list[str]) -> int:
+        """Returns how many of the captions a text encoder does not read to their end."""
+        lengths = [
+            [len(ids) > tokenizer.model_max_length for ids in tokenizer(captions, verbose=False).input_ids]
+            for tokenizer in self.tokenizers
+        ]
+        return sum(map(any, zip(*lengths, strict=True)))
+
     @torch.no_grad()
     def encode_tokens(self, token_ids: list[Tensor]) -> Conditioning:
         """Token ids of each encoder, (B, T) -> conditioning without time_ids; fp32."""
@@ -422,6 +436,8 @@ def load(
 
     if "unet" in parts:
         loaded.unet = part(UNet2DConditionModel, "unet", torch_dtype=dtype)
+        if device.type == "cpu" and dtype != torch.float32:
+            widen_attention(loaded.unet)
     if "vae" in parts:
         # SDXL's VAE overflows in fp16 (diffusers#4325).
         vae_dtype = torch.float32 if dtype == torch.float16 else dtype

@@ -193,11 +193,24 @@ def distill(context: typer.Context, model: Model) -> None:
         _distill(config, model, settings, place)
 
 
-def _opened(config, model: str):  # type: ignore[no-untyped-def]
+def _with_cache(config, model: str, settings, *, pictures: bool):  # type: ignore[no-untyped-def]
+    """Returns the base, with a VAE where pictures are wanted, and its latent cache."""
+    from lcmlora import bases
     from lcmlora.data.cache import LatentCache
 
     budget = int(config.shard_cache_gb * 1e9)
-    return LatentCache(Path("data/latents", model), shards=_scratch("shards", model), budget=budget)
+    cache = LatentCache(Path("data/latents", model), shards=_scratch("shards", model), budget=budget)
+    device = bases.pick_device(settings.device)
+    base = bases.load(
+        model,
+        config.base(model),
+        Path("bases", model),
+        device=device,
+        dtype=bases.pick_dtype(settings.precision, device),
+        parts=("unet", *(["vae"] if pictures else []), *(["text"] if cache.tokenized else [])),
+    )
+    cache.embed = base.encode_tokens
+    return base, cache
 
 
 def _distill(config, model: str, settings, place) -> None:  # type: ignore[no-untyped-def]
@@ -205,17 +218,8 @@ def _distill(config, model: str, settings, place) -> None:  # type: ignore[no-un
     from lcmlora.config import digest
     from lcmlora.distill import distill as train
 
-    device = bases.pick_device(settings.device)
     folder = Path("bases", model)
-    loaded = bases.load(
-        model,
-        config.base(model),
-        folder,
-        device=device,
-        dtype=bases.pick_dtype(settings.precision, device),
-        parts=("unet", "vae") if place.first else ("unet",),
-    )
-    cache = _opened(config, model)
+    loaded, cache = _with_cache(config, model, settings, pictures=place.first)
     identity = bases.identity(config.base(model), folder)
     key = digest(settings, identity, cache.digest)[:12]
     scratch = _scratch("distill", f"{model}-{key}")
@@ -256,15 +260,10 @@ def doctor(
     config = _configure(context)
     import json
 
-    from lcmlora import bases, doctor
+    from lcmlora import doctor
 
     settings, launch = config.distill_for(model), config.launch_for(model)
-    device = bases.pick_device(settings.device)
-    cache = _opened(config, model)
-    dtype = bases.pick_dtype(settings.precision, device)
-    base = bases.load(
-        model, config.base(model), Path("bases", model), device=device, dtype=dtype, parts=("unet", "vae")
-    )
+    base, cache = _with_cache(config, model, settings, pictures=True)
     scratch = _scratch("distill")
     scratch.mkdir(parents=True, exist_ok=True)
     examination = doctor.examine(base, cache, settings, launch, scratch)

@@ -106,7 +106,7 @@ class Encode(Strict):
     shards: str | None = None  # s3://bucket/prefix that takes the shards; without it the cache has them itself
     aspect_buckets: bool = False  # pictures are cropped to a shape close to their own, not to the square
     bucket_pictures: Positive = 64  # a shape with fewer gives them to its neighbour
-    text_cache_mb: Positive = 2000  # of distinct captions; more is refused
+    text_cache_mb: Positive = 2000  # embeddings of distinct captions; more are computed in every step of training
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

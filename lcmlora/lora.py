@@ -93,16 +93,23 @@ def direct_forwards(unet: nn.Module, *, merged: bool | None = None) -> None:
     PEFT casts the input to fp32, multiplies there, scales apart and casts back. Here A and B are cast instead.
 
     Args:
-        merged: one kernel over W + scale B A, which pays where models are small and kernels cost more than products
-            (compare `python -m benchmarks.step` with and without --unmerged); by default for fp32 bases, since in bf16
-            most of an early adapter would be rounded away in the sum.
+        merged: one kernel over W + scale B A, by default where that takes fewer operations, but for half precision on
+            a GPU, where the sum's rounding would keep most of an early adapter out.
     """
     for _, layer in _layers(unet):
-        full = layer.base_layer.weight.dtype == torch.float32 if merged is None else merged
+        full = _merging_pays(layer) if merged is None else merged
         if isinstance(layer.base_layer, nn.Conv2d):
             layer.forward = _merged_conv(layer) if full else _beside_conv(layer)
         else:
             layer.forward = _merged_linear(layer) if full else _beside_linear(layer)
+
+
+def _merging_pays(layer: Any) -> bool:
+    weight, inner = layer.base_layer.weight, layer.lora_A[ADAPTER].weight
+    if weight.dtype != torch.float32 and weight.device.type != "cpu":
+        return False
+    # Of one position: the sum needs a product of W's size for its gradient; beside it, A and B need three of theirs.
+    return 3 * (inner.numel() + layer.lora_B[ADAPTER].weight.numel()) > weight.numel()
 
 
 def _merged_conv(layer: Any) -> Callable[[Tensor], Tensor]:
@@ -128,17 +135,18 @@ def _merged_linear(layer: Any) -> Callable[[Tensor], Tensor]:
 
 
 class _Merged(torch.autograd.Function):
-    """A layer of weight W + scale B A. For the backward pass it keeps W, A and B and not their sum, which is a model's
-    worth of memory and a hundredth of a pass to compute."""
+    """A layer of weight W + scale B A, summed in fp32. For the backward pass it keeps W, A and B and not their sum,
+    which is a model's worth of memory and a hundredth of a pass to compute."""
 
     @staticmethod
     def sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        return torch.addmm(weight.flatten(1), b.flatten(1), a.flatten(1), alpha=scale).view_as(weight)
+        whole = torch.addmm(weight.flatten(1).float(), b.flatten(1), a.flatten(1), alpha=scale)
+        return whole.view_as(weight).to(weight.dtype)
 
     @staticmethod
     def gradients(gradient: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Returns the gradients of A and B from that of the sum."""
-        gradient = gradient.flatten(1) * scale
+        gradient = gradient.flatten(1).float() * scale
         return (b.flatten(1).t() @ gradient).view_as(a), (gradient @ a.flatten(1).t()).view_as(b)
 
 

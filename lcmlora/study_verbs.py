@@ -64,12 +64,15 @@ def _tune(context: typer.Context, kind, model: str, name: str) -> None:  # type:
             encoding = config.encode_for(model).model_copy(update={"shards": None})
             encode(base, data, encoding, work / "pictures", work / "encode", work / "latents")
         del base
-        bare = bases.load(model, entry, folder, device=device, dtype=dtype, parts=("unet",))
+        cache = LatentCache(work / "latents")
+        parts = ("unet", "text") if cache.tokenized else ("unet",)
+        bare = bases.load(model, entry, folder, device=device, dtype=dtype, parts=parts)
+        cache.embed = bare.encode_tokens
         label = f"{model}-{kind}-{name}"
         with tracking.tracking(config.registry, label, settings.model_dump(mode="json"), work) as run:
             train(
                 bare,
-                LatentCache(work / "latents"),
+                cache,
                 settings,
                 work,
                 _folder(model, f"{kind}s", name),

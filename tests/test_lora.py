@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -5,6 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_plain
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lcmlora import lora
 from lcmlora.bases import LoadedBase
@@ -82,6 +86,49 @@ def test_direct_forwards_give_pefts_output_and_gradients(base: LoadedBase, merge
     assert gradients.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(gradients[name], expected[name], atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 6e-2), (torch.float16, 8e-3)])
+def test_in_half_precision_the_sum_is_made_in_fp32_and_so_are_its_gradients(
+    base: LoadedBase, dtype: torch.dtype, tolerance: float
+):
+    _trained(base)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([999, 259])
+    conditioning = {"encoder_hidden_states": torch.randn(2, 5, 16)}
+    results = []
+    for half in (False, True):
+        if half:
+            base.unet.to(dtype)
+            for name, parameter in base.unet.named_parameters():
+                parameter.data = parameter.data.float() if ".lcm." in name else parameter.data
+        lora.direct_forwards(base.unet, merged=True)
+        output = base.predict(x, t, conditioning)
+        output.square().mean().backward()
+        gradients = torch.cat([p.grad.flatten() for p in base.unet.parameters() if p.grad is not None])
+        base.unet.zero_grad()
+        results.append((output.detach(), gradients))
+    (plain, expected), (ours, gradients) = results
+    assert gradients.dtype == torch.float32
+    assert ((ours - plain).norm() / plain.norm()).item() < tolerance
+    assert ((gradients - expected).norm() / expected.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 8, 32])
+@pytest.mark.parametrize("kind", [nn.Linear, partial(nn.Conv2d, kernel_size=3, padding=1)])
+def test_an_adapter_is_summed_with_its_layer_where_that_is_less_to_compute(kind: Callable[..., nn.Module], rank: int):
+    unet = nn.Module()
+    unet.conv1 = kind(32, 16)
+    lora.inject(unet, rank, rank, seed=0)
+    ((_, layer),) = lora._layers(unet)
+    chosen = lora._merging_pays(layer)
+    x = torch.randn(1, 32, 64, 64) if isinstance(layer.base_layer, nn.Conv2d) else torch.randn(1, 4096, 32)
+    operations = {}
+    for merged in (True, False):
+        lora.direct_forwards(unet, merged=merged)
+        with FlopCounterMode(display=False) as counter:
+            layer(x.requires_grad_()).sum().backward()
+        operations[merged] = counter.get_total_flops()
+    assert chosen == (operations[True] < operations[False])
 
 
 def test_the_file_reloads_with_alpha_folded_and_nothing_lost(base: LoadedBase, base_folder: Path, tmp_path: Path):

@@ -8,7 +8,9 @@ A cache is a folder:
                                pictures what rollouts.py says
                                With `encode.shards` these files are in a bucket (shards.py), and here is
     rows.safetensors           all that is in them but latents and states
-    text.safetensors           embeddings of the distinct captions, `text_row` numbers them; `unconditional.*` one row
+    text.safetensors           embeddings of the distinct captions, `text_row` numbers them; `unconditional.*` one row.
+                               Where those would be large (texts.py) `token_ids` (N, T) int32 instead of embeddings,
+                               and `token_ids_2` for a second text encoder
     captions-00000.jsonl       key and caption of each row of the shard, for people
 A shard has latents of one shape. With aspect buckets the manifest has the `buckets` (height and width in pixels) and
 which one each shard is of.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ MANIFEST = "manifest.json"
 TEXT = "text.safetensors"
 ROWS = "rows.safetensors"
 UNCONDITIONAL = "unconditional."  # begins the names of such embeddings
+TOKENS = ("token_ids", "token_ids_2")  # of each text encoder
 
 Tensors = dict[str, Tensor]
 Entry = dict[str, Any]  # of the manifest: name, bytes and sha256 of a file
@@ -108,7 +112,10 @@ class LatentCache:
             self._latents = {name: [torch.cat(parts)] for name, parts in self._latents.items()}
         text = self._open(self.manifest["text"])
         self._unconditional = {n.removeprefix(UNCONDITIONAL): v for n, v in text.items() if n.startswith(UNCONDITIONAL)}
-        self._text = {n: v for n, v in text.items() if not n.startswith(UNCONDITIONAL)}
+        self._text = {n: v for n, v in text.items() if not n.startswith((UNCONDITIONAL, *TOKENS))}
+        self._tokens = [text[name] for name in TOKENS if name in text]
+        # Makes conditioning of token ids (B, T) int64 of each text encoder; whoever opens a tokenized cache sets it.
+        self.embed: Callable[[list[Tensor]], Conditioning] | None = None
         if len(self) != self.manifest["pictures"] or len(self) != len(self._small["text_row"]):
             raise self._unusable(
                 f"{folder}: has {len(self)} pictures and the manifest says {self.manifest['pictures']}"
@@ -116,6 +123,11 @@ class LatentCache:
 
     def __len__(self) -> int:
         return int(self._stops[-1])
+
+    @property
+    def tokenized(self) -> bool:
+        """Whether the captions are kept as token ids, of which `embed` has to make conditioning."""
+        return bool(self._tokens)
 
     def follow(self, plan: Plan, batch: int, window: int) -> None:
         """Prepares for a run by this plan. Raises as Shards.follow does, where the shards are in a bucket."""
@@ -152,6 +164,9 @@ class LatentCache:
         SDXL family text_embeds (B, P) and time_ids (B, 6), (height, width) before (top, left) before the target."""
         text_rows = self._small["text_row"][rows]
         conditioning = {name: value.index_select(0, text_rows).float() for name, value in self._text.items()}
+        if self._tokens:
+            assert self.embed, "a cache of token ids needs text encoders"
+            conditioning = self.embed([ids.index_select(0, text_rows).long() for ids in self._tokens])
         if self.manifest["kind"] == "sdxl":
             target = torch.tensor(self.buckets)[self.bucket(rows)]
             parts = [self._small["orig_size"][rows], self._small["crop_tl"][rows], target]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from lcmlora import checkpoint, config
-from lcmlora.bases import Conditioning, LoadedBase
-from lcmlora.data import buckets
-from lcmlora.data.cache import MANIFEST, ROWS, TEXT, UNCONDITIONAL, VERSION, Tensors
+from lcmlora.bases import LoadedBase
+from lcmlora.data import buckets, texts
+from lcmlora.data.cache import MANIFEST, ROWS, TEXT, VERSION, Tensors
 from lcmlora.data.posteriors import picture_encoder
 from lcmlora.data.rollouts import MOST, RolloutEncoder
 from lcmlora.data.sources import RESIZE_FILTER, Record
@@ -58,9 +58,8 @@ def encode(
         ranks: this process among those that encode together; alone by default.
 
     Raises:
-        UserError: no list of pictures, a picture that changed, latents that are not finite, too much text for
-            `text_cache_mb`, too little disk, another run at work on the same, or processes with other files. `out` is
-            then as it was before.
+        UserError: no list of pictures, a picture that changed, latents or embeddings that are not finite, too little
+            disk, another run at work on the same, or processes with other files. `out` is then as it was before.
     """
     ranks = ranks or Ranks()
     listed = _List(pictures / "train.jsonl")
@@ -79,7 +78,8 @@ def encode(
     fingerprint = _latents_fingerprint(base, rollouts, text)
     sizes = {"model": base.name, "resolution": base.resolution, "batch": settings.batch, "shard_mb": settings.shard_mb}
     place = f"{settings.shards.rstrip('/')}/{base.name}" if settings.shards else None
-    varied = sizes | {"shards": place, "shapes": listed.sizes}
+    plan = texts.plan(base, len(listed.captions), settings.text_cache_mb)
+    varied = sizes | {"shards": place, "shapes": listed.sizes, "tokenized": plan.tokenized}
     work = scratch / config.digest(listed.digest, fingerprint, text, varied)[:16]
     with checkpoint.locked(work) if ranks.first else nullcontext():
         store = Store(work, fingerprint, own, place)
@@ -87,7 +87,7 @@ def encode(
         _take_over(out, store, made_of)
         missing = {name: shards[name] for name in own if name not in store.done}
         left = [rows for name, rows in shards.items() if name not in store.done] if ranks.first else missing.values()
-        needed = _text_bytes(base, listed.captions, settings.text_cache_mb) if ranks.first else 0
+        needed = plan.size if ranks.first else 0
         pictures_left = sum(map(len, left))
         if place:  # a shard is here until it is there
             needed += _ROW_BYTES * pictures_left
@@ -96,8 +96,8 @@ def encode(
             # Nobody writes before all have looked at the disk and the first one has the lock.
             ranks.agree(listed_pictures=listed.digest, base=(fingerprint, text), settings=varied)
             if ranks.first and TEXT not in store.done:
-                captions = list(listed.captions)
-                store.save(TEXT, _encode_captions(base, captions, settings.batch), captions=len(captions))
+                kept, cut = texts.tensors(base, list(listed.captions), settings.batch, plan)
+                store.save(TEXT, kept, captions=len(listed.captions), cut=cut)
             total = sum(len(_batches(shards[name], settings.batch)) for name in own)
             for name, rows in _encode_shards(base, data, settings, listed, missing, total, ranks):
                 store.save_shard(name, rows, made_of[name])
@@ -286,18 +286,6 @@ def _latents_fingerprint(base: LoadedBase, rollouts: config.Rollouts | None, tex
     return _fingerprint(base, "unet", "scheduler", **drawn)
 
 
-def _text_bytes(base: LoadedBase, captions: Sized, limit_mb: int) -> int:
-    """Returns the size of the embeddings. Raises UserError where it is over the limit."""
-    row = sum(value.numel() for value in base.unconditional().values()) * _text_dtype(base).itemsize
-    size = row * (len(captions) + 1)
-    if size > limit_mb * _MB:
-        raise UserError(
-            f"encode.text_cache_mb: the embeddings of {len(captions)} captions take {size / _MB:.1f} MB and "
-            f"{limit_mb} MB are allowed; raise it, or use fewer distinct captions"
-        )
-    return size
-
-
 @contextmanager
 def _room(folder: Path, needed: int) -> Iterator[None]:
     """Says what is missing where the disk has not the room, or has it no longer."""
@@ -316,29 +304,6 @@ def _room(folder: Path, needed: int) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise full(error.filename or folder) from error
-
-
-# --- text -------------------------------------------------------------------------------------------------------
-
-
-def _text_dtype(base: LoadedBase) -> torch.dtype:
-    return torch.float32 if base.dtype == torch.float32 else torch.float16
-
-
-def _encode_captions(base: LoadedBase, captions: list[str], size: int) -> Tensors:
-    def stored(conditioning: Conditioning) -> Tensors:
-        return {name: value.to("cpu", _text_dtype(base)) for name, value in conditioning.items()}
-
-    batches = [captions[rows.start : rows.stop] for rows in _batches(range(len(captions)), size)]
-    encoded = [stored(base.encode_text(batch)) for batch in track(batches, "encode captions", unit=size)]
-    tensors = {name: torch.cat([rows[name] for rows in encoded]) for name in encoded[0]}
-    for name, value in tensors.items():
-        finite = value.flatten(1).isfinite().all(1)
-        if not finite.all():
-            raise UserError(
-                f"{name} of caption {captions[int(finite.int().argmin())]!r} is not finite; is {base.folder} whole?"
-            )
-    return tensors | {UNCONDITIONAL + name: value for name, value in stored(base.unconditional()).items()}
 
 
 # --- latents ----------------------------------------------------------------------------------------------------

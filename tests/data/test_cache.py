@@ -18,6 +18,7 @@ from safetensors import safe_open
 from lcmlora import checkpoint, ranks
 from lcmlora.bases import LoadedBase
 from lcmlora.config import Data, Encode
+from lcmlora.data import texts
 from lcmlora.data.cache import LatentCache
 from lcmlora.data.encode import encode
 from lcmlora.data.sources import Record, find, fit, open_picture, read_records, write_records
@@ -290,11 +291,40 @@ def test_too_small_a_disk_is_refused_before_anything_is_encoded(
     assert sizes == []
 
 
-def test_too_much_text_is_refused_before_anything_is_encoded(load_base: Load, tmp_path: Path) -> None:
-    many = [Record(f"{i}.png", f"caption {i}", f"{i:064x}", 16, 16) for i in range(700)]
-    write_records(tmp_path / "pictures" / "train.jsonl", many)
-    with pytest.raises(UserError, match=r"encode\.text_cache_mb: .*700 captions take 1\.0 MB and 1 MB are allowed"):
-        run(load_base(16), data_in(tmp_path), tmp_path, Encode(batch=5, text_cache_mb=1))
+@pytest.mark.parametrize("sdxl", [False, True])
+def test_of_too_much_text_the_token_ids_are_kept_and_give_the_same_conditioning(
+    load_base: Load,
+    listed: Data,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    sdxl: bool,
+) -> None:
+    base = load_base(16, sdxl=sdxl)
+    whole = LatentCache(run(base, listed, tmp_path, out="whole"))
+    monkeypatch.setattr(texts, "_MB", 1)
+    cache = LatentCache(run(base, listed, tmp_path, out="tokens"))
+    assert "embeddings of 8 captions are over encode.text_cache_mb" in capsys.readouterr().err
+    assert cache.tokenized and not whole.tokenized
+    cache.embed = base.encode_tokens
+    rows = torch.tensor([5, 0, 5, 39])
+    ours, expected = cache.conditioning(rows), whole.conditioning(rows)
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value)
+    assert cache.unconditional().keys() == whole.unconditional().keys()
+
+
+def test_captions_that_the_text_encoder_cuts_are_counted(
+    load_base: Load, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (1, 2):
+        (folder / f"{number}.txt").write_text(f"a cat {number} " * 40)
+    data = data_in(folder)
+    write_records(tmp_path / "pictures" / "train.jsonl", find(data)[0])
+    cache = LatentCache(run(load_base(16), data, tmp_path))
+    assert cache.manifest["text"]["cut"] == 2
+    assert "2 of 8 captions have more tokens than the text encoder reads" in capsys.readouterr().err
 
 
 def test_no_list_or_an_empty_one_is_an_error_that_says_what_to_run(load_base: Load, tmp_path: Path) -> None:
