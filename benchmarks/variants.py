@@ -134,6 +134,12 @@ def _channels_last(unet: nn.Module) -> None:
     )
 
 
+def _narrow_attention(unet: Any) -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    unet.set_attn_processor(AttnProcessor2_0())
+
+
 def variants(build: Build, folder: Path) -> dict[str, Callable[[], STEP]]:
     """Returns what there is to try, by name; each makes its step when it is called."""
     kind = build.device.type
@@ -157,6 +163,9 @@ def variants(build: Build, folder: Path) -> dict[str, Callable[[], STEP]]:
         "no activations recomputed": lambda: build.step(prepare=lambda unet: execution.recompute(unet, "none")),
         "bf16 by autocast": lambda: build.step(forwards="beside", around=lambda: torch.autocast(kind, torch.bfloat16)),
         "bf16 base": lambda: build.step(dtype=torch.bfloat16),
+        "bf16 base, compiled": lambda: build.step(dtype=torch.bfloat16, prepare=execution.compiled),
+        "bf16 base, attention in bf16": lambda: build.step(dtype=torch.bfloat16, prepare=_narrow_attention),
+        "bf16 base, adapter beside its layer": lambda: build.step(dtype=torch.bfloat16, forwards="beside"),
         "fp32 base": lambda: build.step(dtype=torch.float32),
         "compiled": lambda: build.step(prepare=execution.compiled),
     }

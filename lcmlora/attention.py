@@ -12,7 +12,7 @@ def widen_attention(unet: nn.Module) -> None:
     """Has the attention of a UNet's transformer blocks computed in fp32, between projections in the UNet's precision.
 
     torch 2.13 takes twelve times as long for its backward pass on a CPU in bf16 as in fp32 (`python -m
-    benchmarks.variants --only "attention in bf16"`).
+    benchmarks.variants --only "bf16 base"`).
     """
     from diffusers.models.attention import BasicTransformerBlock
 

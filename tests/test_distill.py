@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from lcmlora import bases, diffusion, lora
 from lcmlora.config import Base, Distill, Encode, Rollouts
+from lcmlora.data import texts
 from lcmlora.data.cache import LatentCache
 from lcmlora.data.encode import encode
 from lcmlora.data.prepare import prepare
@@ -19,6 +20,7 @@ from lcmlora.objectives import pseudo_huber
 from lcmlora.optimization import Optimization
 from lcmlora.teacher import Teacher
 from lcmlora.training import NullLogger
+from tests.conftest import make_latents
 from tests.data.conftest import data_in
 from tests.distillation import CPU, SETTINGS, load_parts
 from tests.miniature import RESOLUTION
@@ -233,6 +235,21 @@ def test_trajectories_of_another_grid_or_guidance_are_refused(
     settings = SETTINGS.model_copy(update={"trajectory": 0.5} | changes)
     with pytest.raises(UserError, match=message):
         _run(load_parts(base_folder, "unet"), drawn, tmp_path, settings)
+
+
+def test_captions_kept_as_token_ids_train_alike(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = make_latents(base_folder, tmp_path / "whole")
+    monkeypatch.setattr(texts, "_MB", 1)
+    tokens = make_latents(base_folder, tmp_path / "tokens")
+    assert tokens.tokenized and not whole.tokenized
+    losses = []
+    for number, cache in enumerate((whole, tokens)):
+        base = load_parts(base_folder, "unet", "text")
+        cache.embed = base.encode_tokens
+        logger = Recorder()
+        _run(base, cache, tmp_path / str(number), SETTINGS.model_copy(update={"empty_prompts": 0.3}), logger)
+        losses.append(torch.tensor(logger.losses))
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-3)
 
 
 def test_pictures_have_no_trajectories(base_folder: Path, cache: LatentCache, tmp_path: Path):
