@@ -36,10 +36,12 @@ bench: install
 
 install: $(VENV)/.installed node_modules/.installed
 
+# Compiled once and for all: where Python is told not to (PYTHONDONTWRITEBYTECODE, as in many images), each process would
+# spend six seconds on it.
 $(VENV)/.installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(UV) pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 
