@@ -146,18 +146,9 @@ def encode(context: typer.Context, model: Model) -> None:
 
 
 def _encode(config, model: str, settings, place) -> None:  # type: ignore[no-untyped-def]
-    from lcmlora import bases
     from lcmlora.data.encode import encode as fill
 
-    device = bases.pick_device(settings.device)
-    base = bases.load(
-        model,
-        config.base(model),
-        Path("bases", model),
-        device=device,
-        dtype=bases.pick_dtype("auto", device),
-        parts=("unet" if config.data.source == "prompts" else "vae", "text"),
-    )
+    base = _load(config, model, settings.device, "unet" if config.data.source == "prompts" else "vae", "text")
     out = Path("data/latents", model)
     fill(base, config.data, settings, Path("data/pictures"), _scratch("encode"), out, place)
 
@@ -193,22 +184,24 @@ def distill(context: typer.Context, model: Model) -> None:
         _distill(config, model, settings, place)
 
 
+def _load(config, model: str, device: str, *parts: str, precision: str = "auto"):  # type: ignore[no-untyped-def]
+    from lcmlora import bases
+
+    place = bases.pick_device(device)
+    dtype = bases.pick_dtype(precision, place)
+    return bases.load(model, config.base(model), Path("bases", model), device=place, dtype=dtype, parts=parts)
+
+
 def _with_cache(config, model: str, settings, *, pictures: bool):  # type: ignore[no-untyped-def]
     """Returns the base, with a VAE where pictures are wanted, and its latent cache."""
     from lcmlora import bases
     from lcmlora.data.cache import LatentCache
 
+    bases.pick_device(settings.device)  # without a device the cache does not matter
     budget = int(config.shard_cache_gb * 1e9)
     cache = LatentCache(Path("data/latents", model), shards=_scratch("shards", model), budget=budget)
-    device = bases.pick_device(settings.device)
-    base = bases.load(
-        model,
-        config.base(model),
-        Path("bases", model),
-        device=device,
-        dtype=bases.pick_dtype(settings.precision, device),
-        parts=("unet", *(["vae"] if pictures else []), *(["text"] if cache.tokenized else [])),
-    )
+    also = (["vae"] if pictures else []) + (["text"] if cache.tokenized else [])
+    base = _load(config, model, settings.device, "unet", *also, precision=settings.precision)
     cache.embed = base.encode_tokens
     return base, cache
 
@@ -300,12 +293,8 @@ def evaluate(context: typer.Context, model: Model) -> None:
 
 
 def _drawing_base(config, model: str):  # type: ignore[no-untyped-def]
-    from lcmlora import bases
-
     settings = config.evaluation_for(model)
-    device = bases.pick_device(settings.device)
-    dtype = bases.pick_dtype("auto", device)
-    return bases.load(model, config.base(model), Path("bases", model), device=device, dtype=dtype), settings
+    return _load(config, model, settings.device, "unet", "vae", "text"), settings
 
 
 @app.command()
