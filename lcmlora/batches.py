@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +36,6 @@ class Batch:
     conditioning: Conditioning
     # Where the noisy states are not z with noise:
     pair: Tensor | None = None  # (2, B, C, h, w) of the teacher's own run, the states at `index` and a step further
-    linked: bool = False  # each odd sample starts where the teacher's step of the one before it ends
     stops: Tensor | None = None  # (J, B) int64, the rows of the grid at which the student's own run halts, then `index`
     fresh: Tensor | None = None  # (J, B, C, h, w) noise that it takes up there
 
@@ -140,49 +138,20 @@ class Batches:
     def draw(self, step: int, part: int = 0) -> Batch:
         """Returns the samples of this process's `part`-th forward of a step."""
         positions = self.positions(step, part)
+        rows = self.rows(positions)
+        batch = self.at(positions, rows)
         # Spread evenly over the steps, as places are over the grid, by another number of that kind.
         kind = (step * _SILVER + float(self._offset)) % 1
         if kind < self._trajectory:
-            return self._of_trajectories(positions)
-        batch = self.at(positions, self.rows(positions))
-        if kind < self._trajectory + self._rollout:
+            batch.pair = self._cache.states(rows, self._index(positions)).to(self._device)
+        elif kind < self._trajectory + self._rollout:
             self._add_run(batch, halts=step % 2)
         return batch
-
-    def _of_trajectories(self, positions: range) -> Batch:
-        """Returns samples two neighbours of which have one run and follow each other in it: a step sees half as many
-        runs, and the student's forward of the second is the target of the first."""
-        self.rows(positions)
-        start = positions.start % self._settings.batch
-        # Neighbours by their places in the step, so that the samples are the same however it is divided.
-        pairs = range(start // 2, -(-(start + len(positions)) // 2))
-        places = range(positions.start - start + 2 * pairs.start, positions.start - start + 2 * pairs.stop, 2)
-        rows = self._order[2 * pairs.start : 2 * pairs.stop : 2]
-        runs = self.at(places, rows)
-        place = torch.arange(start, start + len(positions))
-        of = place // 2 - pairs.start
-        # A grid of an odd number of states has its last one as the first of two, too.
-        second = place % 2
-        if len(self._order) % 2:
-            second[place == len(self._order) - 1] = positions.start // len(self._order) % 2  # a neighbour to nobody
-        index = (runs.index.cpu() // 2 * 2 + 1).clamp(max=self._grid - 1)[of] - second
-        z, noise, w, u = (value[of.to(self._device)] for value in (runs.z, runs.noise, runs.w, runs.u))
-        return Batch(
-            places=positions,
-            z=z,
-            noise=noise,
-            index=index.to(self._device),
-            w=w,
-            u=u,
-            conditioning={name: value[of.to(value.device)] for name, value in runs.conditioning.items()},
-            pair=self._cache.states(rows[of], index).to(self._device),
-            linked=start % 2 == len(positions) % 2 == 0,
-        )
 
     def _index(self, positions: range) -> Tensor:
         # Places follow each other by the golden ratio: each is uniform by itself, and however many make a step, they
         # lie evenly over the grid, so that its loss hardly depends on the draw.
-        even = (torch.tensor(positions, dtype=torch.float64) * _GOLDEN + self._offset) % 1
+        even = (torch.arange(positions.start, positions.stop, dtype=torch.float64) * _GOLDEN + self._offset) % 1
         return (even * self._grid).long()
 
     def _add_run(self, batch: Batch, halts: int) -> None:
@@ -221,7 +190,5 @@ class Batches:
             u=u[:, 2:],
             conditioning=conditioning,
         )
-        moved: dict[str, Any] = {
-            name: value.to(self._device) for name, value in vars(batch).items() if isinstance(value, Tensor)
-        }
+        moved = {name: value.to(self._device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
         return Batch(positions, **moved, conditioning={k: v.to(self._device) for k, v in conditioning.items()})

@@ -2,9 +2,9 @@
 
 One frozen base serves as teacher (adapter off), student (adapter on, with gradients) and target (adapter on, without).
 A step costs four UNet forwards and one backward: the teacher's conditional and unconditional passes in one batch, the
-target, and the student; where it starts from neighbouring states that the teacher's own run left in the cache, the
-student and half a target. It reads the latent cache only: there is a text encoder in memory only for a cache of token
-ids, behind its `embed`, and a VAE only where pictures are asked for, behind the `decode` that is passed in.
+target, and the student; where it starts from a neighbouring pair of states that the teacher's own run left in the
+cache, the last two. It reads the latent cache only: there is a text encoder in memory only for a cache of token ids,
+behind its `embed`, and a VAE only where pictures are asked for, behind the `decode` that is passed in.
 """
 
 from __future__ import annotations
@@ -115,23 +115,12 @@ class Distillation:
             x = self.noisy(batch, batch.index)
             x_prev = self.teacher.step(x, t, t_prev, batch.w, batch.conditioning, batch.places)
         s = self.objective.destination(batch.index, batch.u)
-        averaged = optimization.averaged() if optimization and self._averaged_target else None
-        # Of linked samples the student itself says the target of the first, unless averaged weights are to.
-        asked = slice(1, None, 2) if batch.linked and not averaged else slice(None)
         # The target first: what the student's forward keeps for the backward pass must not change any more.
-        with torch.no_grad(), averaged or contextlib.nullcontext():
-            conditioning = {name: value[asked] for name, value in batch.conditioning.items()}
-            target = self.student(x_prev[asked], t_prev[asked], conditioning)
-        online = self.student(x, t, batch.conditioning)
-        if asked != slice(None):
-            target = Prediction(*(_alternate(o[asked].detach(), v) for o, v in zip(online, target, strict=True)))
-        aim = self.objective.jump(x_prev, target, t_prev, s)
-        return self.weight[batch.index] * pseudo_huber(self.objective.jump(x, online, t, s), aim, self._huber_c)
-
-
-def _alternate(a: Tensor, b: Tensor) -> Tensor:
-    """Returns (2B, ...) of two (B, ...): a row of the one, then a row of the other."""
-    return torch.stack([a, b], dim=1).flatten(0, 1)
+        averaged = optimization.averaged() if optimization and self._averaged_target else contextlib.nullcontext()
+        with torch.no_grad(), averaged:
+            aim = self.objective.jump(x_prev, self.student(x_prev, t_prev, batch.conditioning), t_prev, s)
+        online = self.objective.jump(x, self.student(x, t, batch.conditioning), t, s)
+        return self.weight[batch.index] * pseudo_huber(online, aim, self._huber_c)
 
 
 def distill(

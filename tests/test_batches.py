@@ -1,6 +1,3 @@
-from typing import cast
-
-import pytest
 import torch
 
 from lcmlora.batches import Batch, Batches, split
@@ -122,61 +119,3 @@ def test_as_many_steps_are_of_each_kind_as_was_asked_for_and_the_others_are_as_e
     assert 28 <= sum(own) <= 32
     for step in (own.index(False), own.index(True)):
         assert all(torch.equal(getattr(mixed.draw(step), n), getattr(plain.draw(step), n)) for n in NAMES)
-
-
-# --- of the teacher's runs
-
-
-class _Runs:
-    """A cache of prompts with runs of 50 steps, whose states say whose they are and at which timestep."""
-
-    def __init__(self, cache: LatentCache) -> None:
-        self._cache = cache
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._cache, name)
-
-    def __len__(self) -> int:
-        return len(self._cache)
-
-    def states(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        told = torch.stack([rows * 100 + index + 1, rows * 100 + index])
-        return told.view(2, -1, 1, 1, 1).float()
-
-
-def test_neighbours_on_a_trajectory_follow_each_other_however_a_step_is_divided(cache: LatentCache):
-    runs, changes = cast(LatentCache, _Runs(cache)), {"batch": 8, "trajectory": 1.0, "empty_prompts": 0.3}
-    alone = _batches(runs, **changes)
-    seen = []
-    for step in range(100):
-        batch = alone.draw(step)
-        assert batch.pair is not None and batch.linked
-        assert torch.equal(batch.pair[1, ::2], batch.pair[0, 1::2])
-        assert all(torch.equal(value[::2], value[1::2]) for value in batch.conditioning.values())
-        seen.append(batch.index)
-    counts = torch.bincount(torch.cat(seen), minlength=50)
-    assert counts.sub(16).abs().max() <= 2
-    whole = alone.draw(3)
-    for accumulate, size in ((1, 2), (2, 2), (1, 4), (4, 2), (8, 1)):
-        parts = [
-            _batches(runs, Ranks(rank, size), accumulate=accumulate, **changes).draw(3, part)
-            for rank in range(size)
-            for part in range(accumulate)
-        ]
-        assert all(part.linked == (accumulate * size < 8) for part in parts)
-        for name in NAMES:
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
-        pairs = [part.pair for part in parts if part.pair is not None]
-        assert whole.pair is not None and torch.equal(torch.cat(pairs, dim=1), whole.pair)
-
-
-@pytest.mark.parametrize(("batch", "grid"), [(7, 50), (8, 25), (3, 5), (1, 50)])
-def test_odd_batches_and_grids_have_trajectories(cache: LatentCache, batch: int, grid: int):
-    batches = _batches(cast(LatentCache, _Runs(cache)), batch=batch, grid=grid, trajectory=1.0)
-    index = []
-    for step in range(200):
-        drawn = batches.draw(step)
-        assert drawn.pair is not None and drawn.linked == (batch % 2 == 0)
-        assert len(drawn.index) == batch
-        index.append(drawn.index)
-    assert torch.cat(index).unique().tolist() == list(range(grid))

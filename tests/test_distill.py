@@ -1,4 +1,3 @@
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -169,28 +168,25 @@ def _forwards(base: bases.LoadedBase) -> list[tuple[int, bool]]:
     return seen
 
 
-@pytest.mark.parametrize("target", ["stop-gradient", "ema"])
-def test_on_the_teachers_own_states_a_step_takes_the_student_and_half_a_target(
-    base: bases.LoadedBase, drawn: LatentCache, target: str
+def test_on_the_teachers_own_states_a_step_takes_the_two_forwards_of_the_student(
+    base: bases.LoadedBase, drawn: LatentCache
 ):
-    settings = SETTINGS.model_copy(update={"trajectory": 1.0, "objective": "tcd", "target": target})
-    parameters = lora.inject(base.unet, 4, 4, 0)
-    optimization = Optimization(parameters, settings)
-    for parameter in parameters.values():
+    settings = SETTINGS.model_copy(update={"trajectory": 1.0})
+    for parameter in lora.inject(base.unet, 4, 4, 0).values():
         parameter.data.normal_(std=0.1)
     distillation = Distillation(base, drawn.unconditional(), settings)
     batch, seen = _batch(drawn, settings), _forwards(base)
-    losses = distillation.losses(batch, optimization)
-    assert seen == [(4 if target == "ema" else 2, True), (4, True)]
-    teacher, (x, x_prev) = distillation.teacher, batch.pair
+    losses = distillation.losses(batch)
+    assert seen == [(4, True), (4, True)]
+    teacher, (x, x_prev) = distillation.teacher, drawn.states(samples(drawn, torch.arange(len(drawn)), settings, CPU)
+                                                              .rows(range(4)), batch.index)  # fmt: skip
     t, t_prev, w = teacher.t[batch.index], teacher.t_prev[batch.index], torch.full((4,), 5.0)
     torch.testing.assert_close(teacher.step(x, t, t_prev, w, batch.conditioning), x_prev, atol=5e-3, rtol=5e-3)
-    s, jump = distillation.objective.destination(batch.index, batch.u), distillation.objective.jump
-    online = jump(x, distillation.student(x, t, batch.conditioning), t, s)
-    with optimization.averaged() if target == "ema" else contextlib.nullcontext():
-        aim = jump(x_prev, distillation.student(x_prev, t_prev, batch.conditioning), t_prev, s)
-    weight = distillation.weight[batch.index]
-    torch.testing.assert_close(losses, weight * pseudo_huber(online, aim, SETTINGS.huber_c), atol=1e-6, rtol=1e-5)
+    online, aim = (
+        diffusion.consistency(at, distillation.student(at, time, batch.conditioning).x0, time)
+        for at, time in ((x, t), (x_prev, t_prev))
+    )
+    torch.testing.assert_close(losses, pseudo_huber(online, aim, SETTINGS.huber_c), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["lcm", "tcd", "pcm", "tdd"])
