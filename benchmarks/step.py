@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="emoji")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--unmerged", action="store_true", help="run the adapter beside its layer, as a bf16 base must")
+    parser.add_argument(
+        "--unmerged", action="store_true", help="run the adapter beside its layer, as bf16 on a GPU must"
+    )
     parser.add_argument("--peft", action="store_true", help="run the adapter as PEFT does")
     options = parser.parse_args()
 

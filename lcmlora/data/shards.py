@@ -114,10 +114,8 @@ class Shards:
         live = _live(loads, step)
         self._check(self._bytes(live), self._window)
         following = [load for load in loads if load.first > step]
-        begins, self._until = (
-            self._until < 0,
-            min([load.last + 1 for load in live] + [load.first for load in following[:1]]),
-        )
+        begins = self._until < 0
+        self._until = min([load.last + 1 for load in live] + [load.first for load in following[:1]])
         kept: dict[int, None] = {}
         size = 0
         for load in live + following:
