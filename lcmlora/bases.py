@@ -359,6 +359,7 @@ class LoadedBase:
 
 def unet_forward(unet: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     """One forward of any conditional UNet in its own precision; returns its raw output in fp32."""
+    lora.refresh(unet)
     dtype = unet.dtype
     added = {k: conditioning[k].to(dtype) for k in ("text_embeds", "time_ids") if k in conditioning} or None
     output = unet(

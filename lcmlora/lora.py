@@ -21,6 +21,7 @@ Layers = dict[str, tuple[Tensor, Tensor]]  # A and B by the module's name
 
 # The attributes of the layers that carry an adapter to be trained, by UNet.
 _adapted: WeakKeyDictionary[nn.Module, list[dict[str, Any]]] = WeakKeyDictionary()
+_sums: WeakKeyDictionary[nn.Module, list[_Sum]] = WeakKeyDictionary()  # in its forward passes, by UNet
 
 ADAPTER = "lcm"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -96,12 +97,15 @@ def direct_forwards(unet: nn.Module, *, merged: bool | None = None) -> None:
         merged: one kernel over W + scale B A, by default where that takes fewer operations, but for half precision on
             a GPU, where the sum's rounding would keep most of an early adapter out.
     """
+    sums = _sums[unet] = []
     for _, layer in _layers(unet):
-        full = _merging_pays(layer) if merged is None else merged
-        if isinstance(layer.base_layer, nn.Conv2d):
-            layer.forward = _merged_conv(layer) if full else _beside_conv(layer)
+        if _merging_pays(layer) if merged is None else merged:
+            sums.append(_Sum(layer))
+            layer.forward = _merged_forward(layer, sums[-1])
+        elif isinstance(layer.base_layer, nn.Conv2d):
+            layer.forward = _beside_conv(layer)
         else:
-            layer.forward = _merged_linear(layer) if full else _beside_linear(layer)
+            layer.forward = _beside_linear(layer)
 
 
 def _merging_pays(layer: Any) -> bool:
@@ -112,77 +116,73 @@ def _merging_pays(layer: Any) -> bool:
     return 3 * (inner.numel() + layer.lora_B[ADAPTER].weight.numel()) > weight.numel()
 
 
-def _merged_conv(layer: Any) -> Callable[[Tensor], Tensor]:
-    base, a, b = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+class _Sum:
+    """W + scale B A of a layer, made in fp32, once for all passes that see the same A and B.
+
+    It is a leaf of autograd, and what gradient it gets goes on to A and B. Whether they have changed is told by
+    autograd's count of changes, which does not see what is done by way of `.data` or another view (see Optimization).
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer, self._weight = layer, layer.base_layer.weight
+        self._a, self._b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        self._of: tuple[int, int] | None = None
+        self.value = torch.empty_like(self._weight, memory_format=torch.contiguous_format).requires_grad_()
+        self.value.register_post_accumulate_grad_hook(self._pass_on)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        of = self._a._version, self._b._version
+        if of == self._of or self._layer._disable_adapters:
+            return
+        weight, a, b = (tensor.flatten(1) for tensor in (self._weight, self._a, self._b))
+        torch.add(weight, b @ a, alpha=self._layer.scaling[ADAPTER], out=self.value.detach().flatten(1))
+        self._of = of
+
+    @torch.no_grad()
+    def _pass_on(self, value: Tensor) -> None:
+        assert value.grad is not None
+        gradient, value.grad = value.grad.flatten(1).float(), None
+        if (scale := self._layer.scaling[ADAPTER]) != 1:
+            gradient = gradient * scale
+        for weight, its in (self._a, self._b.flatten(1).t() @ gradient), (self._b, gradient @ self._a.flatten(1).t()):
+            its = its.view_as(weight)
+            weight.grad = its if weight.grad is None else weight.grad.add_(its)
+
+
+def refresh(unet: nn.Module) -> None:
+    """Brings the layers that are W + scale B A up to date with A and B. Compiled, they do not do so themselves."""
+    for each in _sums.get(unet, ()):
+        each.refresh()
+
+
+def _merged_forward(layer: Any, whole: _Sum) -> Callable[[Tensor], Tensor]:
+    base = layer.base_layer
+    convolution = isinstance(base, nn.Conv2d)
+    pointwise = convolution and base.kernel_size == base.stride == (1, 1) and base.groups == 1 and not any(base.padding)
+    pointwise = pointwise and base.weight.device.type == "cpu"
 
     def forward(x: Tensor) -> Tensor:
         if layer._disable_adapters:
             return base(x)
-        return _MergedConv.apply(x, base.weight, base.bias, a.weight, b.weight, layer.scaling[ADAPTER], base)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            whole.refresh()
+        if not convolution:
+            return nn.functional.linear(x, whole.value, base.bias)
+        if pointwise and not compiling:
+            return _pointwise(x, whole.value, base.bias)
+        return base._conv_forward(x, whole.value, base.bias)
 
     return forward
 
 
-def _merged_linear(layer: Any) -> Callable[[Tensor], Tensor]:
-    base, a, b = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-
-    def forward(x: Tensor) -> Tensor:
-        if layer._disable_adapters:
-            return base(x)
-        return _MergedLinear.apply(x, base.weight, base.bias, a.weight, b.weight, layer.scaling[ADAPTER])
-
-    return forward
-
-
-class _Merged(torch.autograd.Function):
-    """A layer of weight W + scale B A, summed in fp32. For the backward pass it keeps W, A and B and not their sum,
-    which is a model's worth of memory and a hundredth of a pass to compute."""
-
-    @staticmethod
-    def sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        whole = torch.addmm(weight.flatten(1).float(), b.flatten(1), a.flatten(1), alpha=scale)
-        return whole.view_as(weight).to(weight.dtype)
-
-    @staticmethod
-    def gradients(gradient: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Returns the gradients of A and B from that of the sum."""
-        gradient = gradient.flatten(1).float() * scale
-        return (b.flatten(1).t() @ gradient).view_as(a), (gradient @ a.flatten(1).t()).view_as(b)
-
-
-class _MergedLinear(_Merged):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.scale = scale
-        return nn.functional.linear(x, _Merged.sum(weight, a, b, scale), bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
-        to_x = gradient @ _Merged.sum(weight, a, b, ctx.scale) if ctx.needs_input_grad[0] else None
-        to_sum = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
-        return to_x, None, None, *_Merged.gradients(to_sum, a, b, ctx.scale), None
-
-
-class _MergedConv(_Merged):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, base: nn.Conv2d
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.scale, ctx.base = scale, base
-        return base._conv_forward(x, _Merged.sum(weight, a, b, scale), bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
-        base = ctx.base
-        geometry = (base.stride, base.padding, base.dilation, False, (0, 0), base.groups)
-        wanted = (ctx.needs_input_grad[0], True, False)
-        full = _Merged.sum(weight, a, b, ctx.scale)
-        to_x, to_sum, _ = torch.ops.aten.convolution_backward(gradient, x, full, None, *geometry, wanted)
-        return to_x, None, None, *_Merged.gradients(to_sum, a, b, ctx.scale), None, None
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution of kernel 1 as products, which take a CPU half of the time: there is no turning of pictures into
+    the layout of convolutions and back."""
+    weight, pixels = weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)
+    product = torch.bmm(weight, pixels) if bias is None else torch.baddbmm(bias[:, None], weight, pixels)
+    return product.unflatten(2, x.shape[2:])
 
 
 def _beside_conv(layer: Any) -> Callable[[Tensor], Tensor]:

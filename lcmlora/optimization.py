@@ -65,6 +65,10 @@ class Optimization:
         pairs = zip(self._starts, self._parameters, strict=True)
         return [flat[start : start + p.numel()].view_as(p) for start, p in pairs]
 
+    def _changed(self) -> None:
+        """Tells autograd, and who goes by its count, what was done to the parameters by way of the buffer."""
+        torch.autograd.graph.increment_version(self._parameters)
+
     def _gather(self) -> Tensor:
         """Returns the gradients, flat; the parameters then have none.
 
@@ -117,6 +121,7 @@ class Optimization:
         if self._scale is not None:
             torch._amp_update_scale_(self._scale, self._growth, overflow, _GROWTH, _BACKOFF, _INTERVAL)
         self._weights.grad = None
+        self._changed()
         if self._settings.optimizer != "schedule-free":  # which keeps an average of its own
             # Early weights are forgotten quickly, or a short run would average over its start.
             decay = min(self._settings.ema, (1 + step) / (10 + step))
@@ -135,16 +140,19 @@ class Optimization:
                 self._average.copy_(self._weights)
                 optimizer.train()
             self._weights.copy_(self._average)
+        self._changed()
         try:
             yield self._average
         finally:
             with torch.no_grad():
                 self._weights.copy_(live)  # schedule-free's own way back would round
+            self._changed()
 
     @torch.no_grad()
     def use(self, weights: Tensor, dtype: torch.dtype) -> None:
         """Puts flat weights, rounded as the file will round them, into the live student."""
         self._weights.copy_(weights.to(self._weights.device, dtype))
+        self._changed()
 
     def state(self) -> dict[str, Any]:
         return {
@@ -158,6 +166,7 @@ class Optimization:
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
         self._weights.copy_(state["weights"])
+        self._changed()
         self._average.copy_(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
         if self._scale is not None:

@@ -15,11 +15,11 @@ def _inputs(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
     return torch.randn(rows, 4, 8, 8, generator=generator), torch.tensor([999, 259]), conditioning
 
 
-def _inject(base: LoadedBase, strength: float = 0.0) -> None:
+def _inject(base: LoadedBase, strength: float = 0.0, *, merged: bool | None = None) -> None:
     for parameter in lora.inject(base.unet, 4, 4, 0).values():
         if strength:
             parameter.data.normal_(std=strength)
-    lora.direct_forwards(base.unet)
+    lora.direct_forwards(base.unet, merged=merged)
 
 
 def test_an_adapter_that_is_off_must_leave_the_base_as_it_was(base: LoadedBase):
@@ -41,16 +41,22 @@ def test_a_student_that_training_has_not_changed_is_refused(base: LoadedBase):
     check.student()
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_compiled_unet_is_teacher_and_student_as_the_eager_one_is(
-    base: LoadedBase, backend: str, monkeypatch: pytest.MonkeyPatch
+def test_a_compiled_unet_is_teacher_and_student_as_the_eager_one_is_when_the_adapter_changes_too(
+    base: LoadedBase, backend: str, merged: bool, monkeypatch: pytest.MonkeyPatch
 ):
     check = AdapterCheck(base, *_inputs())
-    _inject(base, strength=0.1)
+    _inject(base, strength=0.1, merged=merged)
     monkeypatch.setattr(base.unet, "compile", partial(base.unet.compile, backend=backend))
     execution.compiled(base.unet)
     check.teacher(compiled=True)
     check.student()
+    with torch.no_grad():
+        for name, parameter in base.unet.named_parameters():
+            if ".lora_B." in name:
+                parameter.mul_(2)
+    check.teacher(compiled=True)
     torch._dynamo.reset()
 
 

@@ -113,6 +113,34 @@ def test_in_half_precision_the_sum_is_made_in_fp32_and_so_are_its_gradients(
     assert ((gradients - expected).norm() / expected.norm()).item() < tolerance
 
 
+def test_the_sum_is_made_once_for_the_passes_that_share_it_and_again_when_the_adapter_changes(base: LoadedBase):
+    _trained(base)
+    lora.direct_forwards(base.unet, merged=True)
+
+    def operations() -> int:
+        with FlopCounterMode(display=False) as counter:
+            _forward(base)
+        return counter.get_total_flops()
+
+    first, second = operations(), operations()
+    sums = sum(2 * 4 * layer.base_layer.weight.numel() for _, layer in lora._layers(base.unet))
+    assert first - second == sums
+    with torch.no_grad():
+        next(layer for _, layer in lora._layers(base.unet)).lora_B[lora.ADAPTER].weight.mul_(2)
+    assert second < operations() < first
+
+
+def test_gradients_of_a_sum_add_up_over_backward_passes(base: LoadedBase):
+    _trained(base)
+    lora.direct_forwards(base.unet, merged=True)
+    found = []
+    for _ in range(2):
+        conditioning = {"encoder_hidden_states": torch.ones(2, 5, 16)}
+        base.predict(torch.ones(2, 4, 8, 8), torch.tensor([999, 259]), conditioning).square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in base.unet.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], 2 * found[0])
+
+
 @pytest.mark.parametrize("rank", [1, 2, 4, 8, 32])
 @pytest.mark.parametrize("kind", [nn.Linear, partial(nn.Conv2d, kernel_size=3, padding=1)])
 def test_an_adapter_is_summed_with_its_layer_where_that_is_less_to_compute(kind: Callable[..., nn.Module], rank: int):

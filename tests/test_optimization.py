@@ -2,7 +2,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from lcmlora import lora
 from lcmlora.errors import UserError
 from lcmlora.optimization import Optimization
 from tests.distillation import SETTINGS
@@ -89,6 +91,37 @@ def test_within_averaged_the_student_has_the_average_and_afterwards_its_own_weig
         assert torch.equal(parameter, average[:3])
         assert not torch.equal(parameter, live)
     assert torch.equal(parameter, live)
+
+
+def test_a_layer_that_is_summed_with_its_adapter_follows_every_change_of_it():
+    unet = nn.Module()
+    unet.conv1 = nn.Linear(3, 2)
+    parameters = lora.inject(unet, 4, 4, seed=0)
+    lora.direct_forwards(unet, merged=True)
+    optimization = Optimization(parameters, SETTINGS.model_copy(update={"lr": 0.1, "warmup": 0}))
+    x = torch.ones(1, 3)
+
+    def follows() -> torch.Tensor:
+        down, up = parameters["conv1.lora_A.lcm.weight"], parameters["conv1.lora_B.lcm.weight"]
+        with torch.no_grad():
+            output = unet.conv1(x)
+        torch.testing.assert_close(output, unet.conv1.base_layer(x) + x @ down.t() @ up.t())
+        return output
+
+    seen = [follows()]
+    before = {name: value.clone() for name, value in optimization.state().items() if name in ("weights", "average")}
+    for step in range(3):
+        optimization.backward(unet.conv1(x).square().sum())
+        optimization.step(step)
+        seen.append(follows())
+    with optimization.averaged() as average:
+        seen.append(follows())
+    torch.testing.assert_close(follows(), seen[-2])
+    optimization.use(2 * average, torch.float32)
+    seen.append(follows())
+    optimization.restore(optimization.state() | before)
+    torch.testing.assert_close(follows(), seen[0])
+    assert len({tuple(output.flatten().tolist()) for output in seen}) == len(seen)
 
 
 def test_an_optimizer_that_this_device_has_not_is_refused_by_name():
