@@ -21,7 +21,8 @@ Layers = dict[str, tuple[Tensor, Tensor]]  # A and B by the module's name
 
 # The attributes of the layers that carry an adapter to be trained, by UNet.
 _adapted: WeakKeyDictionary[nn.Module, list[dict[str, Any]]] = WeakKeyDictionary()
-_sums: WeakKeyDictionary[nn.Module, list[_Sum]] = WeakKeyDictionary()  # in its forward passes, by UNet
+# What its layers compute with, by UNet.
+_shared: WeakKeyDictionary[nn.Module, list[_Shared]] = WeakKeyDictionary()
 
 ADAPTER = "lcm"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -97,15 +98,17 @@ def direct_forwards(unet: nn.Module, *, merged: bool | None = None) -> None:
         merged: one kernel over W + scale B A, by default where that takes fewer operations, but for half precision on
             a GPU, where the sum's rounding would keep most of an early adapter out.
     """
-    sums = _sums[unet] = []
+    shared: list[_Shared] = []
     for _, layer in _layers(unet):
         if _merging_pays(layer) if merged is None else merged:
-            sums.append(_Sum(layer))
-            layer.forward = _merged_forward(layer, sums[-1])
-        elif isinstance(layer.base_layer, nn.Conv2d):
-            layer.forward = _beside_conv(layer)
+            whole = _Sum(layer)
+            layer.forward = _merged_forward(whole)
+            shared.append(whole)
         else:
-            layer.forward = _beside_linear(layer)
+            copies = _Copies(layer)
+            layer.forward = _beside_forward(copies)
+            shared.append(copies)
+    _shared[unet] = shared
 
 
 def _merging_pays(layer: Any) -> bool:
@@ -116,48 +119,102 @@ def _merging_pays(layer: Any) -> bool:
     return 3 * (inner.numel() + layer.lora_B[ADAPTER].weight.numel()) > weight.numel()
 
 
-class _Sum:
-    """W + scale B A of a layer, made in fp32, once for all passes that see the same A and B.
+class _Shared:
+    """What a layer's passes compute with, made of A and B once for all passes that see the same A and B.
 
-    It is a leaf of autograd, and what gradient it gets goes on to A and B. Whether they have changed is told by
+    These are leaves of autograd, and what gradient they get goes on to A and B. Whether A and B have changed is told by
     autograd's count of changes, which does not see what is done by way of `.data` or another view (see Optimization).
     """
 
     def __init__(self, layer: Any) -> None:
-        self._layer, self._weight = layer, layer.base_layer.weight
-        self._a, self._b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        self._of: tuple[int, int] | None = None
-        self.value = torch.empty_like(self._weight, memory_format=torch.contiguous_format).requires_grad_()
-        self.value.register_post_accumulate_grad_hook(self._pass_on)
+        self.layer, self.a, self.b = layer, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        self.scale: float = layer.scaling[ADAPTER]
+        self.copies: list[tuple[Tensor, Tensor, float]] = []  # leaf, what it is a copy of, and times what
+        self._of: tuple[int, int] | None = None  # the versions of A and B
+
+    def stale(self) -> bool:
+        return self._of != (self.a._version, self.b._version) and not self.layer._disable_adapters
+
+    def make(self) -> None:
+        """Makes what is not a copy."""
+        self._of = self.a._version, self.b._version
+
+
+class _Sum(_Shared):
+    """W + scale B A, summed in fp32."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        self.weight = layer.base_layer.weight
+        self.whole = torch.empty_like(self.weight, memory_format=torch.contiguous_format).requires_grad_()
+        self.whole.register_post_accumulate_grad_hook(self._pass_on)
+
+    def make(self) -> None:
+        weight, a, b = (tensor.flatten(1) for tensor in (self.weight, self.a, self.b))
+        torch.add(weight, b @ a, alpha=self.scale, out=self.whole.detach().flatten(1))
+        super().make()
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        of = self._a._version, self._b._version
-        if of == self._of or self._layer._disable_adapters:
-            return
-        weight, a, b = (tensor.flatten(1) for tensor in (self._weight, self._a, self._b))
-        torch.add(weight, b @ a, alpha=self._layer.scaling[ADAPTER], out=self.value.detach().flatten(1))
-        self._of = of
+    def _pass_on(self, whole: Tensor) -> None:
+        gradient = _taken(whole, self.scale).flatten(1)
+        _give(self.a, self.b.flatten(1).t() @ gradient)
+        _give(self.b, gradient @ self.a.flatten(1).t())
 
-    @torch.no_grad()
-    def _pass_on(self, value: Tensor) -> None:
-        assert value.grad is not None
-        gradient, value.grad = value.grad.flatten(1).float(), None
-        if (scale := self._layer.scaling[ADAPTER]) != 1:
-            gradient = gradient * scale
-        for weight, its in (self._a, self._b.flatten(1).t() @ gradient), (self._b, gradient @ self._a.flatten(1).t()):
-            its = its.view_as(weight)
-            weight.grad = its if weight.grad is None else weight.grad.add_(its)
+
+class _Copies(_Shared):
+    """A and scale B in the base's precision."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        self.down, self.up = (self._copy(*pair) for pair in ((self.a, 1.0), (self.b, self.scale)))
+
+    def _copy(self, source: Tensor, factor: float) -> Tensor:
+        dtype = self.layer.base_layer.weight.dtype
+        if dtype == source.dtype and factor == 1:
+            return source
+        leaf = torch.empty_like(source, dtype=dtype, requires_grad=True)
+        self.copies.append((leaf, source, factor))
+
+        @torch.no_grad()
+        def pass_on(leaf: Tensor) -> None:
+            _give(source, _taken(leaf, factor))
+
+        leaf.register_post_accumulate_grad_hook(pass_on)
+        return leaf
+
+
+def _taken(leaf: Tensor, factor: float) -> Tensor:
+    """Returns the gradient of a leaf, times this and in fp32; the leaf then has none."""
+    gradient, leaf.grad = leaf.grad, None
+    assert gradient is not None
+    return gradient.float() if factor == 1 else gradient.float() * factor
+
+
+def _give(parameter: Tensor, gradient: Tensor) -> None:
+    gradient = gradient.view_as(parameter)
+    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def refresh(unet: nn.Module) -> None:
-    """Brings the layers that are W + scale B A up to date with A and B. Compiled, they do not do so themselves."""
-    for each in _sums.get(unet, ()):
-        each.refresh()
+    """Brings what the UNet's layers compute with up to date with A and B. Once compiled they do not do so themselves;
+    and all together take a GPU a few kernels, where one by one they take two each."""
+    _refresh(_shared.get(unet, ()))
 
 
-def _merged_forward(layer: Any, whole: _Sum) -> Callable[[Tensor], Tensor]:
-    base = layer.base_layer
+def _refresh(shared: Iterable[_Shared]) -> None:
+    if not (stale := [each for each in shared if each.stale()]):
+        return
+    copies = [copy for each in stale for copy in each.copies]
+    with torch.no_grad():
+        for factor in {factor for *_, factor in copies}:
+            leaves, sources = zip(*((leaf, source) for leaf, source, f in copies if f == factor), strict=True)
+            torch._foreach_copy_(leaves, sources if factor == 1 else torch._foreach_mul(sources, factor))
+        for each in stale:
+            each.make()
+
+
+def _merged_forward(whole: _Sum) -> Callable[[Tensor], Tensor]:
+    layer, base = whole.layer, whole.layer.base_layer
     convolution = isinstance(base, nn.Conv2d)
     pointwise = convolution and base.kernel_size == base.stride == (1, 1) and base.groups == 1 and not any(base.padding)
     pointwise = pointwise and base.weight.device.type == "cpu"
@@ -166,13 +223,13 @@ def _merged_forward(layer: Any, whole: _Sum) -> Callable[[Tensor], Tensor]:
         if layer._disable_adapters:
             return base(x)
         compiling = torch.compiler.is_compiling()
-        if not compiling:
-            whole.refresh()
+        if not compiling and whole.stale():
+            _refresh((whole,))
         if not convolution:
-            return nn.functional.linear(x, whole.value, base.bias)
+            return nn.functional.linear(x, whole.whole, base.bias)
         if pointwise and not compiling:
-            return _pointwise(x, whole.value, base.bias)
-        return base._conv_forward(x, whole.value, base.bias)
+            return _pointwise(x, whole.whole, base.bias)
+        return base._conv_forward(x, whole.whole, base.bias)
 
     return forward
 
@@ -185,26 +242,20 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product.unflatten(2, x.shape[2:])
 
 
-def _beside_conv(layer: Any) -> Callable[[Tensor], Tensor]:
-    base, a, b = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+def _beside_forward(copies: _Copies) -> Callable[[Tensor], Tensor]:
+    layer, base = copies.layer, copies.layer.base_layer
+    convolution = isinstance(base, nn.Conv2d)
+    inner = layer.lora_A[ADAPTER]
 
     def forward(x: Tensor) -> Tensor:
         if layer._disable_adapters:
             return base(x)
-        inner = a._conv_forward(x, a.weight.to(x.dtype), None)
-        return base(x) + nn.functional.conv2d(inner, (layer.scaling[ADAPTER] * b.weight).to(x.dtype))
-
-    return forward
-
-
-def _beside_linear(layer: Any) -> Callable[[Tensor], Tensor]:
-    base, a, b = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-
-    def forward(x: Tensor) -> Tensor:
-        if layer._disable_adapters:
-            return base(x)
-        inner = nn.functional.linear(x, a.weight.to(x.dtype))
-        return base(x) + nn.functional.linear(inner, (layer.scaling[ADAPTER] * b.weight).to(x.dtype))
+        if not torch.compiler.is_compiling() and copies.stale():
+            _refresh((copies,))
+        if convolution:
+            return base(x) + nn.functional.conv2d(inner._conv_forward(x, copies.down, None), copies.up)
+        alone, low = base(x), nn.functional.linear(x, copies.down)
+        return torch.addmm(alone.flatten(0, -2), low.flatten(0, -2), copies.up.t()).view_as(alone)
 
     return forward
 

@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from lcmlora import bases
-from lcmlora.attention import widen_attention
+from lcmlora.attention import direct_attention, widen_attention
 from lcmlora.config import Base
 from tests.distillation import CPU
 from tests.miniature import RESOLUTION
@@ -26,6 +27,14 @@ def test_wide_attention_is_diffusers_own_in_fp32(miniatures: Callable[[str], Pat
     changed = {type(processor).__name__ for processor in base.unet.attn_processors.values()}
     assert changed == {"_WideAttention"}
     torch.testing.assert_close(base.predict(x, t, conditioning), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_direct_attention_is_diffusers_own_to_the_bit(base_folder: Path):
+    unet = UNet2DConditionModel.from_pretrained(base_folder, subfolder="unet").eval()
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+    expected = unet(x, torch.tensor([999, 259]), text).sample
+    direct_attention(unet)
+    assert torch.equal(unet(x, torch.tensor([999, 259]), text).sample, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

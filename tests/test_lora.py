@@ -88,9 +88,10 @@ def test_direct_forwards_give_pefts_output_and_gradients(base: LoadedBase, merge
         torch.testing.assert_close(gradients[name], expected[name], atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 6e-2), (torch.float16, 8e-3)])
-def test_in_half_precision_the_sum_is_made_in_fp32_and_so_are_its_gradients(
-    base: LoadedBase, dtype: torch.dtype, tolerance: float
+def test_in_half_precision_outputs_and_gradients_differ_by_rounding(
+    base: LoadedBase, dtype: torch.dtype, tolerance: float, merged: bool
 ):
     _trained(base)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([999, 259])
@@ -101,7 +102,7 @@ def test_in_half_precision_the_sum_is_made_in_fp32_and_so_are_its_gradients(
             base.unet.to(dtype)
             for name, parameter in base.unet.named_parameters():
                 parameter.data = parameter.data.float() if ".lcm." in name else parameter.data
-        lora.direct_forwards(base.unet, merged=True)
+        lora.direct_forwards(base.unet, merged=merged)
         output = base.predict(x, t, conditioning)
         output.square().mean().backward()
         gradients = torch.cat([p.grad.flatten() for p in base.unet.parameters() if p.grad is not None])
@@ -130,9 +131,10 @@ def test_the_sum_is_made_once_for_the_passes_that_share_it_and_again_when_the_ad
     assert second < operations() < first
 
 
-def test_gradients_of_a_sum_add_up_over_backward_passes(base: LoadedBase):
+@pytest.mark.parametrize("merged", [True, False])
+def test_gradients_add_up_over_backward_passes(base: LoadedBase, merged: bool):
     _trained(base)
-    lora.direct_forwards(base.unet, merged=True)
+    lora.direct_forwards(base.unet, merged=merged)
     found = []
     for _ in range(2):
         conditioning = {"encoder_hidden_states": torch.ones(2, 5, 16)}

@@ -93,19 +93,21 @@ def test_within_averaged_the_student_has_the_average_and_afterwards_its_own_weig
     assert torch.equal(parameter, live)
 
 
-def test_a_layer_that_is_summed_with_its_adapter_follows_every_change_of_it():
+@pytest.mark.parametrize(("merged", "dtype"), [(True, torch.float32), (False, torch.bfloat16), (False, torch.float32)])
+def test_a_layer_follows_every_change_of_its_adapter(merged: bool, dtype: torch.dtype):
     unet = nn.Module()
-    unet.conv1 = nn.Linear(3, 2)
-    parameters = lora.inject(unet, 4, 4, seed=0)
-    lora.direct_forwards(unet, merged=True)
+    unet.conv1 = nn.Linear(3, 2, dtype=dtype)
+    parameters = lora.inject(unet, 4, 8, seed=0)
+    lora.direct_forwards(unet, merged=merged)
     optimization = Optimization(parameters, SETTINGS.model_copy(update={"lr": 0.1, "warmup": 0}))
-    x = torch.ones(1, 3)
+    x = torch.ones(1, 3, dtype=dtype)
 
     def follows() -> torch.Tensor:
         down, up = parameters["conv1.lora_A.lcm.weight"], parameters["conv1.lora_B.lcm.weight"]
         with torch.no_grad():
             output = unet.conv1(x)
-        torch.testing.assert_close(output, unet.conv1.base_layer(x) + x @ down.t() @ up.t())
+        expected = unet.conv1.base_layer(x) + (x.float() @ down.t() @ up.t() * 2).to(dtype)
+        torch.testing.assert_close(output, expected, atol=0.02, rtol=0.02)
         return output
 
     seen = [follows()]
