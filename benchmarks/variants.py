@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from benchmarks import tables
@@ -140,6 +141,33 @@ def _narrow_attention(unet: Any) -> None:
     unet.set_attn_processor(AttnProcessor2_0())
 
 
+def _made_anew(unet: nn.Module) -> None:
+    """W + scale B A twice for the target and once for the student, which is as often as where no pass shared it."""
+
+    def forget(*_: object) -> None:
+        for each in lora._shared[unet]:
+            each._of = None
+
+    unet.register_forward_pre_hook(forget)
+
+
+@contextmanager
+def _pointwise_convolutions() -> Iterator[None]:
+    own, lora._pointwise = lora._pointwise, nn.functional.conv2d
+    try:
+        yield
+    finally:
+        lora._pointwise = own
+
+
+def _walking(unet: Any) -> None:
+    """diffusers' own `dtype` and attention, which walk through modules and signatures."""
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            del vars(module)["forward"]
+    unet.register_forward_pre_hook(lambda *_: unet.dtype and None)
+
+
 def variants(build: Build, folder: Path) -> dict[str, Callable[[], STEP]]:
     """Returns what there is to try, by name; each makes its step when it is called."""
     kind = build.device.type
@@ -156,6 +184,9 @@ def variants(build: Build, folder: Path) -> dict[str, Callable[[], STEP]]:
         "PEFT's forward": lambda: build.step(forwards="peft"),
         "adapter beside its layer": lambda: build.step(forwards="beside"),
         "adapter merged into its layer's weight": lambda: build.step(forwards="merged"),
+        "the adapter's sums made anew in each pass": lambda: build.step(prepare=_made_anew),
+        "convolutions of kernel 1 as convolutions": lambda: build.step(around=_pointwise_convolutions),
+        "diffusers' own dtype and attention": lambda: build.step(prepare=_walking),
         "AdamW as it comes": lambda: build.step(optimization=_Unfused),
         "the host waits for each loss": lambda: build.step(wait=True),
         "channels_last": lambda: build.step(prepare=_channels_last),
