@@ -1,7 +1,8 @@
 """What a distillation step costs, phase by phase, as shares of one run: python -m benchmarks.step [MODEL] [--batch B].
 
 Phases are timed in turn within each repeat, so a machine that slows down slows them all; figures are medians. The base
-is read from bases/MODEL; latents and text are random, since no phase's cost depends on their values.
+is read from bases/MODEL; latents and text are random, since no phase's cost depends on their values. Operations are
+what torch is told to do, without views: on a GPU each is a kernel or a few, and its host has to launch them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcmlora import bases, config, execution, lora
 from lcmlora.batches import Batch
@@ -26,11 +29,22 @@ def _conditioning(base: bases.LoadedBase, rows: int) -> bases.Conditioning:
     return wide | ({"time_ids": base.time_ids(rows=rows)} if base.kind == "sdxl" else {})
 
 
+class _Operations(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.count += not op.is_view
+        return op(*arguments, **options or {})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="emoji")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="that of params.yaml by default")
     parser.add_argument(
         "--unmerged", action="store_true", help="run the adapter beside its layer, as bf16 on a GPU must"
     )
@@ -46,7 +60,7 @@ def main() -> None:
         settings.base(options.model),
         Path("bases", options.model),
         device=device,
-        dtype=bases.pick_dtype(distill.precision, device),
+        dtype=bases.pick_dtype(options.precision or distill.precision, device),
         parts=("unet", "text"),
     )
     parameters = lora.inject(base.unet, distill.rank, distill.alpha, distill.seed)
@@ -94,12 +108,15 @@ def main() -> None:
                 torch.cuda.synchronize()
             if repeat:  # the first one warms up
                 times[name].append(time.perf_counter() - began)
+    with _Operations() as operations:
+        whole()
     unit = statistics.median(times["base forward (F0)"])
     threads = torch.get_num_threads()
     print(f"{options.model}: batch {batch}, {base.dtype}, {device}, {threads} threads, median of {options.repeats}")
     for name, seconds in times.items():
         middle = statistics.median(seconds)
         print(f"  {name:28s} {1e3 * middle:9.1f} ms  {middle / unit:6.2f} F0  {batch / middle:8.1f} pictures/s")
+    print(f"  operations of a whole step: {operations.count}")
 
 
 if __name__ == "__main__":
