@@ -48,7 +48,8 @@ from lcmlora.data import cache
 from lcmlora.data.encode import encode
 from lcmlora.data.prepare import prepare
 from lcmlora.data.sources import fit, open_picture, read_records
-from lcmlora.distill import Distillation, equip, samples
+from lcmlora.distill import Distillation, _probe, equip, samples
+from lcmlora.execution import AdapterCheck
 from lcmlora.files import write_json
 from lcmlora.training import take_step
 
@@ -168,7 +169,9 @@ class _Ours(_Side):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         base = bases.load(case.model, case.base, case.folder, device=self.device, dtype=self.dtype, parts=("unet",))
+        check = AdapterCheck(base, *_probe(base, self.batches.at(range(-2, 0), torch.zeros(2, dtype=torch.long))))
         self._optimization = equip(base, self.settings)
+        check.teacher(compiled=self.settings.compile)  # a step that is fast and wrong is no step
         self._distillation = Distillation(base, self.cache.unconditional(), self.settings)
 
     def step(self, mode: str, step: int) -> Tensor:
