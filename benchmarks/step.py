@@ -110,13 +110,17 @@ def main() -> None:
                 times[name].append(time.perf_counter() - began)
     with _Operations() as operations:
         whole()
-    unit = statistics.median(times["base forward (F0)"])
     threads = torch.get_num_threads()
     print(f"{options.model}: batch {batch}, {base.dtype}, {device}, {threads} threads, median of {options.repeats}")
+    _show(times, batch)
+    print(f"  operations of a whole step: {operations.count}")
+
+
+def _show(times: dict[str, list[float]], batch: int) -> None:
+    unit = statistics.median(times["base forward (F0)"])
     for name, seconds in times.items():
         middle = statistics.median(seconds)
         print(f"  {name:28s} {1e3 * middle:9.1f} ms  {middle / unit:6.2f} F0  {batch / middle:8.1f} pictures/s")
-    print(f"  operations of a whole step: {operations.count}")
 
 
 if __name__ == "__main__":
