@@ -45,6 +45,7 @@ class Build:
     device: torch.device
     dtype: torch.dtype
     cache: LatentCache
+    compiled: bool
 
     def step(
         self,
@@ -73,6 +74,8 @@ class Build:
             lora.direct_forwards(base.unet, merged={"direct": None, "merged": True, "beside": False}[forwards])
         execution.recompute(base.unet, settings.checkpointing)
         prepare(base.unet)
+        if self.compiled:
+            execution.compiled(base.unet)
         optimizing = optimization(parameters, settings)
         distillation = Distillation(base, self.cache.unconditional(), settings, remembered)
         if teacher is not None:
@@ -220,15 +223,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="of a turn")
     parser.add_argument("--random", action="store_true", help="random weights instead of the base's own")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="of the step as it is; else params.yaml's")
+    parser.add_argument("--compile", action="store_true", help="the step as it is has its UNet compiled")
     parser.add_argument("--only", nargs="*", help="names of variants, or their beginnings")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
     told: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="lcmlora-variants-") as work:
-        case = make_case(options.model, options.batch, Path(work), random=options.random, compiled=False, device="auto")
+        case = make_case(
+            options.model,
+            options.batch,
+            Path(work),
+            random=options.random,
+            compiled=options.compile,
+            device="auto",
+            precision=options.precision,
+        )
         device = bases.pick_device("auto")
         dtype = bases.pick_dtype(case.distill.precision, device)
-        build = Build(case, device, dtype, LatentCache(case.data / "latents"))
+        build = Build(case, device, dtype, LatentCache(case.data / "latents"), options.compile)
         plain = build.step()
         for name, make in variants(build, Path(work)).items():
             if options.only and not name.startswith(tuple(options.only)):
@@ -241,6 +254,7 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     told_ = {"model": case.model, "batch": case.distill.batch, "dtype": str(dtype), "device": device.type}
+    told_ |= {"compiled": options.compile}
     print(_table(told))
     if options.json:
         write_json(options.json, told_ | {"variants": told})

@@ -1,8 +1,11 @@
+import math
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.functional import interpolate
 
 from lcmlora import execution, lora
 from lcmlora.bases import Conditioning, LoadedBase
@@ -65,15 +68,13 @@ def test_a_compiled_unet_that_differs_is_refused_with_the_figure(base: LoadedBas
     check = AdapterCheck(base, *_inputs())
     _inject(base)
     check._alone = check._alone + 0.01
-    with pytest.raises(UserError, match=r"the compiled teacher is \d\.\de-0\d of .* set distill\.compile: false"):
+    with pytest.raises(UserError, match=r"the compiled teacher is \d\.\de-0\d of .* set compile: false"):
         check.teacher(compiled=True)
 
 
 def test_a_compiled_unet_whose_gradient_differs_is_refused_with_the_figure(
     base: LoadedBase, monkeypatch: pytest.MonkeyPatch
 ):
-    """torch 2.13 on a CPU in bf16: what is said is right, and most of the gradient is not there."""
-
     def halving(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
         return lambda *inputs: tuple(out.detach() + (out - out.detach()) / 2 for out in graph(*inputs))
 
@@ -82,9 +83,42 @@ def test_a_compiled_unet_whose_gradient_differs_is_refused_with_the_figure(
     monkeypatch.setattr(base.unet, "compile", partial(base.unet.compile, backend=halving))
     execution.compiled(base.unet)
     with pytest.raises(
-        UserError, match=r"the compiled student's gradient is 5\.0e-01 of .* set distill\.compile: false"
+        UserError, match=r"the compiled student's gradient is 5\.0e-01 of .* set compile: false"
     ):
         check.teacher(compiled=True)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("shape", "size"), [((2, 3, 4, 5), None), ((1, 1, 3, 2), (5, 4)), ((1, 2, 1, 7), (1, 13))])
+def test_pixels_are_doubled_as_by_interpolation(shape: tuple[int, ...], size: tuple[int, int] | None):
+    x = torch.arange(math.prod(shape)).float().view(shape)
+    height, width = size or (2 * shape[2], 2 * shape[3])
+    expected = interpolate(x, size=size, scale_factor=None if size else 2.0, mode="nearest")
+    torch.testing.assert_close(execution.twice(x)[..., :height, :width], expected, atol=0, rtol=0)
+
+
+def test_a_compiled_unet_scatters_nothing_in_its_backward_pass(base: LoadedBase, monkeypatch: pytest.MonkeyPatch):
+    """torch 2.13's inductor, in bf16 on a CPU, reads what an interpolation's gradient is scattered into too early."""
+    operations: set[str] = set()
+
+    def noting(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        operations.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    def scatters() -> bool:
+        operations.clear()
+        torch._dynamo.reset()
+        base.predict(*_inputs()).square().mean().backward()
+        assert "aten.convolution_backward.default" in operations
+        return any("index_put" in operation for operation in operations)
+
+    _inject(base, strength=0.1)
+    backend = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=noting)
+    monkeypatch.setattr(base.unet, "compile", partial(base.unet.compile, backend=backend))
+    base.unet.compile()
+    assert scatters()
+    execution.compiled(base.unet)
+    assert not scatters()
     torch._dynamo.reset()
 
 
