@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="of a turn")
     parser.add_argument("--random", action="store_true", help="random weights instead of the base's own")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="of the step as it is; else params.yaml's")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="that of params.yaml by default")
     parser.add_argument("--compile", action="store_true", help="the step as it is has its UNet compiled")
     parser.add_argument("--only", nargs="*", help="names of variants, or their beginnings")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
@@ -253,11 +253,10 @@ def main() -> None:
             print(name, told[name], file=sys.stderr, flush=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    told_ = {"model": case.model, "batch": case.distill.batch, "dtype": str(dtype), "device": device.type}
-    told_ |= {"compiled": options.compile}
     print(_table(told))
     if options.json:
-        write_json(options.json, told_ | {"variants": told})
+        plainly = {"batch": case.distill.batch, "dtype": str(dtype), "device": device.type, "compiled": options.compile}
+        write_json(options.json, {"model": case.model} | plainly | {"variants": told})
 
 
 def _measure(plain: STEP, changed: STEP, repeats: int, steps: int, device: torch.device) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def compiled(unet: nn.Module) -> None:
 def _upsample(module: Any, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
     """The forward of diffusers' Upsample2D, without a scatter in its backward pass.
 
-    Compiled, an interpolation is a gather and its gradient a scatter of atomic additions. torch 2.13's inductor, in bf16
-    on a CPU, fuses what rounds the sum with what fills it with zeros, and so reads it before anything was added: no
+    Compiled, an interpolation is a gather and its gradient a scatter of atomic additions. In bf16 on a CPU torch 2.13's
+    inductor fuses what rounds the sum with what fills it with zeros, and so reads it before anything was added: no
     gradient passes. Here each pixel is expanded to four, whose gradients are summed.
     """
     height, width = output_size or (2 * x.shape[-2], 2 * x.shape[-1])

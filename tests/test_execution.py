@@ -82,9 +82,7 @@ def test_a_compiled_unet_whose_gradient_differs_is_refused_with_the_figure(
     _inject(base)
     monkeypatch.setattr(base.unet, "compile", partial(base.unet.compile, backend=halving))
     execution.compiled(base.unet)
-    with pytest.raises(
-        UserError, match=r"the compiled student's gradient is 5\.0e-01 of .* set compile: false"
-    ):
+    with pytest.raises(UserError, match=r"the compiled student's gradient is 5\.0e-01 of .* set compile: false"):
         check.teacher(compiled=True)
     torch._dynamo.reset()
 
