@@ -45,16 +45,35 @@ def _again(block: nn.Module, *arguments: Any) -> Any:
 
 
 def compiled(unet: nn.Module) -> None:
-    """Has the UNet compiled when it is first called, in place."""
+    """Has the UNet compiled when it is first called, in place.
+
+    Raises:
+        UserError: it is on a CPU, and there is no C++ compiler.
+    """
     import torch._dynamo
     from diffusers.models.upsampling import Upsample2D
 
+    if next(unet.parameters()).device.type == "cpu":
+        _find_compiler()
     torch._dynamo.config.recompile_limit = _GRAPHS
     for module in unet.modules():
         plain = isinstance(module, Upsample2D) and module.interpolate and module.norm is None
         if plain and module.use_conv and not module.use_conv_transpose:
             vars(module)["forward"] = partial(_upsample, module)
     unet.compile(dynamic=False)
+
+
+def _find_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError(
+            "compile: true needs a C++ compiler on a CPU, and there is none on the PATH; install g++ or set compile: "
+            "false"
+        ) from error
 
 
 def _upsample(module: Any, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:

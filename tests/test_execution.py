@@ -1,10 +1,12 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.cpp_builder import cpp_compiler_search
 from torch.nn.functional import interpolate
 
 from lcmlora import execution, lora
@@ -118,6 +120,13 @@ def test_a_compiled_unet_scatters_nothing_in_its_backward_pass(base: LoadedBase,
     execution.compiled(base.unet)
     assert not scatters()
     torch._dynamo.reset()
+
+
+def test_compiling_without_a_compiler_is_refused(base: LoadedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cpp_compiler_search.cache_clear()  # where an earlier test has found one
+    with pytest.raises(UserError, match=r"compile: true needs a C\+\+ compiler"):
+        execution.compiled(base.unet)
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])
