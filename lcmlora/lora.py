@@ -148,17 +148,24 @@ class _Sum(_Shared):
         self.weight = layer.base_layer.weight
         self.whole = torch.empty_like(self.weight, memory_format=torch.contiguous_format).requires_grad_()
         self.whole.register_post_accumulate_grad_hook(self._pass_on)
+        self._views: tuple[Tensor, ...] = ()  # W, A, B and their sum as matrices, which autograd does not follow
 
     def make(self) -> None:
-        weight, a, b = (tensor.flatten(1) for tensor in (self.weight, self.a, self.b))
-        torch.add(weight, b @ a, alpha=self.scale, out=self.whole.detach().flatten(1))
+        if not self._views or self._views[1].data_ptr() != self.a.data_ptr():  # parameters move, to one buffer
+            self._views = tuple(tensor.detach().flatten(1) for tensor in (self.weight, self.a, self.b, self.whole))
+        weight, a, b, whole = self._views
+        if weight.dtype == b.dtype:
+            torch.addmm(weight, b, a, alpha=self.scale, out=whole)
+        else:
+            torch.add(weight, b @ a, alpha=self.scale, out=whole)
         super().make()
 
     @torch.no_grad()
     def _pass_on(self, whole: Tensor) -> None:
-        gradient = _taken(whole, self.scale).flatten(1)
-        _give(self.a, self.b.flatten(1).t() @ gradient)
-        _give(self.b, gradient @ self.a.flatten(1).t())
+        _, a, b, _ = self._views
+        gradient = _taken(whole).flatten(1)
+        _give(self.a, b.t() @ gradient, self.scale)
+        _give(self.b, gradient @ a.t(), self.scale)
 
 
 class _Copies(_Shared):
@@ -177,21 +184,23 @@ class _Copies(_Shared):
 
         @torch.no_grad()
         def pass_on(leaf: Tensor) -> None:
-            _give(source, _taken(leaf, factor))
+            _give(source, _taken(leaf), factor)
 
         leaf.register_post_accumulate_grad_hook(pass_on)
         return leaf
 
 
-def _taken(leaf: Tensor, factor: float) -> Tensor:
-    """Returns the gradient of a leaf, times this and in fp32; the leaf then has none."""
+def _taken(leaf: Tensor) -> Tensor:
+    """Returns the gradient of a leaf in fp32; the leaf then has none."""
     gradient, leaf.grad = leaf.grad, None
     assert gradient is not None
-    return gradient.float() if factor == 1 else gradient.float() * factor
+    return gradient.float()
 
 
-def _give(parameter: Tensor, gradient: Tensor) -> None:
+def _give(parameter: Tensor, gradient: Tensor, factor: float) -> None:
     gradient = gradient.view_as(parameter)
+    if factor != 1:
+        gradient = gradient * factor
     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 

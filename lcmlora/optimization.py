@@ -50,6 +50,7 @@ class Optimization:
         device = next(iter(parameters.values())).device
         self._weights = nn.Parameter(torch.zeros(total, device=device))
         self._parameters, self._starts = list(parameters.values()), starts
+        self._gapless = total == sum(p.numel() for p in self._parameters)
         with torch.no_grad():
             for view, parameter in zip(self._views(self._weights.data), self._parameters, strict=True):
                 view.copy_(parameter)
@@ -74,7 +75,8 @@ class Optimization:
 
         There is no buffer for them before: while activations fill the memory, there is none to spare.
         """
-        gradient = torch.zeros_like(self._weights, requires_grad=False)
+        filled = self._gapless and all(p.grad is not None for p in self._parameters)
+        gradient = (torch.empty_like if filled else torch.zeros_like)(self._weights, requires_grad=False)
         found = [
             (v, p.grad) for v, p in zip(self._views(gradient), self._parameters, strict=True) if p.grad is not None
         ]
