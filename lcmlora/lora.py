@@ -160,7 +160,6 @@ class _Sum(_Shared):
             torch.add(weight, b @ a, alpha=self.scale, out=whole)
         super().make()
 
-    @torch.no_grad()
     def _pass_on(self, whole: Tensor) -> None:
         _, a, b, _ = self._views
         gradient = _taken(whole).flatten(1)
