@@ -194,6 +194,9 @@ def variants(build: Build, folder: Path) -> dict[str, Callable[[], STEP]]:
         "the host waits for each loss": lambda: build.step(wait=True),
         "channels_last": lambda: build.step(prepare=_channels_last),
         "activations recomputed, all": lambda: build.step(prepare=lambda unet: execution.recompute(unet, "full")),
+        "norms and activation functions recomputed": lambda: build.step(
+            prepare=lambda unet: execution.recompute(unet, "selective")
+        ),
         "no activations recomputed": lambda: build.step(prepare=lambda unet: execution.recompute(unet, "none")),
         "bf16 by autocast": lambda: build.step(forwards="beside", around=lambda: torch.autocast(kind, torch.bfloat16)),
         "bf16 base": lambda: build.step(dtype=torch.bfloat16),

@@ -126,7 +126,8 @@ class Training(Strict):
     ema: Annotated[float, Field(ge=0, lt=1)]  # of the weights; the average is what is validated and saved
     empty_prompts: Share = 0.0  # share of the samples that are given the unconditional embedding
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    checkpointing: Literal["none", "selective", "full"] = "selective"  # activations computed again in the backward pass
+    # Activations computed again in the backward pass; auto: selective on a GPU, none on a CPU, where time is shorter.
+    checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: Positive

@@ -20,7 +20,7 @@ from lcmlora.config import Distill, Launch
 from lcmlora.data.cache import LatentCache
 from lcmlora.distill import Distillation, equip, samples
 from lcmlora.errors import UserError
-from lcmlora.execution import recompute
+from lcmlora.execution import pick_checkpointing, recompute
 from lcmlora.optimization import Optimization
 from lcmlora.training import take_step
 from lcmlora.validation import Validation
@@ -77,7 +77,12 @@ def examine(base: LoadedBase, cache: LatentCache, settings: Distill, launch: Lau
     if len(rows) < settings.batch:
         raise UserError(f"distill.batch: {settings.batch} is more than the {len(rows)} pictures to train on")
     # This process's share of a step, as if it were the only one.
-    share = settings.model_copy(update={"batch": settings.batch // (launch.processes * launch.machines)})
+    share = settings.model_copy(
+        update={
+            "batch": settings.batch // (launch.processes * launch.machines),
+            "checkpointing": pick_checkpointing(settings.checkpointing, base.device),
+        }
+    )
     optimization = equip(base, share)
     distillation = Distillation(base, cache.unconditional(), share)
     trials = _trials(distillation, optimization, cache, rows, share)

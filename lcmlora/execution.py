@@ -24,13 +24,21 @@ _GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16:
 _GRAPHS = 64
 
 
+def pick_checkpointing(how: str, device: torch.device) -> str:
+    """Returns what `auto` stands for on this device, or `how` where it says so itself."""
+    if how != "auto":
+        return how
+    return "none" if device.type == "cpu" else "selective"
+
+
 def recompute(unet: Any, how: str) -> None:
     """Lets the backward pass compute activations again instead of keeping them. The last call counts.
 
     Args:
         how: `none`; `selective` does norms and activation functions again (lcmlora/remaking.py); `full` keeps the input
-            of each block and costs another forward.
+            of each block and costs another forward; or `auto`.
     """
+    how = pick_checkpointing(how, next(unet.parameters()).device)
     unet.disable_gradient_checkpointing()
     remaking.keep(unet)
     if how == "selective":

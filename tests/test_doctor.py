@@ -25,7 +25,7 @@ def test_the_figures_are_those_of_the_run_that_follows(base_folder: Path, cache:
     assert (found.pictures, found.validation_pictures, found.captions) == (8, 1, 9)
     assert found.epochs == pytest.approx(SETTINGS.steps * SETTINGS.batch / 8)
     (trial,) = found.trials
-    assert (trial.accumulate, trial.checkpointing) == (1, "selective") and trial.seconds and trial.peak
+    assert (trial.accumulate, trial.checkpointing) == (1, "none") and trial.seconds and trial.peak
     assert found.images_per_second == pytest.approx(SETTINGS.batch / trial.seconds)
     assert found.total == pytest.approx(6 * trial.seconds + found.targets + 2 * found.validation)
     adapter = sum(p.numel() for p in base.unet.parameters() if p.requires_grad)
@@ -70,7 +70,7 @@ def test_where_it_does_not_fit_settings_that_do_are_told(
 
     monkeypatch.setattr(Distillation, "losses", short_of_memory)
     with pytest.raises(UserError, match=r"4 pictures at a time do not fit cpu.*; "
-                       r"distill\.accumulate: 2 with distill\.checkpointing: selective does"):  # fmt: skip
+                       r"distill\.accumulate: 2 with distill\.checkpointing: none does"):  # fmt: skip
         _examine(base_folder, cache, tmp_path)
 
 

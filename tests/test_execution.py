@@ -134,6 +134,12 @@ def test_compiling_without_a_compiler_is_refused(base: LoadedBase, tmp_path: Pat
         execution.compiled(base.unet)
 
 
+def test_where_nothing_is_said_only_a_gpu_recomputes():
+    assert execution.pick_checkpointing("auto", torch.device("cpu")) == "none"
+    assert execution.pick_checkpointing("auto", torch.device("cuda")) == "selective"
+    assert execution.pick_checkpointing("full", torch.device("cpu")) == "full"
+
+
 @pytest.mark.parametrize("how", ["selective", "full"])
 def test_recomputed_activations_give_the_same_gradients_and_save_memory(base: LoadedBase, how: str):
     _inject(base, strength=0.1)
