@@ -171,7 +171,8 @@ class _Ours(_Side):
         base = bases.load(case.model, case.base, case.folder, device=self.device, dtype=self.dtype, parts=("unet",))
         check = AdapterCheck(base, *_probe(base, self.batches.at(range(-2, 0), torch.zeros(2, dtype=torch.long))))
         self._optimization = equip(base, self.settings)
-        check.teacher(compiled=self.settings.compile)  # a step that is fast and wrong is no step
+        if self.settings.compile:  # a step that is fast and wrong is no step
+            check.compiled(self.batches.size, 2 * self.batches.size)
         self._distillation = Distillation(base, self.cache.unconditional(), self.settings)
 
     def step(self, mode: str, step: int) -> Tensor:

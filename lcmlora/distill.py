@@ -26,7 +26,7 @@ from lcmlora.batches import Batch, Batches, split
 from lcmlora.config import Distill, check_trajectory, digest
 from lcmlora.data.cache import LatentCache
 from lcmlora.errors import UserError
-from lcmlora.execution import AdapterCheck, compiled, recompute
+from lcmlora.execution import AdapterCheck, compiled, eager, recompute
 from lcmlora.files import atomic_folder, write_json
 from lcmlora.objectives import Objective, Prediction, pseudo_huber
 from lcmlora.optimization import Optimization
@@ -176,7 +176,10 @@ def distill(
     remembered = teacher_cache and _teacher_cache(*teacher_cache, base, cache, settings, batches, identity)
     distillation = Distillation(base, unconditional, settings, remembered or None)
 
-    check.teacher(compiled=settings.compile)
+    if settings.compile:
+        check.compiled(batches.size, 2 * batches.size)
+    else:
+        check.teacher()
     state = train(
         "distill",
         distillation,
@@ -286,9 +289,10 @@ def _probe(base: LoadedBase, batch: Batch) -> Probe:
 def _save_probe(base: LoadedBase, probe: Probe, path: Path) -> None:
     """Writes one forward of the live student and of the base alone, for whoever reloads the file to compare with."""
     latents, timesteps, conditioning = probe
-    student = unet_forward(base.unet, *probe)
-    with lora.disabled(base.unet):
-        alone = unet_forward(base.unet, *probe)
+    with eager():
+        student = unet_forward(base.unet, *probe)
+        with lora.disabled(base.unet):
+            alone = unet_forward(base.unet, *probe)
     tensors = {"latents": latents, "timesteps": timesteps, "student": student, "base": alone} | conditioning
     from safetensors.torch import save_file
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -71,6 +72,11 @@ def compiled(unet: nn.Module) -> None:
     unet.compile(dynamic=False)
 
 
+def eager() -> contextlib.AbstractContextManager[object]:
+    """Within the block a compiled UNet runs as it was written."""
+    return torch.compiler.set_stance("force_eager")
+
+
 def _find_compiler() -> None:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -124,35 +130,35 @@ class AdapterCheck:
         base: bare.
         latents, timesteps, conditioning: any fixed input of a forward.
         """
-        self._base = base
-        self._forward: Callable[[], Tensor] = lambda: unet_forward(base.unet, latents, timesteps, conditioning)
+        self._base, self._latents, self._timesteps, self._conditioning = base, latents, timesteps, conditioning
         self._differs = False
         with torch.no_grad():
-            self._alone = self._forward()
+            self._alone = self._eager()
 
-    @torch.no_grad()
-    def teacher(self, *, compiled: bool) -> None:
-        """Raises UserError unless the base with its adapter off is the bare base, to the bit where it is not compiled,
-        and the compiled student the eager one, in what it says and in its gradients."""
-        with lora.disabled(self._base.unet):
-            off = self._forward()
-        if not compiled:
-            if not torch.equal(off, self._alone):
+    def teacher(self) -> None:
+        """Raises UserError unless the base with its adapter off is the bare base, to the bit."""
+        with torch.no_grad(), lora.disabled(self._base.unet):
+            if not torch.equal(self._eager(), self._alone):
                 raise UserError(f"{self._base.name}: with its adapter off the base does not draw as it did without one")
-            return
-        self._compare("the compiled teacher", off, self._alone)
-        student = self._forward()
-        with torch.compiler.set_stance("force_eager"):
-            self._compare("the compiled student", student, self._forward())
-        self.gradient()
 
-    def gradient(self) -> None:
-        """Raises UserError unless the compiled student's gradient is the eager one's."""
+    def compiled(self, rows: int, teacher_rows: int | None = None) -> None:
+        """Raises UserError unless the compiled student says what the eager one does and has its gradient, and the
+        compiled teacher says what the bare base does.
+
+        Args:
+            rows: of a step's forward, so that what is compiled here is what the steps need; the teacher's likewise,
+                where there is one.
+        """
+        with torch.no_grad():
+            if teacher_rows is not None:
+                with lora.disabled(self._base.unet):
+                    self._compare("the compiled teacher", self._compiled(teacher_rows), self._alone)
+            self._compare("the compiled student", self._compiled(rows), self._eager())
         trained = [parameter for parameter in self._base.unet.parameters() if parameter.requires_grad]
         with _stirred(trained):
-            found = self._gradient(trained)
-            with torch.compiler.set_stance("force_eager"):
-                expected = self._gradient(trained)
+            found = _gradient(trained, self._compiled(rows).square().sum())
+            times = torch.bincount(self._repeated(rows), minlength=len(self._latents))
+            expected = _gradient(trained, (self._eager().square().flatten(1).sum(1) * times).sum())
         norm = torch.stack(torch._foreach_norm(expected)).norm()
         error = (torch.stack(torch._foreach_norm(torch._foreach_sub(found, expected))).norm() / norm).item()
         if not error < _GRADIENT_TOLERANCE[self._base.dtype]:
@@ -161,17 +167,30 @@ class AdapterCheck:
                 f"than {_GRADIENT_TOLERANCE[self._base.dtype]:g}; set compile: false"
             )
 
-    @torch.enable_grad()
-    def _gradient(self, trained: list[nn.Parameter]) -> list[Tensor]:
-        """Returns the student's, for its output as if it were to be zero."""
-        self._forward().square().sum().backward()
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        for parameter in trained:
-            parameter.grad = None
-        return gradients
+    @torch.no_grad()
+    def student(self) -> None:
+        """Raises UserError where training has not changed the student. Looks once."""
+        if not self._differs and torch.equal(self._eager(), self._alone):
+            raise UserError(f"{self._base.name}: the adapter was trained and changes nothing; nothing is saved")
+        self._differs = True
+
+    def _repeated(self, rows: int) -> Tensor:
+        """Returns which rows of the input make one of so many."""
+        return torch.arange(rows, device=self._latents.device) % len(self._latents)
+
+    def _compiled(self, rows: int) -> Tensor:
+        """Returns the output for the input, repeated."""
+        index = self._repeated(rows)
+        conditioning = {name: value[index] for name, value in self._conditioning.items()}
+        return unet_forward(self._base.unet, self._latents[index], self._timesteps[index], conditioning)
+
+    def _eager(self) -> Tensor:
+        with eager():
+            return unet_forward(self._base.unet, self._latents, self._timesteps, self._conditioning)
 
     def _compare(self, what: str, ours: Tensor, expected: Tensor) -> None:
-        error = ((ours - expected).abs().max() / expected.abs().max()).item()
+        """Of outputs of as many rows as both have."""
+        error = ((ours[: len(expected)] - expected[: len(ours)]).abs().max() / expected.abs().max()).item()
         tolerance = _TOLERANCE[self._base.dtype]
         if not error < tolerance:
             raise UserError(
@@ -179,9 +198,11 @@ class AdapterCheck:
                 "; set compile: false"
             )
 
-    @torch.no_grad()
-    def student(self) -> None:
-        """Raises UserError where training has not changed the student. Looks once."""
-        if not self._differs and torch.equal(self._forward(), self._alone):
-            raise UserError(f"{self._base.name}: the adapter was trained and changes nothing; nothing is saved")
-        self._differs = True
+
+def _gradient(trained: list[nn.Parameter], loss: Tensor) -> list[Tensor]:
+    """Returns that of a loss; the parameters have none afterwards."""
+    loss.backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    for parameter in trained:
+        parameter.grad = None
+    return gradients

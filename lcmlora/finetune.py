@@ -100,7 +100,7 @@ def tune(
     recompute(base.unet, settings.checkpointing)
     if settings.compile:
         compiled(base.unet)
-        check.gradient()
+        check.compiled(batches.size)
     optimization = Optimization(parameters, settings, ranks=ranks, scaled=base.dtype == torch.float16)
     lesson = Denoising(base)
     plain = settings.model_copy(update={"empty_prompts": 0.0})

@@ -39,10 +39,10 @@ def _compile(base: LoadedBase, backend: str | Callable[..., Any], monkeypatch: p
 def test_an_adapter_that_is_off_must_leave_the_base_as_it_was(base: LoadedBase):
     check = AdapterCheck(base, *_inputs())
     _inject(base, strength=0.1)
-    check.teacher(compiled=False)
+    check.teacher()
     base.unet.conv_in.weight.data.add_(1e-4)
     with pytest.raises(UserError, match="with its adapter off the base does not draw as it did"):
-        check.teacher(compiled=False)
+        check.teacher()
 
 
 def test_a_student_that_training_has_not_changed_is_refused(base: LoadedBase):
@@ -63,13 +63,13 @@ def test_a_compiled_unet_is_teacher_and_student_as_the_eager_one_is_when_the_ada
     check = AdapterCheck(base, *_inputs())
     _inject(base, strength=0.1, merged=merged)
     _compile(base, backend, monkeypatch)
-    check.teacher(compiled=True)
+    check.compiled(3, 5)
     check.student()
     with torch.no_grad():
         for name, parameter in base.unet.named_parameters():
             if ".lora_B." in name:
                 parameter.mul_(2)
-    check.teacher(compiled=True)
+    check.compiled(3, 5)
     torch._dynamo.reset()
 
 
@@ -78,7 +78,7 @@ def test_a_compiled_unet_that_differs_is_refused_with_the_figure(base: LoadedBas
     _inject(base)
     check._alone = check._alone + 0.01
     with pytest.raises(UserError, match=r"the compiled teacher is \d\.\de-0\d of .* set compile: false"):
-        check.teacher(compiled=True)
+        check.compiled(3, 5)
 
 
 def test_a_compiled_unet_whose_gradient_differs_is_refused_with_the_figure(
@@ -91,7 +91,7 @@ def test_a_compiled_unet_whose_gradient_differs_is_refused_with_the_figure(
     _inject(base)
     _compile(base, halving, monkeypatch)
     with pytest.raises(UserError, match=r"the compiled student's gradient is 5\.0e-01 of .* set compile: false"):
-        check.teacher(compiled=True)
+        check.compiled(3, 5)
     torch._dynamo.reset()
 
 
