@@ -32,7 +32,7 @@ down:
 # lcmlora's step beside the reference recipe's, in turns; docs/performance.md says more, and how it is run on a GPU.
 bench: install
 	$(BIN)/python -m benchmarks.compare
-	$(BIN)/python -m benchmarks.compare --precision bf16
+	$(BIN)/python -m benchmarks.compare --precision bf16 --compile
 
 install: $(VENV)/.installed node_modules/.installed
 
