@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -72,7 +71,7 @@ def compiled(unet: nn.Module) -> None:
     unet.compile(dynamic=False)
 
 
-def eager() -> contextlib.AbstractContextManager[object]:
+def eager() -> AbstractContextManager[object]:
     """Within the block a compiled UNet runs as it was written."""
     return torch.compiler.set_stance("force_eager")
 
