@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="emoji")
     parser.add_argument("--seconds", type=float, default=200.0, help="for filling the cache and distilling")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--turns", type=int, default=9, help="in which the steps are timed")
+    parser.add_argument("--turns", type=int, default=60, help="in which the steps are timed")
     parser.add_argument("--scratch", type=Path, default=Path("scratch/sources"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args()

@@ -35,7 +35,8 @@ class Batch:
     u: Tensor  # (B, 2) uniform numbers for the objective
     conditioning: Conditioning
     # Where the noisy states are not z with noise:
-    pair: Tensor | None = None  # (2, B, C, h, w) of the teacher's own run, the states at `index` and a step further
+    # (2, B, C, h, w) of the teacher's own run, the states at `index` and a step further; z and noise then have no rows
+    pair: Tensor | None = None
     stops: Tensor | None = None  # (J, B) int64, the rows of the grid at which the student's own run halts, then `index`
     fresh: Tensor | None = None  # (J, B, C, h, w) noise that it takes up there
 
@@ -139,9 +140,9 @@ class Batches:
         """Returns the samples of this process's `part`-th forward of a step."""
         positions = self.positions(step, part)
         rows = self.rows(positions)
-        batch = self.at(positions, rows)
         # Spread evenly over the steps, as places are over the grid, by another number of that kind.
         kind = (step * _SILVER + float(self._offset)) % 1
+        batch = self.at(positions, rows, noised=kind >= self._trajectory)
         if kind < self._trajectory:
             batch.pair = self._cache.states(rows, self._index(positions)).to(self._device)
         elif kind < self._trajectory + self._rollout:
@@ -167,15 +168,19 @@ class Batches:
         batch.stops = torch.stack(stops).to(self._device)
         batch.fresh = torch.stack(fresh).to(self._device)
 
-    def at(self, positions: range, rows: Tensor) -> Batch:
-        """Returns these rows with the random numbers of these places."""
+    def at(self, positions: range, rows: Tensor, *, noised: bool = True) -> Batch:
+        """Returns these rows with the random numbers of these places; with `noised` off without z and noise."""
         s, (w_min, w_max) = self._settings, self._guidance
-        mean, logvar = self._cache.latents(rows)
         # Drawn on the CPU, so that a GPU trains on the very same numbers; each place has its own.
         generators = [generator("sample", s.seed, position) for position in positions]
-        spread, noise = (
-            torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]) for _ in ("posterior", "noise")
-        )
+        z = noise = torch.empty(0, *self._cache.latent_shape)
+        if noised:
+            mean, logvar = self._cache.latents(rows)
+            spread, noise = (
+                torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
+                for _ in ("posterior", "noise")
+            )
+            z = mean + (0.5 * logvar).exp() * spread
         u = torch.stack([torch.rand(4, generator=g) for g in generators])
         conditioning = self._cache.conditioning(rows)
         empty = u[:, 1] < s.empty_prompts
@@ -183,7 +188,7 @@ class Batches:
             conditioning[name][empty] = value.to(conditioning[name].device)
         batch = Batch(
             places=positions,
-            z=mean + (0.5 * logvar).exp() * spread,
+            z=z,
             noise=noise,
             index=self._index(positions),
             w=w_min + (w_max - w_min) * u[:, 0],

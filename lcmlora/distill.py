@@ -155,26 +155,15 @@ def distill(
             a row, the adapter does not do what it should, or the processes have different files.
     """
     ranks = ranks or Ranks()
-    check_trajectory(settings, cache.rollouts)
-    if cache.latent_shape != base.latent_shape:
-        raise UserError(
-            f"the latent cache holds {cache.latent_shape}, {base.name} needs {base.latent_shape}: encode again"
-        )
-    rows, held = split(cache, settings)
-    if len(rows) < settings.batch or not len(held):
-        raise UserError(
-            f"distill.batch: {settings.batch} is more than the {len(rows)} pictures of the cache that are left beside "
-            f"{len(held)} for validation"
-        )
+    rows, held = _rows(base, cache, settings)
     if teacher_cache and len(cache.buckets) > 1:
         raise UserError("teacher_cache_gb: keeps what is said of one shape, and the pictures have several; set it to 0")
-    unconditional = cache.unconditional()
     batches = samples(cache, rows, settings, base.device, ranks)
     probe = _probe(base, batches.at(range(-2, 0), rows[:1].expand(2)))
     check = AdapterCheck(base, *probe)
     optimization = equip(base, settings, ranks)
     remembered = teacher_cache and _teacher_cache(*teacher_cache, base, cache, settings, batches, identity)
-    distillation = Distillation(base, unconditional, settings, remembered or None)
+    distillation = Distillation(base, cache.unconditional(), settings, remembered or None)
 
     if settings.compile:
         check.compiled(batches.size, 2 * batches.size)
@@ -211,18 +200,40 @@ def distill(
     if ranks.first:
         best = state["best"]
         facts["validation"] = {"pictures": len(held), "loss": state["history"], "best_step": best["step"]}
-        dtype = _file_dtype(base)
-        optimization.use(best["weights"], dtype)
-        with atomic_folder(out) as folder:
-            tensors, metadata = lora.state_dict(base.unet), lora.adapter_metadata(settings.rank)
-            lora.save_file(tensors, folder / lora.WEIGHTS, dtype=dtype, metadata=metadata)
-            scheduler = scheduler_config(base, distillation.objective.sampler.scheduler, settings.grid)
-            write_json(folder / "scheduler_config.json", scheduler)
-            write_json(folder / "config.json", facts)
-            write_json(folder / "run.json", run)
-            _save_probe(base, probe, folder / "probe.safetensors")
+        optimization.use(best["weights"], _file_dtype(base))
+        _write(base, settings, out, facts, run, probe)
     ranks.wait()
     return facts
+
+
+def _rows(base: LoadedBase, cache: LatentCache, settings: Distill) -> tuple[Tensor, Tensor]:
+    """Returns the rows of the cache to train on and those to validate with, once it is what this base needs."""
+    check_trajectory(settings, cache.rollouts)
+    if cache.latent_shape != base.latent_shape:
+        raise UserError(
+            f"the latent cache holds {cache.latent_shape}, {base.name} needs {base.latent_shape}: encode again"
+        )
+    rows, held = split(cache, settings)
+    if len(rows) < settings.batch or not len(held):
+        raise UserError(
+            f"distill.batch: {settings.batch} is more than the {len(rows)} pictures of the cache that are left beside "
+            f"{len(held)} for validation"
+        )
+    return rows, held
+
+
+def _write(
+    base: LoadedBase, settings: Distill, out: Path, facts: dict[str, Any], run: dict[str, Any], probe: Probe
+) -> None:
+    """Writes the adapter that the base carries, how to sample with it, and what is known of it."""
+    with atomic_folder(out) as folder:
+        tensors, metadata = lora.state_dict(base.unet), lora.adapter_metadata(settings.rank)
+        lora.save_file(tensors, folder / lora.WEIGHTS, dtype=_file_dtype(base), metadata=metadata)
+        scheduler = scheduler_config(base, facts["sampler"]["scheduler"], settings.grid)
+        write_json(folder / "scheduler_config.json", scheduler)
+        write_json(folder / "config.json", facts)
+        write_json(folder / "run.json", run)
+        _save_probe(base, probe, folder / "probe.safetensors")
 
 
 def _teacher_cache(

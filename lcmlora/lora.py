@@ -180,12 +180,7 @@ class _Copies(_Shared):
             return source
         leaf = torch.empty_like(source, dtype=dtype, requires_grad=True)
         self.copies.append((leaf, source, factor))
-
-        @torch.no_grad()
-        def pass_on(leaf: Tensor) -> None:
-            _give(source, _taken(leaf), factor)
-
-        leaf.register_post_accumulate_grad_hook(pass_on)
+        leaf.register_post_accumulate_grad_hook(lambda leaf: _give(source, _taken(leaf), factor))
         return leaf
 
 

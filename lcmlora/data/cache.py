@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +153,10 @@ class LatentCache:
     def states(self, rows: Tensor, index: Tensor) -> Tensor:
         """Returns two neighbouring states of the teacher's run, (2, B, C, h, w) fp32, for the rows (B,) int64: at the
         timestep of the grid that `index` (B,) int64 numbers, and where the teacher steps from there."""
+        at = torch.stack([index + 1, index])
         pairs = torch.empty(2, len(rows), *self.latent_shape)
-        for i, row in enumerate(rows):
-            states = self._row("states", int(row))
-            pairs[:, i] = states[index[i] : index[i] + 2].flip(0).float()
+        for mine, states, places in self._parts("states", rows):
+            pairs[:, mine] = states[places, at[:, mine]].float()
         return pairs
 
     def conditioning(self, rows: Tensor) -> Conditioning:
@@ -199,31 +199,26 @@ class LatentCache:
             if found := fault(self._folder, entry, contents=True):
                 raise self._unusable(found)
 
-    def _row(self, name: str, row: int) -> Tensor:
-        shard = int(self.shards(torch.tensor(row)))
-        local = row - int(self._starts[shard])
-        if self._far:
-            return self._far.rows(shard, name, torch.tensor([local]))[0]
-        parts = self._latents[name]
-        return parts[0][row] if len(parts) == 1 else parts[shard][local]
-
     def _gather(self, name: str, rows: Tensor) -> Tensor:
-        if len(self._latents.get(name, ())) == 1:
-            return self._latents[name][0].index_select(0, rows).float()
+        parts = [(mine, tensor.index_select(0, places).float()) for mine, tensor, places in self._parts(name, rows)]
+        if len(parts) == 1:
+            return parts[0][1]
+        gathered = torch.empty(len(rows), *parts[0][1].shape[1:])
+        for mine, values in parts:
+            gathered[mine] = values
+        return gathered
+
+    def _parts(self, name: str, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yields for each tensor that holds some of the rows (B,) which ones, the tensor, and the places in it."""
+        here = self._latents.get(name, ())
+        if len(here) == 1:
+            yield torch.arange(len(rows)), here[0], rows
+            return
         shard_of = self.shards(rows)
-        channels, side, _ = self.latent_shape
-        high, wide = (
-            pixels * side // self.manifest["resolution"] for pixels in self.buckets[self._bucket_of[shard_of[0]]]
-        )
-        picked = torch.empty(len(rows), channels, high, wide)
-        for shard in set(shard_of.tolist()):
-            mine = shard_of == shard
-            local = rows[mine] - self._starts[shard]
-            if self._far:
-                picked[mine] = self._far.rows(shard, name, local).float()
-            else:
-                picked[mine] = self._latents[name][shard].index_select(0, local).float()
-        return picked
+        for shard in shard_of.unique().tolist():
+            mine = torch.nonzero(shard_of == shard).flatten()
+            places = rows[mine] - self._starts[shard]
+            yield mine, *(self._far.find(shard, name, places) if self._far else (here[shard], places))
 
     def _open(self, entry: Entry) -> Tensors:
         if found := fault(self._folder, entry, contents=False):

@@ -135,11 +135,12 @@ class Shards:
             for number in map(int, load.shards):
                 self._opened(number)
 
-    def rows(self, number: int, name: str, rows: Tensor) -> Tensor:
-        """Returns rows (N,) of a tensor of a shard: of the disk where it is there, else of the bucket, row by row."""
+    def find(self, number: int, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns a tensor that has these rows (N,) of a tensor of a shard, and where in it, (N,): the whole one, on
+        the disk, where it is there, else these alone, brought from the bucket row by row."""
         if number in self._coming and self._coming[number].done():
-            return self._opened(number)[name].index_select(0, rows)
-        return torch.stack([self._far(number, name, int(row)) for row in rows])
+            return self._opened(number)[name], rows
+        return torch.stack([self._far(number, name, int(row)) for row in rows]), torch.arange(len(rows))
 
     def _path(self, number: int) -> Path:
         return self._folder / object_name(self._entries[number])
