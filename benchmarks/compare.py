@@ -41,7 +41,7 @@ from torch import Tensor
 
 from benchmarks import published, tables
 from benchmarks.reference import Reference
-from lcmlora import bases, config
+from lcmlora import bases, config, folders
 from lcmlora.checkpoint import Checkpoints
 from lcmlora.config import Base, Data, Distill
 from lcmlora.data import cache
@@ -49,6 +49,7 @@ from lcmlora.data.encode import encode
 from lcmlora.data.prepare import prepare
 from lcmlora.data.sources import fit, open_picture, read_records
 from lcmlora.distill import Distillation, _probe, equip, samples
+from lcmlora.errors import UserError, reporting
 from lcmlora.execution import AdapterCheck
 from lcmlora.files import write_json
 from lcmlora.training import take_step
@@ -266,9 +267,11 @@ def _serve(name: str, case: Case, pipe: Connection) -> None:
                 torch.cuda.empty_cache()  # the other one needs room
     except EOFError:
         pass
+    except (UserError, torch.OutOfMemoryError) as error:
+        pipe.send(error)
     except Exception as error:
         traceback.print_exc()
-        pipe.send(error if isinstance(error, torch.OutOfMemoryError) else RuntimeError(str(error)))
+        pipe.send(RuntimeError(str(error)))
 
 
 # --- in turns ---------------------------------------------------------------------------------------------------
@@ -392,7 +395,7 @@ def make_case(
             published.save(model, folder)
         base = base.model_copy(update={"source": str(folder), "revision": None, "variant": None})
     else:
-        folder = bases.fetch(model, base)
+        folder = folders.fetch(model, base)
     data = work / f"{model}-{base.resolution}"
     if not data.is_dir():
         count = 64
@@ -483,4 +486,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

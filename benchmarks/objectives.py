@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from lcmlora import bases, config
+from lcmlora import bases, config, folders
 from lcmlora.data.cache import LatentCache
 from lcmlora.distill import distill
 from lcmlora.evaluation.evaluate import evaluate
@@ -42,7 +42,7 @@ def run(settings: config.Config, model: str, changes: dict[str, Any], cache: Lat
         dtype = bases.pick_dtype(distillation.precision, device)
         return bases.load(model, settings.base(model), folder, device=device, dtype=dtype)
 
-    identity = bases.identity(settings.base(model), folder)
+    identity = folders.identity(settings.base(model), folder)
     work.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     facts = distill(load(), cache, distillation, work, work / "adapter", identity=identity, run={}, logger=NullLogger())

@@ -70,7 +70,7 @@ def paces(
     settings: config.Config, model: str, caches: dict[str, LatentCache], turns: int
 ) -> dict[str, dict[str, float]]:
     """Returns for each kind the median seconds of a step, and what it takes of a step on real pictures: the median
-    over the turns, the lowest and the highest."""
+    over the turns and the quartiles."""
     steps = {}
     for kind, changes in KINDS.items():
         plain = settings.distill_for(model)
@@ -104,8 +104,8 @@ def paces(
     found = {}
     for kind, seconds in taken.items():
         ratios = [mine / theirs for mine, theirs in zip(seconds, taken[PICTURES], strict=True)]
-        found[kind] = {"seconds": statistics.median(seconds), "ratio": statistics.median(ratios)}
-        found[kind] |= {"lowest": min(ratios), "highest": max(ratios)}
+        lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+        found[kind] = {"seconds": statistics.median(seconds), "ratio": median, "lower": lower, "upper": upper}
     return found
 
 
@@ -146,7 +146,7 @@ def main() -> None:
                 kind,
                 str(len(filled[kind][0])),
                 f"{filled[kind][1]:.0f} s",
-                f"{pace[kind]['ratio']:.2f} ({pace[kind]['lowest']:.2f} to {pace[kind]['highest']:.2f})",
+                f"{pace[kind]['ratio']:.2f} ({pace[kind]['lower']:.2f} to {pace[kind]['upper']:.2f})",
                 str(steps[kind]),
                 f"{filled[kind][1] + statistics.mean(run['seconds'] for run in runs[kind]):.0f}",
             ]

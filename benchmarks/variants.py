@@ -2,7 +2,8 @@
 
 Each variant changes one thing in lcmlora's step as it is. It takes turns with the step as it is, on the same samples,
 in the same process; its figure is how long it takes relative to that, the median over the turns with the range. Above 1
-it is slower: what it leaves out is worth that much. Below 1 it is something to take up, or already an option.
+it is slower: what it leaves out is worth that much. Below 1 it is something to take up, or already an option. With
+--gradients it also says how far each one's gradient is from that of the step in fp32, by its norm.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,53 @@ from benchmarks import tables
 from benchmarks.compare import Case, make_case
 from lcmlora import bases, execution, lora
 from lcmlora.bases import Conditioning
-from lcmlora.batches import Batch
+from lcmlora.batches import Batches
 from lcmlora.data.cache import LatentCache
 from lcmlora.distill import Distillation, samples
+from lcmlora.errors import reporting
 from lcmlora.files import write_json
 from lcmlora.optimization import Optimization
 from lcmlora.teacher import Teacher
 from lcmlora.teacher_cache import TeacherCache
 
-STEP = Callable[[int], Tensor]
+
+@dataclass
+class Step:
+    """A step with a base of its own."""
+
+    distillation: Distillation
+    parameters: list[nn.Parameter]
+    optimization: Any
+    batches: Batches
+    around: Callable[[], AbstractContextManager[object]]
+    wait: bool
+
+    def __call__(self, number: int) -> None:
+        with self.around():
+            losses = self.distillation.losses(self.batches.draw(number))
+        self.optimization.backward(losses.mean())
+        self.optimization.step(number)
+        if self.wait:
+            losses.mean().item()
+
+    def gradient(self) -> Tensor:
+        """Returns the adapter's gradient of a weighted sum of the student's outputs, flat, on the first step's samples
+        and from weights of A and B away from where they start: there B is zero, and with it A's gradient."""
+        random, batch = torch.Generator().manual_seed(0), self.batches.draw(0)
+        kept = [parameter.detach().clone() for parameter in self.parameters]
+        with torch.no_grad():
+            for parameter in self.parameters:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=random).to(parameter.device)
+        x, t = self.distillation.noisy(batch, batch.index), self.distillation.teacher.t[batch.index]
+        with self.around():
+            output = bases.unet_forward(self.distillation.base.unet, x, t, batch.conditioning)
+        (output.float() * torch.randn(output.shape, generator=random).to(output.device)).sum().backward()
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        with torch.no_grad():
+            for parameter, before in zip(self.parameters, kept, strict=True):
+                parameter.copy_(before)
+                parameter.grad = None
+        return torch.cat([gradient.flatten() for gradient in found])
 
 
 @dataclass
@@ -54,12 +93,11 @@ class Build:
         teacher: type[Teacher] | None = None,
         remembered: TeacherCache | None = None,
         optimization: Callable[..., Any] = Optimization,
-        around: Callable[[], Any] = nullcontext,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
         dtype: torch.dtype | None = None,
         prepare: Callable[[nn.Module], object] = lambda unet: None,
         wait: bool = False,
-    ) -> STEP:
-        """Returns a step with a base of its own."""
+    ) -> Step:
         settings = self.case.distill
         base = bases.load(
             self.case.model,
@@ -81,18 +119,7 @@ class Build:
         if teacher is not None:
             distillation.teacher = teacher(base, self.cache.unconditional(), settings.grid)
         batches = samples(self.cache, torch.arange(len(self.cache)), settings, self.device)
-
-        def step(number: int) -> Tensor:
-            batch: Batch = batches.draw(number)
-            with around():
-                losses = distillation.losses(batch)
-            optimizing.backward(losses.mean())
-            optimizing.step(number)
-            if wait:
-                losses.mean().item()
-            return losses.detach()
-
-        return step
+        return Step(distillation, list(parameters.values()), optimizing, batches, around, wait)
 
 
 class _TwoPasses(Teacher):
@@ -129,6 +156,14 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class _Alone(Step):
+    """On one thread."""
+
+    def __call__(self, number: int) -> None:
+        with _threads(1):
+            super().__call__(number)
 
 
 def _channels_last(unet: nn.Module) -> None:
@@ -171,17 +206,17 @@ def _walking(unet: Any) -> None:
     unet.register_forward_pre_hook(lambda *_: unet.dtype and None)
 
 
-def variants(build: Build, folder: Path) -> dict[str, Callable[[], STEP]]:
+def variants(build: Build, folder: Path) -> dict[str, Callable[[], Step]]:
     """Returns what there is to try, by name; each makes its step when it is called."""
     kind = build.device.type
     size = build.case.distill.batch * 10_000
 
-    def remembering() -> STEP:
+    def remembering() -> Step:
         channels, height, width = build.cache.latent_shape
         kept = TeacherCache(folder / "teacher", (channels, height, width), build.dtype, size, 10**12)
         return build.step(remembered=kept)
 
-    found: dict[str, Callable[[], STEP]] = {
+    found: dict[str, Callable[[], Step]] = {
         "teacher cached by an earlier run": remembering,
         "guidance in two passes": lambda: build.step(teacher=_TwoPasses),
         "PEFT's forward": lambda: build.step(forwards="peft"),
@@ -207,16 +242,8 @@ def variants(build: Build, folder: Path) -> dict[str, Callable[[], STEP]]:
         "compiled": lambda: build.step(prepare=execution.compiled),
     }
     if kind == "cpu":
-        found["one thread"] = lambda: _with_one_thread(build.step())
+        found["one thread"] = lambda: _Alone(**vars(build.step()))
     return found
-
-
-def _with_one_thread(step: STEP) -> STEP:
-    def alone(number: int) -> Tensor:
-        with _threads(1):
-            return step(number)
-
-    return alone
 
 
 def main() -> None:
@@ -228,6 +255,7 @@ def main() -> None:
     parser.add_argument("--random", action="store_true", help="random weights instead of the base's own")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="that of params.yaml by default")
     parser.add_argument("--compile", action="store_true", help="the step as it is has its UNet compiled")
+    parser.add_argument("--gradients", action="store_true", help="how far each one's gradient is from fp32's, too")
     parser.add_argument("--only", nargs="*", help="names of variants, or their beginnings")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
@@ -246,11 +274,20 @@ def main() -> None:
         dtype = bases.pick_dtype(case.distill.precision, device)
         build = Build(case, device, dtype, LatentCache(case.data / "latents"), options.compile)
         plain = build.step()
+        exact = (
+            (plain if dtype == torch.float32 else build.step(dtype=torch.float32)).gradient()
+            if options.gradients
+            else None
+        )
+        if exact is not None:
+            told["(the step as it is)"] = {"gradient": _distance(plain, exact)}
         for name, make in variants(build, Path(work)).items():
             if options.only and not name.startswith(tuple(options.only)):
                 continue
             try:
-                told[name] = _measure(plain, make(), options.repeats, options.steps, device)
+                changed = make()
+                told[name] = {"gradient": _distance(changed, exact)} if exact is not None else {}
+                told[name] |= _measure(plain, changed, options.repeats, options.steps, device)
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 told[name] = {"failed": str(error).splitlines()[0]}
             print(name, told[name], file=sys.stderr, flush=True)
@@ -262,7 +299,12 @@ def main() -> None:
         write_json(options.json, {"model": case.model} | plainly | {"variants": told})
 
 
-def _measure(plain: STEP, changed: STEP, repeats: int, steps: int, device: torch.device) -> dict[str, Any]:
+def _distance(step: Step, exact: Tensor) -> float:
+    """Returns how far the step's gradient is from this one, by its norm."""
+    return ((step.gradient() - exact).norm() / exact.norm()).item()
+
+
+def _measure(plain: Step, changed: Step, repeats: int, steps: int, device: torch.device) -> dict[str, Any]:
     """Returns how long `changed` takes relative to `plain`."""
     ratios = []
     for repeat in range(repeats + 1):
@@ -282,10 +324,13 @@ def _measure(plain: STEP, changed: STEP, repeats: int, steps: int, device: torch
 def _table(told: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name, found in told.items():
-        figures = found.get("failed") or "{ratio:.2f} ({least:.2f} to {most:.2f})".format(**found)
-        rows.append([name, figures])
-    return tables.markdown(["with", "time of a step"], rows)
+        time = (
+            "{ratio:.2f} ({least:.2f} to {most:.2f})".format(**found) if "ratio" in found else found.get("failed", "")
+        )
+        rows.append([name, time, f"{found['gradient']:.1e}" if "gradient" in found else ""])
+    return tables.markdown(["with", "time of a step", "gradient differs by"], rows)
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

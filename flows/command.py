@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from flows import choose
-from lcmlora.errors import UserError
+from lcmlora.errors import UserError, reporting
 
 # Set before Prefect is imported; whoever sets them otherwise is right.
 _ENVIRONMENT = {
@@ -28,12 +28,8 @@ def main() -> NoReturn:
     """Runs the command line and ends the process: 0, 1 where a model failed, 2 where nothing could be started."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(run)
-    try:
+    with reporting():
         app(prog_name="python -m flows.retrain")
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(2) from None
     raise SystemExit(0)
 
 

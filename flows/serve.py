@@ -6,14 +6,13 @@ python -m flows.serve --help
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 import yaml
 
-from lcmlora.errors import UserError
+from lcmlora.errors import UserError, reporting
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -112,12 +111,8 @@ def _deployment(entry: dict[str, Any]) -> RunnerDeployment:
 def main() -> NoReturn:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(serve)
-    try:
+    with reporting():
         app(prog_name="python -m flows.serve")
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(2) from None
     raise SystemExit(0)
 
 

@@ -31,7 +31,7 @@ from pydantic import BaseModel
 from flows import services
 from flows.services import HOST, QUIET, S3, Identity, Service
 from lcmlora import config
-from lcmlora.errors import UserError
+from lcmlora.errors import UserError, reporting
 
 BUCKET = "lcmlora"
 PORTS = {"prefect": 4200, "mlflow": 5000, "seaweedfs": 8333}  # where free
@@ -415,12 +415,8 @@ def _tell(plan: Plan, folder: Path) -> None:
 
 
 def main() -> NoReturn:
-    try:
+    with reporting():
         app(prog_name="python -m flows.stack")
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(2) from None
     raise SystemExit(0)
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from lcmlora import adapter_verbs, data_verbs, registry_verbs, release_verbs, study_verbs
-from lcmlora.errors import UserError
+from lcmlora.errors import reporting
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -111,9 +111,9 @@ def fetch(context: typer.Context, model: Model) -> None:
     Example: lcmlora fetch sd15
     """
     config = _configure(context)
-    from lcmlora import bases
+    from lcmlora import folders
 
-    print(bases.fetch(model, config.base(model)))
+    print(folders.fetch(model, config.base(model)))
 
 
 @app.command()
@@ -207,13 +207,13 @@ def _with_cache(config, model: str, settings, *, pictures: bool):  # type: ignor
 
 
 def _distill(config, model: str, settings, place) -> None:  # type: ignore[no-untyped-def]
-    from lcmlora import bases, checkpoint, tracking
+    from lcmlora import checkpoint, folders, tracking
     from lcmlora.config import digest
     from lcmlora.distill import distill as train
 
     folder = Path("bases", model)
     loaded, cache = _with_cache(config, model, settings, pictures=place.first)
-    identity = bases.identity(config.base(model), folder)
+    identity = folders.identity(config.base(model), folder)
     key = digest(settings, identity, cache.digest)[:12]
     scratch = _scratch("distill", f"{model}-{key}")
     logged = config.registry if place.first else None
@@ -338,14 +338,9 @@ def main() -> None:
     """Runs the command line; a UserError is printed as it is and ends with status 2."""
     for entry in importlib.metadata.entry_points(group="lcmlora.verbs"):
         app.command(entry.name)(entry.load())
-    try:
+    rank = os.environ.get("RANK", "0")
+    with reporting("" if rank == "0" else f"process {rank}: "):
         app()
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f"process {rank}: "
-        for line in str(error).splitlines():
-            print(f"error: {where}{line}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lcmlora import bases, formats, lora, sampling
+from lcmlora import bases, folders, formats, lora, sampling
 from lcmlora.architecture import Architecture
 from lcmlora.bases import LoadedBase
 from lcmlora.compose import combine
@@ -55,7 +55,7 @@ def load(
         raise UserError(f"{base.folder}: no such base folder; run `lcmlora fetch {base.name}`")
     references = [adapter] if style is None else [adapter, style]
     if not other_base and any(reference.base for reference in references):
-        identity = bases.identity(base.settings, base.folder)
+        identity = folders.identity(base.settings, base.folder)
         for reference in references:
             check_same_base(reference, identity, "this base is")
     layers = _layers(adapter, style, style_weight, base.architecture())

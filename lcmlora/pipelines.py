@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from lcmlora import architecture, bases, noise, references, release, sampling, singlefile
+from lcmlora import architecture, bases, folders, noise, references, release, sampling, singlefile
 from lcmlora.config import Base
 from lcmlora.errors import UserError
 from lcmlora.files import sha256_folder
@@ -150,7 +150,7 @@ def load(
         raise UserError(f"device: expected auto, cpu or cuda, got {device!r}")
     place = bases.pick_device(device)
     base_folder = _base(folder, provenance["base"], base)
-    plain = assemble(folder, base_folder, bases.variant(base_folder), bases.pick_dtype("auto", place)).to(place)
+    plain = assemble(folder, base_folder, folders.variant(base_folder), bases.pick_dtype("auto", place)).to(place)
     _add(plain, folder, fuse)
     plain.watermark = None  # SDXL's, which depends on the packages that happen to be installed
     resolution = provenance.get("resolution") or architecture.of_folder(base_folder).resolution
@@ -233,7 +233,7 @@ def _base(folder: Path, made_for: dict[str, str | None], wanted: Path | None) ->
         )
     else:
         place = _download(source, revision, made_for.get("variant"))
-    bases.check_folder(place)
+    folders.check_folder(place)
     if (found := sha256_folder(place / "unet")) != digest:
         raise UserError(
             f"{folder}: was made for {source} (digest {digest[:12]}...), and the base in {place} has digest "
@@ -247,7 +247,7 @@ def _download(source: str, revision: str, variant: str | None) -> Path:
     name = f"{source.replace('/', '--')}@{revision}" + (f".{variant}" if variant else "")
     # Resolution and licence play no part in a download.
     base = Base(source=source, revision=revision, variant=variant, resolution=1, license="unknown")
-    return bases.fetch(name, base, cache / "bases")
+    return folders.fetch(name, base, cache / "bases")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lcmlora import architecture, bases, lora, release
+from lcmlora import architecture, bases, folders, lora, release
 from lcmlora.architecture import Architecture
 from lcmlora.config import Base, Config, Publish
 from lcmlora.errors import UserError
@@ -180,11 +180,11 @@ def find_base(wanted: str | None, adapter: AdapterReference, config: Config | No
 
 
 def _at(folder: Path, adapter: AdapterReference) -> BaseReference:
-    bases.check_folder(folder)
+    folders.check_folder(folder)
     resolution = adapter.resolution or architecture.of_folder(folder).resolution
     if resolution is None:
         raise UserError(f"{folder}/unet/config.json: sample_size tells no resolution; name a base of params.yaml")
-    base = Base(source=str(folder), resolution=resolution, variant=bases.variant(folder), license="unknown")
+    base = Base(source=str(folder), resolution=resolution, variant=folders.variant(folder), license="unknown")
     return BaseReference(folder.resolve().name, base, folder)
 
 

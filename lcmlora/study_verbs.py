@@ -45,7 +45,7 @@ def _tune(context: typer.Context, kind, model: str, name: str) -> None:  # type:
     config = _configure(context)
     config.real_pictures(kind, name)
     data, settings = config.variation(kind, name)
-    from lcmlora import bases, checkpoint, tracking
+    from lcmlora import bases, checkpoint, folders, tracking
     from lcmlora.config import digest
     from lcmlora.data import prepare as pictures
     from lcmlora.data.cache import MANIFEST, LatentCache
@@ -55,7 +55,7 @@ def _tune(context: typer.Context, kind, model: str, name: str) -> None:  # type:
     entry, folder = config.base(model), Path("bases", model)
     device = bases.pick_device(settings.device)
     dtype = bases.pick_dtype(settings.precision, device)
-    identity = bases.identity(entry, folder)
+    identity = folders.identity(entry, folder)
     work = Path("scratch", kind, f"{model}-{name}-{digest(data, settings, identity)[:12]}")
     with checkpoint.locked(work):
         pictures.print_report(pictures.prepare(data, settings.batch, work / "pictures"))

@@ -28,9 +28,9 @@ class Champion:
 @task(task_run_name="fetch base {model}", cache_policy=NO_CACHE)
 def fetch_base(model: str, settings: config.Config) -> Path:
     """Puts the base at bases/MODEL and returns the folder."""
-    from lcmlora import bases
+    from lcmlora import folders
 
-    return bases.fetch(model, settings.base(model))
+    return folders.fetch(model, settings.base(model))
 
 
 @task(task_run_name="figures {model}", cache_policy=NO_CACHE)

@@ -1,13 +1,18 @@
-"""Settings of a distillation that takes a second, and the miniature as it needs it."""
+"""A distillation that takes a second: settings, the miniature as it needs it, a run."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 
 from lcmlora import bases
 from lcmlora.config import Base, Distill
+from lcmlora.data.cache import LatentCache
+from lcmlora.distill import distill, samples
+from lcmlora.training import NullLogger
 from tests.miniature import RESOLUTION
 
 CPU = torch.device("cpu")
@@ -36,6 +41,54 @@ SETTINGS = Distill(
 )
 
 
+class Recorder(NullLogger):
+    """Keeps what the loop logs."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.losses: list[float] = []
+        self.skipped: list[float] = []
+        self.validation: dict[int, float] = {}
+        self.pictures: dict[int, Image.Image] = {}
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if "loss" in metrics:
+            self.steps.append(step)
+            self.losses.append(metrics["loss"])
+            self.skipped.append(metrics["skipped_steps"])
+        else:
+            self.validation[step] = metrics["validation_loss"]
+
+    def picture(self, name: str, picture: Image.Image, step: int) -> None:
+        self.pictures[step] = picture
+
+
 def load_parts(folder: Path, *parts: str, variant: str | None = None) -> bases.LoadedBase:
     settings = Base(source=str(folder), resolution=RESOLUTION, license="apache-2.0", variant=variant)
     return bases.load("mini", settings, folder, device=CPU, parts=parts)
+
+
+def run_distill(
+    base: bases.LoadedBase,
+    cache: LatentCache,
+    work: Path,
+    settings: Distill = SETTINGS,
+    logger: Any = None,
+    decode: Any = None,
+) -> dict[str, Any]:
+    (work / "scratch").mkdir(parents=True, exist_ok=True)
+    return distill(
+        base,
+        cache,
+        settings,
+        work / "scratch",
+        work / "adapter",
+        identity={"source": "mini", "revision": None, "digest": "0"},
+        run={"run_id": None},
+        logger=logger or NullLogger(),
+        decode=decode,
+    )
+
+
+def draw_batch(cache: LatentCache, settings: Distill = SETTINGS, step: int = 0) -> Any:
+    return samples(cache, torch.arange(len(cache)), settings, CPU).draw(step)

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 
-from lcmlora import bases, lora, release
+from lcmlora import folders, lora, release
 from lcmlora.config import Base
 from lcmlora.files import sha256_file
 from tests import adapters, releases
@@ -72,7 +72,7 @@ def copy(made: Path, folder: Path, **changes: Any) -> Path:
 
 def _identity(base_folder: Path) -> dict[str, str | None]:
     settings = Base(source=str(base_folder), resolution=RESOLUTION, license="mit")
-    return bases.identity(settings, base_folder)
+    return folders.identity(settings, base_folder)
 
 
 def environment(**changes: str) -> dict[str, str]:

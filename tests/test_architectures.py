@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from lcmlora import bases
+from lcmlora import folders
 from lcmlora.bases import unet_forward
 from lcmlora.cli import app
 from lcmlora.errors import UserError
@@ -87,7 +87,7 @@ def test_a_miniature_goes_from_pictures_to_a_release_that_plain_diffusers_loads(
     assert len(metrics["guidance"]["excess"]) == 2 and len(metrics["weights"]["distance_real"][0]) == 2
     report = Path("release", model, "report.html").read_text()
     assert "ink" in report and "clay" in report
-    bases.check_folder(Path("variations", model, "finetunes", "clay"))
+    folders.check_folder(Path("variations", model, "finetunes", "clay"))
     with pytest.raises(UserError, match=r"'other' is not studied with .*; params\.yaml `study` has ink, clay"):
         CliRunner().invoke(app, ["alone", model, "other"], catch_exceptions=False)
     with pytest.raises(UserError, match=r"unknown style 'other'; params\.yaml `styles` has ink"):

@@ -4,75 +4,25 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from lcmlora import bases, diffusion, lora
-from lcmlora.config import Base, Distill, Encode, Rollouts
+from lcmlora.config import Base
 from lcmlora.data import texts
 from lcmlora.data.cache import LatentCache
-from lcmlora.data.encode import encode
-from lcmlora.data.prepare import prepare
-from lcmlora.distill import Distillation, distill, samples
+from lcmlora.distill import Distillation
 from lcmlora.errors import UserError
 from lcmlora.objectives import pseudo_huber
 from lcmlora.optimization import Optimization
 from lcmlora.teacher import Teacher
 from lcmlora.training import NullLogger
 from tests.conftest import make_latents
-from tests.data.conftest import data_in
-from tests.distillation import CPU, SETTINGS, load_parts
+from tests.distillation import CPU, SETTINGS, Recorder, draw_batch, load_parts, run_distill
 from tests.miniature import RESOLUTION
-
-
-class Recorder(NullLogger):
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.losses: list[float] = []
-        self.skipped: list[float] = []
-        self.validation: dict[int, float] = {}
-        self.pictures: dict[int, Image.Image] = {}
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        if "loss" in metrics:
-            self.steps.append(step)
-            self.losses.append(metrics["loss"])
-            self.skipped.append(metrics["skipped_steps"])
-        else:
-            self.validation[step] = metrics["validation_loss"]
-
-    def picture(self, name: str, picture: Image.Image, step: int) -> None:
-        self.pictures[step] = picture
-
-
-def _run(
-    base: bases.LoadedBase,
-    cache: LatentCache,
-    work: Path,
-    settings: Distill = SETTINGS,
-    logger: Any = None,
-    decode: Any = None,
-) -> dict[str, Any]:
-    (work / "scratch").mkdir(parents=True, exist_ok=True)
-    return distill(
-        base,
-        cache,
-        settings,
-        work / "scratch",
-        work / "adapter",
-        identity={"source": "mini", "revision": None, "digest": "0"},
-        run={"run_id": None},
-        logger=logger or NullLogger(),
-        decode=decode,
-    )
 
 
 class Killed(BaseException):
     """Stands for a kill: nothing in the program catches it."""
-
-
-def _batch(cache: LatentCache, settings: Distill = SETTINGS, step: int = 0) -> Any:
-    return samples(cache, torch.arange(len(cache)), settings, CPU).draw(step)
 
 
 def test_the_teacher_takes_one_guided_ddim_step_of_the_base_alone(base: bases.LoadedBase, cache: LatentCache):
@@ -82,7 +32,7 @@ def test_the_teacher_takes_one_guided_ddim_step_of_the_base_alone(base: bases.Lo
     parameters = lora.inject(base.unet, 4, 4, 0)
     for parameter in parameters.values():
         parameter.data.normal_()  # an adapter that must not be heard
-    batch = _batch(cache)
+    batch = draw_batch(cache)
     t, t_prev = teacher.t[batch.index], teacher.t_prev[batch.index]
     ours = teacher.step(batch.noise, t, t_prev, batch.w, batch.conditioning)
 
@@ -101,7 +51,7 @@ def test_the_teacher_takes_one_guided_ddim_step_of_the_base_alone(base: bases.Lo
 
 
 def test_batched_guidance_equals_two_passes(base: bases.LoadedBase, cache: LatentCache):
-    teacher, batch = Teacher(base, cache.unconditional(), SETTINGS.grid), _batch(cache)
+    teacher, batch = Teacher(base, cache.unconditional(), SETTINGS.grid), draw_batch(cache)
     empty = {k: v.expand_as(batch.conditioning[k]) for k, v in cache.unconditional().items()}
     t, t_prev = teacher.t[batch.index], teacher.t_prev[batch.index]
     with torch.no_grad():
@@ -124,7 +74,7 @@ def test_the_loss_is_algorithm_1_of_the_paper(base: bases.LoadedBase, cache: Lat
     teacher = distillation.teacher
     for parameter in lora.inject(base.unet, 4, 4, 0).values():
         parameter.data.normal_(std=0.1)
-    batch = _batch(cache, step=1)
+    batch = draw_batch(cache, step=1)
     losses = distillation.losses(batch)
 
     cumprod, expected = base.alphas_cumprod, []
@@ -147,92 +97,6 @@ def test_the_loss_is_algorithm_1_of_the_paper(base: bases.LoadedBase, cache: Lat
     torch.testing.assert_close(losses, torch.stack(expected), atol=1e-5, rtol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def drawn(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
-    """Sixteen prompts with the states of the teacher's runs to their latents."""
-    root = tmp_path_factory.mktemp("drawn")
-    (root / "prompts.txt").write_text("".join(f"subject {n}\n" for n in range(16)))
-    data = data_in(root / "prompts.txt", source="prompts", validation=0.01)
-    prepare(data, 1, root / "list")
-    rollouts = Rollouts(steps=50, w=5.0, states=True)
-    encode(load_parts(base_folder, "unet", "text"), data, Encode(batch=16, rollouts=rollouts), root / "list",
-           root / "scratch", root / "latents")  # fmt: skip
-    return LatentCache(root / "latents")
-
-
-def _forwards(base: bases.LoadedBase) -> list[tuple[int, bool]]:
-    """Notes of each forward how many rows it has, and whether the adapter is on."""
-    seen: list[tuple[int, bool]] = []
-    layer = next(module for _, module in lora._layers(base.unet))
-    base.unet.register_forward_pre_hook(lambda _, args: seen.append((len(args[0]), not layer.disable_adapters)))
-    return seen
-
-
-def test_on_the_teachers_own_states_a_step_takes_the_two_forwards_of_the_student(
-    base: bases.LoadedBase, drawn: LatentCache
-):
-    settings = SETTINGS.model_copy(update={"trajectory": 1.0})
-    for parameter in lora.inject(base.unet, 4, 4, 0).values():
-        parameter.data.normal_(std=0.1)
-    distillation = Distillation(base, drawn.unconditional(), settings)
-    batch, seen = _batch(drawn, settings), _forwards(base)
-    losses = distillation.losses(batch)
-    assert seen == [(4, True), (4, True)]
-    teacher, (x, x_prev) = distillation.teacher, drawn.states(samples(drawn, torch.arange(len(drawn)), settings, CPU)
-                                                              .rows(range(4)), batch.index)  # fmt: skip
-    t, t_prev, w = teacher.t[batch.index], teacher.t_prev[batch.index], torch.full((4,), 5.0)
-    torch.testing.assert_close(teacher.step(x, t, t_prev, w, batch.conditioning), x_prev, atol=5e-3, rtol=5e-3)
-    online, aim = (
-        diffusion.consistency(at, distillation.student(at, time, batch.conditioning).x0, time)
-        for at, time in ((x, t), (x_prev, t_prev))
-    )
-    torch.testing.assert_close(losses, pseudo_huber(online, aim, SETTINGS.huber_c), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("objective", ["lcm", "tcd", "pcm", "tdd"])
-def test_every_objective_learns_from_trajectories_and_from_its_own_runs(
-    base_folder: Path, drawn: LatentCache, tmp_path: Path, objective: str
-):
-    logger = Recorder()
-    changes = {"objective": objective, "steps": 40, "batch": 8, "lr": 3e-3, "log_every": 10}
-    changes |= {"trajectory": 0.5, "rollout": 0.25}
-    facts = _run(load_parts(base_folder, "unet"), drawn, tmp_path, SETTINGS.model_copy(update=changes), logger)
-    assert logger.losses[-1] < 0.95 * logger.losses[0]
-    assert facts["distill"]["trajectory"] == 0.5
-
-
-def test_on_policy_the_student_goes_to_its_timestep_by_itself(base: bases.LoadedBase, cache: LatentCache):
-    settings = SETTINGS.model_copy(update={"rollout": 1.0, "objective": "tcd"})
-    for parameter in lora.inject(base.unet, 4, 4, 0).values():
-        parameter.data.normal_(std=0.1)
-    distillation = Distillation(base, cache.unconditional(), settings)
-    seen = _forwards(base)
-    for step, way in ((0, 1), (1, 2)):
-        seen.clear()
-        batch = _batch(cache, settings, step)
-        batch.index[0] = batch.stops[:, 0] = 49  # from where there is no way to go
-        distillation.losses(batch).mean().backward()
-        assert seen == [(4, True)] * way + [(8, False), (4, True), (4, True)]
-        x = distillation._travelled(batch)
-        assert torch.equal(x[0], batch.noise[0]) and not x.requires_grad
-        assert not torch.allclose(x[1:], distillation.noisy(batch, batch.index)[1:], atol=0.1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"grid": 20}, "encode.rollouts.steps: 50 is not distill.grid, 20"),
-        ({"w_min": 6.0}, "encode.rollouts.w: 5 is not within distill.w_min 6 and w_max 7.5"),
-    ],
-)
-def test_trajectories_of_another_grid_or_guidance_are_refused(
-    base_folder: Path, drawn: LatentCache, tmp_path: Path, changes: dict[str, Any], message: str
-):
-    settings = SETTINGS.model_copy(update={"trajectory": 0.5} | changes)
-    with pytest.raises(UserError, match=message):
-        _run(load_parts(base_folder, "unet"), drawn, tmp_path, settings)
-
-
 def test_captions_kept_as_token_ids_train_alike(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = make_latents(base_folder, tmp_path / "whole")
     monkeypatch.setattr(texts, "_MB", 1)
@@ -243,21 +107,14 @@ def test_captions_kept_as_token_ids_train_alike(base_folder: Path, tmp_path: Pat
         base = load_parts(base_folder, "unet", "text")
         cache.embed = base.encode_tokens
         logger = Recorder()
-        _run(base, cache, tmp_path / str(number), SETTINGS.model_copy(update={"empty_prompts": 0.3}), logger)
+        run_distill(base, cache, tmp_path / str(number), SETTINGS.model_copy(update={"empty_prompts": 0.3}), logger)
         losses.append(torch.tensor(logger.losses))
     torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-3)
 
 
-def test_pictures_have_no_trajectories(base_folder: Path, cache: LatentCache, tmp_path: Path):
-    with pytest.raises(
-        UserError, match=r"distill.trajectory: 0.5 needs data.source: prompts, and encode.rollouts.states"
-    ):
-        _run(load_parts(base_folder, "unet"), cache, tmp_path, SETTINGS.model_copy(update={"trajectory": 0.5}))
-
-
 def test_gradients_reach_the_adapter_and_nothing_else(base: bases.LoadedBase, cache: LatentCache):
     parameters = lora.inject(base.unet, 4, 4, 0)
-    Distillation(base, cache.unconditional(), SETTINGS).losses(_batch(cache)).mean().backward()
+    Distillation(base, cache.unconditional(), SETTINGS).losses(draw_batch(cache)).mean().backward()
     with_gradient = {n for n, p in base.unet.named_parameters() if p.grad is not None}
     assert with_gradient == set(parameters)
     assert all(p.grad.abs().sum() > 0 for n, p in parameters.items() if ".lora_B." in n)
@@ -266,7 +123,7 @@ def test_gradients_reach_the_adapter_and_nothing_else(base: bases.LoadedBase, ca
 def test_a_run_writes_an_adapter_its_facts_and_a_probe(base_folder: Path, cache: LatentCache, tmp_path: Path):
     logger = Recorder()
     base = load_parts(base_folder, "unet")
-    facts = _run(base, cache, tmp_path, logger=logger)
+    facts = run_distill(base, cache, tmp_path, logger=logger)
     out = tmp_path / "adapter"
     assert {p.name for p in out.iterdir()} == {
         lora.WEIGHTS, "scheduler_config.json", "config.json", "run.json", "probe.safetensors",
@@ -291,7 +148,7 @@ def test_a_run_writes_an_adapter_its_facts_and_a_probe(base_folder: Path, cache:
 def test_the_loss_falls(base_folder: Path, cache: LatentCache, tmp_path: Path):
     logger = Recorder()
     settings = SETTINGS.model_copy(update={"steps": 40, "batch": 8, "lr": 3e-3, "log_every": 10})
-    _run(load_parts(base_folder, "unet"), cache, tmp_path, settings, logger)
+    run_distill(load_parts(base_folder, "unet"), cache, tmp_path, settings, logger)
     assert logger.losses[-1] < 0.9 * logger.losses[0]
 
 
@@ -302,14 +159,14 @@ def test_the_best_weights_by_validation_are_saved_and_config_json_says_which(
     logger = Recorder()
     # A rate at which the student gets worse and worse.
     settings = SETTINGS.model_copy(update={"lr": 0.03, "warmup": 0, "cooldown": 0.0, "ema": 0.0, "validate_every": 1})
-    facts = _run(base, cache, tmp_path, settings, logger, decode=base.decode)
+    facts = run_distill(base, cache, tmp_path, settings, logger, decode=base.decode)
     best = facts["validation"]["best_step"]
     assert logger.validation == {int(step): loss for step, loss in facts["validation"]["loss"].items()}
     assert logger.validation[best] == min(logger.validation.values()) < logger.validation[6]
     assert {step: picture.size for step, picture in logger.pictures.items()} == dict.fromkeys(range(1, 7), (16, 16))
 
     settings = settings.model_copy(update={"steps": best})
-    _run(load_parts(base_folder, "unet"), cache, tmp_path / "short", settings)
+    run_distill(load_parts(base_folder, "unet"), cache, tmp_path / "short", settings)
     weights = [load_file(folder / "adapter" / lora.WEIGHTS) for folder in (tmp_path, tmp_path / "short")]
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=0, rtol=0)
@@ -325,7 +182,7 @@ def test_memory_is_saved_without_changing_the_adapter(
 ):
     slow = SETTINGS.model_copy(update={"lr": 1e-4})  # Adam makes steps of a gradient's last bits
     for name, settings in (("plain", slow), ("saving", slow.model_copy(update=changes))):
-        _run(load_parts(base_folder, "unet"), cache, tmp_path / name, settings)
+        run_distill(load_parts(base_folder, "unet"), cache, tmp_path / name, settings)
     plain, saving = (load_file(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("plain", "saving"))
     for name in plain:
         torch.testing.assert_close(saving[name], plain[name], atol=1e-5, rtol=0)
@@ -344,14 +201,14 @@ def test_over_a_half_precision_base_the_adapter_is_trained_in_fp32_and_also_afte
             if step == 4:
                 raise Killed
 
-    _run(load(), cache, tmp_path / "whole")
+    run_distill(load(), cache, tmp_path / "whole")
     with pytest.raises(Killed):
-        _run(load(), cache, tmp_path / "killed", logger=Killer())
+        run_distill(load(), cache, tmp_path / "killed", logger=Killer())
     state = torch.load(tmp_path / "killed/scratch/checkpoint.pt", weights_only=True)["optimization"]
     moments = state["optimizer"]["state"][0]
     assert {t.dtype for t in (state["weights"], state["average"], moments["exp_avg"])} == {torch.float32}
     base = load()
-    _run(base, cache, tmp_path / "killed")
+    run_distill(base, cache, tmp_path / "killed")
     assert base.unet.conv_in.weight.dtype == dtype
     assert {p.dtype for n, p in base.unet.named_parameters() if ".lora_" in n} == {torch.float32}
     files = [load_file(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("whole", "killed")]
@@ -364,7 +221,7 @@ def test_over_a_half_precision_base_the_adapter_is_trained_in_fp32_and_also_afte
 def test_a_compiled_run_makes_the_adapter_of_an_eager_one(base_folder: Path, cache: LatentCache, tmp_path: Path):
     slow = SETTINGS.model_copy(update={"lr": 1e-4})
     for name, settings in (("eager", slow), ("compiled", slow.model_copy(update={"compile": True}))):
-        _run(load_parts(base_folder, "unet"), cache, tmp_path / name, settings)
+        run_distill(load_parts(base_folder, "unet"), cache, tmp_path / name, settings)
     torch._dynamo.reset()
     eager, compiled = (load_file(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("eager", "compiled"))
     for name in eager:
@@ -377,7 +234,7 @@ def test_every_objective_learns_and_names_its_scheduler(
 ):
     logger = Recorder()
     changes = {"objective": objective, "steps": 40, "batch": 8, "lr": 3e-3, "log_every": 10, "empty_prompts": 0.2}
-    facts = _run(load_parts(base_folder, "unet"), cache, tmp_path, SETTINGS.model_copy(update=changes), logger)
+    facts = run_distill(load_parts(base_folder, "unet"), cache, tmp_path, SETTINGS.model_copy(update=changes), logger)
     assert logger.losses[-1] < 0.95 * logger.losses[0]
     scheduler = json.loads((tmp_path / "adapter/scheduler_config.json").read_text())
     assert scheduler["_class_name"] == facts["sampler"]["scheduler"]
@@ -393,7 +250,7 @@ def test_the_target_has_the_averaged_weights_where_that_is_asked_for(base: bases
     distillation = Distillation(base, cache.unconditional(), averaging)
     for parameter in parameters.values():
         parameter.data.normal_(std=0.1)  # the average is still what it was at the start: without effect
-    batch = _batch(cache)
+    batch = draw_batch(cache)
     ema = distillation.losses(batch, optimization)
     t, t_prev = distillation.teacher.t[batch.index], distillation.teacher.t_prev[batch.index]
     x = distillation.noisy(batch, batch.index)
@@ -416,7 +273,7 @@ def test_the_target_is_computed_with_the_adapter_on(base: bases.LoadedBase, cach
     seen: list[bool] = []
     layer = next(module for _, module in lora._layers(base.unet))
     layer.register_forward_pre_hook(lambda module, _: seen.append(module.disable_adapters))
-    distillation.losses(_batch(cache))
+    distillation.losses(draw_batch(cache))
     assert seen == [True, False, False]  # teacher, target, student
 
 
@@ -427,7 +284,7 @@ def test_the_schedule_is_fp32_under_a_half_precision_base(base_folder: Path, cac
     lora.inject(base.unet, 4, 4, 0)
     lora.direct_forwards(base.unet)
     distillation = Distillation(base, cache.unconditional(), SETTINGS)
-    batch = _batch(cache)
+    batch = draw_batch(cache)
     batch.index.zero_()
     sigma = (1 - base.alphas_cumprod[19]).sqrt()
     torch.testing.assert_close(distillation.noisy(batch, batch.index), base.alphas_cumprod[19].sqrt() * batch.z
@@ -448,12 +305,12 @@ def test_a_killed_run_ends_with_the_same_bytes_as_an_undisturbed_one(
             if step == at + 2:
                 raise Killed
 
-    _run(load_parts(base_folder, "unet"), cache, tmp_path / "whole")
+    run_distill(load_parts(base_folder, "unet"), cache, tmp_path / "whole")
     with pytest.raises(Killed):
-        _run(load_parts(base_folder, "unet"), cache, tmp_path / "killed", logger=Killer())
+        run_distill(load_parts(base_folder, "unet"), cache, tmp_path / "killed", logger=Killer())
     assert not (tmp_path / "killed" / "adapter").exists()
     resumed = Recorder()
-    _run(load_parts(base_folder, "unet"), cache, tmp_path / "killed", logger=resumed)
+    run_distill(load_parts(base_folder, "unet"), cache, tmp_path / "killed", logger=resumed)
     assert resumed.steps[0] == at + 2
     for name in (lora.WEIGHTS, "config.json", "probe.safetensors"):
         assert (tmp_path / "whole/adapter" / name).read_bytes() == (tmp_path / "killed/adapter" / name).read_bytes()
@@ -464,10 +321,10 @@ def test_a_cache_of_another_base_and_too_small_a_cache_are_refused(
 ):
     base = load_parts(base_folder, "unet")
     with pytest.raises(UserError, match=r"distill\.batch: 64 is more than the"):
-        _run(base, cache, tmp_path, SETTINGS.model_copy(update={"batch": 64}))
+        run_distill(base, cache, tmp_path, SETTINGS.model_copy(update={"batch": 64}))
     base.resolution *= 2
     with pytest.raises(UserError, match=r"the latent cache holds \(4, 8, 8\), mini needs \(4, 16, 16\)"):
-        _run(base, cache, tmp_path)
+        run_distill(base, cache, tmp_path)
 
 
 def test_ten_losses_in_a_row_that_are_not_finite_stop_the_run_with_the_pictures(
@@ -477,7 +334,7 @@ def test_ten_losses_in_a_row_that_are_not_finite_stop_the_run_with_the_pictures(
     settings = SETTINGS.model_copy(update={"steps": 30, "log_every": 4, "checkpoint_every": 30, "validate_every": 30})
     broken = _Breaking(cache, at=range(3, 30))
     with pytest.raises(UserError, match=r"step 13: the loss is not finite, for the 10th .* so for \d\.png$"):
-        _run(base, broken, tmp_path, settings)
+        run_distill(base, broken, tmp_path, settings)
     assert not (tmp_path / "adapter").exists()
 
 
@@ -485,7 +342,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_told(
     base_folder: Path, cache: LatentCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     logger = Recorder()
-    _run(load_parts(base_folder, "unet"), _Breaking(cache, at=range(3, 4)), tmp_path, logger=logger)
+    run_distill(load_parts(base_folder, "unet"), _Breaking(cache, at=range(3, 4)), tmp_path, logger=logger)
     assert logger.skipped == [0, 1, 0]
     assert "of the steps 3 to 4 1 were skipped" in capsys.readouterr().err
     weights = load_file(tmp_path / "adapter" / lora.WEIGHTS)

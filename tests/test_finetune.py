@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lcmlora import bases, diffusion, lora
+from lcmlora import bases, diffusion, folders, lora
 from lcmlora.batches import Batches
 from lcmlora.config import Base, Tuning
 from lcmlora.data.cache import LatentCache
@@ -93,7 +93,7 @@ def test_a_whole_checkpoint_is_a_base_of_its_own(base_folder: Path, cache: Laten
                        before.encode_text(["tree"])["encoder_hidden_states"])  # fmt: skip
     changed = [not torch.equal(a, b) for a, b in zip(tuned.unet.parameters(), before.unet.parameters(), strict=True)]
     assert all(changed)
-    assert bases.identity(settings, tmp_path / "out")["digest"] != bases.identity(settings, base_folder)["digest"]
+    assert folders.identity(settings, tmp_path / "out")["digest"] != folders.identity(settings, base_folder)["digest"]
 
 
 @pytest.mark.parametrize("settings", [STYLE, WHOLE], ids=["style", "whole"])

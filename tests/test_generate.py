@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from lcmlora import architecture, bases, formats, generate, release, sampling
+from lcmlora import architecture, bases, folders, formats, generate, release, sampling
 from lcmlora import config as settings
 from lcmlora.cli import app
 from lcmlora.config import Base
@@ -39,9 +39,9 @@ def root(
     config = settings.load(tmp_path / "params.yaml")
     releases.write_stages(adapters.load(folder, "unet", "vae", "text"), tmp_path)
     facts = tmp_path / "adapters/mini/config.json"
-    identity = bases.identity(config.base("mini"), folder)
+    identity = folders.identity(config.base("mini"), folder)
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": identity}))
-    bases.fetch("mini", config.base("mini"))
+    folders.fetch("mini", config.base("mini"))
     release.package(
         "mini",
         config,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lcmlora import bases, changes, lora, pipelines
+from lcmlora import bases, changes, folders, lora, pipelines
 from lcmlora.config import Base, Merged
 from lcmlora.errors import UserError
 from lcmlora.sampling import text_conditioning
@@ -42,7 +42,7 @@ def test_a_styled_base_draws_as_the_base_with_the_lora_at_its_weight(
 ):
     plain = miniatures(architecture)
     style = _style(plain, tmp_path / "style")
-    found = bases.fetch("mine", _settings(plain, style), tmp_path / "bases")
+    found = folders.fetch("mine", _settings(plain, style), tmp_path / "bases")
     assert found == tmp_path / "bases/mine" and not found.is_symlink()
     base, merged = _load(plain), _load(found)
     text = text_conditioning(base, ["red apple"])
@@ -64,7 +64,7 @@ def test_a_styled_base_draws_as_the_base_with_the_lora_at_its_weight(
 def test_half_precision_stays_so(tmp_path: Path):
     plain = save_base(tmp_path / "plain", "sd15", variant="fp16")
     style = _style(plain, tmp_path / "style", "fp16")
-    found = bases.fetch("mine", _settings(plain, style, variant="fp16"), tmp_path / "bases")
+    found = folders.fetch("mine", _settings(plain, style, variant="fp16"), tmp_path / "bases")
     (weights,) = (found / "unet").glob("*.fp16.safetensors")
     assert {t.dtype for t in load_file(weights).values()} == {torch.float16}
     _load(found, "fp16")
@@ -72,28 +72,28 @@ def test_half_precision_stays_so(tmp_path: Path):
 
 def test_a_styled_base_is_made_once_and_anew_where_something_changed(base_folder: Path, tmp_path: Path):
     style, root = _style(base_folder, tmp_path / "style"), tmp_path / "bases"
-    weights = bases.fetch("mine", _settings(base_folder, style), root) / "unet/diffusion_pytorch_model.safetensors"
+    weights = folders.fetch("mine", _settings(base_folder, style), root) / "unet/diffusion_pytorch_model.safetensors"
     first = weights.stat().st_mtime_ns
-    bases.fetch("mine", _settings(base_folder, style), root)
+    folders.fetch("mine", _settings(base_folder, style), root)
     assert weights.stat().st_mtime_ns == first
-    digest = bases.identity(_settings(base_folder, style), root / "mine")["digest"]
+    digest = folders.identity(_settings(base_folder, style), root / "mine")["digest"]
     heavier = _settings(base_folder, style, 1.0)
-    assert bases.identity(heavier, bases.fetch("mine", heavier, root))["digest"] != digest
-    assert bases.identity(heavier, root / "mine")["style"] == f"{style} at 1"
-    assert bases.fetch("mine", _settings(base_folder), root).is_symlink()  # without the style it is the base again
-    assert not bases.fetch("mine", heavier, root).is_symlink()
+    assert folders.identity(heavier, folders.fetch("mine", heavier, root))["digest"] != digest
+    assert folders.identity(heavier, root / "mine")["style"] == f"{style} at 1"
+    assert folders.fetch("mine", _settings(base_folder), root).is_symlink()  # without the style it is the base again
+    assert not folders.fetch("mine", heavier, root).is_symlink()
 
 
 def test_what_cannot_be_summed_in_is_refused(base_folder: Path, miniatures: Callable[[str], Path], tmp_path: Path):
     with pytest.raises(UserError, match=r"bases\.mine\.style\.source: .*nowhere: no such file"):
-        bases.fetch("mine", _settings(base_folder, tmp_path / "nowhere"), tmp_path / "bases")
+        folders.fetch("mine", _settings(base_folder, tmp_path / "nowhere"), tmp_path / "bases")
     other = _style(miniatures("sdxl"), tmp_path / "style")
     with pytest.raises(UserError, match=r"which this base does not have|made for another base"):
-        bases.fetch("mine", _settings(base_folder, other), tmp_path / "bases")
+        folders.fetch("mine", _settings(base_folder, other), tmp_path / "bases")
     assert not (tmp_path / "bases/mine").exists()
     (tmp_path / "bases/full").mkdir()
     with pytest.raises(UserError, match="bases/full is in the way"):
-        bases.fetch("full", _settings(base_folder, _style(base_folder, tmp_path / "own")), tmp_path / "bases")
+        folders.fetch("full", _settings(base_folder, _style(base_folder, tmp_path / "own")), tmp_path / "bases")
 
 
 def test_a_change_of_the_style_is_seen(base_folder: Path, tmp_path: Path):

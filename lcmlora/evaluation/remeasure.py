@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from lcmlora import formats, lora, references, sampling
-from lcmlora.bases import LoadedBase, identity
+from lcmlora.bases import LoadedBase
 from lcmlora.config import Base, Evaluation
 from lcmlora.data.sources import read_records
 from lcmlora.errors import UserError
@@ -17,6 +17,7 @@ from lcmlora.evaluation.drawing import REAL, Way, distinct_captions
 from lcmlora.evaluation.evaluate import STUDENT, measure, read_json
 from lcmlora.evaluation.reference import AGAIN, artist_of, load_features
 from lcmlora.files import sha256_file
+from lcmlora.folders import identity
 from lcmlora.references import AdapterReference
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcmlora import bases, lora
+from lcmlora import bases, folders, lora
 from lcmlora.config import Base, Data, Evaluation
 from lcmlora.data.prepare import prepare
 from lcmlora.evaluation import features
@@ -96,7 +96,7 @@ def write_adapter(base_folder: Path, folder: Path, *, seed: int = 0, strength: f
             parameter.data.normal_(std=strength, generator=generator)
     metadata = lora.adapter_metadata(4)
     lora.save_file(lora.state_dict(unet), folder / lora.WEIGHTS, dtype=torch.float32, metadata=metadata)
-    identity = bases.identity(made_of(base_folder), base_folder)
+    identity = folders.identity(made_of(base_folder), base_folder)
     sampler = {"scheduler": "LCMScheduler", "gamma": None, "grid": 50}
     (folder / "config.json").write_text(json.dumps({"base": identity, "sampler": sampler}))
     return folder

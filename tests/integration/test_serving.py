@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import io
 import json
 import os
@@ -77,7 +78,8 @@ def server(miniatures: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
         _wait(process, f"http://127.0.0.1:{port}/ping", log)
         yield Server(f"http://127.0.0.1:{port}", draw)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended, which _wait tells
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
