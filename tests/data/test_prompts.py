@@ -15,12 +15,14 @@ from lcmlora.data.prepare import prepare
 from lcmlora.data.preview import preview
 from lcmlora.data.rollouts import RolloutEncoder
 from lcmlora.data.sources import Record, find, read_records
+from lcmlora.distill import samples
 from lcmlora.errors import UserError
 from lcmlora.noise import generator
 from lcmlora.sampling import text_conditioning
 from lcmlora.teacher import Teacher
 from tests.data.conftest import data_in
-from tests.distillation import load_parts
+from tests.distillation import CPU, load_parts
+from tests.distillation import SETTINGS as DISTILL
 from tests.miniature import RESOLUTION
 
 SETTINGS = Encode(batch=4, rollouts=Rollouts(steps=5, w=3.0, states=True))
@@ -140,6 +142,22 @@ def test_shards_end_early_enough_for_a_killed_run_and_give_the_same_states(
     rows, index = torch.arange(len(cache)), torch.arange(len(cache)) % 5
     for other in (parts, mapped):  # batches of another size round otherwise
         torch.testing.assert_close(other.states(rows, index), cache.states(rows, index), atol=2e-3, rtol=2e-3)
+
+
+def test_states_come_out_of_a_bucket_before_its_shards_are_here_and_after(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lcmlora.data.encode.MOST", 3)
+    here = draw(base_folder, ten(tmp_path), tmp_path / "here")
+    there = draw(base_folder, ten(tmp_path), tmp_path, SETTINGS.model_copy(update={"shards": str(tmp_path / "bucket")}))
+    rows, index = torch.arange(len(here)), torch.arange(len(here)) % 5
+    assert torch.equal(there.states(rows, index), here.states(rows, index))
+    settings = DISTILL.model_copy(update={"trajectory": 1.0, "grid": 5})
+    near, far = (samples(each, rows, settings, CPU) for each in (here, there))
+    for step in range(4):
+        one, other = near.draw(step).pair, far.draw(step).pair
+        assert one is not None and other is not None and torch.equal(one, other)
+    assert (tmp_path / ".latents.shards").is_dir()
 
 
 def test_a_killed_run_goes_on_at_the_next_shard_with_the_same_bytes(
