@@ -324,10 +324,10 @@ def _measure(plain: Step, changed: Step, repeats: int, steps: int, device: torch
 def _table(told: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name, found in told.items():
-        time = (
+        took = (
             "{ratio:.2f} ({least:.2f} to {most:.2f})".format(**found) if "ratio" in found else found.get("failed", "")
         )
-        rows.append([name, time, f"{found['gradient']:.1e}" if "gradient" in found else ""])
+        rows.append([name, took, f"{found['gradient']:.1e}" if "gradient" in found else ""])
     return tables.markdown(["with", "time of a step", "gradient differs by"], rows)
 
 
