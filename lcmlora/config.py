@@ -85,6 +85,8 @@ class Data(Strict):
     scores: dict[str, Range] = {}  # numbers that metadata, tables or JSON have of a picture; what has none is dropped
     # Bits of 64 in which the looks of two pictures may differ and the later is dropped; null drops equal bytes alone.
     near_duplicates: Annotated[int, Field(ge=0, le=8)] | None = None
+    # Share of the rows, files and samples read that may be damaged or refused; above it the run stops.
+    max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.5
     validation: Annotated[float, Field(gt=0, lt=1)]  # share of captions that training never sees
     seed: int
 

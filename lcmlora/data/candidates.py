@@ -62,12 +62,15 @@ class Candidate:
 class Rejection:
     """A picture that cannot be used, and why.
 
+    reason: the same for all that have it, since they are counted by it.
     place: by which its source reads it, where it can be read.
+    detail: what is known of this one alone, for the line that stops a run and names the first of its reason.
     """
 
     name: str
     reason: str
     place: str | None = None
+    detail: str = ""
 
 
 class Unusable(Exception):

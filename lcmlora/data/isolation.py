@@ -6,11 +6,12 @@ import multiprocessing
 import os
 import resource
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from pebble import ProcessFuture
+    from pebble import ProcessFuture, ProcessPool
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,6 +22,7 @@ _AHEAD = 8  # items waiting for each process
 
 TOO_LONG = f"took more than {SECONDS:g} seconds to decode"
 CRASHED = "made its decoder crash"
+NO_MEMORY = f"took more than {MEMORY >> 30} GiB of memory to decode"
 
 
 def isolated(
@@ -42,34 +44,84 @@ def isolated(
         seconds: of one item.
         memory: bytes that a process may map; above, Python's MemoryError is raised in there.
     """
-    from pebble import ProcessExpired, ProcessPool
-
-    context = multiprocessing.get_context("forkserver")  # fork copies locks that other threads hold
-    context.set_forkserver_preload([preload])
     waiting: deque[tuple[T, ProcessFuture[R]]] = deque()
-    with ProcessPool(
-        max_workers=workers, context=context, initializer=_begin, initargs=[memory, dict(os.environ)]
-    ) as pool:
-
-        def result() -> R:
-            item, future = waiting.popleft()
-            try:
-                return future.result()
-            except TimeoutError:
-                return lost(item, TOO_LONG)
-            except ProcessExpired:
-                return lost(item, CRASHED)
-
+    with _pool(workers, preload, memory) as pool:
         try:
             for item in items:
                 waiting.append((item, pool.schedule(function, [item], timeout=seconds)))
                 if len(waiting) > _AHEAD * workers:
-                    yield result()
+                    yield _result(*waiting.popleft(), lost)
             while waiting:
-                yield result()
+                yield _result(*waiting.popleft(), lost)
         finally:
             if waiting:
                 pool.stop()
+
+
+class Piece(NamedTuple, Generic[T, R]):
+    """What was made of the beginning of an item, and the item that is left to do; None where it is done."""
+
+    results: list[R]
+    rest: T | None
+
+
+def in_pieces(
+    function: Callable[[T], Piece[T, R]],
+    items: Iterable[T],
+    lost: Callable[[T, str], Piece[T, R]],
+    workers: int,
+    *,
+    preload: str,
+    seconds: float = SECONDS,
+    memory: int = MEMORY,
+) -> Iterator[R]:
+    """Yields the results of all pieces of all items in order: function(item), then function(its rest), and so on.
+
+    A file of any size is read so with bounded time and memory, and several files at once. At most one piece of each of
+    `workers` items is held. The arguments are as those of `isolated`; `lost` says where to go on, too.
+    """
+    remaining = iter(items)
+    waiting: deque[tuple[T, ProcessFuture[Piece[T, R]]]] = deque()
+    ended = False
+    with _pool(workers, preload, memory) as pool:
+
+        def begin(item: T) -> tuple[T, ProcessFuture[Piece[T, R]]]:
+            return item, pool.schedule(function, [item], timeout=seconds)
+
+        try:
+            while True:
+                waiting.extend(begin(item) for item in islice(remaining, workers - len(waiting)))
+                if not waiting:
+                    break
+                piece = _result(*waiting.popleft(), lost)
+                if piece.rest is not None:
+                    waiting.appendleft(begin(piece.rest))
+                yield from piece.results
+            ended = True
+        finally:
+            if not ended:
+                pool.stop()
+
+
+def _pool(workers: int, preload: str, memory: int) -> ProcessPool:
+    from pebble import ProcessPool
+
+    context = multiprocessing.get_context("forkserver")  # fork copies locks that other threads hold
+    context.set_forkserver_preload([preload])
+    return ProcessPool(max_workers=workers, context=context, initializer=_begin, initargs=[memory, dict(os.environ)])
+
+
+def _result(item: T, future: ProcessFuture[R], lost: Callable[[T, str], R]) -> R:
+    from pebble import ProcessExpired
+
+    try:
+        return future.result()
+    except TimeoutError:
+        return lost(item, TOO_LONG)
+    except ProcessExpired:
+        return lost(item, CRASHED)
+    except MemoryError:
+        return lost(item, NO_MEMORY)
 
 
 def _begin(memory: int, environment: dict[str, str]) -> None:

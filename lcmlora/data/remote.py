@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -84,9 +86,13 @@ class Files:
         return told.hexdigest()
 
     def open(self, name: str) -> IO[bytes]:
-        """Returns the file for random access. Raises as `list` does."""
+        """Returns the file for random access. Raises as `list` does, and UserError where it is no ordinary file: a pipe
+        would block for ever."""
+        path = f"{self._root}/{name}"
         with self._told():
-            file: IO[bytes] = self._system.open(f"{self._root}/{name}", "rb")
+            if "file" in self._system.protocol and not stat.S_ISREG(os.stat(path).st_mode):
+                raise UserError(f"data.path: {self._path}: {name}: not an ordinary file")
+            file: IO[bytes] = self._system.open(path, "rb")
             return file
 
     def read(self, name: str, start: int, length: int) -> bytes:
