@@ -8,11 +8,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from lcmlora import adapter_verbs, data_verbs, registry_verbs, release_verbs, study_verbs
+from lcmlora import adapter_verbs, data_verbs, names, registry_verbs, release_verbs, study_verbs
 from lcmlora.errors import reporting
 
 app = typer.Typer(
@@ -35,6 +36,13 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="A name under `bases` in params.yaml, e.g. emoji.", show_default=False)]
+
+
+class _Stage(TyperCommand):
+    """A verb that dvc.yaml calls: its names may be given as DVC writes them, --model NAME and --name NAME."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, names.arguments(args))
 
 
 @app.callback()
@@ -129,7 +137,7 @@ def prepare(context: typer.Context) -> None:
     stage.print_report(stage.prepare(config.data, minimum, Path("data/pictures")))
 
 
-@app.command()
+@app.command(cls=_Stage)
 def encode(context: typer.Context, model: Model) -> None:
     """Encode the training pictures and captions into the latent cache of one base; a killed run goes on.
 
@@ -153,7 +161,7 @@ def _encode(config, model: str, settings, place) -> None:  # type: ignore[no-unt
     fill(base, config.data, settings, Path("data/pictures"), _scratch("encode"), out, place)
 
 
-@app.command()
+@app.command(cls=_Stage)
 def reference(context: typer.Context, model: Model) -> None:
     """Draw what no adapter changes: the teacher's pictures and the solvers', with their features.
 
@@ -168,7 +176,7 @@ def reference(context: typer.Context, model: Model) -> None:
         stage.draw_reference(base, config.data, settings, Path("data/pictures"), scratch, Path("reference", model))
 
 
-@app.command()
+@app.command(cls=_Stage)
 def distill(context: typer.Context, model: Model) -> None:
     """Distil the base into an adapter; a run that was killed continues from its last checkpoint.
 
@@ -266,7 +274,7 @@ def doctor(
         doctor.show(examination, settings, model)
 
 
-@app.command()
+@app.command(cls=_Stage)
 def evaluate(context: typer.Context, model: Model) -> None:
     """Draw with the adapter in few steps and compare with the teacher and the solvers.
 
@@ -297,7 +305,7 @@ def _drawing_base(config, model: str):  # type: ignore[no-untyped-def]
     return _load(config, model, settings.device, "unet", "vae", "text"), settings
 
 
-@app.command()
+@app.command(cls=_Stage)
 def package(context: typer.Context, model: Model) -> None:
     """Make the release bundle and prove that plain diffusers loads it with the same result.
 
@@ -318,11 +326,9 @@ def package(context: typer.Context, model: Model) -> None:
     )
 
 
+for _verb in (study_verbs.style, study_verbs.finetune, study_verbs.alone, study_verbs.study):
+    app.command(cls=_Stage)(_verb)
 for _verb in (
-    study_verbs.style,
-    study_verbs.finetune,
-    study_verbs.alone,
-    study_verbs.study,
     adapter_verbs.convert,
     adapter_verbs.combine,
     adapter_verbs.generate,

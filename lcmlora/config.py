@@ -5,18 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from lcmlora import names
 from lcmlora.errors import UserError
+from lcmlora.terminal import shown
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Kind = Literal["style", "finetune"]
 Solver = Literal["ddim", "dpm++", "unipc", "euler"]
+
+
+def _named(name: str) -> str:
+    if wrong := names.fault(name):
+        raise ValueError(wrong)
+    return name
+
+
+Name = Annotated[str, AfterValidator(_named)]  # of what becomes a path, a command's word or a registry's entry
 
 
 class Strict(BaseModel):
@@ -226,9 +247,9 @@ class Evaluation(Strict):
 class Study(Strict):
     """The universal module measured: the adapter added to styles and fine-tuned checkpoints (stage `study`)."""
 
-    models: tuple[str, ...] = ()  # of `models`; the others are released without a study
-    styles: tuple[str, ...] = ()  # of `styles`; a LoRA of each is trained for each of the models
-    finetunes: tuple[str, ...] = ()  # of `finetunes`; likewise a whole checkpoint
+    models: tuple[Name, ...] = ()  # of `models`; the others are released without a study
+    styles: tuple[Name, ...] = ()  # of `styles`; a LoRA of each is trained for each of the models
+    finetunes: tuple[Name, ...] = ()  # of `finetunes`; likewise a whole checkpoint
     pictures: Annotated[int, Field(ge=2)]  # of a style, with each method
     real: dict[str, Any] = {}  # overrides of a style's data for the pictures that it is measured against
     weights: tuple[float, float]  # lambda1 of the style and lambda2 of the acceleration, eq. (3) of arXiv 2311.05556
@@ -248,7 +269,7 @@ class Study(Strict):
             raise ValueError(f"student_steps has no {self.steps}, at which all is compared (steps)")
         if self.grid_style is not None and self.grid_style not in self.styles:
             raise ValueError(f"grid_style: {self.grid_style!r} is not among styles")
-        if twice := set(self.styles) & set(self.finetunes):
+        if twice := set(map(str.lower, self.styles)) & set(map(str.lower, self.finetunes)):
             raise ValueError(f"{min(twice)!r} is the name of a style and of a fine-tune")
         return self
 
@@ -266,9 +287,21 @@ class Registry(Strict):
     """MLflow: where runs and models are kept."""
 
     tracking_uri: str  # MLFLOW_TRACKING_URI, where it is set, goes before it
-    experiment: str
-    alias: str
+    # Of MLflow; where it keeps experiments in folders, as on Databricks, with the folders before it.
+    experiment: Annotated[
+        str, Field(max_length=256, pattern=r"^/?[A-Za-z0-9][A-Za-z0-9._@ -]*(/[A-Za-z0-9][A-Za-z0-9._@ -]*)*$")
+    ]
+    alias: Name  # of the registry, and the channel of the published releases
     system_metrics: bool = True  # CPU, memory, GPU and network while a model is distilled
+
+    @field_validator("alias")
+    @classmethod
+    def _alias_of_mlflow(cls, alias: str) -> str:
+        if "." in alias or alias.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", alias):
+            raise ValueError("is no alias: MLflow takes none with '.', nor `latest`, nor `v` with a number")
+        if alias.lower() == "previous":
+            raise ValueError("is no alias of its own: `previous` is that of the champion before the present one")
+        return alias
 
 
 class Publish(Strict):
@@ -293,7 +326,7 @@ class Publish(Strict):
 class Flow(Strict):
     """How the Prefect flows run all this. No result depends on it."""
 
-    gpu_limit: str = "gpu"  # Prefect's concurrency limit that whatever trains or draws holds, one at a time
+    gpu_limit: Name = "gpu"  # Prefect's concurrency limit that whatever trains or draws holds, one at a time
     models_at_once: Positive = 4
     retries: Annotated[int, Field(ge=0)] = 3  # of what needs the network
     retry_seconds: Annotated[float, Field(gt=0)] = 5.0  # before the first retry, doubled for each further one
@@ -302,7 +335,7 @@ class Flow(Strict):
     @property
     def limit(self) -> str:
         """The limit's name; LCMLORA_GPU_LIMIT, which a worker with GPUs of its own sets, goes before `gpu_limit`."""
-        return os.environ.get("LCMLORA_GPU_LIMIT") or self.gpu_limit
+        return names.check(os.environ.get("LCMLORA_GPU_LIMIT") or self.gpu_limit, "LCMLORA_GPU_LIMIT")
 
 
 class Merged(Strict):
@@ -316,9 +349,13 @@ class Base(Strict):
     """A base model. Only what differs between bases and cannot be read from its own folder."""
 
     source: str  # hub id, a diffusers folder, or a .safetensors file in the original layout
-    revision: str | None = None  # hub commit; required for a hub id, so that a run can be repeated
+    # Hub commit; required for a hub id, so that a run can be repeated.
+    revision: (
+        Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")]
+        | None
+    ) = None
     config: str | None = None  # single file: the diffusers folder or hub id whose configurations it goes with
-    variant: str | None = None  # e.g. fp16
+    variant: Name | None = None  # e.g. fp16
     style: Merged | None = None  # of a LoRA that the model is distilled with
     resolution: Positive  # pixels, width and height of the training pictures
     license: str
@@ -345,7 +382,7 @@ class Variation(Strict):
 class Config(Strict):
     """All of params.yaml."""
 
-    models: tuple[str, ...]
+    models: tuple[Name, ...]
     pretrain: Pretrain
     data: Data
     encode: Encode
@@ -358,12 +395,22 @@ class Config(Strict):
     registry: Registry
     publish: Publish
     flow: Flow = Flow()
-    bases: dict[str, Base]
+    bases: dict[Name, Base]
     style: Tuning | None = None
-    styles: dict[str, Variation] = {}
+    styles: dict[Name, Variation] = {}
     finetune: Tuning | None = None
-    finetunes: dict[str, Variation] = {}
+    finetunes: dict[Name, Variation] = {}
     study: Study | None = None
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        for key in ("bases", "styles", "finetunes"):
+            if two := names.twins(getattr(self, key)):
+                raise ValueError(f"{key}: {two[0]} and {two[1]} are one folder where file names have no case")
+        registered = [model.removeprefix("lcm-lora-") for model in dict.fromkeys(self.models)]
+        if twice := [name for name in registered if registered.count(name) > 1]:
+            raise ValueError(f"models: {twice[0]} and lcm-lora-{twice[0]} would be registered under one name")
+        return self
 
     @model_validator(mode="after")
     def _models_exist(self) -> Self:
@@ -382,7 +429,7 @@ class Config(Strict):
 
     def base(self, model: str) -> Base:
         """Returns the base of this name. Raises UserError naming the known ones."""
-        if model not in self.bases:
+        if names.check(model, "model") not in self.bases:
             raise UserError(f"unknown model {model!r}; params.yaml has bases {', '.join(self.bases)}")
         return self.bases[model]
 
@@ -410,7 +457,7 @@ class Config(Strict):
             UserError: there is no such entry, or no section that says how it is trained.
         """
         known, defaults = (self.styles, self.style) if kind == "style" else (self.finetunes, self.finetune)
-        if name not in known:
+        if names.check(name, kind) not in known:
             raise UserError(f"unknown {kind} {name!r}; params.yaml `{kind}s` has {', '.join(known) or 'none'}")
         if defaults is None:
             raise UserError(f"params.yaml: {kind}: is missing, it says how `{kind}s` are trained")
@@ -481,14 +528,15 @@ def _explain(where: str, error: ValidationError) -> str:
     """One line per error: the key, the value that stands there, and what was expected."""
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        key = ".".join(shown(part, 80) for part in item["loc"] if part != "[key]")
         if item["type"] == "extra_forbidden":
             lines.append(f"{where}: {key}: there is no such key")
         elif item["type"] == "missing":
             lines.append(f"{where}: {key}: is missing")
         else:
-            value = "" if item["loc"] == () else f" got {item['input']!r}:"
-            lines.append(f"{where}: {key + ':' if key else ''}{value} {item['msg'].removeprefix('Value error, ')}")
+            value = "" if item["loc"] == () else f" got {shown(repr(item['input']), 200)}:"
+            told = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {key + ':' + value + ' ' if key else ''}{told}")
     return "\n".join(lines)
 
 

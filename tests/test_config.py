@@ -125,3 +125,71 @@ def test_a_trajectory_needs_the_states_of_rollouts_on_its_grid_and_with_its_guid
 def test_an_override_changes_of_settings_within_settings_what_it_names(tmp_path: Path):
     loaded = _load(tmp_path, encode__rollouts={"states": True})
     assert loaded.encode_for("sd15").rollouts == config.Rollouts(steps=50, w=7.5, states=True)
+
+
+FOREIGN = [
+    "x; touch y",
+    "../../..",
+    "..",
+    ".",
+    "",
+    "a/b",
+    "-h",
+    "$(id)",
+    "a\nb",
+    "x" * 65,
+    "ü",
+    "a b",
+    "CON",
+    "nul.txt",
+    "a.",
+]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_name_that_would_be_more_than_a_name_is_refused_wherever_it_stands(tmp_path: Path, name: str):
+    emoji, style = RAW["bases"]["emoji"], RAW["styles"]["noto-v1"]
+    for changes in (
+        {"bases": RAW["bases"] | {name: emoji}},
+        {"models": [name]},
+        {"styles": RAW["styles"] | {name: style}},
+        {"finetunes": RAW["finetunes"] | {name: style}},
+        {"study__styles": [name]},
+        {"registry__alias": name},
+        {"flow__gpu_limit": name},
+        {"bases__emoji__variant": name},
+    ):
+        with pytest.raises(UserError, match="is no name") as refused:
+            _load(tmp_path, **changes)
+        assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"registry__experiment": "../x"}, "experiment"),
+        ({"registry__alias": "v1"}, "is no alias"),
+        ({"registry__alias": "Latest"}, "is no alias"),
+        ({"registry__alias": "a.b"}, "is no alias"),
+        ({"registry__alias": "previous"}, "no alias of its own"),
+        ({"bases__emoji__revision": "../../x"}, "revision"),
+    ],
+)
+def test_what_the_registry_or_the_hub_would_not_take_is_refused_at_once(tmp_path: Path, changes: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        _load(tmp_path, **changes)
+
+
+def test_names_that_are_one_folder_or_one_registered_model_are_refused(tmp_path: Path):
+    emoji = RAW["bases"]["emoji"]
+    with pytest.raises(UserError, match="Emoji and emoji are one folder"):
+        _load(tmp_path, bases=RAW["bases"] | {"Emoji": emoji})
+    both = ["emoji", "lcm-lora-emoji"]
+    with pytest.raises(UserError, match="emoji and lcm-lora-emoji would be registered under one name"):
+        _load(tmp_path, models=both, bases=RAW["bases"] | {"lcm-lora-emoji": emoji})
+
+
+def test_the_gpu_limit_of_the_environment_is_a_name_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LCMLORA_GPU_LIMIT", "gpu; touch y")
+    with pytest.raises(UserError, match="LCMLORA_GPU_LIMIT: 'gpu; touch y' is no name"):
+        assert config.Flow().limit
