@@ -345,8 +345,13 @@ def main() -> None:
     for entry in importlib.metadata.entry_points(group="lcmlora.verbs"):
         app.command(entry.name)(entry.load())
     rank = os.environ.get("RANK", "0")
-    with reporting("" if rank == "0" else f"process {rank}: "):
+    verb = next((word for word in sys.argv[1:] if word in _names()), "")
+    with reporting("" if rank == "0" else f"process {rank}: ", verb):
         app()
+
+
+def _names() -> set[str | None]:
+    return set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -19,11 +19,22 @@ class Unavailable(UserError):
 
 
 @contextmanager
-def reporting(prefix: str = "") -> Iterator[None]:
-    """A UserError in the block is printed as it is, each line after `prefix`, and ends the process with status 2."""
+def reporting(prefix: str = "", verb: str = "") -> Iterator[None]:
+    """A UserError in the block is printed as it is, each line after `prefix`, and ends the process with status 2.
+
+    So is, in one line, what the machine refuses: a full disk, a place that cannot be written, too little memory.
+
+    Args:
+        verb: of the command line, which decides what takes less memory.
+    """
+    from lcmlora import faults
+
     try:
         yield
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {prefix}{line}", file=sys.stderr)
+    except Exception as error:
+        line = str(error) if isinstance(error, UserError) else faults.told(error, verb)
+        if line is None:
+            raise
+        for part in line.splitlines():
+            print(f"error: {prefix}{part}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,31 +1,48 @@
-"""Writing files so that a reader, or a restart after a kill, never sees half of one."""
+"""Writing files so that a reader, or a restart after a kill, never sees half of one.
+
+Any number of processes may write to one place at a time: each writes to a temporary file or folder of its own
+(temporaries.py), and the last one to finish wins.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lcmlora import faults, temporaries
+from lcmlora.errors import UserError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+_UNABLE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV)  # a file system that cannot exchange
+
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary path in the same folder, syncs it to disk and moves it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
+    """Calls `write` with a temporary path in the same folder, syncs it to disk and moves it to `path`.
+
+    Raises:
+        OSError: naming `path`, which is then as it was before.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporaries.sweep(path.parent)
+        with (
+            temporaries.file_beside(path) as (temporary, descriptor),
+            naming(path, temporary),
+            faults.as_oserror(path, temporary),
+        ):
+            write(temporary)
+            temporaries.hold_again(temporary, descriptor)
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            temporary.replace(path)
+        _sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -36,17 +53,126 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `path` that takes its place when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    """Yields an empty folder beside `path` that takes its place when the block ends without an error.
+
+    A folder that is there before is exchanged with it in one call, so that there always is one. File systems that
+    cannot do this (NFS, some of FUSE) have none for a moment between two renames.
+
+    Raises:
+        OSError: naming `path` or a file in it; `path` is then as it was before.
+        UserError: `path` is a link, or a folder that cannot be replaced.
+    """
+    _check_replaceable(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporaries.sweep(path.parent, None)
+        with temporaries.folder_beside(path) as temporary:
+            with naming(path, temporary), faults.as_oserror(path, temporary):
+                yield temporary
+                _sync_tree(temporary)
+                _put_in_place(temporary, path)
+            _sync_folder(path.parent)
+
+
+def _check_replaceable(path: Path) -> None:
+    here = Path.cwd()
+    if path.name in ("", "..") or path.absolute() in (here, *here.parents):
+        raise UserError(f"{path}: is the folder that this runs in or one above it; name a folder in it")
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+
+
+def _put_in_place(folder: Path, path: Path) -> None:
+    """Moves a folder to `path`; what was there before is then where the folder was."""
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link to {path.readlink()}, which stays; delete it or name another folder")
+    _check_replaceable(path)
+    while True:
+        try:
+            _exchange(folder, path)
+            return
+        except FileNotFoundError:
+            pass  # nothing is there yet
+        except OSError as error:
+            if error.errno not in _UNABLE:
+                raise
+            _move_aside(folder, path)
+            return
+        try:
+            folder.rename(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise  # else another process has just put its own there
+
+
+def _move_aside(folder: Path, path: Path) -> None:
+    """As `_put_in_place`, with two renames. A process that is killed between them leaves the former folder aside,
+    and the next one puts it back (temporaries.sweep)."""
+    with temporaries.locked(path):
+        former = temporaries.name_beside(path, "former")
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(former)
+        try:
+            folder.rename(path)
+        except OSError:
+            if former.exists():
+                former.rename(path)
+            raise
+        temporaries.remove(former)
+
+
+@cache
+def _renameat2() -> Any:
+    found = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # of Linux, since glibc 2.28
+    if found is not None:
+        found.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    return found
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Exchanges two folders. Raises OSError, with one of _UNABLE where that cannot be done here."""
+    call = _renameat2()
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(other))
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(root, name)
+            if path.is_symlink():
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _sync_folder(Path(root))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP):
+            raise  # else a file system that syncs no folders
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """OSErrors of the block name `path`, which a person knows, and not the temporary one, or nothing at all."""
+    try:
+        yield
+    except OSError as error:
+        faults.name(error, path, temporary)
+        raise
 
 
 def sha256_file(path: Path) -> str:
