@@ -103,6 +103,11 @@ def in_pieces(
                 pool.stop()
 
 
+def processes(items: int) -> int:
+    """How many processes read so many files."""
+    return max(1, min(items, 8, os.cpu_count() or 1))
+
+
 def _pool(workers: int, preload: str, memory: int) -> ProcessPool:
     from pebble import ProcessPool
 

@@ -6,35 +6,51 @@ Addresses are not fetched: tools like img2dataset do that, and write tables or t
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from lcmlora.data.candidates import (
     CAPTIONS,
     EMPTY,
-    LONG_CAPTION,
     MAX_BYTES,
-    MAX_CAPTION,
     NO_CAPTION,
     TOO_LARGE,
     UNREADABLE,
     Candidate,
+    Caption,
     Rejection,
     Unusable,
     decoded_caption,
-    printable,
     scores_in,
 )
+from lcmlora.data.columns import (
+    CORRUPT,
+    ParquetTable,
+    Position,
+    RowAt,
+    has_bytes,
+    is_bytes,
+    is_text,
+    lost,
+    read_piece,
+    undecoded,
+)
+from lcmlora.data.isolation import Piece, in_pieces, processes
 from lcmlora.data.remote import Files
+from lcmlora.data.tables import PRELOAD, row_name
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.progress import track
 
 _PICTURES = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
-_ADDRESSES = ("url", "URL", "image_url")
-_KEPT = 2  # groups of rows whose pictures are in memory
+_ADDRESSES = ("url", "image_url")
+_KEPT = 2  # groups of rows of which pictures are in memory
+_BATCH = 8  # pictures decoded from a page at once
+_KEPT_BYTES = 256 << 20  # of a group's last pictures; rows are asked for in order, by several threads
 
 NO_BYTES = "no bytes of a picture in its row"
+NO_COLUMN = "table without a column of captions or of pictures"
 
 
 class Parquet:
@@ -44,7 +60,7 @@ class Parquet:
         self._path = path
         self._files = Files(path)
         self._lock = threading.Lock()
-        self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, int], _Pictures] = OrderedDict()
 
     def candidates(self, scores: Iterable[str] = ()) -> tuple[list[Candidate], list[Rejection]]:
         tables = self._files.list(".parquet")
@@ -52,109 +68,158 @@ class Parquet:
             raise UserError(f"data.path: {self._path}: no .parquet files")
         found: list[Candidate] = []
         rejections: list[Rejection] = []
-        for table in track(tables, "read tables"):
-            self._rows(table, tuple(scores), found, rejections)
+        positions = [Position(self._path, table) for table in track(tables, "read tables")]
+        read = partial(_read, tuple(scores))
+        for each in in_pieces(read, positions, lost, processes(len(tables)), preload=PRELOAD):
+            if isinstance(each, Candidate):
+                found.append(each)
+            else:
+                rejections.append(each)
         if not found and not rejections:
             raise UserError(f"data.path: {self._path}: no rows in {len(tables)} parquet files")
+        if not found and all(rejection.name in tables for rejection in rejections):
+            first = rejections[0]
+            raise UserError(f"data.path: {self._path}: {first.name}: {first.detail or first.reason}")
         return found, rejections
 
     def read(self, place: str) -> bytes:
         table, _, where = place.rpartition("@")
         group, _, row = where.partition("+")
         try:
-            value = self._pictures(table, int(group))[int(row)].as_py()
+            content = self._picture(table, int(group), int(row))
         except Unavailable:
             raise
         except UserError:
             raise Unusable(UNREADABLE) from None
-        content = value.get("bytes") if isinstance(value, dict) else value  # as Hugging Face's tables have it
         if content is None:
             raise Unusable(NO_BYTES)
         if not 0 < len(content) <= MAX_BYTES:
             raise Unusable(TOO_LARGE if content else EMPTY)
-        return bytes(content)
+        return content
 
-    def _rows(self, table: str, scores: tuple[str, ...], found: list[Candidate], rejections: list[Rejection]) -> None:
-        """Adds the rows of one file."""
-        with self._opened(table) as opened:
-            caption = self._column(table, opened, CAPTIONS, "a caption")
-            self._picture_column(table, opened)
-            for name in scores:
-                self._column(table, opened, (name,), f"{name} (data.scores)")
-            number = 0
-            for group in range(opened.num_row_groups):
-                read = opened.read_row_group(group, columns=[caption, *scores])
-                texts = read.column(caption)
-                numbers = read.select(scores).to_pylist() if scores else [{}] * len(texts)
-                for row, text in enumerate(self._as_bytes(table, caption, texts)):
-                    name = f"{printable(table)}/{number:06d}"
-                    number += 1
-                    try:
-                        if text is not None and len(text) > MAX_CAPTION:
-                            raise Unusable(LONG_CAPTION)
-                        if not (cleaned := decoded_caption(text or b"")).text:
-                            raise Unusable(NO_CAPTION)
-                    except Unusable as reason:
-                        rejections.append(Rejection(name, str(reason)))
-                    else:
-                        told = scores_in(numbers[row], scores)
-                        found.append(Candidate(name, cleaned, f"{table}@{group}+{row}", told))
-
-    def _pictures(self, table: str, group: int) -> Any:
-        """Returns the column of pictures of a group of rows. Rows are asked for in order, so few groups are kept."""
+    def _picture(self, table: str, group: int, row: int) -> bytes | None:
         with self._lock:
             if (table, group) not in self._groups:
-                with self._opened(table) as opened:
-                    column = self._picture_column(table, opened)
-                    self._groups[table, group] = opened.read_row_group(group, columns=[column]).column(0)
+                self._groups[table, group] = _Pictures(self._path, table, group)
                 if len(self._groups) > _KEPT:
                     self._groups.popitem(last=False)
-            return self._groups[table, group]
+            return self._groups[table, group].at(row)
 
-    def _opened(self, table: str) -> Any:
-        import pyarrow
-        import pyarrow.parquet
 
-        try:
-            return pyarrow.parquet.ParquetFile(self._files.open(table))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"data.path: {self._path}: {table}: not a parquet file: {error}") from None
+class _Pictures:
+    """The pictures of one group of rows, decoded as they are asked for; the last of them are kept."""
 
-    def _picture_column(self, table: str, opened: Any) -> str:
-        import pyarrow.types
+    def __init__(self, path: str, table: str, group: int) -> None:
+        self._path, self._table, self._group = path, table, group
+        self._kept: deque[bytes | None] = deque()
+        self._bytes = 0
+        self._first = self._next = 0  # rows: of the first that is kept, and behind the last
+        self._batches: Iterator[Any] | None = None
+        self._wrong: str | None = None  # why nothing can be read from `_next` on; it would be tried for each row
 
-        names = opened.schema_arrow.names
-        if not any(name in names for name in _PICTURES) and (address := next(iter({*names} & {*_ADDRESSES}), None)):
-            raise UserError(
-                f"data.path: {self._path}: {table}: has addresses ({address}) and no pictures; addresses are not "
-                "fetched: img2dataset makes tables or tar files with the pictures in them"
-            )
-        column = self._column(table, opened, _PICTURES, "pictures")
-        kind = opened.schema_arrow.field(column).type
-        if pyarrow.types.is_struct(kind) and "bytes" in {field.name for field in kind}:
-            kind = kind.field("bytes").type
-        if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
-            raise UserError(f"data.path: {self._path}: {table}: column {column} has {kind}, expected bytes of pictures")
-        return column
+    def at(self, row: int) -> bytes | None:
+        if row < self._first:
+            self._batches, self._wrong = None, None
+        if self._batches is None:
+            self._kept.clear()
+            self._bytes = self._first = self._next = 0
+            self._batches = self._all()
+        while row >= self._next:
+            if self._wrong is not None:
+                raise Unusable(self._wrong)
+            try:
+                pictures = next(self._batches, None)
+                if pictures is None:
+                    raise Unusable(CORRUPT)
+            except Unusable as reason:
+                self._wrong = str(reason)
+                raise
+            self._kept.extend(pictures)
+            self._next += len(pictures)
+            self._bytes += sum(len(picture or b"") for picture in pictures)
+            while self._bytes > _KEPT_BYTES and self._first + len(pictures) < self._next:
+                self._bytes -= len(self._kept.popleft() or b"")
+                self._first += 1
+        return self._kept[row - self._first]
 
-    def _column(self, table: str, opened: Any, known: tuple[str, ...], what: str) -> str:
-        names = opened.schema_arrow.names
-        for name in known:
-            if name in names:
-                return name
-        raise UserError(
-            f"data.path: {self._path}: {table}: no column of {what}: expected one of {', '.join(known)}, got "
-            f"{', '.join(names)}"
+    def _all(self) -> Iterator[list[bytes | None]]:
+        opened = ParquetTable(self._path, self._table)
+        column = _picture_column(opened)
+        for batch in opened.batches(self._group, [column], _BATCH):
+            found = batch.column(column)
+            yield undecoded(found if is_bytes(opened.kind(column)) else _bytes_of(found))
+
+
+def _bytes_of(structs: Any) -> Any:
+    """Returns the field "bytes" of a column of structs, null where the struct is."""
+    import pyarrow.compute
+
+    return pyarrow.compute.struct_field(structs, "bytes")
+
+
+def _read(scores: tuple[str, ...], position: Position) -> Piece[Position, Candidate | Rejection]:
+    return read_piece(position, partial(_columns, scores), partial(_candidate, scores))
+
+
+def _columns(scores: tuple[str, ...], opened: ParquetTable) -> list[str]:
+    """Returns the columns of captions, in the order in which they count, and of scores."""
+    captions = _caption_columns(opened)
+    _picture_column(opened)
+    for name in scores:
+        if name not in opened.names:
+            raise _refused(f"no column {name} (data.scores): it has {_listed(opened)}")
+    return [*captions, *scores]
+
+
+def _candidate(scores: tuple[str, ...], at: RowAt, fields: dict[str, Any]) -> Candidate | Rejection:
+    name = row_name(at.table, at.number)
+    try:
+        caption = Caption("")
+        for column, text in fields.items():
+            if column not in scores and text is not None and not caption.text:
+                if isinstance(text, Unusable):
+                    raise text
+                caption = decoded_caption(text)
+        if not caption.text:
+            raise Unusable(NO_CAPTION)
+    except Unusable as reason:
+        return Rejection(name, str(reason))
+    return Candidate(name, caption, f"{at.table}@{at.group}+{at.row}", scores_in(fields, scores))
+
+
+def _caption_columns(opened: ParquetTable) -> list[str]:
+    known = [column for name in CAPTIONS for column in opened.named(name)]
+    texts = [column for column in dict.fromkeys(known) if is_text(kind := opened.kind(column)) or is_bytes(kind)]
+    if known and not texts:
+        raise _refused(f"column {known[0]} has {opened.kind(known[0])}, expected texts")
+    if not texts:
+        raise _refused(f"no column of a caption: expected one of {', '.join(CAPTIONS)}, got {_listed(opened)}")
+    return texts
+
+
+def _picture_column(opened: ParquetTable) -> str:
+    known = [column for name in _PICTURES for column in opened.named(name)]
+    for column in known:
+        kind = opened.kind(column)
+        if is_bytes(kind) or has_bytes(kind):
+            return column
+    address = next((column for name in _ADDRESSES for column in opened.named(name)), None)
+    if known:
+        raise _refused(f"column {known[0]} has {opened.kind(known[0])}, expected bytes of pictures")
+    if address is not None:
+        raise _refused(
+            f"has addresses ({address}) and no pictures; addresses are not fetched: img2dataset makes tables or tar "
+            "files with the pictures in them"
         )
+    raise _refused(f"no column of pictures: expected one of {', '.join(_PICTURES)}, got {_listed(opened)}")
 
-    def _as_bytes(self, table: str, column: str, texts: Any) -> list[bytes | None]:
-        """Returns the texts undecoded: one that is not UTF-8 must not stop the others."""
-        import pyarrow
 
-        try:
-            found: list[bytes | None] = texts.cast(pyarrow.large_binary()).to_pylist()
-        except pyarrow.ArrowException:
-            raise UserError(
-                f"data.path: {self._path}: {table}: column {column} has {texts.type}, expected texts"
-            ) from None
-        return found
+def _listed(opened: ParquetTable) -> str:
+    return ", ".join(opened.names)[:300]
+
+
+def _refused(detail: str) -> Unusable:
+    """Returns the reason why a table is refused, with what is wrong with it as its cause."""
+    refused = Unusable(NO_COLUMN)
+    refused.__cause__ = Unusable(detail)
+    return refused

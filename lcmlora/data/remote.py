@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -90,7 +89,7 @@ class Files:
         would block for ever."""
         path = f"{self._root}/{name}"
         with self._told():
-            if "file" in self._system.protocol and not stat.S_ISREG(os.stat(path).st_mode):
+            if "file" in self._system.protocol and not stat.S_ISREG(Path(path).stat().st_mode):
                 raise UserError(f"data.path: {self._path}: {name}: not an ordinary file")
             file: IO[bytes] = self._system.open(path, "rb")
             return file

@@ -10,15 +10,17 @@ One damaged row costs itself: it is a `Rejection` with its own number. Nothing h
 from __future__ import annotations
 
 import csv
-import os
 import re
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import IO, Any, NamedTuple
 
+from lcmlora.data import columns
 from lcmlora.data.candidates import NOT_UTF8, UNREADABLE, Rejection, Unusable, printable
-from lcmlora.data.isolation import Piece, in_pieces
+from lcmlora.data.columns import GIVEN_UP, MAX_REFUSED, TWO_COLUMNS
+from lcmlora.data.isolation import Piece, in_pieces, processes
 from lcmlora.data.remote import Files
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.parsing import Malformed, parse_json
@@ -27,7 +29,6 @@ KINDS = (".jsonl", ".csv", ".txt", ".parquet")
 PRELOAD = "lcmlora.data.sources"  # for all that reads data: the first of them decides what processes start with
 
 MAX_ROW = 1 << 20  # bytes of a line, or of a row of several lines
-MAX_REFUSED = 100_000  # rows of a table that are rejected one by one, where they are most of its rows
 PIECE_BYTES = 8 << 20
 PIECE_ROWS = 20_000
 PIECE_SECONDS = 10.0  # a bucket may be slow, and a piece has 60 seconds
@@ -39,9 +40,7 @@ MORE_FIELDS = "row with more fields than the header; put texts that have commas 
 FEWER_FIELDS = "row with fewer fields than the header"
 BAD_QUOTES = "row whose quotes do not close; double those within a text"
 SEPARATOR = "columns are separated by semicolons or tabs; expected commas"
-TWO_COLUMNS = "two columns of one name"
 NO_HEADER = "no header that can be read"
-GIVEN_UP = "most rows before it are damaged; the table is not read from here on"
 UTF16 = "UTF-16; expected UTF-8"
 COMPRESSED = "compressed; expected plain text"
 
@@ -84,9 +83,11 @@ def read_rows(
     if not tables:
         return
     names = None if wanted is None else frozenset(name.casefold() for name in wanted)
-    places = [_Place(path, table, names) for table in tables]
-    workers = min(len(places), 4, os.cpu_count() or 1)
-    yield from in_pieces(_read, places, _lost, workers, preload=PRELOAD)
+    places = [
+        columns.Position(path, table) if table.endswith(".parquet") else _Place(path, table, names) for table in tables
+    ]
+    read = partial(_read, names)
+    yield from in_pieces(read, places, _lost, processes(len(places)), preload=PRELOAD)
 
 
 class _Place(NamedTuple):
@@ -109,7 +110,9 @@ class _Place(NamedTuple):
     refused: int = 0
 
 
-def _read(place: _Place) -> Piece[_Place, Row | Rejection]:
+def _read(wanted: frozenset[str] | None, place: _Place | columns.Position) -> Piece[Any, Row | Rejection]:
+    if isinstance(place, columns.Position):
+        return columns.read_piece(place, partial(_columns, wanted), _of_parquet)
     try:
         with Files(place.path).open(place.table) as file:
             return _read_text(place, file)
@@ -250,7 +253,24 @@ def _shown(line: bytes) -> str:
     return printable(" ".join(line[:200].decode("utf-8", "backslashreplace").split()))
 
 
-def _lost(place: _Place, reason: str) -> Piece[_Place, Row | Rejection]:
+def _columns(wanted: frozenset[str] | None, opened: columns.ParquetTable) -> list[str]:
+    kinds = {name: opened.kind(name) for name in opened.names if wanted is None or name.casefold() in wanted}
+    return [name for name, kind in kinds.items() if not columns.is_bytes(kind) and not columns.has_bytes(kind)]
+
+
+def _of_parquet(at: columns.RowAt, fields: dict[str, Any]) -> Row | Rejection:
+    try:
+        plain = {name: value.decode() if isinstance(value, bytes) else value for name, value in fields.items()}
+    except UnicodeDecodeError:
+        return Rejection(row_name(at.table, at.number), NOT_UTF8)
+    if wrong := next((value for value in plain.values() if isinstance(value, Unusable)), None):
+        return Rejection(row_name(at.table, at.number), str(wrong))
+    return Row(at.table, at.number, plain)
+
+
+def _lost(place: _Place | columns.Position, reason: str) -> Piece[Any, Row | Rejection]:
+    if isinstance(place, columns.Position):
+        return columns.lost(place, reason)
     return Piece([Rejection(row_name(place.table, place.number + 1), f"from this row on, {reason}")], None)
 
 

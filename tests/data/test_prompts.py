@@ -81,14 +81,21 @@ def test_lines_of_json_and_tables_name_their_prompts(tmp_path: Path, name: str, 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.md", "one", "no prompts; expected a file that ends in .txt, .jsonl, .csv"),
+        ("p.md", "one", "no prompts; expected a file that ends in .txt, .jsonl, .csv, .parquet"),
         ("p.txt", "\n\n", "no prompt that can be used"),
-        ("p.jsonl", '{"prompt": "one"}\n{"prompt"', "p.jsonl: line 2: not JSON"),
-        ("p.jsonl", '{"name": "one"}\n', "p.jsonl: row 1: expected a text prompt or caption or text, got {'name'"),
-        ("p.csv", "name\none\n", "p.csv: row 1: expected a text prompt"),
+        ("p.jsonl", '{"name": "one"}\n', "p.jsonl/000001: row without a text under prompt, caption or text"),
+        ("p.jsonl", '[\n"one"\n]\n', "p.jsonl: one JSON document over several lines"),
+        ("p.csv", "name\none\n", "p.csv/000001: row without a text under prompt"),
+        ("p.csv", "id;prompt\n1;one\n", "p.csv: columns are separated by semicolons or tabs; expected commas"),
+        ("p.csv", "prompt,prompt\none,two\n", "p.csv: two columns of one name"),
+        ("p.txt", "one\n".encode("utf-16"), "p.txt: UTF-16; expected UTF-8"),
+        ("p.csv", b"\x1f\x8b\x08\x00", "p.csv: compressed; expected plain text"),
+        ("p.parquet", b"PAR1", "p.parquet: not a parquet file"),
     ],
 )
-def test_a_file_that_is_none_of_prompts_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_a_file_that_is_none_of_prompts_is_refused(
+    tmp_path: Path, name: str, content: bytes | str, message: str
+) -> None:
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         find(prompts(tmp_path / name, content))
 
