@@ -12,51 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from lcmlora import published, release, signing
+from lcmlora import published, records, release, signing
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.files import atomic_folder, sha256_file
+from lcmlora.parsing import as_object, read_json
 from lcmlora.published import ADAPTER, MANIFEST, YANKED
 from lcmlora.signing import SIGNATURE
-from lcmlora.stores import Entry, Store, open_store
+from lcmlora.stores import Store, open_store
 
 _LONGEST_LINK = 7 * 24 * 3600  # seconds, of signature version 4
-
-
-@dataclass(frozen=True)
-class Published:
-    """A release in a store, or what a publisher that has not ended left of one."""
-
-    model: str
-    sha256: str  # of the adapter; where there is no manifest only its first 12 digits are known
-    uri: str
-    bytes: int
-    files: int
-    time: str  # when it became whole, else of its last object; ISO 8601, UTC
-    channels: tuple[str, ...]  # that point to it
-    yanked: dict[str, str] | None  # reason, who, time
-    signed: bool  # there is a signature; `verify` checks it
-    whole: bool  # it has a manifest, so readers see it
-
-
-@dataclass(frozen=True)
-class Verified:
-    """A release of which every object was read and is what its manifest lists."""
-
-    model: str
-    sha256: str
-    uri: str
-    bytes: int
-    files: int
-    signature: str  # none, unchecked (publish.verify_key is not set) or valid
-    yanked: dict[str, str] | None
 
 
 def publish(folder: Path, model: str, settings: Publish) -> str:
@@ -66,10 +35,11 @@ def publish(folder: Path, model: str, settings: Publish) -> str:
     the release that already stands.
 
     Raises:
-        UserError: the folder does not match its SHA256SUMS, the store cannot be reached or refuses, or another
-            publisher has begun a release of this adapter with other files.
+        UserError: the folder does not match its SHA256SUMS or is of another model, the store cannot be reached or
+            refuses, or another publisher has begun a release of this adapter with other files.
     """
     release.verify(folder)
+    _expect_model(folder, model)
     checksums = (folder / release.CHECKSUMS).read_bytes()
     claim = hashlib.sha256(checksums).hexdigest()
     sums = {release.CHECKSUMS: claim} | release.checksums(folder)
@@ -88,6 +58,12 @@ def publish(folder: Path, model: str, settings: Publish) -> str:
             return f"{store.uri}/{prefix}"
     _sign(store, prefix, checksums, signature, settings)
     return f"{store.uri}/{prefix}"
+
+
+def _expect_model(folder: Path, model: str) -> None:
+    place = folder / release.PROVENANCE
+    if (found := as_object(read_json(place), str(place)).get("model")) != model:
+        raise UserError(f"{place}: model: is {records.printable(repr(found))}, expected {model!r}; package it as that")
 
 
 def _claim(store: Store, prefix: str, checksums: Path, claim: str) -> None:
@@ -143,25 +119,62 @@ def _sign(store: Store, prefix: str, checksums: bytes, signature: bytes | None, 
 def point(model: str, sha256: str, settings: Publish, channel: str = "champion") -> str:
     """Points the channel at a published release and returns the pointer's address; idempotent.
 
+    The pointer is signed where publish.signing_key is set, with the time; one that names the release and is not signed
+    by that key is written anew.
+
     Raises:
-        UserError: there is no such release, it was yanked, or another publisher moved the pointer at the same moment.
+        UserError: there is no such release, it was yanked, the pointer is signed and no key is set, or another
+            publisher moved it at the same moment.
     """
     store = open_store(settings, consequence="the channel was not moved, and the next run moves it")
     prefix = published.prefix_of(model, sha256)
     if not _published(store, model, sha256):
         raise UserError(f"{store.uri}/{prefix}: no {MANIFEST}, so no release to point {channel} at")
-    _usable(store, prefix)
+    _usable(store, prefix, settings)
     name = f"{model}/channels/{channel}.json"
-    content = _json({"model": model, "sha256": sha256, "release": f"{store.uri}/{prefix}"})
+    place = f"{store.uri}/{name}"
+    facts = {"model": model, "channel": channel, "sha256": sha256, "release": f"{store.uri}/{prefix}"}
     current = store.read(name)
-    if current is None or current[0] != content:
+    former = _standing(current[0], place, settings) if current else None
+    if former is None or {key: former.get(key) for key in facts} != facts:
+        content = records.seal(records.POINTER, facts | {"time": _time_after(former)}, settings.signing_key)
         moved = store.swap(name, content, current[1] if current else None)
         after = None if moved else store.read(name)
-        if not moved and (after is None or after[0] != content):
-            raise UserError(f"{store.uri}/{name}: another publisher moved it just now; look at it, then run again")
+        if not moved and (after is None or records.pointer(after[0], place).sha256 != sha256):
+            raise UserError(f"{place}: another publisher moved it just now; look at it, then run again")
     # Whoever yanks looks at the channels before; it may have been this very moment.
-    _usable(store, prefix)
-    return f"{store.uri}/{name}"
+    _usable(store, prefix, settings)
+    return place
+
+
+def _standing(content: bytes, place: str, settings: Publish) -> dict[str, Any] | None:
+    """Returns the pointer that stands there, None where it is to be written anew whatever it says.
+
+    Raises:
+        UserError: it is signed, and there is no key to sign another one.
+    """
+    try:
+        record = records.read(records.POINTER, content, place)
+    except UserError:
+        return None  # a pointer is replaced, and nothing of it is kept
+    if settings.signing_key is not None:
+        # Readers refuse one of another key, and one of the future, which a clock that was wrong has written.
+        own = records.is_own(records.POINTER, record, settings.signing_key, place)
+        return record if own and not records.is_future(records.moment(record["time"], place)) else None
+    if "signature" in record:
+        raise UserError(
+            f"{place}: is signed, and publish.signing_key is not set: readers would refuse the new one; set it, or "
+            "delete this pointer if releases are not to be signed any more"
+        )
+    return record
+
+
+def _time_after(former: dict[str, Any] | None) -> str:
+    """Returns the time, which is later than the former pointer's although the clock of its publisher was ahead."""
+    now = datetime.now(UTC)
+    if former is not None and "signature" in former:
+        now = max(now, records.moment(former["time"], "") + timedelta(microseconds=1))
+    return now.isoformat(timespec="microseconds")
 
 
 def follow(model: str, sha256: str, uri: str, settings: Publish, channel: str = "champion") -> str:
@@ -170,9 +183,9 @@ def follow(model: str, sha256: str, uri: str, settings: Publish, channel: str = 
     return point(model, sha256, settings.model_copy(update={"to": to}), channel)
 
 
-def _usable(store: Store, prefix: str) -> None:
-    yanked = published.yanked(store, f"{prefix}/{YANKED}")
-    published.refuse_yanked(yanked, f"{store.uri}/{prefix}", "no channel can point to it; take another release")
+def _usable(store: Store, prefix: str, settings: Publish) -> None:
+    found = published.open_release(f"{store.uri}/{prefix}", settings)
+    published.refuse_yanked(found.yanked, found.uri, "no channel can point to it; take another release")
 
 
 def find(uri: str, settings: Publish, *, yanked: bool = False, key: str = "publish.to") -> tuple[str, str]:
@@ -239,75 +252,6 @@ def pull(
     return out
 
 
-def releases(settings: Publish, model: str | None = None, *, key: str = "publish.to") -> list[Published]:
-    """Returns all releases, or those of one model, the oldest first; also those that nobody has completed.
-
-    Raises:
-        UserError: a manifest, pointer or yank record cannot be read, or the store cannot be reached.
-    """
-    store = open_store(settings, key=key, consequence="ask again later")
-    groups: dict[str, list[Entry]] = {}
-    channels: dict[str, list[str]] = {}
-    for entry in store.entries(f"{model}/" if model else ""):
-        if match := re.fullmatch(r"([^/]+/sha256-[0-9a-f]{12})/[^/]+", entry.name):
-            groups.setdefault(match[1], []).append(entry)
-        elif match := re.fullmatch(r"[^/]+/channels/([^/]+)\.json", entry.name):
-            found = store.read(entry.name)
-            if found:
-                target = published.target(found[0], f"{store.uri}/{entry.name}")
-                channels.setdefault(target, []).append(match[1])
-    rows = [_row(store, prefix, entries, channels.get(prefix, ())) for prefix, entries in groups.items()]
-    return sorted(rows, key=lambda row: (row.model, row.time, row.uri))
-
-
-def _row(store: Store, prefix: str, entries: list[Entry], channels: Iterable[str]) -> Published:
-    names = {Path(entry.name).name: entry for entry in entries}
-    model, _, short = prefix.partition("/sha256-")
-    manifest = store.read(f"{prefix}/{MANIFEST}") if MANIFEST in names else None
-    place = f"{store.uri}/{prefix}"
-    return Published(
-        model=model,
-        sha256=str(published.value(manifest[0], f"{place}/{MANIFEST}", "sha256")) if manifest else short,
-        uri=place,
-        bytes=sum(entry.bytes for entry in entries),
-        files=len(entries),
-        time=(names[MANIFEST].time if manifest else max(entry.time for entry in entries)).isoformat(),
-        channels=tuple(sorted(channels)),
-        yanked=published.yanked(store, f"{prefix}/{YANKED}") if YANKED in names else None,
-        signed=SIGNATURE in names,
-        whole=manifest is not None,
-    )
-
-
-def verify(uri: str, settings: Publish, *, key: str = "publish.to") -> Verified:
-    """Reads every object of a release, which `find` would find, and returns what it is.
-
-    Raises:
-        UserError: naming each object that is missing, differs from the manifest or is not listed in it, a line each;
-            the release is not signed as `publish.verify_key` asks; or the store cannot be reached.
-    """
-    found = _open(uri, settings, key, yanked=True)
-    wrong = []
-    for name, expected in found.files.items():
-        got = found.store.digest(name, reread=True)
-        if got is None:
-            wrong.append(f"{found.uri}/{name}: is listed in {MANIFEST} and missing")
-        elif got != expected:
-            wrong.append(published.differs(f"{found.uri}/{name}", expected, got))
-    entries = found.store.entries("")
-    others = {MANIFEST, YANKED, SIGNATURE}
-    wrong += [
-        f"{found.uri}/{entry.name}: is not listed in {MANIFEST}; find out who added it, and delete it"
-        for entry in entries
-        if entry.name not in others and entry.name not in found.files
-    ]
-    if wrong:
-        raise UserError("\n".join(wrong))
-    signature = "none" if found.signature is None else "valid" if settings.verify_key else "unchecked"
-    total = sum(entry.bytes for entry in entries)
-    return Verified(found.model, found.sha256, found.uri, total, len(entries), signature, found.yanked)
-
-
 def yank(uri: str, settings: Publish, *, reason: str, who: str, key: str = "publish.to") -> str:
     """Marks a release as not to be used any more and returns the address of that record; its files stay.
 
@@ -320,20 +264,36 @@ def yank(uri: str, settings: Publish, *, reason: str, who: str, key: str = "publ
     address = published.locate(uri, settings, key)
     # A release with wrong files or a wrong signature can be yanked too, so nothing but the manifest is read.
     store = published.reader(address, settings)
-    sha256 = str(published.value(published.manifest_of(store), f"{store.uri}/{MANIFEST}", "sha256"))
+    sha256 = published.manifest(published.manifest_of(store), f"{store.uri}/{MANIFEST}").sha256
     root, name = published.split(store.uri)
     channels = open_store(settings.model_copy(update={"to": root}), key=store.uri, consequence="it was not yanked")
     if pointing := _pointing(channels, name):
         raise UserError(f"{store.uri}: {', '.join(pointing)} points to it; roll back first, then yank it")
-    record = {"sha256": sha256, "reason": reason, "who": who, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-    content = _json(record)
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = {"model": name.partition("/")[0], "sha256": sha256, "reason": reason, "who": who, "time": time}
+    content = records.seal(records.YANK, facts, settings.signing_key)
     if not store.create(YANKED, content, hashlib.sha256(content).hexdigest()):
-        found = published.yanked(store, YANKED)
-        if found and (found["reason"], found["who"]) != (reason, who):
-            published.refuse_yanked(found, store.uri, "it stays so")
+        _yank_again(store, facts, settings)
     if pointing := _pointing(channels, name):
         raise UserError(f"{store.uri}: was yanked, and {', '.join(pointing)} was pointed to it meanwhile; roll back")
     return f"{store.uri}/{YANKED}"
+
+
+def _yank_again(store: Store, facts: dict[str, str], settings: Publish) -> None:
+    """Signs a yank record that is there, where it is not signed and there is a key; the first reason stands."""
+    place, found = f"{store.uri}/{YANKED}", store.read(YANKED)
+    if found is None:
+        raise UserError(f"{place}: was deleted just now; run again")
+    record = records.read(records.YANK, found[0], place)
+    if (record["reason"], record["who"]) != (facts["reason"], facts["who"]):
+        published.refuse_yanked(
+            {key: records.printable(record[key]) for key in facts if key in record}, store.uri, "it stays so"
+        )
+    if settings.signing_key is None or records.is_own(records.YANK, record, settings.signing_key, place):
+        return
+    content = records.seal(records.YANK, facts | {"time": str(record["time"])}, settings.signing_key)
+    if not store.swap(YANKED, content, found[1]):
+        raise UserError(f"{place}: was changed just now; look at it, then run again")
 
 
 def links(uri: str, settings: Publish, seconds: int, *, key: str = "publish.to") -> dict[str, str]:
@@ -375,7 +335,7 @@ def _download(found: published.Release, folder: Path, shown: Path, everything: b
 
 
 def _fetch(found: published.Release, name: str, target: Path) -> None:
-    if not found.store.fetch(name, target):
+    if not found.store.fetch(name, target, found.sizes[name]):
         raise UserError(f"{found.uri}/{name}: is listed in {MANIFEST} and missing")
     if (got := sha256_file(target)) != found.files[name]:
         target.unlink()
@@ -403,10 +363,12 @@ def _is_release(out: Path, found: published.Release, everything: bool) -> bool:
 def _pointing(store: Store, prefix: str) -> list[str]:
     """Returns the channels that point to MODEL/sha256-<12>."""
     found = []
-    for entry in store.entries(f"{prefix.rpartition('/')[0]}/channels/"):
-        pointer = store.read(entry.name) if entry.name.endswith(".json") else None
-        if pointer and published.target(pointer[0], f"{store.uri}/{entry.name}") == prefix:
-            found.append(Path(entry.name).stem)
+    model = prefix.rpartition("/")[0]
+    for entry in store.entries(f"{model}/channels/"):
+        channel = Path(entry.name).stem
+        pointer = published.pointer(store, entry.name, model, channel) if entry.name.endswith(".json") else None
+        if pointer and pointer.prefix == prefix:
+            found.append(channel)
     return found
 
 
@@ -417,9 +379,14 @@ def _json(value: dict[str, Any]) -> bytes:
 def _published(store: Store, model: str, sha256: str) -> bool:
     name = f"{published.prefix_of(model, sha256)}/{MANIFEST}"
     found = store.read(name)
-    if found and (theirs := published.value(found[0], f"{store.uri}/{name}", "sha256")) != sha256:
-        raise UserError(f"{store.uri}/{name}: is the release of adapter {theirs}, expected {sha256}")
-    return found is not None
+    if found is None:
+        return False
+    place = f"{store.uri}/{name}"
+    manifest = published.manifest(found[0], place)
+    if (manifest.model, manifest.sha256) != (model, sha256):
+        theirs = f"{manifest.sha256} of {manifest.model}"
+        raise UserError(f"{place}: is the release of adapter {theirs}, expected {sha256} of {model}")
+    return True
 
 
 def _expect(store: Store, name: str, sha256: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.evaluation.gate import gate
 from lcmlora.files import atomic_folder, sha256_file, write_json
+from lcmlora.parsing import read_bytes
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 SCHEDULER = "scheduler_config.json"
@@ -27,6 +30,9 @@ REPORT = "report.html"
 STUDY = "study.json"
 CHECKSUMS = "SHA256SUMS"
 ADAPTER = (CHECKSUMS, WEIGHTS, SCHEDULER, PROVENANCE)  # what drawing takes of a release
+
+_LONGEST_NAME = 200  # bytes; a file system has 255, and a download adds to it
+_ADDED = ("manifest.json", "yanked.json", "sha256sums.sig")  # in a store
 
 # Largest allowed difference between reloaded and trained student, as a share of the student's largest output. In fp32
 # both run the same kernels; a half-precision base may be reloaded on another device than it was trained on.
@@ -77,6 +83,7 @@ def package(
         _export(folder / WEIGHTS, kohya, base, base_folder, made["distill"]["alpha"])
         provenance = {
             "model": model,
+            "packaged": _now(),
             "sha256": digest(folder),
             "base": made["base"] | {"variant": base.variant},
             "resolution": base.resolution,
@@ -158,17 +165,29 @@ def digest(folder: Path) -> str:
     return sha256_file(weights)
 
 
+def fault_of_name(name: str) -> str | None:
+    """Returns why a bundle cannot hold a file of this name, None where it can."""
+    if not name or "/" in name or "\\" in name or name.startswith("."):
+        return "is not the name of a file in a release's folder"
+    if not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+        return f"is not printable, or longer than {_LONGEST_NAME} bytes"
+    if name.casefold() in _ADDED:
+        return "is the name of what joins a release later"
+    return None
+
+
 def checksums(folder: Path) -> dict[str, str]:
     """Returns name -> SHA-256 of every file that the bundle's SHA256SUMS lists."""
-    try:
-        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{folder / CHECKSUMS}: no such file; {folder} is no release") from None
-    sums = {}
-    for number, line in enumerate(lines, 1):
-        match = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/]+)", line)
-        if match is None:
-            raise UserError(f"{folder / CHECKSUMS}: line {number}: expected '<sha256>  <file name>', got {line!r}")
+    place = folder / CHECKSUMS
+    if not place.is_file():
+        raise UserError(f"{place}: no such file; {folder} is no release")
+    sums: dict[str, str] = {}
+    for number, line in enumerate(read_bytes(place).decode("utf-8", "backslashreplace").splitlines(), 1):
+        match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
+        if match is None or fault_of_name(match[2]):
+            raise UserError(f"{place}: line {number}: expected '<sha256>  <file name>', got {line[:200]!r}")
+        if match[2] in sums:
+            raise UserError(f"{place}: line {number}: {match[2]} stands twice")
         sums[match[2]] = match[1]
     return sums
 
@@ -283,6 +302,15 @@ def _dvc_digest(out: str) -> str | None:
         return None
     found = (entry for stage in stages for entry in stage.get("outs", ()) if entry.get("path") == out)
     return next((entry.get("md5") for entry in found), None)
+
+
+def _now() -> str:
+    """Returns the time, or the one that SOURCE_DATE_EPOCH gives, as builds that are to give the same bytes set it."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch is not None and not re.fullmatch(r"\d{1,11}", epoch):
+        raise UserError(f"SOURCE_DATE_EPOCH: expected seconds since 1970, got {epoch!r}")
+    moment = datetime.now(UTC) if epoch is None else datetime.fromtimestamp(int(epoch), UTC)
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _git() -> dict[str, Any]:

@@ -76,9 +76,9 @@ def list_releases(
     settings, key = _settings(context, to)
     from dataclasses import asdict
 
-    from lcmlora import publish
+    from lcmlora import catalog
 
-    rows = [asdict(row) for row in publish.releases(settings, model, key=key)]
+    rows = [asdict(row) for row in catalog.releases(settings, model, key=key)]
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
@@ -86,12 +86,14 @@ def list_releases(
 
 
 def print_table(rows: list[dict[str, Any]], place: str) -> None:
-    """Prints what `publish.releases` returned, as dictionaries, for a person to read."""
+    """Prints what `catalog.releases` returned, as dictionaries, for a person to read."""
     from rich import box
     from rich.console import Console
     from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table
+
+    from lcmlora import records
 
     # A file or a pipe has no width, and rich would take it for 80 columns, which fold a reason.
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -110,13 +112,16 @@ def print_table(rows: list[dict[str, Any]], place: str) -> None:
         state = "whole" if row["whole"] else "not complete: no manifest.json"
         if yanked:
             state = f"yanked by {yanked['who']} on {yanked['time'][:10]}: {yanked['reason']}"
+            state += f" ({yanked['unproven']})" if "unproven" in yanked else ""
+        if row["fault"]:
+            state = f"damaged: {row['fault']}"
         table.add_row(
-            row["model"],
+            escape(records.printable(row["model"])),
             row["sha256"][:12],
             row["time"][:19].replace("T", " "),
             str(row["files"]),
             decimal(row["bytes"]),
-            ", ".join(row["channels"]),
+            escape(records.printable(", ".join(row["channels"]))),
             "yes" if row["signed"] else "no",
             escape(state),
         )
@@ -132,9 +137,9 @@ def verify(context: typer.Context, reference: Reference, to: To = None, as_json:
     settings, key = _settings(context, to, reference)
     from dataclasses import asdict
 
-    from lcmlora import publish
+    from lcmlora import catalog
 
-    found = publish.verify(reference, settings, key=key)
+    found = catalog.verify(reference, settings, key=key)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
         return
@@ -143,7 +148,11 @@ def verify(context: typer.Context, reference: Reference, to: To = None, as_json:
         "unchecked": "signed, but by whom is not known: publish.verify_key is not set",
         "valid": f"signed by the key of {settings.verify_key}",
     }[found.signature]
-    print(f"{found.uri}: {found.files} files, {found.bytes} bytes, all as listed; adapter {found.sha256}; {signed}")
+    packaged = f"packaged {found.packaged}; " if found.packaged else ""
+    print(
+        f"{found.uri}: {found.files} files, {found.bytes} bytes, all as listed; adapter {found.sha256}; "
+        f"{packaged}{signed}"
+    )
     if found.yanked:
         print(f"yanked by {found.yanked['who']} on {found.yanked['time']}: {found.yanked['reason']}")
 

@@ -1,4 +1,4 @@
-"""Signatures of releases by a key of one's own: of SHA256SUMS, which lists the digest of every other file.
+"""Signatures by a key of one's own: of records, and of a release's SHA256SUMS, which lists every other file's digest.
 
 `openssl ecparam -name prime256v1 -genkey -noout -out private.pem` makes a key, `openssl ec -in private.pem -pubout -out
 public.pem` its public half. A signature is a Sigstore bundle, which the `model_signing` command reads as well.
@@ -6,37 +6,42 @@ public.pem` its public half. A signature is a Sigstore bundle, which the `model_
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from lcmlora.errors import UserError
+from lcmlora.parsing import Malformed, parse_json
 from lcmlora.release import CHECKSUMS
 
 SIGNATURE = f"{CHECKSUMS}.sig"
 
 
-def sign(checksums: bytes, key: str) -> bytes:
+def sign(content: bytes, key: str, name: str = CHECKSUMS) -> bytes:
     """Returns a signature of the content of a SHA256SUMS; every call returns another one, as ECDSA does.
 
     Args:
         key: the PEM file of a private key.
+        name: what the content is. It is signed as well, so that a signature of one kind is none of another.
 
     Raises:
         UserError: the key cannot be used, or model-signing is not installed.
     """
-    with _laid_out(checksums, b"") as (folder, signature):
+    with _laid_out(content, b"", name) as (folder, signature):
         _signer(key).sign(folder, signature)
         return signature.read_bytes()
 
 
-def check(checksums: bytes, signature: bytes, key: str, place: str) -> None:
+def check(content: bytes, signature: bytes, key: str, place: str, name: str = CHECKSUMS) -> None:
     """Raises UserError where the signature is not that of this SHA256SUMS by this key, or the key cannot be used.
 
     Args:
         key: the PEM file of a public key.
         place: what messages say of where the signature lies.
+        name: as of `sign`.
     """
     _require("publish.verify_key")
     from cryptography.exceptions import InvalidSignature
@@ -46,18 +51,24 @@ def check(checksums: bytes, signature: bytes, key: str, place: str) -> None:
         verifier = verifying.Config().use_elliptic_key_verifier(public_key=Path(key))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise _unusable("publish.verify_key", key, "public", error) from None
-    with _laid_out(checksums, signature) as (folder, path):
+    refused = UserError(
+        f"{place}: is no signature of its {name} by the key of {key}; do not use this release before you know who "
+        "wrote it"
+    )
+    try:
+        bundle = parse_json(signature)
+    except Malformed:
+        raise refused from None
+    # It prints what it thinks of old bundles, and standard output belongs to the command.
+    with _laid_out(content, json.dumps(bundle).encode(), name) as (folder, path), redirect_stdout(sys.stderr):
         try:
             verifier.verify(folder, path)
-        # What is read was written by others: anything may be missing in it.
-        except (InvalidSignature, ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise UserError(
-                f"{place}: is no signature of its {CHECKSUMS} by the key of {key}; do not use this release before "
-                "you know who wrote it"
-            ) from None
+        # What is read was written by others: anything may be missing in it, or of another type.
+        except (InvalidSignature, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+            raise refused from None
 
 
-def check_own(checksums: bytes, signature: bytes, key: str, place: str) -> None:
+def check_own(content: bytes, signature: bytes, key: str, place: str, name: str = CHECKSUMS) -> None:
     """Does what `check` does, given the PEM file of the private key.
 
     Raises:
@@ -72,10 +83,10 @@ def check_own(checksums: bytes, signature: bytes, key: str, place: str) -> None:
         public = Path(folder, "public.pem")
         public.write_bytes(pem)
         try:
-            check(checksums, signature, str(public), place)
+            check(content, signature, str(public), place, name)
         except UserError:
             raise UserError(
-                f"{place}: is no signature of its {CHECKSUMS} by publish.signing_key; another key or another "
+                f"{place}: is no signature of its {name} by publish.signing_key; another key or another "
                 "hand left it there: find out whose, delete it, and run again"
             ) from None
 
@@ -107,11 +118,11 @@ def _require(setting: str) -> None:
 
 
 @contextmanager
-def _laid_out(checksums: bytes, signature: bytes) -> Iterator[tuple[Path, Path]]:
-    """Yields a folder with SHA256SUMS alone, and the file of the signature: model-signing works on whole folders."""
+def _laid_out(content: bytes, signature: bytes, name: str) -> Iterator[tuple[Path, Path]]:
+    """Yields a folder with the content alone, and the file of the signature: model-signing works on whole folders."""
     with tempfile.TemporaryDirectory() as root:
         folder, path = Path(root, "release"), Path(root, SIGNATURE)
         folder.mkdir()
-        (folder / CHECKSUMS).write_bytes(checksums)
+        (folder / name).write_bytes(content)
         path.write_bytes(signature)
         yield folder, path

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _BLOCK = 1 << 20
+_SMALL = 8 << 20  # bytes of what `read` takes into memory; a manifest of a thousand files has 0.2 MB
 _SHOWN = 16  # blocks, MiB: a file from this size on shows its progress
 
 
@@ -57,12 +58,16 @@ class Store(Protocol):
         """
 
     def read(self, name: str) -> tuple[bytes, str] | None:
-        """Returns a small object and its version tag, None where there is none."""
+        """Returns a small object and its version tag, None where there is none. Raises UserError where it is large."""
 
-    def fetch(self, name: str, target: Path) -> bool:
+    def fetch(self, name: str, target: Path, size: int) -> bool:
         """Writes the object to the file `target`, with its progress; returns False where there is none.
 
+        Args:
+            size: bytes that it should have; not more than these are written.
+
         Raises:
+            UserError: it has more or fewer bytes.
             OSError: the target cannot be written.
         """
 
@@ -142,21 +147,21 @@ class DirectoryStore:
         with self._explained(path):
             if not path.is_file():
                 return None
-            content = path.read_bytes()
+            with path.open("rb") as file:
+                content = _read_small(file.read, f"{self.uri}/{name}")
             return content, hashlib.sha256(content).hexdigest()
 
-    def fetch(self, name: str, target: Path) -> bool:
+    def fetch(self, name: str, target: Path, size: int) -> bool:
         path = self._root / name
         with self._explained(path):
             if not path.is_file():
                 return False
-            size = path.stat().st_size
 
         def blocks() -> Iterator[bytes]:
             with self._explained(path), path.open("rb") as file:
                 yield from _pieces(file.read)
 
-        _write(blocks(), size, target)
+        _write(blocks(), size, target, f"{self.uri}/{name}")
         return True
 
     def swap(self, name: str, content: bytes, tag: str | None) -> bool:
@@ -209,11 +214,26 @@ def _pieces(read: Callable[[int], bytes]) -> Iterator[bytes]:
         yield block
 
 
-def _write(blocks: Iterable[bytes], size: int, target: Path) -> None:
-    count = -(-size // _BLOCK)
+def _read_small(read: Callable[[int], bytes], place: str) -> bytes:
+    pieces: list[bytes] = []
+    for block in _pieces(read):
+        pieces.append(block)
+        if sum(map(len, pieces)) > _SMALL:
+            raise UserError(f"{place}: has more than {_SMALL} bytes, expected a small file; do not use it")
+    return b"".join(pieces)
+
+
+def _write(blocks: Iterable[bytes], size: int, target: Path, place: str) -> None:
+    count, written = -(-size // _BLOCK), 0
     with target.open("wb") as file:
         for block in progress.track(blocks, f"{target.name}, MiB", total=count, quiet=count < _SHOWN):
+            written += len(block)
+            if written > size:
+                break
             file.write(block)
+    if written != size:
+        shown = f"more than {size} bytes" if written > size else f"{written} bytes"
+        raise UserError(f"{place}: has {shown}, and {size} are listed; it was changed in the store, do not use it")
 
 
 class S3Store:
@@ -261,14 +281,14 @@ class S3Store:
     def read(self, name: str) -> tuple[bytes, str] | None:
         def get() -> tuple[bytes, str] | None:
             answer = self._client.get_object(**self._at(name))
-            return answer["Body"].read(), answer["ETag"]
+            return _read_small(answer["Body"].read, f"{self.uri}/{name}"), answer["ETag"]
 
         return self._call(get, {"NoSuchKey": None}, name)
 
-    def fetch(self, name: str, target: Path) -> bool:
+    def fetch(self, name: str, target: Path, size: int) -> bool:
         def get() -> bool:
             answer = self._client.get_object(**self._at(name))
-            _write(_pieces(answer["Body"].read), answer["ContentLength"], target)
+            _write(_pieces(answer["Body"].read), size, target, f"{self.uri}/{name}")
             return True
 
         return self._call(get, {"NoSuchKey": False}, name)

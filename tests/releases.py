@@ -109,7 +109,12 @@ def _png() -> bytes:
 
 
 def write_sealed(
-    folder: Path, *, weights: bytes = b"weights", card: str = "card\n", metrics: dict[str, Any] | None = None
+    folder: Path,
+    *,
+    weights: bytes = b"weights",
+    card: str = "card\n",
+    metrics: dict[str, Any] | None = None,
+    model: str = "mini",
 ) -> Path:
     """Writes a bundle that passes `release.verify`, with bytes that only look like weights; returns the folder.
 
@@ -121,7 +126,8 @@ def write_sealed(
         figures[key] = METRICS[key] | value if isinstance(METRICS.get(key), dict) else value
     folder.mkdir(parents=True)
     provenance = {
-        "model": "mini",
+        "model": model,
+        "packaged": "2026-11-28T00:00:00Z",
         "sha256": hashlib.sha256(weights).hexdigest(),
         "base": {"source": "bases/mini", "revision": None, "digest": "b" * 64},
         "data_digest": "d" * 64,

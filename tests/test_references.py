@@ -133,12 +133,12 @@ def test_a_published_release_is_downloaded_file_by_file_as_its_manifest_lists_th
     publish.download(place, store, tmp_path / "out")
     release.verify(tmp_path / "out")
     Path(place, "grid.png").write_bytes(b"pnG")
-    with pytest.raises(UserError, match=r"grid\.png: expected sha256"):
+    with pytest.raises(UserError, match=r"grid\.png: has 3 bytes, and 73 are listed"):
         publish.download(place, store, tmp_path / "out")
     Path(place, "grid.png").unlink()
     with pytest.raises(UserError, match=r"grid\.png: is listed in manifest\.json and missing"):
         publish.download(place, store, tmp_path / "out")
-    _change(Path(place, "manifest.json"), files=[{"name": "../evil", "sha256": "0" * 64}])
+    _change(Path(place, "manifest.json"), files=[{"name": "../evil", "bytes": 1, "sha256": "0" * 64}])
     with pytest.raises(UserError, match=r"'\.\./evil' is not the name of a file"):
         publish.download(place, store, tmp_path / "out")
     with pytest.raises(UserError, match=r"store: holds no manifest\.json, so no release"):

@@ -11,9 +11,10 @@ pytest.importorskip("model_signing", reason="no model-signing (extra `signing`) 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
+from lcmlora.catalog import releases, verify
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
-from lcmlora.publish import download, find, publish, pull, releases, verify
+from lcmlora.publish import download, find, publish, pull
 from lcmlora.signing import check, sign
 from tests.releases import write_sealed
 

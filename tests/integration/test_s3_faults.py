@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from lcmlora import release
+from lcmlora.catalog import releases, verify
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
-from lcmlora.publish import find, point, publish, pull, releases, verify, yank
+from lcmlora.publish import find, point, publish, pull, yank
 from tests.integration import seaweed
 from tests.integration.seaweed import IDENTITIES, Identity, SeaweedFS
 from tests.releases import write_sealed
