@@ -19,7 +19,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 
-from flows import name_of
+from flows import credentials, name_of
 from flows.retrain import stages_of
 from lcmlora import registry
 from lcmlora.config import Config
@@ -149,8 +149,11 @@ class _client:
         import httpx
 
         self._client.__exit__(kind, error, at)
+        api = str(os.environ.get("PREFECT_API_URL"))
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
+            raise credentials.missing(api) from error
         if isinstance(error, httpx.HTTPError):
-            raise Unavailable(f"Prefect at {os.environ.get('PREFECT_API_URL')}: {error}") from error
+            raise Unavailable(f"Prefect at {api}: {error}") from error
 
 
 def _concerns(run: FlowRun, model: str) -> bool:

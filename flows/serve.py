@@ -40,14 +40,19 @@ def serve(
     import httpx
     import prefect
 
-    from flows import provision
+    from flows import credentials, provision
 
+    api = os.environ["PREFECT_API_URL"]
     try:
         _require_no_pool(deployments)
         provision.provide(settings.flow.limit, pool=False)
         prefect.serve(*deployments, limit=limit)
     except httpx.TransportError as error:
-        raise UserError(f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer: {error}") from error
+        raise UserError(f"the Prefect server at {api} does not answer: {error}") from error
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.UNAUTHORIZED:
+            raise
+        raise credentials.missing(api) from error
 
 
 def _require_no_pool(deployments: list[RunnerDeployment]) -> None:

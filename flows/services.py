@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import secrets
 import shutil
 import socket
 import sys
@@ -12,6 +15,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from flows import credentials
+from flows.credentials import Login
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -85,15 +91,17 @@ class S3:
 
 
 def seaweedfs(
-    folder: Path, ports: Sequence[int], s3: S3, identities: Path, key: str, bucket: str = "ready", volume_mb: int = 64
+    folder: Path, ports: Sequence[int], s3: S3, keys: Path, key: str, bucket: str = "ready", volume_mb: int = 64
 ) -> Service:
     """Returns an S3 server of one process, as `weed server` with a filer.
+
+    S3 takes signed requests. What is behind it, on HTTP and gRPC, talks to holders of its certificate alone.
 
     Args:
         folder: holds its data.
         ports: eight of them; the seventh is S3's, which `s3` names.
         s3: of an identity that may do everything.
-        identities: the file that `write_identities` wrote.
+        keys: the folder that `write_keys` wrote.
         key: a passphrase for objects that are to be encrypted.
         bucket: is there once it answers.
         volume_mb: of the files that objects are kept in; of each bucket there are several.
@@ -108,29 +116,49 @@ def seaweedfs(
         "volume.port.grpc": ports[3],
         "filer.port": ports[4],
         "filer.port.grpc": ports[5],
+        "filer.allowedOrigins": s3.endpoint,  # instead of all
         "s3.port": ports[6],
         "s3.port.grpc": ports[7],
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
-        "s3.config": identities,
+        "s3.config": keys / "identities.json",
+        "s3.iam": "false",  # nobody makes users by requests
+        "s3.allowedOrigins": s3.endpoint,
         "master.volumeSizeLimitMB": volume_mb,
         "volume.max": 0,
         "master.telemetry": "false",
         "master.electionTimeout": "1s",
         "volume.preStopSeconds": 0,
     }
-    command = [str(weed()), "server", "-filer", "-s3", *(f"-{name}={value}" for name, value in flags.items())]
+    command = [str(weed()), f"-config_dir={keys}", "server", "-filer", "-s3"]
+    command += [f"-{name}={value}" for name, value in flags.items()]
     return Service("seaweedfs", command, {"WEED_S3_SSE_KEY": key}, lambda: _stores(s3, bucket))
 
 
-def write_identities(path: Path, identities: Mapping[str, Identity]) -> None:
-    """Writes what SeaweedFS reads, for nobody else to read."""
+def write_keys(folder: Path, identities: Mapping[str, Identity]) -> None:
+    """Writes what SeaweedFS reads, for nobody else to read: who may use S3, and by what its parts know each other."""
+    folder.mkdir(mode=0o700, exist_ok=True)
     users = [
         {"name": name, "credentials": [{"accessKey": i.access, "secretKey": i.secret}], "actions": list(i.actions)}
         for name, i in identities.items()
     ]
-    path.touch(mode=0o600)
-    path.write_text(json.dumps({"identities": users}))
+    credentials.write(folder / "identities.json", json.dumps({"identities": users}))
+    made = credentials.certificate(folder, HOST)
+    if (folder / "security.toml").exists():
+        return
+    own = {"cert": made.certificate, "key": made.key}
+    sections: dict[str, Mapping[str, object]] = {"grpc": {"ca": made.authority}}
+    sections |= {f"grpc.{part}": own for part in ("master", "volume", "filer", "s3", "client")}
+    sections |= {f"https.{part}": own | {"ca": made.authority} for part in ("master", "volume", "filer", "client")}
+    sections["https.client"] = {**sections["https.client"], "enabled": True}
+    for signed in ("signing", "signing.read", "filer_signing", "filer_signing.read"):
+        sections[f"jwt.{signed}"] = {"key": secrets.token_hex(32)}
+    lines = []
+    for title, values in sections.items():
+        lines += [f"[{title}]"]
+        # JSON's strings and booleans are TOML's.
+        lines += [f"{name} = {json.dumps(v if v is True else str(v))}" for name, v in values.items()]
+    credentials.write(folder / "security.toml", "\n".join(lines) + "\n")
 
 
 def weed() -> str | None:
@@ -138,33 +166,55 @@ def weed() -> str | None:
     return shutil.which("weed", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
 
 
-def mlflow(port: int, database: str, artifacts: str, access: Mapping[str, str]) -> Service:
+def mlflow(port: int, database: str, artifacts: str, access: Mapping[str, str], login: Login, keys: Path) -> Service:
     """Returns a tracking server through which artifacts pass, so that clients need no keys to where they lie.
 
     Args:
         database: an SQLAlchemy address; it goes through the environment, for it may hold a password.
         artifacts: a folder or s3://bucket/prefix.
         access: the environment variables that open it.
+        login: of the administrator, its only user; taken when `keys` has no users yet.
+        keys: a folder for nobody else to read, which keeps its users.
     """
+    keys.mkdir(mode=0o700, exist_ok=True)
+    lines = ["[mlflow]", "default_permission = NO_PERMISSIONS", f"database_uri = sqlite:///{users_of(keys)}"]
+    # A password is hashed to be checked, for a tenth of a second and at each request, unless it is remembered.
+    lines += ["auth_cache_ttl_seconds = 300"]
+    credentials.write(keys / "mlflow.ini", "\n".join(lines) + "\n")
+    arguments = ["--app-name", "lcmlora", "--host", HOST, "--port", str(port), "--workers", "1"]
     return Service(
         "mlflow",
-        module("mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
+        module("mlflow", "server", *arguments),
         {
             **access,
             "MLFLOW_BACKEND_STORE_URI": database,
             "MLFLOW_ARTIFACTS_DESTINATION": artifacts,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes more
+            "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": _pages(port),
+            "MLFLOW_AUTH_CONFIG_PATH": str(keys / "mlflow.ini"),
+            "MLFLOW_AUTH_ADMIN_USERNAME": login.name,
+            "MLFLOW_AUTH_ADMIN_PASSWORD": login.password,
+            "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",  # what it has no rule for is refused
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": hashlib.sha256(f"session {login.password}".encode()).hexdigest(),
         },
         lambda: is_healthy(f"http://{HOST}:{port}/health"),
     )
 
 
-def prefect(port: int, home: Path, pages: bool = True) -> Service:
+def users_of(keys: Path) -> Path:
+    """Returns where MLflow keeps its users."""
+    return keys / "users.db"
+
+
+def prefect(port: int, home: Path, login: Login, pages: bool = True) -> Service:
     """Returns a Prefect server with an sqlite database below `home`."""
     api = f"http://{HOST}:{port}/api"
-    command = module("prefect", "server", "start", "--host", HOST, "--port", str(port), "--ui" if pages else "--no-ui")
+    command = module("uvicorn", "--factory", "flows.gate:prefect", "--host", HOST, "--port", str(port))
     environment = {
         "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_API_AUTH_STRING": login.pair,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": _pages(port),
+        "PREFECT_SERVER_UI_ENABLED": str(pages).lower(),
         "PREFECT_UI_API_URL": api,
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         # In memory, as they are by default, a restart would forget who holds a slot, and never give it back.
@@ -172,10 +222,15 @@ def prefect(port: int, home: Path, pages: bool = True) -> Service:
         # `watch` alone runs 35,000 times a year; runs are forgotten after Prefect's 90 days.
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
     }
-    return Service("prefect", command, environment, lambda: is_healthy(f"{api}/health"))
+    return Service("prefect", [*command, "--log-level", "warning"], environment, lambda: is_healthy(f"{api}/health"))
 
 
-def worker(api: str, home: Path, project: Path, name: str) -> Service:
+def _pages(port: int) -> str:
+    """Returns the origins of a server's own pages: they may be looked at as localhost, and ask 127.0.0.1."""
+    return f"http://{HOST}:{port},http://localhost:{port}"
+
+
+def worker(api: str, login: Login, home: Path, project: Path, name: str) -> Service:
     """Returns a worker that runs this project's flows as processes, and logs their lines and its own as JSON.
 
     It answers once it has been heard of after this call.
@@ -184,12 +239,13 @@ def worker(api: str, home: Path, project: Path, name: str) -> Service:
     command = module("prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", name)
     environment = {
         "PREFECT_API_URL": api,
+        "PREFECT_API_AUTH_STRING": login.pair,
         "PREFECT_HOME": str(home),
         "PREFECT_LOGGING_HANDLERS_CONSOLE_FORMATTER": "json",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "LCMLORA_PROJECT": str(project),
     }
-    return Service("worker", command, environment, lambda: _is_online(api, name, began))
+    return Service("worker", command, environment, lambda: _is_online(api, login, name, began))
 
 
 def free_ports(count: int) -> list[int]:
@@ -242,13 +298,17 @@ def _stores(s3: S3, bucket: str) -> bool:
     return True
 
 
-def _is_online(api: str, name: str, began: datetime) -> bool:
-    question = urllib.request.Request(
-        f"{api}/work_pools/{POOL}/workers/filter", b"{}", {"Content-Type": "application/json"}
-    )
+def _is_online(api: str, login: Login, name: str, began: datetime) -> bool:
+    headers = {"Content-Type": "application/json", "Authorization": basic(login)}
+    question = urllib.request.Request(f"{api}/work_pools/{POOL}/workers/filter", b"{}", headers)
     try:
         with urllib.request.urlopen(question, timeout=5) as answer:
             workers = json.loads(answer.read())
     except OSError:
         return False
     return any(each["name"] == name and datetime.fromisoformat(each["last_heartbeat_time"]) > began for each in workers)
+
+
+def basic(login: Login) -> str:
+    """Returns the header `Authorization` of a request."""
+    return f"Basic {base64.b64encode(login.pair.encode()).decode()}"

@@ -8,12 +8,9 @@ from __future__ import annotations
 import configparser
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
 import secrets
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -24,30 +21,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-import psutil
 import typer
 from pydantic import BaseModel
 
-from flows import services
+from flows import credentials, parts, services
+from flows.credentials import Login
+from flows.parts import Part
 from flows.services import HOST, QUIET, S3, Identity, Service
 from lcmlora import config
 from lcmlora.errors import UserError, reporting
 
 BUCKET = "lcmlora"
 PORTS = {"prefect": 4200, "mlflow": 5000, "seaweedfs": 8333}  # where free
-_MARK = "LCMLORA_UP"  # in the environment of all that was started and of what that started: the part it belongs to
-_PATIENCE = 180.0  # seconds that servers may take together; on two busy cores Prefect alone has taken 40
-_GRACE = 20.0  # seconds that a part may take to end; SeaweedFS takes 15, the others 2
+USER = "lcmlora"  # of Prefect and MLflow
 _CANCEL = 30.0  # seconds for runs to end: a flow ends its trainer in 10
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-
-
-class Part(BaseModel):
-    """A process that was started."""
-
-    pid: int
-    digest: str  # of how it was started
 
 
 class State(BaseModel):
@@ -87,21 +76,26 @@ def up() -> None:
         settings = config.load()
         try:
             plan = _plan(project, folder, settings, state)
+            _save(folder, state)  # before a server knows the passwords
             for note in plan.notes:
                 print(note)
-            _start(plan.servers, plan, folder, state)
-            _wait(plan.servers, folder, state)
+
+            def inherited(name: str) -> dict[str, str]:
+                return _inherited(plan, name)
+
+            parts.start(plan.servers, folder, state.parts, inherited)
+            parts.wait(plan.servers, folder, state.parts)
             _deploy(folder, plan, settings.flow.limit)
-            worker = services.worker(
-                plan.exported["PREFECT_API_URL"], folder / "prefect", project, f"{socket.gethostname()}:{project.name}"
-            )
+            name = f"{socket.gethostname()}:{project.name}"
+            api, user = plan.exported["PREFECT_API_URL"], _login("prefect", state)
+            worker = services.worker(api, user, folder / "prefect", project, name)
             worker.environment.update(plan.exported)
-            _wait(_start([worker], plan, folder, state), folder, state)
+            parts.wait(parts.start([worker], folder, state.parts, inherited), folder, state.parts)
         finally:
-            _write(folder / "state.json", state.model_dump_json(indent=2))
+            _save(folder, state)
         state.exported = plan.exported
-        _write(folder / "state.json", state.model_dump_json(indent=2))
-        _write(folder / "environment", _as_shell(plan))
+        _save(folder, state)
+        credentials.write(folder / "environment", _as_shell(plan))
     _tell(plan, folder)
 
 
@@ -118,14 +112,36 @@ def down() -> None:
         return
     with _locked(folder):
         state = _read(folder)
-        if len(_family(folder / "worker")) > 1 and "PREFECT_API_URL" in state.exported:
+        if len(parts.family(folder / "worker")) > 1 and "PREFECT_API_URL" in state.exported:
             print("cancelling what runs ...", flush=True)
-            _cancel(state.exported["PREFECT_API_URL"], folder)
+            _cancel(state.exported, folder)
         # The worker first, for it reports to the server.
-        ended = _end(folder / "worker") + _end(*(folder / name for name in PORTS))
+        ended = parts.end(folder / "worker") + parts.end(*(folder / name for name in PORTS))
         state.parts = {}
-        _write(folder / "state.json", state.model_dump_json(indent=2))
+        _save(folder, state)
     print(f"ended {ended} processes; data and logs are kept in .up/" if ended else "nothing was running")
+
+
+@app.command()
+def login() -> None:
+    """Print where Prefect's and MLflow's pages and the bucket are, and the names and passwords that they ask for.
+
+    Example: python -m flows.stack login
+    """
+    folder = _project() / ".up"
+    exported = _read(folder).exported if folder.is_dir() else {}
+    if "PREFECT_API_AUTH_STRING" not in exported:
+        raise UserError(".up/ has no passwords; `make up` makes them")
+    print(f"Prefect    {exported['PREFECT_API_URL'].removesuffix('/api')}")
+    print(f"           password  {exported['PREFECT_API_AUTH_STRING']}")
+    if "MLFLOW_TRACKING_URI" in exported:
+        print(f"MLflow     {exported['MLFLOW_TRACKING_URI']}")
+        print(f"           name      {exported['MLFLOW_TRACKING_USERNAME']}")
+        print(f"           password  {exported['MLFLOW_TRACKING_PASSWORD']}")
+    if "AWS_ENDPOINT_URL" in exported:
+        print(f"SeaweedFS  {exported['AWS_ENDPOINT_URL']}")
+        print(f"           access key  {exported['AWS_ACCESS_KEY_ID']}")
+        print(f"           secret key  {exported['AWS_SECRET_ACCESS_KEY']}")
 
 
 def _project() -> Path:
@@ -161,14 +177,25 @@ def _plan(project: Path, folder: Path, settings: config.Config, state: State) ->
     uri = settings.registry.tracking_uri
     if uri.split(":")[0].split("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
         port = _port("mlflow", state, folder)
-        servers.append(services.mlflow(port, _absolute(uri, project), artifacts, access))
+        keys = folder / "keys"
+        if "mlflow" not in state.secrets:
+            services.users_of(keys).unlink(missing_ok=True)  # who have a password that nobody knows any more
+        user = _login("mlflow", state)
+        servers.append(services.mlflow(port, _absolute(uri, project), artifacts, access, user, keys))
         exported["MLFLOW_TRACKING_URI"] = f"http://{HOST}:{port}"
+        exported |= {"MLFLOW_TRACKING_USERNAME": user.name, "MLFLOW_TRACKING_PASSWORD": user.password}
     else:
         notes.append("registry.tracking_uri is a server of its own, so none is started")
     port = _port("prefect", state, folder)
-    servers.append(services.prefect(port, folder / "prefect"))
-    exported["PREFECT_API_URL"] = f"http://{HOST}:{port}/api"
+    user = _login("prefect", state)
+    servers.append(services.prefect(port, folder / "prefect", user))
+    exported |= {"PREFECT_API_URL": f"http://{HOST}:{port}/api", "PREFECT_API_AUTH_STRING": user.pair}
     return Plan(servers, exported, notes, s3)
+
+
+def _login(server: str, state: State) -> Login:
+    """Returns the name and the password of a server, which is made where there is none."""
+    return Login(USER, state.secrets.setdefault(server, secrets.token_hex(20)))
 
 
 def _seaweedfs(folder: Path, state: State) -> tuple[Service, S3]:
@@ -181,23 +208,24 @@ def _seaweedfs(folder: Path, state: State) -> tuple[Service, S3]:
         state.secrets.setdefault(name, secrets.token_hex(20))
     port = _port("seaweedfs", state, folder)
     others = state.ports["seaweedfs"][1:]
-    if len(others) < 7 or not (_family(folder / "seaweedfs") or all(map(services.is_free, others))):
+    if len(others) < 7 or not (parts.family(folder / "seaweedfs") or all(map(services.is_free, others))):
         others = services.free_ports(7)
     state.ports["seaweedfs"] = [port, *others]
     s3 = S3(f"http://{HOST}:{port}", state.secrets["access"], state.secrets["secret"])
     data = folder / "seaweedfs"
     data.mkdir(exist_ok=True)
-    identities = folder / "identities.json"
-    services.write_identities(identities, {"lcmlora": Identity(s3.access, s3.secret, services.OWNER)})
+    keys = folder / "keys"
+    services.write_keys(keys, {USER: Identity(s3.access, s3.secret, services.OWNER)})
+    (folder / "identities.json").unlink(missing_ok=True)  # of versions that had no other keys
     ports = [*others[:6], port, others[6]]
     passphrase = state.secrets["passphrase"]
-    return services.seaweedfs(data, ports, s3, identities, passphrase, bucket=BUCKET, volume_mb=512), s3
+    return services.seaweedfs(data, ports, s3, keys, passphrase, bucket=BUCKET, volume_mb=512), s3
 
 
 def _port(name: str, state: State, folder: Path) -> int:
     """Returns the port that this server had or has; else the usual one, or a free one where that is taken."""
     known = state.ports.get(name, [PORTS[name]])[0]
-    if not services.is_free(known) and not _family(folder / name):
+    if not services.is_free(known) and not parts.family(folder / name):
         known = services.free_ports(1)[0]
     state.ports[name] = [known, *state.ports.get(name, [])[1:]]
     return known
@@ -223,36 +251,6 @@ def _absolute(uri: str, project: Path) -> str:
     return f"sqlite:///{project / path}" if uri.startswith("sqlite:///") else uri
 
 
-def _start(wanted: list[Service], plan: Plan, folder: Path, state: State) -> list[Service]:
-    """Starts those that do not run, or run otherwise than wanted, and returns them without waiting for them."""
-    started = []
-    for service in wanted:
-        digest = hashlib.sha256(json.dumps([service.command, service.environment], sort_keys=True).encode()).hexdigest()
-        part = state.parts.get(service.name)
-        family = _family(folder / service.name)
-        if part and part.digest == digest and any(process.pid == part.pid for process in family):
-            continue
-        if part and part.digest != digest and family:
-            print(f"{service.name}: its settings have changed, so it is started anew")
-        # A run goes on without its worker, and tells the server itself how it ended; a server's children hold its port.
-        if service.name != "worker" or (part and part.digest != digest):
-            _end(folder / service.name)
-        log = folder / f"{service.name}.log"
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                service.command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=folder.parent if service.name == "worker" else folder,
-                env=_inherited(plan, service.name) | service.environment | {_MARK: str(folder / service.name)},
-                start_new_session=True,
-            )
-        state.parts[service.name] = Part(pid=process.pid, digest=digest)
-        started.append(service)
-    return started
-
-
 def _inherited(plan: Plan, name: str) -> dict[str, str]:
     """Returns this process's environment without what would lead a part elsewhere."""
     foreign = ["PREFECT_API_", "PREFECT_HOME", "PREFECT_PROFILE", "LCMLORA_PROJECT"]
@@ -263,48 +261,16 @@ def _inherited(plan: Plan, name: str) -> dict[str, str]:
     return kept | QUIET | {"PATH": path}
 
 
-def _wait(wanted: list[Service], folder: Path, state: State) -> None:
-    """Returns when all answer, saying so of each. Raises UserError with a log's end where one does not."""
-    began = time.monotonic()
-    waiting = list(wanted)
-    if not all(each.answers() for each in wanted):
-        print(f"waiting for {', '.join(each.name for each in wanted)} ...", flush=True)
-    while waiting:
-        for service in list(waiting):
-            alive = _is_alive(state.parts[service.name].pid)
-            if service.answers():
-                waiting.remove(service)
-                print(f"{service.name:10} answers after {time.monotonic() - began:.0f} s", flush=True)
-            elif not alive or time.monotonic() > began + _PATIENCE:
-                what = "does not answer" if alive else "has ended"
-                raise UserError(f"{service.name} {what}; .up/{service.name}.log ends with:\n{_tail(folder, service)}")
-        time.sleep(0.2)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return bool(
-            psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        )  # a child that has ended, until it is waited for
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _tail(folder: Path, service: Service) -> str:
-    text = (folder / f"{service.name}.log").read_text(errors="replace")
-    return "\n".join(text.splitlines()[-8:])
-
-
 def _deploy(folder: Path, plan: Plan, limit: str) -> None:
     """Makes pool, limit and automation, and deploys what prefect.yaml has."""
     began = time.monotonic()
     print("deploying prefect.yaml ...", flush=True)
-    _use(plan.exported["PREFECT_API_URL"], folder)
+    os.environ |= QUIET | _reaching(plan.exported, folder)  # Prefect is imported after this
     from flows import provision
 
     provision.provide(limit, pool=True)
     command = services.module("prefect", "--no-prompt", "deploy", "--all")
-    environment = _inherited(plan, "worker") | _reaching(plan.exported["PREFECT_API_URL"], folder)
+    environment = _inherited(plan, "worker") | _reaching(plan.exported, folder)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     output = done.stdout + done.stderr
     (folder / "deploy.log").write_text(output)
@@ -314,20 +280,17 @@ def _deploy(folder: Path, plan: Plan, limit: str) -> None:
     print(f"deployed {output.count('successfully created')} deployments in {time.monotonic() - began:.0f} s")
 
 
-def _reaching(api: str, folder: Path) -> dict[str, str]:
-    return {"PREFECT_API_URL": api, "PREFECT_HOME": str(folder / "prefect")}
+def _reaching(exported: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Returns the variables by which Prefect finds the server."""
+    found = {name: value for name, value in exported.items() if name.startswith("PREFECT_API_")}
+    return found | {"PREFECT_HOME": str(folder / "prefect")}
 
 
-def _use(api: str, folder: Path) -> None:
-    """Lets Prefect in this process, which is imported after this, reach the server."""
-    os.environ |= QUIET | _reaching(api, folder)
-
-
-def _cancel(api: str, folder: Path) -> None:
+def _cancel(exported: Mapping[str, str], folder: Path) -> None:
     """Cancels what the worker runs, so that it ends as Cancelled and not as a mystery."""
-    if not services.is_healthy(f"{api}/health"):
+    if not services.is_healthy(f"{exported['PREFECT_API_URL']}/health"):
         return
-    _use(api, folder)
+    os.environ |= QUIET | _reaching(exported, folder)  # Prefect is imported after this
     from flows import provision
 
     until = time.monotonic() + _CANCEL
@@ -338,40 +301,13 @@ def _cancel(api: str, folder: Path) -> None:
         time.sleep(0.5)
 
 
-def _family(*marks: Path) -> list[psutil.Process]:
-    """Returns the living processes of these parts: what `up` started, and what that started.
-
-    They are known by a variable in their environment, so that a process number of before a reboot misleads nobody.
-    """
-    found, wanted = [], set(map(str, marks))
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(_MARK) in wanted and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
-def _end(*marks: Path) -> int:
-    """Ends parts and returns how many processes they had: their groups are asked, and after a while all are killed."""
-    family = _family(*marks)
-    for process in family:
-        with contextlib.suppress(ProcessLookupError):
-            if process.pid == os.getsid(process.pid):
-                os.killpg(process.pid, signal.SIGTERM)
-    until = time.monotonic() + _GRACE
-    while left := _family(*marks):
-        if time.monotonic() > until:
-            for process in left:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-        time.sleep(0.1)
-    return len(family)
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[Path]:
     """Makes the folder, for its owner's eyes only, and lets one command at a time change what it says."""
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.geteuid():
+        raise UserError(f"{folder}: it belongs to another user, who would know our passwords; remove it")
+    folder.chmod(0o700)
     (folder / ".gitignore").write_text("*\n")
     with (folder / "lock").open("w") as lock:
         try:
@@ -386,12 +322,8 @@ def _read(folder: Path) -> State:
     return State.model_validate_json(path.read_text()) if path.is_file() else State()
 
 
-def _write(path: Path, content: str) -> None:
-    """Writes a file that nobody else can read, whole or not at all."""
-    temporary = path.with_suffix(".part")
-    temporary.touch(mode=0o600)
-    temporary.write_text(content)
-    temporary.replace(path)
+def _save(folder: Path, state: State) -> None:
+    credentials.write(folder / "state.json", state.model_dump_json(indent=2))
 
 
 def _as_shell(plan: Plan) -> str:
@@ -412,6 +344,7 @@ def _tell(plan: Plan, folder: Path) -> None:
             print(f"{name:10} {address}")
     print(f"logs       {folder.relative_to(Path.cwd())}/*.log")
     print("in a shell: source .up/environment")
+    print("to log in:  python -m flows.stack login")
 
 
 def main() -> NoReturn:

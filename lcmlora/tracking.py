@@ -243,6 +243,9 @@ def reaching(settings: Registry, consequence: str) -> Iterator[None]:
             raise
         uri = settings.tracking_uri
         reason = (_without_secrets(str(error), uri) or type(error).__name__).splitlines()[0][:300]
+        if getattr(error, "get_http_status_code", lambda: 0)() == 401:
+            reason = "it asks for a name and a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            reason += " (`source .up/environment` knows those of `make up`)"
         # The original message, which a log may print with the traceback, can hold the address as it is.
         cause = error if _without_secrets(str(error), uri) == str(error) else None
         kind = Unavailable if _is_passing(error) else UserError

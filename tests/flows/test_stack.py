@@ -19,9 +19,10 @@ import psutil
 import pytest
 import yaml
 
-from flows import services, stack
+from flows import credentials, parts, services, stack
+from flows.parts import Part
 from flows.services import HOST, Service
-from flows.stack import BUCKET, Part, Plan, State
+from flows.stack import BUCKET, Plan, State
 from lcmlora import config
 from lcmlora.errors import UserError
 
@@ -63,10 +64,13 @@ def test_without_s3_a_bucket_is_served_for_releases_and_artifacts(project: Path)
 def test_secrets_are_for_their_owner_alone_and_on_no_command_line(project: Path):
     state = State()
     plan = planned(project, state)
-    stack._write(project / ".up/environment", stack._as_shell(plan))
-    for name in ("environment", "identities.json"):
-        assert stat.S_IMODE((project / ".up" / name).stat().st_mode) == 0o600
-    assert len(set(state.secrets.values())) == 3
+    credentials.write(project / ".up/environment", stack._as_shell(plan))
+    keys = {path.name: path for path in (project / ".up/keys").iterdir()}
+    assert {"identities.json", "security.toml", "key.pem", "mlflow.ini"} <= keys.keys()
+    for path in (project / ".up/environment", *keys.values()):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE((project / ".up/keys").stat().st_mode) == 0o700
+    assert len(set(state.secrets.values())) == 5
     words = [word for each in plan.servers for word in each.command]
     assert not any(secret in word for secret in state.secrets.values() for word in words)
     shown = subprocess.run(
@@ -84,7 +88,7 @@ def test_releases_that_go_to_s3_need_no_bucket_here(project: Path):
     assert environment["MLFLOW_ARTIFACTS_DESTINATION"] == "s3://models/mlflow"
     assert environment["MLFLOW_S3_ENDPOINT_URL"] == "http://minio:9000"
     assert environment["AWS_DEFAULT_REGION"] == "eu-central-1"
-    assert plan.exported.keys() == {"MLFLOW_TRACKING_URI", "PREFECT_API_URL"}
+    assert not {name for name in plan.exported if name.startswith(("AWS_", "LCMLORA_"))}
 
 
 def test_keys_that_dvcs_remote_needs_are_not_hidden_behind_ours(project: Path):
@@ -99,7 +103,7 @@ def test_keys_that_dvcs_remote_needs_are_not_hidden_behind_ours(project: Path):
 def test_a_tracking_server_of_somebody_elses_is_left_alone(project: Path):
     plan = planned(project, registry={"tracking_uri": "https://mlflow.example.org"})
     assert [each.name for each in plan.servers] == ["seaweedfs", "prefect"]
-    assert "MLFLOW_TRACKING_URI" not in plan.exported
+    assert not {name for name in plan.exported if name.startswith("MLFLOW_")}  # nor is it told our password
 
 
 def test_a_port_that_another_has_is_not_taken(project: Path):
@@ -110,6 +114,10 @@ def test_a_port_that_another_has_is_not_taken(project: Path):
         plan = planned(project, state)
         assert state.ports["prefect"] != [other.getsockname()[1]]
         assert plan.exported["PREFECT_API_URL"] == f"http://{HOST}:{state.ports['prefect'][0]}/api"
+
+
+def inherited(name: str) -> dict[str, str]:
+    return dict(os.environ)
 
 
 # Ends neither when it is asked to nor when its parent does, and has a child.
@@ -124,58 +132,58 @@ time.sleep(600)
 
 @pytest.fixture
 def part(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Service, Path]]:
-    monkeypatch.setattr(stack, "_GRACE", 0.5)
+    monkeypatch.setattr(parts, "_GRACE", 0.5)
     started = project / "started"
     command = [sys.executable, "-c", STUBBORN, str(started)]
     yield Service("mlflow", command, {}, started.exists), project / ".up"
-    stack._end(project / ".up/mlflow")
+    parts.end(project / ".up/mlflow")
 
 
 def test_starting_twice_is_one_process_and_one_that_died_is_started_again(part: tuple[Service, Path]):
     service, folder = part
-    state, plan = State(), Plan([service], {}, [], None)
-    assert stack._start([service], plan, folder, state) == [service]
-    stack._wait([service], folder, state)
+    state = State()
+    assert parts.start([service], folder, state.parts, inherited) == [service]
+    parts.wait([service], folder, state.parts)
     first = state.parts["mlflow"].pid
-    assert stack._start([service], plan, folder, state) == []
+    assert parts.start([service], folder, state.parts, inherited) == []
     assert state.parts["mlflow"].pid == first
     os.kill(first, signal.SIGKILL)
     os.waitpid(first, 0)
-    assert stack._start([service], plan, folder, state) == [service]
+    assert parts.start([service], folder, state.parts, inherited) == [service]
     assert state.parts["mlflow"].pid != first
     changed = Service("mlflow", service.command, {"MORE": "1"}, service.answers)
-    assert stack._start([changed], plan, folder, state) == [changed]
-    leaders = [each.pid for each in stack._family(folder / "mlflow") if each.pid == os.getsid(each.pid)]
+    assert parts.start([changed], folder, state.parts, inherited) == [changed]
+    leaders = [each.pid for each in parts.family(folder / "mlflow") if each.pid == os.getsid(each.pid)]
     assert state.parts["mlflow"].pid in leaders
 
 
 def test_what_will_not_end_is_killed_with_all_it_started(part: tuple[Service, Path]):
     service, folder = part
     state = State()
-    stack._start([service], Plan([service], {}, [], None), folder, state)
-    stack._wait([service], folder, state)
-    assert len(stack._family(folder / "mlflow")) == 2
-    assert stack._end(folder / "mlflow") == 2
-    assert stack._family(folder / "mlflow") == []
+    parts.start([service], folder, state.parts, inherited)
+    parts.wait([service], folder, state.parts)
+    assert len(parts.family(folder / "mlflow")) == 2
+    assert parts.end(folder / "mlflow") == 2
+    assert parts.family(folder / "mlflow") == []
 
 
 def test_a_process_number_from_before_a_reboot_is_nobodys(part: tuple[Service, Path]):
     service, folder = part
-    state, plan = State(), Plan([service], {}, [], None)
-    stack._start([service], plan, folder, state)
+    state = State()
+    parts.start([service], folder, state.parts, inherited)
     digest = state.parts["mlflow"].digest
-    stack._end(folder / "mlflow")
+    parts.end(folder / "mlflow")
     state.parts["mlflow"] = Part(pid=os.getpid(), digest=digest)  # somebody has the number now
-    assert stack._start([service], plan, folder, state) == [service]
+    assert parts.start([service], folder, state.parts, inherited) == [service]
     assert psutil.pid_exists(os.getpid())
 
 
 def test_a_part_that_ends_at_once_is_told_with_the_end_of_its_log(project: Path):
     service = Service("mlflow", [sys.executable, "-c", "raise SystemExit('no such table')"], {}, lambda: False)
     state = State()
-    stack._start([service], Plan([service], {}, [], None), project / ".up", state)
+    parts.start([service], project / ".up", state.parts, inherited)
     with pytest.raises(UserError, match=r"mlflow has ended; \.up/mlflow\.log ends with:\nno such table"):
-        stack._wait([service], project / ".up", state)
+        parts.wait([service], project / ".up", state.parts)
 
 
 def _run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -230,7 +238,8 @@ def test_a_run_goes_through_the_worker_and_nothing_is_left_after_down(project: P
         assert repaired.returncode == 0, repaired.stdout + repaired.stderr
         now = stack._read(project / ".up").parts
         assert {name for name in now if now[name] != state.parts[name]} == {"prefect"}
-        with httpx.Client(base_url=state.exported["PREFECT_API_URL"], timeout=30) as client:
+        name, password = state.exported["PREFECT_API_AUTH_STRING"].split(":")
+        with httpx.Client(base_url=state.exported["PREFECT_API_URL"], auth=(name, password), timeout=30) as client:
             found = client.get("/deployments/name/watch/quarter-hourly").json()
             run = client.post(f"/deployments/{found['id']}/create_flow_run", json={}).json()
             until = time.monotonic() + 90

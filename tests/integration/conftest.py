@@ -9,7 +9,7 @@ import pytest
 from lcmlora.config import Publish
 from tests.integration import seaweed
 from tests.integration.seaweed import SeaweedFS
-from tests.integration.tracking_servers import MLflow, PostgreSQL, PrefectServer
+from tests.integration.tracking_servers import MLFLOW, MLflow, PostgreSQL, PrefectServer
 
 
 @pytest.fixture(scope="session")
@@ -51,16 +51,22 @@ def postgresql() -> Iterator[PostgreSQL]:
 
 @pytest.fixture(scope="session")
 def mlflow_server(s3: SeaweedFS, postgresql: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflow]:
-    """An MLflow server whose runs and models are in PostgreSQL and whose artifacts are in a bucket."""
+    """An MLflow server whose runs and models are in PostgreSQL and whose artifacts are in a bucket.
+
+    Clients find its password in the environment.
+    """
     pytest.importorskip("mlflow")
     postgresql.create("mlflow")
     s3.client().create_bucket(Bucket="mlflow")
     server = MLflow(tmp_path_factory.mktemp("mlflow-server"), postgresql.uri("mlflow"), s3, "mlflow")
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_USERNAME", MLFLOW.name)
+        patch.setenv("MLFLOW_TRACKING_PASSWORD", MLFLOW.password)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.kill()
 
 
 @pytest.fixture(scope="session")

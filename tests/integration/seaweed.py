@@ -32,18 +32,27 @@ class SeaweedFS:
     def __init__(self, root: Path, identities: Mapping[str, Identity] = IDENTITIES) -> None:
         self._root = root
         self._identities = dict(identities)
-        ports = free_ports(8)
+        self.ports = free_ports(8)
         self._server: subprocess.Popen[bytes] | None = None
-        self.endpoint = f"http://127.0.0.1:{ports[6]}"
+        self.endpoint = f"http://127.0.0.1:{self.ports[6]}"
         self.keys = {name: (each.access, each.secret) for name, each in identities.items()}
         self._service = services.seaweedfs(
-            root, ports, S3(self.endpoint, *self.keys["writer"]), root / "identities.json", key="of this test"
+            root, self.ports, S3(self.endpoint, *self.keys["writer"]), self.keys_folder, key="of this test"
         )
+
+    @property
+    def keys_folder(self) -> Path:
+        return self._root / "keys"
+
+    @property
+    def pid(self) -> int:
+        assert self._server is not None
+        return self._server.pid
 
     def start(self) -> None:
         """Returns when an object can be written. Raises RuntimeError with the log's end where that takes a minute."""
         assert self._server is None
-        services.write_identities(self._root / "identities.json", self._identities)
+        services.write_keys(self.keys_folder, self._identities)
         with (self._root / "log").open("ab") as log:
             self._server = subprocess.Popen(
                 self._service.command,
@@ -51,6 +60,7 @@ class SeaweedFS:
                 stderr=subprocess.STDOUT,
                 cwd=self._root,
                 env=os.environ | self._service.environment,
+                umask=0o077,  # as in flows.parts
             )
         self._wait(self._server)
 

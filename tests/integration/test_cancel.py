@@ -14,7 +14,7 @@ import yaml
 
 from tests import repositories
 from tests.flows.conftest import STAGES
-from tests.integration.tracking_servers import PrefectServer
+from tests.integration.tracking_servers import PREFECT, PrefectServer
 from tests.registries import fresh
 from tests.releases import settings
 from tests.repositories import alive
@@ -46,17 +46,18 @@ def test_cancelling_a_run_ends_its_trainer_and_leaves_its_checkpoint(
 ):
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
     from prefect.states import Cancelling
 
     prefect_server.wait()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {
         "PYTHONPATH": str(ROOT),
-        "PREFECT_API_URL": prefect_server.api,
+        **prefect_server.environment,
         "PREFECT_HOME": str(project / "prefect"),
     }
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "cancel", "--type", "process"]
-    with temporary_settings({PREFECT_API_URL: prefect_server.api}), get_client(sync_client=True) as client:
+    reached = {PREFECT_API_URL: prefect_server.api, PREFECT_API_AUTH_STRING: PREFECT.pair}
+    with temporary_settings(reached), get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name="cancel", type="process"))
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name="gpu-of-cancel", limit=1))
         deployed = client.create_deployment(

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from flows import services
 from lcmlora import bases, registry, release
 from lcmlora.config import Base, Registry
 from lcmlora.files import sha256_folder
@@ -25,7 +26,7 @@ from tests import repositories
 from tests.flows.conftest import DISTILL, LIMIT, STAGES
 from tests.integration.relay import Relay
 from tests.integration.seaweed import REGION, SeaweedFS
-from tests.integration.tracking_servers import PASSWORD, MLflow, PrefectServer
+from tests.integration.tracking_servers import MLFLOW, PASSWORD, PREFECT, MLflow, PrefectServer
 from tests.miniature import RESOLUTION
 from tests.releases import load_settings, settings, write_stages
 
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 TO = "s3://team/releases"
 CHAMPION = "lcm-lora-a@champion"
-TRACKING_PASSWORD = "MARKED-MLFLOW-SECRET"
+HEADERS = {"Content-Type": "application/json", "Authorization": services.basic(PREFECT)}
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def team(
     prefect_server.wait()
     body = json.dumps({"name": LIMIT, "limit": 1}).encode()
     limits = f"{prefect_server.api}/v2/concurrency_limits/"
-    urllib.request.urlopen(urllib.request.Request(limits, body, {"Content-Type": "application/json"}), timeout=30)
+    urllib.request.urlopen(urllib.request.Request(limits, body, HEADERS), timeout=30)
     access, secret = s3.keys["writer"]
     foreign = ("AWS_", "MLFLOW_", "PREFECT_", "GIT_")
     with Relay(mlflow_server.port) as relay:
@@ -152,8 +153,8 @@ def team(
             "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_DEFAULT_REGION": REGION,
             "AWS_ENDPOINT_URL": s3.endpoint,
-            "MLFLOW_TRACKING_URI": relay.uri.replace("://", f"://team:{TRACKING_PASSWORD}@"),
-            "PREFECT_API_URL": prefect_server.api,
+            "MLFLOW_TRACKING_URI": relay.uri.replace("://", f"://{MLFLOW.pair}@"),
+            **prefect_server.environment,
             "PREFECT_HOME": str(folder / "prefect"),
             "GIT_AUTHOR_NAME": "team",
             "GIT_AUTHOR_EMAIL": "team@example.org",
@@ -248,7 +249,7 @@ def test_a_clone_with_an_empty_cache_restores_the_adapter_without_running_a_stag
 
 
 def test_no_secret_is_in_what_the_runs_printed_wrote_or_sent(team: Team):
-    secrets = [PASSWORD, TRACKING_PASSWORD, *(secret for _, secret in team.s3.keys.values())]
+    secrets = [PASSWORD, MLFLOW.password, PREFECT.password, *(secret for _, secret in team.s3.keys.values())]
     written = {"output": "\n".join(state.output for state in team.states).encode()}
     for folder in (team.root, team.prefect.root, team.root.with_name("prefect")):
         written |= {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -266,8 +267,6 @@ def test_no_secret_is_in_what_the_runs_printed_wrote_or_sent(team: Team):
 
 
 def prefect_logs(server: PrefectServer) -> str:
-    question = urllib.request.Request(
-        f"{server.api}/logs/filter", json.dumps({"limit": 200}).encode(), {"Content-Type": "application/json"}
-    )
+    question = urllib.request.Request(f"{server.api}/logs/filter", json.dumps({"limit": 200}).encode(), HEADERS)
     with urllib.request.urlopen(question, timeout=30) as answer:
         return "\n".join(entry["message"] for entry in json.loads(answer.read()))

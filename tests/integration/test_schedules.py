@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from flows.services import POOL, QUIET
-from tests.integration.tracking_servers import PrefectServer
+from tests.integration.tracking_servers import PREFECT, PrefectServer
 
 pytestmark = pytest.mark.integration
 
@@ -40,12 +40,12 @@ emit_event("lcmlora.base.changed", resource={"prefect.resource.id": "lcmlora.bas
 def api(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """Asks the server, on which everything is deployed, with a POST of JSON."""
     prefect_server.wait()
-    environment = os.environ | QUIET | {"PREFECT_API_URL": prefect_server.api}
+    environment = os.environ | QUIET | prefect_server.environment
     environment["PREFECT_HOME"] = str(tmp_path_factory.mktemp("prefect"))
     done = subprocess.run([sys.executable, "-c", DEPLOY], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("successfully created") == 5
-    with httpx.Client(base_url=prefect_server.api, timeout=30) as client:
+    with httpx.Client(base_url=prefect_server.api, auth=(PREFECT.name, PREFECT.password), timeout=30) as client:
         yield lambda path, **question: client.post(path, json=question).raise_for_status().json()
 
 

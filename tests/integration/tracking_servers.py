@@ -17,10 +17,13 @@ from typing import Any
 import psutil
 
 from flows import services
+from flows.credentials import Login
 from flows.services import S3, free_ports
 from tests.integration.seaweed import SeaweedFS
 
 PASSWORD = "MARKED-PG-SECRET"
+MLFLOW = Login("team", "MARKED-MLFLOW-SECRET")
+PREFECT = Login("team", "MARKED-PREFECT-SECRET")
 _USER = "lcmlora"
 _SECONDS = 120.0  # that a server may take; on an idle core PostgreSQL takes 1, MLflow 13 and Prefect 14
 
@@ -44,6 +47,11 @@ class Server(ABC):
     def log(self) -> str:
         return (self.root / "log").read_text(errors="replace")
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         """Returns when it answers. Raises RuntimeError with the log's end where it does not."""
         self.launch()
@@ -62,6 +70,7 @@ class Server(ABC):
                 cwd=self.root,
                 env=_environment() | self._settings(),
                 user=self._user,
+                umask=0o077,
                 start_new_session=True,
             )
 
@@ -195,14 +204,18 @@ class PostgreSQL(Server):
 
 
 class MLflow(Server):
-    """`mlflow server` with one worker: runs and models in PostgreSQL, artifacts in a bucket that only it reaches."""
+    """`mlflow server` with one worker: runs and models in PostgreSQL, artifacts in a bucket that only it reaches.
+
+    It asks for the password of MLFLOW.
+    """
 
     def __init__(self, root: Path, database: str, s3: SeaweedFS, bucket: str) -> None:
         super().__init__(root)
         self.bucket = bucket
         self.uri = f"http://127.0.0.1:{self.port}"
         access = S3(s3.endpoint, *s3.keys["writer"]).environment
-        self._service = services.mlflow(self.port, database, f"s3://{bucket}/artifacts", access)
+        artifacts = f"s3://{bucket}/artifacts"
+        self._service = services.mlflow(self.port, database, artifacts, access, MLFLOW, root / "keys")
 
     def _command(self) -> list[str]:
         return self._service.command
@@ -215,12 +228,17 @@ class MLflow(Server):
 
 
 class PrefectServer(Server):
-    """`prefect server start` with its sqlite database, without its pages."""
+    """Prefect's server with its sqlite database, without its pages. It asks for the password of PREFECT."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.api = f"http://127.0.0.1:{self.port}/api"
-        self._service = services.prefect(self.port, root / "prefect", pages=False)
+        self._service = services.prefect(self.port, root / "prefect", PREFECT, pages=False)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables by which a client finds it."""
+        return {"PREFECT_API_URL": self.api, "PREFECT_API_AUTH_STRING": PREFECT.pair}
 
     def _command(self) -> list[str]:
         return self._service.command
