@@ -145,10 +145,10 @@ def encode(context: typer.Context, model: Model) -> None:
     """
     config = _configure(context)
     settings, launch = config.encode_for(model), config.launch_for(model)
-    from lcmlora import ranks
+    from lcmlora import launcher, ranks
 
     if launch.processes * launch.machines > 1 and not ranks.launched():
-        raise SystemExit(ranks.launch(launch, "lcmlora.cli", sys.argv[1:]))
+        raise SystemExit(launcher.launch(launch, "lcmlora.cli", sys.argv[1:]))
     with ranks.connected(settings.device) as place:
         _encode(config, model, settings, place)
 
@@ -184,10 +184,10 @@ def distill(context: typer.Context, model: Model) -> None:
     """
     config = _configure(context)
     settings, launch = config.distill_for(model), config.launch_for(model)
-    from lcmlora import ranks
+    from lcmlora import launcher, ranks
 
     if launch.processes * launch.machines > 1 and not ranks.launched():
-        raise SystemExit(ranks.launch(launch, "lcmlora.cli", sys.argv[1:]))
+        raise SystemExit(launcher.launch(launch, "lcmlora.cli", sys.argv[1:]))
     with ranks.connected(settings.device) as place:
         _distill(config, model, settings, place)
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
+import json
 import os
 import signal
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel
 from torch import Tensor
 
-from lcmlora.config import Launch
+from lcmlora import launcher
 from lcmlora.errors import UserError
+from lcmlora.exchange import PATIENCE, Exchange, Left, SocketPairs, TorchGroup
+from lcmlora.parsing import parse_json
+from lcmlora.terminal import shown
 
-_PATIENCE = timedelta(hours=1)  # the others wait while the first process validates
-_LAUNCHER = "LCMLORA_LAUNCHER"  # environment: the process id of `launch`
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -30,6 +34,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    exchange: Exchange | None = None
 
     @property
     def first(self) -> bool:
@@ -38,95 +43,120 @@ class Ranks:
 
     def add_up(self, tensor: Tensor) -> None:
         """Puts the sum over all processes in place of the tensor."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
+        if self.exchange:
+            self.exchange.add_up(tensor)
 
     def agree(self, **values: object) -> None:
-        """Raises UserError naming the first of these values that differs between the processes."""
-        if self.size == 1:
+        """Raises UserError naming the first of these values that differs between the processes.
+
+        Args:
+            values: settings, or what JSON can hold.
+        """
+        if self.exchange is None:
             return
-        everybody: list[dict[str, object]] = [{} for _ in range(self.size)]
-        dist.all_gather_object(everybody, values)
+        own = json.dumps({name: _plain(value) for name, value in values.items()}).encode()
+        everybody = [parse_json(content) for content in self.exchange.gather(own)]
         for name, value in everybody[0].items():
             for rank, theirs in enumerate(everybody):
                 if theirs[name] != value:
+                    what, this, that = _difference(name.replace("_", " "), theirs[name], value)
                     raise UserError(
-                        f"process {rank} has {theirs[name]!r} as {name.replace('_', ' ')}, process 0 has {value!r}; "
-                        "all machines need the same files and settings"
+                        f"process {rank} has {shown(repr(this))} as {what}, process 0 has {shown(repr(that))}; all "
+                        "machines need the same files and settings"
                     )
 
     def wait(self) -> None:
         """Returns when all processes have come here."""
-        if self.size > 1:
-            dist.barrier()
+        if self.exchange:
+            self.exchange.gather(b"")
+
+
+def _plain(value: object) -> object:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _difference(name: str, this: Any, that: Any) -> tuple[str, Any, Any]:
+    """Returns the part in which two values differ: its name, and what each has there."""
+    if isinstance(this, dict) and isinstance(that, dict) and this.keys() == that.keys():
+        key = next(key for key in this if this[key] != that[key])
+        return _difference(f"{name}.{key}", this[key], that[key])
+    return name, this, that
 
 
 @contextlib.contextmanager
 def connected(device: str) -> Iterator[Ranks]:
-    """Yields this process's place among those that a launcher (torchrun, accelerate) started; alone without one.
+    """Yields this process's place among those that a launcher (ours, torchrun, accelerate) started; alone without one.
 
     Args:
         device: as in params.yaml; a process on a GPU machine gets the GPU of its local rank.
+
+    Raises:
+        SystemExit: with launcher.LEFT, where another process does not answer any more; it is that one which says why.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()
         return
-    if os.environ.get(_LAUNCHER) == str(os.getppid()):
+    rank = int(os.environ["RANK"])
+    ours = os.environ.get(launcher.PARENT) == str(os.getppid())
+    if ours:
         _end_with_parent()
-    gpu = device != "cpu" and torch.cuda.is_available()
-    if gpu:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"launch.processes: there are {torch.cuda.device_count()} GPUs and process {local} has none"
-            )
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=_PATIENCE)
+    gpu = _take_gpu(device)
+    peers = os.environ.get(launcher.PEERS) if ours else None
+    exchange: Exchange
+    if peers is not None and not gpu:
+        exchange = SocketPairs([_inherited(int(number)) for number in peers.split(",")], rank, size)
+    else:
+        _join("nccl" if gpu else "gloo", rank, size, ours)
+        exchange = TorchGroup(torch.device("cuda" if gpu else "cpu"))
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(rank, size, exchange)
+    except Left as error:
+        print(f"process {rank}: {shown(error, 300)}", file=sys.stderr)
+        raise SystemExit(launcher.LEFT) from None
     finally:
-        dist.destroy_process_group()
+        exchange.close()
+
+
+def _take_gpu(device: str) -> bool:
+    """Returns whether this process works on a GPU, which then is that of its local rank."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return False
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise UserError(f"launch.processes: there are {torch.cuda.device_count()} GPUs and process {local} has none")
+    torch.cuda.set_device(local)
+    return True
+
+
+def _inherited(number: int) -> socket.socket:
+    os.set_inheritable(number, False)
+    return socket.socket(fileno=number)
+
+
+def _join(backend: str, rank: int, size: int, ours: bool) -> None:
+    """Makes torch's default group: over the launcher's file or its place to meet, else as the environment says."""
+    store: dist.Store
+    if ours and (folder := os.environ.get(launcher.FOLDER)):
+        store = dist.FileStore(str(Path(folder, "group")), size)
+    elif ours:
+        host, port = launcher.address(os.environ[launcher.RENDEZVOUS])
+        met = dist.TCPStore(host, port, is_master=False, timeout=PATIENCE)
+        store = dist.PrefixStore(f"{os.environ[launcher.RUN]}/group", met)
+    else:
+        dist.init_process_group(backend, timeout=PATIENCE)
+        return
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
 
 def _end_with_parent() -> None:
     """Lets Linux kill this process when its launcher is killed, which can then end nobody any more."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.environ[launcher.PARENT] != str(os.getppid()):  # it was killed before that
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def launched() -> bool:
     """Returns whether a launcher started this process."""
     return "RANK" in os.environ
-
-
-def launch(settings: Launch, module: str, arguments: Sequence[str]) -> int:
-    """Runs `python -m MODULE ARGUMENTS` in every process of this machine and returns the exit status.
-
-    Where one of them ends with an error the others are ended, too.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # A process that fails has said why; the launcher would add thirty lines.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=settings.machines,
-        max_nodes=settings.machines,
-        nproc_per_node=settings.processes,
-        run_id="lcmlora",
-        rdzv_backend="c10d",
-        rdzv_endpoint=settings.rendezvous or "localhost:0",
-        max_restarts=0,
-    )
-    os.environ[_LAUNCHER] = str(os.getpid())
-    if "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // settings.processes))
-    try:
-        elastic_launch(config, entrypoint=sys.executable)("-m", module, *arguments)
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    except ChildFailedError as error:
-        return max(1, error.get_first_failure()[1].exitcode)
-    return 0

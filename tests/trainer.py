@@ -1,7 +1,7 @@
 """A distillation of the miniature as a process of its own: python -m tests.trainer BASE LATENTS WORK KILL_AT VICTIM.
 
 Started by a launcher it is one of many. At step KILL_AT the first process kills itself, or its launcher, as `kill -9`
-would.
+would, or pauses.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ SLOW = SETTINGS.model_copy(update={"lr": 1e-4})  # Adam makes steps of a gradien
 
 
 class Killer(NullLogger):
-    def __init__(self, at: int, victim: str) -> None:
-        self._at, self._victim = at, victim
+    def __init__(self, at: int, victim: str, work: Path) -> None:
+        self._at, self._victim, self._work = at, victim, work
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        if step == self._at:
+        if step == self._at and self._victim == "pause":
+            (self._work / "paused").touch()
+            time.sleep(60)
+        elif step == self._at:
             os.kill(os.getpid() if self._victim == "self" else os.getppid(), signal.SIGKILL)
             time.sleep(60)
 
@@ -46,7 +49,7 @@ def main(base: str, latents: str, work: str, kill_at: str, victim: str) -> None:
             Path(work, "adapter"),
             identity={"source": "mini"},
             run={"run_id": None},
-            logger=Killer(int(kill_at), victim) if place.first else NullLogger(),
+            logger=Killer(int(kill_at), victim, Path(work)) if place.first else NullLogger(),
             ranks=place,
         )
 
