@@ -31,7 +31,7 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
         OSError: naming `path`, which is then as it was before.
     """
     with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporaries.sweep(path.parent)
         with (
             temporaries.file_beside(path) as (temporary, descriptor),
@@ -42,7 +42,15 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
             temporaries.hold_again(temporary, descriptor)
             os.fsync(descriptor)
             temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder and those above it, where they are not there. Raises OSError, of a file as of one."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,14 +72,38 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     _check_replaceable(path)
     with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporaries.sweep(path.parent, None)
+        temporaries.remove(path.with_name(f".{path.name}.part"))  # as earlier versions called what they left
         with temporaries.folder_beside(path) as temporary:
             with naming(path, temporary), faults.as_oserror(path, temporary):
                 yield temporary
                 _sync_tree(temporary)
                 _put_in_place(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
+
+
+def make_once(path: Path, is_there: Callable[[], bool], make: Callable[[Path], Any]) -> None:
+    """Makes the folder `path` unless it is there; of many processes one makes it, and the others wait for it.
+
+    Args:
+        is_there: whether `path` is what it should be, which it reads to know; it may raise where another thing is
+            in the way.
+        make: fills an empty folder, which then takes the place of `path`.
+
+    Raises:
+        OSError: as of `atomic_folder`.
+    """
+    if is_there():
+        return
+    _check_replaceable(path)
+    with naming(path, temporaries.lock_of(path)):
+        make_folder(path.parent)
+        with temporaries.locked(path):
+            if is_there():
+                return
+            with atomic_folder(path) as folder:
+                make(folder)
 
 
 def _check_replaceable(path: Path) -> None:
@@ -151,10 +183,11 @@ def _sync_tree(folder: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        _sync_folder(Path(root))
+        sync_folder(Path(root))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes sure that what was put into the folder is there after a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

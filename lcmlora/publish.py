@@ -19,7 +19,7 @@ from typing import Any
 from lcmlora import published, records, release, signing
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
-from lcmlora.files import atomic_folder, sha256_file
+from lcmlora.files import make_once, sha256_file
 from lcmlora.parsing import as_object, read_json
 from lcmlora.published import ADAPTER, MANIFEST, YANKED
 from lcmlora.signing import SIGNATURE
@@ -242,11 +242,12 @@ def pull(
         UserError: as of `download`; or `out` is there, and is neither an empty folder nor this very release.
     """
     found = _open(uri, settings, key, yanked)
-    if _is_release(out, found, everything):
-        return out
     try:
-        with atomic_folder(out) as folder:
-            _download(found, folder, out, everything)
+        make_once(
+            out,
+            lambda: _is_release(out, found, everything),
+            lambda folder: _download(found, folder, out, everything),
+        )
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}; nothing was left there") from None
     return out

@@ -9,6 +9,7 @@ s3://bucket/prefix/MODEL/sha256-...               a published release, or a chan
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from lcmlora import architecture, bases, folders, lora, release
 from lcmlora.architecture import Architecture
 from lcmlora.config import Base, Config, Publish
 from lcmlora.errors import UserError
-from lcmlora.files import atomic_folder
+from lcmlora.files import make_once
 
 _FACTS = "config.json"  # what distill and combine say of an adapter; in a release it is provenance.json
 
@@ -93,13 +94,24 @@ def _published(reference: str, config: Config | None, cache: Path) -> Path:
 def _cached(cache: Path, sha256: str, download: Callable[[Path], None]) -> Path:
     """Returns the folder of a downloaded release, which appears whole or not at all."""
     target = cache / f"sha256-{sha256[:12]}"
-    if target.is_dir():
-        return target
-    with atomic_folder(target) as folder:
+
+    def is_there() -> bool:
+        if not target.is_dir():
+            return False
+        try:
+            release.verify(target)
+        except UserError as error:
+            print(f"note: {error}; it is downloaded again", file=sys.stderr)
+            return False
+        return release.digest(target) == sha256
+
+    def fill(folder: Path) -> None:
         download(folder)
         release.verify(folder)
         if (found := release.digest(folder)) != sha256:
             raise UserError(f"{target}: expected the adapter {sha256[:12]}..., downloaded {found[:12]}...")
+
+    make_once(target, is_there, fill)
     return target
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lcmlora import events, release
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
-from lcmlora.files import atomic_folder
+from lcmlora.files import make_once
 from lcmlora.tracking import connect, reaching, shown
 
 if TYPE_CHECKING:
@@ -185,14 +185,21 @@ def pull(reference: str, settings: Registry, out: Path, *, everything: bool = Fa
         UserError: a file is missing or another one, `out` is in the way, or MLflow cannot be reached.
     """
     version = resolve(reference, settings)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if (out / release.CHECKSUMS).is_file() and release.digest(out) == version.sha256:
-            release.verify(out, None if everything else release.ADAPTER)
-            return out
-        raise UserError(f"{out}: is in the way; expected no such folder, an empty one or this very adapter")
-    try:
-        with reaching(settings, "ask again later"), atomic_folder(out) as folder:
+
+    def is_there() -> bool:
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return False
+        if not (out / release.CHECKSUMS).is_file() or release.digest(out) != version.sha256:
+            raise UserError(f"{out}: is in the way; expected no such folder, an empty one or this very adapter")
+        release.verify(out, None if everything else release.ADAPTER)
+        return True
+
+    def download(folder: Path) -> None:
+        with reaching(settings, "ask again later"):
             _download(connect(settings), version, folder, everything)
+
+    try:
+        make_once(out, is_there, download)
     except OSError as error:
         raise UserError(f"{out}: {error.strerror or error}; nothing was kept") from error
     return out

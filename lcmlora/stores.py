@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import tempfile
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lcmlora import progress
+from lcmlora import progress, temporaries
 from lcmlora.config import Publish
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.files import atomic_write, sha256_file
+from lcmlora.files import atomic_write, make_folder, sha256_file, sync_folder
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -116,25 +115,24 @@ class DirectoryStore:
     def create(self, name: str, content: Path | bytes, sha256: str) -> bool:
         path = self._root / name
         with self._explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-            try:
-                with os.fdopen(descriptor, "wb") as target:
+            make_folder(path.parent)
+            temporaries.sweep(path.parent)
+            with temporaries.file_beside(path) as (temporary, descriptor):
+                with os.fdopen(descriptor, "wb", closefd=False) as target:
                     # A copy is checked, not the source: what is read twice may change between.
                     digest = hashlib.sha256()
                     for block in _blocks(content):
                         digest.update(block)
                         target.write(block)
                     target.flush()
-                    os.fsync(target.fileno())
+                    os.fsync(descriptor)
                 if digest.hexdigest() != sha256:
                     raise UserError(f"{path.name}: changed while it was published; package the release again")
-                Path(temporary).chmod(0o644)
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    return False
+            sync_folder(path.parent)
         return True
 
     def digest(self, name: str, *, reread: bool = False) -> str | None:

@@ -44,6 +44,11 @@ def name_beside(path: Path, kind: str = "part") -> Path:
     return path.with_name(f".{shown}.{_machine()}-{secrets.token_hex(6)}.{kind}")
 
 
+def is_temporary(path: Path) -> bool:
+    """Returns whether the name is that of a temporary file or folder, of a living process or not."""
+    return _NAME.fullmatch(path.name) is not None
+
+
 @contextlib.contextmanager
 def file_beside(path: Path) -> Iterator[tuple[Path, int]]:
     """Yields a new, empty file beside `path` and its descriptor; what is still there when the block ends is deleted."""
@@ -170,13 +175,18 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def lock_of(path: Path) -> Path:
+    """Returns the file beside `path` that `locked` locks."""
+    return path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:_LONGEST])}.lock")
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Lets one process at a time work at `path`; others wait. The lock is a file beside it that lasts as long.
 
     Where a file system has no locks all go on at once, so nothing may depend on it but the work that it saves.
     """
-    lock = path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:_LONGEST])}.lock")
+    lock = lock_of(path)
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:

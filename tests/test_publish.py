@@ -1,13 +1,16 @@
 import hashlib
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from lcmlora import references, release
 from lcmlora.catalog import releases, verify
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
@@ -310,6 +313,49 @@ def test_pulling_again_does_nothing_and_other_folders_are_left_alone(settings: P
     assert (out / "note.txt").read_text() == "mine"
     with pytest.raises(UserError, match=r"bundle/README\.md: is there"):
         pull(uri, settings, bundle / "README.md")
+
+
+def _pulled(out: Path, get: Callable[[], Path], start: "multiprocessing.Event", told: "multiprocessing.Queue") -> None:  # type: ignore[name-defined, type-arg]
+    start.wait(60)
+    folder = get()
+    release.verify(folder, release.ADAPTER)
+    told.put((folder == out, len(list(folder.iterdir()))))
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_of_twelve_processes_that_pull_into_one_cache_all_have_the_whole_release(
+    settings: Publish, bundle: Path, tmp_path: Path, kind: str
+):
+    uri = publish(bundle, "mini", settings)
+    cache = tmp_path / "cache"
+    out = cache / (f"sha256-{SHA[:12]}" if kind == "whole" else "mini")
+
+    def get() -> Path:
+        if kind == "adapter":
+            return pull(uri, settings, out)
+        return references._cached(cache, SHA, lambda folder: download(uri, settings, folder))
+
+    context = multiprocessing.get_context("fork")
+    start, told = context.Event(), context.Queue()
+    processes = [context.Process(target=_pulled, args=(out, get, start, told)) for _ in range(12)]
+    for process in processes:
+        process.start()
+    start.set()
+    expected = len(list(bundle.iterdir())) if kind == "whole" else len(ADAPTER_ONLY)
+    assert [told.get(timeout=60) for _ in processes] == [(True, expected)] * 12
+    for process in processes:
+        process.join()
+    assert list(cache.iterdir()) == [out]
+
+
+def test_a_damaged_release_in_a_cache_is_downloaded_again(settings: Publish, bundle: Path, tmp_path: Path):
+    uri = publish(bundle, "mini", settings)
+
+    def get() -> Path:
+        return references._cached(tmp_path / "cache", SHA, lambda folder: download(uri, settings, folder))
+
+    (get() / "scheduler_config.json").unlink()
+    release.verify(get())
 
 
 def test_a_folder_that_cannot_be_written_is_named(settings: Publish, bundle: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import multiprocessing
 import re
 import socket
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from lcmlora import release
 from lcmlora.config import Registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.files import sha256_file
@@ -276,7 +278,32 @@ def test_pulling_writes_the_adapter_alone_and_only_if_it_is_the_registered_one(
     stored.unlink()
     with pytest.raises(UserError, match=r"lcm-lora-mini/1: has no pytorch_lora_weights\.safetensors"):
         pull("lcm-lora-mini/1", settings, tmp_path / "damaged")
-    assert not (tmp_path / "damaged").exists() and not (tmp_path / ".damaged.part").exists()
+    assert not (tmp_path / "damaged").exists() and not list(tmp_path.glob(".damaged*"))
+
+
+def _pulled(settings: Registry, out: Path, start: "multiprocessing.Event", told: "multiprocessing.Queue") -> None:  # type: ignore[name-defined, type-arg]
+    start.wait(60)
+    pull("lcm-lora-mini/1", settings, out)
+    release.verify(out, release.ADAPTER)
+    told.put(len(list(out.iterdir())))
+
+
+def test_of_twelve_processes_that_pull_a_version_into_one_cache_all_have_it_whole(
+    settings: Registry, bundle: Path, tmp_path: Path
+):
+    register("mini", settings, bundle)
+    pull("lcm-lora-mini/1", settings, tmp_path / "before")  # so that the processes find all modules imported
+    context = multiprocessing.get_context("fork")
+    start, told = context.Event(), context.Queue()
+    cache = tmp_path / "cache" / "mini"
+    processes = [context.Process(target=_pulled, args=(settings, cache, start, told)) for _ in range(12)]
+    for process in processes:
+        process.start()
+    start.set()
+    assert [told.get(timeout=60) for _ in processes] == [4] * 12
+    for process in processes:
+        process.join()
+    assert [path.name for path in cache.parent.iterdir()] == ["mini"]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
-import os
 import sys
 import threading
 import time
@@ -25,15 +23,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lcmlora import parsing, temporaries
 from lcmlora.data.plan import Load, Plan
 from lcmlora.data.remote import Files
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.files import sha256_file
+from lcmlora.files import atomic_write, sha256_file
 
 PATIENCE = 600.0  # seconds for which a bucket that does not answer is asked again
 
 _PIECE = 8 << 20  # bytes that are asked for at once
 _AT_ONCE = 4  # shards on their way
+_TRIES = 5  # for a shard that others delete
 _EPOCHS = 8  # whose windows are looked at beforehand
 _DTYPES = {"F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "U8": torch.uint8}
 
@@ -62,8 +62,8 @@ class Shards:
         self._window = 0
         self._loads: dict[int, list[Load]] = {}
         self._until = -1  # the step before which nothing changes
-        self._wanted: SimpleQueue[tuple[int, Future[Path]]] = SimpleQueue()
-        self._coming: dict[int, Future[Path]] = {}
+        self._wanted: SimpleQueue[tuple[int, Future[dict[str, Tensor]]]] = SimpleQueue()
+        self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self._open: dict[int, dict[str, Tensor]] = {}
         self._headers: dict[int, tuple[int, dict[str, Any]]] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,23 +147,23 @@ class Shards:
 
     def _opened(self, number: int) -> dict[str, Tensor]:
         if number not in self._open:
-            self._open[number] = load_file(self._coming[number].result())
+            self._open[number] = self._coming[number].result()
         return self._open[number]
 
     def _leave(self, numbers: list[int]) -> None:
         for number in numbers:
             future = self._coming.pop(number, None)
             if future is not None and not future.cancel():
-                with contextlib.suppress(UserError):
+                with contextlib.suppress(UserError, OSError):  # it is not needed
                     future.result()
             self._open.pop(number, None)
             self._path(number).unlink(missing_ok=True)
 
     def _sweep(self, kept: set[str]) -> None:
         """Deletes what earlier runs left: shards that are not kept, and pieces of those that were on their way."""
+        temporaries.sweep(self._folder, None)
         for path in self._folder.iterdir():
-            running = path.suffix == ".part" and Path("/proc", path.stem.rpartition(".")[2]).exists()
-            if path.name not in kept and not running:
+            if path.name not in kept and not temporaries.is_temporary(path):
                 path.unlink(missing_ok=True)
 
     def _work(self) -> None:
@@ -172,29 +172,38 @@ class Shards:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(self._fetch(number))
+                future.set_result(self._mapped(number))
             except Exception as error:
                 future.set_exception(error)
+
+    def _mapped(self, number: int) -> dict[str, Tensor]:
+        """Returns the tensors of a shard, which stay when another process, which does not need it, deletes the file."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(FileNotFoundError):  # deleted between its coming and its opening
+                tensors: dict[str, Tensor] = load_file(self._fetch(number))
+                return tensors
+        raise UserError(
+            f"{self._path(number)}: another process deletes it again and again; give each run a folder of its own"
+        )
 
     def _fetch(self, number: int) -> Path:
         entry, path = self._entries[number], self._path(number)
         if path.is_file() and path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]:
             return path
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        digest = hashlib.sha256()
-        try:
-            with part.open("wb") as file:
-                for start in range(0, entry["bytes"], _PIECE):
-                    length = min(_PIECE, entry["bytes"] - start)
-                    piece = self._patiently(partial(self._piece, number, start, length))
-                    digest.update(piece)
-                    file.write(piece)
-            if digest.hexdigest() != entry["sha256"]:
-                raise UserError(f"{path.name}: is damaged in the bucket: its SHA-256 is {digest.hexdigest()[:12]}...")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        atomic_write(path, partial(self._bring, number))
         return path
+
+    def _bring(self, number: int, target: Path) -> None:
+        """Writes a shard out of the bucket to the file `target`."""
+        entry, digest = self._entries[number], hashlib.sha256()
+        with target.open("wb") as file:
+            for start in range(0, entry["bytes"], _PIECE):
+                length = min(_PIECE, entry["bytes"] - start)
+                piece = self._patiently(partial(self._piece, number, start, length))
+                digest.update(piece)
+                file.write(piece)
+        if digest.hexdigest() != entry["sha256"]:
+            raise self._damaged(number, f"its SHA-256 is {digest.hexdigest()[:12]}...")
 
     def _piece(self, number: int, start: int, length: int) -> bytes:
         name = object_name(self._entries[number])
@@ -218,16 +227,32 @@ class Shards:
 
     def _far(self, number: int, name: str, row: int) -> Tensor:
         """Returns a row out of the bucket."""
-        if number not in self._headers:
-            size = int.from_bytes(self._patiently(lambda: self._piece(number, 0, 8)), "little")
-            self._headers[number] = 8 + size, json.loads(self._patiently(lambda: self._piece(number, 8, size)))
-        begin, header = self._headers[number]
-        told = header[name]
-        dtype, shape = _DTYPES[told["dtype"]], told["shape"][1:]
-        stride = math.prod(shape) * dtype.itemsize
-        start = begin + told["data_offsets"][0] + row * stride
+        begin, header = self._header(number)
+        try:
+            told = header[name]
+            dtype, shape = _DTYPES[told["dtype"]], told["shape"][1:]
+            stride = math.prod(shape) * dtype.itemsize
+            start = begin + told["data_offsets"][0] + row * stride
+        except (KeyError, IndexError, TypeError):
+            raise self._damaged(number, f"its header has no sound {name}") from None
         content = bytearray(self._patiently(lambda: self._piece(number, start, stride)))
         return torch.frombuffer(content, dtype=dtype).view(shape)
+
+    def _header(self, number: int) -> tuple[int, dict[str, Any]]:
+        """Returns where the tensors of a shard begin in its file, and what it says of them."""
+        if number not in self._headers:
+            size = int.from_bytes(self._patiently(lambda: self._piece(number, 0, 8)), "little")
+            if not 0 < size <= self._entries[number]["bytes"] - 8:
+                raise self._damaged(number, f"its header has {size} bytes")
+            try:
+                told = parsing.parse_json(self._patiently(lambda: self._piece(number, 8, size)))
+            except parsing.Malformed as error:
+                raise self._damaged(number, f"its header is {error}") from None
+            self._headers[number] = 8 + size, told
+        return self._headers[number]
+
+    def _damaged(self, number: int, why: str) -> UserError:
+        return UserError(f"{self._path(number).name}: is damaged in the bucket: {why}; run `lcmlora encode` again")
 
 
 def _live(loads: Sequence[Load], step: int) -> list[Load]:

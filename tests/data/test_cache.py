@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -266,11 +267,18 @@ def test_a_disk_that_fills_up_is_one_line_and_the_finished_shards_stay(
     count_batches(base, fail_after=4)
     with pytest.raises(KeyboardInterrupt):
         run(base, listed, tmp_path)
-    (files,) = (tmp_path / "scratch").glob("*/files")
-    # The device that is always full takes the place of the file that the next shard is written to.
-    (files / f".shard-00001.safetensors.{os.getpid()}.part").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"scratch: no disk space: the latent cache needs \d+ bytes more") as error:
-        run(load_base(LARGE), listed, tmp_path)
+    real = os.fsync
+    with pytest.MonkeyPatch.context() as patch:  # where a disk that has promised room says that there is none
+
+        def full(descriptor: int) -> None:
+            if "shard-00001" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(descriptor)
+
+        patch.setattr(os, "fsync", full)
+        message = r"shard-00001\.safetensors: no disk space: the latent cache needs \d+ bytes more"
+        with pytest.raises(UserError, match=message) as error:
+            run(load_base(LARGE), listed, tmp_path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "latents").exists()
     base = load_base(LARGE)

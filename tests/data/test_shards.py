@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lcmlora import temporaries
 from lcmlora.batches import Batches
 from lcmlora.config import Encode
 from lcmlora.data.cache import LatentCache
@@ -155,10 +156,30 @@ def test_what_an_earlier_run_left_goes_when_the_next_one_begins(
     stream(far(places, tmp_path, 4.2)).draw(0)
     (tmp_path / f"{'a' * 64}.safetensors").write_bytes(b"of another cache")
     (tmp_path / f".{'b' * 64}.safetensors.999999999.part").write_bytes(b"of a run that was killed")
+    temporaries.name_beside(tmp_path / f"{'b' * 64}.safetensors").write_bytes(b"of another one")
     stream(far(places, tmp_path, 4.2)).draw(20)
     names = {path.name for path in tmp_path.iterdir()}
     assert not any(name.startswith(("a" * 64, f".{'b' * 64}")) for name in names)
     assert held(tmp_path) <= 4.2 * (1 << 20)
+
+
+def test_shards_that_another_process_deletes_are_brought_again_or_still_open(
+    places: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    here, there = stream(LatentCache(places[0])), stream(far(places, tmp_path, 4.2))
+    for step in range(0, 3 * PICTURES // 5, 2):
+        assert torch.equal(here.draw(step).z, there.draw(step).z)
+        for path in tmp_path.glob("*.safetensors"):
+            path.unlink()
+
+
+def test_two_runs_share_a_folder_of_shards(places: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    here = stream(LatentCache(places[0]))
+    one, other = stream(far(places, tmp_path, 4.2)), stream(far(places, tmp_path, 4.2))
+    for step in range(0, 2 * PICTURES // 5, 3):
+        expected = here.draw(step).z
+        assert torch.equal(expected, one.draw(step).z)
+        assert torch.equal(here.draw(step + 40).z, other.draw(step + 40).z)
 
 
 def test_rows_kept_from_training_widen_what_a_window_needs(places: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -236,8 +236,7 @@ def test_a_server_that_dies_while_pulling_leaves_nothing_and_the_next_run_has_it
     command = [*lcmlora("pull", uri, "--out", str(tmp_path / "out"), "--to", settings.to)]
     (tmp_path / "params.yaml").write_text(params(settings))
     first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    part = tmp_path / ".out.part" / "pytorch_lora_weights.safetensors"
-    while not part.exists():
+    while not list(tmp_path.glob(".out.*.part/pytorch_lora_weights.safetensors")):
         assert first.poll() is None
     server.kill()
     _, error = first.communicate(timeout=120)
