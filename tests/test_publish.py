@@ -361,7 +361,7 @@ def test_a_damaged_release_in_a_cache_is_downloaded_again(settings: Publish, bun
 def test_a_folder_that_cannot_be_written_is_named(settings: Publish, bundle: Path, tmp_path: Path):
     uri = publish(bundle, "mini", settings)
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"file/out: cannot be written: (Not a directory|File exists); nothing was left there"):
+    with pytest.raises(UserError, match=r"file/out: cannot be written: Not a directory; nothing was left"):
         pull(uri, settings, tmp_path / "file" / "out")
 
 
