@@ -23,8 +23,11 @@ class Malformed(ValueError):
     """The text is not what it should be. Its message is one line without the name of the file."""
 
 
-def parse_json(content: bytes | str) -> Any:
+def parse_json(content: bytes | str, *, nan_is_null: bool = False) -> Any:
     """Returns the value of a JSON document (RFC 8259: NaN and Infinity are refused, a byte order mark is passed over).
+
+    Args:
+        nan_is_null: read NaN and Infinity as null, since Python writes them for what a table of data lacks.
 
     Raises:
         Malformed: not UTF-8, no JSON, nested over MAX_DEPTH levels, an object that has a key twice, a number of
@@ -32,7 +35,7 @@ def parse_json(content: bytes | str) -> Any:
     """
     text = decoded(content)
     try:
-        value = json.loads(text, parse_constant=_refused, object_pairs_hook=_object)
+        value = json.loads(text, parse_constant=_null if nan_is_null else _refused, object_pairs_hook=_object)
     except RecursionError:
         raise Malformed(f"nested too deeply (at most {MAX_DEPTH} levels)") from None
     except Malformed:
@@ -179,6 +182,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise Malformed(f"the key {ascii(twice)[:_SHOWN]} stands twice in an object")
     return made
+
+
+def _null(constant: str) -> None:
+    return None
 
 
 def _refused(constant: str) -> Any:

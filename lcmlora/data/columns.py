@@ -240,7 +240,8 @@ def read_piece(
         position, done = _read_group(opened, position, columns, make, results, until, start)
         if opened.limit < position.expanded or MAX_REFUSED < position.refused > position.number / 2:
             reason = EXPANDS if opened.limit < position.expanded else GIVEN_UP
-            results.append(Rejection(_name(position), reason))
+            if not done or position.group + 1 < opened.groups:
+                results.append(Rejection(_name(position), reason))
             return Piece(results, None)
         if not done:
             return Piece(results, position)
@@ -268,6 +269,10 @@ def _read_group(
         batches = _going_on(opened, position, columns)
         for batch in batches:
             read = {name: values(batch.column(name)) for name in columns}
+            expanded = position.expanded + sum(len(v) for c in read.values() for v in c if isinstance(v, bytes))
+            if expanded > opened.limit:
+                position = position._replace(expanded=expanded)
+                raise Unusable(EXPANDS)
             refused = 0
             for i in range(batch.num_rows):
                 fields = {name: column[i] for name, column in read.items()}
@@ -277,10 +282,10 @@ def _read_group(
             position = position._replace(
                 row=position.row + batch.num_rows,
                 number=position.number + batch.num_rows,
-                expanded=position.expanded + sum(len(v) for c in read.values() for v in c if isinstance(v, bytes)),
+                expanded=expanded,
                 refused=position.refused + refused,
             )
-            if position.row < rows and (_enough(results, position, start, until) or opened.limit < position.expanded):
+            if position.row < rows and _enough(results, position, start, until):
                 _kept.append((position[:4], batches))
                 return position, False
         if position.row != rows:

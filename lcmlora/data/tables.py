@@ -10,7 +10,6 @@ One damaged row costs itself: it is a `Rejection` with its own number. Nothing h
 from __future__ import annotations
 
 import csv
-import re
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -84,7 +83,8 @@ def read_rows(
         return
     names = None if wanted is None else frozenset(name.casefold() for name in wanted)
     places = [
-        columns.Position(path, table) if table.endswith(".parquet") else _Place(path, table, names) for table in tables
+        columns.Position(path, table) if table.lower().endswith(".parquet") else _Place(path, table, names)
+        for table in tables
     ]
     read = partial(_read, names)
     yield from in_pieces(read, places, _lost, processes(len(places)), preload=PRELOAD)
@@ -138,9 +138,9 @@ def _read_text(place: _Place, file: IO[bytes]) -> Piece[_Place, Row | Rejection]
             return Piece(results, None)
         number += 1
         if not line.strip():
-            number -= place.table.endswith(".csv")
+            number -= place.table.lower().endswith(".csv")
             continue
-        if place.table.endswith(".csv") and header is None:
+        if place.table.lower().endswith(".csv") and header is None:
             number = 0
             header, reason = _header(line, lines)
             if reason:
@@ -170,7 +170,7 @@ def _no_text(table: str, start: bytes) -> str:
         return UTF16
     if start.startswith((b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"BZh")):
         return COMPRESSED
-    if table.endswith(".jsonl"):
+    if table.lower().endswith(".jsonl"):
         first = start.removeprefix(b"\xef\xbb\xbf").strip().splitlines()[:1]
         if first and (first[0].startswith(b"[") or first[0].strip() == b"{"):
             return ARRAY
@@ -180,6 +180,8 @@ def _no_text(table: str, start: bytes) -> str:
 def _header(line: bytes, lines: _Lines) -> tuple[tuple[str, ...], str]:
     """Returns the names of the columns of a .csv, or why there are none."""
     try:
+        if len(line) > MAX_ROW:
+            raise Unusable(LONG_ROW)
         names = tuple(name.strip() for name in _record(line.removeprefix(b"\xef\xbb\xbf"), lines))
     except Unusable as reason:
         return (), f"{NO_HEADER}: {reason}"
@@ -196,10 +198,10 @@ def _fields(table: str, line: bytes, lines: _Lines, header: tuple[str, ...] | No
     if header is not None:
         return _of_csv(line, lines, header)
     text = _decoded(line)
-    if table.endswith(".txt"):
+    if table.lower().endswith(".txt"):
         return {"": text}
     try:
-        told = parse_json(text)
+        told = parse_json(text, nan_is_null=True)
     except Malformed as error:
         raise Unusable(NOT_UTF8 if "surrogate" in str(error) else NOT_JSON) from None
     if isinstance(told, str):
@@ -278,7 +280,6 @@ class _Lines:
     """The lines of a file from an offset on, with any of the three ends of a line; of a long one only the beginning."""
 
     _BLOCK = 1 << 20
-    _END = re.compile(rb"\r\n?|\n")
 
     def __init__(self, file: IO[bytes], offset: int, inside: bool) -> None:
         file.seek(offset)
@@ -311,11 +312,12 @@ class _Lines:
         """Passes over a block of the line that goes on."""
         self._cut = False
         block = self._file.read(self._BLOCK)
-        end = self._END.search(block)
-        self.inside = bool(block) and end is None
-        length = end.end() if end else len(block)
+        ends = [end for end in (block.find(b"\n"), block.find(b"\r")) if end >= 0]
+        self.inside = bool(block) and not ends
+        length = min(ends) + 1 if ends else len(block)
+        length += block[length - 1 : length + 1] == b"\r\n"
         self._carry = block[length:]
-        if end and block[-1:] == b"\r" and length == len(block):  # perhaps half of \r\n
+        if ends and block.endswith(b"\r") and length == len(block):  # perhaps half of \r\n
             following = self._file.read(1)
             length += following == b"\n"
             self._carry = following.replace(b"\n", b"")

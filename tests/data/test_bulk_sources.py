@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from lcmlora.config import Data
-from lcmlora.data import candidates, tars
+from lcmlora.data import candidates, headers, tars
 from lcmlora.data.parquet import NO_BYTES
 from lcmlora.data.remote import guess
 from lcmlora.data.sources import find, open_picture
@@ -177,7 +177,7 @@ def test_a_tar_file_that_was_cut_off_or_is_none_is_told_and_the_others_are_read(
     records, rejections = find(data)
     assert [record.key for record in records][:4] == [f"a.tar/{number:04d}.png" for number in range(4)]
     told = {rejection.name: rejection.reason for rejection in rejections}
-    assert [told[name] for name in ("b.tar", "c.tar", "d.tar")] == [tars.CUT_OFF] * 3
+    assert [told[name] for name in ("b.tar", "c.tar", "d.tar")] == [headers.CUT_OFF] * 3
 
 
 def test_rows_that_cannot_be_used_give_a_reason_each(tmp_path: Path):
