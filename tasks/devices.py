@@ -6,11 +6,12 @@ import contextlib
 import fcntl
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from lcmlora.errors import Unavailable, UserError
+from lcmlora.private import runtime_folder
+from lcmlora.terminal import shown
 from tasks.output import tell
 from tasks.processes import Processes
 
@@ -48,7 +49,7 @@ def held(path: Path, what: str, processes: Processes) -> Iterator[None]:
     try:
         if not _try(descriptor):
             holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
-            tell(f"waiting for {what}, held by process {holder or 'unknown'}")
+            tell(f"waiting for {what}, held by process {shown(holder) or 'unknown'}")
             while not _try(descriptor):
                 processes.pause(_ASK)
         os.ftruncate(descriptor, 0)
@@ -69,7 +70,7 @@ def _try(descriptor: int) -> bool:
 
 def _of_user(limit: str) -> Path:
     name = re.sub(r"[^\w.-]", "_", limit)
-    return Path(tempfile.gettempdir(), f"lcmlora-{os.getuid()}-{name}.lock")
+    return runtime_folder() / f"{name}.lock"
 
 
 @contextlib.contextmanager

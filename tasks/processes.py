@@ -20,6 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from lcmlora.errors import UserError
+from lcmlora.private import cache_folder
 from tasks import supervisor
 
 _PATIENCE = supervisor.GRACE + 3  # seconds for a supervisor to end what it watches
@@ -133,9 +134,11 @@ def python(module: str, *arguments: str) -> Command:
     """Returns `python -m MODULE ARGUMENTS` with this interpreter and its environment's commands."""
     # Stages call `lcmlora`: the one beside this interpreter, whether or not its environment is activated.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # DVC's own choice is a folder of all users, who could exchange what it unpickles from there.
+    site = {"DVC_SITE_CACHE_DIR": os.environ.get("DVC_SITE_CACHE_DIR") or str(cache_folder("dvc"))}
     return {
         "command": [sys.executable, "-m", module, *arguments],
-        "env": os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"},
+        "env": os.environ | site | {"PATH": path, "DVC_NO_ANALYTICS": "1"},
     }
 
 

@@ -2,7 +2,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -25,12 +24,12 @@ with Processes() as p, occupied("gpu", p):
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     return tmp_path
 
 
 def test_the_next_waits_until_the_last_process_of_a_killed_flow_is_gone(tmp_path: Path, capfd):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     flow = subprocess.Popen([sys.executable, "-c", FLOW], env=environment)
     trainer = pid("trainer")
     flow.send_signal(signal.SIGKILL)

@@ -1,0 +1,67 @@
+"""Folders of this user alone, for what others must not take, change or plant: locks, and caches of what is executed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import stat
+import tempfile
+from pathlib import Path
+
+from lcmlora.errors import UserError
+
+
+def runtime_folder() -> Path:
+    """Returns the folder for locks of this user on this machine: below $XDG_RUNTIME_DIR, else where caches are.
+
+    Raises:
+        UserError: there is none that this user alone can write to.
+    """
+    user = os.getuid()
+    for place in (os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{user}"):
+        if place and Path(place).is_absolute() and _fault(Path(place)) is None:
+            return _made(Path(place, "lcmlora"))
+    return cache_folder("run-" + re.sub(r"[^\w.-]", "_", platform.node()))  # homes may be shared by machines
+
+
+def cache_folder(name: str) -> Path:
+    """Returns a folder of this user's caches: below $XDG_CACHE_HOME or ~/.cache.
+
+    Where neither can be written, as in a container, it is in the shared temporary folder, if it is there this user's
+    own: another user could have taken its name first.
+
+    Raises:
+        UserError: there is none that this user alone can write to.
+    """
+    place = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        home = Path(place) if Path(place).is_absolute() else Path("~/.cache").expanduser()
+        return _made(home / "lcmlora" / name)
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
+        own = _made(Path(tempfile.gettempdir(), f"lcmlora-{os.getuid()}"))
+        return _made(own / name)
+
+
+def _made(folder: Path) -> Path:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if wrong := _fault(folder):
+        raise UserError(
+            f"{folder}: {wrong}; remove it, or set XDG_RUNTIME_DIR and XDG_CACHE_HOME to folders that you alone can "
+            "write to"
+        )
+    return folder
+
+
+def _fault(folder: Path) -> str | None:
+    """Returns why a folder is not this user's alone to write to; None where it is."""
+    try:
+        found = folder.lstat()
+    except OSError as error:
+        return str(error.strerror)
+    if not stat.S_ISDIR(found.st_mode):
+        return "is a link" if stat.S_ISLNK(found.st_mode) else "is no folder"
+    if found.st_uid != os.getuid():
+        return f"belongs to user {found.st_uid}"
+    return "others can write to it" if found.st_mode & 0o022 else None
