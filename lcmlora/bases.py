@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcmlora import lora
+from lcmlora import examine, lora, structure
 from lcmlora.attention import direct_attention, widen_attention
 from lcmlora.config import Base
 from lcmlora.errors import UserError
-from lcmlora.folders import WEIGHTS, check_folder, variant
+from lcmlora.examine import Examination
+from lcmlora.folders import variant
 
 # What a UNet is given besides latents and timestep: `encoder_hidden_states` (B, T, C) and, for the SDXL family,
 # `text_embeds` (B, P) and `time_ids` (B, 6).
@@ -90,8 +91,11 @@ def describe(name: str, base: Base, folder: Path, rank: int, alpha: float) -> De
     config = unet_config(base, folder)
     with torch.device("meta"):
         try:
+            structure.check_unet(folder / "unet" / "config.json", config)
             unet = UNet2DConditionModel.from_config(config)
-        except (TypeError, ValueError, IndexError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # of a foreign configuration, whatever it leads to
             raise UserError(f"bases.{name}: diffusers cannot build a UNet from its configuration: {error}") from error
         parameters = sum(p.numel() for p in unet.parameters())
         adapter = lora.inject(unet, rank, alpha, seed=0)
@@ -120,6 +124,7 @@ class LoadedBase:
     scheduler_config: dict[str, Any]
     alphas_cumprod: Tensor  # (T,) fp32 on `device`
     vae_config: dict[str, Any]
+    examined: Examination  # with the digests that name it
     empty_is_zeros: bool  # the unconditional embedding is zeros, not that of the empty prompt (SDXL)
     unet: Any = None
     vae: Any = None
@@ -272,19 +277,16 @@ def load(
     """Loads the named parts of a diffusers folder, frozen, in evaluation mode and in `dtype` (the VAE never in fp16).
 
     Raises:
-        UserError: a part is missing from the folder or cannot be read, or its configuration is one that cannot be
-            distilled.
+        UserError: the base has a fault (see `examine.examine`), or a part cannot be read.
     """
-    check_folder(folder)
-    _check_latents(folder)
+    examined = examine.examine(name, folder, base.variant)
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     index = _read_json(folder / "model_index.json")
-    kind = "sdxl" if "text_encoder_2" in index and index["text_encoder_2"][0] else "sd"
+    kind = "sdxl" if examine.is_sdxl(index) else "sd"
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    _check_schedule(folder, scheduler)
     loaded = LoadedBase(
         name=name,
         folder=folder,
@@ -296,14 +298,14 @@ def load(
         scheduler_config=dict(scheduler.config),
         alphas_cumprod=scheduler.alphas_cumprod.float().to(device),
         vae_config=_read_json(folder / "vae" / "config.json"),
+        examined=examined,
         empty_is_zeros=kind == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
     def part(cls: Any, sub: str, **options: Any) -> Any:
-        _check_variant(name, base.variant, folder / sub)
         try:
             module = cls.from_pretrained(folder, subfolder=sub, variant=base.variant, use_safetensors=True, **options)
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder / sub}: cannot be loaded: {' '.join(str(error).split())}") from error
         return module.to(device).eval().requires_grad_(False)
 
@@ -338,49 +340,3 @@ def write(base: LoadedBase, folder: Path) -> None:
             shutil.copytree(path, folder / path.name)
         else:
             shutil.copyfile(path, folder / path.name)
-
-
-def _check_latents(folder: Path) -> None:
-    """Raises UserError where the UNet or the VAE wants of its latents what plain Stable Diffusion does not give."""
-    unet, vae = _read_json(folder / "unet" / "config.json"), _read_json(folder / "vae" / "config.json")
-    for key in ("shift_factor", "latents_mean", "latents_std"):
-        if vae.get(key) is not None:
-            raise UserError(
-                f"{folder}/vae/config.json: {key} is set, and latents are only ever scaled here, by one number"
-            )
-    channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if channels != latent:
-        raise UserError(
-            f"{folder}/unet/config.json: in_channels is {channels} and the VAE's latents have {latent}; expected a "
-            "text-to-image base, not one for inpainting or editing"
-        )
-
-
-def _check_schedule(folder: Path, scheduler: Any) -> None:
-    """Raises UserError for a schedule that is not made of betas, or at whose end epsilon says nothing of x0."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    raw = _read_json(path)
-    if "beta_schedule" not in raw and raw.get("trained_betas") is None:
-        raise UserError(
-            f"{path}: {raw.get('_class_name', 'the scheduler')} has no beta_schedule; expected a diffusion base "
-            "(epsilon, v_prediction or sample), not one trained by flow matching or with EDM's noise levels"
-        )
-    if scheduler.config.prediction_type == "epsilon" and float(scheduler.alphas_cumprod[-1]) == 0:
-        # x0 = (x - sigma eps) / alpha (arXiv 2305.08891, section 3.3): a division by zero at T - 1.
-        raise UserError(
-            f"{path}: prediction_type is epsilon and the schedule ends in pure noise (rescale_betas_zero_snr), where "
-            "epsilon cannot give x0; set prediction_type to what the base was trained for, which is v_prediction for "
-            "such a schedule, or rescale_betas_zero_snr to false"
-        )
-
-
-def _check_variant(name: str, variant: str | None, part: Path) -> None:
-    """Raises UserError where the part's weights are there, but not in the variant that is asked for."""
-    files = sorted(path.name for path in part.glob("*.safetensors"))
-    if variant and files and not any(f".{variant}." in file or f".{variant}-" in file for file in files):
-        raise UserError(
-            f"bases.{name}.variant: {part} has no {variant} file, but {files[0]}; remove the key or change it"
-        )
-    stem = WEIGHTS[part.name]
-    if not variant and files and not any(file.startswith((f"{stem}.safetensors", f"{stem}-")) for file in files):
-        raise UserError(f"bases.{name}.variant: {part} has {files[0]} alone; set the key to the file's variant")

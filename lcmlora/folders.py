@@ -5,29 +5,22 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lcmlora import singlefile
+from lcmlora import examine, singlefile
 from lcmlora.config import Base
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.files import sha256_folder
-
-# The parts with weights, and how their files are called.
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
+from lcmlora.weightfiles import WEIGHTS
 
 
 def fetch(name: str, base: Base, root: Path = Path("bases")) -> Path:
-    """Puts the base at `root/name` and returns that folder.
+    """Puts the base at `root/name`, examines it and returns that folder.
 
     A hub id is downloaded at its revision, a local folder linked, a single-file checkpoint converted. Idempotent; a
     changed revision or variant downloads again, a changed file is converted again. With a style the folder is a copy
-    that has it in its UNet, and the plain base is at `root/.plain/name`.
+    that has it in its UNet, and the plain base is at `root/.plain/name`. What the examination found is kept in
+    `root/.examined`, so that no later stage reads the whole base for it.
 
     Raises:
-        UserError: a hub id without revision, a folder without the parts of a pipeline, a file that is no checkpoint
+        UserError: a hub id without revision, a base with a fault (see `examine.examine`), a file that is no checkpoint
             of this family, or what the hub does not know or does not let this user have.
         Unavailable: the hub does not answer.
     """
@@ -38,32 +31,42 @@ def fetch(name: str, base: Base, root: Path = Path("bases")) -> Path:
         shutil.rmtree(target)
     if base.style is not None:
         styled.make(name, base, fetch(name, base.model_copy(update={"style": None}), root / ".plain"), target)
-        return target
-    source = Path(base.source)
-    if singlefile.names_a_file(base.source):
+    elif singlefile.names_a_file(base.source):
         if base.config is not None and _is_local(base.config):
             check_folder(Path(base.config))
         singlefile.convert(name, base, target)
-        check_folder(target)
-        return target
-    if _is_local(base.source):
-        check_folder(source)
-        if source.resolve() != target.resolve():
-            root.mkdir(parents=True, exist_ok=True)
-            if target.is_symlink():
-                target.unlink()
-            if target.exists():
-                raise UserError(f"{target} is in the way of the link to {source}; move it or rename the base")
-            target.symlink_to(source.resolve(), target_is_directory=True)
-        return target
-    if base.revision is None:
+    elif _is_local(base.source):
+        _link(Path(base.source), target, base.variant)
+    elif base.revision is None:
         raise UserError(
             f"bases.{name}.revision: {base.source} is a hub id and needs a pinned commit to be reproducible"
         )
+    else:
+        _download(name, base, target)
+    (root / examine.RECORDS).mkdir(exist_ok=True)
+    examine.examine(name, target, base.variant)
+    return target
+
+
+def _link(source: Path, target: Path, variant: str | None) -> None:
+    """Makes `target` a link to a local folder that is a base."""
+    if source.resolve() == target.resolve():
+        return
+    examine.examine(target.name, source, variant)  # before anything is in the way of another source
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_symlink():
+        target.unlink()
+    if target.exists():
+        raise UserError(f"{target} is in the way of the link to {source}; move it or rename the base")
+    target.symlink_to(source.resolve(), target_is_directory=True)
+
+
+def _download(name: str, base: Base, target: Path) -> None:
+    """Downloads a hub id's files to `target`, unless they are there; a marker tells that they are, and all of them."""
     marker = target / ".revision"
     wanted = f"{base.source}@{base.revision} {base.variant or ''}\n"
     if marker.is_file() and marker.read_text() == wanted:
-        return target
+        return
     if target.is_symlink():  # the base was a folder before, into which nothing must be downloaded
         target.unlink()
     elif (target / singlefile.MARKER).is_file():
@@ -79,9 +82,14 @@ def fetch(name: str, base: Base, root: Path = Path("bases")) -> Path:
         reason = " ".join(str(error).split())
         kind = Unavailable if _is_passing(error) else UserError
         raise kind(f"bases.{name}: cannot download {base.source} at {base.revision}: {reason}") from error
-    check_folder(target)
+    try:
+        examine.examine(name, target, base.variant)
+    except UserError as error:
+        raise UserError(
+            f"bases.{name}: what {base.source} has at {base.revision}, or what arrived of it, is no base that can be "
+            f"distilled: {error}"
+        ) from None
     marker.write_text(wanted)
-    return target
 
 
 def _is_passing(error: Exception) -> bool:
@@ -115,25 +123,54 @@ def download_patterns(variant: str | None) -> list[str]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UserError where the folder is not a Stable Diffusion or SDXL pipeline in diffusers' layout."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such base folder")
-    for part in ("model_index.json", "unet/config.json", "vae/config.json", "scheduler", "tokenizer", "text_encoder"):
-        if not (folder / part).exists():
-            missing = part.split("/")[0]
-            shown = f"{missing}/" if missing != "model_index.json" else missing
-            raise UserError(f"{folder}: a diffusers base needs {shown}, and there is none")
+    """Raises UserError where the folder is not a Stable Diffusion or SDXL pipeline in diffusers' layout, by names."""
+    examine.check_parts(folder)
 
 
 def variant(folder: Path) -> str | None:
-    """Returns the variant in which a base's UNet is there, such as fp16; None for plain files."""
-    files = sorted((folder / "unet").glob("diffusion_pytorch_model*.safetensors"))
+    """Returns the variant in which a base's UNet is there, such as fp16; None where there are plain files."""
+    stem = WEIGHTS["unet"]
+    files = sorted((folder / "unet").glob(f"{stem}*.safetensors"))
+    if any(path.name.startswith((f"{stem}.safetensors", f"{stem}-")) for path in files):
+        return None
     # diffusion_pytorch_model.fp16.safetensors, or diffusion_pytorch_model.fp16-00001-of-00002.safetensors
-    return files[0].name.split(".")[1].partition("-")[0] if files and files[0].name.count(".") > 1 else None
+    return files[0].name.split(".")[1].partition("-")[0] if files else None
 
 
-def identity(base: Base, folder: Path) -> dict[str, str | None]:
-    """Returns what names a base for good: its source, its pinned revision and a digest of its UNet's files; with a
-    style, that one's source and weight."""
+Identity = dict[str, str | None]
+
+
+def identity(base: Base, folder: Path) -> Identity:
+    """Returns what names a base for good: its source, its pinned revision, a digest of all that draws, and under `unet`
+    one of its UNet's files alone; with a style, that one's source and weight.
+
+    Raises:
+        UserError: the base has a fault (see `examine.examine`).
+    """
     style = {"style": f"{base.style.source} at {base.style.weight:g}"} if base.style else {}
-    return {"source": base.source, "revision": base.revision, "digest": sha256_folder(folder / "unet")} | style
+    found = examine.examine(folder.name, folder, base.variant)
+    return {"source": base.source, "revision": base.revision, "digest": found.digest, "unet": found.unet} | style
+
+
+def compared(one: Identity, other: Identity) -> tuple[str | None, str | None]:
+    """Returns the digests by which two bases are the same or not; None where one is not known.
+
+    Where both tell their UNet's digest apart, those of all that draws. Of an adapter or release from before 2026-11
+    `digest` is its UNet's: then UNets are compared.
+    """
+    if one.get("unet") and other.get("unet"):
+        return one.get("digest"), other.get("digest")
+    return one.get("unet") or one.get("digest"), other.get("unet") or other.get("digest")
+
+
+def same_base(one: Identity, other: Identity) -> bool:
+    """Returns whether two identities are of one base."""
+    mine, theirs = compared(one, other)
+    return mine is not None and mine == theirs
+
+
+def difference(one: Identity, other: Identity) -> str:
+    """Returns what a message about two other bases says besides their digests."""
+    if one.get("unet") and one.get("unet") == other.get("unet"):
+        return "; their UNets are the same, and VAE, text encoders, tokenizers or scheduler are not"
+    return ""

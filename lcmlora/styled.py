@@ -11,7 +11,8 @@ from safetensors import safe_open
 from lcmlora import architecture, bases, formats, lora
 from lcmlora.config import Base
 from lcmlora.errors import UserError
-from lcmlora.files import atomic_folder, sha256_file, sha256_folder
+from lcmlora.examine import examine
+from lcmlora.files import atomic_folder, sha256_file
 
 MARKER = ".styled"  # in the folder: what it was made from
 
@@ -36,7 +37,8 @@ def make(name: str, base: Base, plain: Path, target: Path) -> None:
     """
     assert base.style is not None
     weights = weights_of(name, base)
-    made_from = {"unet": sha256_folder(plain / "unet"), "style": sha256_file(weights), "weight": base.style.weight}
+    digest = examine(name, plain, base.variant).digest
+    made_from = {"base": digest, "style": sha256_file(weights), "weight": base.style.weight}
     wanted = json.dumps(made_from, sort_keys=True) + "\n"
     marker = target / MARKER
     if marker.is_file() and marker.read_text(encoding="utf-8") == wanted:

@@ -191,7 +191,7 @@ def test_weights_that_cannot_be_read_are_refused_by_name(base_folder: Path, tmp_
     folder = tmp_path / "broken"
     shutil.copytree(base_folder, folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"broken/unet: cannot be loaded"):
+    with pytest.raises(UserError, match=r"broken/unet: has no diffusion_pytorch_model.safetensors; get"):
         bases.load("x", _settings(folder), folder, device=torch.device("cpu"), parts=("unet",))
 
 
