@@ -17,7 +17,6 @@ from PIL import Image
 from lcmlora import architecture, bases, folders, noise, references, release, sampling, singlefile
 from lcmlora.config import Base
 from lcmlora.errors import UserError
-from lcmlora.files import sha256_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,7 +149,8 @@ def load(
         raise UserError(f"device: expected auto, cpu or cuda, got {device!r}")
     place = bases.pick_device(device)
     base_folder = _base(folder, provenance["base"], base)
-    plain = assemble(folder, base_folder, folders.variant(base_folder), bases.pick_dtype("auto", place)).to(place)
+    variant = provenance["base"].get("variant") or folders.variant(base_folder)
+    plain = assemble(folder, base_folder, variant, bases.pick_dtype("auto", place)).to(place)
     _add(plain, folder, fuse)
     plain.watermark = None  # SDXL's, which depends on the packages that happen to be installed
     resolution = provenance.get("resolution") or architecture.of_folder(base_folder).resolution
@@ -234,10 +234,15 @@ def _base(folder: Path, made_for: dict[str, str | None], wanted: Path | None) ->
     else:
         place = _download(source, revision, made_for.get("variant"))
     folders.check_folder(place)
-    if (found := sha256_folder(place / "unet")) != digest:
+    variant = made_for.get("variant") or folders.variant(place)
+    # Resolution and licence play no part in what a base is.
+    found = folders.identity(Base(source=str(place), variant=variant, resolution=1, license="unknown"), place)
+    mine, theirs = folders.compared(made_for, found)
+    if mine != theirs:
         raise UserError(
-            f"{folder}: was made for {source} (digest {digest[:12]}...), and the base in {place} has digest "
-            f"{found[:12]}...; expected the very files that the adapter was distilled with"
+            f"{folder}: was made for {source} (digest {str(mine)[:12]}...), and the base in {place} has digest "
+            f"{str(theirs)[:12]}...{folders.difference(made_for, found)}; expected the very files that the adapter was "
+            "distilled with"
         )
     return place
 

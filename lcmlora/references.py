@@ -201,18 +201,19 @@ def _at(folder: Path, adapter: AdapterReference) -> BaseReference:
 
 
 def check_same_base(adapter: AdapterReference, other: dict[str, str | None], shown: str) -> None:
-    """Raises UserError where an adapter was made for another base, by the digest of the UNet; unknown ones pass.
+    """Raises UserError where an adapter was made for another base, by its digest; unknown ones pass.
 
     Args:
         other: source and digest of a base.
         shown: how the message goes on to it, such as "this base is".
     """
-    mine, theirs = (adapter.base or {}).get("digest"), other.get("digest")
+    mine, theirs = folders.compared(adapter.base or {}, other)
     if mine and theirs and mine != theirs:
-        source = (adapter.base or {}).get("source")
+        made_for = adapter.base or {}
         raise UserError(
-            f"{adapter.shown}: was made for {source} (digest {mine[:12]}...), and {shown} {other.get('source')} "
-            f"(digest {theirs[:12]}...); if one base is a fine-tune of the other, go on with --other-base"
+            f"{adapter.shown}: was made for {made_for.get('source')} (digest {mine[:12]}...), and {shown} "
+            f"{other.get('source')} (digest {theirs[:12]}...){folders.difference(made_for, other)}; if one base is a "
+            "fine-tune of the other, go on with --other-base"
         )
 
 

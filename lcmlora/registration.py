@@ -102,6 +102,7 @@ def _tags(
         "base": base["source"],
         "base_revision": base["revision"],
         "base_digest": base["digest"],
+        "base_unet": base.get("unet"),
         "data_digest": provenance["data_digest"],
         "data_dvc": provenance.get("data_dvc"),
         "git_commit": provenance["git"]["commit"],

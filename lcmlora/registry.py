@@ -348,6 +348,7 @@ def _described(client: Any, found: Sequence[Any], settings: Registry) -> list[Ve
                     "source": tags.get("base"),
                     "revision": tags.get("base_revision"),
                     "digest": tags.get("base_digest"),
+                    "unet": tags.get("base_unet"),  # None in versions from before 2026-11, whose digest is the UNet's
                 },
                 objective=tags.get("objective", ""),
                 features=tags.get("features", ""),

@@ -53,7 +53,10 @@ def read_champion(
         return None
     theirs = registry.figures(champion, settings.registry)
     if gate.incomparable(figures, theirs):
-        if champion.base["digest"] != json.loads(Path("adapters", model, "config.json").read_text())["base"]["digest"]:
+        from lcmlora import folders
+
+        made_for = json.loads(Path("adapters", model, "config.json").read_text())["base"]
+        if not folders.same_base(champion.base, made_for):
             return None
         theirs = _remeasure(model, champion.reference, settings, processes)
     return Champion(champion.reference, theirs)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from lcmlora import generate, pipelines, references, release
 from lcmlora.errors import UserError
+from lcmlora.examine import examine
 from lcmlora.files import sha256_folder
 from lcmlora.pipelines import Pipeline
 from tests import served
@@ -149,7 +150,7 @@ def test_gamma_and_grid_are_those_of_the_release(made: Path, draw: Pipeline, tmp
 
 
 def test_another_base_is_refused_by_both_digests(made: Path, miniatures: Callable[[str], Path], tmp_path: Path):
-    mine, theirs = (sha256_folder(miniatures(name) / "unet")[:12] for name in ("sd15", "sd2"))
+    mine, theirs = (examine(name, miniatures(name)).digest[:12] for name in ("sd15", "sd2"))
     message = rf"made: was made for .*sd15 \(digest {mine}\.\.\.\), and the base in .*sd2 has digest {theirs}\.\.\.;"
     folder = served.copy(made, tmp_path / "made")
     with pytest.raises(UserError, match=message):

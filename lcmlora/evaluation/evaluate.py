@@ -24,6 +24,7 @@ from lcmlora.evaluation.features import Features
 from lcmlora.evaluation.metrics import distance, diversity, retrieval_hits
 from lcmlora.evaluation.reference import AGAIN, artist_of, load_features, load_scorers, mean_scores
 from lcmlora.files import atomic_folder, atomic_write, sha256_file, write_json
+from lcmlora.folders import compared
 
 STUDENT = "student"
 _GRID_STEPS = 4  # at which the grid shows the solvers: where the adapter is meant to be used
@@ -132,10 +133,10 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
 def _check_reference(
     folder: Path, facts: dict[str, Any], features: Features, settings: Evaluation, prompts: list[str], adapter: Path
 ) -> None:
-    made_for = read_json(adapter / "config.json", "distill")["base"]["digest"]
+    drawn_by, made_for = compared(facts["base"], read_json(adapter / "config.json", "distill")["base"])
     pairs = {
         "evaluation.features": (facts["features"]["name"], features.name),
-        "the base's digest": (facts["base"]["digest"], made_for),
+        "the base's digest": (drawn_by, made_for),
         "prompts": (facts["prompts"], prompts),
     }
     for name in ("seed", "pictures", "guidance_scale", "teacher_steps", "solvers", "solver_steps"):

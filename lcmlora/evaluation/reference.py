@@ -65,7 +65,11 @@ def draw_reference(
         about = about_real(real, gallery, settings.pictures, features)
     facts = {
         "model": base.name,
-        "base": {"digest": sha256_folder(base.folder / "unet"), "dtype": str(base.dtype).removeprefix("torch.")},
+        "base": {
+            "digest": base.examined.digest,
+            "unet": base.examined.unet,
+            "dtype": str(base.dtype).removeprefix("torch."),
+        },
         "settings": settings.model_dump(mode="json"),
         "seeds": {"teacher": settings.seed, "compared": settings.seed + 1},
         "prompts": prompts,
