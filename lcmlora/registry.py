@@ -348,7 +348,8 @@ def _described(client: Any, found: Sequence[Any], settings: Registry) -> list[Ve
                     "source": tags.get("base"),
                     "revision": tags.get("base_revision"),
                     "digest": tags.get("base_digest"),
-                    "unet": tags.get("base_unet"),  # None in versions from before 2026-11, whose digest is the UNet's
+                    # Versions from before 2026-11 have no such tag, and their digest is the UNet's.
+                    **({"unet": tags["base_unet"]} if "base_unet" in tags else {}),
                 },
                 objective=tags.get("objective", ""),
                 features=tags.get("features", ""),
