@@ -6,10 +6,15 @@ import datetime
 import getpass
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
+from lcmlora.parsing import Malformed, parse_json
+
 _TAG = "event."
+_KINDS = {"action": str, "who": str, "reason": str, "alias": str, "former": int, "override": bool}  # in a tag
+_LARGEST = 1 << 31  # of MLflow's version numbers
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,31 @@ def tag(
 
 
 def read(version: int, tags: Mapping[str, str]) -> list[Event]:
-    """Returns the events among the tags of a version, the oldest first."""
-    return [
-        Event(time=_time(name), version=version, **json.loads(value))
-        for name, value in sorted(tags.items())
-        if name.startswith(_TAG)
-    ]
+    """Returns the events among the tags of a version, the oldest first; those that others wrote are passed over."""
+    found = (_event(version, name, value) for name, value in sorted(tags.items()) if name.startswith(_TAG))
+    return [event for event in found if event is not None]
+
+
+def foreign(tags: Mapping[str, str]) -> list[str]:
+    """Returns the names of the tags that are called like events and are none of ours."""
+    return sorted(name for name, value in tags.items() if name.startswith(_TAG) and _event(0, name, value) is None)
+
+
+def _event(version: int, name: str, value: object) -> Event | None:
+    """Returns the event of a tag, None where it is not one that `tag` wrote: MLflow takes any from anybody."""
+    time = _time(name)
+    if time is None or not isinstance(value, str):
+        return None
+    try:
+        said = parse_json(value)
+    except Malformed:
+        return None
+    if not isinstance(said, dict) or not {"action", "who"} <= said.keys() <= _KINDS.keys():
+        return None
+    if not all(type(each) is _KINDS[key] for key, each in said.items()):
+        return None
+    former = said.get("former", 1)
+    return Event(time=time, version=version, **said) if 0 < former < _LARGEST else None
 
 
 def champions(events: Iterable[Event], alias: str) -> list[int]:
@@ -85,6 +109,14 @@ def champions(events: Iterable[Event], alias: str) -> list[int]:
     return line
 
 
-def _time(name: str) -> str:
-    digits = name.removeprefix(_TAG)  # 20261125T195433.123456Z
-    return f"{digits[:4]}-{digits[4:6]}-{digits[6:11]}:{digits[11:13]}:{digits[13:]}"
+def _time(name: str) -> str | None:
+    """Returns the time in a tag's name, None where there is none."""
+    digits = name.removeprefix(_TAG)
+    if not re.fullmatch(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z", digits):  # 20261125T195433.123456Z
+        return None
+    time = f"{digits[:4]}-{digits[4:6]}-{digits[6:11]}:{digits[11:13]}:{digits[13:]}"
+    try:
+        datetime.datetime.fromisoformat(time)
+    except ValueError:
+        return None
+    return time

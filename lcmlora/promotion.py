@@ -6,11 +6,12 @@ was killed in between is completed by the next one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lcmlora import events
 from lcmlora.config import Gate, Registry
-from lcmlora.errors import UserError
+from lcmlora.errors import Unavailable, UserError
 from lcmlora.evaluation import gate as gates
 from lcmlora.events import Event
 from lcmlora.registration import Registered
@@ -21,16 +22,27 @@ PREVIOUS = "previous"  # the alias of the champion before the present one
 
 
 def history(name: str, settings: Registry) -> list[Event]:
-    """Returns what happened to the versions of a model, the oldest event first.
+    """Returns what happened to the versions of a model, the oldest event first; nothing of what others wrote there.
 
     Raises:
         UserError: there is no such model, or MLflow cannot be reached.
     """
     with reaching(settings, "ask again later"):
-        found = _events(connect(settings), name)
+        found = _versions(connect(settings), name)
     if not found:
         raise UserError(f"{name}: not registered at {shown(settings.tracking_uri)}")
-    return found
+    return _events(found)
+
+
+def foreign_events(name: str, settings: Registry) -> list[str]:
+    """Returns VERSION: TAG of what is called like an event and was passed over, since none of ours wrote it.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    with reaching(settings, "ask again later"):
+        found = _versions(connect(settings), name)
+    return [f"{name}/{version.version}: {tag}" for version in found for tag in events.foreign(version.tags)]
 
 
 def assign(version: Version | Registered, settings: Registry, *, reason: str, who: str | None = None) -> str:
@@ -100,7 +112,13 @@ def _worse(candidate: Version, settings: Registry, gate: Gate) -> list[str]:
         champion = read_aliases(connect(settings), candidate.name).get(settings.alias)
     if not gate.champion or champion in (None, candidate.version):
         return []
-    mine, theirs = figures(candidate, settings), figures(resolve(reference, settings), settings)
+    mine = figures(candidate, settings)
+    try:
+        theirs = figures(resolve(reference, settings), settings)
+    except Unavailable:
+        raise
+    except UserError as error:  # a champion that others made, or that has lost its run
+        return [f"cannot be compared with {candidate.name}/{champion}, the {settings.alias}: {error}"]
     if other := gates.incomparable(mine, theirs):
         return [f"cannot be compared with {candidate.name}/{champion}, the {settings.alias}: {other}"]
     return gates.against(mine, theirs, gate, f"{candidate.name}/{champion}")
@@ -123,7 +141,7 @@ def _move(
     alias = settings.alias
     with reaching(settings, "the version is registered; run again to promote it"):
         client = connect(settings)
-        line, present = events.champions(_events(client, name), alias), read_aliases(client, name).get(alias)
+        line, present = _line(client, name, alias), read_aliases(client, name).get(alias)
         if line[-1:] != [version] or present != version:
             former = present if present != version else next((v for v in reversed(line) if v != version), None)
             client.set_registered_model_alias(name, alias, str(version))
@@ -143,12 +161,25 @@ def _set_previous(client: Any, name: str, alias: str) -> None:
 
 def _champions(client: Any, name: str, alias: str) -> list[int]:
     """Returns the line of champions by the history; one that was made so elsewhere, in MLflow's pages, ends it."""
-    line = events.champions(_events(client, name), alias)
-    present = read_aliases(client, name).get(alias)
+    line, present = _line(client, name, alias), read_aliases(client, name).get(alias)
     return line if present is None or line[-1:] == [present] else [*line, present]
 
 
-def _events(client: Any, name: str) -> list[Event]:
-    found = search(client.search_model_versions, f"name = '{name}'")
+def _line(client: Any, name: str, alias: str) -> list[int]:
+    """Returns the line of champions by the history, of versions that are there: they can be deleted, or never were."""
+    found = _versions(client, name)
+    there = {int(version.version) for version in found}
+    line: list[int] = []
+    for number in events.champions(_events(found), alias):
+        if number in there and line[-1:] != [number]:
+            line.append(number)
+    return line
+
+
+def _versions(client: Any, name: str) -> list[Any]:
+    return search(client.search_model_versions, f"name = '{name}'")
+
+
+def _events(found: Sequence[Any]) -> list[Event]:
     every = [event for version in found for event in events.read(int(version.version), version.tags)]
     return sorted(every, key=lambda event: event.time)

@@ -126,6 +126,9 @@ def point(model: str, sha256: str, settings: Publish, channel: str = "champion")
         UserError: there is no such release, it was yanked, the pointer is signed and no key is set, or another
             publisher moved it at the same moment.
     """
+    for name in (model, channel):
+        if not records.is_name(name):
+            raise UserError(f"{records.printable(repr(name))}: expected the name of a model and of a channel")
     store = open_store(settings, consequence="the channel was not moved, and the next run moves it")
     prefix = published.prefix_of(model, sha256)
     if not _published(store, model, sha256):
@@ -180,6 +183,8 @@ def _time_after(former: dict[str, Any] | None) -> str:
 def follow(model: str, sha256: str, uri: str, settings: Publish, channel: str = "champion") -> str:
     """Points the channel beside the release at `uri` at it, which need not lie where releases go now; see `point`."""
     to = uri.removeprefix("file://").rpartition(f"/{model}/sha256-")[0]
+    if not to:
+        raise UserError(f"{records.printable(uri)}: is not the address of a release of {model}, so no channel follows")
     return point(model, sha256, settings.model_copy(update={"to": to}), channel)
 
 

@@ -49,10 +49,10 @@ def is_digest(text: object) -> bool:
     return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{64}", text) is not None
 
 
-def printable(text: object) -> str:
+def printable(text: object, limit: int = _SHOWN) -> str:
     """Returns on one line what others wrote, without what a terminal takes for a command, and not without end."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: _SHOWN + 1])
-    return f"{shown[:_SHOWN]}..." if len(shown) > _SHOWN else shown
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: limit + 1])
+    return f"{shown[:limit]}..." if len(shown) > limit else shown
 
 
 def seal(kind: str, facts: dict[str, str], key: str | None) -> bytes:

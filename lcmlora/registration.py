@@ -13,6 +13,7 @@ from typing import Any
 from lcmlora import events, release
 from lcmlora.config import Registry
 from lcmlora.evaluation.gate import record
+from lcmlora.parsing import as_object, read_json
 from lcmlora.registry import MODEL, PASSED, REJECTED, RELEASE, read_aliases, with_digest
 from lcmlora.tracking import connect, create_run, existing, flat, reaching
 
@@ -57,12 +58,13 @@ def register(
     release.verify(folder)
     sha256 = release.digest(folder)
     name = f"lcm-lora-{model}"
-    provenance = json.loads((folder / release.PROVENANCE).read_text(encoding="utf-8"))
-    figures = json.loads((folder / release.METRICS).read_text(encoding="utf-8"))
+    provenance, figures = (
+        as_object(read_json(folder / each), str(folder / each)) for each in (release.PROVENANCE, release.METRICS)
+    )
     tags = _tags(provenance, figures, uri, gate_failures)
     with reaching(settings, f"the release is kept in {folder} and the next run registers it"):
         client = connect(settings)
-        found = with_digest(client, sha256, name)
+        found = _with_release(client, with_digest(client, sha256, name))
         if found:
             version = found[0]
             _update(client, version, tags)
@@ -91,6 +93,17 @@ def register(
         aliases=tuple(sorted(alias for alias, number in aliases.items() if number == int(version.version))),
         promoted=any(event.alias == settings.alias for event in past),
     )
+
+
+def _with_release(client: Any, found: Sequence[Any]) -> list[Any]:
+    """Returns the versions whose run is there and has a release: what others registered has not, whatever its tags."""
+
+    def has_release(version: Any) -> bool:
+        run_id = existing(client, version.run_id or None)
+        listed = client.list_artifacts(run_id, RELEASE) if run_id else []
+        return any(item.path.endswith(f"/{release.CHECKSUMS}") for item in listed)
+
+    return [version for version in found if has_release(version)]
 
 
 def _tags(
@@ -186,7 +199,7 @@ def _only_one(client: Any, version: Any, sha256: str, *, own_run: bool) -> Any:
     Args:
         own_run: the version's run was made for it, and ends here.
     """
-    first = with_digest(client, sha256, version.name)[0]
+    first = _with_release(client, with_digest(client, sha256, version.name))[0]
     lost = int(first.version) != int(version.version)
     if lost:
         client.delete_model_version(version.name, version.version)

@@ -6,18 +6,18 @@ A version is an MLflow model that serves (lcmlora/serving.py), with the release 
 from __future__ import annotations
 
 import datetime
-import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from lcmlora import events, release
+from lcmlora import events, records, release
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
 from lcmlora.files import make_once
+from lcmlora.parsing import as_object, read_json
 from lcmlora.tracking import connect, reaching, shown
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Version:
     created: str  # ISO 8601, UTC
     updated: str
     promoted: str | None  # when it got the configured alias last
+    foreign_events: tuple[str, ...]  # tags that are called like events and that others wrote: passed over
     tags: dict[str, str]
 
     @property
@@ -165,11 +166,33 @@ def figures(version: Version, settings: Registry) -> dict[str, Any]:
     Raises:
         UserError: the version has no release, or MLflow cannot be reached.
     """
-    if not version.run_id:
-        raise UserError(f"{version.reference}: has no run, so no release; it was registered by other means")
+    _expect_ours(version)
     with reaching(settings, "ask again later"), tempfile.TemporaryDirectory() as folder:
         path = _fetch(connect(settings), version, release.METRICS, Path(folder))
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            found = as_object(read_json(path), release.METRICS)
+        except UserError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise UserError(f"{version.reference}: {release.METRICS} among its artifacts: {reason}") from None
+    for name in ("excess", "retrieval", "network_evaluations"):
+        group = found.get(name)
+        if not isinstance(group, dict) or not all(type(value) in (int, float) for value in group.values()):
+            raise UserError(f"{version.reference}: {release.METRICS} among its artifacts: {name}: expected figures")
+    if not isinstance(found.get("features"), dict) or not isinstance(found["features"].get("name"), str):
+        raise UserError(f"{version.reference}: {release.METRICS} among its artifacts: features: expected a name")
+    return found
+
+
+def _expect_ours(version: Version) -> None:
+    if not version.run_id:
+        raise UserError(f"{version.reference}: has no run, so no release; it was registered by other means")
+    if not records.is_digest(version.sha256):
+        shown = (
+            f"its tag sha256 is {records.printable(repr(version.sha256))}" if version.sha256 else "has no tag sha256"
+        )
+        raise UserError(
+            f"{version.reference}: {shown}, expected the SHA-256 of an adapter; it was registered by other means"
+        )
 
 
 def pull(reference: str, settings: Registry, out: Path, *, everything: bool = False) -> Path:
@@ -185,6 +208,7 @@ def pull(reference: str, settings: Registry, out: Path, *, everything: bool = Fa
         UserError: a file is missing or another one, `out` is in the way, or MLflow cannot be reached.
     """
     version = resolve(reference, settings)
+    _expect_ours(version)
 
     def is_there() -> bool:
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -224,15 +248,19 @@ def load_pipeline(
 
     settings = settings or config.load().registry
     version = resolve(reference, settings)
+    _expect_ours(version)
     folder = pull(version.reference, settings, cache / f"sha256-{version.sha256[:12]}")
     return pipelines.load(folder, base, device)
 
 
 def _download(client: Any, version: Version, folder: Path, everything: bool) -> None:
     """Writes the release of a version, or what `pull` takes of it, to the folder, and checks it."""
-    listed = {Path(item.path).name: item.file_size for item in client.list_artifacts(version.run_id, RELEASE)}
+    listed = [PurePosixPath(item.path).name for item in client.list_artifacts(version.run_id, RELEASE)]
     if not listed:
         raise UserError(f"{version.reference}: has no release among the artifacts of its run {version.run_id}")
+    for name in listed:
+        if fault := release.fault_of_name(name):
+            raise UserError(f"{version.reference}: {records.printable(repr(name))} among its artifacts {fault}")
     for name in sorted(listed) if everything else release.ADAPTER:
         _fetch(client, version, name, folder)
     release.verify(folder, None if everything else release.ADAPTER)
@@ -333,7 +361,9 @@ def _described(client: Any, found: Sequence[Any], settings: Registry) -> list[Ve
         aliases = {model.name: _aliases(model) for model in search(client.search_registered_models)}
     else:
         aliases = {name: read_aliases(client, name) for name in names}
-    metrics = _metrics(client, sorted({version.run_id for version in found if version.run_id}))
+    # Whoever registers a version may name any text as its run.
+    runs = {version.run_id for version in found if re.fullmatch(r"[0-9a-f]{32}", version.run_id or "")}
+    metrics = _metrics(client, sorted(runs))
     described = []
     for version in found:
         tags, number = dict(version.tags), int(version.version)
@@ -361,11 +391,12 @@ def _described(client: Any, found: Sequence[Any], settings: Registry) -> list[Ve
                 gate=tags.get("gate", ""),
                 gate_reason=tags.get("gate_reason") or None,
                 release_uri=tags.get("release_uri"),
-                run_id=version.run_id,
-                aliases=tuple(sorted(a for a, v in aliases[version.name].items() if v == number)),
+                run_id=version.run_id or "",
+                aliases=tuple(sorted(a for a, v in aliases.get(version.name, {}).items() if v == number)),
                 created=_iso(version.creation_timestamp),
                 updated=_iso(version.last_updated_timestamp),
                 promoted=promotions[-1] if promotions else None,
+                foreign_events=tuple(events.foreign(tags)),
                 tags=tags,
             )
         )
@@ -382,6 +413,8 @@ def _metrics(client: Any, run_ids: Sequence[str]) -> dict[str, dict[str, float]]
     return found
 
 
-def _iso(milliseconds: int) -> str:
+def _iso(milliseconds: int | None) -> str:
+    if milliseconds is None:
+        return ""
     moment = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC)
     return moment.isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -74,6 +74,9 @@ def list_versions(
     ]
     titles = ("version", "alias", "gate", f"excess@{steps}", f"retrieval@{steps}", "objective", "sha256", "created")
     print_table(titles, rows)
+    passed_over = [f"{version.reference}: {tag}" for version in found for tag in version.foreign_events]
+    if passed_over:
+        print(f"note: {len(passed_over)} tags that no version of lcmlora wrote: {_some(passed_over)}", file=sys.stderr)
 
 
 def _figure(version: Version, name: str) -> str:
@@ -97,6 +100,7 @@ def show(context: typer.Context, reference: Reference, as_json: AsJson = False) 
     facts = version.plain()
     metrics, base = facts.pop("metrics"), facts.pop("base")
     facts.pop("tags")
+    facts["foreign_events"] = ", ".join(version.foreign_events)
     facts["aliases"] = " ".join(facts["aliases"])
     rows = [(key, str(value)) for key, value in facts.items() if value not in (None, "")]
     rows += [(f"base {key}", str(value)) for key, value in base.items() if value]
@@ -149,6 +153,14 @@ def history(context: typer.Context, name: Name, as_json: AsJson = False) -> None
         action = event.action + (" against the gate" if event.override else "")
         rows.append((event.time[:19] + "Z", f"/{event.version}", action, alias, event.who, event.reason or ""))
     print_table(("time", "version", "what", "alias", "who", "why"), rows)
+    if passed_over := promotion.foreign_events(name, config.registry):
+        print(f"note: {len(passed_over)} tags that no version of lcmlora wrote: {_some(passed_over)}", file=sys.stderr)
+
+
+def _some(texts: Sequence[str]) -> str:
+    from lcmlora.records import printable
+
+    return ", ".join(map(printable, texts[:5])) + (", ..." if len(texts) > 5 else "")
 
 
 @app.command()
@@ -248,10 +260,13 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from lcmlora.records import printable
+
     table = Table(box=box.SIMPLE)
     for title in titles:
         table.add_column(title, overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        # Anybody may write a tag, with what a terminal takes for a command in it.
+        table.add_row(*(escape(printable(cell, limit=2000)) for cell in row))
     # A file or a pipe has no width, and rich would take it for 80 columns.
     Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from lcmlora.config import Registry
 from lcmlora.errors import Unavailable, UserError
+from lcmlora.parsing import as_object, read_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -159,7 +160,7 @@ def _continue_or_create(
 ) -> str:
     marker = scratch / _RUN_FILE if scratch else None
     if marker and marker.is_file():
-        run_id = existing(client, json.loads(marker.read_text())["run_id"])
+        run_id = existing(client, as_object(read_json(marker), str(marker)).get("run_id"))
         if run_id:
             client.update_run(run_id, status="RUNNING")
             return run_id
@@ -197,7 +198,8 @@ def existing(client: Any, run_id: str | None) -> str | None:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        # A name that can be no run's is refused as such by a server.
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
     return run_id if run.info.lifecycle_stage == "active" else None

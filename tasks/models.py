@@ -11,6 +11,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from lcmlora import config, promotion, publish, registration, registry, release
+from lcmlora.errors import Unavailable, UserError
 from lcmlora.evaluation import gate
 from tasks.devices import occupied
 from tasks.dvc import StageFailed
@@ -23,6 +24,7 @@ class Champion:
 
     reference: str
     figures: dict[str, Any]
+    fault: str | None = None  # why there are no figures: others made it champion, or its run has gone
 
 
 @task(task_run_name="fetch base {model}", cache_policy=NO_CACHE)
@@ -51,7 +53,12 @@ def read_champion(
     champion = registry.champion(model, settings.registry)
     if champion is None or champion.sha256 == release.digest(Path("release", model)):
         return None
-    theirs = registry.figures(champion, settings.registry)
+    try:
+        theirs = registry.figures(champion, settings.registry)
+    except Unavailable:
+        raise
+    except UserError as error:
+        return Champion(champion.reference, {}, str(error))
     if gate.incomparable(figures, theirs):
         from lcmlora import folders
 
@@ -77,7 +84,11 @@ def _remeasure(model: str, reference: str, settings: config.Config, processes: P
 def pass_gate(model: str, figures: dict[str, Any], champion: Champion | None, settings: config.Config) -> list[str]:
     """Returns why the candidate must not become champion; empty if it may."""
     failures = gate.gate(figures, settings.gate)
-    if champion is not None:
+    if champion is not None and champion.fault is not None:
+        failures.append(
+            f"cannot be compared with {champion.reference}, the {settings.registry.alias}: {champion.fault}"
+        )
+    elif champion is not None:
         failures += gate.against(figures, champion.figures, settings.gate, champion.reference)
     return failures
 
