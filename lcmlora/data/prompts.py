@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lcmlora.data.candidates import NO_CAPTION, Candidate, Rejection, Unusable, decoded_caption
@@ -30,10 +31,20 @@ def find(path: str) -> tuple[list[Candidate], list[Rejection]]:
     names = sorted(name for kind in KINDS for name in files.list(kind))
     if not names:
         raise UserError(f"data.path: {path}: no prompts; expected a file that ends in {', '.join(KINDS)}, or a folder")
+    found, rejections = distinct(read_rows(path, names, wanted=("", *NAMES)))
+    if not found:
+        first = next(iter(rejections), None)
+        told = f": {first.name}: {first.reason}" + (f" ({first.detail})" if first.detail else "") if first else ""
+        raise UserError(f"data.path: {path}: no prompt that can be used in {len(names)} files{told}")
+    return found, rejections
+
+
+def distinct(rows: Iterable[Row | Rejection]) -> tuple[list[Candidate], list[Rejection]]:
+    """Returns every prompt of these rows once, and what is refused."""
     found: list[Candidate] = []
     rejections: list[Rejection] = []
     seen: set[str] = set()
-    for each in read_rows(path, names, wanted=("", *NAMES)):
+    for each in rows:
         if isinstance(each, Rejection):
             rejections.append(each)
             continue
@@ -46,10 +57,6 @@ def find(path: str) -> tuple[list[Candidate], list[Rejection]]:
         else:
             seen.add(prompt.text)
             found.append(Candidate(each.name, prompt, each.name))
-    if not found:
-        first = next(iter(rejections), None)
-        told = f": {first.name}: {first.reason}" + (f" ({first.detail})" if first.detail else "") if first else ""
-        raise UserError(f"data.path: {path}: no prompt that can be used in {len(names)} files{told}")
     return found, rejections
 
 
