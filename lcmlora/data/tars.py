@@ -52,9 +52,9 @@ _MAX_SAMPLE = 100_000  # members, where all names have one beginning
 class Tars:
     """A tar file, or a folder of them. A place is `tar@offset+size`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, files: Files | None = None) -> None:
         self._path = path
-        self._files = Files(path)
+        self._files = files or Files(path)
 
     def candidates(self, scores: Iterable[str] = ()) -> tuple[list[Candidate], list[Rejection]]:
         tars = self._files.list(".tar")
