@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import shutil
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from pydantic import Field
 
 from flows import choose, outcomes
 from flows.outcomes import Outcome
-from lcmlora import config
+from lcmlora import config, faults, masking
 from lcmlora.errors import UserError
 from tasks import dvc
 from tasks.devices import occupied
@@ -237,8 +238,9 @@ def _noting(*outcomes: Outcome) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, UserError):
-            traceback.print_exception(error)
-        line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        line = str(error) if isinstance(error, UserError) else faults.told(error)
+        if line is None:
+            print(masking.text("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        line = line or masking.text(f"{type(error).__name__}: {error}")
         for outcome in outcomes:
             outcome.errors.append(line)

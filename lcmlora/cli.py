@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lcmlora import adapter_verbs, data_verbs, names, registry_verbs, release_verbs, study_verbs
+from lcmlora import adapter_verbs, data_verbs, faults, names, registry_verbs, release_verbs, study_verbs
 from lcmlora.errors import reporting
 
 app = typer.Typer(
@@ -345,13 +345,8 @@ def main() -> None:
     for entry in importlib.metadata.entry_points(group="lcmlora.verbs"):
         app.command(entry.name)(entry.load())
     rank = os.environ.get("RANK", "0")
-    verb = next((word for word in sys.argv[1:] if word in _names()), "")
-    with reporting("" if rank == "0" else f"process {rank}: ", verb):
+    with reporting("" if rank == "0" else f"process {rank}: ", faults.verb_of(sys.argv[1:])):
         app()
-
-
-def _names() -> set[str | None]:
-    return set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -17,15 +17,22 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from lcmlora import names
 from lcmlora.errors import UserError
+from lcmlora.parsing import Malformed, parse_yaml, read_bytes
 from lcmlora.terminal import shown
 
+_MAX_BYTES = 1 << 20  # of params.yaml; ours has 10,000
+_LARGEST = 1 << 53  # of integers; above it neither JSON nor a float has them all
+_MOST_LINES = 20  # of a message
+
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Kind = Literal["style", "finetune"]
 Solver = Literal["ddim", "dpm++", "unipc", "euler"]
@@ -43,7 +50,17 @@ Name = Annotated[str, AfterValidator(_named)]  # of what becomes a path, a comma
 class Strict(BaseModel):
     """Unknown keys are errors, and nothing changes after loading."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`steps: yes` is true in YAML, and would be taken for 1."""
+        if isinstance(value, bool) and info.field_name:
+            kind = cls.model_fields[info.field_name].annotation
+            if {int, float} & {kind, *get_args(kind)} and bool not in (kind, *get_args(kind)):
+                raise ValueError(f"expected a number, not {str(value).lower()} (as yes, no, on and off are read)")
+        return value
 
 
 S = TypeVar("S", bound=Strict)
@@ -59,7 +76,7 @@ class Round(Strict):
 class Pretrain(Strict):
     """How the embedded emoji base is made (stage `pretrain`, frozen)."""
 
-    seed: int
+    seed: Seed
     groups: tuple[str, ...]  # what the UNet sees, of `vae_groups`
     base_styles: tuple[str, ...]  # likewise, of `vae_styles`
     vae_groups: tuple[str, ...]
@@ -109,7 +126,7 @@ class Data(Strict):
     # Share of the rows, files and samples read that may be damaged or refused; above it the run stops.
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.5
     validation: Annotated[float, Field(gt=0, lt=1)]  # share of captions that training never sees
-    seed: int
+    seed: Seed
 
 
 class Rollouts(Strict):
@@ -136,7 +153,7 @@ class Encode(Strict):
 class Training(Strict):
     """A run of the training loop (lcmlora/training.py)."""
 
-    seed: int
+    seed: Seed
     steps: Positive
     batch: Positive  # pictures in a step, over all processes
     accumulate: Positive = 1  # forwards into which each process divides its pictures of a step
@@ -226,7 +243,7 @@ class Launch(Strict):
 class Evaluation(Strict):
     """What is drawn and measured (stages `reference` and `evaluate`)."""
 
-    seed: int
+    seed: Seed
     pictures: Annotated[int, Field(ge=2)]
     batch: Positive
     features: Literal["efficientnet-lite0", "inception", "clip"]
@@ -286,7 +303,8 @@ class Gate(Strict):
 class Registry(Strict):
     """MLflow: where runs and models are kept."""
 
-    tracking_uri: str  # MLFLOW_TRACKING_URI, where it is set, goes before it
+    # MLFLOW_TRACKING_URI, where it is set, goes before it. It may hold a password, so that no text of settings has it.
+    tracking_uri: Annotated[str, Field(repr=False)]
     # Of MLflow; where it keeps experiments in folders, as on Databricks, with the folders before it.
     experiment: Annotated[
         str, Field(max_length=256, pattern=r"^/?[A-Za-z0-9][A-Za-z0-9._@ -]*(/[A-Za-z0-9][A-Za-z0-9._@ -]*)*$")
@@ -520,7 +538,11 @@ def _override(settings: S, changes: dict[str, Any], where: str) -> S:
 
 def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings with the changes; of settings within settings with those that are changed."""
-    within = {k: _merged(settings[k], v) for k, v in changes.items() if isinstance(v, dict) and settings.get(k)}
+    within = {
+        k: _merged(settings[k], v)
+        for k, v in changes.items()
+        if isinstance(v, dict) and isinstance(settings.get(k), dict)
+    }
     return settings | changes | within
 
 
@@ -537,7 +559,8 @@ def _explain(where: str, error: ValidationError) -> str:
             value = "" if item["loc"] == () else f" got {shown(repr(item['input']), 200)}:"
             told = item["msg"].removeprefix("Value error, ")
             lines.append(f"{where}: {key + ':' + value + ' ' if key else ''}{told}")
-    return "\n".join(lines)
+    more = [f"{where}: and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+    return "\n".join(lines[:_MOST_LINES] + more)
 
 
 def load(path: Path = Path("params.yaml")) -> Config:
@@ -549,14 +572,7 @@ def load(path: Path = Path("params.yaml")) -> Config:
     Raises:
         UserError: the file is missing, is not YAML, or holds a key or value that does not fit.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run in the project's folder or name it with --params") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping of settings, got {type(raw).__name__}")
+    raw = _read(path)
     if (uri := os.environ.get("MLFLOW_TRACKING_URI")) and isinstance(raw.get("registry"), dict):
         raw["registry"]["tracking_uri"] = uri
     if (to := os.environ.get("LCMLORA_PUBLISH_TO")) and isinstance(raw.get("publish"), dict):
@@ -565,7 +581,64 @@ def load(path: Path = Path("params.yaml")) -> Config:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise UserError(_explain(str(path), error)) from None
-    for model in config.bases:  # overrides are checked here, not hours later
+    try:
+        _check_overrides(config)
+    except UserError as error:
+        raise UserError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns what is in the file, with values that can stand in settings. Raises UserError."""
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file; run in the project's folder or name it with --params")
+    try:
+        raw = parse_yaml(read_bytes(path, limit=_MAX_BYTES))
+    except Malformed as error:
+        told = str(error)
+        raise UserError(f"{path}: {'is ' if told.startswith('not ') else ''}{told}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping of settings, got {'nothing' if raw is None else _kind(raw)}")
+    _check_plain(raw, str(path))
+    return raw
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Raises UserError where a key is no text, or a value is one that no setting has, naming where it stands."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                told = shown(repr(key), 80)
+                raise UserError(f"{where}: the key {told} is no text ({_kind(key)}); put it in quotes")
+            _check_plain(inner, f"{where}: {shown(key, 80)}" if where.count(": ") == 0 else f"{where}.{shown(key, 80)}")
+    elif isinstance(value, list | tuple | set):
+        for number, inner in enumerate(value):
+            _check_plain(inner, f"{where}.{number}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: got {value}: expected a finite number")
+    elif isinstance(value, int) and abs(value) > _LARGEST:
+        raise UserError(f"{where}: got a number of {value.bit_length()} bits: expected one up to {_LARGEST}")
+    elif isinstance(value, str) and "\0" in value:
+        raise UserError(f"{where}: got {shown(repr(value), 200)}: a zero byte, which no name and no path has")
+    elif not isinstance(value, str | int | float | None):
+        raise UserError(f"{where}: got {shown(repr(value), 200)} ({_kind(value)}): put it in quotes, if it is a text")
+
+
+def _kind(value: object) -> str:
+    kinds = {
+        dict: "a mapping",
+        list: "a list",
+        str: "a text",
+        int: "a number",
+        float: "a number",
+        bool: "true or false",
+    }
+    return "null" if value is None else kinds.get(type(value), type(value).__name__)
+
+
+def _check_overrides(config: Config) -> None:
+    """Raises UserError where a section of a base, a style or the study does not fit; here, and not hours later."""
+    for model in config.bases:
         config.encode_for(model), config.launch_for(model), config.evaluation_for(model)
     for model in config.models:
         encoding, batch = config.encode_for(model), config.distill_for(model).batch
@@ -583,7 +656,6 @@ def load(path: Path = Path("params.yaml")) -> Config:
     for model in config.study.models if config.study else ():
         for kind, name in config.studied(model):
             config.real_pictures(kind, name)
-    return config
 
 
 def digest(*settings: BaseModel | dict[str, Any] | str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,8 +11,14 @@ from contextlib import contextmanager
 class UserError(Exception):
     """Something a person can put right: one line that names the thing, what was expected and what to do.
 
-    The command line prints the line without a traceback and exits with status 2.
+    The command line prints the line without a traceback and exits with status 2. Passwords and tokens in it are masked,
+    whoever shows or stores it.
     """
+
+    def __str__(self) -> str:
+        from lcmlora import masking
+
+        return masking.text(super().__str__())
 
 
 class Unavailable(UserError):
@@ -27,14 +34,15 @@ def reporting(prefix: str = "", verb: str = "") -> Iterator[None]:
     Args:
         verb: of the command line, which decides what takes less memory.
     """
-    from lcmlora import faults
+    from lcmlora import faults, masking
 
     try:
         yield
     except Exception as error:
         line = str(error) if isinstance(error, UserError) else faults.told(error, verb)
         if line is None:
-            raise
-        for part in line.splitlines():
+            print(masking.text("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+            raise SystemExit(1) from None
+        for part in masking.text(line).splitlines():
             print(f"error: {prefix}{part}", file=sys.stderr)
         raise SystemExit(2) from None

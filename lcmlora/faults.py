@@ -7,9 +7,10 @@ import errno
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lcmlora import temporaries
 from lcmlora.errors import UserError
 
 _REMEDIES = {
@@ -104,6 +105,11 @@ def _memory(error: BaseException, text: str, verb: str) -> str | None:
     return None
 
 
+def verb_of(arguments: Sequence[str]) -> str:
+    """Returns which verb a command line runs, of those that take much memory."""
+    return next((word for word in arguments if word in _TO_LOWER), "")
+
+
 def killed(verb: str = "") -> str:
     """Returns what SIGKILL without another known cause means for who runs this verb."""
     lower = _TO_LOWER.get(verb)
@@ -176,6 +182,8 @@ def name(error: OSError, path: Path, temporary: Path | None = None) -> None:
             error.filename = str(path)
         return
     named = str(error.filename)
+    if temporary is None and Path(named).parent == path.parent and temporaries.is_temporary(Path(named)):
+        temporary = Path(named)  # it could not even be made
     if temporary is not None and (named == str(temporary) or named.startswith(f"{temporary}{os.sep}")):
         error.filename = str(path) + named.removeprefix(str(temporary))
         if error.filename2 is not None:

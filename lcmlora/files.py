@@ -74,7 +74,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     with naming(path):
         make_folder(path.parent)
         temporaries.sweep(path.parent, None)
-        temporaries.remove(path.with_name(f".{path.name}.part"))  # as earlier versions called what they left
+        former = path.with_name(f".{path.name}.part")  # as earlier versions called what they left
+        if former.is_dir():
+            temporaries.remove(former)
         with temporaries.folder_beside(path) as temporary:
             with naming(path, temporary), faults.as_oserror(path, temporary):
                 yield temporary

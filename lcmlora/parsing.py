@@ -15,6 +15,7 @@ from lcmlora.errors import UserError
 MAX_BYTES = 64 << 20  # of a file that is read whole; the largest of ours, a manifest of 100,000 shards, has 20 MB
 MAX_DEPTH = 64  # levels of lists and objects; Python's own limit depends on how deep the caller is
 
+MAX_BITS = 14_000  # of an integer; Python shows none of over 4,300 digits, which YAML can write in hexadecimal
 MAX_VALUES = 1_000_000  # of a YAML document
 _SHOWN = 200  # characters of a reason
 
@@ -127,7 +128,8 @@ def decoded(content: bytes | str) -> str:
 
 
 def check_value(value: Any) -> None:
-    """Raises Malformed where it is nested over MAX_DEPTH levels or has half a surrogate pair in a text."""
+    """Raises Malformed where it is nested over MAX_DEPTH levels, has half a surrogate pair in a text, or a number that
+    Python does not show."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         following: list[Any] = []
@@ -135,6 +137,9 @@ def check_value(value: Any) -> None:
             if isinstance(each, str):
                 if not each.isascii() and any("\ud800" <= c <= "\udfff" for c in each):
                     raise Malformed(f"half a surrogate pair in {ascii(each)[:_SHOWN]}")
+            elif isinstance(each, int):
+                if each.bit_length() > MAX_BITS:
+                    raise Malformed(f"a number of {each.bit_length()} bits")
             elif isinstance(each, dict):
                 following += each
                 following += each.values()

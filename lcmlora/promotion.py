@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lcmlora import events
+from lcmlora import events, masking
 from lcmlora.config import Gate, Registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.evaluation import gate as gates
 from lcmlora.events import Event
 from lcmlora.registration import Registered
 from lcmlora.registry import PASSED, Version, figures, find, read_aliases, resolve, search
-from lcmlora.tracking import connect, reaching, shown
+from lcmlora.tracking import connect, reaching
 
 PREVIOUS = "previous"  # the alias of the champion before the present one
 
@@ -30,7 +30,7 @@ def history(name: str, settings: Registry) -> list[Event]:
     with reaching(settings, "ask again later"):
         found = _versions(connect(settings), name)
     if not found:
-        raise UserError(f"{name}: not registered at {shown(settings.tracking_uri)}")
+        raise UserError(f"{name}: not registered at {masking.address(settings.tracking_uri)}")
     return _events(found)
 
 

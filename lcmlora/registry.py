@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from lcmlora import events, records, release
+from lcmlora import events, masking, records, release
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
 from lcmlora.files import make_once
 from lcmlora.parsing import as_object, read_json
-from lcmlora.tracking import connect, reaching, shown
+from lcmlora.tracking import connect, reaching
 
 if TYPE_CHECKING:
     from lcmlora.pipelines import Pipeline
@@ -106,7 +106,7 @@ def versions(settings: Registry, name: str | None = None) -> list[Version]:
         client = connect(settings)
         found = search(client.search_model_versions, f"name = '{name}'" if name else None)
         if name and not found:
-            raise UserError(f"{name}: not registered at {shown(settings.tracking_uri)}")
+            raise UserError(f"{name}: not registered at {masking.address(settings.tracking_uri)}")
         found.sort(key=lambda version: (version.name, -int(version.version)))
         return _described(client, found, settings)
 
@@ -294,7 +294,7 @@ def find(client: Any, reference: str, settings: Registry) -> Any:
     if re.fullmatch(r"[0-9a-f]{12,64}", reference):
         found = with_digest(client, reference)
         if not found:
-            raise UserError(f"{reference}: no adapter of this SHA-256 at {shown(settings.tracking_uri)}")
+            raise UserError(f"{reference}: no adapter of this SHA-256 at {masking.address(settings.tracking_uri)}")
         return found[-1]
     match = re.fullmatch(r"([^@/]+)(?:@([^@/]+)|/(\d+))", reference.removeprefix("models:/"))
     if match is None:
@@ -307,7 +307,7 @@ def find(client: Any, reference: str, settings: Registry) -> Any:
         return _get(client, name, int(number), settings)
     aliases = read_aliases(client, name) if _is_registered(client, name) else None
     if aliases is None:
-        raise UserError(f"{reference}: not registered at {shown(settings.tracking_uri)}")
+        raise UserError(f"{reference}: not registered at {masking.address(settings.tracking_uri)}")
     if alias not in aliases:
         raise UserError(f"{reference}: no such alias; {name} has {', '.join(sorted(aliases)) or 'none'}")
     return _get(client, name, aliases[alias], settings)
@@ -321,7 +321,7 @@ def _get(client: Any, name: str, version: int, settings: Registry) -> Any:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        raise UserError(f"{name}/{version}: not registered at {shown(settings.tracking_uri)}") from error
+        raise UserError(f"{name}/{version}: not registered at {masking.address(settings.tracking_uri)}") from error
 
 
 def _is_registered(client: Any, name: str) -> bool:

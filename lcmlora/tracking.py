@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
+from lcmlora import masking
 from lcmlora.config import Registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.parsing import as_object, read_json
@@ -46,9 +46,6 @@ _TRANSPORT = {
 }
 _BUSY = (429, 500, 502, 503, 504)  # HTTP
 
-# Of MLflow's own variables, those whose values must not be printed.
-_SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-
 
 class Run:
     """One MLflow run that figures are logged to, in batches. Without a client it keeps nothing."""
@@ -66,7 +63,7 @@ class Run:
         """What names this run to a later reader; without credentials."""
         return {
             "run_id": self.id,
-            "tracking_uri": self._settings and shown(self._settings.tracking_uri),
+            "tracking_uri": self._settings and masking.address(self._settings.tracking_uri),
             "experiment": self._settings and self._settings.experiment,
         }
 
@@ -244,14 +241,24 @@ def reaching(settings: Registry, consequence: str) -> Iterator[None]:
         if not foreign and not isinstance(error, OSError | ImportError):
             raise
         uri = settings.tracking_uri
-        reason = (_without_secrets(str(error), uri) or type(error).__name__).splitlines()[0][:300]
+        told = masking.text(error, uri)
+        reason = (told or type(error).__name__).splitlines()[0][:300]
         if getattr(error, "get_http_status_code", lambda: 0)() == 401:
             reason = "it asks for a name and a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             reason += " (`source .up/environment` knows those of `make up`)"
         # The original message, which a log may print with the traceback, can hold the address as it is.
-        cause = error if _without_secrets(str(error), uri) == str(error) else None
+        cause = error if _is_clean(error, uri) else None
         kind = Unavailable if _is_passing(error) else UserError
-        raise kind(f"MLflow at {shown(uri)}: {reason}; {consequence}") from cause
+        raise kind(f"MLflow at {masking.address(uri)}: {reason}; {consequence}") from cause
+
+
+def _is_clean(error: BaseException | None, uri: str) -> bool:
+    """Returns whether neither the error nor what it came of has a secret in its text."""
+    while error is not None:
+        if masking.text(error, uri) != str(error):
+            return False
+        error = error.__cause__ or error.__context__
+    return True
 
 
 def _is_passing(error: BaseException | None) -> bool:
@@ -281,22 +288,8 @@ def page(settings: Registry, run_id: str) -> str | None:
             experiment = connect(settings).get_run(run_id).info.experiment_id
     except UserError:
         return None
-    address = re.sub(r"://[^/@]*@", "://", settings.tracking_uri.rstrip("/"))
+    address = masking.address(re.sub(r"://\S*@", "://", settings.tracking_uri)).partition("?")[0].rstrip("/")
     return f"{address}/#/experiments/{experiment}/runs/{run_id}"
-
-
-def shown(uri: str) -> str:
-    """Returns the address without its password."""
-    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", uri)
-
-
-def _without_secrets(text: str, uri: str) -> str:
-    """Returns the text without the address's password, however it is written there."""
-    text = text.replace(uri, shown(uri))
-    password = urlsplit(uri).password or ""
-    for secret in filter(None, (password, unquote(password), *map(os.environ.get, _SECRETS))):
-        text = text.replace(secret, "***")
-    return text
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

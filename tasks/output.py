@@ -16,7 +16,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
-from lcmlora import progress
+from lcmlora import masking, progress
 
 _EVERY = 5.0  # seconds between two updates of an artifact
 
@@ -33,6 +33,7 @@ def run_logger() -> Any | None:
 
 def tell(line: str) -> None:
     """Says something of the work itself: to Prefect where there is a run, else on standard error."""
+    line = masking.text(line)
     logger = run_logger()
     if logger is None:
         print(line, file=sys.stderr, flush=True)
@@ -56,7 +57,7 @@ def told(stage: str, model: str | None = None) -> Iterator[Callable[[str], None]
 
         def listen(line: str) -> None:
             level = next((level for start, level in _LEVELS.items() if line.startswith(start)), logging.INFO)
-            logger.log(level, "%s", line, extra=fields)
+            logger.log(level, "%s", masking.text(line), extra=fields)
             if step := progress.parse(line):
                 board.put(*step)
 
@@ -105,7 +106,7 @@ class _Board:
             if self._waiting:
                 self._show(*self._waiting)
         except Exception as error:  # what is shown must not end what is done
-            self._logger.warning("no progress is shown any more: %s", error)
+            self._logger.warning("no progress is shown any more: %s", masking.text(error))
 
     def _show(self, label: str, done: int, total: int) -> None:
         share, text = 100 * done / max(total, 1), f"{label}: {done} of {total}"

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
+from lcmlora import faults, masking
 from lcmlora.errors import UserError
 from lcmlora.private import cache_folder
 from tasks import supervisor
@@ -290,11 +291,16 @@ def reason(lines: Sequence[str], status: int) -> str:
     Args:
         status: of its supervisor (128 + N where signal N ended the command), or negative where that was killed.
     """
+    # What DVC says of a stage that the kernel killed: "failed to run: lcmlora distill emoji, exited with 137".
+    killed = next((line for line in lines if re.search(r"exited with (?:-9|137)\b", line)), None)
     for prefix in ("error: ", "ERROR: "):
         for line in reversed(lines):
             if line.startswith(prefix):
-                return line.removeprefix(prefix)
+                more = f"; {faults.killed(faults.verb_of(killed.split()))}" if line == killed else ""
+                return masking.text(line.removeprefix(prefix)) + more
     number = -status if status < 0 else status - 128
+    if number == signal.SIGKILL:
+        return f"was ended by SIGKILL, {faults.killed()}"
     if number in set(signal.Signals):
         return f"was ended by {signal.Signals(number).name}"
-    return next((line for line in reversed(lines) if line), f"ended with status {status}")
+    return masking.text(next((line for line in reversed(lines) if line), f"ended with status {status}"))

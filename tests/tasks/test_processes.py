@@ -57,7 +57,8 @@ def test_the_status_of_a_command_and_the_lines_that_matter_are_returned():
 def test_the_reason_is_an_error_line_else_the_signal_else_the_last_line_else_the_status():
     assert reason(["error: the disk is full", "ERROR: failed to reproduce", "> step"], 137) == "the disk is full"
     assert reason(["ERROR: failed to reproduce", "> step"], 255) == "failed to reproduce"
-    assert reason(["> step"], 128 + signal.SIGKILL) == reason(["> step"], -signal.SIGKILL) == "was ended by SIGKILL"
+    assert reason(["> step"], 128 + signal.SIGTERM) == reason(["> step"], -signal.SIGTERM) == "was ended by SIGTERM"
+    assert reason(["> step"], -signal.SIGKILL).startswith("was ended by SIGKILL, probably for lack of memory")
     assert reason(["> step", ""], 1) == "> step"
     assert reason([""], 255) == "ended with status 255"
 
