@@ -27,7 +27,11 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell that knows the servers of `make up` must not lead the tests to them.
-for _name in ("LCMLORA_GPU_LIMIT", "LCMLORA_PUBLISH_TO", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+for _name in ("LCMLORA_GPU_LIMIT", "LCMLORA_PUBLISH_TO"):
+    os.environ.pop(_name, None)
+for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+    os.environ.pop(_name, None)
+for _name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
     os.environ.pop(_name, None)
 
 

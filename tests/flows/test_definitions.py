@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
 import re
+import subprocess
+import sys
 import tomllib
 import uuid
 from collections.abc import Iterator
@@ -188,26 +191,65 @@ def test_the_kubernetes_template_gives_a_job_that_the_api_accepts(flow: str, ent
     environment = {each["name"]: each["value"] for each in container["env"]}
     assert environment["LCMLORA_PROJECT"] == container["volumeMounts"][0]["mountPath"] == "/project"
     assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"  # of a node that is drained
-    assert container["envFrom"] == project["envFrom"] == [{"secretRef": {"name": "lcmlora"}}]
+    assert container["envFrom"] == [{"secretRef": {"name": "lcmlora"}}]
+    assert project["envFrom"] == [{"secretRef": {"name": "lcmlora-git", "optional": True}}]
+    assert pod["automountServiceAccountToken"] is False
+    assert job["spec"]["template"]["metadata"]["labels"]["app"] == "lcmlora-run"  # which the network policies name
+    confined(pod)
     assert {each["name"]: each["value"] for each in project["env"]}["UPDATE"] == ("true" if gpus else "false")
     assert container["args"] == ["prefect", "flow-run", "execute"]
     assert pod["terminationGracePeriodSeconds"] > 10  # which a flow takes to end its trainer
+
+
+def confined(pod: dict[str, Any]) -> None:
+    """Asserts what Kubernetes calls the restricted standard, and a root file system that nobody writes to."""
+    shared = pod["securityContext"]
+    assert (shared["runAsNonRoot"], shared["runAsUser"]) == (True, 1000)
+    assert shared["seccompProfile"] == {"type": "RuntimeDefault"}
+    writable = {each["name"] for each in pod["volumes"] if "emptyDir" in each}
+    for container in (*pod["containers"], *pod.get("initContainers", [])):
+        own = container["securityContext"]
+        assert own["capabilities"] == {"drop": ["ALL"]}
+        assert (own["allowPrivilegeEscalation"], own["readOnlyRootFilesystem"]) == (False, True)
+        mounted = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
+        assert {mounted["/tmp"], mounted["/home/lcmlora"]} <= writable
 
 
 def test_the_clusters_other_objects_are_those_that_the_template_names():
     objects = list(yaml.safe_load_all((ROOT / "deploy/kubernetes/worker.yaml").read_text()))
     for each in objects:
         kubernetes_validate.validate(each, KUBERNETES, strict=True)
-    found = {each["kind"]: each for each in objects}
+    found = {each["kind"]: each for each in objects if each["kind"] != "NetworkPolicy"}
     template = json.loads((ROOT / "deploy/kubernetes/base-job-template.json").read_text())
     defaults = {name: each.get("default") for name, each in template["variables"]["properties"].items()}
     assert found["Namespace"]["metadata"]["name"] == defaults["namespace"]
     assert found["PersistentVolumeClaim"]["metadata"]["name"] == defaults["claim"]
     worker = found["Deployment"]["spec"]["template"]["spec"]
     assert worker["containers"][0]["image"] == defaults["image"]
-    assert worker["containers"][0]["envFrom"] == [{"secretRef": {"name": defaults["secret"]}}]
+    # Of Prefect's password alone; keys to data are for runs.
+    assert worker["containers"][0]["envFrom"] == [{"secretRef": {"name": "lcmlora-worker"}}]
+    assert defaults["secret"] != "lcmlora-worker"
+    environment = {each["name"]: each["value"] for each in worker["containers"][0]["env"]}
+    handed_on = "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET"
+    assert environment[f"{handed_on}_NAME"] == "lcmlora-worker"
+    assert environment[f"{handed_on}_KEY"] == "PREFECT_API_AUTH_STRING"
+    confined(worker)
     assert worker["serviceAccountName"] == found["ServiceAccount"]["metadata"]["name"]
     assert POOL in worker["containers"][0]["args"]
+    assert found["Namespace"]["metadata"]["labels"] == {"pod-security.kubernetes.io/enforce": "restricted"}
+    assert found["ServiceAccount"]["automountServiceAccountToken"] is False
+
+
+def test_pods_are_called_by_nobody_and_call_what_is_listed():
+    objects = yaml.safe_load_all((ROOT / "deploy/kubernetes/worker.yaml").read_text())
+    policies = {each["metadata"]["name"]: each["spec"] for each in objects if each["kind"] == "NetworkPolicy"}
+    assert policies["lcmlora-nothing"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert not any("ingress" in each for each in policies.values())
+    calls = policies["lcmlora-calls"]
+    assert calls["podSelector"]["matchExpressions"][0]["values"] == ["lcmlora-run", "lcmlora-worker"]
+    assert all(rule["ports"] for each in policies.values() for rule in each.get("egress", []))
+    (anywhere,) = [peer["ipBlock"] for rule in calls["egress"] for peer in rule.get("to", []) if "ipBlock" in peer]
+    assert anywhere["except"] == ["169.254.0.0/16"]  # where clouds give out credentials
 
 
 def test_the_docker_template_gives_a_container_that_dockers_client_accepts(
@@ -224,6 +266,8 @@ def test_the_docker_template_gives_a_container_that_dockers_client_accepts(
     assert arguments["environment"]["AWS_ACCESS_KEY_ID"] == "of the worker"
     assert arguments["environment"]["LCMLORA_PROJECT"] == "/project"
     assert arguments["user"] == "1000:1000"
+    assert (host["CapDrop"], host["SecurityOpt"], host["ReadonlyRootfs"]) == (["ALL"], ["no-new-privileges"], True)
+    assert set(host["Tmpfs"]) == {"/tmp", "/home/lcmlora"}
 
 
 def test_the_image_is_built_from_the_lock_and_runs_as_nobody_special():
@@ -236,11 +280,22 @@ def test_the_image_is_built_from_the_lock_and_runs_as_nobody_special():
                 assert (ROOT / name).exists(), name
                 assert f"!{name}" in ignored
     (install,) = [value for instruction, value in steps if instruction == "RUN" and "pip install" in value]
-    assert "--constraint requirements.lock" in install
+    assert "--constraint requirements.lock --constraint constraints.txt" in " ".join(install.split())
+    assert "pip install --no-cache-dir --require-hashes -r bootstrap.lock" in install
     extras = set(re.search(r'"\.\[(.*)\]"', install)[1].split(","))
     assert extras < set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     assert [value for instruction, value in steps if instruction == "USER"] == ["1000:1000"]
-    assert parsed.baseimage == "python:3.11-bookworm"
+    # Without a digest, which is no default of ours, this is no image's name, and nothing is built.
+    assert steps[:2] == [("ARG", "DIGEST"), ("FROM", "python:3.11-bookworm@${DIGEST}")]
+
+
+def test_the_notices_have_the_licences_of_what_is_installed():
+    script = ROOT / "deploy/docker/notices.py"
+    made = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    entries = {entry.split(" ", 1)[0].lower(): entry for entry in made.split(f"{'=' * 80}\n")[1:]}
+    installed = {str(each.metadata["Name"]).lower() for each in importlib.metadata.distributions()}
+    assert installed <= entries.keys()
+    assert "Apache License" in entries["prefect"] and "--- torch-" in entries["torch"]
 
 
 def _prepared(kind: type[BaseJobConfiguration], pool: str, flow: str, entries: list[dict[str, Any]]) -> Any:
