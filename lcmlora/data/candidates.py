@@ -102,6 +102,8 @@ def clean_caption(text: str) -> Caption:
 
 
 def _plain(text: str) -> str:
+    if text.isascii() and text.isprintable():  # most are, and are in NFKC and without control characters then
+        return " ".join(text.split())
     kept = (" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in unicodedata.normalize("NFKC", text))
     return " ".join("".join(kept).split())
 

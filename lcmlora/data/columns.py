@@ -229,8 +229,8 @@ def read_piece(
     except Unavailable:
         raise
     except Unusable as reason:
-        detail = str(reason.__cause__ or "")
-        return Piece([Rejection(printable(position.table), str(reason), detail=" ".join(detail.split())[:300])], None)
+        detail = _line(reason.__cause__ or "")
+        return Piece([Rejection(printable(position.table), str(reason), detail=detail)], None)
     except UserError as error:
         return Piece([Rejection(printable(position.table), UNREADABLE, detail=str(error))], None)
     results: list[R | Rejection] = []
@@ -291,7 +291,7 @@ def _read_group(
         if position.row != rows:
             raise Unusable(CORRUPT)
     except Unusable as reason:
-        return _refuse(position, max(1, (rows or 0) - position.row), str(reason), results), True
+        return _refuse(position, max(1, (rows or 0) - position.row), reason, results), True
     return position, True
 
 
@@ -318,13 +318,19 @@ def _enough(results: list[Any], position: Position, start: Position, until: floa
     return len(results) >= PIECE_ROWS or position.expanded - start.expanded >= PIECE_BYTES or time.monotonic() > until
 
 
-def _refuse(position: Position, count: int, reason: str, results: list[Any]) -> Position:
+def _refuse(position: Position, count: int, why: Unusable, results: list[Any]) -> Position:
     """Rejects the rest of a group; where it says that it has very many rows, in one piece."""
+    detail = _line(why.__cause__ or "")
     if count > PIECE_ROWS:
-        results.append(Rejection(_name(position), reason, detail=f"and the {count - 1} rows after it"))
+        results.append(Rejection(_name(position), str(why), detail=f"and the {count - 1} rows after it"))
     else:
-        results += [Rejection(_name(position._replace(number=position.number + i)), reason) for i in range(count)]
+        rows = range(position.number, position.number + count)
+        results += [Rejection(_name(position._replace(number=row)), str(why), detail=detail) for row in rows]
     return position._replace(number=position.number + count, refused=position.refused + min(count, PIECE_ROWS))
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _name(position: Position) -> str:

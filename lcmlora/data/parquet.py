@@ -154,7 +154,10 @@ def _bytes_of(structs: Any) -> Any:
     """Returns the field "bytes" of a column of structs, null where the struct is."""
     import pyarrow.compute
 
-    return pyarrow.compute.struct_field(structs, "bytes")
+    try:
+        return pyarrow.compute.struct_field(structs, "bytes")
+    except Exception as error:  # Arrow raises whatever broken bytes lead it to
+        raise Unusable(CORRUPT) from error
 
 
 def _read(scores: tuple[str, ...], position: Position) -> Piece[Position, Candidate | Rejection]:

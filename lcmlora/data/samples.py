@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from lcmlora.data.candidates import (
@@ -82,7 +81,14 @@ def sample_key(name: str) -> str:
 
 
 def stem(name: str) -> str:
-    return name[: len(name) - len(PurePosixPath(name).suffix)]
+    """Returns a name up to its last dot."""
+    return name[: len(name) - len(ending(name))]
+
+
+def ending(name: str) -> str:
+    """Returns what `PurePosixPath.suffix` does; that takes most of the time of reading a tar file."""
+    dot = name.rfind(".")
+    return name[dot:] if name.rfind("/") + 1 < dot < len(name) - 1 else ""
 
 
 def sort_out(key: str, members: Sequence[Member], read: Callable[[Member], bytes], *, scores: bool) -> Sample:
@@ -96,16 +102,18 @@ def sort_out(key: str, members: Sequence[Member], read: Callable[[Member], bytes
     texts: dict[str, dict[str, Member]] = {}
     pictures = []
     for member in members:
-        ending = PurePosixPath(member.name).suffix.lower()
-        if ending in SUFFIXES:
+        kind = ending(member.name).lower()
+        if kind in SUFFIXES:
             pictures.append(member)
-        elif ending in (*ENDINGS, JSON) and member.plain:
-            texts.setdefault(stem(member.name), {}).setdefault(ending, member)
-    sample.refused += [Refused(picture, AUXILIARY) for picture in pictures if _is_map(picture, key, texts)]
-    pictures = [picture for picture in pictures if not _is_map(picture, key, texts)]
+        elif kind in (*ENDINGS, JSON) and member.plain:
+            texts.setdefault(stem(member.name), {}).setdefault(kind, member)
+    maps = {picture for picture in pictures if _is_map(picture, key, texts)}
+    if maps:
+        sample.refused += [Refused(picture, AUXILIARY) for picture in pictures if picture in maps]
+        pictures = [picture for picture in pictures if picture not in maps]
     stems = {stem(picture.name) for picture in pictures}
-    used = {*stems}
-    loose = [_Other(each, key) for each in texts if each not in stems]
+    used = stems | {picture.name for picture in pictures}  # 1.jpg may have 1.txt, and 1.jpg.txt
+    loose = [_Other(each, key) for each in texts if each not in used]
     # The first that may belong to any picture, and the first that may belong to some: there can be 100,000 of both.
     likely = [*[o for o in loose if o.for_any][:1], *[o for o in loose if o.for_some][:1]]
     for picture in pictures:
@@ -113,7 +121,11 @@ def sort_out(key: str, members: Sequence[Member], read: Callable[[Member], bytes
         related = [other for other in loose if other.belongs_to(own)] if len(stems) == 1 else []
         used |= {other.name for other in related}
         try:
-            sources = [texts.get(own, {}), *(texts[other.name] for other in sorted(related, key=_Other.order))]
+            sources = [
+                texts.get(own, {}),
+                texts.get(picture.name, {}),
+                *(texts[other.name] for other in sorted(related, key=_Other.order)),
+            ]
             caption, told = _told(sources, read, scores)
         except Unusable as reason:
             sample.refused.append(Refused(picture, str(reason)))
@@ -133,8 +145,10 @@ def _is_map(picture: Member, key: str, texts: dict[str, dict[str, Member]]) -> b
     """Whether a picture says by its name that it is one of another: `x.depth.png`, without a caption of its own."""
     name = stem(picture.name)
     part = name.removeprefix(key).lower()
+    if "." not in part or " " in part or {*ENDINGS} & {*texts.get(name, {})}:
+        return False
     words = _WORD.findall(part.rpartition(".")[2])
-    if "." not in part or " " in part or not words or {*ENDINGS} & {*texts.get(name, {})}:
+    if not words:
         return False
     return words[0] in _MAPS or words[-1] in _MAPS
 

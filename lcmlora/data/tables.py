@@ -38,7 +38,7 @@ LONG_ROW = f"row of more than {MAX_ROW} bytes"
 MORE_FIELDS = "row with more fields than the header; put texts that have commas into double quotes"
 FEWER_FIELDS = "row with fewer fields than the header"
 BAD_QUOTES = "row whose quotes do not close; double those within a text"
-SEPARATOR = "columns are separated by semicolons or tabs; expected commas"
+SEPARATOR = "columns are not separated by commas"
 NO_HEADER = "no header that can be read"
 UTF16 = "UTF-16; expected UTF-8"
 COMPRESSED = "compressed; expected plain text"
@@ -185,7 +185,7 @@ def _header(line: bytes, lines: _Lines) -> tuple[tuple[str, ...], str]:
         names = tuple(name.strip() for name in _record(line.removeprefix(b"\xef\xbb\xbf"), lines))
     except Unusable as reason:
         return (), f"{NO_HEADER}: {reason}"
-    if len(names) == 1 and any(mark in names[0] for mark in ";\t"):
+    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
         return (), SEPARATOR
     named = [name for name in names if name]
     return names, TWO_COLUMNS if len({*named}) < len(named) else ""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import PurePosixPath
 from typing import IO, NamedTuple
 
 from lcmlora.data.candidates import (
@@ -201,8 +200,8 @@ def _samples(found: Iterator[Member]) -> Iterator[tuple[int, str, list[Member] |
 
 def _hidden(name: str) -> bool:
     """Whether it is what macOS puts between the members of a sample (._0001.png), or otherwise hidden."""
-    base = PurePosixPath(name).name
-    return base.startswith(".") and base != ".."
+    base = name.rpartition("/")[2]
+    return base.startswith(".")
 
 
 def _sample(
@@ -244,7 +243,7 @@ def _check(picture: Member) -> None:
     """Raises Unusable where a picture is none that may be read."""
     if not picture.plain:
         raise Unusable(NO_FILE)
-    if picture.name.startswith("/") or ".." in PurePosixPath(picture.name).parts:
+    if picture.name.startswith("/") or ".." in picture.name.split("/"):
         raise Unusable(OUTSIDE)
     if printable(picture.name) != picture.name:
         raise Unusable(NOT_UTF8)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lcmlora.data.isolation import CRASHED, TOO_LONG, isolated
+from lcmlora.data.isolation import CRASHED, NO_MEMORY, TOO_LONG, Piece, in_pieces, isolated
 
 
 def work(item: str) -> str:
@@ -18,9 +18,18 @@ def work(item: str) -> str:
             bytearray(3 << 30)
         except MemoryError:
             return "refused"
+    if item == "fill":
+        bytearray(3 << 30)
     if item == "raise":
         raise RuntimeError("a mistake of ours")
     return item
+
+
+def letters(item: str) -> Piece[str, str]:
+    """The first letter; behind it the next piece begins."""
+    if item.startswith("!"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return Piece([item[0]], item[1:] or None)
 
 
 def environment(name: str) -> str:
@@ -35,8 +44,9 @@ def _run(*items: str, function: Callable[[str], str] = work, **options: float) -
 
 
 def test_results_come_in_order_and_what_crashes_hangs_or_eats_memory_costs_itself_alone():
-    items = ["a", "crash", "b", "hang", "c", "eat", *map(str, range(40))]
-    expected = ["a", f"crash: {CRASHED}", "b", f"hang: {TOO_LONG}", "c", "refused", *map(str, range(40))]
+    items = ["a", "crash", "b", "hang", "c", "eat", "fill", *map(str, range(40))]
+    expected = ["a", f"crash: {CRASHED}", "b", f"hang: {TOO_LONG}", "c", "refused", f"fill: {NO_MEMORY}"]
+    expected += map(str, range(40))
     assert _run(*items, seconds=3) == expected
 
 
@@ -49,3 +59,14 @@ def test_a_process_has_the_environment_of_the_moment(monkeypatch: pytest.MonkeyP
     _run("a")  # from here on there is a server that others are forked from
     monkeypatch.setenv("LCMLORA_TEST", "set later")
     assert _run("LCMLORA_TEST", function=environment) == ["set later"]
+
+
+def test_pieces_come_in_the_order_of_the_items_and_one_that_crashes_says_where_to_go_on():
+    def lost(item: str, why: str) -> Piece[str, str]:
+        return Piece([why], item[1:] or None)
+
+    found = list(in_pieces(letters, ["abc", "d", "e!f", "!", "ghij"], lost, 2, preload=__name__))
+    assert found == ["a", "b", "c", "d", "e", CRASHED, "f", CRASHED, "g", "h", "i", "j"]
+    for first in in_pieces(letters, ["abc", "d"], lost, 2, preload=__name__):
+        assert first == "a"
+        break  # what is not asked for any more is not read

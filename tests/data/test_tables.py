@@ -121,6 +121,7 @@ def test_a_damaged_line_of_jsonl_costs_itself_and_has_its_line_number(tmp_path: 
         ("a.csv", b"PK\x03\x04 as of a spreadsheet", tables.COMPRESSED),
         ("a.csv", b"file_name;text\n1.png;a\n", tables.SEPARATOR),
         ("a.csv", b"file_name\ttext\n1.png\ta\n", tables.SEPARATOR),
+        ("a.csv", b"file_name|text\n1.png|a\n", tables.SEPARATOR),
         ("a.csv", b"text,text\n1,2\n", tables.TWO_COLUMNS),
         ("a.csv", b'"file_name,text\n1.png,a\n', f"{tables.NO_HEADER}: {tables.BAD_QUOTES}"),
         ("a.csv", b"caf\xe9,text\n1.png,a\n", f"{tables.NO_HEADER}: {NOT_UTF8}"),

@@ -117,6 +117,11 @@ def test_names_with_dots_keep_their_own_captions(tmp_path: Path) -> None:
         (["2021.05.png", "2021.06.txt"], {"2021.05.png": NO_CAPTION, "2021.06": tars.NO_PICTURE}),
         (["2021.png", "2021.06.txt"], {"2021.png": NO_CAPTION, "2021.06": tars.NO_PICTURE}),
         (["1.left.jpg", "1.right.jpg", "1.txt"], {"1.left.jpg": samples.SHARED, "1.right.jpg": samples.SHARED}),
+        (["1.jpg", "1.jpg.txt", "1.png", "1.png.txt"], {"1.jpg": "1.jpg.txt", "1.png": "1.png.txt"}),
+        (
+            ["2021.05.png", "2021.05.png.txt", "2021.06.png"],
+            {"2021.05.png": "2021.05.png.txt", "2021.06.png": NO_CAPTION},
+        ),
         (["1.jpg", "1.png", "1.txt"], {"1.jpg": "1.txt", "1.png": "1.txt"}),
     ],
 )
