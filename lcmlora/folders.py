@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lcmlora import examine, singlefile
+from lcmlora import examine, singlefile, temporaries
 from lcmlora.config import Base
 from lcmlora.errors import Unavailable, UserError
+from lcmlora.files import atomic_write, make_folder
 from lcmlora.weightfiles import WEIGHTS
 
 
@@ -24,6 +25,12 @@ def fetch(name: str, base: Base, root: Path = Path("bases")) -> Path:
             of this family, or what the hub does not know or does not let this user have.
         Unavailable: the hub does not answer.
     """
+    make_folder(root)
+    with temporaries.locked(root / name):  # another process may need the same base at the same moment
+        return _fetch(name, base, root)
+
+
+def _fetch(name: str, base: Base, root: Path) -> Path:
     target = root / name
     from lcmlora import styled
 
@@ -89,7 +96,7 @@ def _download(name: str, base: Base, target: Path) -> None:
             f"bases.{name}: what {base.source} has at {base.revision}, or what arrived of it, is no base that can be "
             f"distilled: {error}"
         ) from None
-    marker.write_text(wanted)
+    atomic_write(marker, lambda path: path.write_text(wanted))
 
 
 def _is_passing(error: Exception) -> bool:

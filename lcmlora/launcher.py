@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from lcmlora import faults
 from lcmlora.config import Launch
 from lcmlora.errors import UserError
 from lcmlora.terminal import shown
@@ -165,7 +166,8 @@ def _failure(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, str | N
     if status == 2:  # of UserError: it has said what is wrong
         return status, None
     how = f"was ended by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
-    return (128 - status if status < 0 else status), f"process {rank} {how}, and the others were ended"
+    likely = f"; {faults.killed(faults.verb_of(sys.argv[1:]))}" if -status == signal.SIGKILL else ""
+    return (128 - status if status < 0 else status), f"process {rank} {how}, and the others were ended{likely}"
 
 
 def _signal_name(number: int) -> str:

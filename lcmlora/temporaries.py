@@ -8,6 +8,7 @@ another machine made is left alone for a day in any case, since not every networ
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -186,20 +187,30 @@ def locked(path: Path) -> Iterator[None]:
 
     Where a file system has no locks all go on at once, so nothing may depend on it but the work that it saves.
     """
-    lock = lock_of(path)
+    descriptor = _take(lock_of(path))
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            lock_of(path).unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _take(lock: Path) -> int | None:
+    """Returns the descriptor of the lock, which this process then holds; None where nothing can be written anyway."""
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+                return None
+            raise
         try:
             with contextlib.suppress(*_NO_LOCKS):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if _is_at(descriptor, lock):  # else the one before has deleted it, and a third one may hold a new one
-                break
+                return descriptor
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
         os.close(descriptor)

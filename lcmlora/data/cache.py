@@ -19,12 +19,12 @@ which one each shard is of.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -36,6 +36,7 @@ from lcmlora.data.remote import Files
 from lcmlora.data.shards import Shards
 from lcmlora.errors import UserError
 from lcmlora.files import sha256_file
+from lcmlora.parsing import Malformed, parse_json
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -60,6 +61,57 @@ def fault(folder: Path, entry: Entry, *, contents: bool) -> str | None:
     return None
 
 
+class _File(BaseModel):
+    """A file of the manifest."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # in the cache, and nowhere else
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Shard(_File):
+    pictures: config.Positive
+    bucket: Annotated[int, Field(ge=0)] = 0
+
+
+class _Manifest(BaseModel):
+    """What a manifest must have; others may know more of it."""
+
+    version: int
+    kind: str
+    pictures: config.Positive
+    resolution: config.Positive
+    latent_shape: tuple[config.Positive, config.Positive, config.Positive]
+    shards: Annotated[list[_Shard], Field(min_length=1)]
+    text: _File
+    rows: _File | None = None
+    at: str | None = None
+    buckets: Annotated[list[tuple[config.Positive, config.Positive]], Field(min_length=1)] | None = None
+    rollouts: config.Rollouts | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.at and not self.rows:
+            raise ValueError(f"rows: is missing, and the shards are at {self.at}")
+        if max(shard.bucket for shard in self.shards) >= len(self.buckets or [()]):
+            raise ValueError("shards: one is of a bucket that is not among buckets")
+        return self
+
+
+def parse_manifest(content: bytes) -> dict[str, Any]:
+    """Returns what a manifest says. Raises Malformed where it does not say what a cache has, or has another version."""
+    found = parse_json(content)
+    if not isinstance(found, dict) or found.get("version") != VERSION:
+        told = found.get("version") if isinstance(found, dict) else "none"
+        raise Malformed(f"version {told}, expected {VERSION}")
+    try:
+        _Manifest.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise Malformed(f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}") from None
+    return found
+
+
 class LatentCache:
     """A cache opened for training. Rows are numbered through all shards."""
 
@@ -78,11 +130,11 @@ class LatentCache:
         self._folder = folder
         try:
             content = (folder / MANIFEST).read_bytes()
-            self.manifest: dict[str, Any] = json.loads(content)
-        except (OSError, ValueError) as error:
-            raise self._unusable(f"{folder / MANIFEST}: cannot be read ({error})") from None
-        if self.manifest.get("version") != VERSION:
-            raise self._unusable(f"{folder / MANIFEST}: version {self.manifest.get('version')}, expected {VERSION}")
+            self.manifest = parse_manifest(content)
+        except OSError as error:
+            raise self._unusable(f"{folder / MANIFEST}: cannot be read ({error.strerror})") from None
+        except Malformed as error:
+            raise self._unusable(f"{folder / MANIFEST}: {error}") from None
         self.digest = hashlib.sha256(content).hexdigest()
         channels, height, width = self.manifest["latent_shape"]
         self.latent_shape: tuple[int, int, int] = (channels, height, width)
@@ -189,7 +241,10 @@ class LatentCache:
         """Returns the file names of the pictures in these rows (B,), for messages."""
         names: list[str] = []
         for path in sorted(self._folder.glob("captions-*.jsonl")):
-            names += [json.loads(line)["key"] for line in path.read_text(encoding="utf-8").splitlines()]
+            try:
+                names += [parse_json(line)["key"] for line in path.read_bytes().splitlines()]
+            except (Malformed, KeyError, TypeError) as error:
+                raise self._unusable(f"{path}: cannot be read ({error})") from None
         return [names[row] for row in rows.tolist()]
 
     def verify(self) -> None:

@@ -43,7 +43,10 @@ def _read_json(modules: Path, name: str) -> dict:
     path = modules / name
     if not path.is_file():
         raise UserError(f"{path}: the emoji artwork is not installed; run `make install` (npm ci) in {modules.parent}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged ({error}); run `make install` (npm ci) in {modules.parent}") from None
 
 
 @cache

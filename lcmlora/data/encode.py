@@ -22,13 +22,14 @@ import torch
 from lcmlora import checkpoint, config
 from lcmlora.bases import LoadedBase
 from lcmlora.data import buckets, texts
-from lcmlora.data.cache import MANIFEST, ROWS, TEXT, VERSION, Tensors
+from lcmlora.data.cache import MANIFEST, ROWS, TEXT, VERSION, Tensors, parse_manifest
 from lcmlora.data.posteriors import picture_encoder
 from lcmlora.data.rollouts import MOST, RolloutEncoder
 from lcmlora.data.sources import RESIZE_FILTER, Record
 from lcmlora.data.store import Store, link
 from lcmlora.errors import UserError
 from lcmlora.files import atomic_folder, sha256_folder, write_json
+from lcmlora.parsing import Malformed
 from lcmlora.progress import track
 from lcmlora.ranks import Ranks
 
@@ -153,10 +154,10 @@ def _finish(
 def _take_over(out: Path, store: Store, made_of: dict[str, str]) -> None:
     """Takes the shards of the cache in `out` that are made of the very same, as all are that come before new ones."""
     try:
-        manifest = json.loads((out / MANIFEST).read_text())
-    except (OSError, ValueError):
+        manifest = parse_manifest((out / MANIFEST).read_bytes())
+    except (OSError, Malformed):  # nothing that can be taken over
         return
-    if (manifest.get("version"), manifest.get("fingerprint")) != (VERSION, store.fingerprint):
+    if manifest.get("fingerprint") != store.fingerprint:
         return
     if manifest.get("at") != store.place:
         return
@@ -198,7 +199,7 @@ class _List:
                     place += len(line)
         except FileNotFoundError:
             raise UserError(f"{path}: no such list of pictures; run `lcmlora prepare`") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not a list of pictures ({error}); run `lcmlora prepare`") from None
         if not self._places:
             raise UserError(f"{path}: lists no pictures; run `lcmlora prepare`")

@@ -180,7 +180,7 @@ def read_records(path: Path) -> list[Record]:
         return [Record(**json.loads(line)) for line in lines]
     except FileNotFoundError:
         raise UserError(f"{path}: no such list of pictures; run `lcmlora prepare`") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a list of pictures ({error}); run `lcmlora prepare`") from None
 
 

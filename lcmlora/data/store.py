@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -19,6 +18,7 @@ from lcmlora.data.remote import Files
 from lcmlora.data.shards import object_name
 from lcmlora.errors import UserError
 from lcmlora.files import atomic_write, write_json
+from lcmlora.parsing import Malformed, parse_json
 
 SMALL = ("orig_size", "crop_tl", "text_row", "key")  # tensors of a shard that are not large
 
@@ -111,9 +111,13 @@ class Store:
 
     def _read(self) -> None:
         for path in sorted(self._entries.glob("*.json")):
-            entry: Entry = json.loads(path.read_text())
-            name = entry["name"]
-            if name not in self.done and self._sound(entry):
+            try:
+                entry: Entry = parse_json(path.read_bytes())
+                name = entry["name"]
+                sound = name not in self.done and self._sound(entry)
+            except (Malformed, KeyError, TypeError):  # damaged: what it tells of is made again
+                continue
+            if sound:
                 self.done[name] = entry
 
     def _sound(self, entry: Entry) -> bool:

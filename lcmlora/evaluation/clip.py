@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lcmlora.errors import UserError
 from lcmlora.files import sha256_file
+from lcmlora.parsing import as_object, read_json
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the older repositories have the second only
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -90,10 +90,15 @@ class Clip:
         self.model = model.to(device).eval().requires_grad_(False)
         self.dimensions: int = model.config.projection_dim
         self._folder, self._device = folder, device
-        processor = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-        self._mean, self._deviation = (
-            torch.tensor(processor[name], device=device)[:, None, None] for name in ("image_mean", "image_std")
-        )
+        path = folder / "preprocessor_config.json"
+        processor = as_object(read_json(path), str(path))
+        try:
+            self._mean, self._deviation = (
+                torch.tensor(processor[name], device=device, dtype=torch.float32).view(3, 1, 1)
+                for name in ("image_mean", "image_std")
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise UserError(f"{path}: expected image_mean and image_std, three numbers each") from None
 
     @property
     def name(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcmlora import formats, lora, sampling
+from lcmlora import formats, lora, parsing, sampling
 from lcmlora.bases import LoadedBase
 from lcmlora.config import Data, Evaluation
 from lcmlora.data.sources import read_records
@@ -25,6 +24,7 @@ from lcmlora.evaluation.metrics import distance, diversity, retrieval_hits
 from lcmlora.evaluation.reference import AGAIN, artist_of, load_features, load_scorers, mean_scores
 from lcmlora.files import atomic_folder, atomic_write, sha256_file, write_json
 from lcmlora.folders import compared
+from lcmlora.parsing import as_object
 
 STUDENT = "student"
 _GRID_STEPS = 4  # at which the grid shows the solvers: where the adapter is meant to be used
@@ -124,10 +124,10 @@ def adapter_layers(adapter: Path) -> tuple[lora.Layers, str]:
 
 
 def read_json(path: Path, stage: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: is missing; run `lcmlora {stage}` first") from None
+    """Returns what a stage wrote. Raises UserError where it is missing or damaged."""
+    if not path.exists():
+        raise UserError(f"{path}: is missing; run `lcmlora {stage}` first")
+    return as_object(parsing.read_json(path), str(path))
 
 
 def _check_reference(

@@ -15,6 +15,7 @@ from PIL import Image
 
 from lcmlora.errors import UserError
 from lcmlora.evaluation.report import NAMES
+from lcmlora.parsing import as_object, read_json
 
 _LARGEST, _SMALLER, _MANY = 256, 192, 400  # pixels of an embedded picture; fewer pixels for more pictures than _MANY
 _SMALL = 128  # pixels up to which a picture is kept as it is and enlarged without smoothing
@@ -96,7 +97,7 @@ class Album:
 
     def _facts(self, name: str, *keys: str) -> dict[str, Any]:
         path = self._find(name)
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = as_object(read_json(path), str(path))
         for key in keys:
             if key not in facts:
                 raise UserError(f"{path}: has no {key!r}; evaluate again")

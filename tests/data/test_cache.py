@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import shutil
@@ -463,3 +464,39 @@ def test_verify_finds_a_single_changed_byte(load_base: Load, listed: Data, tmp_p
         file.write(bytes([last[0] ^ 1]))
     with pytest.raises(UserError, match=rf"{name}: is damaged.*lcmlora encode mini"):
         cache.verify()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda told: [told], "version none, expected 1"),
+        (lambda told: told | {"version": 2}, "version 2, expected 1"),
+        (lambda told: {k: v for k, v in told.items() if k != "latent_shape"}, "latent_shape: Field required"),
+        (lambda told: told | {"latent_shape": [4, 8]}, "latent_shape"),
+        (lambda told: told | {"shards": []}, "shards: List should have at least 1 item"),
+        (lambda told: told | {"shards": [told["shards"][0] | {"name": "../../x"}]}, r"shards\.0\.name"),
+        (lambda told: told | {"shards": [told["shards"][0] | {"bucket": 1}]}, "of a bucket that is not among"),
+        (lambda told: told | {"at": "s3://b/x"}, "rows: is missing"),
+        (lambda told: told | {"text": "text.safetensors"}, "text: Input should be"),
+        (lambda told: told | {"pictures": -1}, "pictures: Input should be"),
+    ],
+)
+def test_a_manifest_that_does_not_say_what_a_cache_has_is_one_line(
+    tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    out = tmp_path / "latents"
+    out.mkdir()
+    entry = {"name": "a.safetensors", "bytes": 1, "sha256": "0" * 64}
+    told = {"version": 1, "kind": "sd", "pictures": 1, "resolution": 8, "latent_shape": [4, 1, 1], "text": entry}
+    told["shards"] = [entry | {"pictures": 1}]
+    (out / "manifest.json").write_text(json.dumps(change(told)))
+    with pytest.raises(UserError, match=rf"manifest\.json: .*{message}.*make the cache again") as caught:
+        LatentCache(out)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 5000, b'{"version": NaN}', b'"\\ud800"'])
+def test_a_manifest_that_is_no_json_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"manifest\.json: .*make the cache again"):
+        LatentCache(tmp_path)
