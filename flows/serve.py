@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-import yaml
 
 from lcmlora.errors import UserError, reporting
+from lcmlora.parsing import as_object, read_yaml
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -79,12 +79,14 @@ def read_deployments(path: Path) -> list[RunnerDeployment]:
     Raises:
         UserError: the file is missing, or something in it does not fit.
     """
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["deployments"]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run in the project's folder") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such file; run in the project's folder")
+    entries = as_object(read_yaml(path), str(path)).get("deployments")
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: deployments: expected a list of deployments")
     found = []
-    for entry in entries:
+    for number, entry in enumerate(entries):
+        as_object(entry, f"{path}: deployments.{number}")
         try:
             found.append(_deployment(entry))
         except (TypeError, ValueError, KeyError) as error:

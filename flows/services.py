@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from flows import credentials
 from flows.credentials import Login
+from lcmlora.parsing import MAX_BYTES, Malformed, parse_json
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -303,10 +304,12 @@ def _is_online(api: str, login: Login, name: str, began: datetime) -> bool:
     question = urllib.request.Request(f"{api}/work_pools/{POOL}/workers/filter", b"{}", headers)
     try:
         with urllib.request.urlopen(question, timeout=5) as answer:
-            workers = json.loads(answer.read())
-    except OSError:
+            workers = parse_json(answer.read(MAX_BYTES))
+        return any(
+            each["name"] == name and datetime.fromisoformat(each["last_heartbeat_time"]) > began for each in workers
+        )
+    except (OSError, Malformed, KeyError, TypeError, ValueError):  # it does not answer, or another server does
         return False
-    return any(each["name"] == name and datetime.fromisoformat(each["last_heartbeat_time"]) > began for each in workers)
 
 
 def basic(login: Login) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import threading
@@ -17,6 +16,7 @@ from PIL import Image
 from lcmlora import architecture, bases, folders, noise, references, release, sampling, singlefile
 from lcmlora.config import Base
 from lcmlora.errors import UserError
+from lcmlora.parsing import as_object, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -256,9 +256,6 @@ def _download(source: str, revision: str, variant: str | None) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: is not a JSON object: {error}") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    return as_object(read_json(path), str(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -13,14 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lcmlora import __version__, card
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.evaluation.gate import gate
 from lcmlora.files import atomic_folder, sha256_file, write_json
-from lcmlora.parsing import read_bytes
+from lcmlora.parsing import as_object, read_bytes, read_json, read_yaml
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 SCHEDULER = "scheduler_config.json"
@@ -297,11 +294,11 @@ class Witness:
 def _dvc_digest(out: str) -> str | None:
     """Returns the digest under which dvc.lock has an output, None where it has not."""
     try:
-        stages = yaml.safe_load(Path("dvc.lock").read_text(encoding="utf-8"))["stages"].values()
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        stages = read_yaml(Path("dvc.lock"))["stages"].values()
+        found = (entry for stage in stages for entry in stage.get("outs", ()) if entry.get("path") == out)
+        return next((entry.get("md5") for entry in found), None)
+    except (UserError, KeyError, TypeError, AttributeError):
         return None
-    found = (entry for stage in stages for entry in stage.get("outs", ()) if entry.get("path") == out)
-    return next((entry.get("md5") for entry in found), None)
 
 
 def _now() -> str:
@@ -331,12 +328,4 @@ def _git() -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected an object, got {type(value).__name__}")
-    return value
+    return as_object(read_json(path), str(path))

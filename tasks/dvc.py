@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import time
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from prefect.states import State
 
 from lcmlora.config import Config, Flow
 from lcmlora.errors import Unavailable, UserError
+from lcmlora.parsing import Malformed, as_object, parse_json
+from lcmlora.terminal import shown
 from tasks.devices import held
 from tasks.leftovers import mend
 from tasks.output import told
@@ -101,8 +102,11 @@ def repro(stage: str, processes: Processes, settings: Config, force: bool = Fals
 @task(task_run_name="what is stale", cache_policy=NO_CACHE)
 def stale(stages: Sequence[str], processes: Processes) -> set[str]:
     """Returns those of the stages that DVC would not skip. A stage after one of them may become stale, too."""
-    answer = json.loads(_ask(processes, ["status", "--json", *stages]))
-    return set(answer) & set(stages)
+    answer = _ask(processes, ["status", "--json", *stages])
+    try:
+        return {*as_object(parse_json(answer), "dvc status --json")} & set(stages)
+    except Malformed as error:
+        raise StageFailed(f"dvc status --json: {error}: {shown(answer)}") from None
 
 
 def default_remote() -> str | None:

@@ -67,7 +67,7 @@ def _is_whole(path: Path) -> bool:
 
     try:
         COMPILED_LOCKFILE_SCHEMA(yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-    except (OSError, yaml.YAMLError, Invalid):
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, Invalid):
         return False
     return True
 
@@ -78,7 +78,7 @@ def _without_gone(table: Path) -> str | None:
         found = json.loads(table.read_text(encoding="utf-8"))
         writers = {path: info for path, info in found["write"].items() if _may_be_dvc(info["pid"])}
         readers = {path: [info for info in infos if _may_be_dvc(info["pid"])] for path, infos in found["read"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "{}"
     return (
         None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from lcmlora import config, promotion, publish, registration, registry, release
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.evaluation import gate
+from lcmlora.parsing import as_object, read_json
 from tasks.devices import occupied
 from tasks.dvc import StageFailed
 from tasks.processes import Processes, python, reason, stream
@@ -38,8 +38,7 @@ def fetch_base(model: str, settings: config.Config) -> Path:
 @task(task_run_name="figures {model}", cache_policy=NO_CACHE)
 def read_metrics(model: str) -> dict[str, Any]:
     """Returns the figures of the last evaluation."""
-    figures: dict[str, Any] = json.loads(Path("metrics", f"{model}.json").read_text(encoding="utf-8"))
-    return figures
+    return _read(Path("metrics", f"{model}.json"))
 
 
 @task(task_run_name="champion {model}", cache_policy=NO_CACHE)
@@ -62,7 +61,7 @@ def read_champion(
     if gate.incomparable(figures, theirs):
         from lcmlora import folders
 
-        made_for = json.loads(Path("adapters", model, "config.json").read_text())["base"]
+        made_for = _read(Path("adapters", model, "config.json"), "base")["base"]
         if not folders.same_base(champion.base, made_for):
             return None
         theirs = _remeasure(model, champion.reference, settings, processes)
@@ -76,8 +75,7 @@ def _remeasure(model: str, reference: str, settings: config.Config, processes: P
         status, lines = stream(processes, python("lcmlora.cli", *arguments))
     if status != 0:
         raise StageFailed(f"remeasure {reference}: {reason(lines, status)}")
-    figures: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return figures
+    return _read(out)
 
 
 @task(task_run_name="gate {model}", cache_policy=NO_CACHE)
@@ -104,7 +102,7 @@ def register_release(
     model: str, settings: config.Config, uri: str | None, gate_failures: list[str]
 ) -> registration.Registered:
     """Returns the version of the release in the registry; idempotent."""
-    run = json.loads(Path("adapters", model, "run.json").read_text(encoding="utf-8"))
+    run = _read(Path("adapters", model, "run.json"), "run_id")
     return registration.register(model, settings.registry, Path("release", model), run["run_id"], uri, gate_failures)
 
 
@@ -118,3 +116,12 @@ def promote_version(model: str, version: registration.Registered, settings: conf
 def point_channel(model: str, sha256: str, settings: config.Config) -> str:
     """Points the published channel of the alias's name at the release and returns the pointer's address."""
     return publish.point(model, sha256, settings.publish, settings.registry.alias)
+
+
+def _read(path: Path, *keys: str) -> dict[str, Any]:
+    """Returns what a stage wrote. Raises UserError where it is missing, damaged or has not these keys."""
+    found = as_object(read_json(path), str(path))
+    for key in keys:
+        if key not in found:
+            raise UserError(f"{path}: has no {key!r}; run the stage again that wrote it")
+    return found
