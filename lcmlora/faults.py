@@ -29,6 +29,7 @@ _REMEDIES = {
     errno.ELOOP: "these links lead to each other; delete one of them",
     errno.EMFILE: "raise the limit of open files (ulimit -n 4096)",
     errno.ENFILE: "end what holds so many files open on this machine",
+    errno.EAGAIN: "end some of the processes of this user, or raise their limit (ulimit -u)",
     errno.EBUSY: "is it a mount point, or in use? name a folder in it",
     errno.ETXTBSY: "end the program that runs it",
     errno.EXDEV: "use one file system for both",
@@ -43,6 +44,7 @@ _TEXTS = {
     errno.EROFS: r"Read-only file system|attempt to write a readonly database",
     errno.EACCES: r"Permission denied|unable to open database file",
     errno.EMFILE: r"Too many open files",
+    errno.EAGAIN: r"can't start new thread|Resource temporarily unavailable",
     errno.EIO: r"disk I/O error|Input/output error",
 }
 _UNSAID = r"inline_container|PytorchStreamWriter|\d+ requested and \d+ written"  # torch and numpy do not say why
@@ -97,7 +99,7 @@ def _memory(error: BaseException, text: str, verb: str) -> str | None:
         detail = f" ({wanted[0].lower()})" if wanted else ""
         return f"{verb or 'this'}: the GPU has too little memory{detail}; {lower or 'use one with more'}"
     of_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    if isinstance(error, MemoryError) or of_system or (isinstance(error, RuntimeError) and re.search(_HOST, text)):
+    if isinstance(error, MemoryError) or of_system or (_is_foreign(error) and re.search(_HOST, text)):
         wanted = re.search(r"[Tt]ried to allocate \d+ bytes|allocate [\d.]+ \w+", text)
         detail = f" ({wanted[0].lower()})" if wanted else ""
         more = "end what else takes it, or use a machine with more"
@@ -177,6 +179,9 @@ def _probe(temporary: Path) -> int:
 
 def name(error: OSError, path: Path, temporary: Path | None = None) -> None:
     """Lets the error name `path`, or what is in it, where it names the temporary one, or nothing at all."""
+    if error.filename2 is not None and error.errno in _OF_WRITES:  # of a copy, whose source comes first
+        error.filename = error.filename2
+        del error.filename2
     if error.filename is None:
         if error.errno in _OF_WRITES:
             error.filename = str(path)

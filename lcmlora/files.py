@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -208,6 +209,13 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
     except OSError as error:
         faults.name(error, path, temporary)
         raise
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yields a folder among the machine's temporary files, which errors without a name then name."""
+    with tempfile.TemporaryDirectory(prefix="lcmlora-") as folder, naming(Path(folder)):
+        yield Path(folder)
 
 
 def sha256_file(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from lcmlora import events, release
 from lcmlora.config import Registry
 from lcmlora.evaluation.gate import record
+from lcmlora.files import temporary_folder
 from lcmlora.parsing import as_object, read_json
 from lcmlora.registry import MODEL, PASSED, REJECTED, RELEASE, read_aliases, with_digest
 from lcmlora.tracking import connect, create_run, existing, flat, reaching
@@ -184,7 +184,7 @@ def _upload(client: Any, run_id: str, folder: Path, name: str) -> None:
 
     from lcmlora import serving
 
-    with tempfile.TemporaryDirectory() as temporary:
+    with temporary_folder() as temporary:
         serving.write_model(Path(temporary, MODEL), model=name)
         client.log_artifacts(run_id, str(Path(temporary, MODEL)), MODEL)
     client.log_artifacts(run_id, str(folder), RELEASE)

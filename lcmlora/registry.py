@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lcmlora import events, masking, records, release
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
-from lcmlora.files import make_once
+from lcmlora.files import make_once, temporary_folder
 from lcmlora.parsing import as_object, read_json
 from lcmlora.tracking import connect, reaching
 
@@ -167,7 +167,7 @@ def figures(version: Version, settings: Registry) -> dict[str, Any]:
         UserError: the version has no release, or MLflow cannot be reached.
     """
     _expect_ours(version)
-    with reaching(settings, "ask again later"), tempfile.TemporaryDirectory() as folder:
+    with reaching(settings, "ask again later"), temporary_folder() as folder:
         path = _fetch(connect(settings), version, release.METRICS, Path(folder))
         try:
             found = as_object(read_json(path), release.METRICS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 import lcmlora
+from lcmlora.files import temporary_folder
 
 SCRIPT = "pyfunc_model.py"
 RELEASE = "artifacts/release"  # where in the model's folder the release has to be
@@ -47,7 +47,7 @@ def write_model(folder: Path, *, model: str) -> None:
     import pandas  # type: ignore[import-untyped]
 
     package = Path(lcmlora.__file__).parent
-    with tempfile.TemporaryDirectory() as staging, _quiet():
+    with temporary_folder() as staging, _quiet():
         code = Path(staging, package.name)
         shutil.copytree(package, code, ignore=_not_code)
         mlflow.pyfunc.save_model(

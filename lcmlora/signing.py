@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from lcmlora.errors import UserError
+from lcmlora.files import temporary_folder
 from lcmlora.parsing import Malformed, parse_json
 from lcmlora.release import CHECKSUMS
 
@@ -79,7 +79,7 @@ def check_own(content: bytes, signature: bytes, key: str, place: str, name: str 
 
     private = serialization.load_pem_private_key(Path(key).read_bytes(), None)
     pem = private.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         public = Path(folder, "public.pem")
         public.write_bytes(pem)
         try:
@@ -120,7 +120,7 @@ def _require(setting: str) -> None:
 @contextmanager
 def _laid_out(content: bytes, signature: bytes, name: str) -> Iterator[tuple[Path, Path]]:
     """Yields a folder with the content alone, and the file of the signature: model-signing works on whole folders."""
-    with tempfile.TemporaryDirectory() as root:
+    with temporary_folder() as root:
         folder, path = Path(root, "release"), Path(root, SIGNATURE)
         folder.mkdir()
         (folder / name).write_bytes(content)

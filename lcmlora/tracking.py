@@ -6,7 +6,6 @@ Every call names the tracking server it talks to; no process-wide state is set b
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lcmlora import masking
 from lcmlora.config import Registry
 from lcmlora.errors import Unavailable, UserError
+from lcmlora.files import write_json
 from lcmlora.parsing import as_object, read_json
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _continue_or_create(
             return run_id
     run_id = create_run(client, settings, model, params)
     if marker:
-        marker.write_text(json.dumps({"run_id": run_id}))
+        write_json(marker, {"run_id": run_id})
     return run_id
 
 

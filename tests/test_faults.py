@@ -4,9 +4,11 @@ import contextlib
 import errno
 import os
 import resource
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -250,6 +252,31 @@ def test_too_little_memory_of_a_gpu_is_told_apart():
 
     line = line_of(allocate, "distill")
     assert line.startswith("distill: the GPU has too little memory (tried to allocate 2.00 gib); lower distill.batch")
+
+
+def test_a_copy_on_a_full_disk_names_where_it_was_to_go(full: Path, tmp_path: Path):
+    (tmp_path / "source" / "b").mkdir(parents=True)
+    (tmp_path / "source" / "b" / "c").write_bytes(bytes(4 << 20))
+
+    def copy_all() -> None:
+        with files.atomic_folder(full / "out") as part:
+            shutil.copytree(tmp_path / "source", part / "a")
+
+    one = line_of(lambda: files.atomic_write(full / "c", lambda path: shutil.copyfile(tmp_path / "source/b/c", path)))
+    assert one.startswith(f"{full}/c: No space left on device; free some")
+    assert line_of(copy_all).startswith(f"{full}/out: No space left on device; free some")
+    assert not list(full.iterdir())
+
+
+def test_the_machines_temporary_files_are_named(full: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(full))
+
+    def fill() -> None:
+        with files.temporary_folder() as folder:
+            (folder / "a").write_bytes(bytes(4 << 20))
+
+    assert line_of(fill).startswith(f"{full}/lcmlora-")
+    assert not list(full.iterdir())
 
 
 def test_a_database_on_a_full_disk(full: Path):

@@ -28,7 +28,7 @@ from lcmlora.data.rollouts import MOST, RolloutEncoder
 from lcmlora.data.sources import RESIZE_FILTER, Record
 from lcmlora.data.store import Store, link
 from lcmlora.errors import UserError
-from lcmlora.files import atomic_folder, sha256_folder, write_json
+from lcmlora.files import atomic_folder, atomic_write, sha256_folder, write_json
 from lcmlora.parsing import Malformed
 from lcmlora.progress import track
 from lcmlora.ranks import Ranks
@@ -126,7 +126,8 @@ def _finish(
     for number, rows in enumerate(shards.values()):
         told = (json.dumps({"key": r.key, "caption": r.caption}) + "\n" for r in listed.read(rows))
         names.append(f"captions-{number:05d}.jsonl")
-        (store.files / names[-1]).write_text("".join(told), encoding="utf-8")
+        content = "".join(told).encode()
+        atomic_write(store.files / names[-1], lambda path, content=content: path.write_bytes(content))  # type: ignore[misc]
     manifest: dict[str, Any] = {
         "version": VERSION,
         "model": base.name,

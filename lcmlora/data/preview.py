@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from lcmlora.config import Data
 from lcmlora.data.prepare import prepare
 from lcmlora.data.sources import Record, open_picture, read_records
 from lcmlora.errors import UserError
-from lcmlora.files import atomic_write
+from lcmlora.files import atomic_write, temporary_folder
 
 _COLUMNS = 4
 _CELL = 2.4  # inches
@@ -31,8 +30,8 @@ def preview(data: Data, count: int, path: Path) -> dict[str, Any]:
     """
     if data.source == "prompts":
         raise UserError(f"data.source: prompts has no pictures to look at; {data.path} is text")
-    with tempfile.TemporaryDirectory(prefix="lcmlora-preview-") as folder:
-        out = Path(folder) / "pictures"
+    with temporary_folder() as folder:
+        out = folder / "pictures"
         report = prepare(data, 1, out)
         kept = read_records(out / "train.jsonl") + read_records(out / "validation.jsonl")
     chosen = sorted(kept, key=lambda record: record.sha256)[:count]
