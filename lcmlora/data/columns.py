@@ -239,9 +239,8 @@ def read_piece(
     while position.group < opened.groups:
         position, done = _read_group(opened, position, columns, make, results, until, start)
         if opened.limit < position.expanded or MAX_REFUSED < position.refused > position.number / 2:
-            reason = EXPANDS if opened.limit < position.expanded else GIVEN_UP
             if not done or position.group + 1 < opened.groups:
-                results.append(Rejection(_name(position), reason))
+                results.append(Rejection(_name(position), EXPANDS if opened.limit < position.expanded else GIVEN_UP))
             return Piece(results, None)
         if not done:
             return Piece(results, position)

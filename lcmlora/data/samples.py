@@ -43,6 +43,7 @@ _MAPS = {
 }  # fmt: skip
 _OF_PICTURES = {"image", "img", "picture", "photo", "rgb", "color", "colour", "original", "orig", "input", "output"}
 _OF_TEXTS = {"caption", "captions", "text", "txt", "prompt", "alt", "description", "title", "tags", "blip", "llava"}
+_TRIED = 16  # captions of other names, for the only picture of a sample
 _WORD = re.compile(r"[a-z]+")
 
 
@@ -116,16 +117,13 @@ def sort_out(key: str, members: Sequence[Member], read: Callable[[Member], bytes
     loose = [_Other(each, key) for each in texts if each not in used]
     # The first that may belong to any picture, and the first that may belong to some: there can be 100,000 of both.
     likely = [*[o for o in loose if o.for_any][:1], *[o for o in loose if o.for_some][:1]]
+    related = sorted((o for o in loose if len(stems) == 1 and o.belongs_to(*stems)), key=_Other.order)
+    used |= {other.name for other in related}
     for picture in pictures:
         own = stem(picture.name)
-        related = [other for other in loose if other.belongs_to(own)] if len(stems) == 1 else []
-        used |= {other.name for other in related}
+        names = [own, picture.name, *(other.name for other in related[:_TRIED])]
         try:
-            sources = [
-                texts.get(own, {}),
-                texts.get(picture.name, {}),
-                *(texts[other.name] for other in sorted(related, key=_Other.order)),
-            ]
+            sources = [texts[name] for name in names if name in texts]
             caption, told = _told(sources, read, scores)
         except Unusable as reason:
             sample.refused.append(Refused(picture, str(reason)))
@@ -181,7 +179,7 @@ def _told(
     sources: list[dict[str, Member]], read: Callable[[Member], bytes], scores: bool
 ) -> tuple[Caption, dict[str, Any]]:
     """Returns the first caption that says something, and what the first JSON says. Raises Unusable."""
-    caption, told = Caption(""), {}
+    caption, told = Caption(""), dict[str, Any]()
     for source in sources:
         for ending in ENDINGS:
             if not caption.text and (member := source.get(ending)) is not None:

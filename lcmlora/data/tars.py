@@ -225,14 +225,14 @@ def _sample(
             yield Rejection(name, str(reason))
         else:
             yield Candidate(name, caption, f"{tar}@{picture.offset}+{picture.size}", scores_in(told, scores))
-    for picture, reason in found.refused:
+    for picture, why in found.refused:
         name, place = f"{printable(tar)}/{printable(picture.name)}", f"{tar}@{picture.offset}+{picture.size}"
         try:
             _check(picture)
         except Unusable as other:
             yield Rejection(name, str(other))
         else:
-            yield _Half(tar, stem(picture.name), name, place) if reason is None else Rejection(name, reason, place)
+            yield _Half(tar, stem(picture.name), name, place) if why is None else Rejection(name, why, place)
     for name in found.unused:
         yield _Half(tar, name, None)
     if not (found.captioned or found.refused or found.unused):
