@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -15,6 +17,7 @@ from lcmlora.errors import UserError
 MAX_BYTES = 64 << 20  # of a file that is read whole; the largest of ours, a manifest of 100,000 shards, has 20 MB
 MAX_DEPTH = 64  # levels of lists and objects; Python's own limit depends on how deep the caller is
 
+MAX_YAML = 4 << 20  # bytes of a YAML file, of which PyYAML reads 100,000 in a second
 MAX_BITS = 14_000  # of an integer; Python shows none of over 4,300 digits, which YAML can write in hexadecimal
 MAX_VALUES = 1_000_000  # of a YAML document
 _SHOWN = 200  # characters of a reason
@@ -36,7 +39,8 @@ def parse_json(content: bytes | str, *, nan_is_null: bool = False) -> Any:
     """
     text = decoded(content)
     try:
-        value = json.loads(text, parse_constant=_null if nan_is_null else _refused, object_pairs_hook=_object)
+        constant = _null if nan_is_null else _refused
+        value = json.loads(text, parse_constant=constant, parse_float=_finite, object_pairs_hook=_object)
     except RecursionError:
         raise Malformed(f"nested too deeply (at most {MAX_DEPTH} levels)") from None
     except Malformed:
@@ -102,7 +106,7 @@ def read_json(path: Path, *, limit: int = MAX_BYTES) -> Any:
         raise UserError(f"{path}: {error}") from None
 
 
-def read_yaml(path: Path, *, limit: int = MAX_BYTES) -> Any:
+def read_yaml(path: Path, *, limit: int = MAX_YAML) -> Any:
     """Returns the value in a YAML file. Raises UserError, which names the file."""
     try:
         return parse_yaml(read_bytes(path, limit=limit))
@@ -124,6 +128,8 @@ def decoded(content: bytes | str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise Malformed("not UTF-8 but UTF-16, as some editors save text; save it as UTF-8") from None
         raise Malformed(f"not UTF-8: byte 0x{content[error.start]:02x} at {error.start}") from None
 
 
@@ -191,6 +197,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _null(constant: str) -> None:
     return None
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise Malformed(f"not JSON: {digits[:_SHOWN]} is larger than any number that a computer keeps")
+    return number
 
 
 def _refused(constant: str) -> Any:

@@ -99,3 +99,19 @@ def test_a_file_is_named_and_only_an_ordinary_one_is_read(tmp_path: Path):
             read(tmp_path / "large")
     with pytest.raises(UserError, match=r"x: expected an object, got \[1\]"):
         as_object([1], "x")
+
+
+@pytest.mark.parametrize("text", ["1e999", "[-1e400]", '{"a": 1.0E+309}'])
+def test_a_number_that_no_computer_keeps_is_refused_and_not_infinite(text: str):
+    with pytest.raises(Malformed, match="larger than any number"):
+        parse_json(text)
+
+
+def test_utf_16_is_named():
+    with pytest.raises(Malformed, match="not UTF-8 but UTF-16"):
+        parse_json('{"a": 1}'.encode("utf-16"))
+
+
+def test_a_number_that_python_does_not_show_is_refused():
+    with pytest.raises(Malformed, match="a number of 36000 bits"):
+        parse_yaml("a: 0x" + "f" * 9000)
