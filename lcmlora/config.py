@@ -108,6 +108,17 @@ class Range(Strict):
     max: float | None = None
 
 
+def _splits(value: Any) -> Any:
+    """One name may stand without brackets, and `all` is every one."""
+    if value == "all":
+        return ("train", "validation", "test")
+    return (value,) if isinstance(value, str) else value
+
+
+Split = Literal["train", "validation", "test"]
+Splits = Annotated[tuple[Split, ...], BeforeValidator(_splits), Field(min_length=1)]
+
+
 class Data(Strict):
     """Which captioned pictures, and which of them are kept (stage `prepare`)."""
 
@@ -123,6 +134,9 @@ class Data(Strict):
     scores: dict[str, Range] = {}  # numbers that metadata, tables or JSON have of a picture; what has none is dropped
     # Bits of 64 in which the looks of two pictures may differ and the later is dropped; null drops equal bytes alone.
     near_duplicates: Annotated[int, Field(ge=0, le=8)] | None = None
+    split: Splits = ("train",)  # which parts are taken, where names like test/ or val-0001.tar say so; or all
+    # Where links may lead besides the data folder and DVC's cache: nowhere, within the project's folder, anywhere
+    links: Literal["refuse", "project", "follow"] = "project"
     # Share of the rows, files and samples read that may be damaged or refused; above it the run stops.
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.5
     validation: Annotated[float, Field(gt=0, lt=1)]  # share of captions that training never sees

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 # What a person would call a picture. Those that are not decoded are reported instead of overlooked.
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2"}
+SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2",
+}  # fmt: skip
+TEXTS = (".txt", ".caption", ".text")  # files with the caption of a picture; where several have one, the first counts
 MAX_BYTES = 1 << 28  # of a file; uncompressed, the largest picture that Pillow opens has as many
 MAX_CAPTION = 1 << 16  # bytes; text encoders read 77 tokens of it
 
@@ -23,6 +26,9 @@ TOO_LARGE = "too many pixels or bytes (decompression bomb)"
 EMPTY = "file of zero bytes"
 MISSING = "no such file"
 UNREADABLE = "file cannot be read"
+AMBIGUOUS = "several files have this name but for upper case, accents or slashes"
+NO_FILE = "no file but a pipe, a socket or a device"
+LINKED = "link that leads out of the folder (data.links)"
 TWICE = "named twice in the metadata; the first caption counts"
 OUTSIDE = "leads out of the folder"
 NOT_UTF8 = "file name or caption is not UTF-8"
@@ -74,7 +80,11 @@ class Rejection:
 
 
 class Unusable(Exception):
-    """The reason why the picture at hand is rejected."""
+    """The reason why the picture at hand is rejected, and what is true of this one alone."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
 
 
 class Source(Protocol):

@@ -56,9 +56,9 @@ NO_COLUMN = "table without a column of captions or of pictures"
 class Parquet:
     """A parquet file, or a folder of them. A place is `file@group+row`, a key `file/row`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, files: Files | None = None) -> None:
         self._path = path
-        self._files = Files(path)
+        self._files = files or Files(path)
         self._lock = threading.Lock()
         self._groups: OrderedDict[tuple[str, int], _Pictures] = OrderedDict()
 

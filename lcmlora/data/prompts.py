@@ -17,7 +17,7 @@ TWICE = "same prompt as another"
 NO_PROMPT = f"row without a text under {', '.join(NAMES[:-1])} or {NAMES[-1]}"
 
 
-def find(path: str) -> tuple[list[Candidate], list[Rejection]]:
+def find(path: str, files: Files | None = None) -> tuple[list[Candidate], list[Rejection]]:
     """Returns every prompt once, in the order of the files, with its file and line as key; and the refused ones.
 
     Args:
@@ -27,8 +27,8 @@ def find(path: str) -> tuple[list[Candidate], list[Rejection]]:
     Raises:
         UserError: no such files, or no prompt in them.
     """
-    files = Files(path)
-    names = sorted(name for kind in KINDS for name in files.list(kind))
+    files = files or Files(path)
+    names = files.list(*KINDS)
     if not names:
         raise UserError(f"data.path: {path}: no prompts; expected a file that ends in {', '.join(KINDS)}, or a folder")
     found, rejections = distinct(read_rows(path, names, wanted=("", *NAMES)))

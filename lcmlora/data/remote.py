@@ -22,61 +22,66 @@ class Files:
         """Raises as `list` does, and UserError where the path's protocol cannot be read here."""
         from fsspec.core import url_to_fs
 
-        self._path = path
+        self.path = path
         try:
             self._system, root = url_to_fs(path, use_listings_cache=False, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
             raise UserError(f"data.path: {path}: {error}; s3:// needs pip install 'lcmlora[pipeline]'") from None
-        self._root: str = root.rstrip("/")
-        self._only: str | None = None  # the name of the file that the path is
+        self.root: str = root.rstrip("/")
+        self.only: str | None = None  # the name of the file that the path is
         with self._told():
-            if self._system.isfile(self._root):
-                self._root, _, self._only = self._root.rpartition("/")
+            if self._system.isfile(self.root):
+                self.root, _, self.only = self.root.rpartition("/")
 
     def sizes(self, *, missing_ok: bool = False) -> dict[str, int]:
         """Returns the bytes of every file below the path, by name, sorted. Raises as `list` does, but for a path that
         may be missing."""
         with self._told():
-            found = self._system.find(self._root, detail=True)
+            found = self._system.find(self.root, detail=True)
         if not found and not missing_ok and not self._exists():
-            raise UserError(f"data.path: {self._path}: no such file or folder")
-        names = {PurePosixPath(path).relative_to(self._root): facts["size"] for path, facts in sorted(found.items())}
+            raise UserError(f"data.path: {self.path}: no such file or folder")
+        names = {PurePosixPath(path).relative_to(self.root): facts["size"] for path, facts in sorted(found.items())}
         return {str(name): int(size) for name, size in names.items() if not _hidden(name)}
 
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
         """Returns the whole of small files, which are asked for at once; those that cannot be read are left out."""
         found: dict[str, bytes] = {}
         for start in range(0, len(names), _AT_ONCE):
-            paths = {f"{self._root}/{name}": name for name in names[start : start + _AT_ONCE]}
+            paths = {f"{self.root}/{name}": name for name in names[start : start + _AT_ONCE]}
             with self._told():
                 read = self._system.cat(list(paths), on_error="return")
             for path, content in read.items():
                 if isinstance(content, bytes):
                     found[paths[path]] = content
                 elif not isinstance(content, FileNotFoundError | PermissionError):
-                    raise Unavailable(f"data.path: {self._path}: {content}")
+                    raise Unavailable(f"data.path: {self.path}: {content}")
         return found
 
-    def list(self, suffix: str) -> list[str]:
+    @property
+    def local(self) -> bool:
+        """Whether the files are of this machine; `root` is then a path."""
+        return "file" in self._system.protocol
+
+    def list(self, *endings: str) -> list[str]:
         """Returns the names below the path that end so, sorted; the path's own name where it is a file.
 
         Raises:
             UserError: there is no such path.
             Unavailable: it cannot be reached.
         """
-        if self._only:
-            return [self._only] if self._only.endswith(suffix) else []
+        if self.only:
+            return [self.only] if PurePosixPath(self.only).suffix.lower() in endings else []
         with self._told():
-            found = self._system.find(self._root)
+            found = self._system.find(self.root)
         if not found and not self._exists():
-            raise UserError(f"data.path: {self._path}: no such file or folder")
-        names = (PurePosixPath(path).relative_to(self._root) for path in found)
-        return sorted(str(name) for name in names if name.suffix == suffix and not _hidden(name))
+            raise UserError(f"data.path: {self.path}: no such file or folder")
+        names = (PurePosixPath(path).relative_to(self.root) for path in found)
+        return sorted(str(name) for name in names if name.suffix.lower() in endings and not _hidden(name))
 
     def state(self) -> str:
         """Returns a digest that changes with any name, size, time or tag of a file. Raises as `list` does."""
         with self._told():
-            path = f"{self._root}/{self._only}" if self._only else self._root
+            path = f"{self.root}/{self.only}" if self.only else self.root
             found = self._system.find(path, detail=True)
         told = hashlib.sha256()
         for path, facts in sorted(found.items()):
@@ -87,29 +92,29 @@ class Files:
     def open(self, name: str) -> IO[bytes]:
         """Returns the file for random access. Raises as `list` does, and UserError where it is no ordinary file: a pipe
         would block for ever."""
-        path = f"{self._root}/{name}"
+        path = f"{self.root}/{name}"
         with self._told():
-            if "file" in self._system.protocol and not stat.S_ISREG(Path(path).stat().st_mode):
-                raise UserError(f"data.path: {self._path}: {name}: not an ordinary file")
+            if self.local and not stat.S_ISREG(Path(path).stat().st_mode):
+                raise UserError(f"data.path: {self.path}: {name}: not an ordinary file")
             file: IO[bytes] = self._system.open(path, "rb")
             return file
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Returns these bytes of the file. Raises as `list` does."""
         with self._told():
-            content: bytes = self._system.cat_file(f"{self._root}/{name}", start=start, end=start + length)
+            content: bytes = self._system.cat_file(f"{self.root}/{name}", start=start, end=start + length)
             return content
 
     def put(self, path: Path, name: str) -> None:
         """Uploads a file of this machine. Raises as `list` does."""
         with self._told():
-            if "file" in self._system.protocol:  # a bucket has no folders
-                self._system.makedirs(self._root, exist_ok=True)
-            self._system.put_file(str(path), f"{self._root}/{name}")
+            if self.local:  # a bucket has no folders
+                self._system.makedirs(self.root, exist_ok=True)
+            self._system.put_file(str(path), f"{self.root}/{name}")
 
     def _exists(self) -> bool:
         with self._told():
-            return bool(self._system.exists(self._root))
+            return bool(self._system.exists(self.root))
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -118,8 +123,8 @@ class Files:
         except (OSError, *_of_botocore()) as error:
             plain = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, FileNotFoundError | PermissionError):
-                raise UserError(f"data.path: {self._path}: {plain}") from None
-            raise Unavailable(f"data.path: {self._path}: {plain}") from error
+                raise UserError(f"data.path: {self.path}: {plain}") from None
+            raise Unavailable(f"data.path: {self.path}: {plain}") from error
 
 
 def guess(path: str) -> str:
