@@ -20,6 +20,8 @@ MAX_CAPTION = 1 << 16  # bytes; text encoders read 77 tokens of it
 
 CAPTIONS = ("caption", "text", "TEXT", "prompt")  # by which tables, JSON and metadata name it
 
+_SHOWN = 200  # characters of a name
+
 NOT_A_PICTURE = "not a JPEG, PNG or WebP picture, or its header is broken"
 DAMAGED = "damaged or truncated"
 TOO_LARGE = "too many pixels or bytes (decompression bomb)"
@@ -33,6 +35,7 @@ TWICE = "named twice in the metadata; the first caption counts"
 OUTSIDE = "leads out of the folder"
 NOT_UTF8 = "file name or caption is not UTF-8"
 NO_CAPTION = "no caption"
+DUPLICATE = "same bytes as another picture"
 LONG_CAPTION = f"caption of more than {MAX_CAPTION} bytes"
 
 
@@ -133,6 +136,12 @@ def scores_in(told: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]
 
 def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def shown(name: str) -> str:
+    """Returns a name for a line that people read: what a terminal would obey is escaped, and what is long is cut."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in printable(name[:_SHOWN]))
+    return plain if len(name) <= _SHOWN else f"{plain}..."
 
 
 def decoded_caption(content: bytes) -> Caption:

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from lcmlora.config import Data
+from lcmlora.data import remedies
+from lcmlora.data.candidates import DUPLICATE, printable, shown
 from lcmlora.data.duplicates import Looks
 from lcmlora.data.rejections import write as write_rejections
-from lcmlora.data.sources import Record, Rejection, find, write_records
+from lcmlora.data.sources import Found, Record, Rejection, survey, write_records
 from lcmlora.errors import UserError
 from lcmlora.files import atomic_folder, write_json
 
-DUPLICATE = "same bytes as another picture"
 ALIKE = "looks like another picture (data.near_duplicates)"
 
 _OFFENDERS = 10  # names listed for each reason
+_KINDS = 12  # of files that are not read, in the printed table
 
 
 def prepare(data: Data, minimum: int, out: Path) -> dict[str, Any]:
@@ -31,12 +33,15 @@ def prepare(data: Data, minimum: int, out: Path) -> dict[str, Any]:
     Raises:
         UserError: nothing to read, or less than `minimum` left; then `out` is as it was before.
     """
-    found, rejections = find(data)
-    read = len(found) + len(rejections)
+    found = survey(data)
+    rejections = found.rejections
+    read = len(found.records) + len(rejections)
+    if read:
+        remedies.check(data, rejections, read, found.passed_over)
     kept = []
     seen: set[str] = set()
     looks = Looks(data.near_duplicates or 0)
-    for record in found:
+    for record in found.records:
         reason = _unwanted(record, data) or (DUPLICATE if record.sha256 in seen else "")
         if not reason and record.look is not None and looks.add(int(record.look, 16)):
             reason = ALIKE
@@ -48,7 +53,7 @@ def prepare(data: Data, minimum: int, out: Path) -> dict[str, Any]:
     held_out = choose_validation({r.caption for r in kept}, data.validation, data.seed)
     train = [r for r in kept if r.caption not in held_out]
     validation = [r for r in kept if r.caption in held_out]
-    report = {
+    report: dict[str, Any] = {
         "source": data.source,
         "read": read,
         "kept": len(kept),
@@ -56,8 +61,9 @@ def prepare(data: Data, minimum: int, out: Path) -> dict[str, Any]:
         "train": _count(train),
         "validation": _count(validation),
     }
+    report |= _also(found, kept)
     if len(train) < minimum or not validation:
-        raise UserError(_too_few(data, report, minimum))
+        raise UserError(_too_few(data, report, minimum, rejections, found.passed_over))
     with atomic_folder(out) as folder:
         write_records(folder / "train.jsonl", train)
         write_records(folder / "validation.jsonl", validation)
@@ -93,13 +99,44 @@ def print_report(report: dict[str, Any]) -> None:
 
     counted = "prompts" if report["source"] == "prompts" else "pictures"
     table = Table(counted, "count", "first of them", title=f"data: {report['source']}", title_justify="left")
+
+    def add(what: str, found: dict[str, Any]) -> None:
+        names = ", ".join(map(shown, found["first"][:3])) + (", ..." if found["count"] > 3 else "")
+        table.add_row(escape(shown(what)), str(found["count"]), escape(names))
+
     table.add_row("read", str(report["read"]), "")
     for reason, dropped in report["dropped"].items():
-        names = ", ".join(dropped["first"][:3]) + (", ..." if dropped["count"] > 3 else "")
-        table.add_row(f"dropped: {escape(reason)}", str(dropped["count"]), escape(names))
+        add(f"dropped: {reason}", dropped)
+    for split, left in report.get("left_out", {}).items():
+        add(f"left out: {left['of']} of {split} (data.split)", left)
+    for kind, files in list(report.get("passed_over", {}).items())[:_KINDS]:
+        add(f"not read: files {kind}" if kind.startswith(".") else f"not read: {kind}", files)
+    if (kinds := len(report.get("passed_over", {}))) > _KINDS:
+        table.add_row(f"not read: {kinds - _KINDS} further kinds of files (report.json)", "", "")
+    for note, noted in report.get("noted", {}).items():
+        add(f"used, but {note}", noted)
+    if "cleaned" in report:
+        add("captions that lost HTML or addresses", report["cleaned"])
     for part in ("train", "validation"):
         table.add_row(part, str(report[part]["pictures"]), f"{report[part]['captions']} captions")
     Console(stderr=True).print(table)
+
+
+def _also(found: Found, kept: list[Record]) -> dict[str, Any]:
+    """Returns the parts of a report that are there only where they say something."""
+    unit = "pictures" if found.of_pictures else "files"
+    left_out = {
+        split: {"of": unit, "count": len(names), "first": [printable(name) for name in names[:_OFFENDERS]]}
+        for split, names in found.left_out.items()
+    }
+    cleaned = [record.key for record in kept if record.raw_caption is not None]
+    parts = {
+        "left_out": left_out,
+        "passed_over": found.passed_over,
+        "noted": _by_reason(Rejection(record.key, record.note) for record in kept if record.note),
+        "cleaned": {"count": len(cleaned), "first": cleaned[:_OFFENDERS]} if cleaned else {},
+    }
+    return {name: part for name, part in parts.items() if part}
 
 
 def _unwanted(record: Record, data: Data) -> str:
@@ -124,15 +161,26 @@ def _count(records: list[Record]) -> dict[str, int]:
     return {"pictures": len(records), "captions": len({r.caption for r in records})}
 
 
-def _too_few(data: Data, report: dict[str, Any], minimum: int) -> str:
+def _too_few(
+    data: Data, report: dict[str, Any], minimum: int, rejections: list[Rejection], passed_over: dict[str, Any]
+) -> str:
+    counted = remedies.counted(data)
     if report["train"]["pictures"] >= minimum:
         return (
-            f"{data.path}: all {report['kept']} pictures that are left have one caption; data.validation holds out "
+            f"{data.path}: all {report['kept']} {counted} that are left have one caption; data.validation holds out "
             "whole captions, so there must be two at least"
         )
+    held_out = report["validation"]["pictures"]
+    left = (
+        f"{report['train']['pictures']} training {counted} are left and one batch needs {minimum}; "
+        f"read {report['read']}, held out for validation {held_out}"
+    )
+    most = max((dropped["count"] for dropped in report["dropped"].values()), default=0)
+    if 2 * most > len(rejections) and (most >= report["kept"] or report["train"]["pictures"] + most >= minimum):
+        said = f"{remedies.leading(rejections, passed_over)}{remedies.others(rejections)}"
+        return f"{data.path}: {left}, dropped: {said}"
     reasons = ", ".join(f"{d['count']} {reason}" for reason, d in report["dropped"].items()) or "none"
     return (
-        f"{data.path}: {report['train']['pictures']} training pictures are left and one batch needs {minimum}; "
-        f"read {report['read']}, held out for validation {report['validation']['pictures']}, dropped: {reasons}; "
-        "add pictures, or lower distill.batch or the limits under data in params.yaml"
+        f"{data.path}: {left}, dropped: {reasons}; "
+        f"add {counted}, or lower distill.batch or the limits under data in params.yaml"
     )

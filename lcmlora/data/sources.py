@@ -12,27 +12,28 @@ import io
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from lcmlora.config import Data
-from lcmlora.data import emoji, prompts
+from lcmlora.data import emoji, prompts, remedies, splits
 from lcmlora.data.candidates import (
-    DAMAGED,
-    NOT_A_PICTURE,
-    TOO_LARGE,
+    NO_CAPTION,
     Candidate,
     Rejection,
     Source,
     Unusable,
     clean_caption,
+    printable,
 )
+from lcmlora.data.decoding import decode
 from lcmlora.data.duplicates import perceptual_hash
 from lcmlora.data.folder import Folder
+from lcmlora.data.inputs import Inputs
 from lcmlora.data.isolation import isolated
 from lcmlora.data.parquet import Parquet
 from lcmlora.data.tars import Tars
@@ -42,8 +43,6 @@ from lcmlora.progress import track
 
 EMOJI_SIDE = 128  # pixels of a drawing that nobody asked for in another size
 RESIZE_FILTER = "lanczos"
-
-_FORMATS = ("JPEG", "PNG", "WEBP")  # every further decoder of Pillow is a further way in for hostile files
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Record:
     place: by which the source reads it, where that is not the key.
     raw_caption: as it was written, where cleaning took words from it.
     look: 64 bits of what it looks like, where near duplicates are asked for; 16 hexadecimal digits.
+    note: what could not be read of the picture, though it is used.
     """
 
     key: str
@@ -67,21 +67,85 @@ class Record:
     place: str | None = None
     raw_caption: str | None = None
     look: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies at `data.path`.
+
+    records: the usable pictures, in a stable order.
+    left_out: names that belong to a split which is not wanted, by split.
+    of_pictures: whether these are names of pictures; else they are of files with many.
+    passed_over: files that nothing is made of, as `census.Census.report` has them.
+    """
+
+    records: list[Record]
+    rejections: list[Rejection]
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    passed_over: dict[str, Any] = field(default_factory=dict)
+    of_pictures: bool = False
 
 
 def find(data: Data) -> tuple[list[Record], list[Rejection]]:
-    """Returns the usable pictures of `data.path`, in a stable order, and the others with reasons. Reads each once.
+    """Returns the usable pictures and the others of what `survey` finds."""
+    found = survey(data)
+    return found.records, found.rejections
+
+
+def survey(data: Data) -> Found:
+    """Returns what lies at `data.path`, down to the last file. Reads each picture once.
 
     Raises:
-        UserError: no such folder or file, no pictures in it, pictures without captions, or metadata that cannot be
-            understood.
+        UserError: no such folder or file, no pictures in it, or so many without a caption that the layout must be
+            another one (data.max_rejected).
     """
     if data.source == "emoji":
-        return _find_emoji(data), []
+        return Found(_find_emoji(data), [])
+    if data.source == "folder":
+        folder = Folder(data.path, data.links, data.split)
+        candidates, rejections = folder.candidates(data.scores)
+        passed_over, left_out = folder.census().report(), folder.left_out
+        without = [rejection for rejection in rejections if rejection.reason == NO_CAPTION]
+        # Before hours are spent on decoding the few that have one.
+        remedies.check(data, without, len(candidates) + len(rejections), passed_over)
+    else:
+        files = Inputs(data.path, data.links, data.split)
+        candidates, rejections = _in_files(data, files)
+        rejections += files.rejections()
+        passed_over, left_out = files.census().report(), files.left_out
     if data.source == "prompts":
-        candidates, rejections = prompts.find(data.path)
-        return [_unpictured(c, copy) for copy in range(data.copies) for c in candidates], rejections
-    candidates, rejections = _source(data.source, data.path).candidates(data.scores)
+        records = [_unpictured(c, copy) for copy in range(data.copies) for c in candidates]
+    else:
+        records = _examined(data, candidates, rejections)
+    return Found(records, rejections, left_out, passed_over, data.source == "folder")
+
+
+def _in_files(data: Data, files: Inputs) -> tuple[list[Candidate], list[Rejection]]:
+    if data.source == "prompts":
+        return prompts.find(data.path, files)
+    if data.source == "parquet":
+        return Parquet(data.path, files).candidates(data.scores)
+    candidates, rejections = Tars(data.path, files).candidates(data.scores)
+    # Of what is packed, as `tar c train test` does, unless the name of the tar file says what all of it is.
+    inside = {candidate.key: _inside(candidate) for candidate in candidates}
+    kept, left_out = splits.choose(data.path, inside.values(), data.split)
+    wanted = {*kept}
+    for split, names in left_out.items():
+        files.left_out[split] = [*files.left_out.get(split, []), *names]
+    return [candidate for candidate in candidates if inside[candidate.key] in wanted], rejections
+
+
+def _inside(candidate: Candidate) -> str:
+    """Returns the name of a picture in its tar file, below a folder that says the split where the tar file does."""
+    tar = candidate.place.rpartition("@")[0]
+    name = candidate.key.removeprefix(f"{printable(tar)}/")
+    split = splits.of(tar, container=True)
+    return f"{split}/{name}" if split else name
+
+
+def _examined(data: Data, candidates: list[Candidate], rejections: list[Rejection]) -> list[Record]:
+    """Returns the pictures that can be decoded, and adds the others to the rejections."""
     wanted = []
     for candidate in candidates:
         if reason := _low(candidate, data):
@@ -92,7 +156,7 @@ def find(data: Data) -> tuple[list[Record], list[Rejection]]:
     found = isolated(examine, wanted, lambda c, reason: Rejection(c.key, reason), workers(), preload=__name__)
     results = list(track(found, "read pictures", total=len(wanted)))
     rejections += [r for r in results if isinstance(r, Rejection)]
-    return [r for r in results if isinstance(r, Record)], rejections
+    return [r for r in results if isinstance(r, Record)]
 
 
 def _unpictured(prompt: Candidate, copy: int) -> Record:
@@ -114,14 +178,15 @@ def _low(candidate: Candidate, data: Data) -> str:
     return ""
 
 
-def _source(kind: str, path: str) -> Source:
-    if kind == "parquet":
-        return Parquet(path)
-    return Tars(path) if kind == "webdataset" else Folder(path)
+@lru_cache(1)  # with what it has read already: files that were opened, groups of rows
+def _opened(kind: str, path: str, links: str) -> Source:
+    if kind == "folder":
+        return Folder(path, links)
+    return Parquet(path) if kind == "parquet" else Tars(path)
 
 
-# With what it has read already: files that were opened, groups of rows.
-_again = lru_cache(1)(_source)
+def _reader(data: Data) -> Source:
+    return _opened(data.source, data.path, data.links)
 
 
 def open_picture(data: Data, record: Record, *, size: int | None = None) -> Image.Image:
@@ -138,10 +203,10 @@ def open_picture(data: Data, record: Record, *, size: int | None = None) -> Imag
         art = emoji.artwork(_modules(data), style)
         return emoji.render(art, code, size or record.width, emoji.Placement.draw(record.key))
     try:
-        content = _again(data.source, data.path).read(record.place or record.key)
+        content = _reader(data).read(record.place or record.key)
         if hashlib.sha256(content).hexdigest() != record.sha256:
             raise Unusable("it has changed")
-        return _decode(content)
+        return decode(content)[0]
     except Unusable as reason:
         raise UserError(
             f"{data.path}: {record.key}: {reason}, but it was good when the list was made; run `lcmlora prepare`"
@@ -151,7 +216,7 @@ def open_picture(data: Data, record: Record, *, size: int | None = None) -> Imag
 def glimpse(data: Data, side: int, place: str) -> bytes | None:
     """Returns a picture as a JPEG of at most `side` pixels; None where it cannot be decoded."""
     try:
-        picture = _decode(_again(data.source, data.path).read(place))
+        picture, _ = decode(_reader(data).read(place))
     except Unusable:
         return None
     picture.thumbnail((side, side))
@@ -220,16 +285,16 @@ def workers() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------
+# --- pictures in files ------------------------------------------------------------------------------------------
 
 
 def _examine(data: Data, candidate: Candidate) -> Record | Rejection:
     try:
-        content = _again(data.source, data.path).read(candidate.place)
+        content = _reader(data).read(candidate.place)
         # Pillow warns about what is over its limit and refuses only what is over it twice; here the limit counts.
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = _decode(content)
+            picture, note = decode(content)
     except Unusable as reason:
         return Rejection(candidate.key, str(reason))
     return Record(
@@ -240,27 +305,5 @@ def _examine(data: Data, candidate: Candidate) -> Record | Rejection:
         place=None if candidate.place == candidate.key else candidate.place,
         raw_caption=candidate.caption.raw,
         look=None if data.near_duplicates is None else f"{perceptual_hash(picture):016x}",
+        note=note,
     )
-
-
-def _decode(content: bytes) -> Image.Image:
-    try:
-        with Image.open(
-            io.BytesIO(content), formats=_FORMATS
-        ) as opened:  # reads the size, refuses bombs, no pixels yet
-            return _to_rgb(ImageOps.exif_transpose(opened))
-    except UnidentifiedImageError:
-        raise Unusable(NOT_A_PICTURE) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError):
-        raise Unusable(TOO_LARGE) from None
-    except Exception:  # decoders raise whatever broken bytes lead them to
-        raise Unusable(DAMAGED) from None
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255 instead of scaling
-        picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")

@@ -1,0 +1,96 @@
+"""What a person can do where too many pictures are rejected, in the line that stops the run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from lcmlora.config import Data
+from lcmlora.data import candidates as reasons
+from lcmlora.data import census
+from lcmlora.data.candidates import Rejection
+from lcmlora.errors import UserError
+
+_SHOWN = 3  # names
+
+_LAYOUT = "put it into a .txt file of the same name, or into metadata.jsonl or metadata.csv with file_name and text"
+_AGAIN = "copy or download them again, or remove them"
+_REMEDIES = {
+    reasons.NO_CAPTION: _LAYOUT,
+    reasons.MISSING: "put the files where file_name says, as a path from the folder of the metadata",
+    reasons.AMBIGUOUS: "name each file as it is spelled on disk",
+    reasons.OUTSIDE: "put the files into the folder, and name them by their path from the folder of the metadata",
+    reasons.LINKED: "set data.links: follow where the links can be trusted, or put the files themselves there",
+    reasons.NOT_UTF8: "save captions, and name files, in UTF-8",
+    reasons.LONG_CAPTION: "shorten the captions; a text encoder reads 77 tokens",
+    reasons.NOT_A_PICTURE: "convert them to JPEG, PNG or WebP",
+    reasons.DAMAGED: _AGAIN,
+    reasons.EMPTY: _AGAIN,
+    reasons.TOO_LARGE: "make them smaller: about 89 million pixels is the most",
+    reasons.UNREADABLE: "look at the permissions of the files",
+}
+_CHOICES = {  # by the parameter that a reason ends with
+    "(data.min_side)": "take larger pictures, or lower data.min_side",
+    "(data.max_aspect)": "crop them, or raise data.max_aspect",
+    "(data.near_duplicates)": "lower data.near_duplicates, or set it to null",
+    "(data.scores)": "look at the ranges of data.scores",
+}
+
+
+def is_choice(reason: str) -> bool:
+    """Whether the parameters ask for such pictures to be dropped, so that they are no fault of the data set."""
+    return reason.endswith(tuple(_CHOICES)) or reason == reasons.DUPLICATE
+
+
+def check(data: Data, rejections: Sequence[Rejection], total: int, passed_over: dict[str, Any]) -> None:
+    """Raises UserError where the faults among the rejections are more than data.max_rejected lets pass."""
+    faults = [rejection for rejection in rejections if not is_choice(rejection.reason)]
+    if len(faults) > data.max_rejected * total:
+        shown = f"{len(faults)} of {total} {counted(data)} cannot be used, more than data.max_rejected lets pass"
+        raise UserError(f"{data.path}: {shown} ({data.max_rejected:g}): {leading(faults, passed_over)}{others(faults)}")
+
+
+def leading(rejections: Sequence[Rejection], passed_over: dict[str, Any]) -> str:
+    """Returns the reason that most rejections have, with the first names and what to do about it."""
+    reason = _most(rejections)
+    found = [rejection for rejection in rejections if rejection.reason == reason]
+    names = ", ".join(reasons.shown(f"{r.name} ({r.detail})" if r.detail else r.name) for r in found[:_SHOWN])
+    more = ", ..." if len(found) > _SHOWN else ""
+    return f"{len(found)} {reason} ({names}{more}); {remedy(reason)}{_hint(reason, passed_over)}"
+
+
+def others(rejections: Sequence[Rejection]) -> str:
+    """Returns the other reasons with their counts and the first name of each."""
+    first = {rejection.reason: rejection.name for rejection in reversed(rejections)}
+    counts = Counter(rejection.reason for rejection in rejections)
+    del counts[_most(rejections)]
+    told = [f"{count} {reason} ({reasons.shown(first[reason])})" for reason, count in counts.most_common()]
+    return f"; also: {', '.join(told)}" if told else ""
+
+
+def remedy(reason: str) -> str:
+    for ending, choice in _CHOICES.items():
+        if reason.endswith(ending):
+            return choice
+    return _REMEDIES.get(reason, "mend or remove them, or raise data.max_rejected")
+
+
+def counted(data: Data) -> str:
+    return "prompts" if data.source == "prompts" else "pictures"
+
+
+def _most(rejections: Sequence[Rejection]) -> str:
+    """Returns the most frequent reason; where several are, the one that may have led to the others."""
+    counts = Counter(rejection.reason for rejection in rejections)
+    return max(counts, key=lambda reason: (counts[reason], reason != reasons.NO_CAPTION))
+
+
+def _hint(reason: str, passed_over: dict[str, Any]) -> str:
+    """Returns what else lies there and may be what is missing."""
+    archives, tables = census.archives_and_tables(passed_over)
+    if reason == reasons.MISSING and archives:
+        return f"; {reasons.shown(archives[0])} is not unpacked"
+    if reason == reasons.NO_CAPTION and tables:
+        return f"; {', '.join(map(reasons.shown, tables[:_SHOWN]))} beside them is not read"
+    return ""
