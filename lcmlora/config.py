@@ -137,8 +137,9 @@ class Data(Strict):
     split: Splits = ("train",)  # which parts are taken, where names like test/ or val-0001.tar say so; or all
     # Where links may lead besides the data folder and DVC's cache: nowhere, within the project's folder, anywhere
     links: Literal["refuse", "project", "follow"] = "project"
-    # Share of the rows, files and samples read that may be damaged or refused; above it the run stops.
-    max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.5
+    # Share of the rows, files and samples read that may be damaged or refused; above it the run stops. Without a
+    # caption may be half at most, whatever this says below 1: more, and the layout is another one.
+    max_rejected: Share = 0.8
     validation: Annotated[float, Field(gt=0, lt=1)]  # share of captions that training never sees
     seed: Seed
 

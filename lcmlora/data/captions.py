@@ -123,7 +123,7 @@ def _json(content: bytes | Unusable) -> dict[str, Any]:
     if len(content) > _MAX_JSON:
         raise Unusable(BAD_JSON)
     try:
-        told = parse_json(content)
+        told = parse_json(content, nan_is_null=True)
     except Malformed:
         raise Unusable(BAD_JSON) from None
     return told if isinstance(told, dict) else {}

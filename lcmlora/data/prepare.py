@@ -177,7 +177,7 @@ def _too_few(
     )
     most = max((dropped["count"] for dropped in report["dropped"].values()), default=0)
     if 2 * most > len(rejections) and (most >= report["kept"] or report["train"]["pictures"] + most >= minimum):
-        said = f"{remedies.leading(rejections, passed_over)}{remedies.others(rejections)}"
+        said = f"{remedies.worst(rejections)}{remedies.leading(rejections, passed_over)}{remedies.others(rejections)}"
         return f"{data.path}: {left}, dropped: {said}"
     reasons = ", ".join(f"{d['count']} {reason}" for reason, d in report["dropped"].items()) or "none"
     return (

@@ -44,20 +44,35 @@ def is_choice(reason: str) -> bool:
 
 
 def check(data: Data, rejections: Sequence[Rejection], total: int, passed_over: dict[str, Any]) -> None:
-    """Raises UserError where the faults among the rejections are more than data.max_rejected lets pass."""
+    """Raises UserError where the faults among the rejections are more than data.max_rejected lets pass, or where most
+    of all has no caption: then the layout is another one."""
     faults = [rejection for rejection in rejections if not is_choice(rejection.reason)]
+    without = [rejection for rejection in faults if rejection.reason == reasons.NO_CAPTION]
+    if 2 * len(without) > total and data.max_rejected < 1:
+        raise UserError(
+            f"{data.path}: {len(without)} of {total} {counted(data)} have no caption{leading(without, passed_over)}"
+            f"{others(faults)}"
+        )
     if len(faults) > data.max_rejected * total:
-        shown = f"{len(faults)} of {total} {counted(data)} cannot be used, more than data.max_rejected lets pass"
-        raise UserError(f"{data.path}: {shown} ({data.max_rejected:g}): {leading(faults, passed_over)}{others(faults)}")
+        raise UserError(
+            f"{data.path}: {len(faults)} of {total} {counted(data)} cannot be used, more than data.max_rejected lets "
+            f"pass ({data.max_rejected:g}): {worst(faults)}{leading(faults, passed_over)}{others(faults)}"
+        )
+
+
+def worst(rejections: Sequence[Rejection]) -> str:
+    """Returns the reason that most rejections have, and their number."""
+    reason = _most(rejections)
+    return f"{sum(rejection.reason == reason for rejection in rejections)} {reason}"
 
 
 def leading(rejections: Sequence[Rejection], passed_over: dict[str, Any]) -> str:
-    """Returns the reason that most rejections have, with the first names and what to do about it."""
+    """Returns the first names that have the reason of most rejections, and what to do about it."""
     reason = _most(rejections)
     found = [rejection for rejection in rejections if rejection.reason == reason]
     names = ", ".join(reasons.shown(f"{r.name} ({r.detail})" if r.detail else r.name) for r in found[:_SHOWN])
     more = ", ..." if len(found) > _SHOWN else ""
-    return f"{len(found)} {reason} ({names}{more}); {remedy(reason)}{_hint(reason, passed_over)}"
+    return f" ({names}{more}); {remedy(reason)}{_hint(reason, passed_over)}"
 
 
 def others(rejections: Sequence[Rejection]) -> str:

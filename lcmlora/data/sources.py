@@ -22,7 +22,6 @@ from PIL import Image
 from lcmlora.config import Data
 from lcmlora.data import emoji, prompts, remedies, splits
 from lcmlora.data.candidates import (
-    NO_CAPTION,
     Candidate,
     Rejection,
     Source,
@@ -106,9 +105,8 @@ def survey(data: Data) -> Found:
         folder = Folder(data.path, data.links, data.split)
         candidates, rejections = folder.candidates(data.scores)
         passed_over, left_out = folder.census().report(), folder.left_out
-        without = [rejection for rejection in rejections if rejection.reason == NO_CAPTION]
-        # Before hours are spent on decoding the few that have one.
-        remedies.check(data, without, len(candidates) + len(rejections), passed_over)
+        if rejections:  # before hours are spent on decoding the others
+            remedies.check(data, rejections, len(candidates) + len(rejections), passed_over)
     else:
         files = Inputs(data.path, data.links, data.split)
         candidates, rejections = _in_files(data, files)

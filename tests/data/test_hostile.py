@@ -137,11 +137,11 @@ def bad(folder: Path, outside: Path) -> dict[str, str]:
     secret = add(outside, "secret.png", "secret", picture(74))
     for name, target in (("link.png", secret), ("passwords.png", Path("/etc/passwd"))):
         (folder / name).symlink_to(target)
-        reasons[name] = candidates.OUTSIDE
+        reasons[name] = candidates.LINKED
     (folder / "loop.png").symlink_to(folder / "loop.png")
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     os.mkfifo(folder / "pipe.png")  # which nobody writes to: whoever opens it waits for ever
-    reasons |= dict.fromkeys(("loop.png", "gone.png", "pipe.png"), candidates.MISSING)
+    reasons |= dict.fromkeys(("loop.png", "gone.png"), candidates.MISSING) | {"pipe.png": candidates.NO_FILE}
     name = os.fsdecode(b"caf\xe9.png")
     add(folder, name, "a caption", picture(75))
     return reasons | {candidates.printable(name): candidates.NOT_UTF8}

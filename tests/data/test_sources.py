@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from lcmlora.config import Data
-from lcmlora.data import candidates, sources
+from lcmlora.data import candidates, sources, tables
+from lcmlora.data.folder import NO_NAME
 from lcmlora.data.sources import Record, find, fit, open_picture
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
@@ -97,7 +98,7 @@ def test_links_out_of_the_folder_are_not_followed(folder: Path, tmp_path: Path) 
     (folder / "link.txt").write_text("mine")
     add(folder, "words.png", None, picture(40))
     (folder / "words.txt").symlink_to(tmp_path / "secret.txt")
-    assert rejected(folder) == {"link.png": candidates.OUTSIDE, "words.png": candidates.OUTSIDE}
+    assert rejected(folder) == {"link.png": candidates.LINKED, "words.png": candidates.LINKED}
 
 
 def test_a_linked_data_folder_is_fine(folder: Path, tmp_path: Path) -> None:
@@ -106,24 +107,47 @@ def test_a_linked_data_folder_is_fine(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "rows", "number", "reason"),
     [
-        ("metadata.jsonl", b'{"file_name": "0.png"}\n', "row 1: expected texts file_name and text"),
-        ("metadata.jsonl", b'{"file_name": "0.png", "text": "a"}\n{broken\n', "cannot be read after row 1"),
-        ("metadata.jsonl", b'["0.png"]\n', "row 1: expected texts file_name and text"),
-        ("metadata.jsonl", b"\xff\xfe\xfd\n", "cannot be read after row 0"),
-        ("metadata.jsonl", b"[" * 200_000 + b"\n", "cannot be read after row 0"),
-        ("metadata.csv", b"name,text\n0.png,a\n", "row 1: expected texts file_name and text"),
-        ("metadata.csv", b'file_name,text\n0.png,"' + b"a" * 200_000, "cannot be read after row 0"),
+        ("metadata.jsonl", '{"file_name": "9.png"}', 2, NO_NAME),
+        ("metadata.jsonl", '{"file_name": 9, "text": "nine"}', 2, NO_NAME),
+        ("metadata.jsonl", "{broken", 2, tables.NOT_JSON),
+        ("metadata.jsonl", '["9.png"]', 2, tables.NOT_JSON),
+        ("metadata.jsonl", "[" * 200_000, 2, tables.NOT_JSON),
+        ("metadata.jsonl", '{"file_name": "9.png", "text": "caf\udce9"}', 2, candidates.NOT_UTF8),
+        ("metadata.csv", "9.png", 2, tables.FEWER_FIELDS),
+        ("metadata.csv", "9.png,1girl, solo", 2, tables.MORE_FIELDS),
     ],
 )
-def test_metadata_that_cannot_be_understood_is_an_error_naming_file_and_row(
-    folder: Path, name: str, content: bytes, message: str
+def test_a_row_of_metadata_that_cannot_be_understood_costs_itself(
+    folder: Path, name: str, rows: str, number: int, reason: str
 ) -> None:
-    (folder / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        find(data_in(folder))
-    assert name in str(error.value)
+    first, last = (
+        ("0.png,first", "1.png,last") if name.endswith("csv") else (_row("0.png", "first"), _row("1.png", "last"))
+    )
+    lines = [first, rows, last]
+    if name.endswith("csv"):
+        lines.insert(0, "file_name,text")
+    (folder / name).write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
+    records, rejections = find(data_in(folder))
+    captions = {r.key: r.caption for r in records}
+    assert [captions[f"{n}.png"] for n in range(3)] == ["first", "last", "subject 2"]
+    assert [(r.name, r.reason) for r in rejections] == [(f"{name}/{number:06d}", reason)]
+
+
+def test_a_row_without_a_caption_names_the_picture_and_the_row(folder: Path) -> None:
+    add(folder, "bare.png", None, picture(30))
+    rows = [_row("0.png", "first"), '{"file_name": "bare.png", "text": null}', '{"file_name": "1.png", "text": " "}']
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    records, rejections = find(data_in(folder))
+    assert {r.key: r.caption for r in records}["1.png"] == "subject 1"  # as the file beside it says
+    assert [(r.name, r.reason, r.detail) for r in rejections] == [
+        ("bare.png", candidates.NO_CAPTION, "row 2 of metadata.jsonl")
+    ]
+
+
+def _row(name: str, text: str) -> str:
+    return json.dumps({"file_name": name, "text": text})
 
 
 # --- bad input
@@ -331,7 +355,7 @@ def test_pictures_whose_scores_are_out_of_range_or_missing_are_dropped_before_th
 def test_a_table_without_the_column_of_a_score_is_an_error(tmp_path: Path) -> None:
     table(tmp_path / "a.parquet", image=[b"x"], text=["t"])
     data = data_in(tmp_path / "a.parquet", source="parquet", scores={"aesthetic": {"min": 5}})
-    with pytest.raises(UserError, match=r"a\.parquet: no column of aesthetic \(data\.scores\)"):
+    with pytest.raises(UserError, match=r"a\.parquet: no column aesthetic \(data\.scores\)"):
         find(data)
 
 
