@@ -131,10 +131,13 @@ def prepare(context: typer.Context) -> None:
     Example: lcmlora prepare
     """
     config = _configure(context)
+    from lcmlora.data import enlargement
     from lcmlora.data import prepare as stage
 
     minimum = max((config.distill_for(model).batch for model in config.models), default=config.distill.batch)
     stage.print_report(stage.prepare(config.data, minimum, Path("data/pictures")))
+    for model in config.models:
+        enlargement.warn(config.data, model, config.base(model).resolution, Path("data/pictures"))
 
 
 @app.command(cls=_Stage)
@@ -154,10 +157,13 @@ def encode(context: typer.Context, model: Model) -> None:
 
 
 def _encode(config, model: str, settings, place) -> None:  # type: ignore[no-untyped-def]
+    from lcmlora.data import enlargement
     from lcmlora.data.encode import encode as fill
 
     base = _load(config, model, settings.device, "unet" if config.data.source == "prompts" else "vae", "text")
     out = Path("data/latents", model)
+    if place.first:
+        enlargement.warn(config.data, model, base.resolution, Path("data/pictures"))
     fill(base, config.data, settings, Path("data/pictures"), _scratch("encode"), out, place)
 
 

@@ -47,11 +47,14 @@ def preview(
     """
     from lcmlora import config
     from lcmlora.data import preview as sheets
+    from lcmlora.data.guess import source_of
     from lcmlora.data.prepare import print_report
-    from lcmlora.data.remote import guess
 
-    data = config.load(context.obj).data
+    settings = config.load(context.obj)
+    data = settings.data
     if source is not None:
-        data = type(data).model_validate(data.model_dump() | {"source": kind or guess(source), "path": source})
-    print_report(sheets.preview(data, count, out))
+        data = type(data).model_validate(data.model_dump() | {"source": kind or source_of(source), "path": source})
+    print_report(
+        sheets.preview(data, count, out, {model: settings.base(model).resolution for model in settings.models})
+    )
     print(out)

@@ -39,8 +39,24 @@ DUPLICATE = "same bytes as another picture"
 LONG_CAPTION = f"caption of more than {MAX_CAPTION} bytes"
 
 
-# Markup has a letter behind its bracket, so that "a < b" stays. Neither pattern can run on for long.
-_MARKUP = re.compile(r"<!--[^<]*?-->|</?[a-zA-Z][^<>]*>")
+# Elements of HTML, present and former, and no other word in angle brackets: trigger words like <cat-toy> or <s0> stay.
+_ELEMENTS = (
+    "a abbr acronym address area article aside audio b base basefont bdi bdo big blink blockquote body br button "
+    "canvas caption center cite code col colgroup data datalist dd del details dfn dialog dir div dl dt em embed "
+    "fieldset figcaption figure font footer form frame frameset h1 h2 h3 h4 h5 h6 head header hgroup hr html i "
+    "iframe img input ins kbd label legend li link main map mark marquee menu meta meter nav nobr noframes "
+    "noscript object ol optgroup option output p param picture pre progress q rp rt ruby s samp script search "
+    "section select slot small source span strike strong style sub summary sup svg table tbody td template "
+    "textarea tfoot th thead time title tr track tt u ul var video wbr"
+)
+# What follows an element's name are attributes, of which one at least has a value: "a <b and c> d" stays. Nothing here
+# can run on for long.
+_MARKUP = re.compile(
+    rf"<!--[^<]*?-->|</(?:{_ELEMENTS.replace(' ', '|')})\s*>"
+    rf"|<(?:{_ELEMENTS.replace(' ', '|')})(?:\s[^<>=]*=[^<>]*)?\s?/?>",
+    re.IGNORECASE,
+)
+_ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")  # "R&notes" has none
 _ADDRESS = re.compile(r"(?:https?://|www\.)\S+")
 
 
@@ -110,7 +126,8 @@ class Source(Protocol):
 def clean_caption(text: str) -> Caption:
     """Returns the caption in NFKC without control characters, HTML, addresses and surplus white space."""
     plain = _plain(text)
-    bare = _plain(_ADDRESS.sub(" ", _MARKUP.sub(" ", html.unescape(plain))))
+    unescaped = _ENTITY.sub(lambda found: html.unescape(found[0]), plain)
+    bare = _plain(_ADDRESS.sub(" ", _MARKUP.sub(" ", unescaped)))
     return Caption(bare, plain if plain != bare else None)
 
 

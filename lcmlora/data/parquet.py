@@ -37,7 +37,7 @@ from lcmlora.data.columns import (
     read_piece,
     undecoded,
 )
-from lcmlora.data.isolation import Piece, in_pieces, processes
+from lcmlora.data.isolation import Piece, in_pieces, isolated, processes
 from lcmlora.data.remote import Files
 from lcmlora.data.tables import PRELOAD, row_name
 from lcmlora.errors import Unavailable, UserError
@@ -215,6 +215,25 @@ def _picture_column(opened: ParquetTable) -> str:
             "files with the pictures in them"
         )
     raise _refused(f"no column of pictures: expected one of {', '.join(_PICTURES)}, got {_listed(opened)}")
+
+
+def with_pictures(path: str, tables: list[str]) -> bool:
+    """Whether a table has a column of pictures, or none of them can be opened, which `Parquet` then says."""
+    found = isolated(partial(_has_pictures, path), tables, lambda table, reason: None, 1, preload=PRELOAD)
+    told = [each for each in found if each is not None]
+    return any(told) or not told
+
+
+def _has_pictures(path: str, table: str) -> bool | None:
+    """Whether there is such a column; None where the table cannot be opened."""
+    try:
+        opened = ParquetTable(path, table)
+    except (Unusable, UserError):
+        return None
+    try:
+        return bool(_picture_column(opened))
+    except Unusable:
+        return False
 
 
 def _listed(opened: ParquetTable) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lcmlora.config import Data
+from lcmlora.data import enlargement
 from lcmlora.data.prepare import prepare
 from lcmlora.data.sources import Record, open_picture, read_records
 from lcmlora.errors import UserError
@@ -19,11 +21,14 @@ _DPI = 110
 _WIDTH, _LINES = 34, 3  # of a caption: letters, lines
 
 
-def preview(data: Data, count: int, path: Path) -> dict[str, Any]:
+def preview(data: Data, count: int, path: Path, resolutions: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Reads all pictures as `prepare` would, draws `count` of those it would keep into the PNG `path`, and returns its
     report.
 
     They are chosen by their SHA-256: the same ones each time, from all over the data set.
+
+    Args:
+        resolutions: of the bases that are to be trained, by name; what would be enlarged for one is told.
 
     Raises:
         UserError: there is nothing to train on, or there are prompts without pictures.
@@ -33,6 +38,8 @@ def preview(data: Data, count: int, path: Path) -> dict[str, Any]:
     with temporary_folder() as folder:
         out = folder / "pictures"
         report = prepare(data, 1, out)
+        for base, resolution in (resolutions or {}).items():
+            enlargement.warn(data, base, resolution, out)
         kept = read_records(out / "train.jsonl") + read_records(out / "validation.jsonl")
     chosen = sorted(kept, key=lambda record: record.sha256)[:count]
     atomic_write(path, lambda place: _sheet(data, chosen, place))

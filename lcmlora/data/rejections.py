@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmlora.config import Data
-from lcmlora.data.candidates import Rejection
+from lcmlora.data.candidates import Rejection, printable
 from lcmlora.data.isolation import isolated
 from lcmlora.data.sources import glimpse, workers
 from lcmlora.files import atomic_write
@@ -29,7 +29,8 @@ def write(folder: Path, data: Data, rejections: Sequence[Rejection]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    columns = {"name": [r.name for r in rejections], "reason": [r.reason for r in rejections]}
+    reasons = [f"{r.reason} ({printable(r.detail)})" if r.detail else r.reason for r in rejections]
+    columns = {"name": [r.name for r in rejections], "reason": reasons}
     table = pyarrow.table(columns, pyarrow.schema([("name", pyarrow.string()), ("reason", pyarrow.string())]))
     atomic_write(folder / TABLE, lambda path: pyarrow.parquet.write_table(table, path, compression="zstd"))
     by_reason: dict[str, list[Rejection]] = defaultdict(list)

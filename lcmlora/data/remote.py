@@ -127,15 +127,6 @@ class Files:
             raise Unavailable(f"data.path: {self.path}: {plain}") from error
 
 
-def guess(path: str) -> str:
-    """Returns which source can read this path: `parquet` or `webdataset` by what lies there, else `folder`."""
-    files = Files(path)
-    for source, suffix in (("parquet", ".parquet"), ("webdataset", ".tar")):
-        if files.list(suffix):
-            return source
-    return "folder"
-
-
 def _hidden(name: PurePosixPath) -> bool:
     return any(part.startswith(".") for part in name.parts)
 

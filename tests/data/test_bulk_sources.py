@@ -15,8 +15,8 @@ from PIL import Image
 
 from lcmlora.config import Data
 from lcmlora.data import candidates, headers, tars
+from lcmlora.data.guess import source_of
 from lcmlora.data.parquet import NO_BYTES
-from lcmlora.data.remote import guess
 from lcmlora.data.sources import find, open_picture
 from lcmlora.errors import UserError
 from tests.data.conftest import data_in, picture
@@ -87,7 +87,7 @@ def layouts(root: Path, count: int = 8) -> dict[str, Data]:
 def test_the_same_pictures_are_the_same_in_every_layout(tmp_path: Path):
     found = {}
     for name, data in layouts(tmp_path).items():
-        assert guess(data.path) == data.source
+        assert source_of(data.path) == data.source
         records, rejections = find(data)
         assert rejections == []
         found[name] = [(r.caption, r.sha256, r.width, r.height) for r in records]

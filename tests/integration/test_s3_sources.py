@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from lcmlora.changes import fingerprint
 from lcmlora.config import Encode, Publish
 from lcmlora.data.encode import encode
+from lcmlora.data.guess import source_of
 from lcmlora.data.prepare import prepare
-from lcmlora.data.remote import guess
 from lcmlora.data.sources import find, open_picture
 from lcmlora.errors import Unavailable, UserError
 from tests.data.conftest import data_in
@@ -42,7 +42,7 @@ def test_pictures_in_a_bucket_are_those_of_the_folder(s3: SeaweedFS, uploaded: s
     names = {"folder": "folder", "jsonl": "folder", "csv": "folder", "tars": "webdataset", "tables": "parquet"}
     for name, source in names.items():
         data = data_in(f"{uploaded}/{name}", source=source)
-        assert guess(data.path) == source
+        assert source_of(data.path) == source
         records, rejections = find(data)
         assert rejections == []
         assert [(r.caption, r.sha256) for r in records] == [(r.caption, r.sha256) for r in expected]

@@ -1,0 +1,33 @@
+"""Pictures that are smaller than what a base draws, and are enlarged for it: training on them teaches blur."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lcmlora.config import Data
+from lcmlora.data.sources import read_records
+
+_TOLD = 1.5  # times; less is hardly seen
+
+
+def enlarged(data: Data, base: str, resolution: int, pictures: Path) -> str:
+    """Returns a line on the pictures in train.jsonl of this folder whose shorter side is enlarged 1.5 times or more;
+    empty where none is."""
+    if data.source in ("emoji", "prompts"):  # drawings have no size of their own, prompts no pictures
+        return ""
+    records = read_records(pictures / "train.jsonl")
+    factors = [resolution / min(record.width, record.height) for record in records]
+    far = [factor for factor in factors if factor >= _TOLD]
+    if not far:
+        return ""
+    return (
+        f"{len(far)} of {len(factors)} pictures are enlarged for {base}, up to {max(far):.3g} times: their shorter side "
+        f"is far below its {resolution} pixels; data.min_side: {resolution} drops them (it is {data.min_side})"
+    )
+
+
+def warn(data: Data, base: str, resolution: int, pictures: Path) -> None:
+    """Prints this line on the training pictures that `prepare` listed, to standard error."""
+    if line := enlarged(data, base, resolution, pictures):
+        print(f"warning: {line}", file=sys.stderr)
