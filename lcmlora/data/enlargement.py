@@ -22,7 +22,7 @@ def enlarged(data: Data, base: str, resolution: int, pictures: Path) -> str:
     if not far:
         return ""
     return (
-        f"{len(far)} of {len(factors)} pictures are enlarged for {base}, up to {max(far):.3g} times: their shorter side "
+        f"{len(far)} of {len(factors)} pictures are enlarged for {base} up to {max(far):.3g} times: their shorter side "
         f"is far below its {resolution} pixels; data.min_side: {resolution} drops them (it is {data.min_side})"
     )
 

@@ -43,16 +43,20 @@ def is_choice(reason: str) -> bool:
     return reason.endswith(tuple(_CHOICES)) or reason == reasons.DUPLICATE
 
 
-def check(data: Data, rejections: Sequence[Rejection], total: int, passed_over: dict[str, Any]) -> None:
-    """Raises UserError where the faults among the rejections are more than data.max_rejected lets pass, or where most
-    of all has no caption: then the layout is another one."""
-    faults = [rejection for rejection in rejections if not is_choice(rejection.reason)]
-    without = [rejection for rejection in faults if rejection.reason == reasons.NO_CAPTION]
+def check_captions(data: Data, rejections: Sequence[Rejection], total: int, passed_over: dict[str, Any]) -> None:
+    """Raises UserError where most of all has no caption: then the layout is another one."""
+    without = [rejection for rejection in rejections if rejection.reason == reasons.NO_CAPTION]
     if 2 * len(without) > total and data.max_rejected < 1:
         raise UserError(
             f"{data.path}: {len(without)} of {total} {counted(data)} have no caption{leading(without, passed_over)}"
-            f"{others(faults)}"
+            f"{others(rejections, reasons.NO_CAPTION)}"
         )
+
+
+def check(data: Data, rejections: Sequence[Rejection], total: int, passed_over: dict[str, Any]) -> None:
+    """Raises UserError where the faults among the rejections are more than data.max_rejected lets pass."""
+    check_captions(data, rejections, total, passed_over)
+    faults = [rejection for rejection in rejections if not is_choice(rejection.reason)]
     if len(faults) > data.max_rejected * total:
         raise UserError(
             f"{data.path}: {len(faults)} of {total} {counted(data)} cannot be used, more than data.max_rejected lets "
@@ -75,11 +79,11 @@ def leading(rejections: Sequence[Rejection], passed_over: dict[str, Any]) -> str
     return f" ({names}{more}); {remedy(reason)}{_hint(reason, passed_over)}"
 
 
-def others(rejections: Sequence[Rejection]) -> str:
-    """Returns the other reasons with their counts and the first name of each."""
+def others(rejections: Sequence[Rejection], leads: str = "") -> str:
+    """Returns the reasons but the one that leads, by default the most frequent, with counts and first names."""
     first = {rejection.reason: rejection.name for rejection in reversed(rejections)}
     counts = Counter(rejection.reason for rejection in rejections)
-    del counts[_most(rejections)]
+    del counts[leads or _most(rejections)]
     told = [f"{count} {reason} ({reasons.shown(first[reason])})" for reason, count in counts.most_common()]
     return f"; also: {', '.join(told)}" if told else ""
 

@@ -105,8 +105,8 @@ def survey(data: Data) -> Found:
         folder = Folder(data.path, data.links, data.split)
         candidates, rejections = folder.candidates(data.scores)
         passed_over, left_out = folder.census().report(), folder.left_out
-        if rejections:  # before hours are spent on decoding the others
-            remedies.check(data, rejections, len(candidates) + len(rejections), passed_over)
+        # Before hours are spent on decoding the few that have a caption.
+        remedies.check_captions(data, rejections, len(candidates) + len(rejections), passed_over)
     else:
         files = Inputs(data.path, data.links, data.split)
         candidates, rejections = _in_files(data, files)
