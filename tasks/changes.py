@@ -11,7 +11,7 @@ from lcmlora import changes, config
 @task(task_run_name="look at the data set", cache_policy=NO_CACHE)
 def read_data_state(settings: config.Config) -> str:
     """Returns a digest that changes with the pictures or captions."""
-    return changes.fingerprint(settings.data.path)
+    return changes.fingerprint(settings.data.path, settings.data.links)
 
 
 @task(task_run_name="look at the base of {model}", cache_policy=NO_CACHE)

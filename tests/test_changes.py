@@ -41,6 +41,19 @@ def test_a_change_below_the_folder_changes_the_fingerprint_and_looking_does_not(
     assert changes.fingerprint(pictures) != before
 
 
+def test_what_links_lead_to_counts_where_they_are_followed(pictures: Path, tmp_path: Path):
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    (outside / "fox.txt").write_text("a fox")
+    (pictures / "more").symlink_to(outside)
+    (pictures / "fox.txt").symlink_to(outside / "fox.txt")
+    refused, followed = changes.fingerprint(pictures), changes.fingerprint(pictures, "follow")
+    assert refused != followed
+    (outside / "fox.txt").write_text("an owl instead")
+    assert changes.fingerprint(pictures) == refused
+    assert changes.fingerprint(pictures, "follow") != followed
+
+
 def test_a_file_is_known_by_its_bytes(tmp_path: Path):
     lock = tmp_path / "package-lock.json"
     lock.write_text("{}")

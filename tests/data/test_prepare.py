@@ -8,6 +8,7 @@ import pytest
 
 from lcmlora.config import Data
 from lcmlora.data.candidates import DAMAGED
+from lcmlora.data.decoding import BAD_PROFILE
 from lcmlora.data.prepare import DUPLICATE, choose_validation, prepare, print_report
 from lcmlora.data.sources import read_records
 from lcmlora.errors import UserError
@@ -136,3 +137,48 @@ def test_the_printed_report_names_counts_and_offenders(
     text = " ".join(printed.err.replace("│", " ").split())
     assert "read 9" in text
     assert "odd [red]" in text
+
+
+# --- why a run stops
+
+
+def test_the_reason_of_most_rejections_and_what_to_do_is_the_error(folder: Path, tmp_path: Path) -> None:
+    for number in range(20):
+        add(folder, f"small-{number:02d}.png", f"small {number}", picture(60 + number, (15, 15)))
+    with pytest.raises(UserError) as error:
+        prepare(data_in(folder), 16, tmp_path / "out")
+    assert "dropped: 20 shorter side under 16 pixels (data.min_side) (small-00.png, small-01.png" in str(error.value)
+    assert "take larger pictures, or lower data.min_side" in str(error.value)
+    assert "add pictures" not in str(error.value)
+
+
+def test_a_run_stops_above_a_share_of_rejections_and_not_for_what_was_asked_for(folder: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        add(folder, f"text-{number}.png", "c", b"no picture")
+    for number in range(30):
+        add(folder, f"small-{number}.png", "c", picture(60 + number, (15, 15)))
+    assert prepare(data_in(folder, max_rejected=0.1), 2, tmp_path / "out")["kept"] == 8
+    with pytest.raises(UserError, match=r"4 of 42 pictures cannot be used, .*\(0\.09\): 4 not a JPEG.*convert"):
+        prepare(data_in(folder, max_rejected=0.09), 2, tmp_path / "out")
+
+
+def test_names_that_miss_their_files_tell_of_what_is_not_unpacked(tmp_path: Path) -> None:
+    rows = [json.dumps({"file_name": f"{number}.png", "text": f"row {number}"}) + "\n" for number in range(8)]
+    (tmp_path / "metadata.jsonl").write_text("".join(rows))
+    (tmp_path / "images.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"8 of 8 .* 8 no such file \(0\.png, .*images\.zip is not unpacked"):
+        prepare(data_in(tmp_path), 2, tmp_path / "out")
+
+
+def test_captions_under_another_name_are_named(folder: Path, tmp_path: Path) -> None:
+    for number in range(8):
+        (folder / f"{number}.txt").rename(folder / f"{number}.words")
+    (folder / "metadata1000.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"8 of 8 pictures have no caption .*metadata1000\.jsonl beside them"):
+        prepare(data_in(folder), 2, tmp_path / "out")
+
+
+def test_a_broken_profile_is_told(folder: Path, tmp_path: Path) -> None:
+    add(folder, "8.png", "a fox", picture(8), icc_profile=b"broken")
+    report = prepare(data_in(folder), 2, tmp_path / "out")
+    assert report["noted"] == {BAD_PROFILE: {"count": 1, "first": ["8.png"]}}

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lcmlora.cli import app
+from lcmlora.data.guess import source_of
 from lcmlora.data.preview import preview
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
+from tests.data.test_bulk_sources import table, tar
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 
@@ -47,3 +50,49 @@ def test_the_verb_takes_a_folder_or_the_data_of_the_parameters(tmp_path: Path, m
     assert (tmp_path / "two.png").is_file()
     failed = CliRunner().invoke(app, ["data", "preview"])
     assert isinstance(failed.exception, UserError) and "missing" in str(failed.exception)
+
+
+def meta(number: int) -> dict[str, object]:
+    """What img2dataset writes of a sample."""
+    return {
+        "url": f"http://x/{number}.jpg",
+        "caption": f"subject {number}",
+        "key": f"{number:09d}",
+        "status": "success",
+    }
+
+
+def test_the_output_of_img2dataset_is_known_in_all_its_formats(tmp_path: Path):
+    rows = [meta(number) for number in range(6)]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    names = [f"{row['key']}.jpg" for row in rows]
+    for number, name in enumerate(names):
+        add(tmp_path / "files/00000", name, f"subject {number}", picture(number), format="JPEG")
+        (tmp_path / "files/00000" / name).with_suffix(".json").write_text(json.dumps(rows[number]))
+    contents = [(tmp_path / "files/00000" / name).read_bytes() for name in names]
+    tar(tmp_path / "tars/00000.tar", *(m for n, c in zip(names, contents, strict=True) for m in told(n, c)))
+    for folder in ("files", "tars"):
+        table(tmp_path / folder / "00000.parquet", **columns)
+        (tmp_path / folder / "00000_stats.json").write_text("{}")
+    table(tmp_path / "tables/00000.parquet", **columns, jpg=contents)
+    table(tmp_path / "addresses/00000.parquet", **columns)
+    kinds = {"files": "folder", "tars": "webdataset", "tables": "parquet", "addresses": "parquet"}
+    assert {folder: source_of(str(tmp_path / folder)) for folder in kinds} == kinds
+    report = preview(data_in(tmp_path / "files"), 2, tmp_path / "sheet.png")
+    assert report["kept"] == 6
+    assert {kind: found["count"] for kind, found in report["passed_over"].items()} == {".json": 7, ".parquet": 1}
+
+
+def told(name: str, content: bytes) -> list[tuple[str, bytes]]:
+    return [(name, content), (name.replace("jpg", "txt"), b"words")]
+
+
+def test_pictures_that_a_base_would_enlarge_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for number in range(4):
+        add(tmp_path / "in", f"{number}.png", f"subject {number}", picture(number, (64, 80)))
+    preview(data_in(tmp_path / "in"), 2, tmp_path / "sheet.png", {"sdxl": 1024, "emoji": 64})
+    printed = capsys.readouterr().err.splitlines()
+    assert [line for line in printed if line.startswith("warning: ")] == [
+        "warning: 3 of 3 pictures are enlarged for sdxl up to 16 times: their shorter side is far below its 1024 "
+        "pixels; data.min_side: 1024 drops them (it is 16)"
+    ]
