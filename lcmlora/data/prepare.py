@@ -108,7 +108,7 @@ def print_report(report: dict[str, Any]) -> None:
     for reason, dropped in report["dropped"].items():
         add(f"dropped: {reason}", dropped)
     for split, left in report.get("left_out", {}).items():
-        add(f"left out: {left['of']} of {split} (data.split)", left)
+        add(f"left out: {split} (data.split)", left)
     for kind, files in list(report.get("passed_over", {}).items())[:_KINDS]:
         add(f"not read: files {kind}" if kind.startswith(".") else f"not read: {kind}", files)
     if (kinds := len(report.get("passed_over", {}))) > _KINDS:

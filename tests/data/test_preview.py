@@ -93,6 +93,6 @@ def test_pictures_that_a_base_would_enlarge_are_told(tmp_path: Path, capsys: pyt
     preview(data_in(tmp_path / "in"), 2, tmp_path / "sheet.png", {"sdxl": 1024, "emoji": 64})
     printed = capsys.readouterr().err.splitlines()
     assert [line for line in printed if line.startswith("warning: ")] == [
-        "warning: 3 of 3 pictures are enlarged for sdxl up to 16 times: their shorter side is far below its 1024 "
+        "warning: 2 of 2 pictures are enlarged for sdxl up to 16 times: their shorter side is far below its 1024 "
         "pixels; data.min_side: 1024 drops them (it is 16)"
     ]

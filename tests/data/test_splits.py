@@ -69,7 +69,7 @@ def test_what_is_called_test_is_not_trained_on_and_told(tmp_path: Path, capsys: 
     assert report["left_out"]["validation"]["count"] == 4
     assert "passed_over" not in report  # captions and metadata of these pictures are no strangers
     print_report(report)
-    assert "left out: pictures of test (data.split)" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "left out: test (data.split) 4 test/4.png" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
