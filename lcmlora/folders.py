@@ -74,10 +74,18 @@ def _download(name: str, base: Base, target: Path) -> None:
     wanted = f"{base.source}@{base.revision} {base.variant or ''}\n"
     if marker.is_file() and marker.read_text() == wanted:
         return
+    # Beside the folder: where the hub does not answer, its client takes any folder that is not empty for what was asked
+    # for, whatever revision it is of.
+    begun = target.with_name(f".{target.name}.begun")
     if target.is_symlink():  # the base was a folder before, into which nothing must be downloaded
         target.unlink()
-    elif (target / singlefile.MARKER).is_file():
-        shutil.rmtree(target)
+    elif any(path.is_file() and path.read_text() != wanted for path in (marker, begun, target / singlefile.MARKER)):
+        if target.is_dir():
+            shutil.rmtree(target)
+    elif target.exists() and not begun.is_file() and not (target / ".cache" / "huggingface").is_dir():
+        raise UserError(f"{target} is in the way of the download of {base.source}; move it or rename the base")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    begun.write_text(wanted)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -97,6 +105,7 @@ def _download(name: str, base: Base, target: Path) -> None:
             f"distilled: {error}"
         ) from None
     atomic_write(marker, lambda path: path.write_text(wanted))
+    begun.unlink()
 
 
 def _is_passing(error: Exception) -> bool:

@@ -3,12 +3,13 @@ import multiprocessing
 import shutil
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from lcmlora import folders
 from lcmlora.config import Base
-from lcmlora.errors import UserError
+from lcmlora.errors import Unavailable, UserError
 from tests.miniature import RESOLUTION, save_base
 
 
@@ -55,6 +56,65 @@ def test_fetch_wants_a_pinned_revision_for_a_hub_id_and_a_whole_folder(tmp_path:
         folders.fetch("mine", _settings("some/model"), tmp_path)
     with pytest.raises(UserError, match=r"nowhere: no such base folder"):
         folders.fetch("mine", _settings("./nowhere"), tmp_path)
+
+
+def _hub(revision: str) -> Base:
+    return Base(source="some/base", revision=revision, resolution=RESOLUTION, license="mit")
+
+
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_a_download_that_came_incomplete_is_refused_and_tried_again(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _offline(monkeypatch)  # the hub's client takes what is there
+    settings, target = _hub("a" * 40), tmp_path / "mine"
+    with pytest.raises(Unavailable, match=r"bases.mine: cannot download some/base at aaaa"):
+        folders.fetch("mine", settings, tmp_path)
+    assert not target.exists()
+    shutil.copytree(base_folder, target)
+    (tmp_path / ".mine.begun").write_text(f"some/base@{'a' * 40} \n")
+    tokenizer = target / "tokenizer" / "tokenizer.json"
+    content = tokenizer.read_bytes()
+    tokenizer.unlink()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"or what arrived of it, is no base .*/tokenizer: has no vocab\.json and"):
+            folders.fetch("mine", settings, tmp_path)
+    tokenizer.write_bytes(content)
+    assert folders.fetch("mine", settings, tmp_path) == target
+    assert folders.fetch("mine", settings, tmp_path) == target and not (tmp_path / ".mine.begun").exists()
+
+
+@pytest.mark.parametrize("marker", ["mine/.revision", ".mine.begun"])
+def test_another_revision_is_never_taken_for_the_one_that_is_asked_for(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marker: str
+):
+    _offline(monkeypatch)
+    shutil.copytree(base_folder, tmp_path / "mine")
+    (tmp_path / marker).write_text(f"some/base@{'a' * 40} \n")
+    with pytest.raises(Unavailable, match="cannot download some/base at bbbb"):
+        folders.fetch("mine", _hub("b" * 40), tmp_path)
+
+
+def test_a_folder_that_stands_in_the_way_of_a_download_stays(base_folder: Path, tmp_path: Path):
+    shutil.copytree(base_folder, tmp_path / "mine")
+    with pytest.raises(UserError, match="is in the way of the download of some/base"):
+        folders.fetch("mine", _hub("a" * 40), tmp_path)
+    assert (tmp_path / "mine" / "unet" / "config.json").is_file()
+
+
+def test_bases_are_compared_by_all_that_draws_and_old_records_by_their_unet():
+    new = {"source": "x", "digest": "a" * 64, "unet": "u" * 64}
+    old = {"source": "x", "digest": "u" * 64}  # before the digest covered more
+    assert folders.same_base(new, dict(new)) and folders.same_base(old, dict(old))
+    assert folders.same_base(new, old) and folders.same_base(old, new)
+    assert folders.same_base(new, old | {"unet": None})  # as the registry gives a version without the tag
+    assert not folders.same_base(new, new | {"digest": "b" * 64})
+    assert "their UNets are the same" in folders.difference(new, new | {"digest": "b" * 64})
+    assert not folders.same_base(old, new | {"unet": "v" * 64})
+    assert not folders.same_base({}, {})
 
 
 def test_the_identity_changes_with_the_weights(base_folder: Path, tmp_path: Path):
