@@ -116,12 +116,17 @@ def pretrain(context: typer.Context) -> None:
 def fetch(context: typer.Context, model: Model) -> None:
     """Put a base at bases/MODEL: download a hub id at its revision, link a local folder, convert a single file.
 
+    Every part is examined, once: files, shapes, finite numbers, tokenizers. Its precision and digest are told.
+
     Example: lcmlora fetch sd15
     """
     config = _configure(context)
-    from lcmlora import folders
+    from lcmlora import examine, folders
 
-    print(folders.fetch(model, config.base(model)))
+    base = config.base(model)
+    folder = folders.fetch(model, base)
+    print(folder)
+    print(f"{model}: {examine.examine(model, folder, base.variant)}", file=sys.stderr)
 
 
 @app.command()
