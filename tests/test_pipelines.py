@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lcmlora import generate, pipelines, references, release
 from lcmlora.errors import UserError
@@ -157,6 +158,21 @@ def test_another_base_is_refused_by_both_digests(made: Path, miniatures: Callabl
         pipelines.load(folder, miniatures("sd2"))
     with pytest.raises(UserError, match="nowhere: no such base folder"):
         pipelines.load(folder, tmp_path / "nowhere")
+
+
+def test_a_base_with_another_vae_is_refused_unless_the_release_is_from_before_that_was_told(
+    made: Path, miniatures: Callable[[str], Path], tmp_path: Path
+):
+    other = shutil.copytree(miniatures("sd15"), tmp_path / "other")
+    tensors = load_file(other / "vae/diffusion_pytorch_model.safetensors")
+    tensors["quant_conv.bias"] += 1
+    save_file(tensors, other / "vae/diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=r"\(digest .*; their UNets are the same, and VAE, text encoders, "):
+        pipelines.load(made, other)
+    facts = json.loads((made / release.PROVENANCE).read_text())["base"]
+    before = {key: value for key, value in facts.items() if key != "unet"} | {"digest": facts["unet"]}
+    old = served.copy(made, tmp_path / "old", base=before)
+    assert pipelines.load(old, other, warm=False).provenance["base"]["digest"] == sha256_folder(other / "unet")
 
 
 def test_changed_weights_are_refused_before_anything_is_loaded(made: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -119,6 +120,108 @@ def test_a_linked_base_gives_way_to_a_file_and_a_folder_does_not(miniatures: Min
     (root / "other").mkdir()
     with pytest.raises(UserError, match="other is in the way of the conversion"):
         folders.fetch("other", settings, root)
+
+
+Change = Callable[[dict[str, torch.Tensor]], object]
+
+
+def _first(tensors: dict[str, torch.Tensor], prefix: str, value: float) -> None:
+    tensors[min(name for name in tensors if name.startswith(prefix))].view(-1)[0] = value
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "message"),
+    [
+        # Diffusers takes random numbers for what a text encoder lacks.
+        (
+            "sd15",
+            lambda t: t.pop("cond_stage_model.transformer.text_model.final_layer_norm.bias"),
+            r"text_encoder lacks 1 tensors: final_layer_norm\.bias|it lacks weights",
+        ),
+        (
+            "sd2",
+            lambda t: t.pop("cond_stage_model.model.ln_final.bias"),
+            "text_encoder lacks 1 tensors|it lacks weights",
+        ),
+        (
+            "sdxl",
+            lambda t: t.pop("conditioner.embedders.1.model.text_projection"),
+            "text_encoder_2 lacks 1 tensors: text_projection|it lacks weights",
+        ),
+        (
+            "sdxl",
+            lambda t: t.pop("conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_bias"),
+            "text_encoder_2 lacks 1 tensors: transformer.resblocks.1.attn.in_proj_bias|it lacks weights",
+        ),
+        (
+            "sdxl",
+            lambda t: t.pop("conditioner.embedders.0.transformer.text_model.encoder.layers.1.mlp.fc1.weight"),
+            "text_encoder lacks 1 tensors: encoder.layers.1.mlp.fc1.weight|it lacks weights",
+        ),
+        ("sd15", lambda t: t.pop("first_stage_model.quant_conv.bias"), "it lacks weights of this architecture"),
+        ("sd15", lambda t: t.pop("model.diffusion_model.out.2.bias"), "it lacks weights|tensors in the file"),
+        ("sd15", lambda t: _first(t, "first_stage_model.", float("nan")), r"first_stage_model\..* not finite"),
+        ("sd15", lambda t: _first(t, "model.diffusion_model.", float("inf")), r"model\.diffusion_model\..* not finite"),
+        (
+            "sd15",
+            lambda t: t.update({n: v.to(torch.float8_e5m2) for n, v in t.items() if n.startswith("model.")}),
+            "is F8_E5M2: fp8 weights are not distilled",
+        ),
+        (
+            "sd15",
+            lambda t: t.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)}),
+            "its UNet has 9 input channels and takes a masked picture, for inpainting",
+        ),
+        (
+            "sd15",
+            lambda t: t.update({"conditioner.embedders.0.model.ln_final.bias": torch.zeros(1)}),
+            "is SDXL's refiner, which has one text encoder",
+        ),
+    ],
+)
+def test_a_file_with_a_fault_is_refused_by_the_tensor(
+    miniatures: Miniatures, tmp_path: Path, root: Path, architecture: str, change: Change, message: str
+):
+    tensors = load_file(save_original(miniatures(architecture), tmp_path / "mine.safetensors"))
+    change(tensors)
+    save_file(tensors, tmp_path / "mine.safetensors")
+    with pytest.raises(UserError, match=rf"mine\.safetensors.*({message})") as caught:
+        folders.fetch("mine", _settings(tmp_path / "mine.safetensors", miniatures(architecture)), root)
+    assert "\n" not in str(caught.value) and not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "is a checkpoint of Flux"),
+        ("double_blocks.0.img_mod.lin.weight", "is a checkpoint of Flux"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "is a checkpoint of Stable Diffusion 3"),
+        ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight", "is a LoRA and no checkpoint"),
+        ("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight", "is a LoRA and no checkpoint"),
+        ("control_model.input_blocks.0.0.weight", "is a ControlNet"),
+        ("down_blocks.0.resnets.0.conv1.weight", "is the UNet of a diffusers folder alone"),
+        ("encoder.conv_in.weight", "is a VAE alone"),
+        ("text_model.final_layer_norm.weight", "is a text encoder alone"),
+        ("blocks.0.cross_attn.k.weight", "is a checkpoint of a diffusion transformer"),
+        ("something.else", r"has no UNet \(no tensor begins with model\.diffusion_model\.\)"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_what_it_is(tmp_path: Path, root: Path, name: str, message: str):
+    save_file({name: torch.zeros(1)}, tmp_path / "mine.safetensors")
+    with pytest.raises(UserError, match=f"mine.safetensors: {message}"):
+        folders.fetch("mine", _settings(tmp_path / "mine.safetensors", None), root)
+
+
+def test_a_configuration_that_was_put_right_is_taken(miniatures: Miniatures, tmp_path: Path, root: Path):
+    config = shutil.copytree(miniatures("sd15"), tmp_path / "config")
+    settings = _settings(save_original(config, tmp_path / "mine.safetensors"), config)
+    tokenizer = config / "tokenizer" / "tokenizer.json"
+    content = tokenizer.read_bytes()
+    tokenizer.unlink()
+    with pytest.raises(UserError, match="tokenizer"):
+        folders.fetch("mine", settings, root)
+    tokenizer.write_bytes(content)
+    _load(folders.fetch("mine", settings, root))
 
 
 def test_pickles_and_files_that_are_not_there_are_refused(tmp_path: Path, root: Path):

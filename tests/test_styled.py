@@ -1,11 +1,12 @@
 """Bases with a style's LoRA summed into them."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lcmlora import bases, changes, folders, lora, pipelines
 from lcmlora.config import Base, Merged
@@ -82,6 +83,17 @@ def test_a_styled_base_is_made_once_and_anew_where_something_changed(base_folder
     assert folders.identity(heavier, root / "mine")["style"] == f"{style} at 1"
     assert folders.fetch("mine", _settings(base_folder), root).is_symlink()  # without the style it is the base again
     assert not folders.fetch("mine", heavier, root).is_symlink()
+
+
+def test_a_styled_base_is_made_anew_where_another_part_of_its_base_changed(base_folder: Path, tmp_path: Path):
+    plain = shutil.copytree(base_folder, tmp_path / "plain")
+    settings = _settings(plain, _style(plain, tmp_path / "style"))
+    weights = folders.fetch("mine", settings, tmp_path / "bases") / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(plain / "vae/diffusion_pytorch_model.safetensors")
+    tensors["quant_conv.bias"] += 1
+    save_file(tensors, plain / "vae/diffusion_pytorch_model.safetensors")
+    folders.fetch("mine", settings, tmp_path / "bases")
+    assert torch.equal(load_file(weights)["quant_conv.bias"], tensors["quant_conv.bias"])
 
 
 def test_what_cannot_be_summed_in_is_refused(base_folder: Path, miniatures: Callable[[str], Path], tmp_path: Path):
