@@ -98,11 +98,13 @@ def _memory(error: BaseException, text: str, verb: str) -> str | None:
         wanted = re.search(r"Tried to allocate [\d.]+ \w+", text)
         detail = f" ({wanted[0].lower()})" if wanted else ""
         return f"{verb or 'this'}: the GPU has too little memory{detail}; {lower or 'use one with more'}"
+    more = "end what else takes it, or use a machine with more"
+    if type(error).__name__ in ("BrokenProcessPool", "ProcessExpired"):
+        return f"{verb or 'this'}: a process that worked for it was ended, {_KILLED}; {lower or more}"
     of_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or of_system or (_is_foreign(error) and re.search(_HOST, text)):
         wanted = re.search(r"[Tt]ried to allocate \d+ bytes|allocate [\d.]+ \w+", text)
         detail = f" ({wanted[0].lower()})" if wanted else ""
-        more = "end what else takes it, or use a machine with more"
         return f"{verb or 'this'}: this machine has too little memory{detail}; {lower or more}"
     return None
 

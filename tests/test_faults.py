@@ -1,10 +1,13 @@
 """What the machine refuses, by real file systems and limits where they can be had."""
 
+import concurrent.futures
 import contextlib
 import errno
+import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -241,6 +244,14 @@ def test_too_little_memory_is_one_line_that_says_what_to_lower(verb: str, lower:
     assert lower in line_of(lambda: torch.empty(1 << 50), verb)
     assert lower in line_of(lambda: np.empty(1 << 50), verb)
     assert lower in line_of(lambda: bytearray(1 << 60), verb)
+
+
+def test_workers_that_were_ended_are_probably_out_of_memory():
+    def work() -> None:
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            pool.submit(signal.raise_signal, signal.SIGKILL).result()
+
+    assert line_of(work, "prepare").startswith("prepare: a process that worked for it was ended, probably for lack of")
 
 
 def test_too_little_memory_of_a_gpu_is_told_apart():
