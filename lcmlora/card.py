@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lcmlora.config import Base
+from lcmlora.evaluation.gate import teacher_of, unmeasured_retrieval
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -69,7 +70,8 @@ def render(
         advantages=figures.get("advantage") or _advantages(figures),
         steps=_student_steps(figures),
         enough=_enough_steps(figures),
-        teacher=next(key for key in figures["retrieval"] if key.startswith("teacher@")),
+        teacher=teacher_of(figures),
+        unmeasured=unmeasured_retrieval(figures),
         weights=next((v["weights"] for v in styles), [0.8, 1.0]),
         table=_table(figures),
         failures=failures,

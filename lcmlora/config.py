@@ -44,6 +44,12 @@ def _named(name: str) -> str:
     return name
 
 
+def _several(count: int) -> int:
+    if count == 1:
+        raise ValueError("one has no spread; 0 for none, or at least 2")
+    return count
+
+
 Name = Annotated[str, AfterValidator(_named)]  # of what becomes a path, a command's word or a registry's entry
 
 
@@ -271,7 +277,7 @@ class Evaluation(Strict):
     solver_steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
     student_steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
     grid_rows: Positive
-    resamples: Annotated[int, Field(ge=0)] = 200  # of the bootstrap; 0 leaves intervals out
+    resamples: Annotated[int, Field(ge=0), AfterValidator(_several)] = 200  # of the bootstrap; 0: no intervals
     latency_repeats: Positive = 20  # pictures drawn alone, for each method
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

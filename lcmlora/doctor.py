@@ -74,8 +74,11 @@ def examine(base: LoadedBase, cache: LatentCache, settings: Distill, launch: Lau
         UserError: too few pictures, too little disk, or too little memory; in the last case with settings that fit.
     """
     rows, held = split(cache, settings)
-    if len(rows) < settings.batch:
-        raise UserError(f"distill.batch: {settings.batch} is more than the {len(rows)} pictures to train on")
+    if len(rows) < settings.batch or not len(held):
+        raise UserError(
+            f"distill.batch: {settings.batch} is more than the {len(rows)} pictures to train on, or the {len(held)} to "
+            "validate with are none"
+        )
     # This process's share of a step, as if it were the only one.
     share = settings.model_copy(
         update={

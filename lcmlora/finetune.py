@@ -90,7 +90,10 @@ def tune(
     ranks = ranks or Ranks()
     rows, held = split(cache, settings)
     if len(rows) < settings.batch or not len(held):
-        raise UserError(f"{base.name}: {len(rows)} pictures to train on are less than a batch of {settings.batch}")
+        raise UserError(
+            f"{base.name}: {len(rows)} pictures to train on are less than a batch of {settings.batch}, or the "
+            f"{len(held)} to validate with are none"
+        )
     timesteps = len(base.alphas_cumprod)
     batches = Batches(cache, rows, settings, base.device, ranks, grid=timesteps)
     probe = batches.at(range(-2, 0), rows[:1].expand(2))

@@ -302,3 +302,25 @@ def test_without_real_pictures_retrieval_is_among_the_teachers():
     assert "nearest picture of the teacher's, from further seeds, is one" in render(
         figures=METRICS | {"real_pictures": 0}
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"retrieval": METRICS["retrieval"] | {"teacher@50": 0.0}}, "teacher@50 meets none of its captions"),
+        ({"retrieval": dict.fromkeys(METRICS["retrieval"], 0.0)}, "teacher@50 meets none of its captions"),
+        ({"prompts": 1}, "there is one caption, which every picture has"),
+    ],
+)
+def test_retrieval_that_says_nothing_is_told_as_not_measured(changes: dict[str, Any], reason: str):
+    text = render(figures=FULL | changes)
+    assert f"How often captions are met was not measured: {reason} (retrieval" in text
+    assert "% as often as" not in text and "% as often as" in render(figures=FULL)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-12])
+def test_figures_that_are_all_alike_make_a_card(value: float):
+    alike = {name: dict.fromkeys(FULL[name], value) for name in ("excess", "retrieval", "diversity")}
+    alike |= {"floor": value, "seconds_per_picture": dict.fromkeys(FULL["seconds_per_picture"], value)}
+    alike["latency"] = FULL["latency"] | {"seconds": {"student@4": {"p50": value, "p95": value}}}
+    assert f"| student@4 | 4 | {value:.4f}" in render(figures=FULL | alike)

@@ -14,7 +14,8 @@ def gate(metrics: dict[str, Any], gate: Gate) -> list[str]:
 
     The student at `gate.steps` must have a smaller excess over the teacher's floor than every solver at as many network
     evaluations, an excess of at most `gate.max_excess` where one is set, and at least `gate.min_retrieval` of the
-    teacher's caption retrieval. How it compares with the champion is another question: `against`.
+    teacher's caption retrieval, which must have been measured. How it compares with the champion is another question:
+    `against`.
     """
     student, excess, cost = f"student@{gate.steps}", metrics["excess"], metrics["network_evaluations"]
     if student not in excess:
@@ -38,7 +39,13 @@ def gate(metrics: dict[str, Any], gate: Gate) -> list[str]:
             f"{student}: excess distance {excess[student]:.2f} is above {gate.max_excess:.2f} (gate.max_excess): "
             f"{excess[student] - gate.max_excess:.2f} too high"
         )
-    teacher = next(name for name in metrics["retrieval"] if name.startswith("teacher@"))
+    if gate.min_retrieval and (reason := unmeasured_retrieval(metrics)):
+        failures.append(
+            f"{student}: caption retrieval was not measured: {reason}; keep more captions from training "
+            "(data.validation), or set gate.min_retrieval to 0"
+        )
+        return failures
+    teacher = teacher_of(metrics)
     reached, needed = metrics["retrieval"][student], gate.min_retrieval * metrics["retrieval"][teacher]
     if not reached >= needed:
         failures.append(
@@ -46,6 +53,21 @@ def gate(metrics: dict[str, Any], gate: Gate) -> list[str]:
             f"{metrics['retrieval'][teacher]:.3f}): {needed - reached:.3f} too low"
         )
     return failures
+
+
+def teacher_of(metrics: dict[str, Any]) -> str:
+    """Returns the teacher's name among the metrics, such as teacher@50."""
+    return next(name for name in metrics["retrieval"] if name.startswith("teacher@"))
+
+
+def unmeasured_retrieval(metrics: dict[str, Any]) -> str | None:
+    """Returns why caption retrieval says nothing of a student, or None where it does: of a few captions it may not."""
+    teacher = teacher_of(metrics)
+    if not metrics["retrieval"][teacher] > 0:
+        return f"{teacher} meets none of its captions"
+    if metrics.get("prompts") == 1:
+        return "there is one caption, which every picture has"
+    return None
 
 
 def incomparable(metrics: dict[str, Any], champion: dict[str, Any]) -> str | None:

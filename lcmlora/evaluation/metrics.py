@@ -104,10 +104,11 @@ def diversity(features: Tensor, captions: Sequence[str], mean: Tensor | None = N
         raise ValueError(f"diversity needs two pictures of a caption; each of the {len(groups)} has one")
     x = features.double()
     x = F.normalize(x - (x.mean(dim=0) if mean is None else mean.double()), dim=1)
+    same = (x == 0).all(dim=1).double()  # pictures that are what all share, which have no direction, and no distance
     means = []
     for indices in pairs:
         count = len(indices)
-        cosines = x[indices] @ x[indices].T
+        cosines = x[indices] @ x[indices].T + torch.outer(same[indices], same[indices])
         means.append(1 - (cosines.sum() - cosines.trace()) / (count * (count - 1)))
     return torch.stack(means).mean().item()
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from lcmlora.errors import UserError
+from lcmlora.evaluation.gate import unmeasured_retrieval
 from lcmlora.evaluation.report import NAMES
 from lcmlora.parsing import as_object, read_json
 
@@ -164,7 +165,7 @@ def render(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"fixed": fixed, "span": span, "milliseconds": milliseconds, "label": label}
+    environment.filters |= {"fixed": fixed, "span": span, "milliseconds": milliseconds, "label": label, "over": over}
     return environment.get_template("report.html.j2").render(
         model=model,
         figures=dict.fromkeys(_OPTIONAL) | figures,
@@ -210,6 +211,11 @@ def milliseconds(seconds: float | None) -> str:
     return fixed(value, max(0, min(3, 2 - math.floor(math.log10(value)))) if value > 0 else 0)
 
 
+def over(value: float, whole: float, form: str) -> str:
+    """Returns value / whole in this form, `–` where there is nothing to divide by."""
+    return form % (value / whole) if whole else _NONE
+
+
 def label(key: str) -> str:
     """Returns how a reader calls a drawn set: `DPM-Solver++, 2 steps`."""
     return Key.parse(key).label
@@ -246,13 +252,15 @@ def _headline(figures: dict[str, Any], steps: int) -> dict[str, Any]:
     teacher, cost, retrieval = _teacher(figures), figures["network_evaluations"], figures["retrieval"]
     won = (figures.get("advantage") or {}).get(key)
     low, high = won["interval"] if won else (0.0, 0.0)
+    unmeasured = unmeasured_retrieval(figures)
     return {
         "key": key,
         "steps": Key.parse(key).steps,
         "evaluations": cost[key],
         "won": won,
         "verdict": "closer" if high < 0 else "farther" if low > 0 else "undecided",
-        "share": retrieval[key] / retrieval[teacher] if retrieval[teacher] else None,
+        "share": None if unmeasured else retrieval[key] / retrieval[teacher],
+        "unmeasured": unmeasured,
         "fewer": cost[teacher] / cost[key],
     }
 

@@ -46,7 +46,10 @@ def draw_reference(
     check_count("evaluation.pictures", settings.pictures, features)
     records = read_records(pictures / "validation.jsonl")
     if not records:
-        raise UserError(f"{pictures / 'validation.jsonl'}: holds no pictures to compare with; raise data.validation")
+        raise UserError(
+            f"{pictures / 'validation.jsonl'}: holds no pictures to compare with; raise data.validation, or give the "
+            "set more than one caption"
+        )
     prompts = distinct_captions(records)[: settings.pictures]
     scorers = load_scorers(base, settings)
     artist = artist_of(base, features, settings, prompts, settings.pictures, scratch, scorers)

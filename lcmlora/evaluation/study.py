@@ -74,6 +74,8 @@ def draw_alone(
     check_count("study.pictures", settings.pictures, features)
     prepare(data, 1, scratch / "pictures")
     records = read_records(scratch / "pictures" / "validation.jsonl")
+    if not records:
+        raise UserError(f"{folder}: no captions were kept from training; raise data.validation or add captions")
     prompts = distinct_captions(records)[: settings.pictures]
     real, gallery = choose_real(records, prompts, settings.pictures)
     facts = about_real(real, gallery, settings.pictures, features)

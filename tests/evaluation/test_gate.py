@@ -44,6 +44,21 @@ def test_low_caption_retrieval_fails_with_what_was_needed() -> None:
     assert "0.500 is below 0.600" in line and "teacher@50" in line and "0.100 too low" in line
 
 
+@pytest.mark.parametrize(
+    ("metrics", "reason"),
+    [
+        (changed("retrieval", "teacher@50", 0.0), "teacher@50 meets none of its captions"),
+        (changed("retrieval", "teacher@50", float("nan")), "teacher@50 meets none of its captions"),
+        (METRICS | {"prompts": 1}, "there is one caption, which every picture has"),
+    ],
+)
+def test_retrieval_that_says_nothing_is_not_measured_and_does_not_pass(metrics: dict[str, Any], reason: str) -> None:
+    (line,) = gate(metrics, GATE)
+    assert f"student@4: caption retrieval was not measured: {reason}" in line and "gate.min_retrieval to 0" in line
+    measured = metrics["retrieval"]["teacher@50"] >= 0  # a NaN never passes
+    assert bool(gate(metrics, Gate(steps=4, min_retrieval=0))) != measured
+
+
 def test_nothing_to_compare_with_is_a_failure_and_not_a_pass() -> None:
     (line,) = gate(changed("network_evaluations", "student@4", 6), GATE)
     assert "no solver" in line and "add 3 to evaluation.solver_steps" in line

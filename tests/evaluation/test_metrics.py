@@ -140,6 +140,12 @@ def test_diversity_takes_off_the_sets_own_mean_where_no_other_is_given() -> None
     assert diversity(features, captions) > 20 * diversity(features, captions, torch.zeros(6))
 
 
+def test_pictures_that_are_all_the_same_have_no_diversity() -> None:
+    same = torch.ones(4, 3)
+    assert diversity(same, ["a", "a", "b", "b"]) == 0
+    assert diversity(same, ["a", "a", "b", "b"], torch.ones(3)) == 0
+
+
 def test_diversity_without_two_pictures_of_a_caption_is_refused() -> None:
     with pytest.raises(ValueError, match="two pictures of a caption; each of the 3 has one"):
         diversity(torch.randn(3, 2), ["a", "b", "c"])

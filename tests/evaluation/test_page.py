@@ -390,3 +390,32 @@ def test_numbers_have_a_true_minus_and_no_sign_at_zero() -> None:
     assert fixed(-12.44, 1) == "\N{MINUS SIGN}12.4" and fixed(3.0, 0, signed=True) == "+3"
     assert fixed(-0.004, 2) == "0.00" and fixed(None) == "\N{EN DASH}"
     assert [milliseconds(s) for s in (0.000123456, 0.0123456, 0.5, 12.0)] == ["0.123", "12.3", "500", "12000"]
+
+
+def _alike(figures: dict[str, Any], value: float) -> dict[str, Any]:
+    """Returns the figures with every measured number the same; counts and costs stay."""
+    counted = ("network_evaluations", "level", "resamples", "steps", "repeats", "batch", "threads", "seed", "prompts")
+    counted += ("pictures", "real_pictures", "dimensions", "scales", "weights", "style_weights", "adapter_weights")
+    counted += ("evaluations",)
+
+    def changed(key: str, found: Any) -> Any:
+        if isinstance(found, dict):
+            return {name: each if name in counted else changed(name, each) for name, each in found.items()}
+        if isinstance(found, list):
+            return [changed(key, each) for each in found]
+        return value if isinstance(found, float) else found
+
+    return {key: each if key in counted else changed(key, each) for key, each in figures.items()}
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, -1.0])
+def test_figures_without_any_spread_make_a_page(evaluation: Path, value: float) -> None:
+    text = Reader(render(_alike(whole(), value), evaluation)).text
+    assert "Distance and retrieval" in text and not re.search(r"\b(nan|inf)\b", text)
+    assert ("was not measured: teacher@50 meets none of its captions" in text) == (value <= 0)
+
+
+def test_one_caption_is_no_measure_of_retrieval(evaluation: Path) -> None:
+    text = Reader(render(whole() | {"prompts": 1}, evaluation)).text
+    assert "How often captions are met was not measured: there is one caption, which every picture has." in text
+    assert "of 100 pictures; with the teacher" not in text and "of its caption retrieval" not in text
