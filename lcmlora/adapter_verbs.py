@@ -18,6 +18,7 @@ Adapter = Annotated[
         help="A folder, a .safetensors file, models:/NAME@ALIAS or s3://bucket/.../MODEL/sha256-...", show_default=False
     ),
 ]
+UnetOnly = Annotated[bool, typer.Option("--unet-only", help="Leave out the text encoders' tensors.")]
 AnyBase = Annotated[
     str | None,
     typer.Option("--base", help="A name in params.yaml or a diffusers folder; the adapter's own by default."),
@@ -40,22 +41,23 @@ def convert(
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write.", show_default=False)],
     style: Annotated[str, typer.Option("--format", help="diffusers, or kohya for ComfyUI and A1111.")],
     base: AnyBase = None,
-    unet_only: Annotated[bool, typer.Option("--unet-only", help="Leave out the text encoders' tensors.")] = False,
+    unet_only: UnetOnly = False,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; that of IN by default.")] = None,
 ) -> None:
     """Convert an adapter between the formats of diffusers and of kohya; what is written is read again and compared.
 
-    The base is needed where its layers' names are: kohya's files of a base that is not SD-V1.5, SD 2, SDXL or SSD-1B.
+    The base is needed where its layers tell no base: adapters of one that is not SD-V1.5, SD 2, SDXL or SSD-1B.
 
     Example: lcmlora convert release/emoji emoji.safetensors --format kohya
     """
     config = _configure(context)
     from lcmlora import formats, references
+    from lcmlora.tensorfile import PRECISIONS
 
     if style not in (formats.DIFFUSERS, formats.KOHYA):
         raise UserError(f"--format: expected diffusers or kohya, got {style!r}")
-    if precision not in (None, *formats.PRECISIONS):
-        raise UserError(f"--precision: expected {', '.join(formats.PRECISIONS)}, got {precision!r}")
+    if precision not in (None, *PRECISIONS):
+        raise UserError(f"--precision: expected {', '.join(PRECISIONS)}, got {precision!r}")
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: expected a file that ends in .safetensors")
     adapter = references.open_adapter(source, config, _DOWNLOADS)
@@ -66,14 +68,14 @@ def convert(
         style,
         found.architecture() if found else None,
         unet_only=unet_only,
-        dtype=formats.PRECISIONS[precision] if precision else None,
+        dtype=PRECISIONS[precision] if precision else None,
     )
     print(
         f"{out}: {made.layers} layers in {made.tensors} tensors, rank {made.rank}, alpha of {source} "
         f"{', '.join(f'{alpha:g}' for alpha in made.alpha)}; largest difference of an effective weight {made.error:.1e}"
     )
     if made.left_out:
-        print(f"left out: {made.left_out} tensors of text encoders")
+        print(f"left out: {made.left_out} tensors of text encoders or trained tokens")
 
 
 def combine(
@@ -87,6 +89,7 @@ def combine(
     ] = None,
     base: AnyBase = None,
     other_base: OtherBase = False,
+    unet_only: UnetOnly = False,
 ) -> None:
     """Combine a style and an acceleration adapter into one of summed rank: eq. (3) of arXiv 2311.05556.
 
@@ -98,8 +101,17 @@ def combine(
     styles, acceleration = (references.open_adapter(name, config, _DOWNLOADS) for name in (style, lcm))
     found = references.find_base(base, acceleration, config)
     made = compose.write_combined(
-        styles, acceleration, weights, out, found.architecture() if found else None, rank, other_base=other_base
+        styles,
+        acceleration,
+        weights,
+        out,
+        found.architecture() if found else None,
+        rank,
+        other_base=other_base,
+        unet_only=unet_only,
     )
+    if made["left_out"]:
+        print(f"left out: {made['left_out']} tensors of text encoders or trained tokens")
     print(f"{out}: {made['layers']} layers, rank {made['rank']}, rounding of an effective weight {made['error']:.1e}")
     if lost := made["truncation"]:
         print(
@@ -120,6 +132,7 @@ def generate(
     guidance: Annotated[float, typer.Option(help="1 is none; more than 2 saturates.")] = 1.0,
     base: AnyBase = None,
     other_base: OtherBase = False,
+    unet_only: UnetOnly = False,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
     grid: Annotated[bool, typer.Option("--grid", help="One picture of all.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -142,7 +155,9 @@ def generate(
     request = generate.Request(prompt, steps, seed, guidance, batch)
     sampler = chosen.sampler or references.Sampler()
     generate.check(sampler, request)
-    loaded = generate.load(found, chosen, styles, style_weight, device=device, other_base=other_base)
+    loaded = generate.load(
+        found, chosen, styles, style_weight, device=device, other_base=other_base, unet_only=unet_only
+    )
     for path in generate.save(generate.draw(loaded, sampler, request), out, grid=grid):
         print(path)
 

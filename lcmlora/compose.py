@@ -5,7 +5,7 @@ A layer's sum of products is one product of the factors side by side, so the sum
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +21,7 @@ from lcmlora.architecture import Architecture
 from lcmlora.errors import UserError
 from lcmlora.files import atomic_folder, sha256_file, write_json
 from lcmlora.formats import DIFFUSERS, Adapter, Layer
+from lcmlora.parsing import as_object, read_json
 from lcmlora.references import AdapterReference, check_same_base
 
 FACTS = "config.json"
@@ -100,6 +101,7 @@ def write_combined(
     rank: int | None = None,
     *,
     other_base: bool = False,
+    unet_only: bool = False,
 ) -> dict[str, Any]:
     """Writes the combination as a diffusers adapter and returns what became of it.
 
@@ -109,16 +111,20 @@ def write_combined(
         base: whose layers they are, where one is in kohya's format.
         rank: cut the sum down to this rank; None keeps it whole.
         other_base: combine adapters though they were made for bases with different digests.
+        unet_only: leave tensors of text encoders out.
 
     Raises:
-        UserError: an adapter cannot be read, the two are not of one base, or the folder is taken.
+        UserError: an adapter cannot be read, the two are not of one base, a weight is not finite, or the folder is
+            taken.
     """
+    check_weights("--weights", *weights)
     if out.suffix != ".safetensors":
         _check_free(out)
     if style.base and not other_base:
         check_same_base(lcm, style.base, f"{style.shown} for")
     chosen = list(zip((style, lcm), weights, strict=True))
-    adapter = combine([(formats.read(reference.weights, base), weight) for reference, weight in chosen])
+    parts = [(formats.read(reference.weights, base, unet_only=unet_only), weight) for reference, weight in chosen]
+    adapter = combine(parts)
     loss = None
     if rank is not None:
         adapter, loss = truncate(adapter, rank)
@@ -131,8 +137,9 @@ def write_combined(
         "rank": adapter.rank,
         "truncation": asdict(loss) if loss else None,
     }
+    left_out = {"left_out": sum(part.left_out for part, _ in parts)}
     if out.suffix == ".safetensors":
-        return facts | {"error": formats.write(adapter, out, DIFFUSERS, base)}
+        return facts | left_out | {"error": formats.write(adapter, out, DIFFUSERS, base)}
     with atomic_folder(out) as folder:
         facts["error"] = formats.write(adapter, folder / lora.WEIGHTS, DIFFUSERS, base)
         known = {
@@ -145,7 +152,14 @@ def write_combined(
         scheduler = lcm.weights.with_name(release.SCHEDULER)
         if lcm.sampler and scheduler.is_file():
             shutil.copyfile(scheduler, folder / release.SCHEDULER)
-    return facts
+    return facts | left_out
+
+
+def check_weights(option: str, *weights: float) -> None:
+    """Raises UserError where a weight is not a finite number."""
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise UserError(f"{option}: expected finite numbers, got {weight:g}")
 
 
 def _check_free(out: Path) -> None:
@@ -153,7 +167,7 @@ def _check_free(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     facts = out / FACTS
-    if not facts.is_file() or "combined" not in json.loads(facts.read_text(encoding="utf-8")):
+    if not facts.is_file() or "combined" not in as_object(read_json(facts), str(facts)):
         raise UserError(
             f"{out}: is in the way and is no earlier combination; name another folder or a .safetensors file"
         )

@@ -15,46 +15,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lcmlora import architecture, lora
+from lcmlora import architecture, lora, peft_settings, spellings, tensorfile
 from lcmlora.architecture import Architecture
 from lcmlora.errors import UserError
 from lcmlora.files import atomic_write
+from lcmlora.spellings import ALPHA, DOWN, UP
 
 DIFFUSERS, KOHYA = "diffusers", "kohya"
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_METADATA = "lora_adapter_metadata"  # diffusers' own key in the header
-_TEXT = re.compile(r"lora_te\d?_|(base_model\.model\.)?text_encoder(_\d)?\.")
-_DOWN, _UP, _ALPHA = "down", "up", "alpha"
-
-# What a tensor's name is made of, by who wrote it: kohya; PEFT, with diffusers' `unet.`, PEFT's own prefix or an
-# adapter's name in it; diffusers before 0.26, whose attention had processors.
-_NAMES = (
-    re.compile(r"lora_unet_(?P<kohya>\w+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)"),
-    re.compile(r"(base_model\.model\.)?(unet\.)?(?P<layer>.+)\.(?P<part>lora_[AB])(\.\w+)?\.weight"),
-    re.compile(r"(unet\.)?(?P<layer>.+)\.processor(?P<attention>\.to_(q|k|v|out))_lora\.(?P<part>down|up)\.weight"),
-    re.compile(r"(unet\.)?(?P<layer>.+)\.lora(_linear_layer)?\.(?P<part>down|up)\.weight"),
-    re.compile(r"(base_model\.model\.)?(unet\.)?(?P<layer>.+)\.(?P<part>alpha)"),
-)
-_PARTS = {"lora_down.weight": _DOWN, "lora_A": _DOWN, "lora_up.weight": _UP, "lora_B": _UP}
 
 # What kohya and the Stability model spec call a base (library/train_util.py and library/sai_model_spec.py of
 # kohya-ss/sd-scripts); the spec tells v2's two kinds apart by what they predict.
 _VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 _ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"}
 _PREDICTS = {"epsilon": "epsilon", "v_prediction": "v"}
+
+_MAX_PADDED = 2 << 30  # bytes that an adapter may grow to where its layers' ranks differ
 
 # How far a layer's effective weight may be from what was meant, as a share of its largest: rounding in the file's type.
 _TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -96,7 +82,7 @@ class Adapter:
     source: str  # the file, as messages call it
     layers: dict[str, Layer]  # by diffusers' name of the module, sorted
     dtype: torch.dtype  # of its weights in a file
-    left_out: int = 0  # tensors of text encoders
+    left_out: int = 0  # tensors of text encoders and trained tokens
 
     @property
     def rank(self) -> int:
@@ -108,101 +94,130 @@ class Adapter:
 
 
 def read(path: Path, base: Architecture | None = None, *, unet_only: bool = False) -> Adapter:
-    """Returns the adapter of a file in any of the spellings.
+    """Returns the adapter of a file in any of the spellings; see spellings.
 
     alpha is that of the file, else that of the configuration in its header (diffusers) or of the adapter_config.json
     beside it (PEFT), else the rank, as each of these programs has it.
 
     Args:
-        base: whose layers they are; without it kohya's names are looked up in the published architectures, and
-            diffusers' names are taken as they are.
-        unet_only: leave tensors of text encoders out; they are refused otherwise, since without them a style that was
-            trained on both is another one.
+        base: whose layers they are; without it diffusers' names are taken as they are, and layers by any other name
+            are looked up in the published architectures.
+        unet_only: leave tensors of text encoders and trained tokens out; they are refused otherwise, since without
+            them a style that was trained on both is another one.
 
     Raises:
-        UserError: a pickle, an unreadable file, one that is no plain LoRA, that lacks a tensor or has one too many, or
-            that was made for another base; the first tensor is named.
+        UserError: a pickle, an unreadable file, one that is no plain LoRA of a UNet, that lacks a tensor or has one too
+            many or one that is not finite, or that was made for another base; the first tensor is named.
     """
-    if path.suffix in _PICKLES:
-        raise UserError(f"{path}: is a pickle, which can run any code when it is read; expected .safetensors")
     return _read(path, base, unet_only, str(path))
 
 
 def _read(path: Path, base: Architecture | None, unet_only: bool, shown: str) -> Adapter:
-    tensors, header = _open(path, shown)
-    text = [name for name in tensors if _TEXT.match(name)]
-    if text and not unet_only:
-        raise UserError(
-            f"{shown}: {len(text)} of {len(tensors)} tensors are for a text encoder, the first is {text[0]}; only the "
-            "UNet's are supported: convert it with --unet-only to leave the others out, which weakens it"
-        )
-    spelled: dict[str, dict[str, Tensor]] = {}
-    style = DIFFUSERS
-    for name in sorted(tensors.keys() - set(text)):
-        layer, part, kohya = _parse(name, shown)
-        style = KOHYA if kohya else style
-        if part in spelled.setdefault(layer, {}):
-            raise UserError(f"{shown}: {name} is there a second time, under another spelling")
-        spelled[layer][part] = tensors[name]
-    if not spelled:
-        raise UserError(f"{shown}: holds no tensor of a UNet adapter")
-    for layer, parts in spelled.items():
-        for part in (_DOWN, _UP):
-            if part not in parts:
-                raise UserError(f"{shown}: {layer} has {' and '.join(sorted(parts))}, and {part} is missing")
-    if style == KOHYA and base is None:
+    tensors, header = tensorfile.read(path, shown)
+    text = _text(tensors, unet_only, shown)
+    spelled = _spellings({name: tensor for name, tensor in tensors.items() if name not in text}, shown)
+    _check_factors(spelled, shown)
+    if base is None and not all(spellings.Name(layer, DOWN).is_diffusers for layer in spelled):
         base = _recognise(spelled, shown)
-    alpha = _alphas(path, header, shown)
-    layers = {}
+    alpha = peft_settings.alphas(path, header, shown)
+    layers: dict[str, Layer] = {}
     for name, parts in spelled.items():
         module = name if base is None else _module(name, parts, base, shown)
-        down, up = parts[_DOWN], parts[_UP]
-        given = float(parts[_ALPHA]) if _ALPHA in parts else alpha(module, down.shape[0])
+        if module in layers:
+            raise UserError(f"{shown}: the layer {module} is there twice, under several spellings")
+        down, up = parts[DOWN].tensor, parts[UP].tensor
+        given = _number(parts[ALPHA], shown) if ALPHA in parts else alpha(module, down.shape[0])
         layers[module] = Layer(down, up, given)
-    if len(layers) != len(spelled):
-        raise UserError(f"{shown}: {len(spelled) - len(layers)} layers are there under several spellings")
-    return Adapter(shown, dict(sorted(layers.items())), _dtype(layers, shown), len(text))
+    return Adapter(shown, dict(sorted(layers.items())), _dtype(layers), len(text))
 
 
-def _open(path: Path, shown: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"{shown}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{shown}: is not a readable safetensors file: {error}") from error
+class _Part(NamedTuple):
+    """A tensor with its name in the file."""
+
+    name: str
+    tensor: Tensor
 
 
-def _dtype(layers: dict[str, Layer], shown: str) -> torch.dtype:
+_Spelled = dict[str, dict[str, _Part]]  # the parts of each layer, by its name as it is spelled
+
+
+def _text(tensors: Collection[str], unet_only: bool, shown: str) -> set[str]:
+    """Returns the tensors that are not the UNet's and may be left out. Raises UserError where they must not be."""
+    text = [name for name in tensors if spellings.of_text_encoder(name)]
+    tokens = [name for name in tensors if spellings.is_embedding(name)]
+    for found, what in ((text, "for a text encoder"), (tokens, "embeddings of trained tokens")):
+        if found and not unet_only:
+            raise UserError(
+                f"{shown}: {len(found)} of {len(tensors)} tensors are {what}, the first is "
+                f"{spellings.shown(min(found))}; only the UNet's are supported: convert it with --unet-only to leave "
+                "the others out, which weakens it"
+            )
+    return {*text, *tokens}
+
+
+def _spellings(tensors: dict[str, Tensor], shown: str) -> _Spelled:
+    """Returns the parts of each layer. Raises UserError for what is not of a plain LoRA, or there twice."""
+    spelled: _Spelled = {}
+    for name, tensor in sorted(tensors.items()):
+        found = spellings.parse(name)
+        if found is None:
+            raise UserError(
+                f"{shown}: {spellings.shown(name)} is not a tensor of a plain LoRA of Stable Diffusion: "
+                f"{spellings.foreign(name, tensors)}"
+            )
+        parts = spelled.setdefault(found.layer, {})
+        if found.part in parts:
+            raise UserError(f"{shown}: {name} is there a second time, as {parts[found.part].name}")
+        parts[found.part] = _Part(name, tensor)
+    if not spelled:
+        raise UserError(f"{shown}: holds no tensor of a UNet adapter")
+    return spelled
+
+
+def _check_factors(spelled: _Spelled, shown: str) -> None:
+    """Raises UserError where A and B of a layer are not two finite factors of one product."""
+    for layer, parts in spelled.items():
+        for part in (DOWN, UP):
+            if part not in parts:
+                raise UserError(f"{shown}: {layer} has {' and '.join(sorted(parts))}, and {part} is missing")
+            name, tensor = parts[part]
+            if tensor.dtype not in _TOLERANCE:
+                raise UserError(f"{shown}: {name} has weights in {tensor.dtype}, expected float32, float16 or bfloat16")
+            if tensor.ndim not in (2, 4) or not tensor.numel():
+                what = "matrix or a convolution" if tensor.numel() else "rank of 1 or more: it has no values"
+                raise UserError(f"{shown}: {name} is {tuple(tensor.shape)}, expected a {what}")
+        down, up = tuple(parts[DOWN].tensor.shape), tuple(parts[UP].tensor.shape)
+        if down[0] != up[1] or len(down) != len(up) or any(size != 1 for size in up[2:]):
+            raise UserError(f"{shown}: the factors of {layer} do not fit each other: {down} and {up}; it is damaged")
+        for part in (DOWN, UP):
+            tensorfile.check_finite(parts[part].tensor, parts[part].name, shown)
+
+
+def _number(part: _Part, shown: str) -> float:
+    """Returns alpha. Raises UserError where it is not one number above 0."""
+    name, tensor = part
+    if tensor.numel() != 1:
+        raise UserError(f"{shown}: {name} has {tensor.numel()} values, expected one number for the layer")
+    value = 0.0 if tensor.is_complex() else float(tensor.float())  # as programs keep it
+    if not (math.isfinite(value) and value > 0):
+        # 0 is no effect to ComfyUI, and "alpha is the rank" to kohya's trainer.
+        raise UserError(f"{shown}: {name} is {tensor.item():g}, expected a finite number above 0")
+    return value
+
+
+def _dtype(layers: dict[str, Layer]) -> torch.dtype:
     found = {tensor.dtype for layer in layers.values() for tensor in (layer.down, layer.up)}
-    if foreign := found - _TOLERANCE.keys():
-        raise UserError(f"{shown}: has weights in {foreign.pop()}, expected float32, float16 or bfloat16")
     return found.pop() if len(found) == 1 else torch.float32
 
 
-def _parse(name: str, shown: str) -> tuple[str, str, bool]:
-    """Returns a tensor's layer as it is spelled, its part, and whether the spelling is kohya's."""
-    for pattern in _NAMES:
-        if match := pattern.fullmatch(name):
-            found = match.groupdict()
-            part = _PARTS.get(found["part"], found["part"])
-            if found.get("kohya"):
-                return found["kohya"], part, True
-            layer = found["layer"] + (found.get("attention") or "")
-            return f"{layer}.0" if layer.endswith(".to_out") else layer, part, False
-    raise UserError(
-        f"{shown}: {name} is not a tensor of a plain LoRA of Stable Diffusion; other kinds (DoRA, LoHa, LoKr, weight "
-        "differences) and other models are not supported"
-    )
-
-
-def _module(name: str, parts: dict[str, Tensor], base: Architecture, shown: str) -> str:
+def _module(name: str, parts: dict[str, _Part], base: Architecture, shown: str) -> str:
     """Returns diffusers' name of the layer. Raises UserError where the base has no such layer, or one of other size."""
-    module = name if name in base.shapes else base.spellings.get(name)
+    module = name if name in base.shapes else base.spellings.get(name.replace(".", "_"))
     if module is None:
-        raise UserError(f"{shown}: holds {name}, which this base does not have: it was made for another base")
-    down, up = tuple(parts[_DOWN].shape), tuple(parts[_UP].shape)
+        model = spellings.family([part.name for part in parts.values()])
+        other = f"it is a LoRA of {model}" if model else "it was made for another base"
+        raise UserError(f"{shown}: holds {name}, which this base does not have: {other}")
+    down, up = tuple(parts[DOWN].tensor.shape), tuple(parts[UP].tensor.shape)
     rank, (outputs, *inputs) = down[0], base.shapes[module]
     expected = (rank, *inputs), (outputs, rank, *(1 for _ in inputs[1:]))
     if (down, up) != expected:
@@ -213,7 +228,7 @@ def _module(name: str, parts: dict[str, Tensor], base: Architecture, shown: str)
     return module
 
 
-def _recognise(spelled: dict[str, dict[str, Tensor]], shown: str) -> Architecture:
+def _recognise(spelled: _Spelled, shown: str) -> Architecture:
     """Returns the published architecture of which all layers are, by name and size.
 
     SSD-1B's layers are all SDXL's too, by the same names, so the first that fits serves as well as the second.
@@ -225,42 +240,15 @@ def _recognise(spelled: dict[str, dict[str, Tensor]], shown: str) -> Architectur
         except UserError:
             continue
         return base
+    if model := spellings.family([part.name for parts in spelled.values() for part in parts.values()]):
+        raise UserError(
+            f"{shown}: its layers are those of {model}, and other models than Stable Diffusion 1, 2 and XL are not "
+            f"supported; the first is {min(spelled)}"
+        )
     raise UserError(
         f"{shown}: its layers are those of none of {', '.join(architecture.published())}; name the base that it was "
         "made for (--base, a name in params.yaml or a diffusers folder)"
     )
-
-
-def _alphas(path: Path, header: dict[str, str], shown: str) -> Callable[[str, int], float]:
-    """Returns alpha by layer and rank for tensors without one."""
-    beside = path.with_name("adapter_config.json")
-    if _METADATA in header:
-        place, prefix = f"{shown}: {_METADATA}", "unet."
-        settings = _json(header[_METADATA], place)
-    elif path.name == "adapter_model.safetensors" and beside.is_file():
-        place, prefix = str(beside), ""
-        settings = _json(beside.read_text(encoding="utf-8"), place)
-    else:
-        return lambda module, rank: float(rank)
-    if settings.get(f"{prefix}use_dora"):
-        raise UserError(f"{place}: use_dora is set, and DoRA is not supported")
-    patterns = settings.get(f"{prefix}alpha_pattern") or {}
-    rslora = bool(settings.get(f"{prefix}use_rslora"))
-
-    def alpha(module: str, rank: int) -> float:
-        # PEFT's own rule for patterns (peft.utils.other.get_pattern_key).
-        matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        found = float(next(matching, settings.get(f"{prefix}lora_alpha", rank)))
-        return found * rank**0.5 if rslora else found  # rsLoRA divides by the rank's root
-
-    return alpha
-
-
-def _json(text: str, place: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(text))
-    except ValueError as error:
-        raise UserError(f"{place}: is not a JSON object: {error}") from None
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -294,6 +282,7 @@ def write(
         metadata = _header(tensors, adapter, structure, title or path.stem, kept)
     else:
         tensors, metadata = _diffusers(adapter)
+    _check_range(tensors, adapter)
     error = 0.0
 
     def write_and_verify(temporary: Path) -> None:
@@ -303,6 +292,17 @@ def write(
 
     atomic_write(path, write_and_verify)
     return error
+
+
+def _check_range(tensors: dict[str, Tensor], adapter: Adapter) -> None:
+    """Raises UserError where a tensor is too large for the file's type."""
+    for name, tensor in tensors.items():
+        largest = tensor.abs().max().item()
+        if not largest <= torch.finfo(adapter.dtype).max and not name.endswith(f".{ALPHA}"):
+            raise UserError(
+                f"{adapter.source}: {name} is too large for {adapter.dtype}, its largest value is {largest:.2g}; "
+                "write it in fp32 (--precision fp32), or its alpha is wrong"
+            )
 
 
 def verify(
@@ -364,13 +364,21 @@ def _diffusers(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     }
     if others:
         settings |= {"unet.rank_pattern": others, "unet.alpha_pattern": others}
-    return tensors, {"format": "pt", _METADATA: json.dumps(settings, sort_keys=True)}
+    return tensors, {"format": "pt", peft_settings.METADATA: json.dumps(settings, sort_keys=True)}
 
 
 def _kohya(adapter: Adapter, base: Architecture, alpha: float | None) -> tuple[dict[str, Tensor], float]:
     """Returns the tensors of a kohya file and its alpha."""
     for name, parts in _spelled(adapter.layers).items():
         _module(name, parts, base, adapter.source)
+    of_rank_1 = {name: layer.down[0].numel() + len(layer.up) for name, layer in adapter.layers.items()}
+    size = sum(of_rank_1.values()) * adapter.rank * adapter.dtype.itemsize
+    now = sum(of_rank_1[name] * layer.rank for name, layer in adapter.layers.items()) * adapter.dtype.itemsize
+    if size > max(_MAX_PADDED, 2 * now):
+        raise UserError(
+            f"{adapter.source}: its largest rank is {adapter.rank}, and in kohya's format, where all layers have one "
+            f"rank, its {now / 1e9:.1f} GB would become {size / 1e9:.1f} GB; make it smaller (lcmlora combine --rank)"
+        )
     layers = {name: padded(layer, adapter.rank) for name, layer in adapter.layers.items()}
     own = {layer.alpha for layer in layers.values()}
     if len(own) == 1 and alpha in (None, *own):
@@ -394,7 +402,7 @@ def _rescaled(layers: dict[str, Layer], alpha: float, adapter: Adapter) -> tuple
         meant = layer.folded.up.to(adapter.dtype).float()
         ups[name] = (meant / scale).to(adapter.dtype)
         exact = exact and torch.equal(ups[name].float() * scale, meant)
-    return (alpha, ups) if exact else _rescaled(layers, float(adapter.rank), adapter)
+    return (alpha, ups) if exact or scale == 1 else _rescaled(layers, float(adapter.rank), adapter)
 
 
 def padded(layer: Layer, rank: int) -> Layer:
@@ -448,8 +456,8 @@ def _header(
     return header
 
 
-def _spelled(layers: dict[str, Layer]) -> dict[str, dict[str, Tensor]]:
-    return {name: {_DOWN: layer.down, _UP: layer.up} for name, layer in layers.items()}
+def _spelled(layers: dict[str, Layer]) -> _Spelled:
+    return {name: {DOWN: _Part(name, layer.down), UP: _Part(name, layer.up)} for name, layer in layers.items()}
 
 
 # --- converting -------------------------------------------------------------------------------------------------
@@ -463,7 +471,7 @@ class Conversion:
     tensors: int
     rank: int  # the largest
     alpha: tuple[float, ...]  # the different ones of the layers that were read
-    left_out: int  # tensors of text encoders
+    left_out: int  # tensors of text encoders and trained tokens
     error: float  # largest difference of an effective weight, as a share of its layer's largest
 
 
@@ -487,6 +495,8 @@ def convert(
         UserError: see `read` and `write`.
     """
     adapter = read(source, base, unet_only=unet_only)
+    if base is None:
+        base = _recognise(_spelled(adapter.layers), str(source))
     adapter = replace(adapter, dtype=dtype or adapter.dtype)
     error = write(adapter, out, style, base, title=title)
     return Conversion(

@@ -13,7 +13,7 @@ from PIL import Image
 from lcmlora import bases, folders, formats, lora, sampling
 from lcmlora.architecture import Architecture
 from lcmlora.bases import LoadedBase
-from lcmlora.compose import combine
+from lcmlora.compose import check_weights, combine
 from lcmlora.errors import UserError
 from lcmlora.files import atomic_write
 from lcmlora.progress import track
@@ -41,12 +41,14 @@ def load(
     *,
     device: str = "auto",
     other_base: bool = False,
+    unet_only: bool = False,
 ) -> LoadedBase:
     """Returns the base with the adapter active in its UNet, and the style with it.
 
     Args:
         other_base: draw though the adapter was made for a base with another digest, such as the one that this base is a
             fine-tune of.
+        unet_only: leave tensors of text encoders out.
 
     Raises:
         UserError: the base was not fetched, or an adapter does not fit it or was made for another one.
@@ -58,7 +60,7 @@ def load(
         identity = folders.identity(base.settings, base.folder)
         for reference in references:
             check_same_base(reference, identity, "this base is")
-    layers = _layers(adapter, style, style_weight, base.architecture())
+    layers = _layers(adapter, style, style_weight, base.architecture(), unet_only)
     place = bases.pick_device(device)
     dtype = bases.pick_dtype("auto", place)
     loaded = bases.load(base.name, base.settings, base.folder, device=place, dtype=dtype)
@@ -67,12 +69,13 @@ def load(
 
 
 def _layers(
-    adapter: AdapterReference, style: AdapterReference | None, weight: float, base: Architecture
+    adapter: AdapterReference, style: AdapterReference | None, weight: float, base: Architecture, unet_only: bool
 ) -> dict[str, formats.Layer]:
-    student = formats.read(adapter.weights, base)
+    student = formats.read(adapter.weights, base, unet_only=unet_only)
     if style is None:
         return student.layers
-    return combine([(formats.read(style.weights, base), weight), (student, 1.0)]).layers
+    check_weights("--style-weight", weight)
+    return combine([(formats.read(style.weights, base, unet_only=unet_only), weight), (student, 1.0)]).layers
 
 
 def check(sampler: Sampler, request: Request) -> None:
@@ -83,7 +86,7 @@ def check(sampler: Sampler, request: Request) -> None:
     """
     if not 1 <= request.steps <= sampler.grid:
         raise UserError(f"--steps: expected 1 to {sampler.grid}, the timesteps of this adapter, got {request.steps}")
-    if request.guidance < 1:
+    if not 1 <= request.guidance < math.inf:
         raise UserError(f"--guidance: expected 1 (none) or more, got {request.guidance:g}")
     if request.guidance > _STRONG:
         print(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from lcmlora import architecture, bases, folders, noise, references, release, sampling, singlefile
+from lcmlora import architecture, bases, folders, noise, references, release, sampling, singlefile, tensorfile
 from lcmlora.config import Base
 from lcmlora.errors import UserError
 from lcmlora.parsing import as_object, read_json
@@ -202,6 +202,7 @@ def assemble(folder: Path, base: Path, variant: str | None, dtype: torch.dtype) 
 
 def _add(pipeline: Any, folder: Path, fuse: bool) -> None:
     """Loads the adapter, and makes it one with the base's weights if `fuse`."""
+    tensorfile.check_harmless(folder / release.WEIGHTS)
     try:
         pipeline.load_lora_weights(folder, weight_name=release.WEIGHTS, adapter_name="lcm", use_safetensors=True)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:

@@ -8,18 +8,18 @@ s3://bucket/prefix/MODEL/sha256-...               a published release, or a chan
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lcmlora import architecture, bases, folders, lora, release
+from lcmlora import architecture, bases, folders, lora, release, tensorfile
 from lcmlora.architecture import Architecture
 from lcmlora.config import Base, Config, Publish
 from lcmlora.errors import UserError
 from lcmlora.files import make_once
+from lcmlora.parsing import as_object, read_json
 
 _FACTS = "config.json"  # what distill and combine say of an adapter; in a release it is provenance.json
 
@@ -65,7 +65,7 @@ def open_adapter(reference: str, config: Config | None, cache: Path) -> AdapterR
     if path.is_file():
         facts = _facts(path.parent)
         # Other files may lie there by chance.
-        if path.name in (lora.WEIGHTS, facts.get("kohya", {}).get("file")):
+        if path.name in (lora.WEIGHTS, (facts.get("kohya") or {}).get("file")):
             return _described(path.parent, reference, path)
         return AdapterReference(reference, path)
     raise UserError(
@@ -116,11 +116,10 @@ def _cached(cache: Path, sha256: str, download: Callable[[Path], None]) -> Path:
 
 
 def _described(folder: Path, shown: str, weights: Path | None = None) -> AdapterReference:
-    weights = weights or folder / lora.WEIGHTS
-    if (folder / release.CHECKSUMS).is_file():
+    sealed = (folder / release.CHECKSUMS).is_file()
+    weights = weights or (folder / lora.WEIGHTS if sealed else tensorfile.find(folder))
+    if sealed:
         release.verify(folder, {weights.name, release.SCHEDULER, release.PROVENANCE})
-    if not weights.is_file():
-        raise UserError(f"{weights}: no such file; {shown} is not the folder of an adapter")
     facts = _facts(folder)
     return AdapterReference(
         shown=shown,
@@ -133,24 +132,61 @@ def _described(folder: Path, shown: str, weights: Path | None = None) -> Adapter
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    for name in (release.PROVENANCE, _FACTS):
-        if (folder / name).is_file():
-            facts = _read(folder / name)
-            return facts if isinstance(facts.get("base"), dict) else {}
-    return {}
+    """Returns what lies beside an adapter of ours; nothing where that is another program's config.json.
+
+    Raises:
+        UserError: a value of another type than ours have.
+    """
+    path = next((folder / name for name in (release.PROVENANCE, _FACTS) if (folder / name).is_file()), None)
+    facts = _read(path) if path else {}
+    if path is None or not isinstance(facts.get("base"), dict):
+        return {}
+    texts = {"model": facts.get("model")}
+    texts |= {f"base.{key}": facts["base"].get(key) for key in ("source", "revision", "digest")}
+    for key, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{path}: {key}: expected a text, got {ascii(value)[:80]}")
+    resolution = facts.get("resolution")
+    if resolution is not None and (type(resolution) is not int or resolution < 1):
+        raise UserError(f"{path}: resolution: expected pixels, got {ascii(resolution)[:80]}")
+    for key in ("params", "distill", "kohya"):
+        as_object(facts.get(key) or {}, f"{path}: {key}")
+    as_object((facts.get("params") or {}).get("distill") or {}, f"{path}: params.distill")
+    return facts
 
 
 def sampler_of(folder: Path, facts: dict[str, Any]) -> Sampler | None:
-    """Returns what the folder says of its sampler; what older ones lack follows from the scheduler's settings."""
+    """Returns what the folder says of its sampler; what older ones lack follows from the scheduler's settings.
+
+    Raises:
+        UserError: settings that are none of a sampler.
+    """
     if "sampler" in facts:
-        return Sampler(**facts["sampler"])
+        return _sampler(as_object(facts["sampler"], f"{folder}: sampler"), f"{folder}: sampler")
     path = folder / release.SCHEDULER
     if not path.is_file():
         return None
     settings = _read(path)
-    distill = facts.get("params", facts).get("distill", {})
-    gamma = {"tcd": distill.get("gamma"), "tdd": distill.get("gamma"), "pcm": 0.0}.get(distill.get("objective", "lcm"))
-    return Sampler(settings.get("_class_name", "LCMScheduler"), gamma, settings.get("original_inference_steps", 50))
+    distill = (facts.get("params") or facts).get("distill") or {}
+    gamma = {"tcd": distill.get("gamma"), "tdd": distill.get("gamma"), "pcm": 0.0}.get(
+        str(distill.get("objective", "lcm"))
+    )
+    found = {"scheduler": settings.get("_class_name", "LCMScheduler"), "gamma": gamma}
+    return _sampler(found | {"grid": settings.get("original_inference_steps", 50)}, str(path))
+
+
+def _sampler(settings: dict[str, Any], place: str) -> Sampler:
+    given = {field.name: settings.get(field.name, field.default) for field in fields(Sampler)}
+    scheduler, gamma, grid = given.values()
+    if unknown := settings.keys() - given.keys():
+        raise UserError(f"{place}: does not know {ascii(min(unknown))[:80]}, which a newer lcmlora may have written")
+    if not isinstance(scheduler, str):
+        raise UserError(f"{place}: scheduler: expected a name, got {ascii(scheduler)[:80]}")
+    if gamma is not None and not (type(gamma) in (int, float) and 0 <= gamma <= 1):
+        raise UserError(f"{place}: gamma: expected 0 to 1, got {ascii(gamma)[:80]}")
+    if type(grid) is not int or not 1 <= grid <= 1000:
+        raise UserError(f"{place}: expected 1 to 1000 timesteps, got {ascii(grid)[:80]}")
+    return Sampler(scheduler, gamma, grid)
 
 
 @dataclass(frozen=True)
@@ -218,7 +254,4 @@ def check_same_base(adapter: AdapterReference, other: dict[str, str | None], sho
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{path}: is not a JSON object: {error}") from None
+    return as_object(read_json(path), str(path))

@@ -74,6 +74,7 @@ def package(
             if not source.is_file():
                 raise UserError(f"{source}: no such file; run the stages before package@{model} first")
             shutil.copyfile(source, folder / name)
+        _check_adapter(folder / WEIGHTS, base_folder)
         witness = Witness(folder, base, base_folder, adapter / "probe.safetensors", config.distill_for(model).precision)
         proof = witness.prove(folder / WEIGHTS)
         kohya = folder / kohya_name(model)
@@ -120,6 +121,13 @@ def package(
         )
         _seal(folder)
     return provenance
+
+
+def _check_adapter(weights: Path, base_folder: Path) -> None:
+    """Raises UserError where the weights are no finite adapter of this base."""
+    from lcmlora import architecture, formats
+
+    formats.read(weights, architecture.of_folder(base_folder))
 
 
 def kohya_name(model: str) -> str:
@@ -283,7 +291,10 @@ class Witness:
         return Proof(error, effect, loaded)
 
     def _load(self, weights: Path) -> None:
+        from lcmlora import tensorfile
+
         self._pipeline.unload_lora_weights()
+        tensorfile.check_harmless(weights)
         try:
             self._pipeline.load_lora_weights(weights.parent, weight_name=weights.name)
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:

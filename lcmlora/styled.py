@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from lcmlora import architecture, bases, formats, lora
+from lcmlora import architecture, bases, formats, lora, tensorfile
 from lcmlora.config import Base
 from lcmlora.errors import UserError
 from lcmlora.examine import examine
@@ -21,7 +21,7 @@ def weights_of(name: str, base: Base) -> Path:
     """Returns the file of the style's LoRA. Raises UserError where there is none."""
     assert base.style is not None
     path = Path(base.style.source)
-    path = path / lora.WEIGHTS if path.is_dir() else path
+    path = tensorfile.find(path) if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"bases.{name}.style.source: {path}: no such file; expected a LoRA, or the folder of one")
     return path
