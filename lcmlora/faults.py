@@ -86,7 +86,7 @@ def told(error: BaseException, verb: str = "") -> str | None:
     if isinstance(error, OSError):
         code = error.errno if isinstance(error.errno, int) else _code(text)
         reason = os.strerror(code) if code in _REMEDIES else error.strerror or text or type(error).__name__
-        shown = f"{_text(error.filename)}: " if error.filename is not None else ""
+        shown = f"{_shown(error.filename)}: " if error.filename is not None else ""
         return "; ".join(filter(None, (f"{shown}{' '.join(reason.split())[:500]}", _REMEDIES.get(code or 0))))
     code = _code(text) if _is_foreign(error) else None
     return f"{text[:300]}; {_REMEDIES[code]}" if code else None
@@ -133,7 +133,11 @@ def _code(text: str) -> int | None:
 
 
 def _text(filename: object) -> str:
-    text = os.fsdecode(filename) if isinstance(filename, str | bytes | os.PathLike) else str(filename)
+    return os.fsdecode(filename) if isinstance(filename, str | bytes | os.PathLike) else str(filename)
+
+
+def _shown(filename: object) -> str:
+    text = _text(filename)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}...{text[-_SHOWN // 2 :]}"
 
 
@@ -188,10 +192,12 @@ def name(error: OSError, path: Path, temporary: Path | None = None) -> None:
         if error.errno in _OF_WRITES:
             error.filename = str(path)
         return
-    named = str(error.filename)
-    if temporary is None and Path(named).parent == path.parent and temporaries.is_temporary(Path(named)):
-        temporary = Path(named)  # it could not even be made
-    if temporary is not None and (named == str(temporary) or named.startswith(f"{temporary}{os.sep}")):
-        error.filename = str(path) + named.removeprefix(str(temporary))
-        if error.filename2 is not None:
-            del error.filename2
+    named = Path(_text(error.filename))
+    if temporary is not None and named.is_relative_to(temporary):
+        error.filename = str(path / named.relative_to(temporary))
+    elif named.is_relative_to(path.parent) and any(map(temporaries.is_temporary, (named, *named.parents))):
+        error.filename = str(path)  # the temporary place could not even be made, or has a library's own file
+    else:
+        return
+    if error.filename2 is not None:
+        del error.filename2

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -26,7 +27,9 @@ _UNABLE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV)  # a file 
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary path in the same folder, syncs it to disk and moves it to `path`.
+    """Calls `write` with an empty file of the same name, syncs it to disk and moves it to `path`.
+
+    The file is in a folder of its own, where libraries leave temporary files of theirs when they are killed.
 
     Raises:
         OSError: naming `path`, which is then as it was before.
@@ -34,16 +37,33 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     with naming(path):
         make_folder(path.parent)
         temporaries.sweep(path.parent)
-        with (
-            temporaries.file_beside(path) as (temporary, descriptor),
-            naming(path, temporary),
-            faults.as_oserror(path, temporary),
-        ):
-            write(temporary)
-            temporaries.hold_again(temporary, descriptor)
-            os.fsync(descriptor)
-            temporary.replace(path)
+        with temporaries.folder_beside(path, 0o700) as folder:
+            temporary = folder / path.name
+            with naming(path, temporary), faults.as_oserror(path, temporary):
+                mode = _create(temporary)
+                write(temporary)
+                _finish(temporary, mode)
+                temporary.replace(path)
         sync_folder(path.parent)
+
+
+def _create(path: Path) -> int:
+    """Makes an empty file and returns its mode, which is as the umask says."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+
+
+def _finish(path: Path, mode: int) -> None:
+    """Syncs a file, which libraries may have replaced by one that the owner alone can read."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fchmod(descriptor, mode)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:

@@ -16,7 +16,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -68,11 +67,15 @@ def file_beside(path: Path) -> Iterator[tuple[Path, int]]:
 
 
 @contextlib.contextmanager
-def folder_beside(path: Path) -> Iterator[Path]:
-    """Yields a new, empty folder beside `path`; what is still there when the block ends is deleted."""
+def folder_beside(path: Path, mode: int = 0o777) -> Iterator[Path]:
+    """Yields a new, empty folder beside `path`; what is still there when the block ends is deleted.
+
+    Args:
+        mode: of the folder, less what the umask takes.
+    """
     while True:
         temporary = name_beside(path)
-        temporary.mkdir()
+        temporary.mkdir(mode)
         try:
             descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:  # swept before it could be locked
@@ -85,20 +88,6 @@ def folder_beside(path: Path) -> Iterator[Path]:
     finally:
         os.close(descriptor)
         remove(temporary)
-
-
-def hold_again(path: Path, descriptor: int) -> None:
-    """Locks the file that a library has put in place of the temporary one, instead of that."""
-    if _is_at(descriptor, path):
-        return
-    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
-    fresh = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.dup2(fresh, descriptor, inheritable=False)
-    finally:
-        os.close(fresh)
-    _held(descriptor, path)
-    os.fchmod(descriptor, mode)  # libraries make theirs for the owner alone, whatever the umask says
 
 
 def _held(descriptor: int, path: Path) -> bool:

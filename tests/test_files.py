@@ -1,5 +1,4 @@
 import errno
-import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -258,13 +257,24 @@ def test_one_process_at_a_time_works_under_a_lock_which_leaves_nothing(tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["count"]
 
 
-def test_a_file_that_a_library_puts_in_place_of_the_temporary_one_is_locked_as_well(tmp_path: Path):
+def test_a_file_that_a_library_puts_in_place_of_the_temporary_one_has_the_mode_of_all(tmp_path: Path):
     def replace(target: Path) -> None:
-        (tmp_path / "fresh").write_text("1")
-        (tmp_path / "fresh").chmod(0o600)
-        (tmp_path / "fresh").replace(target)
+        (target.parent / "fresh").write_text("1")
+        (target.parent / "fresh").chmod(0o600)
+        (target.parent / "fresh").replace(target)
 
-    files.atomic_write(tmp_path / "out", replace)
-    assert (tmp_path / "out").read_text() == "1"
-    with (tmp_path / "out").open() as file:  # given up with the descriptor
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    before = os.umask(0o022)
+    try:
+        files.atomic_write(tmp_path / "out", replace)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").read_text() == "1" and (tmp_path / "out").stat().st_mode & 0o777 == 0o644
+
+
+def test_what_a_library_leaves_beside_the_file_goes(tmp_path: Path):
+    def write(target: Path) -> None:
+        target.write_text("1")
+        (target.parent / ".tmpXYZ").write_text("")
+
+    files.atomic_write(tmp_path / "out", write)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
