@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,10 @@ CACHE = "LCMLORA_CACHE"  # environment: where downloaded bases are kept
 _BATCH = 4  # pictures in one pass of the network, whatever the length of a request: what bounds the memory
 _SIZE_UNIT = 8  # diffusers' pipelines take no other multiples
 _WARM_UNITS = 8  # the side of the picture that warms up, in units
+
+
+class Abandoned(Exception):
+    """Nobody waits for the pictures any more, so they were not drawn to their end."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Pipeline:
         seed: int | None = 0,
         width: int | None = None,
         height: int | None = None,
+        abandoned: Callable[[], bool] | None = None,
     ) -> list[Image.Image]:
         """Returns a picture of each prompt, RGB.
 
@@ -64,35 +70,51 @@ class Pipeline:
             guidance: the pipelines' convention; 1 is none and costs one pass a step, more costs two.
             seed: None is another one each time.
             width, height: in pixels, multiples of `size_unit`; the release's resolution where they are None.
+            abandoned: asked before every step; where it says so nothing more is drawn.
 
         Raises:
+            Abandoned: `abandoned` said so.
             UserError: no text, a number out of its range, or pictures that are not finite.
         """
         width, height = (self.resolution if side is None else side for side in (width, height))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self._check(prompts, steps, guidance, {"width": width, "height": height})
+        self.check(prompts, steps=steps, guidance=guidance, width=width, height=height)
         seed = secrets.randbits(32) if seed is None else seed
         pictures: list[Image.Image] = []
         for start in range(0, len(prompts), _BATCH):
             some = dict(enumerate(prompts[start : start + _BATCH], start))
             with self._lock:  # a scheduler counts its steps in itself
-                pixels = self._draw(some, steps, guidance, seed, width, height)
+                if abandoned is not None and abandoned():
+                    raise Abandoned("nobody waits for these pictures any more")
+                pixels = self._draw(some, steps, guidance, seed, width, height, abandoned)
             pictures += [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
         return pictures
 
-    def _check(self, prompts: list[str], steps: int, guidance: float, sides: dict[str, int]) -> None:
+    def check(self, prompts: Sequence[str], *, steps: int, guidance: float, width: int, height: int) -> None:
+        """Raises UserError where `__call__` would: no text, or a number out of its range."""
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise UserError(f"prompt: expected text, got {prompt!r}")
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise UserError(f"prompt: expected text, got half a surrogate pair in {ascii(prompt)[:100]}")
         if not 1 <= steps <= self.sampler.grid:
             raise UserError(f"steps: expected 1 to {self.sampler.grid}, the timesteps of this adapter, got {steps}")
-        if not guidance >= 1:
+        if not (guidance >= 1 and math.isfinite(guidance)):
             raise UserError(f"guidance: expected 1 (none) or more, got {guidance:g}")
-        for name, side in sides.items():
+        for name, side in (("width", width), ("height", height)):
             if side <= 0 or side % self.size_unit:
                 raise UserError(f"{name}: expected a positive multiple of {self.size_unit} pixels, got {side}")
 
-    def _draw(self, prompts: dict[int, str], steps: int, guidance: float, seed: int, width: int, height: int) -> Tensor:
+    def _draw(
+        self,
+        prompts: dict[int, str],
+        steps: int,
+        guidance: float,
+        seed: int,
+        width: int,
+        height: int,
+        abandoned: Callable[[], bool] | None,
+    ) -> Tensor:
         """Returns (B, 3, height, width) uint8."""
         factor = self.pipeline.vae_scale_factor
         shape = (self.pipeline.unet.config.in_channels, height // factor, width // factor)
@@ -100,6 +122,8 @@ class Pipeline:
         generators = [noise.generator(seed, index, 1) for index in prompts]
 
         def next_noise(_: Any, done: int, *__: Any) -> dict[str, Any]:
+            if abandoned is not None and abandoned():
+                raise Abandoned("nobody waits for these pictures any more")
             # As sampling.sample does it: the noise of every step has a key of its own.
             for index, generator in zip(prompts, generators, strict=True):
                 generator.manual_seed(noise.generator(seed, index, done + 2).initial_seed())

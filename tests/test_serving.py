@@ -1,10 +1,15 @@
+import asyncio
 import base64
 import importlib.metadata
 import io
 import json
+import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +17,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from lcmlora import pipelines, serving
-from tests import served
+from lcmlora import pipelines, scoring, serving
+from lcmlora.errors import UserError
+from lcmlora.limits import Limits
+from tests import fuzzing, served
 from tests.miniature import RESOLUTION
 
 # Loads the model as a serving machine would, and tells what became of it. Our code can import the packages of its
@@ -143,6 +150,41 @@ def test_in_this_process_too_and_null_is_the_default(
         predict("tree", steps="four")
     with pytest.raises(MlflowException, match=r"^prompt: expected text, got None"):
         predict(None)
+    for params, message in (
+        ({"steps": 10**9}, "steps: expected 50 at most, got 1e"),
+        ({"guidance": 1e300}, "guidance: expected 20 at most"),
+        ({"seed": -1}, "seed: expected 0 to"),
+        ({"width": 8 * RESOLUTION}, "width, height: expected .* pixels at most"),
+        ({"width": -8}, "width: expected a positive"),
+    ):
+        with pytest.raises(MlflowException, match=f"^{message}") as caught:
+            predict("tree", **params)
+        assert caught.value.get_http_status_code() == 400
+    assert predict("tree") == [plain]
+
+    # The time is over before the first step, or nobody waits.
+    for request in (scoring.Request(time.monotonic() - 1), scoring.Request(time.monotonic() + 100)):
+        if request.deadline > time.monotonic():
+            request.gone.set()
+        token = scoring.current.set(request)
+        with pytest.raises(MlflowException, match=r"^the pictures were not drawn within 60 seconds") as caught:
+            predict("tree")
+        scoring.current.reset(token)
+        assert caught.value.get_http_status_code() == 504 and request.reached
+    assert predict("tree") == [plain]
+
+    # A drawing that fails is the server's fault, and the next one is drawn.
+    vae = loaded.unwrap_python_model()._pipeline.pipeline.vae
+    kept = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    for tensor in vae.state_dict().values():
+        tensor.fill_(float("nan"))
+    with pytest.raises(
+        MlflowException, match=r"^drawing failed: UserError: mini: drew pictures that are not"
+    ) as caught:
+        predict("tree")
+    assert caught.value.get_http_status_code() == 500
+    vae.load_state_dict(kept)
+    assert predict("tree") == [plain]
 
 
 def test_the_folder_has_code_and_no_pickle(model: Path):
@@ -209,3 +251,168 @@ def test_writing_is_silent_loads_no_torch_and_changes_nothing_of_mlflows(tmp_pat
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# --- the door of MLflow's server ----------------------------------------------------------------------------------
+
+GOOD = {"dataframe_records": [{"prompt": "owl"}], "params": {"steps": 2, "seed": 7, "guidance": 1.5}}
+
+
+class Served:
+    """MLflow's own application with a model, behind the door, called as uvicorn calls it."""
+
+    def __init__(self, model: Path, limits: Limits) -> None:
+        import mlflow
+        from mlflow.pyfunc import scoring_server
+
+        self._door = scoring.Door(scoring_server.init(mlflow.pyfunc.load_model(str(model))), limits)
+
+    def ask(self, *pieces: bytes, kind: str = "application/json", leaves: bool = False) -> tuple[int, bytes]:
+        """Returns status and body of the answer. `leaves`: the client goes as soon as it has asked."""
+        return asyncio.run(self._ask(pieces, kind, leaves))
+
+    async def _ask(self, pieces: tuple[bytes, ...], kind: str, leaves: bool) -> tuple[int, bytes]:
+        waiting = [{"type": "http.request", "body": each, "more_body": True} for each in pieces[:-1]]
+        waiting.append({"type": "http.request", "body": pieces[-1], "more_body": False})
+        answered, said = asyncio.Event(), []
+
+        async def receive() -> dict[str, Any]:
+            if waiting:
+                return waiting.pop(0)
+            if not leaves:
+                await answered.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            said.append(message)
+
+        headers = [(b"content-type", kind.encode())]
+        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"}
+        scope |= {"path": "/invocations", "raw_path": b"/invocations", "query_string": b"", "root_path": ""}
+        scope |= {"headers": headers, "client": ("127.0.0.1", 9), "server": ("127.0.0.1", 5001), "state": {}}
+        await self._door(scope, receive, send)
+        answered.set()
+        return said[0]["status"], b"".join(message.get("body", b"") for message in said[1:])
+
+
+@pytest.fixture(scope="module")
+def door(model: Path, miniatures: Callable[[str], Path]) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LCMLORA_BASE", str(miniatures("sd15")))
+        patch.setenv("LCMLORA_DEVICE", "cpu")
+        yield Served(model, Limits(body=100_000))
+
+
+def refused(answer: tuple[int, bytes], status: int) -> str:
+    """Returns the message of a refusal, which is one line of JSON without a traceback."""
+    got, body = answer
+    said = json.loads(body)
+    assert (got, said.keys()) == (status, {"error_code", "message"}), said
+    assert said["message"] and "\n" not in said["message"] and ".py" not in body.decode()
+    return str(said["message"])
+
+
+BAD: list[tuple[Any, str]] = [
+    (b"", "not JSON"),
+    (b"{", "not JSON"),
+    (b"\xff\xfe", "not UTF-8"),
+    (b"[" * 50_000, "nested too deeply"),
+    (b'{"a":' * 10_000, "nested too deeply"),
+    (b"[]", "expected an object"),
+    (b"null", "expected an object"),
+    (b'{"dataframe_records": [{"prompt": "\\ud800"}]}', "half a surrogate pair"),
+    (b'{"dataframe_records": [{"prompt": "a"}], "params": {"guidance": NaN}}', "NaN is no number"),
+    (b'{"dataframe_records": [{"prompt": "a"}], "params": {"seed": ' + b"9" * 5000 + b"}}", "not JSON"),
+    (GOOD | {"params": {"seed": 10**30}}, "seed: is out of all range"),
+    (GOOD | {"params": {"seed": -1}}, "seed: expected 0 to"),
+    (GOOD | {"params": {"seed": "1"}}, "seed: expected a whole number, got '1'"),
+    (GOOD | {"params": {"seed": [1]}}, r"seed: expected a whole number, got \[1\]"),
+    (GOOD | {"params": {"steps": True}}, "steps: expected a whole number, got True"),
+    (GOOD | {"params": {"steps": 2.5}}, r"steps: expected a whole number, got 2\.5"),
+    (GOOD | {"params": {"steps": 0}}, "steps: expected 1 to"),
+    (GOOD | {"params": {"guidance": 1e300}}, "guidance: expected 20 at most"),
+    (GOOD | {"params": {"width": 1 << 40}}, "width, height: expected .* pixels at most"),
+    (GOOD | {"params": {"stpes": 4}}, "params: 'stpes': expected one of steps, guidance, seed, width, height"),
+    (GOOD | {"params": [1]}, r"params: expected an object, got \[1\]"),
+    (GOOD | {"params": "steps"}, "params: expected an object, got 'steps'"),
+    (GOOD | {"instances": [1]}, "dataframe_records"),
+    ({"params": {}}, "."),
+    ({"dataframe_records": []}, "."),
+    ({"dataframe_records": 3}, "."),
+    ({"dataframe_records": [1, 2]}, "."),
+    ({"dataframe_records": [{"prompt": ["a"]}]}, "."),
+    ({"dataframe_records": [{"prompt": {"a": 1}}]}, "."),
+    ({"dataframe_records": [{"prompt": None}]}, "."),
+    ({"dataframe_records": [{"text": "a"}]}, "."),
+    ({"dataframe_records": [{"prompt": "a"}] * 17}, "prompt: expected 1 to 16 in a request, got 17"),
+    ({"dataframe_records": [{"prompt": "a" * 2001}]}, "prompt 1: expected 2000 characters at most, got 2001"),
+    ({"dataframe_split": {"columns": ["prompt"], "data": "x"}}, "."),
+    ({"dataframe_split": {"columns": ["prompt", "prompt"], "data": [["a", "b"]]}}, "."),
+    ({"instances": {"prompt": 3}}, "."),
+    ({"inputs": [[[1]]]}, "."),
+    ({"messages": [{"role": "user", "content": "a"}]}, "."),
+    ({"prompt": 3}, "."),
+    ({"dataframe_records": [{"prompt": True}]}, "prompt: expected text, got True"),
+    ({"inputs": {"prompt": [1.5]}}, r"prompt: expected text, got 1\.5"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), BAD, ids=range(len(BAD)))
+def test_a_bad_request_is_400_in_one_line_and_the_server_lives_on(door: Served, body: Any, message: str):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    assert re.search(message, refused(door.ask(content), 400))
+    status, answer = door.ask(json.dumps(GOOD).encode())
+    assert status == 200 and len(json.loads(answer)["predictions"]) == 1
+
+
+def test_what_is_too_large_or_no_json_is_not_read(door: Served):
+    assert refused(door.ask(*[b"x" * 1000] * 200), 413) == "the request has more than 100000 bytes (LCMLORA_MAX_BODY)"
+    for kind in ("application/vnd.apache.parquet", "text/plain", "", "application/octet-stream"):
+        assert refused(door.ask(b"PAR1", kind=kind), 415).startswith("Content-Type: expected application/json")
+    assert door.ask(b"prompt\nowl\n", kind="text/csv")[0] == 200
+    refused(door.ask(b"prompt\n" + b"owl\n" * 20_000, kind="text/csv"), 400)
+    refused(door.ask(b'a,b\n"', kind="text/csv"), 400)
+
+
+def test_who_leaves_is_not_drawn_for(door: Served):
+    long = GOOD | {"dataframe_records": [{"prompt": "owl"}] * 16, "params": {"steps": 20, "guidance": 2}}
+    message = refused(door.ask(json.dumps(long).encode(), leaves=True), 504)
+    assert message == "the pictures were not drawn within 60 seconds (LCMLORA_MAX_SECONDS)"
+    assert door.ask(json.dumps(GOOD).encode())[0] == 200
+
+
+_BEHIND: dict[int, Served] = {}
+
+
+def ask_behind(model: Path, base: Path, content: bytes) -> None:
+    """Asks a server of this process, which the first request starts: threads do not survive a fork."""
+    if os.getpid() not in _BEHIND:
+        os.environ |= {"LCMLORA_BASE": str(base), "LCMLORA_DEVICE": "cpu", "LCMLORA_MAX_STEPS": "2"}
+        os.environ |= {"LCMLORA_MAX_PROMPTS": "2"}
+        _BEHIND[os.getpid()] = Served(model, Limits(body=100_000))
+    status, body = _BEHIND[os.getpid()].ask(content)
+    if status != 200:
+        assert status in (400, 413), (status, body)
+        raise UserError(refused((status, body), status))
+
+
+def fuzz(model: Path, base: Path, count: int) -> None:
+    others = [{"dataframe_split": {"columns": ["prompt"], "data": [["owl"]]}}, {"instances": [{"prompt": "owl"}]}]
+    examples = [json.dumps(each).encode() for each in (GOOD, *others, {"inputs": {"prompt": ["owl"]}})]
+    words = [b"prompt", b"params", b"inputs", b"instances", b"seed", b"width", b"\\ud800", b"true", b"1e400", b"[[]]"]
+    inputs = fuzzing.mutated(examples, count, seed=21, words=words)
+    counts = fuzzing.check(partial(ask_behind, model, base), inputs, memory=16 << 30, seconds=60)
+    assert counts["refused"] > count // 2
+
+
+def test_mutated_requests_are_answered_with_a_picture_or_refused_in_a_line(
+    model: Path, miniatures: Callable[[str], Path]
+):
+    fuzz(model, miniatures("sd15"), fuzzing.QUICK)
+
+
+@pytest.mark.slow
+def test_many_mutated_requests_are_answered_with_a_picture_or_refused_in_a_line(
+    model: Path, miniatures: Callable[[str], Path]
+):
+    fuzz(model, miniatures("sd15"), fuzzing.FULL)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,9 +38,10 @@ class Server:
     def ask(self, *prompts: Any, **params: Any) -> tuple[int, dict[str, Any]]:
         """Returns the status and the JSON of the answer."""
         body = {"dataframe_records": [{"prompt": prompt} for prompt in prompts], "params": params}
-        request = urllib.request.Request(
-            f"{self.address}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        return self.send(json.dumps(body).encode())
+
+    def send(self, body: bytes) -> tuple[int, dict[str, Any]]:
+        request = urllib.request.Request(f"{self.address}/invocations", body, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, json.load(answer)
@@ -122,7 +124,9 @@ def test_requests_at_once_are_answered_as_alone(server: Server):
         ({"steps": 21}, "steps: expected 1 to 20, the timesteps of this adapter, got 21"),
         ({"guidance": 0}, "guidance: expected 1 (none) or more, got 0"),
         ({"height": 12}, "height: expected a positive multiple of 8 pixels, got 12"),
-        ({"seed": "one"}, "for 'seed': long (default: 0), error: Can not safely convert"),
+        ({"seed": "one"}, "seed: expected a whole number, got 'one'"),
+        ({"width": 1 << 30, "height": 1 << 30}, "width, height: expected"),
+        ({"steps": 1 << 62}, "steps: expected 50 at most"),
     ],
 )
 def test_a_bad_parameter_is_a_bad_request_that_names_it_and_no_path(
@@ -140,3 +144,46 @@ def test_a_prompt_that_is_no_text_is_a_bad_request_too(server: Server):
         assert (status, "stack_trace" in answer) == (400, False)
         assert f"prompt: expected text, got {prompt}" in answer["message"]
     assert server.pictures("owl")[0].size == (RESOLUTION, RESOLUTION)
+
+
+LONG = {"dataframe_records": [{"prompt": "owl"}] * 16, "params": {"steps": 20, "guidance": 2}}
+
+
+def test_hostile_bodies_are_refused_in_one_line_before_mlflow_reads_them(server: Server):
+    for body, status, message in (
+        (b"[" * 100_000, 400, "nested too deeply"),
+        (b'{"dataframe_records": [{"prompt": "\\ud800"}]}', 400, "half a surrogate pair"),
+        (b'{"dataframe_records": [{"prompt": "a"}], "params": {"guidance": NaN}}', 400, "NaN is no number"),
+        (b"\xff", 400, "not UTF-8"),
+        (b"x" * (2 << 20), 413, "has more than 1048576 bytes (LCMLORA_MAX_BODY)"),
+    ):
+        got, answer = server.send(body)
+        assert (got, answer.keys()) == (status, {"error_code", "message"})
+        assert message in answer["message"] and "\n" not in answer["message"]
+    with socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2])), timeout=30) as client:
+        client.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999999\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 413 ")
+    assert server.pictures("owl")[0].size == (RESOLUTION, RESOLUTION)
+
+
+def test_more_requests_than_may_wait_are_429_and_the_others_are_answered(server: Server):
+    body = json.dumps({"dataframe_records": [{"prompt": "owl"}] * 2, "params": {"steps": 8}}).encode()
+    with ThreadPoolExecutor(24) as threads:
+        answers = list(threads.map(lambda _: server.send(body), range(24)))
+    assert {status for status, _ in answers} == {200, 429}
+    told = next(answer for status, answer in answers if status == 429)
+    assert told["error_code"] == "RESOURCE_EXHAUSTED" and "LCMLORA_MAX_QUEUE" in told["message"]
+    assert server.pictures("owl")[0].size == (RESOLUTION, RESOLUTION)
+
+
+def test_clients_that_leave_do_not_keep_the_server_busy(server: Server):
+    body = json.dumps(LONG).encode()
+    head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\n\r\n"
+    for _ in range(20):  # more than may wait
+        with socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2])), timeout=30) as client:
+            client.sendall(head.encode() + body)
+    until = time.monotonic() + 60
+    while (status := server.ask("owl")[0]) == 429 and time.monotonic() < until:
+        time.sleep(0.1)
+    assert status == 200
