@@ -8,7 +8,7 @@ from typing import Any
 
 from lcmlora.config import Data
 from lcmlora.data import candidates as reasons
-from lcmlora.data import census
+from lcmlora.data import census, prompts, samples
 from lcmlora.data.candidates import Rejection
 from lcmlora.errors import UserError
 
@@ -39,8 +39,9 @@ _CHOICES = {  # by the parameter that a reason ends with
 
 
 def is_choice(reason: str) -> bool:
-    """Whether the parameters ask for such pictures to be dropped, so that they are no fault of the data set."""
-    return reason.endswith(tuple(_CHOICES)) or reason == reasons.DUPLICATE
+    """Whether such pictures and prompts are no fault of the data set: the parameters ask for them to be dropped, there
+    is another of the kind, or they are no pictures to train on."""
+    return reason.endswith(tuple(_CHOICES)) or reason in (reasons.DUPLICATE, prompts.TWICE, samples.AUXILIARY)
 
 
 def check_captions(data: Data, rejections: Sequence[Rejection], total: int, passed_over: dict[str, Any]) -> None:

@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 
 from lcmlora.config import Data
-from lcmlora.data import candidates, headers, tars
+from lcmlora.data import candidates, headers, samples, tars
 from lcmlora.data.guess import source_of
 from lcmlora.data.parquet import NO_BYTES
-from lcmlora.data.sources import find, open_picture
+from lcmlora.data.prepare import prepare
+from lcmlora.data.sources import find, open_picture, read_records
 from lcmlora.errors import UserError
-from tests.data.conftest import data_in, picture
+from tests.data.conftest import add, data_in, picture
 
 Member = tuple[str | tarfile.TarInfo, bytes]
 
@@ -231,3 +232,84 @@ def test_a_picture_that_changed_after_the_list_was_made_is_an_error(tmp_path: Pa
     tar(tmp_path / "a.tar", *sample(1))
     with pytest.raises(UserError, match=r"0000\.png: it has changed.*lcmlora prepare"):
         open_picture(data, record)
+
+
+def test_a_sample_with_several_maps_beside_its_picture_is_no_faulty_one(tmp_path: Path):
+    members: list[Member] = []
+    for number in range(8):
+        content = png(number)
+        members += [(f"{number}.{each}", content) for each in ("png", "depth.png", "mask.png", "pose.png")]
+        members.append((f"{number}.txt", f"subject {number}".encode()))
+    tar(tmp_path / "in/a.tar", *members)
+    report = prepare(data_in(tmp_path / "in", source="webdataset"), 1, tmp_path / "out")
+    assert (report["read"], report["kept"]) == (32, 8)
+    assert {reason: dropped["count"] for reason, dropped in report["dropped"].items()} == {samples.AUXILIARY: 24}
+
+
+def test_what_img2dataset_writes_is_read_whatever_lies_beside(tmp_path: Path):
+    def facts(number: int) -> dict[str, Any]:
+        return {
+            "key": f"{number:09d}",
+            "caption": f"alt text {number}",
+            "status": "success",
+            "similarity": float("nan"),
+        }
+
+    members: list[Member] = []
+    for number in range(8):
+        key = f"{number:09d}"
+        members += [(f"{key}.jpg", png(number)), (f"{key}.json", json.dumps(facts(number)).encode())]
+        members.append((f"{key}.txt", f"subject {number}".encode()))
+    tar(tmp_path / "tars/00000.tar", *members)
+    with tarfile.open(tmp_path / "tars/00001.tar.gz", "w:gz") as packed:
+        packed.addfile(tarfile.TarInfo("9.jpg"))
+    rows = [facts(number) for number in range(8)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "tars/00000.parquet")
+    (tmp_path / "tars/00000_stats.json").write_text("{}")
+    data = data_in(tmp_path / "tars", source="webdataset")
+    report = prepare(data, 1, tmp_path / "out")
+    kept = [r for part in ("train", "validation") for r in read_records(tmp_path / f"out/{part}.jsonl")]
+    assert report["kept"] == 8 and {r.caption for r in kept} == {f"subject {number}" for number in range(8)}
+    assert "00001.tar.gz" in json.dumps(report["passed_over"])
+
+    rows = [facts(number) | {"jpg": png(number)} for number in range(8)]
+    rows.append(facts(9) | {"jpg": None, "status": "failed_to_download"})
+    (tmp_path / "tables").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "tables/00000.parquet")
+    report = prepare(data_in(tmp_path / "tables", source="parquet"), 1, tmp_path / "again")
+    assert report["kept"] == 8 and report["dropped"] == {NO_BYTES: {"count": 1, "first": ["00000.parquet/000008"]}}
+
+
+def test_one_damaged_row_of_forty_costs_itself_in_every_layout(tmp_path: Path):
+    for number in range(40):
+        add(tmp_path / "jsonl", f"{number}.png", None, picture(number))
+        add(tmp_path / "csv", f"{number}.png", None, picture(number))
+    texts = [None if number == 20 else f"subject {number}" for number in range(40)]
+    lines = [json.dumps({"file_name": f"{number}.png", "text": text}) + "\n" for number, text in enumerate(texts)]
+    (tmp_path / "jsonl/metadata.jsonl").write_text("".join(lines))
+    lines = [f"{number}.png" + (f",{text}" if text else "") + "\n" for number, text in enumerate(texts)]
+    (tmp_path / "csv/metadata.csv").write_text("file_name,text\n" + "".join(lines))
+    table(tmp_path / "parquet/a.parquet", image=[png(number) for number in range(40)], text=texts)
+    members = [
+        (f"{number}.{ending}", content)
+        for number, text in enumerate(texts)
+        for ending, content in (("png", png(number)), ("json", json.dumps({"text": text}).encode()))
+    ]
+    tar(tmp_path / "tars/a.tar", *members)
+    (tmp_path / "prompts").mkdir()
+    lines = [json.dumps({"prompt": text}) + "\n" for text in texts]
+    (tmp_path / "prompts/a.jsonl").write_text("".join(lines))
+    for name, source in (
+        ("jsonl", "folder"), ("csv", "folder"), ("parquet", "parquet"), ("tars", "webdataset"), ("prompts", "prompts"),
+    ):  # fmt: skip
+        report = prepare(data_in(tmp_path / name, source=source), 1, tmp_path / f"out-{name}")
+        assert report["kept"] == 39, (name, report)
+
+
+def test_where_all_rows_of_metadata_have_unquoted_commas_the_line_says_so_with_a_row(tmp_path: Path):
+    for number in range(8):
+        add(tmp_path / "in", f"{number}.png", None, picture(number))
+    lines = [f"{number}.png,1girl {number}, solo, outdoors\n" for number in range(8)]
+    (tmp_path / "in/metadata.csv").write_text("file_name,text\n" + "".join(lines))
+    with pytest.raises(UserError, match=r"double quotes.*row 1"):
+        prepare(data_in(tmp_path / "in"), 1, tmp_path / "out")
