@@ -23,6 +23,7 @@ CAPTIONS = ("caption", "text", "TEXT", "prompt")  # by which tables, JSON and me
 _SHOWN = 200  # characters of a name
 
 NOT_A_PICTURE = "not a JPEG, PNG or WebP picture, or its header is broken"
+LFS = "a pointer of Git LFS instead of a picture"
 DAMAGED = "damaged or truncated"
 TOO_LARGE = "too many pixels or bytes (decompression bomb)"
 EMPTY = "file of zero bytes"

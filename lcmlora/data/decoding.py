@@ -8,11 +8,12 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from lcmlora.data.candidates import DAMAGED, NOT_A_PICTURE, TOO_LARGE, Unusable
+from lcmlora.data.candidates import DAMAGED, LFS, NOT_A_PICTURE, TOO_LARGE, Unusable
 
 BAD_PROFILE = "its colour profile cannot be used; taken as sRGB"
 
 _FORMATS = ("JPEG", "PNG", "WEBP")  # every further decoder of Pillow is a further way in for hostile files
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _SPACES = {"RGB": "RGB ", "CMYK": "CMYK", "L": "GRAY"}  # of a profile, by the mode of the pictures that it is for
 _SAME = 2  # of 255: what rounding makes of sRGB's own profile
 
@@ -30,7 +31,7 @@ def decode(content: bytes) -> tuple[Image.Image, str | None]:
             key = _colour_key(opened, content)
             return _to_rgb(ImageOps.exif_transpose(opened), key)
     except UnidentifiedImageError:
-        raise Unusable(NOT_A_PICTURE) from None
+        raise Unusable(LFS if content.startswith(_POINTER) else NOT_A_PICTURE) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError):
         raise Unusable(TOO_LARGE) from None
     except Exception:  # decoders raise whatever broken bytes lead them to

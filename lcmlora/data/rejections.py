@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmlora.config import Data
-from lcmlora.data.candidates import Rejection, printable
+from lcmlora.data.candidates import Rejection, printable, shown
 from lcmlora.data.isolation import isolated
 from lcmlora.data.sources import glimpse, workers
 from lcmlora.files import atomic_write
@@ -50,8 +50,8 @@ def _page(data: Data, by_reason: dict[str, list[Rejection]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = {reason: found[:_EXAMPLES] for reason, found in by_reason.items()}
-    places = [r.place for found in shown.values() for r in found if r.place is not None]
+    shown_of = {reason: found[:_EXAMPLES] for reason, found in by_reason.items()}
+    places = [r.place for found in shown_of.values() for r in found if r.place is not None]
     looks = isolated(partial(glimpse, data, _SIDE), places, lambda place, reason: None, workers(), preload=__name__)
     sources = {
         place: "data:image/jpeg;base64," + base64.b64encode(look).decode()
@@ -62,9 +62,13 @@ def _page(data: Data, by_reason: dict[str, list[Rejection]]) -> str:
         {
             "reason": reason,
             "count": len(found),
-            "examples": [{"name": r.name[:200], "source": sources.get(r.place or "")} for r in shown[reason]],
+            "examples": [{"name": _told(r), "source": sources.get(r.place or "")} for r in shown_of[reason]],
         }
         for reason, found in by_reason.items()
     ]
     template = environment.get_template("rejected.html.j2")
     return template.render(path=data.path, source=data.source, reasons=reasons, table=TABLE)
+
+
+def _told(rejection: Rejection) -> str:
+    return shown(rejection.name) + (f" ({shown(rejection.detail)})" if rejection.detail else "")

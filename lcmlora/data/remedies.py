@@ -25,6 +25,7 @@ _REMEDIES = {
     reasons.NOT_UTF8: "save captions, and name files, in UTF-8",
     reasons.LONG_CAPTION: "shorten the captions; a text encoder reads 77 tokens",
     reasons.NOT_A_PICTURE: "convert them to JPEG, PNG or WebP",
+    reasons.LFS: "run git lfs pull where they were cloned",
     reasons.DAMAGED: _AGAIN,
     reasons.EMPTY: _AGAIN,
     reasons.TOO_LARGE: "make them smaller: about 89 million pixels is the most",
@@ -45,7 +46,9 @@ def is_choice(reason: str) -> bool:
 
 
 def check_captions(data: Data, rejections: Sequence[Rejection], total: int, passed_over: dict[str, Any]) -> None:
-    """Raises UserError where most of all has no caption: then the layout is another one."""
+    """Raises UserError where most pictures of a folder have no caption: then its layout is another one."""
+    if data.source != "folder":
+        return
     without = [rejection for rejection in rejections if rejection.reason == reasons.NO_CAPTION]
     if 2 * len(without) > total and data.max_rejected < 1:
         raise UserError(

@@ -131,7 +131,13 @@ def _in_files(data: Data, files: Inputs) -> tuple[list[Candidate], list[Rejectio
     wanted = {*kept}
     for split, names in left_out.items():
         files.left_out[split] = [*files.left_out.get(split, []), *names]
+    rejections = [rejection for rejection in rejections if _split_in_tar(rejection.name) not in left_out]
     return [candidate for candidate in candidates if inside[candidate.key] in wanted], rejections
+
+
+def _split_in_tar(name: str) -> str | None:
+    tar, ending, member = name.partition(".tar/")
+    return splits.of(member) if ending and not splits.of(f"{tar}.tar", container=True) else None
 
 
 def _inside(candidate: Candidate) -> str:

@@ -1,8 +1,9 @@
 """What lies in a folder of this machine, and which links in it are followed.
 
 A link may lead anywhere within its own data folder. What it may reach besides is said by `data.links`, and is the same
-for pictures, tables and tar files. Two caches that tools fill with the files of a folder, and link to, always count as
-part of it: DVC's of the repository that the folder lies in, and the blobs of the hub's snapshot that it is.
+for pictures, tables and tar files. Caches that tools fill with the files of a folder, and link to, always count as
+part of it: DVC's or git-annex's of the repository that the folder lies in, and the blobs of the hub's snapshot that it
+is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from lcmlora.data.candidates import LINKED, MISSING, NO_FILE, UNREADABLE
 
 _BLOB = re.compile(r"(?:files/md5/)?[0-9a-f]{2}/[0-9a-f]{30}")  # of DVC's cache, as versions 3 and 2 lay it out
+_ANNEX = Path(".git", "annex", "objects")
 _SNAPSHOT = re.compile(r"(?P<hub>.*/(?:datasets|models|spaces)--[^/]+)/snapshots/[^/]+(?:/.*)?")
 
 
@@ -27,6 +29,7 @@ class Links:
         self.root = root.resolve()
         self._rule = rule
         self._whole = [self.root, *_hub_blobs(self.root)]
+        self._whole += [p / _ANNEX for p in self.root.parents if (p / _ANNEX).is_dir()][:1]
         # A repository may come with a data set. Of a cache outside of it only what has a blob's name is taken.
         self._blobs: list[Path] = []
         if repository := next((p for p in self.root.parents if (p / ".dvc").is_dir()), None):

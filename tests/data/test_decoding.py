@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from lcmlora.data.candidates import LFS, Unusable
 from lcmlora.data.decoding import BAD_PROFILE, decode
 from tests.data.conftest import picture
 
@@ -175,3 +176,8 @@ def test_stereo_pictures_and_gain_maps_give_their_first_frame() -> None:
     assert np.abs(np.asarray(found).astype(int) - np.asarray(first)).mean() < 4
     film = encoded(first, "JPEG", quality=95) + b"\0\0\0\x18ftypmp42" + b"x" * 5000
     assert decode(film)[0].size == (64, 48)
+
+
+def test_a_pointer_of_git_lfs_is_named() -> None:
+    with pytest.raises(Unusable, match=LFS):
+        decode(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")

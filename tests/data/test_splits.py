@@ -114,6 +114,8 @@ def test_tables_and_lists_of_prompts_are_left_out_by_file(tmp_path: Path) -> Non
 
 def test_splits_within_one_tar_file_are_told_apart(tmp_path: Path) -> None:
     members = [(f"{part}/{name}", content) for part in ("train", "test") for name, content in sample(len(part))]
+    members += [(f"{part}/bare.png", png(len(part) + 20)) for part in ("train", "test")]
     found = survey(data_in(tar(tmp_path / "set.tar", *members), source="webdataset"))
+    assert [rejection.name for rejection in found.rejections] == ["set.tar/train/bare.png"]
     assert [record.key for record in found.records] == ["set.tar/train/0005.png"]
     assert found.left_out == {"test": ["test/0004.png"]}

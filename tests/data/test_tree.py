@@ -105,6 +105,13 @@ def test_settings_that_lie_in_the_data_folder_itself_are_not_believed(tmp_path: 
     assert names(root) == []
 
 
+def test_git_annex_links_to_its_objects(tmp_path: Path) -> None:
+    (tmp_path / "set/in").mkdir(parents=True)
+    (tmp_path / "set/in/a.png").symlink_to(put(tmp_path / "set/.git/annex/objects/x/y/a.png"))
+    (tmp_path / "set/in/b.png").symlink_to(put(tmp_path / "set/.git/config"))
+    assert names(tmp_path / "set/in") == ["a.png"]
+
+
 def test_a_snapshot_of_the_hub_links_to_its_blobs(tmp_path: Path) -> None:
     hub = tmp_path / "datasets--me--set"
     snapshot = hub / "snapshots/0123"
