@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ from flows.services import HOST, Service
 from flows.stack import BUCKET, Plan, State
 from lcmlora import config
 from lcmlora.errors import UserError
+from tests.integration import stranger
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +79,53 @@ def test_secrets_are_for_their_owner_alone_and_on_no_command_line(project: Path)
         ["sh", "-c", ". .up/environment && env"], cwd=project, capture_output=True, text=True, check=True
     )
     assert all(f"{name}={value}\n" in shown.stdout for name, value in plan.exported.items())
+
+
+def test_what_an_older_version_left_gets_passwords_and_is_closed(project: Path):
+    folder = project / ".up"
+    folder.chmod(0o755)
+    (folder / "identities.json").write_text("{}")
+    older = {"secrets": {"access": "a", "secret": "b", "passphrase": "c"}, "ports": {"prefect": [4200]}}
+    (folder / "state.json").write_text(json.dumps(older))
+    with stack._locked(folder):
+        state = stack._read(folder)
+        plan = planned(project, state)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not (folder / "identities.json").exists()
+    assert plan.exported["AWS_ACCESS_KEY_ID"] == "a"
+    assert plan.exported["PREFECT_API_AUTH_STRING"] == f"lcmlora:{state.secrets['prefect']}"
+    assert plan.exported["MLFLOW_TRACKING_PASSWORD"] == state.secrets["mlflow"]
+    assert planned(project, state).exported == plan.exported
+
+
+def test_mlflows_users_go_with_the_password_that_nobody_knows_any_more(project: Path):
+    state = State()
+    planned(project, state)
+    users = project / ".up/keys/users.db"
+    users.write_text("")
+    planned(project, state)
+    assert users.exists()
+    planned(project, State())
+    assert not users.exists()
+
+
+def test_login_tells_what_the_pages_ask_for(project: Path):
+    before = _run(project, "login")
+    assert (before.returncode, before.stderr) == (2, "error: .up/ has no passwords; `make up` makes them\n")
+    state = State()
+    state.exported = planned(project, state).exported
+    stack._save(project / ".up", state)
+    shown = _run(project, "login").stdout.split()
+    assert f"lcmlora:{state.secrets['prefect']}" in shown
+    assert {state.secrets[name] for name in ("mlflow", "access", "secret")} <= set(shown)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what belongs to another user")
+def test_a_folder_that_another_user_has_put_there_is_not_used(project: Path):
+    os.chown(project / ".up", 65534, 65534)
+    refused = _run(project, "up")
+    assert refused.returncode == 2
+    assert "it belongs to another user, who would know our passwords; remove it" in refused.stderr
 
 
 def test_releases_that_go_to_s3_need_no_bucket_here(project: Path):
@@ -216,6 +265,30 @@ def _of(project: Path) -> list[str]:
     return found
 
 
+def _assert_nobody_else_gets_in(project: Path, state: State) -> None:
+    """Tries every port that anything of ours listens on, as another user; what each asks for has tests of its own."""
+    running = [process for name in state.parts for process in parts.family(project / ".up" / name)]
+    sockets = [each for process in running for each in process.net_connections("tcp")]
+    listening = {each.laddr for each in sockets if each.status == psutil.CONN_LISTEN}
+    assert {address for address, _ in listening} == {HOST}
+    known = {name: state.ports[name] for name in stack.PORTS}
+    assert {port for _, port in listening} == {port for ports in known.values() for port in ports}
+    deploy = {"job_variables": {"command": "touch /tmp/of-another"}}
+    paths = {"prefect": "/api/flow_runs/", "mlflow": "/api/2.0/mlflow/experiments/create"}
+    attempts = [
+        {"method": "POST", "url": f"{scheme}://{HOST}:{port}{paths.get(name, '/lcmlora/x')}", "json": deploy}
+        for name, ports in known.items()
+        for port in ports
+        for scheme in ("http", "https")
+    ]
+    attempts += [{"file": f"/proc/{process.pid}/environ"} for process in running if os.geteuid() == 0]
+    for attempt, found in zip(attempts, stranger.attempt(attempts), strict=True):
+        plain = found.get("body") == "Client sent an HTTP request to an HTTPS server.\n"
+        assert "refused" in found or found["status"] in (401, 403) or plain, (attempt, found)
+    words = " ".join(word for process in running for word in process.cmdline())
+    assert not [name for name, secret in state.secrets.items() if secret in words]
+
+
 @pytest.mark.slow
 @pytest.mark.integration
 def test_a_run_goes_through_the_worker_and_nothing_is_left_after_down(project: Path, base_folder: Path):
@@ -238,6 +311,8 @@ def test_a_run_goes_through_the_worker_and_nothing_is_left_after_down(project: P
         assert repaired.returncode == 0, repaired.stdout + repaired.stderr
         now = stack._read(project / ".up").parts
         assert {name for name in now if now[name] != state.parts[name]} == {"prefect"}
+        assert stat.S_IMODE((project / ".up").stat().st_mode) == 0o700
+        _assert_nobody_else_gets_in(project, state)
         name, password = state.exported["PREFECT_API_AUTH_STRING"].split(":")
         with httpx.Client(base_url=state.exported["PREFECT_API_URL"], auth=(name, password), timeout=30) as client:
             found = client.get("/deployments/name/watch/quarter-hourly").json()
