@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from lcmlora.data import splits
+from lcmlora.data import remedies, splits
 from lcmlora.data.candidates import Rejection, printable
 from lcmlora.data.census import HIDDEN, REPEATED, Census
 from lcmlora.data.remote import Files
 from lcmlora.data.tree import Links, Tree, walk
+from lcmlora.errors import UserError
 
 
 class Inputs(Files):
@@ -43,22 +44,6 @@ class Inputs(Files):
                 self._tree = Tree(names=list(self.sizes()))
         return self._tree
 
-    def list(self, *endings: str) -> list[str]:
-        """Returns the names below the path that end so, in any case of letters, of the wanted splits, sorted; the
-        path's own name where it is a file.
-
-        Raises:
-            UserError: there is no such path, or it has splits and none is wanted.
-            Unavailable: it cannot be reached.
-        """
-        if self.only or (self.local and not Path(self.root).is_dir()):
-            return super().list(*endings)
-        self._endings = endings
-        names = [name for name in self.tree.names if _ends(name, endings)]
-        names, self.left_out = splits.choose(self.path, names, self._wanted, container=True)
-        self._listed = {*names, *(name for left in self.left_out.values() for name in left)}
-        return names
-
     def rejections(self) -> list[Rejection]:
         """Returns the files that were asked for and must not or cannot be read, and folders that were not entered."""
         if self.only:
@@ -72,6 +57,25 @@ class Inputs(Files):
         if not self.only:
             count_unread(found, self.tree, self._listed | {rejection.name for rejection in self.rejections()})
         return found
+
+    def list(self, *endings: str) -> list[str]:
+        """Returns the names below the path that end so, in any case of letters, of the wanted splits, sorted; the
+        path's own name where it is a file.
+
+        Raises:
+            UserError: there is no such path, it has splits and none is wanted, or all such files are refused.
+            Unavailable: it cannot be reached.
+        """
+        if self.only or (self.local and not Path(self.root).is_dir()):
+            return super().list(*endings)
+        self._endings = endings
+        names = [name for name in self.tree.names if _ends(name, endings)]
+        refused = [rejection for rejection in self.rejections() if not rejection.name.endswith("/")]
+        if refused and not names:
+            raise UserError(f"data.path: {self.path}: {remedies.worst(refused)}{remedies.leading(refused, {})}")
+        names, self.left_out = splits.choose(self.path, names, self._wanted, container=True)
+        self._listed = {*names, *(name for left in self.left_out.values() for name in left)}
+        return names
 
 
 def count_unread(census: Census, tree: Tree, read: set[str]) -> None:

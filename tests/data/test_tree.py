@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from lcmlora.data.candidates import LINKED, MISSING, NO_FILE
-from lcmlora.data.inputs import Inputs
+from lcmlora.data.prepare import prepare
 from lcmlora.data.sources import survey
 from lcmlora.data.tree import Links, walk
+from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 from tests.data.test_bulk_sources import sample, table, tar
 
@@ -147,11 +148,9 @@ def test_the_rule_is_one_for_pictures_tables_and_tar_files(tmp_path: Path) -> No
         (folder / name).symlink_to(tmp_path / "store" / name)
         followed = survey(data_in(folder, source=kind, links="follow"))
         assert followed.records and not followed.rejections, kind
-        if kind != "folder":
-            assert [(r.name, r.reason) for r in Inputs(str(folder), "refuse").rejections()] == []
-            refused = Inputs(str(folder), "refuse")
-            assert refused.list(f".{name.partition('.')[2]}") == []
-            assert [(r.name, r.reason) for r in refused.rejections()] == [(name, LINKED)]
+        with pytest.raises(UserError, match=r"1 link that leads out.*data\.links: follow") as error:
+            prepare(data_in(folder, source=kind, links="refuse"), 1, tmp_path / "out")
+        assert name in str(error.value)
 
 
 @pytest.mark.slow
