@@ -52,7 +52,7 @@ def releases(settings: Publish, model: str | None = None, *, key: str = "publish
     """Returns all releases, or those of one model, the oldest first; also those that nobody has completed.
 
     What others left there does not hide the rest: a release whose manifest or yank record cannot be read has a `fault`,
-    and a pointer that cannot be read, or is another's, points to nothing.
+    and a pointer that cannot be read, is another's, or is not signed as `publish.verify_key` asks, points to nothing.
 
     Raises:
         UserError: the store cannot be reached.
@@ -64,7 +64,7 @@ def releases(settings: Publish, model: str | None = None, *, key: str = "publish
         if match := re.fullmatch(r"([^/]+/sha256-[0-9a-f]{12})/[^/]+", entry.name):
             groups.setdefault(match[1], []).append(entry)
         elif match := re.fullmatch(r"([^/]+)/channels/([^/]+)\.json", entry.name):
-            pointer = published.pointer(store, entry.name, match[1], match[2])
+            pointer = published.pointer(store, entry.name, match[1], match[2], settings)
             channels.setdefault(pointer.prefix if pointer else "", []).append(match[2])
     rows = [_row(store, prefix, entries, channels.get(prefix, ()), settings) for prefix, entries in groups.items()]
     return sorted(rows, key=lambda row: (row.model, row.time, row.uri))

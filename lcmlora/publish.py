@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from lcmlora import published, records, release, signing
+from lcmlora import published, records, release, seen, signing
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.files import make_once, sha256_file
@@ -138,13 +138,19 @@ def point(model: str, sha256: str, settings: Publish, channel: str = "champion")
     place = f"{store.uri}/{name}"
     facts = {"model": model, "channel": channel, "sha256": sha256, "release": f"{store.uri}/{prefix}"}
     current = store.read(name)
+    signing_too = settings.signing_key is not None
+    newest = seen.newest_pointer(model, channel, store.uri, settings) if signing_too else None
     former = _standing(current[0], place, settings) if current else None
+    if former and newest and records.moment(former.get("time"), place) < newest:
+        former = None  # an older one was put back, which names the same release and which readers refuse
     if former is None or {key: former.get(key) for key in facts} != facts:
-        content = records.seal(records.POINTER, facts | {"time": _time_after(former)}, settings.signing_key)
+        content = records.seal(records.POINTER, facts | {"time": _time_after(former, newest)}, settings.signing_key)
         moved = store.swap(name, content, current[1] if current else None)
         after = None if moved else store.read(name)
         if not moved and (after is None or records.pointer(after[0], place).sha256 != sha256):
             raise UserError(f"{place}: another publisher moved it just now; look at it, then run again")
+        if moved and signing_too:
+            seen.pass_pointer(records.pointer(content, place), store.uri, channel, settings, place)
     # Whoever yanks looks at the channels before; it may have been this very moment.
     _usable(store, prefix, settings)
     return place
@@ -172,12 +178,15 @@ def _standing(content: bytes, place: str, settings: Publish) -> dict[str, Any] |
     return record
 
 
-def _time_after(former: dict[str, Any] | None) -> str:
-    """Returns the time, which is later than the former pointer's although the clock of its publisher was ahead."""
-    now = datetime.now(UTC)
+def _time_after(former: dict[str, Any] | None, newest: datetime | None) -> str:
+    """Returns the time, which is later than that of former pointers although the clock of a publisher was ahead."""
+    times = [] if newest is None else [newest]
     if former is not None and "signature" in former:
-        now = max(now, records.moment(former["time"], "") + timedelta(microseconds=1))
-    return now.isoformat(timespec="microseconds")
+        times.append(records.moment(former["time"], ""))
+    now = datetime.now(UTC)
+    # One of the future is refused by readers, so none has to be later than it.
+    later = [time + timedelta(microseconds=1) for time in times if not records.is_future(time)]
+    return max([now, *later]).isoformat(timespec="microseconds")
 
 
 def follow(model: str, sha256: str, uri: str, settings: Publish, channel: str = "champion") -> str:
@@ -280,6 +289,8 @@ def yank(uri: str, settings: Publish, *, reason: str, who: str, key: str = "publ
     content = records.seal(records.YANK, facts, settings.signing_key)
     if not store.create(YANKED, content, hashlib.sha256(content).hexdigest()):
         _yank_again(store, facts, settings)
+    elif settings.signing_key is not None:
+        seen.pass_yank(facts, root, facts["model"], sha256, settings)
     if pointing := _pointing(channels, name):
         raise UserError(f"{store.uri}: was yanked, and {', '.join(pointing)} was pointed to it meanwhile; roll back")
     return f"{store.uri}/{YANKED}"

@@ -143,14 +143,23 @@ def _follow(store: Store, model: str, channel: str, settings: Publish) -> str:
     return f"{store.uri}/{found.prefix}"
 
 
-def pointer(store: Store, name: str, model: str, channel: str) -> records.Pointer | None:
-    """Returns what a channel's pointer says, its signature unchecked; None, and a warning, where it says nothing."""
+def pointer(
+    store: Store, name: str, model: str, channel: str, settings: Publish | None = None
+) -> records.Pointer | None:
+    """Returns what a channel's pointer says; None, and a warning, where it says nothing.
+
+    Args:
+        settings: check its signature as publish.verify_key asks.
+    """
     content, place = store.read(name), f"{store.uri}/{name}"
     if content is None:
         return None
     try:
         found = records.pointer(content[0], place)
         records.expect(found, model, channel, place)
+        if settings is not None:
+            record = records.read(records.POINTER, content[0], place)
+            records.check(records.POINTER, record, settings, place, "it is passed over")
     except UserError as error:
         print(f"warning: {records.printable(error)}", file=sys.stderr)
         return None

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ def pass_pointer(found: Pointer, store: str, channel: str, settings: Publish, pl
             if newest == found.time:
                 return
         _write(path, about | {"time": found.time.isoformat(), "sha256": found.sha256})
+
+
+def newest_pointer(model: str, channel: str, store: str, settings: Publish) -> datetime | None:
+    """Returns the time of the newest pointer that was seen, None where none was."""
+    about = {"channel": channel, "model": model} | _store(store, settings)
+    with _note(about) as (path, note):
+        return None if note is None else moment(note.get("time"), str(path))
 
 
 def pass_yank(

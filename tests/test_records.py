@@ -230,6 +230,32 @@ def test_a_pointer_as_older_versions_wrote_it_is_taken_where_no_key_is_asked_for
         find("mini@champion", plain)
 
 
+def test_who_publishes_has_seen_what_was_published(peer: Peer):
+    point("mini", OLD, peer.settings)
+    old = peer.read(POINTER)
+    point("mini", NEW, peer.settings)
+    newer = peer.read(POINTER)
+    peer.write(POINTER, old)
+    refused(peer, "an older one was put back")
+    point("mini", OLD, peer.settings)  # which the pointer names, and readers refuse
+    assert peer.read(POINTER) not in (old, newer)
+    assert find("mini@champion", peer.reader)[1] == OLD
+    peer.delete(POINTER)
+    point("mini", NEW, peer.settings)
+    assert find("mini@champion", peer.reader)[1] == NEW
+    yank(f"mini/sha256-{OLD[:12]}", peer.settings, reason="six fingers", who="ann")
+    peer.delete(yank_of(OLD))
+    refused(peer, r"was yanked by ann .* \(the record has gone from the store", f"mini/sha256-{OLD[:12]}")
+
+
+def test_a_list_shows_no_channel_whose_pointer_is_not_signed(peer: Peer, capsys: pytest.CaptureFixture[str]):
+    point("mini", NEW, peer.settings)
+    assert {row.sha256: row.channels for row in releases(peer.reader)} == {OLD: (), NEW: ("champion",)}
+    peer.change(POINTER, sha256=OLD)
+    assert {row.channels for row in releases(peer.reader)} == {()}
+    assert "champion.json: is no signature of its pointer" in capsys.readouterr().err
+
+
 def test_pointing_again_writes_nothing_and_a_signed_pointer_needs_a_key(peer: Peer):
     point("mini", NEW, peer.settings)
     before = peer.read(POINTER)

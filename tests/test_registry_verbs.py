@@ -12,7 +12,7 @@ from lcmlora.cli import app
 from lcmlora.config import load
 from lcmlora.errors import UserError
 from lcmlora.promotion import assign
-from lcmlora.publish import point, publish
+from lcmlora.publish import find, point, publish
 from lcmlora.registration import register
 from tests import releases
 from tests.registries import fresh
@@ -110,3 +110,20 @@ def test_an_adapter_is_pulled_and_checked():
 @pytest.mark.parametrize("verb", ["list", "show", "compare", "history", "promote", "rollback", "pull"])
 def test_every_verb_has_an_example_in_its_help(verb: str):
     assert f"lcmlora registry {verb}" in told(verb, "--help")
+
+
+def test_promoting_the_champion_again_signs_the_pointer_of_an_older_version(project: Path):
+    pytest.importorskip("model_signing", reason="no model-signing (extra `signing`) here")
+    from tests.test_signing import write_keys
+
+    private, public = write_keys(project, "ours")
+    raw = yaml.safe_load((project / "params.yaml").read_text())
+    raw["publish"] |= {"signing_key": private}
+    (project / "params.yaml").write_text(yaml.safe_dump(raw))
+    publish(project / "one", "mini", load().publish)  # which stands, and is signed now
+    raw["publish"] |= {"verify_key": public}
+    (project / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=rf"is not signed.*run `lcmlora registry promote {NAME}@champion`"):
+        find("mini@champion", load().publish)
+    assert f"{NAME}@champion is {NAME}/1" in told("promote", f"{NAME}@champion")
+    assert find("mini@champion", load().publish)[0] == channel(project)
