@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lcmlora import architecture, lora, peft_settings, spellings, tensorfile
+from lcmlora import architecture, factors, lora, peft_settings, spellings, tensorfile
 from lcmlora.architecture import Architecture
 from lcmlora.errors import UserError
+from lcmlora.factors import Part, Spelled
 from lcmlora.files import atomic_write
 from lcmlora.spellings import ALPHA, DOWN, UP
 
@@ -114,9 +113,10 @@ def read(path: Path, base: Architecture | None = None, *, unet_only: bool = Fals
 
 def _read(path: Path, base: Architecture | None, unet_only: bool, shown: str) -> Adapter:
     tensors, header = tensorfile.read(path, shown)
-    text = _text(tensors, unet_only, shown)
-    spelled = _spellings({name: tensor for name, tensor in tensors.items() if name not in text}, shown)
-    _check_factors(spelled, shown)
+    factors.check_model(tensors, shown)
+    text = factors.others(tensors, unet_only, shown)
+    spelled = factors.by_layer({name: tensor for name, tensor in tensors.items() if name not in text}, shown)
+    factors.check(spelled, shown)
     if base is None and not all(spellings.Name(layer, DOWN).is_diffusers for layer in spelled):
         base = _recognise(spelled, shown)
     alpha = peft_settings.alphas(path, header, shown)
@@ -126,83 +126,9 @@ def _read(path: Path, base: Architecture | None, unet_only: bool, shown: str) ->
         if module in layers:
             raise UserError(f"{shown}: the layer {module} is there twice, under several spellings")
         down, up = parts[DOWN].tensor, parts[UP].tensor
-        given = _number(parts[ALPHA], shown) if ALPHA in parts else alpha(module, down.shape[0])
+        given = factors.number(parts[ALPHA], shown) if ALPHA in parts else alpha(module, down.shape[0])
         layers[module] = Layer(down, up, given)
     return Adapter(shown, dict(sorted(layers.items())), _dtype(layers), len(text))
-
-
-class _Part(NamedTuple):
-    """A tensor with its name in the file."""
-
-    name: str
-    tensor: Tensor
-
-
-_Spelled = dict[str, dict[str, _Part]]  # the parts of each layer, by its name as it is spelled
-
-
-def _text(tensors: Collection[str], unet_only: bool, shown: str) -> set[str]:
-    """Returns the tensors that are not the UNet's and may be left out. Raises UserError where they must not be."""
-    text = [name for name in tensors if spellings.of_text_encoder(name)]
-    tokens = [name for name in tensors if spellings.is_embedding(name)]
-    for found, what in ((text, "for a text encoder"), (tokens, "embeddings of trained tokens")):
-        if found and not unet_only:
-            raise UserError(
-                f"{shown}: {len(found)} of {len(tensors)} tensors are {what}, the first is "
-                f"{spellings.shown(min(found))}; only the UNet's are supported: convert it with --unet-only to leave "
-                "the others out, which weakens it"
-            )
-    return {*text, *tokens}
-
-
-def _spellings(tensors: dict[str, Tensor], shown: str) -> _Spelled:
-    """Returns the parts of each layer. Raises UserError for what is not of a plain LoRA, or there twice."""
-    spelled: _Spelled = {}
-    for name, tensor in sorted(tensors.items()):
-        found = spellings.parse(name)
-        if found is None:
-            raise UserError(
-                f"{shown}: {spellings.shown(name)} is not a tensor of a plain LoRA of Stable Diffusion: "
-                f"{spellings.foreign(name, tensors)}"
-            )
-        parts = spelled.setdefault(found.layer, {})
-        if found.part in parts:
-            raise UserError(f"{shown}: {name} is there a second time, as {parts[found.part].name}")
-        parts[found.part] = _Part(name, tensor)
-    if not spelled:
-        raise UserError(f"{shown}: holds no tensor of a UNet adapter")
-    return spelled
-
-
-def _check_factors(spelled: _Spelled, shown: str) -> None:
-    """Raises UserError where A and B of a layer are not two finite factors of one product."""
-    for layer, parts in spelled.items():
-        for part in (DOWN, UP):
-            if part not in parts:
-                raise UserError(f"{shown}: {layer} has {' and '.join(sorted(parts))}, and {part} is missing")
-            name, tensor = parts[part]
-            if tensor.dtype not in _TOLERANCE:
-                raise UserError(f"{shown}: {name} has weights in {tensor.dtype}, expected float32, float16 or bfloat16")
-            if tensor.ndim not in (2, 4) or not tensor.numel():
-                what = "matrix or a convolution" if tensor.numel() else "rank of 1 or more: it has no values"
-                raise UserError(f"{shown}: {name} is {tuple(tensor.shape)}, expected a {what}")
-        down, up = tuple(parts[DOWN].tensor.shape), tuple(parts[UP].tensor.shape)
-        if down[0] != up[1] or len(down) != len(up) or any(size != 1 for size in up[2:]):
-            raise UserError(f"{shown}: the factors of {layer} do not fit each other: {down} and {up}; it is damaged")
-        for part in (DOWN, UP):
-            tensorfile.check_finite(parts[part].tensor, parts[part].name, shown)
-
-
-def _number(part: _Part, shown: str) -> float:
-    """Returns alpha. Raises UserError where it is not one number above 0."""
-    name, tensor = part
-    if tensor.numel() != 1:
-        raise UserError(f"{shown}: {name} has {tensor.numel()} values, expected one number for the layer")
-    value = 0.0 if tensor.is_complex() else float(tensor.float())  # as programs keep it
-    if not (math.isfinite(value) and value > 0):
-        # 0 is no effect to ComfyUI, and "alpha is the rank" to kohya's trainer.
-        raise UserError(f"{shown}: {name} is {tensor.item():g}, expected a finite number above 0")
-    return value
 
 
 def _dtype(layers: dict[str, Layer]) -> torch.dtype:
@@ -210,13 +136,11 @@ def _dtype(layers: dict[str, Layer]) -> torch.dtype:
     return found.pop() if len(found) == 1 else torch.float32
 
 
-def _module(name: str, parts: dict[str, _Part], base: Architecture, shown: str) -> str:
+def _module(name: str, parts: dict[str, Part], base: Architecture, shown: str) -> str:
     """Returns diffusers' name of the layer. Raises UserError where the base has no such layer, or one of other size."""
     module = name if name in base.shapes else base.spellings.get(name.replace(".", "_"))
     if module is None:
-        model = spellings.family([part.name for part in parts.values()])
-        other = f"it is a LoRA of {model}" if model else "it was made for another base"
-        raise UserError(f"{shown}: holds {name}, which this base does not have: {other}")
+        raise UserError(f"{shown}: holds {name}, which this base does not have: it was made for another base")
     down, up = tuple(parts[DOWN].tensor.shape), tuple(parts[UP].tensor.shape)
     rank, (outputs, *inputs) = down[0], base.shapes[module]
     expected = (rank, *inputs), (outputs, rank, *(1 for _ in inputs[1:]))
@@ -228,7 +152,7 @@ def _module(name: str, parts: dict[str, _Part], base: Architecture, shown: str) 
     return module
 
 
-def _recognise(spelled: _Spelled, shown: str) -> Architecture:
+def _recognise(spelled: Spelled, shown: str) -> Architecture:
     """Returns the published architecture of which all layers are, by name and size.
 
     SSD-1B's layers are all SDXL's too, by the same names, so the first that fits serves as well as the second.
@@ -240,11 +164,6 @@ def _recognise(spelled: _Spelled, shown: str) -> Architecture:
         except UserError:
             continue
         return base
-    if model := spellings.family([part.name for parts in spelled.values() for part in parts.values()]):
-        raise UserError(
-            f"{shown}: its layers are those of {model}, and other models than Stable Diffusion 1, 2 and XL are not "
-            f"supported; the first is {min(spelled)}"
-        )
     raise UserError(
         f"{shown}: its layers are those of none of {', '.join(architecture.published())}; name the base that it was "
         "made for (--base, a name in params.yaml or a diffusers folder)"
@@ -456,8 +375,8 @@ def _header(
     return header
 
 
-def _spelled(layers: dict[str, Layer]) -> _Spelled:
-    return {name: {DOWN: _Part(name, layer.down), UP: _Part(name, layer.up)} for name, layer in layers.items()}
+def _spelled(layers: dict[str, Layer]) -> Spelled:
+    return {name: {DOWN: Part(name, layer.down), UP: Part(name, layer.up)} for name, layer in layers.items()}
 
 
 # --- converting -------------------------------------------------------------------------------------------------

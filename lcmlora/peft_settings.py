@@ -41,6 +41,8 @@ def alphas(path: Path, header: dict[str, str], shown: str) -> Callable[[str, int
     elif path.name == WEIGHTS and beside.is_file():
         place, prefix = str(beside), ""
         settings = as_object(read_json(beside), place)
+    elif path.name == WEIGHTS:
+        raise UserError(f"{beside}: no such file; it has the alpha of {shown}, without which its strength is unknown")
     else:
         return lambda module, rank: float(rank)
     kind = settings.get(f"{prefix}peft_type")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lcmlora import architecture, bases, folders, lora, release, tensorfile
+from lcmlora import architecture, bases, folders, lora, release, tensorfile, terminal
 from lcmlora.architecture import Architecture
 from lcmlora.config import Base, Config, Publish
 from lcmlora.errors import UserError
@@ -60,14 +60,19 @@ def open_adapter(reference: str, config: Config | None, cache: Path) -> AdapterR
     if reference.startswith("s3://"):
         return _described(_published(reference, config, cache), reference)
     path = Path(reference)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name that is too long, a folder that is closed to us
+        raise UserError(f"{terminal.shown(reference)}: {error.strerror}") from None
+    if is_folder:
         return _described(path, reference)
-    if path.is_file():
-        facts = _facts(path.parent)
-        # Other files may lie there by chance.
-        if path.name in (lora.WEIGHTS, (facts.get("kohya") or {}).get("file")):
-            return _described(path.parent, reference, path)
-        return AdapterReference(reference, path)
+    if is_file:
+        # Other files may lie there by chance, and so may a config.json that is not ours.
+        ours = path.name == lora.WEIGHTS or (
+            (path.parent / release.PROVENANCE).is_file()
+            and path.name == (_facts(path.parent).get("kohya") or {}).get("file")
+        )
+        return _described(path.parent, reference, path) if ours else AdapterReference(reference, path)
     raise UserError(
         f"{reference}: no such adapter; expected a folder, a .safetensors file, models:/NAME@ALIAS or "
         "s3://bucket/.../MODEL/sha256-..."

@@ -23,7 +23,7 @@ _PREFIX = re.compile(r"(base_model\.model\.|(model\.)?diffusion_model\.|unet\.|l
 # kohya; PEFT, with an adapter's name in it or not; diffusers before 0.26, whose attention had processors; alone.
 _FACTORS = (
     re.compile(r"(?P<layer>.+)\.lora_(?P<part>down|up)\.weight"),
-    re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])(\.\w+)?\.weight"),
+    re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])(\.[\w-]+)?\.weight"),
     re.compile(r"(?P<layer>.+)\.processor(?P<attention>\.to_(q|k|v|out))_lora\.(?P<part>down|up)\.weight"),
     re.compile(r"(?P<layer>.+)\.lora(_linear_layer)?\.(?P<part>down|up)\.weight"),
     re.compile(r"(?P<layer>.+)\.(?P<part>alpha)"),
@@ -87,7 +87,8 @@ _FAMILIES = (
         "Kandinsky or DeepFloyd IF",
     ),
     (r"image_proj|ip_adapter|\w*to_[kv]_ip", "an IP-Adapter"),
-    (r"(first_stage_model|vae|encoder|decoder)_", "a VAE"),
+    (r"(double|single)_stream_blocks_\d", "HiDream"),
+    (r"(first_stage_model|vae)_|(encoder|decoder)_(down|up|mid|conv)", "a VAE"),
 )
 _OF_ANY_MODEL = re.compile(
     r"(base_model\.model\.|(model\.)?diffusion_model\.|unet\.|lora_unet[._]|lycoris[._]|lora_transformer[._]"
@@ -113,7 +114,7 @@ class Name:
 
 def parse(name: str) -> Name | None:
     """Returns what the name of a plain LoRA's tensor says; None for one that is of something else."""
-    if len(name) > LONGEST:
+    if len(name) > LONGEST or not name.isprintable():
         return None
     rest = name[_prefix(_PREFIX, name) :]
     for pattern in _FACTORS:

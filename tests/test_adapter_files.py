@@ -110,6 +110,26 @@ def test_pefts_own_folder_is_an_adapter(sd15: Architecture, tmp_path: Path, plac
     assert styled.weights_of("a", _styled_by(folder)) == found.weights
 
 
+def test_pefts_file_without_its_settings_has_no_strength(tmp_path: Path):
+    save_file(_peft("base_model.model."), tmp_path / peft_settings.WEIGHTS)
+    with pytest.raises(UserError, match=r"adapter_config\.json: no such file; it has the alpha of .*adapter_model\.s"):
+        formats.read(tmp_path / peft_settings.WEIGHTS)
+
+
+def test_another_programs_config_beside_a_file_does_not_matter(tmp_path: Path):
+    save_file(_peft(), tmp_path / "style.safetensors")
+    for content in ("[1]", "{", '{"base": {"digest": 5}}'):
+        (tmp_path / "config.json").write_text(content)
+        found = references.open_adapter(str(tmp_path / "style.safetensors"), None, tmp_path / "cache")
+        assert (found.base, found.sampler) == (None, None)
+
+
+def test_a_name_that_no_file_can_have_is_a_line(tmp_path: Path):
+    for name in ("a" * 5000, "a\0b"):
+        with pytest.raises(UserError):
+            references.open_adapter(name, None, tmp_path)
+
+
 def _styled_by(folder: Path) -> Base:
     style = {"source": str(folder), "weight": 1.0}
     return Base.model_validate({"source": "x", "resolution": 16, "license": "mit", "style": style})

@@ -201,6 +201,7 @@ FAMILIES = {
     "transformer.transformer_blocks.0.attn1.to_q": "PixArt",
     "base_model.model.transformer_blocks.0.attn2.to_q": "PixArt",
     "transformer.joint_transformer_blocks.0.attn.to_q": "AuraFlow",
+    "transformer.double_stream_blocks.0.block.attn1.to_q": "HiDream",
     "lora_prior_unet_down_blocks_0_2_attention_attn_to_q": "Stable Cascade",
     "unet.down_blocks.0.2.attention.attn.to_q": "Stable Cascade",
     "diffusion_model.layers.0.attention.to_q": "Lumina or Z-Image",
@@ -222,6 +223,20 @@ def test_a_lora_of_another_model_is_refused_by_its_name_with_and_without_a_base(
         tensors = {f"{stem}.{down}.weight": torch.ones(4, 64), f"{stem}.{up}.weight": torch.ones(64, 4)}
         assert model in _refused(tmp_path / "a.safetensors", tensors, None)
         assert model in _refused(tmp_path / "a.safetensors", tensors, sd15)
+
+
+def test_another_model_is_named_though_the_file_has_text_encoders_and_other_kinds_too(
+    sd15: Architecture, tmp_path: Path
+):
+    tensors = {
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 8),
+        "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.ones(4, 64),
+        "lora_unet_double_blocks_0_img_attn_proj.dora_scale": torch.ones(64),
+    }
+    for base in (None, sd15):
+        assert "its layers are those of Flux" in _refused(tmp_path / "a.safetensors", tensors, base)
+    processor = {"double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(4, 64)}
+    assert "its layers are those of Flux" in _refused(tmp_path / "a.safetensors", processor, None)
 
 
 def test_layers_of_no_known_architecture_are_refused_without_a_base(sd15: Architecture, tmp_path: Path):
