@@ -78,6 +78,23 @@ def test_provenance_says_what_went_in_and_how_well_it_came_back(stages: Path, ba
     assert written["resolution"] == 16
 
 
+def test_provenance_says_which_model_and_when_and_the_adapter_does_not(stages: Path, base_folder: Path, monkeypatch):
+    """So that the same inputs give the same adapter, and with SOURCE_DATE_EPOCH the same provenance."""
+    folder = stages / "release/mini"
+    adapters_then = ("pytorch_lora_weights.safetensors", "lcm-lora-mini.safetensors", "scheduler_config.json")
+    made = []
+    for epoch in ("1764288000", "1764288001"):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+        facts = package(stages, base_folder)
+        made.append(({name: (folder / name).read_bytes() for name in adapters_then}, facts))
+    assert made[0][0] == made[1][0]
+    assert [facts.pop("packaged") for _, facts in made] == ["2025-11-28T00:00:00Z", "2025-11-28T00:00:01Z"]
+    assert made[0][1] == made[1][1] and made[0][1]["model"] == "mini"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(UserError, match=r"SOURCE_DATE_EPOCH: expected seconds since 1970, got 'yesterday'"):
+        package(stages, base_folder)
+
+
 def test_the_file_for_comfyui_and_a1111_is_proven_like_the_other(stages: Path, base_folder: Path):
     kohya = package(stages, base_folder)["kohya"]
     path = stages / "release/mini" / kohya["file"]

@@ -335,7 +335,7 @@ BAD: list[tuple[Any, str]] = [
     (GOOD | {"params": {"stpes": 4}}, "params: 'stpes': expected one of steps, guidance, seed, width, height"),
     (GOOD | {"params": [1]}, r"params: expected an object, got \[1\]"),
     (GOOD | {"params": "steps"}, "params: expected an object, got 'steps'"),
-    (GOOD | {"instances": [1]}, "dataframe_records"),
+    (GOOD | {"instances": ["a"]}, "dataframe_records"),
     ({"params": {}}, "."),
     ({"dataframe_records": []}, "."),
     ({"dataframe_records": 3}, "."),
