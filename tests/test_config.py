@@ -1,3 +1,5 @@
+import datetime
+import os
 from pathlib import Path
 
 import pytest
@@ -193,3 +195,88 @@ def test_the_gpu_limit_of_the_environment_is_a_name_too(monkeypatch: pytest.Monk
     monkeypatch.setenv("LCMLORA_GPU_LIMIT", "gpu; touch y")
     with pytest.raises(UserError, match="LCMLORA_GPU_LIMIT: 'gpu; touch y' is no name"):
         assert config.Flow().limit
+
+
+# Each line stands for nine times the one before.
+_BOMB = b"a: &a [x]\n" + b"".join(
+    b"%c: &%c [%s]\n" % (n + 1, n + 1, b",".join([b"*%c" % n] * 9)) for n in range(97, 110)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected a mapping of settings, got nothing"),
+        (b"null", "expected a mapping of settings, got nothing"),
+        (b"[1, 2]", "expected a mapping of settings, got a list"),
+        (b"just text", "expected a mapping of settings, got a text"),
+        (b"a: 1\n\tb: 2", "is not YAML: .*'.t'"),
+        ("models: [é]".encode("latin-1"), "is not UTF-8: byte 0xe9"),
+        ("models: [a]".encode("utf-16"), "is not UTF-8 but UTF-16"),
+        (b"2021-01-01: 3", r"the key datetime\.date\(2021, 1, 1\) is no text \(date\); put it in quotes"),
+        (b"yes: 3", r"the key True is no text \(true or false\)"),
+        (b"models:\n  ? 5\n  : a", r"models: the key 5 is no text \(a number\)"),
+        (b"? [a]\n: b", "is not YAML: .*unhashable key"),
+        (b"a: &a [*a]", "line 1: contains an alias of itself"),
+        (_BOMB, "line 7: more than 1000000 values"),
+        (b"a: " + b"9" * 5000, "is not YAML: Exceeds the limit"),
+        (b"a: 0x" + b"f" * 9000, "a number of 36000 bits"),
+        (b"[" * 5000, "nested too deeply"),
+        (b'a: "\\ud800"', "half a surrogate pair"),
+        (b"a: 1\na: 2", "line 2: the key 'a' stands twice"),
+        (b"a: !!python/object/apply:os.system [ls]", "is not YAML: could not determine a constructor"),
+        (b"a: " + b"x" * (2 << 20), "more than 1048576 bytes"),
+    ],
+    ids=lambda value: value[:20].decode("ascii", "replace") if isinstance(value, bytes) else "",
+)
+def test_a_file_that_holds_no_settings_is_one_line(tmp_path: Path, content: bytes, message: str):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"params.yaml: {message}") as caught:
+        config.load(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distill__steps": True}, "distill.steps: got True: expected a number, not true"),
+        ({"data__max_aspect": False}, "data.max_aspect: got False: expected a number, not false"),
+        ({"distill__lr": float("inf")}, "distill.lr: got inf: expected a finite number"),
+        ({"pretrain__vae_kl": float("nan")}, "pretrain.vae_kl: got nan: expected a finite number"),
+        ({"bases__emoji__distill": {"lr": float("nan")}}, "bases.emoji.distill.lr: got nan: expected a finite number"),
+        ({"bases__emoji__distill": {"batch": {"a": 1}}}, "bases.emoji.distill: batch: got {'a': 1}: .*valid integer"),
+        ({"bases__emoji__encode": {"rollouts": 3}}, "bases.emoji.encode: rollouts: got 3"),
+        ({"distill__seed": -1}, "distill.seed: got -1: .*greater than or equal to 0"),
+        ({"distill__seed": 1 << 64}, "distill.seed: got a number of 65 bits: expected one up to"),
+        ({"distill__steps": 1 << 60}, "distill.steps: got a number of 61 bits"),
+        ({"registry__experiment": 5}, "registry.experiment: got 5: .*valid string"),
+        ({"registry__experiment": "a\0b"}, r"registry.experiment: got 'a.x00b': a zero byte"),
+        ({"registry__alias": datetime.date(2021, 1, 1)}, "registry.alias: got datetime.date.*put it in quotes"),
+        ({"bases": []}, r"bases: got \[\]: .*valid dictionary"),
+        ({"distill": None}, "distill: got None"),
+    ],
+)
+def test_a_value_that_would_mean_something_else_is_one_line(tmp_path: Path, changes: dict, message: str):
+    with pytest.raises(UserError, match=f"params.yaml: {message}") as caught:
+        _load(tmp_path, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_password_in_the_settings_is_not_shown(tmp_path: Path):
+    with pytest.raises(UserError) as caught:
+        _load(tmp_path, registry__tracking_uri=["postgresql://me:sesame@db/x"])
+    assert "me:***@db" in str(caught.value) and "sesame" not in str(caught.value)
+
+
+def test_of_very_many_faults_some_are_told(tmp_path: Path):
+    with pytest.raises(UserError, match="and 81 more") as caught:
+        _load(tmp_path, **{f"key{number}": 1 for number in range(101)})
+    assert len(str(caught.value).splitlines()) == 21
+
+
+def test_no_file_and_what_is_no_ordinary_one_are_told(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (("pipe", "not an ordinary file"), (".", ""), ("none.yaml", "no such file; run in the")):
+        with pytest.raises(UserError, match=message):
+            config.load(tmp_path / name)
