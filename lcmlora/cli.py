@@ -339,13 +339,13 @@ def package(context: typer.Context, model: Model) -> None:
 
 for _verb in (study_verbs.style, study_verbs.finetune, study_verbs.alone, study_verbs.study):
     app.command(cls=_Stage)(_verb)
-for _verb in (
+for _tool in (
     adapter_verbs.convert,
     adapter_verbs.combine,
     adapter_verbs.generate,
     adapter_verbs.remeasure,
 ):
-    app.command()(_verb)
+    app.command()(_tool)
 app.add_typer(data_verbs.app, name="data")
 app.add_typer(registry_verbs.app, name="registry")
 app.add_typer(release_verbs.app, name="releases")

@@ -50,6 +50,10 @@ def _several(count: int) -> int:
     return count
 
 
+def _as_text(path: Any) -> Any:
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
+
+
 Name = Annotated[str, AfterValidator(_named)]  # of what becomes a path, a command's word or a registry's entry
 
 
@@ -131,7 +135,7 @@ class Data(Strict):
     source: Literal["emoji", "folder", "parquet", "webdataset", "prompts"]
     # folder: the folder; parquet, webdataset: a file or a folder of them, here or at s3://; emoji: the
     # package-lock.json beside node_modules; prompts: a text file with a prompt in each line, here or at s3://
-    path: Annotated[str, BeforeValidator(os.fspath)]
+    path: Annotated[str, BeforeValidator(_as_text)]
     groups: tuple[str, ...] = ()  # emoji
     styles: tuple[str, ...] = ()  # emoji
     copies: Positive = 1  # emoji: placements drawn of each drawing; prompts: latents that the teacher makes of each

@@ -255,6 +255,8 @@ def test_a_file_that_holds_no_settings_is_one_line(tmp_path: Path, content: byte
         ({"registry__alias": datetime.date(2021, 1, 1)}, "registry.alias: got datetime.date.*put it in quotes"),
         ({"bases": []}, r"bases: got \[\]: .*valid dictionary"),
         ({"distill": None}, "distill: got None"),
+        ({"data__path": None}, "data.path: got None: .*valid string"),
+        ({"data__path": 3}, "data.path: got 3: .*valid string"),
     ],
 )
 def test_a_value_that_would_mean_something_else_is_one_line(tmp_path: Path, changes: dict, message: str):
