@@ -12,6 +12,7 @@ import typer
 
 from flows import choose
 from lcmlora.errors import UserError, reporting
+from lcmlora.terminal import note
 
 # Set before Prefect is imported; whoever sets them otherwise is right.
 _ENVIRONMENT = {
@@ -75,8 +76,7 @@ def run(
 
     state = retrain(model, force, not no_publish, promote, publish, return_state=True)
     if not state.is_completed():
-        for line in str(state.message).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        note(state.message, "error: ")
         raise SystemExit(1)
 
 

@@ -17,6 +17,8 @@ from rich.table import Table
 
 from lcmlora import tracking
 from lcmlora.config import Config
+from lcmlora.terminal import cell, shown
+from lcmlora.terminal import markdown as plain
 from tasks.dvc import StageResult
 from tasks.output import slug
 
@@ -124,15 +126,14 @@ def print_table(lines: Sequence[tuple[str, str, str]], total: str) -> None:
         first = number == 0 or lines[number - 1][0] != model
         if first and number:
             table.add_section()
-        table.add_row(model if first else "", what, value)
-    # No markup: a path in brackets is no style.
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, markup=False, highlight=False).print(table)
+        table.add_row(*map(cell, (model if first else "", what, value)))
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
 
 
 def leave_artifacts(outcomes: Sequence[Outcome], settings: Config, total: str) -> None:
     """Leaves on Prefect's page of the run what a person looks for: the table, and each model's card, figures, links."""
     lines = [(outcome.model, *row) for outcome in outcomes for row in rows(outcome, settings.gate.steps)]
-    table = f"{markdown(('model', '', ''), lines)}\n\n{total}"
+    table = f"{markdown(('model', '', ''), lines)}\n\n{plain(total)}"
     create_markdown_artifact(table, key="retrain", description="What became of each model")
     for outcome in outcomes:
         key = slug(outcome.model)
@@ -143,14 +144,14 @@ def leave_artifacts(outcomes: Sequence[Outcome], settings: Config, total: str) -
             create_markdown_artifact(text, key=f"card-{key}", description=f"Model card of {outcome.model}'s release")
         page = tracking.page(settings.registry, outcome.run_id) if outcome.run_id else None
         if page:
-            create_link_artifact(page, link_text=f"MLflow run of {outcome.version}", key=f"mlflow-{key}")
+            create_link_artifact(page, link_text=f"MLflow run of {shown(outcome.version)}", key=f"mlflow-{key}")
         if outcome.uri:
-            create_link_artifact(outcome.uri, link_text=f"Release of {outcome.version}", key=f"release-{key}")
+            create_link_artifact(outcome.uri, link_text=f"Release of {shown(outcome.version)}", key=f"release-{key}")
 
 
 def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Returns a table in Markdown."""
-    told = [titles, ["---"] * len(titles), *([cell.replace("|", "&#124;") for cell in line] for line in lines)]
+    """Returns a table in Markdown; what stands in its cells is text, whatever it looks like."""
+    told = [list(map(plain, titles)), ["---"] * len(titles), *(list(map(plain, line)) for line in lines)]
     return "\n".join(f"| {' | '.join(line)} |" for line in told)
 
 
@@ -172,7 +173,7 @@ def _methods(figures: dict[str, Any]) -> list[dict[str, str]]:
     cost = figures["network_evaluations"]
     return [
         {
-            "drawn with": name,
+            "drawn with": shown(name),
             "network evaluations": str(cost[name]),
             "excess": f"{figures['excess'][name]:.1f}",
             "retrieval@1": f"{figures['retrieval'][name]:.3f}" if name in figures["retrieval"] else "",
@@ -183,4 +184,4 @@ def _methods(figures: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _counts(figures: dict[str, Any]) -> str:
-    return f"{figures['features']['name']}, {figures['pictures']} pictures, seed {figures['seed']}"
+    return plain(f"{figures['features']['name']}, {figures['pictures']} pictures, seed {figures['seed']}")

@@ -16,6 +16,7 @@ from flows.overview import Run, Standing
 from lcmlora import config, promotion
 from lcmlora.errors import UserError
 from lcmlora.events import Event
+from lcmlora.terminal import markdown as plain
 
 
 @flow(name="report")
@@ -51,8 +52,8 @@ def digest(days: int, standings: list[Standing], happened: list[tuple[str, Event
     ends: dict[str, int] = {}
     for run in runs:
         ends[run.end] = ends.get(run.end, 0) + 1
-    stale = [f"* {s.model}: {', '.join(s.stale)} stale since the last run" for s in standings if s.stale]
-    failed = [f"* {run.time} {run.name}: {run.end}: {run.message}" for run in runs if run.end in _TELLING]
+    stale = [f"* {plain(s.model)}: {plain(', '.join(s.stale))} stale since the last run" for s in standings if s.stale]
+    failed = [f"* {plain(f'{run.time} {run.name}: {run.end}: {run.message}')}" for run in runs if run.end in _TELLING]
     parts = [
         f"# The last {days} days",
         outcomes.markdown(
@@ -77,7 +78,7 @@ def digest(days: int, standings: list[Standing], happened: list[tuple[str, Event
         if happened
         else "None was registered, promoted, rejected or rolled back.",
         "## Runs",
-        ", ".join(f"{count} {end}" for end, count in sorted(ends.items())) or "None.",
+        ", ".join(f"{count} {plain(end)}" for end, count in sorted(ends.items())) or "None.",
         *(["## For a person", "\n".join([*stale, *failed])] if stale or failed else []),
     ]
     return "\n\n".join(parts)

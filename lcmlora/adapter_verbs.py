@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lcmlora.errors import UserError
+from lcmlora.terminal import note, say
 
 _DOWNLOADS = Path("scratch", "adapters")  # registered and published releases
 
@@ -70,7 +70,7 @@ def convert(
         unet_only=unet_only,
         dtype=PRECISIONS[precision] if precision else None,
     )
-    print(
+    say(
         f"{out}: {made.layers} layers in {made.tensors} tensors, rank {made.rank}, alpha of {source} "
         f"{', '.join(f'{alpha:g}' for alpha in made.alpha)}; largest difference of an effective weight {made.error:.1e}"
     )
@@ -112,9 +112,9 @@ def combine(
     )
     if made["left_out"]:
         print(f"left out: {made['left_out']} tensors of text encoders or trained tokens")
-    print(f"{out}: {made['layers']} layers, rank {made['rank']}, rounding of an effective weight {made['error']:.1e}")
+    say(f"{out}: {made['layers']} layers, rank {made['rank']}, rounding of an effective weight {made['error']:.1e}")
     if lost := made["truncation"]:
-        print(
+        say(
             f"lost by rank {rank} (relative Frobenius norm of effective weights): {lost['overall']:.2e} overall, at "
             f"worst {lost['worst']:.2e} in {lost['worst_layer']}"
         )
@@ -151,7 +151,7 @@ def generate(
     if found is None:
         raise UserError(f"{adapter}: does not say where its base is; name it with --base")
     if chosen.sampler is None:
-        print(f"note: nothing beside {adapter} says how to draw with it; drawn as LCM-LoRAs are", file=sys.stderr)
+        note(f"note: nothing beside {adapter} says how to draw with it; drawn as LCM-LoRAs are")
     request = generate.Request(prompt, steps, seed, guidance, batch)
     sampler = chosen.sampler or references.Sampler()
     generate.check(sampler, request)
@@ -159,7 +159,7 @@ def generate(
         found, chosen, styles, style_weight, device=device, other_base=other_base, unet_only=unet_only
     )
     for path in generate.save(generate.draw(loaded, sampler, request), out, grid=grid):
-        print(path)
+        say(path)
 
 
 def remeasure(
@@ -199,6 +199,4 @@ def remeasure(
         )
     write_json(out, figures)
     student = f"student@{settings.gate.steps}"
-    print(
-        f"{adapter}: {student} excess {figures['excess'][student]:.1f}, retrieval {figures['retrieval'][student]:.3f}"
-    )
+    say(f"{adapter}: {student} excess {figures['excess'][student]:.1f}, retrieval {figures['retrieval'][student]:.3f}")

@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 
 from lcmlora import adapter_verbs, data_verbs, faults, names, registry_verbs, release_verbs, study_verbs
 from lcmlora.errors import reporting
+from lcmlora.terminal import note, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,9 +74,7 @@ def check(context: typer.Context) -> None:
     config = _configure(context)
     for model in config.models:
         base = config.base(model)
-        print(
-            f"{model}: {base.source} at {base.resolution} px, {config.distill_for(model).steps} steps of distillation"
-        )
+        say(f"{model}: {base.source} at {base.resolution} px, {config.distill_for(model).steps} steps of distillation")
 
 
 @app.command("bases")
@@ -125,8 +124,8 @@ def fetch(context: typer.Context, model: Model) -> None:
 
     base = config.base(model)
     folder = folders.fetch(model, base)
-    print(folder)
-    print(f"{model}: {examine.examine(model, folder, base.variant)}", file=sys.stderr)
+    say(folder)
+    note(f"{model}: {examine.examine(model, folder, base.variant)}")
 
 
 @app.command()

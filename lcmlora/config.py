@@ -54,7 +54,14 @@ def _as_text(path: Any) -> Any:
     return os.fspath(path) if isinstance(path, os.PathLike) else path
 
 
+def _quotable(text: str) -> str:
+    if found := re.search(r"[^ -~\u00a0-\U0010ffff]|[\"`<>|\\\u2028\u2029\ud800-\udfff]", text):
+        raise ValueError(f"has {found[0]!a}, which cannot stand in a model card's text and examples")
+    return text
+
+
 Name = Annotated[str, AfterValidator(_named)]  # of what becomes a path, a command's word or a registry's entry
+Quotable = Annotated[str, Field(max_length=1024), AfterValidator(_quotable)]  # of what is quoted in a card
 
 
 class Strict(BaseModel):
@@ -384,14 +391,14 @@ class Flow(Strict):
 class Merged(Strict):
     """A LoRA that is summed into a base."""
 
-    source: str  # a .safetensors file in any spelling, or the folder of an adapter
+    source: Quotable  # a .safetensors file in any spelling, or the folder of an adapter
     weight: float = 1.0
 
 
 class Base(Strict):
     """A base model. Only what differs between bases and cannot be read from its own folder."""
 
-    source: str  # hub id, a diffusers folder, or a .safetensors file in the original layout
+    source: Quotable  # hub id, a diffusers folder, or a .safetensors file in the original layout
     # Hub commit; required for a hub id, so that a run can be repeated.
     revision: (
         Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")]
@@ -401,7 +408,7 @@ class Base(Strict):
     variant: Name | None = None  # e.g. fp16
     style: Merged | None = None  # of a LoRA that the model is distilled with
     resolution: Positive  # pixels, width and height of the training pictures
-    license: str
+    license: Quotable
     # Overrides of the stages' settings for this base.
     encode: dict[str, Any] = {}
     launch: dict[str, Any] = {}

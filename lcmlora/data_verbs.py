@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lcmlora.terminal import say
+
 app = typer.Typer(no_args_is_help=True, help="Look at captioned pictures before anything is made of them.")
 
 
@@ -57,4 +59,4 @@ def preview(
     print_report(
         sheets.preview(data, count, out, {model: settings.base(model).resolution for model in settings.models})
     )
-    print(out)
+    say(out)

@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lcmlora.terminal import note
+
 
 class UserError(Exception):
     """Something a person can put right: one line that names the thing, what was expected and what to do.
@@ -43,6 +45,5 @@ def reporting(prefix: str = "", verb: str = "") -> Iterator[None]:
         if line is None:
             print(masking.text("".join(traceback.format_exception(error))), end="", file=sys.stderr)
             raise SystemExit(1) from None
-        for part in masking.text(line).splitlines():
-            print(f"error: {prefix}{part}", file=sys.stderr)
+        note(masking.text(line), f"error: {prefix}")
         raise SystemExit(2) from None

@@ -10,6 +10,7 @@ from typing import Any
 from lcmlora import bases
 from lcmlora.config import Config
 from lcmlora.errors import UserError
+from lcmlora.terminal import cell
 
 
 def rows(config: Config, root: Path = Path("bases")) -> list[dict[str, Any]]:
@@ -32,7 +33,6 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     """Prints what `rows` returns, for a person to read; a reason stands under the source it is about."""
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE)
@@ -43,16 +43,16 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     table.add_column("predicts", no_wrap=True)
     for row in rows:
         if "reason" in row:
-            table.add_row(row["name"], escape(f"{row['source']}\n{row['reason']}"))
+            table.add_row(row["name"], cell(f"{row['source']}\n{row['reason']}"))
             continue
         table.add_row(
             row["name"],
-            escape(row["source"]),
+            cell(row["source"]),
             str(row["resolution"]),
             f"{row['unet_parameters']:,}",
             f"{row['lora_parameters']:,} ({row['adapted_layers']})",
             str(row["rank"]),
-            row["prediction_type"] or "",
+            cell(row["prediction_type"] or ""),
         )
     # A file or a pipe has no width, and rich would take it for 80 columns, which fold a source.
     Console(width=None if sys.stdout.isatty() else 160).print(table)

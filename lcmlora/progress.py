@@ -8,8 +8,11 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
+from lcmlora.terminal import note, shown
+
 T = TypeVar("T")
 
+_LABEL = 100  # characters
 _LOG_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
@@ -18,7 +21,7 @@ class Track(Generic[T]):
 
     def __init__(self, items: Iterable[T], label: str, total: int, completed: int, unit: int, quiet: bool) -> None:
         self._items = items
-        self._label = label
+        self._label = shown(label, _LABEL)
         self._total = total
         self._start = completed
         self._unit = unit
@@ -48,9 +51,7 @@ class Track(Generic[T]):
             done += 1
             now = time.monotonic()
             if now - last > _LOG_EVERY or (done == self._total and now - began > 1):
-                print(
-                    f"{self._label}: {done}/{self._total}  {self._text(done, now - began)}", file=sys.stderr, flush=True
-                )
+                note(f"{self._label}: {done}/{self._total}  {self._text(done, now - began)}")
                 last = now
 
     def _on_terminal(self) -> Iterator[T]:
@@ -58,10 +59,10 @@ class Track(Generic[T]):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
         )
         began = time.monotonic()
         done = self._start

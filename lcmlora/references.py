@@ -8,7 +8,6 @@ s3://bucket/prefix/MODEL/sha256-...               a published release, or a chan
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from lcmlora.config import Base, Config, Publish
 from lcmlora.errors import UserError
 from lcmlora.files import make_once
 from lcmlora.parsing import as_object, read_json
+from lcmlora.terminal import note
 
 _FACTS = "config.json"  # what distill and combine say of an adapter; in a release it is provenance.json
 
@@ -106,7 +106,7 @@ def _cached(cache: Path, sha256: str, download: Callable[[Path], None]) -> Path:
         try:
             release.verify(target)
         except UserError as error:
-            print(f"note: {error}; it is downloaded again", file=sys.stderr)
+            note(f"note: {error}; it is downloaded again")
             return False
         return release.digest(target) == sha256
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lcmlora.errors import UserError
+from lcmlora.terminal import LINE, cell, note, say
 
 if TYPE_CHECKING:
     from lcmlora.config import Config
@@ -218,13 +219,13 @@ def _tell(config: Config, version: Version, as_json: bool) -> None:
     alias, channel = config.registry.alias, None
     model = version.name.removeprefix("lcm-lora-")
     if version.release_uri is None:
-        print(f"note: {version.reference} was never published, so no channel was moved", file=sys.stderr)
+        note(f"note: {version.reference} was never published, so no channel was moved")
     else:
         channel = publish.follow(model, version.sha256, version.release_uri, config.publish, alias)
     if as_json:
         print(json.dumps(version.plain() | {"channel": channel}, indent=2))
     else:
-        print(f"{version.name}@{alias} is {version.reference}" + (f", {channel} follows" if channel else ""))
+        say(f"{version.name}@{alias} is {version.reference}" + (f", {channel} follows" if channel else ""))
 
 
 @app.command()
@@ -246,7 +247,7 @@ def pull(
     if as_json:
         print(json.dumps({"folder": str(folder), "sha256": release.digest(folder)}, indent=2))
     else:
-        print(f"{folder}: {reference}, sha256 {release.digest(folder)[:12]}..., every file checked")
+        say(f"{folder}: {reference}, sha256 {release.digest(folder)[:12]}..., every file checked")
 
 
 def _short(value: float | str | None) -> str:
@@ -257,16 +258,13 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints rows below titles on standard output."""
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
-
-    from lcmlora.records import printable
 
     table = Table(box=box.SIMPLE)
     for title in titles:
-        table.add_column(title, overflow="fold")
+        table.add_column(cell(title), overflow="fold")
     for row in rows:
         # Anybody may write a tag, with what a terminal takes for a command in it.
-        table.add_row(*(escape(printable(cell, limit=2000)) for cell in row))
+        table.add_row(*(cell(value, LINE) for value in row))
     # A file or a pipe has no width, and rich would take it for 80 columns.
     Console(width=None if sys.stdout.isatty() else 160).print(table)

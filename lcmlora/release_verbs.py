@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lcmlora.terminal import cell, say, shown
+
 if TYPE_CHECKING:
     from lcmlora.config import Publish
 
@@ -90,15 +92,12 @@ def print_table(rows: list[dict[str, Any]], place: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.filesize import decimal
-    from rich.markup import escape
     from rich.table import Table
-
-    from lcmlora import records
 
     # A file or a pipe has no width, and rich would take it for 80 columns, which fold a reason.
     console = Console(width=None if sys.stdout.isatty() else 160)
     if not rows:
-        console.print(f"no releases at {escape(place)}", soft_wrap=True)
+        say(f"no releases at {place}")
         return
     table = Table(box=box.SIMPLE)
     for title in ("model", "sha256", "published (UTC)"):
@@ -116,14 +115,14 @@ def print_table(rows: list[dict[str, Any]], place: str) -> None:
         if row["fault"]:
             state = f"damaged: {row['fault']}"
         table.add_row(
-            escape(records.printable(row["model"])),
-            row["sha256"][:12],
-            row["time"][:19].replace("T", " "),
+            cell(row["model"]),
+            cell(row["sha256"][:12]),
+            cell(row["time"][:19].replace("T", " ")),
             str(row["files"]),
             decimal(row["bytes"]),
-            escape(records.printable(", ".join(row["channels"]))),
+            cell(", ".join(row["channels"])),
             "yes" if row["signed"] else "no",
-            escape(state),
+            cell(state),
         )
     console.print(table)
 
@@ -149,12 +148,12 @@ def verify(context: typer.Context, reference: Reference, to: To = None, as_json:
         "valid": f"signed by the key of {settings.verify_key}",
     }[found.signature]
     packaged = f"packaged {found.packaged}; " if found.packaged else ""
-    print(
+    say(
         f"{found.uri}: {found.files} files, {found.bytes} bytes, all as listed; adapter {found.sha256}; "
         f"{packaged}{signed}"
     )
     if found.yanked:
-        print(f"yanked by {found.yanked['who']} on {found.yanked['time']}: {found.yanked['reason']}")
+        say(f"yanked by {found.yanked['who']} on {found.yanked['time']}: {found.yanked['reason']}")
 
 
 @app.command()
@@ -183,7 +182,7 @@ def pull(
     if as_json:
         print(json.dumps({"folder": str(out), "sha256": sha256, "files": names}, indent=2))
     else:
-        print(f"{out}: adapter {sha256}, {len(names)} files")
+        say(f"{out}: adapter {sha256}, {len(names)} files")
 
 
 @app.command()
@@ -203,7 +202,7 @@ def yank(
     from lcmlora import events, publish
 
     record = publish.yank(reference, settings, reason=reason, who=by or events.user(), key=key)
-    print(json.dumps({"yanked": record}) if as_json else record)
+    print(json.dumps({"yanked": record}) if as_json else shown(record, None))
 
 
 @app.command()
@@ -226,4 +225,4 @@ def links(
         print(json.dumps(found, indent=2))
     else:
         for name, link in found.items():
-            print(f"{name}  {link}")
+            print(shown(f"{name}  {link}", None))

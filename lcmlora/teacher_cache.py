@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lcmlora.terminal import note
+
 _CRC = struct.Struct("<I")
 
 
@@ -75,6 +77,6 @@ class TeacherCache:
         try:
             os.pwrite(self._file, content, places.start * self.record)
         except OSError as error:
-            print(f"warning: {self._path}: nothing more is kept of the teacher: {error.strerror}", file=sys.stderr)
+            note(f"warning: {self._path}: nothing more is kept of the teacher: {error.strerror}")
             os.close(self._file)
             self._file = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import sys
 import unicodedata
 
 LINE = 2000  # characters of a line of an error or a log
@@ -15,7 +16,8 @@ _UNSHOWN = ("Cc", "Cf", "Zl", "Zp", "Cs")
 _JOINERS = "\u200c\u200d\u00ad"
 _TAGS = range(0xE0020, 0xE0080)  # of flags
 _PLAIN = re.compile(r"[ -~]*")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~>-])")
+# What means something within a line of Markdown, and at its beginning; between letters an underscore does not.
+_MARKDOWN = re.compile(r"[\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^(?:[#+-]+|[0-9]+[.)])(?=\s|$)")
 
 
 def shown(text: object, limit: int | None = CELL) -> str:
@@ -45,7 +47,21 @@ def lines(text: object, limit: int = LINE, most: int = 100) -> list[str]:
 
 def markdown(text: object, limit: int | None = CELL) -> str:
     """Returns text for a place within a line of Markdown, where neither it nor HTML in it means anything."""
-    return _MARKDOWN.sub(lambda found: f"&#{ord(found[1])};", html.escape(shown(text, limit)))
+    return _MARKDOWN.sub(
+        lambda found: "".join(f"&#{ord(each)};" for each in found[0]), html.escape(shown(text, limit), quote=False)
+    )
+
+
+def say(text: object) -> None:
+    """Prints a text, each line as `shown`, on standard output."""
+    for line in lines(text):
+        print(line)
+
+
+def note(text: object, prefix: str = "") -> None:
+    """Prints a text, each line as `shown` and after the prefix, on standard error."""
+    for line in lines(text):
+        print(f"{prefix}{line}", file=sys.stderr, flush=True)
 
 
 def cell(text: object, limit: int | None = CELL):  # type: ignore[no-untyped-def]  # the type would import rich for --help

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from lcmlora.config import Registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.files import write_json
 from lcmlora.parsing import as_object, read_json
+from lcmlora.terminal import note
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,7 +107,7 @@ class Run:
             with reaching(self._settings, "training goes on without it"):
                 yield
         except UserError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            note(f"warning: {error}")
             self._client = None  # said once
 
 
@@ -132,7 +132,7 @@ def tracking(
                 client = connect(settings)
                 run = Run(client, _continue_or_create(client, settings, model, params, scratch), settings)
         except UserError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            note(f"warning: {error}")
     try:
         yield run
     except BaseException as error:

@@ -7,7 +7,6 @@ pure function of the seed and the step (batches.py), so a run that was killed en
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from lcmlora.errors import UserError
 from lcmlora.optimization import Optimization
 from lcmlora.progress import track
 from lcmlora.ranks import Ranks
+from lcmlora.terminal import note
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -194,7 +194,7 @@ class _Window:
         skipped = len(finite) - sum(finite)
         if skipped and self._ranks.first:
             told = f"of the steps {first + 1} to {last + 1} {skipped} were skipped: their loss was not finite"
-            print(f"warning: {told}", file=sys.stderr, flush=True)
+            note(f"warning: {told}")
         if any(finite):
             self._loss = losses[torch.tensor(finite)].mean().item()
         rate = losses.numel() / (time.monotonic() - self._began)

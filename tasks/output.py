@@ -6,7 +6,6 @@ import contextlib
 import contextvars
 import logging
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -17,6 +16,7 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
 from lcmlora import masking, progress
+from lcmlora.terminal import LINE, markdown, note, shown
 
 _EVERY = 5.0  # seconds between two updates of an artifact
 
@@ -36,9 +36,9 @@ def tell(line: str) -> None:
     line = masking.text(line)
     logger = run_logger()
     if logger is None:
-        print(line, file=sys.stderr, flush=True)
+        note(line)
     else:
-        logger.info("%s", line)
+        logger.info("%s", shown(line, LINE))
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def told(stage: str, model: str | None = None) -> Iterator[Callable[[str], None]
 
         def listen(line: str) -> None:
             level = next((level for start, level in _LEVELS.items() if line.startswith(start)), logging.INFO)
-            logger.log(level, "%s", masking.text(line), extra=fields)
+            logger.log(level, "%s", shown(masking.text(line), LINE), extra=fields)
             if step := progress.parse(line):
                 board.put(*step)
 
@@ -109,7 +109,7 @@ class _Board:
             self._logger.warning("no progress is shown any more: %s", masking.text(error))
 
     def _show(self, label: str, done: int, total: int) -> None:
-        share, text = 100 * done / max(total, 1), f"{label}: {done} of {total}"
+        share, text = 100 * done / max(total, 1), markdown(f"{label}: {done} of {total}")
         if self._artifact is None:
             self._artifact = cast(UUID, create_progress_artifact(share, key=self._key, description=text))
         else:

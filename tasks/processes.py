@@ -22,6 +22,7 @@ from uuid import uuid4
 from lcmlora import faults, masking
 from lcmlora.errors import UserError
 from lcmlora.private import cache_folder
+from lcmlora.terminal import LINE, shown
 from tasks import supervisor
 
 _PATIENCE = supervisor.GRACE + 3  # seconds for a supervisor to end what it watches
@@ -237,7 +238,7 @@ def _shown(processes: Processes, label: str | None) -> Callable[[str, list[str]]
 
     def labelled(text: str, lines: list[str]) -> None:
         # One write for all, so that another thread's lines do not come between.
-        sys.stderr.write("".join(f"{label}: {line}\n" for line in lines))
+        sys.stderr.write("".join(f"{label}: {shown(line, LINE)}\n" for line in lines))
         sys.stderr.flush()
 
     if deployment.id is not None:
@@ -297,10 +298,11 @@ def reason(lines: Sequence[str], status: int) -> str:
         for line in reversed(lines):
             if line.startswith(prefix):
                 more = f"; {faults.killed(faults.verb_of(killed.split()))}" if line == killed else ""
-                return masking.text(line.removeprefix(prefix)) + more
+                return shown(masking.text(line.removeprefix(prefix)), LINE) + more
     number = -status if status < 0 else status - 128
     if number == signal.SIGKILL:
         return f"was ended by SIGKILL, {faults.killed()}"
     if number in set(signal.Signals):
         return f"was ended by {signal.Signals(number).name}"
-    return masking.text(next((line for line in reversed(lines) if line), f"ended with status {status}"))
+    last = next((line for line in reversed(lines) if line), f"ended with status {status}")
+    return shown(masking.text(last), LINE)

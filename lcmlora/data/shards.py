@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from lcmlora.data.plan import Load, Plan
 from lcmlora.data.remote import Files
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.files import atomic_write, sha256_file
+from lcmlora.terminal import note
 
 PATIENCE = 600.0  # seconds for which a bucket that does not answer is asked again
 
@@ -221,7 +221,7 @@ class Shards:
                 if time.monotonic() + pause > until:
                     raise
                 if pause == 1.0:
-                    print(f"{error}; asking again for {self._patience:.0f} s", file=sys.stderr, flush=True)
+                    note(f"{error}; asking again for {self._patience:.0f} s")
                 time.sleep(pause)
                 pause = min(2 * pause, 15.0)
 

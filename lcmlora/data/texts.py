@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from lcmlora.bases import Conditioning, LoadedBase
 from lcmlora.data.cache import TOKENS, UNCONDITIONAL, Tensors
 from lcmlora.errors import UserError
 from lcmlora.progress import track
+from lcmlora.terminal import note
 
 _MB = 1 << 20
 
@@ -69,7 +69,7 @@ def tensors(base: LoadedBase, captions: list[str], size: int, text: TextPlan) ->
 
 
 def _say(told: str) -> None:
-    print(f"encode: {told}", file=sys.stderr, flush=True)
+    note(f"encode: {told}")
 
 
 def _token_ids(base: LoadedBase, captions: list[str]) -> Tensors:
