@@ -84,7 +84,7 @@ class SocketPairs:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _send(to: socket.socket, kind: bytes, content: memoryview) -> None:

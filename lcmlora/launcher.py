@@ -8,6 +8,7 @@ training, so that it belongs into a trusted network.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -18,8 +19,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lcmlora import faults
 from lcmlora.config import Launch
@@ -217,10 +219,18 @@ class _Meeting:
         host, port = address(self.place)
         try:
             listening = _listening(host, port)
-            here = {} if listening is None else {"master_listen_fd": listening.detach()}
-            met = TCPStore(host, port, is_master=bool(here), wait_for_workers=False, timeout=_seconds(_ARRIVAL), **here)
+            here = None if listening is None else listening.detach()
+            patience = timedelta(seconds=_ARRIVAL)
+            met = TCPStore(
+                host,
+                port,
+                is_master=here is not None,
+                wait_for_workers=False,
+                timeout=patience,
+                master_listen_fd=here,
+            )
             self._store: Store = PrefixStore(self.run, met)
-            self.number = 0 if here else self._store.add("machines", 1)
+            self.number = 0 if here is not None else self._store.add("machines", 1)
             if self.number >= self._machines:
                 raise UserError(f"{RUN}: more than launch.machines: {self._machines} came with it to {self.place}")
             until = time.monotonic() + _ARRIVAL
@@ -266,17 +276,9 @@ class _Meeting:
         del self._store
 
 
-def _seconds(count: float) -> Any:
-    from datetime import timedelta
-
-    return timedelta(seconds=count)
-
-
 def _listening(host: str, port: int) -> socket.socket | None:
     """Returns a socket that listens there and on no other address; None where that is another machine's address, or
     a launcher on this machine listens already."""
-    import errno
-
     family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     made = socket.socket(family, kind)
     try:
