@@ -10,9 +10,9 @@ from urllib.parse import quote, quote_plus, unquote, unquote_plus
 MASK = "***"
 
 # Of an address: the scheme, who logs in with what, the place, and what is asked for. A password that was not quoted may
-# have any character, so that the last @ counts.
+# have any character, so that the last @ counts. The bounds here keep the time of a search in proportion to the text.
 _ADDRESS = re.compile(
-    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:(?P<user>[^\s:@/?#'\"]*)(?P<password>:[^\s'\"]*)?@)?(?P<rest>[^\s'\"]*)"
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,40}://)(?:(?P<user>[^\s:@/?#'\"]*)(?P<password>:[^\s'\"]*)?@)?(?P<rest>[^\s'\"]*)"
 )
 _LOCAL = re.compile(r"(file|s3|gs|models|runs|sqlite[+\w]*)://", re.IGNORECASE)  # an @ in them is part of a name
 _SECRET = (
@@ -20,8 +20,8 @@ _SECRET = (
     r"|credentials?|auth)(?![a-z])"
 )
 _PAIR = re.compile(
-    rf"(?P<name>[\w.-]*?{_SECRET}[\w-]*)(?P<equals>\s?=\s?|%3D)"
-    r"(?P<value>\{[^}]*\}|'[^']*'|\"[^\"]*\"|[^\s&;,'\")\]]+)",
+    rf"(?P<name>{_SECRET}[\w-]{{0,40}})(?P<equals>\s?=\s?|%3D)"
+    r"(?P<value>\{[^}]{0,4000}\}|'[^']{0,4000}'|\"[^\"]{0,4000}\"|[^\s&;,'\")\]]+)",
     re.IGNORECASE,
 )
 _WHOLE = re.compile(r"(odbc_connect=)[^\s&]+", re.IGNORECASE)  # a connection string within another
