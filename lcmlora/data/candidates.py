@@ -36,6 +36,7 @@ TWICE = "named twice in the metadata; the first caption counts"
 OUTSIDE = "leads out of the folder"
 NOT_UTF8 = "file name or caption is not UTF-8"
 NO_CAPTION = "no caption"
+NO_NAME = "row of metadata without texts file_name and text"
 DUPLICATE = "same bytes as another picture"
 LONG_CAPTION = f"caption of more than {MAX_CAPTION} bytes"
 

@@ -13,6 +13,7 @@ from lcmlora.data.candidates import (
     MAX_BYTES,
     MISSING,
     NO_CAPTION,
+    NO_NAME,
     NOT_UTF8,
     SUFFIXES,
     TEXTS,
@@ -33,8 +34,6 @@ from lcmlora.data.places import Bucket, Here, Place
 from lcmlora.data.remote import Files
 from lcmlora.data.tables import read_rows
 from lcmlora.errors import UserError
-
-NO_NAME = "row of metadata without texts file_name and text"
 
 _TABLES = (".jsonl", ".csv", ".parquet")
 _METADATA = tuple(f"metadata{ending}" for ending in _TABLES)
@@ -177,7 +176,7 @@ class Folder:
             where = f"row {row.number} of {printable(row.table)}"
             if not isinstance(name, str) or not any(key in fields for key in _FIELDS[1:]):
                 shown = ", ".join(printable(key) for key in row.fields)[:200]
-                rejections.append(Rejection(row.name, NO_NAME, detail=f"it has {shown or 'nothing'}"))
+                rejections.append(Rejection(row.name, NO_NAME, detail=f"of these it has {shown or 'none'}"))
                 continue
             try:
                 path = self._resolve(name, posixpath.dirname(row.table), names)

@@ -18,6 +18,7 @@ _LAYOUT = "put it into a .txt file of the same name, or into metadata.jsonl or m
 _AGAIN = "copy or download them again, or remove them"
 _REMEDIES = {
     reasons.NO_CAPTION: _LAYOUT,
+    reasons.NO_NAME: "each row needs file_name, and text, caption or prompt",
     reasons.MISSING: "put the files where file_name says, as a path from the folder of the metadata",
     reasons.AMBIGUOUS: "name each file as it is spelled on disk",
     reasons.OUTSIDE: "put the files into the folder, and name them by their path from the folder of the metadata",

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lcmlora.config import Data
 from lcmlora.data import candidates, sources, tables
-from lcmlora.data.folder import NO_NAME
+from lcmlora.data.candidates import NO_NAME
 from lcmlora.data.sources import Record, find, fit, open_picture
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
