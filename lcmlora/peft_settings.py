@@ -60,7 +60,7 @@ def alphas(path: Path, header: dict[str, str], shown: str) -> Callable[[str, int
 
     def alpha(module: str, rank: int) -> float:
         own = patterns.find(module)
-        found = (float(rank) if general is None else general) if own is None else own
+        found: float = (float(rank) if general is None else general) if own is None else own
         return found * rank**0.5 if rslora else found  # rsLoRA divides by the rank's root
 
     return alpha
