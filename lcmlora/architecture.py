@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from lcmlora.errors import UserError
+from lcmlora.structure import check_class
+from lcmlora.weightfiles import json_of
 
 _RESNET = {
     "conv1": "in_layers.2",
@@ -70,9 +72,10 @@ def describe(
     from torch import nn
 
     with torch.device("meta"):
+        check_class(Path("unet/config.json"), config, "UNet2DConditionModel")
         try:
             unet = UNet2DConditionModel.from_config(config)
-        except (TypeError, ValueError, IndexError) as error:
+        except Exception as error:  # of a foreign configuration, whatever it leads to
             raise UserError(f"diffusers cannot build a UNet from its configuration: {error}") from error
     shapes = {
         name: tuple(module.weight.shape)
@@ -163,7 +166,4 @@ def _numbers(names: Iterable[str], pattern: str) -> list[str]:
 def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{path}: is not a JSON object: {error}") from None
+    return json_of(path)

@@ -23,6 +23,7 @@ from lcmlora.config import Base
 from lcmlora.errors import UserError
 from lcmlora.examine import Examination
 from lcmlora.folders import variant
+from lcmlora.weightfiles import json_of
 
 # What a UNet is given besides latents and timestep: `encoder_hidden_states` (B, T, C) and, for the SDXL family,
 # `text_embeds` (B, P) and `time_ids` (B, 6).
@@ -55,14 +56,7 @@ def unet_config(base: Base, folder: Path) -> dict[str, Any]:
 def _local_json(base: Base, folder: Path, file: str) -> dict[str, Any] | None:
     places = [folder, Path(base.source), *([Path(base.config)] if base.config else [])]
     path = next((place / file for place in places if (place / file).is_file()), None)
-    return None if path is None else _read_json(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{path}: is not a JSON object: {error}") from None
+    return None if path is None else json_of(path)
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,7 @@ class LoadedBase:
     @property
     def size_unit(self) -> int:
         """What the sides of a picture must be multiples of, in pixels: the VAE and the UNet halve them so often."""
-        unet = _read_json(self.folder / "unet" / "config.json")["block_out_channels"]
+        unet = json_of(self.folder / "unet" / "config.json")["block_out_channels"]
         return int(2 ** (len(self.vae_config["block_out_channels"]) - 1 + len(unet) - 1))
 
     @property
@@ -284,7 +278,7 @@ def load(
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    index = _read_json(folder / "model_index.json")
+    index = json_of(folder / "model_index.json")
     kind = "sdxl" if examine.is_sdxl(index) else "sd"
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     loaded = LoadedBase(
@@ -297,7 +291,7 @@ def load(
         prediction_type=scheduler.config.prediction_type,
         scheduler_config=dict(scheduler.config),
         alphas_cumprod=scheduler.alphas_cumprod.float().to(device),
-        vae_config=_read_json(folder / "vae" / "config.json"),
+        vae_config=json_of(folder / "vae" / "config.json"),
         examined=examined,
         empty_is_zeros=kind == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
     )

@@ -2,13 +2,15 @@
 
 Reading all weights takes seconds for each gigabyte, so the result is kept, with size, times and inode of every file
 that it is about; while these are the same, nothing is read again. `fetch` keeps it beside the base's folder, in
-`.examined/`; for a folder that was never fetched there is no such place, and each process reads it once.
+`.examined/`. For a folder that was never fetched there is no such place, or it cannot be written: then each process
+reads the base once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -76,6 +78,13 @@ def examine(name: str, folder: Path, variant: str | None = None) -> Examination:
     Raises:
         UserError: the first fault, and in which parts there are others.
     """
+    try:
+        return _known_or_examined(name, folder, variant)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
+
+
+def _known_or_examined(name: str, folder: Path, variant: str | None) -> Examination:
     check_parts(folder)
     stamp = _stamp(folder)
     record = folder.parent / RECORDS / f"{folder.name}.json"
@@ -84,7 +93,7 @@ def examine(name: str, folder: Path, variant: str | None = None) -> Examination:
     if (kept := _kept(record, wanted)) is not None:
         return kept
     found = _examined(name, folder, variant, folder.resolve(), stamp)
-    if record.parent.is_dir():
+    if record.parent.is_dir() and os.access(record.parent, os.W_OK):
         write_json(record, wanted | {"found": asdict(found)})
     return found
 
@@ -155,6 +164,8 @@ def check_parts(folder: Path) -> None:
 
     Only names are looked at: what `examine` says first.
     """
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; expected a diffusers folder, or a checkpoint that ends in .safetensors")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such base folder")
     wanted = ["model_index.json", "unet/config.json", "vae/config.json", "scheduler", "tokenizer", "text_encoder"]
@@ -179,6 +190,10 @@ def _other(folder: Path) -> str:
     """Returns what the folder seems to be instead."""
     if (folder / "transformer").is_dir():
         return ": its network is a transformer (as Flux, SD3 or PixArt), and Stable Diffusion and SDXL are distilled"
+    if (folder / "snapshots").is_dir():
+        return "; it is a repository in the hub's cache: name the folder of a commit below its snapshots/"
+    if (inside := sorted(folder.glob("*/model_index.json"))) and not (folder / "model_index.json").exists():
+        return f"; name {inside[0].parent}, which has one"
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if files and not (folder / "model_index.json").exists():
         return f"; if {files[0]} is the whole checkpoint, set source to that file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def _fetch(name: str, base: Base, root: Path) -> Path:
         )
     else:
         _download(name, base, target)
-    (root / examine.RECORDS).mkdir(exist_ok=True)
+    if os.access(root, os.W_OK):  # bases on a disk that is read-only are examined by each process
+        (root / examine.RECORDS).mkdir(exist_ok=True)
     examine.examine(name, target, base.variant)
     return target
 

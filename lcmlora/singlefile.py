@@ -29,7 +29,7 @@ _TEXT_SDXL = ("conditioner.embedders.",)
 
 def names_a_file(source: str) -> bool:
     """Returns whether a base's `source` is meant as a single file, by its ending."""
-    return Path(source).suffix in (".safetensors", *PICKLES)
+    return Path(source).suffix.lower() in (".safetensors", *PICKLES)
 
 
 def convert(name: str, base: Base, target: Path) -> None:
@@ -45,7 +45,7 @@ def convert(name: str, base: Base, target: Path) -> None:
             its configuration, an unreachable hub, or a folder in the way that was not made here.
     """
     source = Path(base.source)
-    if source.suffix in PICKLES:
+    if source.suffix.lower() in PICKLES:
         raise UserError(
             f"bases.{name}.source: {source} is a pickle, which can run any code when it is read; expected .safetensors"
         )

@@ -27,6 +27,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 _HEADER_BYTES = 100 << 20  # the format's own limit
 _CHUNK = 4 << 20
+_EMPTY = 0.1  # share of zeros above which a file was not written to its end; biases that begin as zeros are far fewer
 _LFS = b"version https://git-lfs"
 _PARTIAL = (".incomplete", ".part", ".aria2", ".crdownload", ".download", ".tmp")
 # Bytes of a number, and the bits of its exponent, which are all set in NaN and Inf alone.
@@ -109,7 +110,8 @@ def _missing(name: str, part: Path, variant: str | None, wanted: str) -> str:
     if partial := [file for file in files if file.endswith(_PARTIAL)]:
         return f"{part}: has {partial[0]}, a download that was not finished, and no {wanted}; get it again"
     others = [file for file in files if file != "config.json"]
-    return f"{part}: has no {wanted}" + (f", but {some(others)}" if others else "") + "; get the base again"
+    again = "get the base again" if not variant else f"get the base again, or remove bases.{name}.variant ({variant})"
+    return f"{part}: has no {wanted}" + (f", but {some(others)}" if others else "") + f"; {again}"
 
 
 def header(path: Path) -> dict[str, Entry]:
@@ -211,22 +213,34 @@ def read(path: Path, wanted: Callable[[str], bool] = _any) -> tuple[dict[str, En
         if wanted(name) and entry.dtype not in _FLOATS and not name.endswith(("position_ids", "num_batches_tracked")):
             raise UserError(f"{path}: {_dtype_fault(name, entry.dtype)}")
     known = hashlib.sha256()
-    with path.open("rb") as file:
-        if not _size(path):
-            raise UserError(f"{path}: is empty; get it again")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
-            if hasattr(content, "madvise"):
-                content.madvise(mmap.MADV_SEQUENTIAL)
-            known.update(view[: next(iter(entries.values())).begin if entries else len(view)])
-            for name, entry in entries.items():
-                for begin in range(entry.begin, entry.end, _CHUNK):
-                    with view[begin : min(begin + _CHUNK, entry.end)] as chunk:
-                        known.update(chunk)
-                        if entry.dtype in _FLOATS and wanted(name) and not _finite(chunk, entry.dtype):
-                            raise UserError(
-                                f"{path}: {name[:200]} has numbers that are not finite (NaN or Inf); get or make the "
-                                "base again"
-                            )
+    filled = empty = 0
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        memoryview(content) as view,
+    ):
+        if hasattr(content, "madvise"):
+            content.madvise(mmap.MADV_SEQUENTIAL)
+        known.update(view[: next(iter(entries.values())).begin if entries else len(view)])
+        for name, entry in entries.items():
+            largest = 0
+            for begin in range(entry.begin, entry.end, _CHUNK):
+                with view[begin : min(begin + _CHUNK, entry.end)] as chunk:
+                    known.update(chunk)
+                    if entry.dtype in _FLOATS and wanted(name):
+                        largest = max(largest, _exponent(chunk, entry.dtype))
+            if entry.dtype in _FLOATS and largest == _FLOATS[entry.dtype][1]:
+                raise UserError(
+                    f"{path}: {name[:200]} has numbers that are not finite (NaN or Inf); get or make the base again"
+                )
+            if entry.dtype in _FLOATS and wanted(name):
+                filled += (entry.end - entry.begin) * bool(largest)
+                empty += (entry.end - entry.begin) * (not largest)
+    if empty > _EMPTY * (filled + empty):
+        raise UserError(
+            f"{path}: {empty} of the {filled + empty} bytes of its weights are zeros, as in a file whose download was "
+            "not finished; get it again"
+        )
     return entries, known.hexdigest()
 
 
@@ -235,12 +249,13 @@ def _dtype_fault(name: str, dtype: str) -> str:
     return f"{name[:200]} is {dtype}: {kind} weights are not distilled; get the base in fp16, bf16 or fp32"
 
 
-def _finite(chunk: memoryview, dtype: str) -> bool:
+def _exponent(chunk: memoryview, dtype: str) -> int:
+    """Returns the highest exponent of numbers as it stands in their bits: all ones of NaN or Inf, 0 of zeros alone."""
     import numpy as np
 
     width, exponent = _FLOATS[dtype]
     bits = np.frombuffer(chunk, dtype=f"<u{width}")
-    return bool((bits & bits.dtype.type(exponent)).max(initial=0) != exponent)
+    return int((bits & bits.dtype.type(exponent)).max(initial=0))
 
 
 def text_of(path: Path) -> bytes:

@@ -335,6 +335,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nan": (_tensors(UNET, _first(float("nan"))), "unet/.*: up_blocks.* has numbers that are not finite"),
     "inf in vae": (_tensors(VAE, _first(float("-inf"))), "vae/.*: quant_conv.* has numbers that are not finite"),
     "nan in text": (_tensors(TEXT, _first(float("nan"))), "text_encoder/.* has numbers that are not finite"),
+    "zeros": (
+        _tensors(UNET, lambda held: [t.zero_() for name, t in held.items() if name.startswith("up_blocks")]),
+        r"unet/.*: \d+ of the \d+ bytes of its weights are zeros, as in a file whose download was not finished",
+    ),
     "fp8": (_tensors(UNET, _cast(torch.float8_e4m3fn)), "is F8_E4M3: fp8 weights are not distilled; get the base in"),
     "int8": (_tensors(VAE, _cast(torch.int8)), "is I8: quantised weights are not distilled"),
     "lost tensor": (_tensors(TEXT, lambda held: held.pop(max(held))), "text_encoder: lacks a tensor of its configur"),
@@ -562,6 +566,26 @@ def test_a_faulty_base_is_not_linked(mini: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"tokenizer: has no vocab\.json and merges\.txt"):
         folders.fetch("mine", _settings(mini), tmp_path / "bases")
     assert not (tmp_path / "bases" / "mine").exists()
+
+
+def test_what_is_no_base_folder_says_what_it_seems_to_be(mini: Path, tmp_path: Path):
+    (tmp_path / "base.gguf").write_bytes(b"GGUF")
+    (tmp_path / "hub" / "snapshots").mkdir(parents=True)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "dreams.safetensors").touch()
+    (mini / "transformer").mkdir()
+    _remove("unet")(mini)
+    for path, message in {
+        tmp_path / "base.gguf": "is a file; expected a diffusers folder, or a checkpoint that ends in .safetensors",
+        tmp_path / "hub": "it is a repository in the hub's cache: name the folder of a commit below its snapshots/",
+        tmp_path / "whole": "if dreams.safetensors is the whole checkpoint, set source to that file",
+        tmp_path: "name .*mini, which has one",
+        mini: r"its network is a transformer \(as Flux, SD3 or PixArt\)",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            folders.fetch("mine", _settings(path), tmp_path / "bases")
+    with pytest.raises(UserError, match="is a pickle"):
+        folders.fetch("mine", _settings(Path("MODEL.CKPT")), tmp_path / "bases")
 
 
 def test_a_variant_is_examined_in_its_own_files(mini: Path, tmp_path: Path):
