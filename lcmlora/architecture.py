@@ -100,7 +100,8 @@ def of_folder(folder: Path) -> Architecture:
         raise UserError(f"{folder}/unet/config.json: no such file; expected the folder of a diffusers base")
     vae = _read(folder / "vae" / "config.json") or {}
     scheduler = _read(folder / "scheduler" / "scheduler_config.json") or {}
-    factor = 2 ** (len(vae["block_out_channels"]) - 1) if "block_out_channels" in vae else 8
+    blocks = vae.get("block_out_channels")
+    factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and 1 <= len(blocks) <= 16 else 8
     size = config.get("sample_size")
     try:
         return describe(
@@ -109,7 +110,7 @@ def of_folder(folder: Path) -> Architecture:
             prediction_type=scheduler.get("prediction_type"),
         )
     except UserError as error:
-        raise UserError(f"{folder}/unet/config.json: {error}") from error
+        raise UserError(f"{folder}/unet/config.json: {str(error).removeprefix('unet/config.json: ')}") from error
 
 
 @cache
