@@ -69,12 +69,12 @@ def test_a_base_that_cannot_be_described_says_why_and_stops_no_other(
     rows = json.loads(ended.stdout)
     unknown, mine, broken = rows
     assert unknown["reason"].endswith("run `lcmlora fetch unknown`") and "some/model" in unknown["reason"]
-    assert broken["reason"].startswith("broken/unet/config.json: is not a JSON object")
+    assert broken["reason"].startswith("broken/unet/config.json: not JSON")
     assert (mine["rank"], mine["adapted_layers"], mine["prediction_type"]) == (4, 278, "v_prediction")
     assert mine["unet_parameters"] == 546_588
     overview.print_table(rows)
     shown = capsys.readouterr().out
-    for part in ("546,588", "(278)", "v_prediction", "run `lcmlora fetch unknown`", "is not a JSON object"):
+    for part in ("546,588", "(278)", "v_prediction", "run `lcmlora fetch unknown`", "not JSON"):
         assert part in shown
 
 
