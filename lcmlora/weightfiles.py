@@ -178,12 +178,10 @@ def _entry(name: str, told: Any, start: int) -> Entry:
     shown = name[:100]
     if not isinstance(told, dict):
         raise Malformed(f"{shown}: no object")
-    dtype, shape, offsets = told.get("dtype"), told.get("shape"), told.get("data_offsets")
+    dtype = told.get("dtype")
     if not isinstance(dtype, str):
         raise Malformed(f"{shown}: no dtype")
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-            raise Malformed(f"{shown}: shape and data_offsets are not lists of whole numbers")
+    shape, offsets = _numbers(told, "shape", shown), _numbers(told, "data_offsets", shown)
     if len(offsets) != 2 or len(shape) > 8:
         raise Malformed(f"{shown}: expected two data_offsets and at most 8 dimensions")
     width = _FLOATS[dtype][0] if dtype in _FLOATS else _INTEGERS.get(dtype)
@@ -193,6 +191,13 @@ def _entry(name: str, told: Any, start: int) -> Entry:
     if width is not None and offsets[1] - offsets[0] != width * count:
         raise Malformed(f"{shown}: {dtype} of shape {shape} does not fill its bytes {offsets}")
     return Entry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _numbers(told: dict[str, Any], key: str, shown: str) -> list[int]:
+    numbers = told.get(key)
+    if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        raise Malformed(f"{shown}: {key} is not a list of whole numbers")
+    return numbers
 
 
 def _any(name: str) -> bool:
