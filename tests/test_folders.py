@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from lcmlora import folders
 from lcmlora.config import Base
 from lcmlora.errors import Unavailable, UserError
 from tests.miniature import RESOLUTION, save_base
+from tests.together import at_once
 
 
 def _settings(source: str | Path) -> Base:
@@ -26,23 +26,14 @@ def test_fetch_links_a_local_folder_once_and_follows_a_change(base_folder: Path,
     assert folders.fetch("mine", _settings(other), root).resolve() == other.resolve()
 
 
-def _fetched(base_folder: Path, root: Path, start: "multiprocessing.Event", told: "multiprocessing.Queue") -> None:  # type: ignore[name-defined, type-arg]
-    start.wait(60)
-    told.put(folders.fetch("mine", _settings(base_folder), root).resolve())
+def _fetched(base_folder: Path, root: Path) -> Path:
+    return folders.fetch("mine", _settings(base_folder), root).resolve()
 
 
 def test_twelve_processes_fetch_one_base(base_folder: Path, tmp_path: Path):
-    context = multiprocessing.get_context("fork")
-    start, told = context.Event(), context.Queue()
-    arguments = (base_folder, tmp_path / "bases", start, told)
-    processes = [context.Process(target=_fetched, args=arguments) for _ in range(12)]
-    for process in processes:
-        process.start()
-    start.set()
-    assert [told.get(timeout=60) for _ in processes] == [base_folder.resolve()] * 12
-    for process in processes:
-        process.join()
-    assert not list((tmp_path / "bases").glob(".mine*"))
+    root = tmp_path / "bases"
+    assert at_once(_fetched, base_folder, root) == [base_folder.resolve()] * 12
+    assert not list(root.glob(".mine*"))
 
 
 def test_fetch_never_replaces_a_folder_that_stands_in_the_way(base_folder: Path, tmp_path: Path):

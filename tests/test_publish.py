@@ -1,10 +1,8 @@
 import hashlib
 import json
-import multiprocessing
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from lcmlora.errors import UserError
 from lcmlora.publish import download, find, links, point, publish, pull, yank
 from lcmlora.stores import DirectoryStore
 from tests.releases import write_sealed
+from tests.together import at_once
 
 SHA = hashlib.sha256(b"weights").hexdigest()
 ADAPTER_ONLY = {"pytorch_lora_weights.safetensors", "scheduler_config.json", "provenance.json", "SHA256SUMS"}
@@ -315,11 +314,13 @@ def test_pulling_again_does_nothing_and_other_folders_are_left_alone(settings: P
         pull(uri, settings, bundle / "README.md")
 
 
-def _pulled(out: Path, get: Callable[[], Path], start: "multiprocessing.Event", told: "multiprocessing.Queue") -> None:  # type: ignore[name-defined, type-arg]
-    start.wait(60)
-    folder = get()
+def _pulled(kind: str, uri: str, settings: Publish, cache: Path) -> tuple[str, int]:
+    if kind == "adapter":
+        folder = pull(uri, settings, cache / "mini")
+    else:
+        folder = references._cached(cache, SHA, lambda out: download(uri, settings, out))
     release.verify(folder, release.ADAPTER)
-    told.put((folder == out, len(list(folder.iterdir()))))
+    return folder.name, len(list(folder.iterdir()))
 
 
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
@@ -328,24 +329,11 @@ def test_of_twelve_processes_that_pull_into_one_cache_all_have_the_whole_release
 ):
     uri = publish(bundle, "mini", settings)
     cache = tmp_path / "cache"
-    out = cache / (f"sha256-{SHA[:12]}" if kind == "whole" else "mini")
-
-    def get() -> Path:
-        if kind == "adapter":
-            return pull(uri, settings, out)
-        return references._cached(cache, SHA, lambda folder: download(uri, settings, folder))
-
-    context = multiprocessing.get_context("fork")
-    start, told = context.Event(), context.Queue()
-    processes = [context.Process(target=_pulled, args=(out, get, start, told)) for _ in range(12)]
-    for process in processes:
-        process.start()
-    start.set()
-    expected = len(list(bundle.iterdir())) if kind == "whole" else len(ADAPTER_ONLY)
-    assert [told.get(timeout=60) for _ in processes] == [(True, expected)] * 12
-    for process in processes:
-        process.join()
-    assert list(cache.iterdir()) == [out]
+    name, count = (
+        ("mini", len(ADAPTER_ONLY)) if kind == "adapter" else (f"sha256-{SHA[:12]}", len(list(bundle.iterdir())))
+    )
+    assert at_once(_pulled, kind, uri, settings, cache) == [(name, count)] * 12
+    assert [path.name for path in cache.iterdir()] == [name]
 
 
 def test_a_damaged_release_in_a_cache_is_downloaded_again(settings: Publish, bundle: Path, tmp_path: Path):

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import multiprocessing
 import re
 import socket
 from pathlib import Path
@@ -20,6 +19,7 @@ from lcmlora.registry import champion, compare, condition, figures, pull, resolv
 from lcmlora.tracking import tracking
 from tests.registries import fresh
 from tests.releases import write_sealed
+from tests.together import at_once
 
 SHA = hashlib.sha256(b"weights").hexdigest()
 
@@ -281,28 +281,19 @@ def test_pulling_writes_the_adapter_alone_and_only_if_it_is_the_registered_one(
     assert not (tmp_path / "damaged").exists() and not list(tmp_path.glob(".damaged*"))
 
 
-def _pulled(settings: Registry, out: Path, start: "multiprocessing.Event", told: "multiprocessing.Queue") -> None:  # type: ignore[name-defined, type-arg]
-    start.wait(60)
+def _pulled(settings: Registry, out: Path) -> int:
     pull("lcm-lora-mini/1", settings, out)
     release.verify(out, release.ADAPTER)
-    told.put(len(list(out.iterdir())))
+    return len(list(out.iterdir()))
 
 
+@pytest.mark.slow  # each process imports all of MLflow
 def test_of_twelve_processes_that_pull_a_version_into_one_cache_all_have_it_whole(
     settings: Registry, bundle: Path, tmp_path: Path
 ):
     register("mini", settings, bundle)
-    pull("lcm-lora-mini/1", settings, tmp_path / "before")  # so that the processes find all modules imported
-    context = multiprocessing.get_context("fork")
-    start, told = context.Event(), context.Queue()
     cache = tmp_path / "cache" / "mini"
-    processes = [context.Process(target=_pulled, args=(settings, cache, start, told)) for _ in range(12)]
-    for process in processes:
-        process.start()
-    start.set()
-    assert [told.get(timeout=60) for _ in processes] == [4] * 12
-    for process in processes:
-        process.join()
+    assert at_once(_pulled, settings, cache) == [4] * 12
     assert [path.name for path in cache.parent.iterdir()] == ["mini"]
 
 
