@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -167,6 +168,8 @@ def check(
 
 
 def _limit(memory: int) -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)  # OpenMP's threads do not come along in a fork, and are waited for
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
