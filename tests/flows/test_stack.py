@@ -267,25 +267,35 @@ def _of(project: Path) -> list[str]:
 
 def _assert_nobody_else_gets_in(project: Path, state: State) -> None:
     """Tries every port that anything of ours listens on, as another user; what each asks for has tests of its own."""
-    running = [process for name in state.parts for process in parts.family(project / ".up" / name)]
-    sockets = [each for process in running for each in process.net_connections("tcp")]
-    listening = {each.laddr for each in sockets if each.status == psutil.CONN_LISTEN}
-    assert {address for address, _ in listening} == {HOST}
-    known = {name: state.ports[name] for name in stack.PORTS}
-    assert {port for _, port in listening} == {port for ports in known.values() for port in ports}
+    running = {name: parts.family(project / ".up" / name) for name in state.parts}
+    known: dict[str, list[int]] = {}
+    for name, family in running.items():
+        sockets = [each for process in family for each in process.net_connections("tcp")]
+        listening = {each.laddr for each in sockets if each.status == psutil.CONN_LISTEN}
+        assert {address for address, _ in listening} == {HOST}
+        known[name] = sorted(port for _, port in listening)
+    # A worker has a port for its runs, which bring a token that each of them was given.
+    assert len(known["worker"]) == 1
+    assert known == {name: sorted(ports) for name, ports in state.ports.items()} | {"worker": known["worker"]}
     deploy = {"job_variables": {"command": "touch /tmp/of-another"}}
     paths = {"prefect": "/api/flow_runs/", "mlflow": "/api/2.0/mlflow/experiments/create"}
     attempts = [
-        {"method": "POST", "url": f"{scheme}://{HOST}:{port}{paths.get(name, '/lcmlora/x')}", "json": deploy}
+        {
+            "method": "PUT" if name == "seaweedfs" else "POST",
+            "url": f"{scheme}://{HOST}:{port}{paths.get(name, f'/{BUCKET}/x')}",
+            "json": deploy,
+        }
         for name, ports in known.items()
         for port in ports
         for scheme in ("http", "https")
     ]
-    attempts += [{"file": f"/proc/{process.pid}/environ"} for process in running if os.geteuid() == 0]
+    attempts += [
+        {"file": f"/proc/{each.pid}/environ"} for family in running.values() for each in family if os.geteuid() == 0
+    ]
     for attempt, found in zip(attempts, stranger.attempt(attempts), strict=True):
         plain = found.get("body") == "Client sent an HTTP request to an HTTPS server.\n"
         assert "refused" in found or found["status"] in (401, 403) or plain, (attempt, found)
-    words = " ".join(word for process in running for word in process.cmdline())
+    words = " ".join(word for family in running.values() for each in family for word in each.cmdline())
     assert not [name for name, secret in state.secrets.items() if secret in words]
 
 
