@@ -131,7 +131,8 @@ def seaweedfs(
         "master.electionTimeout": "1s",
         "volume.preStopSeconds": 0,
     }
-    command = [str(weed()), f"-config_dir={keys}", "server", "-filer", "-s3"]
+    # Its own log would be a file in the shared temporary folder.
+    command = [str(weed()), f"-config_dir={keys}", "-logtostderr=true", "server", "-filer", "-s3"]
     command += [f"-{name}={value}" for name, value in flags.items()]
     return Service("seaweedfs", command, {"WEED_S3_SSE_KEY": key}, lambda: _stores(s3, bucket))
 
