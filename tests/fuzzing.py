@@ -15,13 +15,14 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lcmlora.errors import UserError
 
 FULL = int(os.environ.get("LCMLORA_FUZZ", "6000"))  # inputs of a slow test
 QUICK = 150  # of the same test in the ordinary suite
 SECONDS = 20.0
-MEMORY = 3 << 30  # bytes of address space that a process may use
+MEMORY = 3 << 30  # bytes of address space that a process may take besides what it begins with
 
 _MAGIC = (
     *(
@@ -122,7 +123,7 @@ def outcomes(
         function: of a module. It gets an input, and does with it what a user's command does.
         refusals: exceptions besides UserError that the caller turns into one line.
         seconds: of one input, after which it counts as a hang.
-        memory: bytes that its process may use; MemoryError that comes through is a fault.
+        memory: bytes that its process may take for it; MemoryError that comes through is a fault.
     """
     import multiprocessing
 
@@ -170,7 +171,9 @@ def check(
 def _limit(memory: int) -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # OpenMP's threads do not come along in a fork, and are waited for
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    # A forked process begins with all that the test has mapped; below that not even a thread could start.
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
 
 
 def _try(function: Callable[[bytes], object], content: bytes, refusals: tuple[type[BaseException], ...]) -> Outcome:

@@ -220,7 +220,7 @@ def test_weights_of_which_a_part_is_lost_on_the_way_are_not_released(stages: Pat
     lost = sorted(tensors)[:2]
     renamed = {(n.replace("unet.", "unet.nowhere.") if n in lost else n): t for n, t in tensors.items()}
     save_file(renamed, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"holds {len(tensors)} LoRA tensors and plain diffusers loaded \\d+"):
+    with pytest.raises(UserError, match=r"holds nowhere\.\S+, which this base does not have"):
         package(stages, base_folder)
 
 
@@ -235,7 +235,7 @@ def test_an_adapter_of_another_base_is_not_released(stages: Path, base_folder: P
     tensors = load_file(weights)
     grown = {n: torch.zeros(t.shape[0], t.shape[1] + 1, *t.shape[2:]) for n, t in tensors.items() if ".lora_A." in n}
     save_file(tensors | grown, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="plain diffusers cannot load it"):
+    with pytest.raises(UserError, match=r"and this base takes \(4, 8, 3, 3\) .*: it was made for another base"):
         package(stages, base_folder)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from lcmlora import bases
 from lcmlora.config import Base, Data
+from tests.miniature import save_base
 
 NODE_MODULES = Path(__file__).parents[2] / "node_modules"
 
@@ -63,20 +61,8 @@ def emoji_data() -> Data:
 
 
 @pytest.fixture(scope="session")
-def sdxl_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature with a second text encoder: what makes a base one of the SDXL family here."""
-    folder = tmp_path_factory.mktemp("sdxl") / "mini"
-    shutil.copytree(base_folder, folder)
-    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
-    text = CLIPTextConfig.from_pretrained(folder / "text_encoder")
-    text.hidden_size, text.projection_dim, text.intermediate_size = 24, 12, 32
-    torch.manual_seed(1)
-    CLIPTextModelWithProjection(text).save_pretrained(folder / "text_encoder_2")
-    index = json.loads((folder / "model_index.json").read_text())
-    index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
-    index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("sdxl") / "mini", "sdxl")
 
 
 def load_encoders(folder: Path, resolution: int) -> bases.LoadedBase:
