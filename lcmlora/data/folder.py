@@ -32,6 +32,7 @@ from lcmlora.data.inputs import count_unread
 from lcmlora.data.names import Names
 from lcmlora.data.places import Bucket, Here, Place
 from lcmlora.data.remote import Files
+from lcmlora.data.samples import AUXILIARY, maps_beside
 from lcmlora.data.tables import read_rows
 from lcmlora.errors import UserError
 
@@ -94,7 +95,9 @@ class Folder:
         told |= self._beside([name for name in usable if name not in told], scores, rejections)
         refused = {rejection.name for rejection in rejections}
         bare = [name for name in usable if name not in told and printable(name) not in refused]
-        rejections += [Rejection(printable(name), NO_CAPTION, detail=bare_rows.get(name, "")) for name in bare]
+        maps = maps_beside((name for name in bare if name not in bare_rows), usable)
+        rejections += [Rejection(name, AUXILIARY) for name in bare if name in maps]
+        rejections += [Rejection(name, NO_CAPTION, detail=bare_rows.get(name, "")) for name in bare if name not in maps]
         return [Candidate(name, told[name][0], name, told[name][1]) for name in usable if name in told], rejections
 
     def read(self, place: str) -> bytes:

@@ -8,7 +8,7 @@ to the picture with its own name up to the last dot, and else to the only pictur
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ _MAPS = {
     "panoptic", "instance", "canny", "edge", "edges", "hed", "pidi", "softedge", "scribble", "sketch", "lineart",
     "mlsd", "pose", "openpose", "densepose", "keypoints", "skeleton", "landmarks", "normal", "normals", "flow",
     "albedo", "label", "labels", "annotation", "control", "conditioning", "condition", "hint", "heatmap", "saliency",
-    "thumb", "thumbnail", "preview",
+    "thumb", "thumbnail", "preview", "masklabel", "condlabel",
 }  # fmt: skip
 _OF_PICTURES = {"image", "img", "picture", "photo", "rgb", "color", "colour", "original", "orig", "input", "output"}
 _OF_TEXTS = {"caption", "captions", "text", "txt", "prompt", "alt", "description", "title", "tags", "blip", "llava"}
@@ -149,6 +149,18 @@ def _is_map(picture: Member, key: str, texts: dict[str, dict[str, Member]]) -> b
     if not words:
         return False
     return words[0] in _MAPS or words[-1] in _MAPS
+
+
+def maps_beside(bare: Iterable[str], pictures: Iterable[str]) -> set[str]:
+    """Returns those pictures without a caption that are maps of another in their folder by name: `cat-mask.png` beside
+    `cat.png`, as trainers keep them."""
+    stems = {stem(name) for name in pictures}
+    found = set()
+    for name in bare:
+        parts = max((stem(name).rpartition(mark) for mark in "-_."), key=lambda each: len(each[0]))
+        if parts[0] in stems and parts[2].lower() in _MAPS:
+            found.add(name)
+    return found
 
 
 class _Other:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lcmlora.config import Data
-from lcmlora.data import candidates, sources, tables
+from lcmlora.data import candidates, samples, sources, tables
 from lcmlora.data.candidates import NO_NAME
 from lcmlora.data.sources import Record, find, fit, open_picture
 from lcmlora.errors import UserError
@@ -151,6 +151,16 @@ def _row(name: str, text: str) -> str:
 
 
 # --- bad input
+
+
+def test_maps_beside_their_pictures_are_not_trained_on_and_do_not_stop_the_run(folder: Path) -> None:
+    good = found(folder)
+    maps = [f"{Path(name).with_suffix('')}{word}.png" for name in good for word in ("-masklabel", "_depth", ".mask")]
+    for number, name in enumerate(maps):
+        add(folder, name, None, picture(100 + number, (64, 48)))
+    add(folder, "party-mask.png", "a mask for a party", picture(90, (64, 48)))  # a caption makes it a picture
+    assert found(folder) == good | {"party-mask.png": "a mask for a party"}
+    assert rejected(folder) == dict.fromkeys(maps, samples.AUXILIARY)
 
 
 def test_an_empty_or_missing_folder_is_an_error(tmp_path: Path) -> None:
