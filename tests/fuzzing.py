@@ -20,7 +20,7 @@ from pathlib import Path
 from lcmlora.errors import UserError
 
 FULL = int(os.environ.get("LCMLORA_FUZZ", "6000"))  # inputs of a slow test
-QUICK = 150  # of the same test in the ordinary suite
+QUICK = 40  # of the same test in the ordinary suite
 SECONDS = 20.0
 MEMORY = 3 << 30  # bytes of address space that a process may take besides what it begins with
 

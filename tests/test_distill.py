@@ -188,7 +188,9 @@ def test_memory_is_saved_without_changing_the_adapter(
         torch.testing.assert_close(saving[name], plain[name], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["bf16", "fp16"]
+)
 def test_over_a_half_precision_base_the_adapter_is_trained_in_fp32_and_also_after_a_kill(
     base_folder: Path, cache: LatentCache, tmp_path: Path, dtype: torch.dtype
 ):

@@ -56,7 +56,8 @@ def test_a_student_that_training_has_not_changed_is_refused(base: LoadedBase):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_unet_is_teacher_and_student_as_the_eager_one_is_when_the_adapter_changes_too(
     base: LoadedBase, backend: str, merged: bool, monkeypatch: pytest.MonkeyPatch
 ):

@@ -130,6 +130,7 @@ def test_a_whole_checkpoint_in_half_precision_and_too_few_pictures_are_refused(
         _tune(base_folder, cache, tmp_path, STYLE.model_copy(update={"batch": 64}))
 
 
+@pytest.mark.slow
 def test_a_whole_checkpoint_of_a_base_in_a_variant_is_loaded_in_that_variant(
     base_folder: Path, cache: LatentCache, tmp_path: Path
 ):

@@ -30,6 +30,7 @@ def _fetched(base_folder: Path, root: Path) -> Path:
     return folders.fetch("mine", _settings(base_folder), root).resolve()
 
 
+@pytest.mark.slow
 def test_twelve_processes_fetch_one_base(base_folder: Path, tmp_path: Path):
     root = tmp_path / "bases"
     assert at_once(_fetched, base_folder, root) == [base_folder.resolve()] * 12

@@ -400,6 +400,7 @@ def test_what_a_killed_process_left_three_others_finish(
     assert tree(encode_in(3, base_folder, listed, tmp_path, "three")) == tree(undisturbed)
 
 
+@pytest.mark.slow
 def test_one_process_encodes_only_what_the_killed_one_of_two_had_to(
     load_base: Load, base_folder: Path, listed: Data, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def check_page_of_the_run(project: Project) -> None:
     assert str(project.root / "releases/a/sha256-") in artifacts("release-a")[-1].data
 
 
+@pytest.mark.slow
 def test_an_unreachable_registry_and_bucket_leave_the_release_for_the_next_run(project: Project, monkeypatch, capfd):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
@@ -145,6 +146,7 @@ def test_without_publishing_and_promoting_there_is_a_version_only_and_force_runs
     assert not (project.root / "releases").exists()
 
 
+@pytest.mark.slow
 def test_settings_of_one_model_retrain_that_model_only_and_a_data_change_retrains_all(project: Project):
     retrain()
     project.change(lambda raw: raw["bases"].update(b=raw["bases"]["b"] | {"distill": {"steps": 3}}))

@@ -230,6 +230,7 @@ def versions(settings: Registry, name: str) -> list[Version]:
     return [version for version in registry.versions(settings) if version.name == name]
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_uploads_leaves_no_orphan_to_the_next_one(
     settings: Registry, sealed: Path, relay: Relay, elsewhere: Any
 ):

@@ -162,6 +162,7 @@ def test_two_processes_that_publish_the_same_bytes_at_once_both_succeed(
     assert [row.whole for row in releases(settings)] == [True, True]
 
 
+@pytest.mark.slow
 def test_of_two_processes_that_publish_different_files_at_once_one_wins_and_the_other_says_so(
     server: SeaweedFS, settings: Publish, tmp_path: Path
 ):

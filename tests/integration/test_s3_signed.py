@@ -36,6 +36,7 @@ def test_a_pointer_that_is_older_changed_anothers_or_of_the_future_is_refused(pe
     assert list(test_records.attempts(peer, tmp_path)) == [*test_records.ATTEMPTS, "rolled back on purpose"]
 
 
+@pytest.mark.slow
 def test_a_yank_stays_although_its_record_is_deleted_or_changed(peer: Peer, tmp_path: Path):
     assert list(test_records.yanks(peer)) == ["deleted", "of another release", "changed"]
     assert pull(f"mini/sha256-{OLD[:12]}", peer.reader, tmp_path / "out", yanked=True)

@@ -54,6 +54,7 @@ def test_pictures_in_a_bucket_are_those_of_the_folder(s3: SeaweedFS, uploaded: s
     assert [(r.caption, r.sha256) for r in table] == [(r.caption, r.sha256) for r in expected]
 
 
+@pytest.mark.slow
 def test_the_same_pictures_have_the_same_latents_wherever_they_lie(
     s3: SeaweedFS, uploaded: str, base_folder: Path, tmp_path: Path
 ):
