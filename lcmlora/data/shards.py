@@ -179,7 +179,8 @@ class Shards:
     def _mapped(self, number: int) -> dict[str, Tensor]:
         """Returns the tensors of a shard, which stay when another process, which does not need it, deletes the file."""
         for _ in range(_TRIES):
-            with contextlib.suppress(FileNotFoundError):  # deleted between its coming and its opening
+            # Deleted between its coming and its opening, for which torch has an error of its own.
+            with contextlib.suppress(FileNotFoundError, RuntimeError):
                 tensors: dict[str, Tensor] = load_file(self._fetch(number))
                 return tensors
         raise UserError(
