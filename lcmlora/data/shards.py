@@ -179,10 +179,14 @@ class Shards:
     def _mapped(self, number: int) -> dict[str, Tensor]:
         """Returns the tensors of a shard, which stay when another process, which does not need it, deletes the file."""
         for _ in range(_TRIES):
-            # Deleted between its coming and its opening, for which torch has an error of its own.
-            with contextlib.suppress(FileNotFoundError, RuntimeError):
-                tensors: dict[str, Tensor] = load_file(self._fetch(number))
-                return tensors
+            path = self._fetch(number)
+            try:
+                tensors: dict[str, Tensor] = load_file(path)
+            except (FileNotFoundError, RuntimeError):  # torch's own, where the file goes while it is opened
+                if path.exists():
+                    raise
+                continue  # it was deleted after it had come
+            return tensors
         raise UserError(
             f"{self._path(number)}: another process deletes it again and again; give each run a folder of its own"
         )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lcmlora import temporaries
 from lcmlora.batches import Batches
 from lcmlora.config import Encode
+from lcmlora.data import shards
 from lcmlora.data.cache import LatentCache
 from lcmlora.data.encode import encode
 from lcmlora.data.prepare import prepare
@@ -154,6 +157,9 @@ def test_what_an_earlier_run_left_goes_when_the_next_one_begins(
     places: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     stream(far(places, tmp_path, 4.2)).draw(0)
+    until = time.monotonic() + 60
+    while len([*tmp_path.glob("*.safetensors")]) < 4 and time.monotonic() < until:  # it has brought what it may hold
+        time.sleep(0.01)
     (tmp_path / f"{'a' * 64}.safetensors").write_bytes(b"of another cache")
     (tmp_path / f".{'b' * 64}.safetensors.999999999.part").write_bytes(b"of a run that was killed")
     temporaries.name_beside(tmp_path / f"{'b' * 64}.safetensors").write_bytes(b"of another one")
@@ -171,6 +177,31 @@ def test_shards_that_another_process_deletes_are_brought_again_or_still_open(
         assert torch.equal(here.draw(step).z, there.draw(step).z)
         for path in tmp_path.glob("*.safetensors"):
             path.unlink()
+
+
+def test_a_shard_that_goes_while_it_is_opened_is_brought_again_and_other_errors_are_told(
+    places: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def load(path: Path) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls % 2:
+            path.unlink()
+            raise RuntimeError(f"unable to open file <{path}> in read-only mode")  # as torch says it
+        return load_file(path)
+
+    monkeypatch.setattr(shards, "load_file", load)
+    here, there = stream(LatentCache(places[0])), stream(far(places, tmp_path / "one", 4.2))
+    assert torch.equal(here.draw(0).z, there.draw(0).z) and calls > 1
+
+    def fail(path: Path) -> dict[str, torch.Tensor]:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(shards, "load_file", fail)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        stream(far(places, tmp_path / "two", 4.2)).draw(0)
 
 
 def test_two_runs_share_a_folder_of_shards(places: tuple[Path, Path, Path], tmp_path: Path) -> None:
