@@ -1,4 +1,4 @@
-"""The door of MLflow's scoring server: what is too much is turned away before it is read, and errors are one line.
+"""The door of MLflow's scoring server: what is too much is turned away, and errors are one line.
 
 `mlflow models serve` builds its application right after it has loaded the model, and gives the model no say in it. So
 the model, while it is loaded there, puts `Door` around that application (`stand_before_mlflow`). What other servers run
@@ -20,6 +20,7 @@ from typing import Any
 
 from lcmlora.limits import Limits
 from lcmlora.parsing import Malformed, parse_json
+from lcmlora.terminal import joined
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -29,6 +30,9 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 _SCORING = "mlflow.pyfunc.scoring_server.app"  # the module in which MLflow's server makes its application
 _PATH = "/invocations"
 _SHOWN = 500  # characters of a message
+# Bytes of a request over the limit that are taken and dropped: a client that still sends when the connection closes
+# sees that it broke, and not why.
+_DROPPED = 16 << 20
 _CODES = {400: "INVALID_PARAMETER_VALUE", 408: "REQUEST_TIMEOUT", 413: "REQUEST_TOO_LARGE", 415: "BAD_REQUEST"}
 
 
@@ -114,15 +118,19 @@ class Door:
 
     async def _read(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes | None:
         told = headers.get(b"content-length", b"")
-        if told.isdigit() and (len(told) > 18 or int(told) > self._limits.body):
+        patience = max(self._limits.body, _DROPPED)
+        if told.isdigit() and (len(told) > 18 or int(told) > patience):
             raise _Refused(413, self._too_large())
-        body = bytearray()
+        body, size = bytearray(), 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            body += message.get("body", b"")
-            if len(body) > self._limits.body:
+            part = message.get("body", b"")
+            size += len(part)
+            if size <= self._limits.body:
+                body += part
+            if size > patience or (size > self._limits.body and not message.get("more_body")):
                 raise _Refused(413, self._too_large())
             if not message.get("more_body"):
                 return bytes(body)
@@ -154,7 +162,7 @@ class Door:
         try:
             await self._application(scope, replay, kept.take)
         except Exception as error:  # MLflow's own server would answer it as a page of text
-            print(f"error: {type(error).__name__}: {_line(str(error))}", file=sys.stderr, flush=True)
+            print(f"error: {type(error).__name__}: {joined(error, _SHOWN)}", file=sys.stderr, flush=True)
             kept = _Kept(status=500)
         finally:
             current.reset(token)
@@ -248,7 +256,7 @@ def _expect_texts(value: Any) -> None:
         elif isinstance(each, dict):
             inner += each.values()
         elif not isinstance(each, str):
-            raise _Refused(400, f"prompt: expected text, got {_line(repr(each))[:100]}")
+            raise _Refused(400, f"prompt: expected text, got {joined(repr(each), 100)}")
 
 
 def _expect_params(params: Any) -> None:
@@ -257,20 +265,20 @@ def _expect_params(params: Any) -> None:
     if params is None:
         return
     if not isinstance(params, dict):
-        raise _Refused(400, f"params: expected an object, got {_line(repr(params))}")
+        raise _Refused(400, f"params: expected an object, got {joined(repr(params), _SHOWN)}")
     for name, value in params.items():
         if name not in DEFAULTS:
-            raise _Refused(400, f"params: {_line(repr(name))}: expected one of {', '.join(DEFAULTS)}")
+            raise _Refused(400, f"params: {joined(repr(name), _SHOWN)}: expected one of {', '.join(DEFAULTS)}")
         whole = name != "guidance"
         if value is not None and (isinstance(value, bool) or not isinstance(value, int if whole else int | float)):
-            shown = _line(repr(value))[:100]
+            shown = joined(repr(value), 100)
             raise _Refused(400, f"{name}: expected a {'whole ' if whole else ''}number, got {shown}")
         if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
             raise _Refused(400, f"{name}: is out of all range")
 
 
 async def _answer(send: Send, status: int, text: str, code: str | None = None) -> None:
-    said = {"error_code": code or _CODES.get(status, "INTERNAL_ERROR"), "message": _line(text)}
+    said = {"error_code": code or _CODES.get(status, "INTERNAL_ERROR"), "message": joined(text, _SHOWN)}
     body = json.dumps(said).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 429:
@@ -279,7 +287,3 @@ async def _answer(send: Send, status: int, text: str, code: str | None = None) -
         headers.append((b"connection", b"close"))  # what is still to come is not read
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())[:_SHOWN]
