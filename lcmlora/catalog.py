@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcmlora import published, records
+from lcmlora import published, terminal
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.published import MANIFEST, YANKED
@@ -80,7 +80,7 @@ def _row(store: Store, prefix: str, entries: list[Entry], channels: Iterable[str
             sha256 = published.manifest(content[0], f"{place}/{MANIFEST}").sha256
             yanked = published.yanked(store, f"{place}/{YANKED}", f"{prefix}/{YANKED}", model, sha256, settings)
     except UserError as error:
-        fault = records.printable(error)
+        fault = terminal.shown(error)
     return Published(
         model=model,
         sha256=sha256,
@@ -120,7 +120,7 @@ def verify(uri: str, settings: Publish, *, key: str = "publish.to") -> Verified:
     entries = found.store.entries("")
     others = {MANIFEST, YANKED, SIGNATURE}
     wrong += [
-        f"{found.uri}/{records.printable(entry.name)}: is not listed in {MANIFEST}; find out who added it, delete it"
+        f"{found.uri}/{terminal.shown(entry.name)}: is not listed in {MANIFEST}; find out who added it, delete it"
         for entry in entries
         if entry.name not in others and entry.name not in found.files
     ]

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lcmlora.terminal import joined
+
 PATIENCE = timedelta(hours=1)  # the others wait while the first process validates
 _HEADER = struct.Struct("<cQ")  # what is exchanged, and how many bytes of it follow
 _SUM, _BYTES = b"s", b"b"
@@ -165,4 +167,4 @@ def _answering() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise Left(" ".join(str(error).split())) from error
+        raise Left(joined(error)) from error

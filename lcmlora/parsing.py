@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from lcmlora.errors import UserError
+from lcmlora.terminal import joined
 
 MAX_BYTES = 64 << 20  # of a file that is read whole; the largest of ours, a manifest of 100,000 shards, has 20 MB
 MAX_DEPTH = 64  # levels of lists and objects; Python's own limit depends on how deep the caller is
@@ -46,7 +47,7 @@ def parse_json(content: bytes | str, *, nan_is_null: bool = False) -> Any:
     except Malformed:
         raise
     except ValueError as error:  # of json, and of int() for thousands of digits
-        raise Malformed(f"not JSON: {_line(error)}") from None
+        raise Malformed(f"not JSON: {joined(error, _SHOWN)}") from None
     check_value(value)
     return value
 
@@ -71,7 +72,7 @@ def parse_yaml(content: bytes | str) -> Any:
     except Malformed:
         raise
     except Exception as error:  # PyYAML's constructors raise whatever a value leads to
-        raise Malformed(f"not YAML: {_line(error)}") from None
+        raise Malformed(f"not YAML: {joined(error, _SHOWN)}") from None
     check_value(value)
     return value
 
@@ -117,7 +118,7 @@ def read_yaml(path: Path, *, limit: int = MAX_YAML) -> Any:
 def as_object(value: Any, place: str) -> dict[str, Any]:
     """Returns the value where it is an object with texts as keys. Raises UserError, which names the place."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"{place}: expected an object, got {_line(repr(value))}")
+        raise UserError(f"{place}: expected an object, got {joined(repr(value), _SHOWN)}")
     return value
 
 
@@ -208,7 +209,3 @@ def _finite(digits: str) -> float:
 
 def _refused(constant: str) -> Any:
     raise Malformed(f"not JSON: {constant} is no number")
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:_SHOWN]

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from lcmlora import published, records, release, seen, signing
+from lcmlora import published, records, release, seen, signing, terminal
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.files import make_once, sha256_file
@@ -63,7 +63,7 @@ def publish(folder: Path, model: str, settings: Publish) -> str:
 def _expect_model(folder: Path, model: str) -> None:
     place = folder / release.PROVENANCE
     if (found := as_object(read_json(place), str(place)).get("model")) != model:
-        raise UserError(f"{place}: model: is {records.printable(repr(found))}, expected {model!r}; package it as that")
+        raise UserError(f"{place}: model: is {terminal.shown(repr(found))}, expected {model!r}; package it as that")
 
 
 def _claim(store: Store, prefix: str, checksums: Path, claim: str) -> None:
@@ -128,7 +128,7 @@ def point(model: str, sha256: str, settings: Publish, channel: str = "champion")
     """
     for name in (model, channel):
         if not records.is_name(name):
-            raise UserError(f"{records.printable(repr(name))}: expected the name of a model and of a channel")
+            raise UserError(f"{terminal.shown(repr(name))}: expected the name of a model and of a channel")
     store = open_store(settings, consequence="the channel was not moved, and the next run moves it")
     prefix = published.prefix_of(model, sha256)
     if not _published(store, model, sha256):
@@ -193,7 +193,7 @@ def follow(model: str, sha256: str, uri: str, settings: Publish, channel: str = 
     """Points the channel beside the release at `uri` at it, which need not lie where releases go now; see `point`."""
     to = uri.removeprefix("file://").rpartition(f"/{model}/sha256-")[0]
     if not to:
-        raise UserError(f"{records.printable(uri)}: is not the address of a release of {model}, so no channel follows")
+        raise UserError(f"{terminal.shown(uri)}: is not the address of a release of {model}, so no channel follows")
     return point(model, sha256, settings.model_copy(update={"to": to}), channel)
 
 
@@ -304,7 +304,7 @@ def _yank_again(store: Store, facts: dict[str, str], settings: Publish) -> None:
     record = records.read(records.YANK, found[0], place)
     if (record["reason"], record["who"]) != (facts["reason"], facts["who"]):
         published.refuse_yanked(
-            {key: records.printable(record[key]) for key in facts if key in record}, store.uri, "it stays so"
+            {key: terminal.shown(record[key]) for key in facts if key in record}, store.uri, "it stays so"
         )
     if settings.signing_key is None or records.is_own(records.YANK, record, settings.signing_key, place):
         return

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lcmlora import records, release, seen, signing
+from lcmlora import records, release, seen, signing, terminal
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.parsing import Malformed, as_object, parse_json
@@ -99,7 +99,7 @@ def _expect_names(reference: str, *names: str) -> None:
     for name in names:
         if not records.is_name(name):
             raise UserError(
-                f"{records.printable(reference)}: {records.printable(repr(name))} is no name of a model or channel; "
+                f"{terminal.shown(reference)}: {terminal.shown(repr(name))} is no name of a model or channel; "
                 "expected letters, digits, '.', '_' and '-', 64 at most"
             )
 
@@ -161,7 +161,7 @@ def pointer(
             record = records.read(records.POINTER, content[0], place)
             records.check(records.POINTER, record, settings, place, "it is passed over")
     except UserError as error:
-        print(f"warning: {records.printable(error)}", file=sys.stderr)
+        print(f"warning: {terminal.shown(error)}", file=sys.stderr)
         return None
     return found
 
@@ -220,7 +220,7 @@ def _described(store: Store, listed: Manifest, files: dict[str, str]) -> tuple[s
     lies_below = name.partition("/")[0] if name.partition("/")[2].startswith("sha256-") and root else model
     for claim, who in ((listed.model, f"{MANIFEST} says"), (lies_below, "it lies below")):
         if claim != model:
-            shown = f"{records.printable(model)}, and {who} {records.printable(claim)}"
+            shown = f"{terminal.shown(model)}, and {who} {terminal.shown(claim)}"
             raise UserError(f"{place}: is a release of {shown}; it was changed or moved, do not use it")
     if packaged is not None:
         records.moment(packaged, f"{place}: packaged")
@@ -270,7 +270,7 @@ def yanked(store: Store, place: str, name: str, model: str, sha256: str, setting
     found = None
     if content is not None:
         record = records.read(records.YANK, content[0], place)
-        found = {key: records.printable(record[key]) for key in ("reason", "who", "time")}
+        found = {key: terminal.shown(record[key]) for key in ("reason", "who", "time")}
         try:
             if any(record.get(key, claim) != claim for key, claim in (("model", model), ("sha256", sha256))):
                 raise UserError(f"{place}: is the record of another release")
@@ -308,12 +308,12 @@ def manifest(content: bytes, place: str) -> Manifest:
         if not isinstance(name, str) or type(size) is not int or size < 0 or not records.is_digest(digest):
             raise UserError(f"{place}: file {number}: expected name, bytes and sha256")
         if fault := release.fault_of_name(name):
-            raise UserError(f"{place}: {records.printable(repr(name))} {fault}")
+            raise UserError(f"{place}: {terminal.shown(repr(name))} {fault}")
         listed.append(File(name, size, str(digest)))
     # A file system may take `README.md` and `readme.md` for one file.
     folded = Counter(file.name.casefold() for file in listed)
     if twice := next((name for name, count in folded.items() if count > 1), None):
-        raise UserError(f"{place}: lists {records.printable(twice)} more than once")
+        raise UserError(f"{place}: lists {terminal.shown(twice)} more than once")
     if (total := sum(file.bytes for file in listed)) > _MOST_BYTES:
         raise UserError(f"{place}: lists {total} bytes, expected {_MOST_BYTES} at most")
     return Manifest(str(model), str(sha256), tuple(listed))

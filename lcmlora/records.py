@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from lcmlora import signing
+from lcmlora import signing, terminal
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.parsing import Malformed, parse_json
@@ -22,7 +22,6 @@ POINTER, YANK = "pointer", "yank"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)")
 _SKEW = timedelta(minutes=10)  # by which clocks may differ
-_SHOWN = 300  # characters of what others wrote
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,6 @@ def is_name(text: object) -> bool:
 
 def is_digest(text: object) -> bool:
     return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{64}", text) is not None
-
-
-def printable(text: object, limit: int = _SHOWN) -> str:
-    """Returns on one line what others wrote, without what a terminal takes for a command, and not without end."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: limit + 1])
-    return f"{shown[:limit]}..." if len(shown) > limit else shown
 
 
 def seal(kind: str, facts: dict[str, str], key: str | None) -> bytes:
@@ -106,10 +99,10 @@ def pointer(content: bytes, place: str) -> Pointer:
     record = read(POINTER, content, place)
     model, sha256, channel = record["model"], record["sha256"], record.get("channel")
     if not is_name(model) or not is_digest(sha256):
-        shown = f"{printable(repr(model))} and {printable(repr(sha256))}"
+        shown = f"{terminal.shown(repr(model))} and {terminal.shown(repr(sha256))}"
         raise UserError(f"{place}: expected the model and sha256 of a release, got {shown}")
     if channel is not None and not is_name(channel):
-        raise UserError(f"{place}: channel: expected a name, got {printable(repr(channel))}")
+        raise UserError(f"{place}: channel: expected a name, got {terminal.shown(repr(channel))}")
     when = record.get("time")
     return Pointer(model, sha256, channel, None if when is None else moment(when, place), "signature" in record)
 
@@ -128,7 +121,7 @@ def moment(text: object, place: str) -> datetime:
             return datetime.fromisoformat(text)
     except ValueError:
         pass  # such as a thirteenth month, which the line below tells of
-    raise UserError(f"{place}: time: expected one such as 2026-11-28T21:30:00Z, got {printable(repr(text))}")
+    raise UserError(f"{place}: time: expected one such as 2026-11-28T21:30:00Z, got {terminal.shown(repr(text))}")
 
 
 def is_future(time: datetime) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from lcmlora import events, masking, records, release
+from lcmlora import events, masking, records, release, terminal
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
 from lcmlora.files import make_once, temporary_folder
@@ -187,9 +187,7 @@ def _expect_ours(version: Version) -> None:
     if not version.run_id:
         raise UserError(f"{version.reference}: has no run, so no release; it was registered by other means")
     if not records.is_digest(version.sha256):
-        shown = (
-            f"its tag sha256 is {records.printable(repr(version.sha256))}" if version.sha256 else "has no tag sha256"
-        )
+        shown = f"its tag sha256 is {terminal.shown(repr(version.sha256))}" if version.sha256 else "has no tag sha256"
         raise UserError(
             f"{version.reference}: {shown}, expected the SHA-256 of an adapter; it was registered by other means"
         )
@@ -260,7 +258,7 @@ def _download(client: Any, version: Version, folder: Path, everything: bool) -> 
         raise UserError(f"{version.reference}: has no release among the artifacts of its run {version.run_id}")
     for name in listed:
         if fault := release.fault_of_name(name):
-            raise UserError(f"{version.reference}: {records.printable(repr(name))} among its artifacts {fault}")
+            raise UserError(f"{version.reference}: {terminal.shown(repr(name))} among its artifacts {fault}")
     for name in sorted(listed) if everything else release.ADAPTER:
         _fetch(client, version, name, folder)
     release.verify(folder, None if everything else release.ADAPTER)

@@ -159,9 +159,9 @@ def history(context: typer.Context, name: Name, as_json: AsJson = False) -> None
 
 
 def _some(texts: Sequence[str]) -> str:
-    from lcmlora.records import printable
+    from lcmlora.terminal import shown
 
-    return ", ".join(map(printable, texts[:5])) + (", ..." if len(texts) > 5 else "")
+    return ", ".join(map(shown, texts[:5])) + (", ..." if len(texts) > 5 else "")
 
 
 @app.command()

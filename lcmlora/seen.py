@@ -17,11 +17,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from lcmlora import terminal
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.files import write_json
 from lcmlora.parsing import as_object, read_json
-from lcmlora.records import Pointer, moment, printable
+from lcmlora.records import Pointer, moment
 
 STATE = "LCMLORA_STATE"  # environment: where this is kept
 
@@ -36,9 +37,10 @@ def pass_pointer(found: Pointer, store: str, channel: str, settings: Publish, pl
             if newest > found.time or (newest == found.time and note.get("sha256") != found.sha256):
                 raise UserError(
                     f"{place}: is of {found.time.isoformat()} and names {found.sha256[:12]}..., and one of "
-                    f"{newest.isoformat()} that names {printable(note.get('sha256'))[:12]}... was seen here before; "
-                    "an older one was put back: do not use it. To go back on purpose run `lcmlora registry rollback`, "
-                    f"which writes a new pointer; if the store itself was reset, delete {path}"
+                    f"{newest.isoformat()} that names {terminal.shown(note.get('sha256'))[:12]}... was seen "
+                    "here before; an older one was put back: do not use it. To go back on purpose run "
+                    f"`lcmlora registry rollback`, which writes a new pointer; if the store itself was reset, delete "
+                    f"{path}"
                 )
             if newest == found.time:
                 return
@@ -68,7 +70,7 @@ def pass_yank(
             return found
         if note is None:
             return None
-        known = {key: printable(note.get(key)) for key in ("reason", "who", "time")}
+        known = {key: terminal.shown(note.get(key)) for key in ("reason", "who", "time")}
         gone = f"the record has gone from the store; {path} remembers it"
         return known | {"reason": f"{known['reason']} ({gone})"}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmlora.errors import UserError
+from lcmlora.terminal import joined
 from lcmlora.weightfiles import Entry, json_of, some
 
 Shapes = dict[str, tuple[int, ...]]
@@ -283,4 +284,4 @@ def _count(names: list[str]) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {joined(error, 200)}"

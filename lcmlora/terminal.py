@@ -38,6 +38,11 @@ def _visible(character: str) -> str:
     return ascii(character)[1:-1]
 
 
+def joined(text: object, limit: int = CELL) -> str:
+    """Returns the beginning of a text, such as a library's error of several lines, as one line. It is not escaped."""
+    return " ".join(str(text).split())[:limit]
+
+
 def lines(text: object, limit: int = LINE, most: int = 100) -> list[str]:
     """Returns the lines of a text, each as `shown`; of more than `most` how many are left out."""
     every = str(text).split("\n")

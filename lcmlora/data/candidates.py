@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from lcmlora import terminal
+
 # What a person would call a picture. Those that are not decoded are reported instead of overlooked.
 SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2",
@@ -158,9 +160,8 @@ def printable(name: str) -> str:
 
 
 def shown(name: str) -> str:
-    """Returns a name for a line that people read: what a terminal would obey is escaped, and what is long is cut."""
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in printable(name[:_SHOWN]))
-    return plain if len(name) <= _SHOWN else f"{plain}..."
+    """Returns a name for a line that people read."""
+    return terminal.shown(name, _SHOWN)
 
 
 def decoded_caption(content: bytes) -> Caption:

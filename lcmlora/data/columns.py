@@ -15,6 +15,7 @@ from lcmlora.data.candidates import UNREADABLE, Rejection, Unusable, printable
 from lcmlora.data.isolation import Piece
 from lcmlora.data.remote import Files
 from lcmlora.errors import Unavailable, UserError
+from lcmlora.terminal import joined
 
 R = TypeVar("R")
 
@@ -225,7 +226,7 @@ def read_piece(
     except Unavailable:
         raise
     except Unusable as reason:
-        detail = _line(reason.__cause__ or "")
+        detail = joined(reason.__cause__ or "")
         return Piece([Rejection(printable(position.table), str(reason), detail=detail)], None)
     except UserError as error:
         return Piece([Rejection(printable(position.table), UNREADABLE, detail=str(error))], None)
@@ -315,17 +316,13 @@ def _enough(results: list[Any], position: Position, start: Position, until: floa
 
 def _refuse(position: Position, count: int, why: Unusable, results: list[Any]) -> Position:
     """Rejects the rest of a group; where it says that it has very many rows, in one piece."""
-    detail = _line(why.__cause__ or "")
+    detail = joined(why.__cause__ or "")
     if count > PIECE_ROWS:
         results.append(Rejection(_name(position), str(why), detail=f"and the {count - 1} rows after it"))
     else:
         rows = range(position.number, position.number + count)
         results += [Rejection(_name(position._replace(number=row)), str(why), detail=detail) for row in rows]
     return position._replace(number=position.number + count, refused=position.refused + min(count, PIECE_ROWS))
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _name(position: Position) -> str:

@@ -23,6 +23,7 @@ from lcmlora.data.isolation import Piece, in_pieces, processes
 from lcmlora.data.remote import Files
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.parsing import Malformed, parse_json
+from lcmlora.terminal import joined
 
 KINDS = (".jsonl", ".csv", ".txt", ".parquet")
 PRELOAD = "lcmlora.data.sources"  # for all that reads data: the first of them decides what processes start with
@@ -119,7 +120,7 @@ def _read(wanted: frozenset[str] | None, place: _Place | columns.Position) -> Pi
     except Unavailable:
         raise
     except (UserError, OSError) as error:
-        return Piece([Rejection(printable(place.table), UNREADABLE, detail=_line(error))], None)
+        return Piece([Rejection(printable(place.table), UNREADABLE, detail=joined(error))], None)
 
 
 def _read_text(place: _Place, file: IO[bytes]) -> Piece[_Place, Row | Rejection]:
@@ -335,7 +336,3 @@ class _Lines:
             self._found.append(self._carry)
             self._carry = b""
             self._cut = True
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:200]
