@@ -9,7 +9,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # DVC's own choice is a folder of all users, below /var/tmp, and it unpickles what it finds there.
-export SITE_CACHE := from lcmlora.private import cache_folder; print(cache_folder("dvc"))
+export SITE_CACHE := from lcmlora.io.private import cache_folder; print(cache_folder("dvc"))
 
 .PHONY: demo test lint bench up down install clean
 

@@ -41,18 +41,19 @@ from torch import Tensor
 
 from benchmarks import published, tables
 from benchmarks.reference import Reference
-from lcmlora import bases, config, folders
-from lcmlora.checkpoint import Checkpoints
+from lcmlora import bases, config
+from lcmlora.bases import folders
 from lcmlora.config import Base, Data, Distill
-from lcmlora.data import cache
-from lcmlora.data.encode import encode
+from lcmlora.data.latents import cache
+from lcmlora.data.latents.encode import encode
 from lcmlora.data.prepare import prepare
-from lcmlora.data.sources import fit, open_picture, read_records
-from lcmlora.distill import Distillation, _probe, equip, samples
+from lcmlora.data.sources.pictures import fit, open_picture, read_records
+from lcmlora.distillation.distill import Distillation, _probe, equip, samples
 from lcmlora.errors import UserError, reporting
-from lcmlora.execution import AdapterCheck
-from lcmlora.files import write_json
-from lcmlora.training import take_step
+from lcmlora.io.files import write_json
+from lcmlora.training.checkpoint import Checkpoints
+from lcmlora.training.execution import AdapterCheck
+from lcmlora.training.loop import take_step
 
 OURS, RECIPE, UNET = "lcmlora", "reference", "reference, UNet part alone"
 _AGREEING = 4  # steps over whose losses both must agree

@@ -49,10 +49,11 @@ def count(name: str, settings: config.Config) -> Preset:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lcmlora import bases, lora
-    from lcmlora.data.encode import _ROW_BYTES
+    from lcmlora import bases
+    from lcmlora.adapters import lora
+    from lcmlora.data.latents.encode import _ROW_BYTES
+    from lcmlora.diffusion.sampling import STUDENT, network_evaluations
     from lcmlora.evaluation.reference import _jobs
-    from lcmlora.sampling import STUDENT, network_evaluations
 
     base, distill, evaluation = settings.base(name), settings.distill_for(name), settings.evaluation_for(name)
     side = base.resolution // 8

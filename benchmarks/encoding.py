@@ -1,6 +1,6 @@
 """The latent cache in the making: kills, processes, memory: python -m benchmarks.encoding [--kills 20] [--json FILE]
 
-A project in miniature (tests/miniature.py) with many pictures of 16 pixels runs `lcmlora encode` as DVC would.
+A project in miniature (tests/support/miniature.py) with many pictures of 16 pixels runs `lcmlora encode` as DVC would.
 Kills: SIGKILL goes to all its processes at moments drawn uniformly over an undisturbed run; it is started again at
 once, and in the end the cache must have the undisturbed one's bytes. Processes: pictures/s of the whole command with
 one and with two, in turns. Memory: the peak of the process with ever more pictures.
@@ -27,11 +27,11 @@ import torch
 import yaml
 
 from benchmarks import tables
-from lcmlora.data.sources import Record, write_records
-from lcmlora.files import sha256_folder, write_json
-from tests import projects
+from lcmlora.data.sources.pictures import Record, write_records
+from lcmlora.io.files import sha256_folder, write_json
 from tests.data.conftest import picture
-from tests.miniature import RESOLUTION, save_base
+from tests.support import projects
+from tests.support.miniature import RESOLUTION, save_base
 
 MODEL = "sd15"
 _FILES = 2000  # a longer list names them again
@@ -70,7 +70,7 @@ class Project:
         return self.root / "data" / "latents" / MODEL
 
     def start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "lcmlora.cli", "encode", MODEL]
+        command = [sys.executable, "-m", "lcmlora.cli.main", "encode", MODEL]
         with (self.root / "log").open("ab") as log:
             return subprocess.Popen(command, cwd=self.root, stdout=log, stderr=log, start_new_session=True)
 

@@ -24,8 +24,10 @@ import torch
 from benchmarks import tables
 from benchmarks.compare import Case, _pictures, make_case
 from benchmarks.variants import STEP, Build
-from lcmlora import bases, lora, sampling
-from lcmlora.data.cache import LatentCache
+from lcmlora import bases
+from lcmlora.adapters import lora
+from lcmlora.data.latents.cache import LatentCache
+from lcmlora.diffusion import sampling
 
 _TURNS = 5
 _DRAWN = 32  # pictures
@@ -145,7 +147,7 @@ def starting(model: str) -> dict[str, dict[str, Any]]:
         "imports of a stage that trains": [
             python,
             "-c",
-            "import lcmlora.distill, diffusers.models.unets.unet_2d_condition",
+            "import lcmlora.distillation.distill, diffusers.models.unets.unet_2d_condition",
         ],
         "imports of the flow": [python, "-c", "import flows.retrain"],
         "dvc status of a stage": [python, "-m", "dvc", "status", f"encode@{model}"],
@@ -174,7 +176,7 @@ def main() -> None:
         unit = next(iter(next(iter(rows.values()))))
         print(tables.markdown([name, unit.replace("_", " ")], [[k, f"{v[unit]:.3g}"] for k, v in rows.items()]))
     if options.json:
-        from lcmlora.files import write_json
+        from lcmlora.io.files import write_json
 
         write_json(options.json, found)
 

@@ -36,12 +36,12 @@ import torch
 import yaml
 
 from benchmarks import tables
-from lcmlora import release
-from lcmlora.files import write_json
-from lcmlora.private import runtime_folder
-from tests import projects
+from lcmlora.io.files import write_json
+from lcmlora.io.private import runtime_folder
+from lcmlora.releases import package
 from tests.evaluation.clips import save_clip
-from tests.miniature import save_base
+from tests.support import projects
+from tests.support.miniature import save_base
 
 ROOT = Path(__file__).parents[1]
 MODEL = "sd15"
@@ -161,7 +161,7 @@ class Project:
             "releases": [path.name for path in prefixes if (path / "manifest.json").is_file()],
             "half releases": [path.name for path in prefixes if not (path / "manifest.json").is_file()],
             "temporary files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*.part")),
-            "digests": [release.digest(path) for path in prefixes],
+            "digests": [package.digest(path) for path in prefixes],
         }
 
     def left(self) -> list[str]:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from lcmlora import bases, config, folders
-from lcmlora.data.cache import LatentCache
-from lcmlora.distill import distill
+from lcmlora import bases, config
+from lcmlora.bases import folders
+from lcmlora.data.latents.cache import LatentCache
+from lcmlora.distillation.distill import distill
 from lcmlora.evaluation.evaluate import evaluate
-from lcmlora.files import write_json
-from lcmlora.training import NullLogger
+from lcmlora.io.files import write_json
+from lcmlora.training.loop import NullLogger
 
 OBJECTIVES = ("lcm", "tcd", "pcm", "tdd")
 

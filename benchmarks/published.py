@@ -18,8 +18,8 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcmlora import bases, config
-from lcmlora.data.emoji import Subject
-from lcmlora.pretrain import SCHEDULE, train_tokenizer
+from lcmlora.data.sources.emoji import Subject
+from lcmlora.demo.pretrain import SCHEDULE, train_tokenizer
 
 _TOKENS = 77
 # OpenAI's CLIP ViT-L/14 and OpenCLIP's ViT-bigG/14, the text half.

@@ -20,11 +20,11 @@ import torch
 
 from benchmarks import tables
 from lcmlora import bases, config
-from lcmlora.data.cache import MANIFEST, ROWS, TEXT, VERSION, LatentCache
-from lcmlora.data.store import Store
-from lcmlora.distill import Distillation, equip, samples
-from lcmlora.files import atomic_folder, write_json
-from lcmlora.training import take_step
+from lcmlora.data.latents.cache import MANIFEST, ROWS, TEXT, VERSION, LatentCache
+from lcmlora.data.latents.store import Store
+from lcmlora.distillation.distill import Distillation, equip, samples
+from lcmlora.io.files import atomic_folder, write_json
+from lcmlora.training.loop import take_step
 from tests.integration.seaweed import REGION, SeaweedFS
 
 

@@ -27,10 +27,12 @@ from typing import Any
 import yaml
 
 from benchmarks import costs, tables
-from lcmlora import config, events, promotion, publish, registry
+from lcmlora import config, registry
 from lcmlora.evaluation.gate import record
-from lcmlora.files import write_json
-from lcmlora.tracking import connect, create_run
+from lcmlora.io.files import write_json
+from lcmlora.registry import events, promotion
+from lcmlora.registry.tracking import connect, create_run
+from lcmlora.releases import publish
 
 _MODELS, _VERSIONS = 200, 5  # of each
 _FEW, _SAMPLES, _PREPARED = 500, (2_000, 100_000), (2_000, 18_000)
@@ -84,11 +86,11 @@ def encode_pictures(samples: int, root: Path) -> dict[str, float]:
     """Encodes so many pictures, which are one tiny picture under 8 captions."""
     import torch
 
-    from lcmlora.data.encode import encode
-    from lcmlora.data.sources import Record, write_records
+    from lcmlora.data.latents.encode import encode
+    from lcmlora.data.sources.pictures import Record, write_records
     from tests.data.conftest import add, data_in, picture
-    from tests.distillation import load_parts
-    from tests.miniature import save_base
+    from tests.support.distillation import load_parts
+    from tests.support.miniature import save_base
 
     torch.set_num_threads(1)
     base = load_parts(save_base(root / "mini"), "vae", "text")
@@ -116,9 +118,9 @@ def read_cache(samples: int, root: Path) -> dict[str, float]:
     """Draws batches from the mapped cache that `encode_pictures` left."""
     import torch
 
-    from lcmlora.batches import Batches, split
-    from lcmlora.data.cache import LatentCache
-    from tests.distillation import SETTINGS
+    from lcmlora.data.latents.cache import LatentCache
+    from lcmlora.training.batches import Batches, split
+    from tests.support.distillation import SETTINGS
 
     torch.set_num_threads(1)
 
@@ -365,7 +367,7 @@ def show_dvc(found: dict[str, Any]) -> str:
 def measure_publish() -> dict[str, Any]:
     from botocore.httpsession import URLLib3Session
 
-    from lcmlora import release
+    from lcmlora.releases import package
     from tests.integration.seaweed import REGION, SeaweedFS
 
     folder = Path("release/emoji")
@@ -385,7 +387,7 @@ def measure_publish() -> dict[str, Any]:
             os.environ |= {"AWS_ACCESS_KEY_ID": access, "AWS_SECRET_ACCESS_KEY": secret}
             server.client().create_bucket(Bucket="releases")
             to = config.Publish(to="s3://releases/team", endpoint_url=server.endpoint, region=REGION)
-            sha256 = release.digest(folder)
+            sha256 = package.digest(folder)
             steps: dict[str, Callable[[], object]] = {
                 "publish": lambda: publish.publish(folder, "emoji", to),
                 "point a channel": lambda: publish.point("emoji", sha256, to),

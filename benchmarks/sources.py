@@ -21,12 +21,12 @@ import torch
 
 from benchmarks import objectives, tables
 from lcmlora import bases, config
-from lcmlora.data.cache import LatentCache
-from lcmlora.data.encode import encode
-from lcmlora.data.sources import find, read_records, write_records
-from lcmlora.distill import Distillation, equip, samples
-from lcmlora.files import write_json
-from lcmlora.training import take_step
+from lcmlora.data.latents.cache import LatentCache
+from lcmlora.data.latents.encode import encode
+from lcmlora.data.sources.pictures import find, read_records, write_records
+from lcmlora.distillation.distill import Distillation, equip, samples
+from lcmlora.io.files import write_json
+from lcmlora.training.loop import take_step
 
 KINDS: dict[str, dict[str, Any]] = {
     "real pictures": {},

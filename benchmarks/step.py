@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lcmlora import bases, config, execution, lora
-from lcmlora.batches import Batch
-from lcmlora.distill import Distillation
-from lcmlora.optimization import Optimization
+from lcmlora import bases, config
+from lcmlora.adapters import lora
+from lcmlora.distillation.distill import Distillation
+from lcmlora.training import execution
+from lcmlora.training.batches import Batch
+from lcmlora.training.optimization import Optimization
 
 
 def _conditioning(base: bases.LoadedBase, rows: int) -> bases.Conditioning:

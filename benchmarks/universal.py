@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from lcmlora.files import write_json
+from lcmlora.io.files import write_json
 
 
 def at_equal_cost(variations: dict[str, Any]) -> str:

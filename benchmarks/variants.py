@@ -25,16 +25,18 @@ from torch import Tensor, nn
 
 from benchmarks import tables
 from benchmarks.compare import Case, make_case
-from lcmlora import bases, execution, lora
-from lcmlora.bases import Conditioning
-from lcmlora.batches import Batches
-from lcmlora.data.cache import LatentCache
-from lcmlora.distill import Distillation, samples
+from lcmlora import bases
+from lcmlora.adapters import lora
+from lcmlora.bases.base import Conditioning
+from lcmlora.data.latents.cache import LatentCache
+from lcmlora.diffusion.teacher import Teacher
+from lcmlora.diffusion.teacher_cache import TeacherCache
+from lcmlora.distillation.distill import Distillation, samples
 from lcmlora.errors import reporting
-from lcmlora.files import write_json
-from lcmlora.optimization import Optimization
-from lcmlora.teacher import Teacher
-from lcmlora.teacher_cache import TeacherCache
+from lcmlora.io.files import write_json
+from lcmlora.training import execution
+from lcmlora.training.batches import Batches
+from lcmlora.training.optimization import Optimization
 
 
 @dataclass

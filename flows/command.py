@@ -12,7 +12,7 @@ import typer
 
 from flows import choose
 from lcmlora.errors import UserError, reporting
-from lcmlora.terminal import note
+from lcmlora.io.terminal import note
 
 # Set before Prefect is imported; whoever sets them otherwise is right.
 _ENVIRONMENT = {

@@ -15,10 +15,10 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from rich.console import Console
 from rich.table import Table
 
-from lcmlora import tracking
 from lcmlora.config import Config
-from lcmlora.terminal import cell, shown
-from lcmlora.terminal import markdown as plain
+from lcmlora.io.terminal import cell, shown
+from lcmlora.io.terminal import markdown as plain
+from lcmlora.registry import tracking
 from tasks.dvc import StageResult
 from tasks.output import slug
 

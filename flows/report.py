@@ -13,10 +13,11 @@ from pydantic import Field
 
 from flows import name_of, outcomes, overview
 from flows.overview import Run, Standing
-from lcmlora import config, promotion
+from lcmlora import config
 from lcmlora.errors import UserError
-from lcmlora.events import Event
-from lcmlora.terminal import markdown as plain
+from lcmlora.io.terminal import markdown as plain
+from lcmlora.registry import promotion
+from lcmlora.registry.events import Event
 
 
 @flow(name="report")

@@ -29,8 +29,9 @@ from pydantic import Field
 
 from flows import choose, outcomes
 from flows.outcomes import Outcome
-from lcmlora import config, faults, masking
+from lcmlora import config
 from lcmlora.errors import UserError
+from lcmlora.io import faults, masking
 from tasks import dvc
 from tasks.devices import occupied
 from tasks.models import (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from lcmlora.errors import UserError, reporting
-from lcmlora.parsing import as_object, read_yaml
+from lcmlora.io.parsing import as_object, read_yaml
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from flows import credentials
 from flows.credentials import Login
-from lcmlora.parsing import MAX_BYTES, Malformed, parse_json
+from lcmlora.io.parsing import MAX_BYTES, Malformed, parse_json
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

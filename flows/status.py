@@ -37,7 +37,7 @@ def status(
     if as_json:
         print(json.dumps([asdict(standing) for standing in found], indent=2))
         return
-    from lcmlora.registry_verbs import print_table
+    from lcmlora.cli.registry import print_table
 
     rows = [
         (

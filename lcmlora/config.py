@@ -24,8 +24,8 @@ from pydantic import (
 
 from lcmlora import names
 from lcmlora.errors import UserError
-from lcmlora.parsing import Malformed, parse_yaml, read_bytes
-from lcmlora.terminal import shown
+from lcmlora.io.parsing import Malformed, parse_yaml, read_bytes
+from lcmlora.io.terminal import shown
 
 _MAX_BYTES = 1 << 20  # of params.yaml; ours has 10,000
 _LARGEST = 1 << 53  # of integers; above it neither JSON nor a float has them all
@@ -162,7 +162,7 @@ class Data(Strict):
 
 
 class Rollouts(Strict):
-    """How the teacher makes latents of prompts without pictures: guided DDIM (lcmlora/data/rollouts.py)."""
+    """How the teacher makes latents of prompts without pictures: guided DDIM (lcmlora/data/latents/rollouts.py)."""
 
     steps: Positive = 50  # the points of its grid
     w: Annotated[float, Field(ge=0)] = 7.5  # guidance as in `distill`
@@ -183,7 +183,7 @@ class Encode(Strict):
 
 
 class Training(Strict):
-    """A run of the training loop (lcmlora/training.py)."""
+    """A run of the training loop (lcmlora/training/loop.py)."""
 
     seed: Seed
     steps: Positive
@@ -206,7 +206,9 @@ class Training(Strict):
     log_every: Positive
     validate_every: Positive
     validation_pictures: Positive  # kept from training, by caption; at most a tenth of the cache
-    window: Positive = 1 << 18  # pictures that are mixed with each other, where there are more (lcmlora/data/plan.py)
+    window: Positive = (
+        1 << 18
+    )  # pictures that are mixed with each other, where there are more (lcmlora/data/latents/plan.py)
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -220,7 +222,7 @@ class Training(Strict):
 
 
 class Distill(Training):
-    """Distillation of the adapter (stage `distill`); the objectives and their sources are in lcmlora/objectives.py."""
+    """Distillation of the adapter (stage `distill`); the objectives: lcmlora/diffusion/objectives.py."""
 
     objective: Literal["lcm", "tcd", "pcm", "tdd"]
     phases: Positive = 4  # pcm: the student's steps are trained for this many
@@ -252,7 +254,7 @@ class Distill(Training):
 
 
 class Tuning(Training):
-    """A style by the ordinary diffusion loss (lcmlora/finetune.py): a LoRA, or a whole checkpoint without a rank."""
+    """A style by the ordinary diffusion loss: a LoRA, or a whole checkpoint without a rank (`finetune`)."""
 
     rank: Positive | None = None
     alpha: Annotated[float, Field(gt=0)] | None = None  # the rank, where it is left out
@@ -437,8 +439,12 @@ class Config(Strict):
     data: Data
     encode: Encode
     launch: Launch = Launch()
-    teacher_cache_gb: Annotated[float, Field(ge=0)] = 0.0  # of disk, for each model (lcmlora/teacher_cache.py)
-    shard_cache_gb: Annotated[float, Field(gt=0)] = 50.0  # of disk, for shards out of a bucket (lcmlora/data/shards.py)
+    teacher_cache_gb: Annotated[float, Field(ge=0)] = (
+        0.0  # of disk, for each model (lcmlora/diffusion/teacher_cache.py)
+    )
+    shard_cache_gb: Annotated[float, Field(gt=0)] = (
+        50.0  # of disk, for shards out of a bucket (lcmlora/data/latents/shards.py)
+    )
     distill: Distill
     evaluation: Evaluation
     gate: Gate

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lcmlora.terminal import note
+from lcmlora.io.terminal import note
 
 
 class UserError(Exception):
@@ -18,7 +18,7 @@ class UserError(Exception):
     """
 
     def __str__(self) -> str:
-        from lcmlora import masking
+        from lcmlora.io import masking
 
         return masking.text(super().__str__())
 
@@ -36,7 +36,7 @@ def reporting(prefix: str = "", verb: str = "") -> Iterator[None]:
     Args:
         verb: of the command line, which decides what takes less memory.
     """
-    from lcmlora import faults, masking
+    from lcmlora.io import faults, masking
 
     try:
         yield

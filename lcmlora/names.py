@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from lcmlora.errors import UserError
-from lcmlora.terminal import shown
+from lcmlora.io.terminal import shown
 
 RULE = "letters, digits, '.', '_' and '-', 64 at most, the first a letter or digit, the last no '.'"
 

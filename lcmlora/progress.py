@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
-from lcmlora.terminal import note, shown
+from lcmlora.io.terminal import note, shown
 
 T = TypeVar("T")
 

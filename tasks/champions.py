@@ -5,8 +5,10 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from lcmlora import config, promotion, publish
-from lcmlora.registry import Version
+from lcmlora import config
+from lcmlora.registry import promotion
+from lcmlora.registry.versions import Version
+from lcmlora.releases import publish
 
 
 @task(task_run_name="promote {reference}", cache_policy=NO_CACHE)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from lcmlora import changes, config
+from lcmlora import config
+from lcmlora.data import changes
 
 
 @task(task_run_name="look at the data set", cache_policy=NO_CACHE)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.private import runtime_folder
-from lcmlora.terminal import shown
+from lcmlora.io.private import runtime_folder
+from lcmlora.io.terminal import shown
 from tasks.output import tell
 from tasks.processes import Processes
 

@@ -16,8 +16,8 @@ from prefect.states import State
 
 from lcmlora.config import Config, Flow
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.parsing import Malformed, as_object, parse_json
-from lcmlora.terminal import shown
+from lcmlora.io.parsing import Malformed, as_object, parse_json
+from lcmlora.io.terminal import shown
 from tasks.devices import held
 from tasks.leftovers import mend
 from tasks.output import told
@@ -151,7 +151,7 @@ def examine(model: str, processes: Processes, settings: Config) -> None:
     Raises:
         StageFailed: with the last error line.
     """
-    status, lines = _listen(processes, python("lcmlora.cli", "doctor", model), "doctor", model, settings.flow)
+    status, lines = _listen(processes, python("lcmlora.cli.main", "doctor", model), "doctor", model, settings.flow)
     if status != 0:
         raise _failed(f"doctor {model}", status, lines)
 

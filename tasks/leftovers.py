@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from lcmlora.files import atomic_write
+from lcmlora.io.files import atomic_write
 
 _PATIENCE = 60.0  # seconds to wait for a DVC that is at work on what is to be mended
 

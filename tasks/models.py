@@ -9,10 +9,12 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from lcmlora import config, promotion, publish, registration, registry, release
+from lcmlora import config, registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.evaluation import gate
-from lcmlora.parsing import as_object, read_json
+from lcmlora.io.parsing import as_object, read_json
+from lcmlora.registry import promotion, registration
+from lcmlora.releases import package, publish
 from tasks.devices import occupied
 from tasks.dvc import StageFailed
 from tasks.processes import Processes, python, reason, stream
@@ -30,7 +32,7 @@ class Champion:
 @task(task_run_name="fetch base {model}", cache_policy=NO_CACHE)
 def fetch_base(model: str, settings: config.Config) -> Path:
     """Puts the base at bases/MODEL and returns the folder."""
-    from lcmlora import folders
+    from lcmlora.bases import folders
 
     return folders.fetch(model, settings.base(model))
 
@@ -50,7 +52,7 @@ def read_champion(
     Where data, prompts or features have changed since it was measured, it is measured again.
     """
     champion = registry.champion(model, settings.registry)
-    if champion is None or champion.sha256 == release.digest(Path("release", model)):
+    if champion is None or champion.sha256 == package.digest(Path("release", model)):
         return None
     try:
         theirs = registry.figures(champion, settings.registry)
@@ -59,7 +61,7 @@ def read_champion(
     except UserError as error:
         return Champion(champion.reference, {}, str(error))
     if gate.incomparable(figures, theirs):
-        from lcmlora import folders
+        from lcmlora.bases import folders
 
         made_for = _read(Path("adapters", model, "config.json"), "base")["base"]
         if not folders.same_base(champion.base, made_for):
@@ -72,7 +74,7 @@ def _remeasure(model: str, reference: str, settings: config.Config, processes: P
     out = Path("scratch", "champion", f"{model}.json")
     arguments = ("remeasure", model, "--adapter", f"models:/{reference}", "--out", str(out))
     with occupied(settings.flow.limit, processes):
-        status, lines = stream(processes, python("lcmlora.cli", *arguments))
+        status, lines = stream(processes, python("lcmlora.cli.main", *arguments))
     if status != 0:
         raise StageFailed(f"remeasure {reference}: {reason(lines, status)}")
     return _read(out)

@@ -19,10 +19,10 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
-from lcmlora import faults, masking
 from lcmlora.errors import UserError
-from lcmlora.private import cache_folder
-from lcmlora.terminal import LINE, shown
+from lcmlora.io import faults, masking
+from lcmlora.io.private import cache_folder
+from lcmlora.io.terminal import LINE, shown
 from tasks import supervisor
 
 _PATIENCE = supervisor.GRACE + 3  # seconds for a supervisor to end what it watches

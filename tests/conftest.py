@@ -13,12 +13,12 @@ import torch
 
 from lcmlora import bases
 from lcmlora.config import Base, Encode
-from lcmlora.data.cache import LatentCache
-from lcmlora.data.encode import encode
+from lcmlora.data.latents.cache import LatentCache
+from lcmlora.data.latents.encode import encode
 from lcmlora.data.prepare import prepare
 from tests.data.conftest import add, data_in, picture
-from tests.distillation import load_parts
-from tests.miniature import RESOLUTION, save_base
+from tests.support.distillation import load_parts
+from tests.support.miniature import RESOLUTION, save_base
 
 ROOT = Path(__file__).parent
 
@@ -70,7 +70,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def miniatures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Returns the folder of a miniature by its architecture (tests.miniature.ARCHITECTURES), each made once."""
+    """Returns the folder of a miniature by its architecture (tests.support.miniature.ARCHITECTURES), each made once."""
 
     @cache
     def make(architecture: str) -> Path:

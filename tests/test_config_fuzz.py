@@ -8,7 +8,7 @@ import pytest
 
 from lcmlora import config
 from lcmlora.errors import UserError
-from tests import fuzzing
+from tests.support import fuzzing
 
 ROOT = Path(__file__).parents[1]
 WORDS = (

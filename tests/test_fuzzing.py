@@ -9,8 +9,8 @@ import time
 import pytest
 
 from lcmlora.errors import UserError
-from lcmlora.parsing import Malformed, parse_json, parse_yaml
-from tests.fuzzing import FULL, QUICK, check, mutated, outcomes
+from lcmlora.io.parsing import Malformed, parse_json, parse_yaml
+from tests.support.fuzzing import FULL, QUICK, check, mutated, outcomes
 
 
 def faulty(content: bytes) -> None:

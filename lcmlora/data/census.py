@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
-from lcmlora.data.candidates import printable
+from lcmlora.data.reading.candidates import printable
 
 _NAMED = 10  # names listed of each kind
 _KINDS = 100  # an ending may be made up for every file

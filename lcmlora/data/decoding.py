@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from lcmlora.data.candidates import DAMAGED, LFS, NOT_A_PICTURE, TOO_LARGE, Unusable
+from lcmlora.data.reading.candidates import DAMAGED, LFS, NOT_A_PICTURE, TOO_LARGE, Unusable
 
 BAD_PROFILE = "its colour profile cannot be used; taken as sRGB"
 

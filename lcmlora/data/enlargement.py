@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from lcmlora.config import Data
-from lcmlora.data.sources import read_records
+from lcmlora.data.sources.pictures import read_records
 
 _TOLD = 1.5  # times; less is hardly seen
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from lcmlora.config import Data
 from lcmlora.data import remedies
-from lcmlora.data.candidates import DUPLICATE, printable, shown
 from lcmlora.data.duplicates import Looks
+from lcmlora.data.reading.candidates import DUPLICATE, printable, shown
 from lcmlora.data.rejections import write as write_rejections
-from lcmlora.data.sources import Found, Record, Rejection, survey, write_records
+from lcmlora.data.sources.pictures import Found, Record, Rejection, survey, write_records
 from lcmlora.errors import UserError
-from lcmlora.files import atomic_folder, write_json
+from lcmlora.io.files import atomic_folder, write_json
 
 ALIKE = "looks like another picture (data.near_duplicates)"
 

@@ -11,9 +11,9 @@ from typing import Any
 from lcmlora.config import Data
 from lcmlora.data import enlargement
 from lcmlora.data.prepare import prepare
-from lcmlora.data.sources import Record, open_picture, read_records
+from lcmlora.data.sources.pictures import Record, open_picture, read_records
 from lcmlora.errors import UserError
-from lcmlora.files import atomic_write, temporary_folder
+from lcmlora.io.files import atomic_write, temporary_folder
 
 _COLUMNS = 4
 _CELL = 2.4  # inches

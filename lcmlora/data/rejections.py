@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lcmlora.config import Data
-from lcmlora.data.candidates import Rejection, printable, shown
-from lcmlora.data.isolation import isolated
-from lcmlora.data.sources import glimpse, workers
-from lcmlora.files import atomic_write
+from lcmlora.data.reading.candidates import Rejection, printable, shown
+from lcmlora.data.sources.pictures import glimpse, workers
+from lcmlora.io.files import atomic_write
+from lcmlora.io.isolation import isolated
 
 TABLE, PAGE = "rejected.parquet", "rejected.html"
 

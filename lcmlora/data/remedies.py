@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from lcmlora.config import Data
-from lcmlora.data import candidates as reasons
-from lcmlora.data import census, prompts, samples
-from lcmlora.data.candidates import Rejection
+from lcmlora.data import census
+from lcmlora.data.reading import candidates as reasons
+from lcmlora.data.reading import samples
+from lcmlora.data.reading.candidates import Rejection
+from lcmlora.data.sources import prompts
 from lcmlora.errors import UserError
 
 _SHOWN = 3  # names

@@ -18,14 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcmlora import sampling
-from lcmlora.bases import LoadedBase
+from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, digest
-from lcmlora.data.sources import Record, fit, open_picture
+from lcmlora.data.sources.pictures import Record, fit, open_picture
+from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
-from lcmlora.evaluation.features import Features
-from lcmlora.evaluation.scores import Scorer
-from lcmlora.files import atomic_write
+from lcmlora.evaluation.measures.features import Features
+from lcmlora.evaluation.measures.scores import Scorer
+from lcmlora.io.files import atomic_write
 from lcmlora.progress import track
 
 REAL = "real"

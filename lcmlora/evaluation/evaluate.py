@@ -11,20 +11,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcmlora import formats, lora, parsing, sampling
-from lcmlora.bases import LoadedBase
+from lcmlora.adapters import formats, lora
+from lcmlora.bases.base import LoadedBase
+from lcmlora.bases.folders import compared
 from lcmlora.config import Data, Evaluation
-from lcmlora.data.sources import read_records
+from lcmlora.data.sources.pictures import read_records
+from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
-from lcmlora.evaluation import report
-from lcmlora.evaluation.bootstrap import Bootstrap, interval
+from lcmlora.evaluation import charts
 from lcmlora.evaluation.drawing import REAL, Way, distinct_captions, latency, read_strip, save_strip, strip_path
-from lcmlora.evaluation.features import Features
-from lcmlora.evaluation.metrics import distance, diversity, retrieval_hits
+from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
+from lcmlora.evaluation.measures.features import Features
+from lcmlora.evaluation.measures.metrics import distance, diversity, retrieval_hits
 from lcmlora.evaluation.reference import AGAIN, artist_of, load_features, load_scorers, mean_scores
-from lcmlora.files import atomic_folder, atomic_write, sha256_file, write_json
-from lcmlora.folders import compared
-from lcmlora.parsing import as_object
+from lcmlora.io import parsing
+from lcmlora.io.files import atomic_folder, atomic_write, sha256_file, write_json
+from lcmlora.io.parsing import as_object
 
 STUDENT = "student"
 _GRID_STEPS = 4  # at which the grid shows the solvers: where the adapter is meant to be used
@@ -96,8 +98,8 @@ def evaluate(
             save_strip(drawing.strip, strip_path(folder, key))
         rows = artist.shown[: artist.rows]
         write_json(folder / "pictures" / "prompts.json", {"prompts": rows, "side": base.resolution})
-        report.grid(rows, _columns(settings, folder), folder / "grid.png")
-        report.curves(table, metrics["floor"], folder / "steps.png")
+        charts.grid(rows, _columns(settings, folder), folder / "grid.png")
+        charts.curves(table, metrics["floor"], folder / "steps.png")
     atomic_write(plots_file, lambda path: _write_csv(path, table))
     write_json(metrics_file, metrics)
     shutil.rmtree(scratch)
@@ -240,21 +242,21 @@ def _advantages(excess: dict[str, float], costs: dict[str, int], spread: dict[st
     return found
 
 
-def _table(metrics: dict[str, Any], teacher_steps: int) -> list[report.Row]:
+def _table(metrics: dict[str, Any], teacher_steps: int) -> list[charts.Row]:
     """Returns a row for every method at every step count, in order."""
     rows = []
     for key, value in metrics["distance_teacher"].items():
         name = f"teacher@{teacher_steps}" if key == "teacher" else key
         method, steps = name.split("@")
         cost, retrieval = metrics["network_evaluations"][name], metrics["retrieval"][name]
-        rows.append(report.Row(method, int(steps), cost, value, metrics["excess"][key], retrieval))
+        rows.append(charts.Row(method, int(steps), cost, value, metrics["excess"][key], retrieval))
     return sorted(rows, key=lambda row: (row.method, row.steps))
 
 
-def _write_csv(path: Path, rows: list[report.Row]) -> None:
+def _write_csv(path: Path, rows: list[charts.Row]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(report.Row._fields)
+        writer.writerow(charts.Row._fields)
         writer.writerows(rows)
 
 

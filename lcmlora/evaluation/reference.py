@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lcmlora.bases import LoadedBase
+from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, Evaluation
-from lcmlora.data.sources import Record, read_records
+from lcmlora.data.sources.pictures import Record, read_records
 from lcmlora.errors import UserError
-from lcmlora.evaluation import features as feature_sets
-from lcmlora.evaluation import scores
 from lcmlora.evaluation.drawing import REAL, Artist, Drawing, Way, distinct_captions
-from lcmlora.evaluation.features import Features
-from lcmlora.evaluation.metrics import pictures_needed
-from lcmlora.evaluation.scores import Scorer
-from lcmlora.files import atomic_folder, sha256_folder, write_json
+from lcmlora.evaluation.measures import features as feature_sets
+from lcmlora.evaluation.measures import scores
+from lcmlora.evaluation.measures.features import Features
+from lcmlora.evaluation.measures.metrics import pictures_needed
+from lcmlora.evaluation.measures.scores import Scorer
+from lcmlora.io.files import atomic_folder, sha256_folder, write_json
 
 AGAIN = "/again"  # ends the key of the teacher's second set
 _GALLERY = 4  # real pictures of one caption in the gallery

@@ -8,17 +8,19 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from lcmlora import formats, lora, references, sampling
-from lcmlora.bases import LoadedBase
+from lcmlora.adapters import formats, lora
+from lcmlora.bases.base import LoadedBase
+from lcmlora.bases.folders import identity
+from lcmlora.cli import references
+from lcmlora.cli.references import AdapterReference
 from lcmlora.config import Base, Evaluation
-from lcmlora.data.sources import read_records
+from lcmlora.data.sources.pictures import read_records
+from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.evaluation.drawing import REAL, Way, distinct_captions
 from lcmlora.evaluation.evaluate import STUDENT, measure, read_json
 from lcmlora.evaluation.reference import AGAIN, artist_of, load_features
-from lcmlora.files import sha256_file
-from lcmlora.folders import identity
-from lcmlora.references import AdapterReference
+from lcmlora.io.files import sha256_file
 
 
 def remeasure(

@@ -18,18 +18,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcmlora import compose, formats, lora, release
-from lcmlora.bases import LoadedBase
+from lcmlora.adapters import combine, formats, lora
+from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, Evaluation, Kind, Study, digest
 from lcmlora.data.prepare import prepare
-from lcmlora.data.sources import read_records
+from lcmlora.data.sources.pictures import read_records
 from lcmlora.errors import UserError
-from lcmlora.evaluation.bootstrap import Bootstrap, interval
 from lcmlora.evaluation.drawing import REAL, Artist, Way, distinct_captions, save_strip, strip_path
 from lcmlora.evaluation.evaluate import STUDENT, adapter_layers, read_json, student_ways, variety
-from lcmlora.evaluation.metrics import distance, retrieval_at_1
+from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
+from lcmlora.evaluation.measures.metrics import distance, retrieval_at_1
 from lcmlora.evaluation.reference import AGAIN, about_real, artist_of, check_count, choose_real, load_features
-from lcmlora.files import atomic_folder, sha256_file, write_json
+from lcmlora.io.files import atomic_folder, sha256_file, write_json
+from lcmlora.releases import package
 
 ALONE, ACCELERATED, ADAPTER = "alone/", "accelerated@", "adapter@"
 _CURVE = "dpm++"  # the solver that the paper's Figure 3 draws styles with
@@ -152,7 +153,7 @@ def study(
             chosen = next((s for s in styles if s.name == settings.grid_style), styles[0])
             painter = _Painter(base, adapter, chosen, settings, evaluation, scratch)
             figures["weights"] = painter.weights_grid(ways[f"{STUDENT}@{settings.steps}"], folder)
-        write_json(folder / release.STUDY, figures)
+        write_json(folder / package.STUDY, figures)
     shutil.rmtree(scratch)
     return figures
 
@@ -188,7 +189,7 @@ class _Painter:
     def _with(self, style: float, lcm: float) -> Iterator[str]:
         """Within the block style and adapter have these weights in the UNet; yields a digest of that."""
         parts = [(self._lcm, lcm)] + ([(self._style, style)] if self._style and style else [])
-        layers = compose.combine(parts).layers
+        layers = combine.combine(parts).layers
         factors = {name: (layer.down, layer.folded.up) for name, layer in layers.items()}
         with lora.applied(self._base.unet, factors, self._variation.name):
             yield digest({"adapters": self._identity[: len(parts)], "weights": [weight for _, weight in parts]})

@@ -3,10 +3,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.reference import Reference
-from lcmlora.data.cache import LatentCache
-from lcmlora.distill import Distillation, equip, samples
-from lcmlora.training import take_step
-from tests.distillation import CPU, SETTINGS, load_parts
+from lcmlora.data.latents.cache import LatentCache
+from lcmlora.distillation.distill import Distillation, equip, samples
+from lcmlora.training.loop import take_step
+from tests.support.distillation import CPU, SETTINGS, load_parts
 
 
 def test_both_compute_the_same_losses_from_the_same_samples(base_folder: Path, cache: LatentCache):

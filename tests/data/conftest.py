@@ -12,7 +12,7 @@ from PIL import Image
 
 from lcmlora import bases
 from lcmlora.config import Base, Data
-from tests.miniature import save_base
+from tests.support.miniature import save_base
 
 NODE_MODULES = Path(__file__).parents[2] / "node_modules"
 

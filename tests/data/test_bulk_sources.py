@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from lcmlora.config import Data
-from lcmlora.data import candidates, headers, samples, tars
-from lcmlora.data.guess import source_of
-from lcmlora.data.parquet import NO_BYTES
 from lcmlora.data.prepare import prepare
-from lcmlora.data.sources import find, open_picture, read_records
+from lcmlora.data.reading import candidates, headers, samples
+from lcmlora.data.sources import tars
+from lcmlora.data.sources.guess import source_of
+from lcmlora.data.sources.parquet import NO_BYTES
+from lcmlora.data.sources.pictures import find, open_picture, read_records
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 

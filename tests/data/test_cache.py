@@ -17,16 +17,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lcmlora import checkpoint, ranks
-from lcmlora.bases import LoadedBase
+from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, Encode
-from lcmlora.data import texts
-from lcmlora.data.cache import LatentCache
-from lcmlora.data.encode import encode
-from lcmlora.data.sources import Record, find, fit, open_picture, read_records, write_records
+from lcmlora.data.latents import texts
+from lcmlora.data.latents.cache import LatentCache
+from lcmlora.data.latents.encode import encode
+from lcmlora.data.sources.pictures import Record, find, fit, open_picture, read_records, write_records
 from lcmlora.errors import UserError
-from lcmlora.files import sha256_file
-from lcmlora.ranks import Ranks
+from lcmlora.io.files import sha256_file
+from lcmlora.parallel import ranks
+from lcmlora.parallel.ranks import Ranks
+from lcmlora.training import checkpoint
 from tests.data.conftest import add, data_in, load_encoders, picture
 
 SETTINGS = Encode(batch=5, shard_mb=1, device="cpu")
@@ -421,7 +422,7 @@ def test_processes_with_scratch_folders_of_their_own_are_told_so(
 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
-    monkeypatch.setattr("lcmlora.data.store._VISIBLE", 0.0)
+    monkeypatch.setattr("lcmlora.data.latents.store._VISIBLE", 0.0)
     rest = (listed, SETTINGS, tmp_path / "pictures", tmp_path / "scratch", tmp_path / "latents/mini")
     with pytest.raises(UserError, match=r"shard-00001\.safetensors: is not there.*one and the same scratch folder"):
         encode(load_base(LARGE), *rest, Ranks(0, 2))

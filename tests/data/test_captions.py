@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lcmlora.data.candidates import AMBIGUOUS, NO_CAPTION, NOT_UTF8, clean_caption
-from lcmlora.data.captions import BAD_JSON
-from lcmlora.data.folder import Folder
 from lcmlora.data.prepare import prepare, print_report
-from lcmlora.data.sources import survey
+from lcmlora.data.reading.candidates import AMBIGUOUS, NO_CAPTION, NOT_UTF8, clean_caption
+from lcmlora.data.reading.captions import BAD_JSON
+from lcmlora.data.sources.folder import Folder
+from lcmlora.data.sources.pictures import survey
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 from tests.data.test_bulk_sources import png, sample, table, tar

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from lcmlora.data.candidates import LFS, Unusable
 from lcmlora.data.decoding import BAD_PROFILE, decode
+from lcmlora.data.reading.candidates import LFS, Unusable
 from tests.data.conftest import picture
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

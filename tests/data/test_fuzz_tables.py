@@ -17,10 +17,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lcmlora.data import columns, parquet, prompts, tables, tars
-from lcmlora.data.candidates import Candidate, Rejection, Unusable
-from lcmlora.data.isolation import Piece
-from tests import fuzzing
+from lcmlora.data.reading import columns, tables
+from lcmlora.data.reading.candidates import Candidate, Rejection, Unusable
+from lcmlora.data.sources import parquet, prompts, tars
+from lcmlora.io.isolation import Piece
+from tests.support import fuzzing
 
 ROWS = [{"file_name": f"{n}.png", "text": f'a "quoted" text, {n}, é\n' * (n % 3 + 1), "score": n / 7} for n in range(6)]
 _numbers = itertools.count()

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
-from lcmlora.data import candidates
-from lcmlora.data.folder import Folder
 from lcmlora.data.prepare import DUPLICATE, prepare
-from lcmlora.data.sources import find
+from lcmlora.data.reading import candidates
+from lcmlora.data.sources.folder import Folder
+from lcmlora.data.sources.pictures import find
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lcmlora.data.isolation import CRASHED, NO_MEMORY, TOO_LONG, Piece, in_pieces, isolated
+from lcmlora.io.isolation import CRASHED, NO_MEMORY, TOO_LONG, Piece, in_pieces, isolated
 
 
 def work(item: str) -> str:

@@ -9,11 +9,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lcmlora.data import columns, parquet
-from lcmlora.data.candidates import NO_CAPTION, Candidate, Unusable
-from lcmlora.data.columns import Position
-from lcmlora.data.parquet import Parquet
 from lcmlora.data.prepare import prepare
+from lcmlora.data.reading import columns
+from lcmlora.data.reading.candidates import NO_CAPTION, Candidate, Unusable
+from lcmlora.data.reading.columns import Position
+from lcmlora.data.sources import parquet
+from lcmlora.data.sources.parquet import Parquet
 from lcmlora.errors import UserError
 from tests.data.conftest import data_in
 from tests.data.test_bulk_sources import png

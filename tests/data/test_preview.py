@@ -7,9 +7,9 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from lcmlora.cli import app
-from lcmlora.data.guess import source_of
+from lcmlora.cli.main import app
 from lcmlora.data.preview import preview
+from lcmlora.data.sources.guess import source_of
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 from tests.data.test_bulk_sources import table, tar

@@ -9,21 +9,21 @@ import torch
 
 from lcmlora import bases
 from lcmlora.config import Data, Encode, Rollouts
-from lcmlora.data.cache import LatentCache
-from lcmlora.data.encode import encode
+from lcmlora.data.latents.cache import LatentCache
+from lcmlora.data.latents.encode import encode
+from lcmlora.data.latents.rollouts import RolloutEncoder
 from lcmlora.data.prepare import prepare
 from lcmlora.data.preview import preview
-from lcmlora.data.rollouts import RolloutEncoder
-from lcmlora.data.sources import Record, find, read_records
-from lcmlora.distill import samples
+from lcmlora.data.sources.pictures import Record, find, read_records
+from lcmlora.diffusion.sampling import text_conditioning
+from lcmlora.diffusion.teacher import Teacher
+from lcmlora.distillation.distill import samples
 from lcmlora.errors import UserError
 from lcmlora.noise import generator
-from lcmlora.sampling import text_conditioning
-from lcmlora.teacher import Teacher
 from tests.data.conftest import data_in
-from tests.distillation import CPU, load_parts
-from tests.distillation import SETTINGS as DISTILL
-from tests.miniature import RESOLUTION
+from tests.support.distillation import CPU, load_parts
+from tests.support.distillation import SETTINGS as DISTILL
+from tests.support.miniature import RESOLUTION
 
 SETTINGS = Encode(batch=4, rollouts=Rollouts(steps=5, w=3.0, states=True))
 
@@ -142,7 +142,7 @@ def test_the_cache_says_how_it_was_drawn_and_gives_neighbouring_states(cache: La
 def test_shards_end_early_enough_for_a_killed_run_and_give_the_same_states(
     base_folder: Path, cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lcmlora.data.encode.MOST", 3)
+    monkeypatch.setattr("lcmlora.data.latents.encode.MOST", 3)
     parts = draw(base_folder, ten(tmp_path), tmp_path)
     assert len(parts.manifest["shards"]) == 3 < len(cache)
     mapped = LatentCache(tmp_path / "latents", ram_bytes=0)
@@ -154,7 +154,7 @@ def test_shards_end_early_enough_for_a_killed_run_and_give_the_same_states(
 def test_states_come_out_of_a_bucket_before_its_shards_are_here_and_after(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lcmlora.data.encode.MOST", 3)
+    monkeypatch.setattr("lcmlora.data.latents.encode.MOST", 3)
     here = draw(base_folder, ten(tmp_path), tmp_path / "here")
     there = draw(base_folder, ten(tmp_path), tmp_path, SETTINGS.model_copy(update={"shards": str(tmp_path / "bucket")}))
     rows, index = torch.arange(len(here)), torch.arange(len(here)) % 5
@@ -170,7 +170,7 @@ def test_states_come_out_of_a_bucket_before_its_shards_are_here_and_after(
 def test_a_killed_run_goes_on_at_the_next_shard_with_the_same_bytes(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lcmlora.data.encode.MOST", 4)
+    monkeypatch.setattr("lcmlora.data.latents.encode.MOST", 4)
     whole = draw(base_folder, ten(tmp_path / "whole"), tmp_path / "whole")
     taken: list[int] = []
     real = RolloutEncoder.__call__

@@ -12,20 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lcmlora import temporaries
-from lcmlora.batches import Batches
 from lcmlora.config import Encode
-from lcmlora.data import shards
-from lcmlora.data.cache import LatentCache
-from lcmlora.data.encode import encode
+from lcmlora.data.latents import shards
+from lcmlora.data.latents.cache import LatentCache
+from lcmlora.data.latents.encode import encode
+from lcmlora.data.latents.shards import Shards
 from lcmlora.data.prepare import prepare
-from lcmlora.data.remote import Files
-from lcmlora.data.shards import Shards
-from lcmlora.data.sources import find, write_records
+from lcmlora.data.sources.pictures import find, write_records
 from lcmlora.errors import Unavailable, UserError
+from lcmlora.io import temporaries
+from lcmlora.io.remote import Files
+from lcmlora.training.batches import Batches
 from tests.data.conftest import add, data_in, picture
 from tests.data.test_cache import count_batches, tree
-from tests.distillation import CPU, SETTINGS, load_parts
+from tests.support.distillation import CPU, SETTINGS, load_parts
 
 SIDE = 128  # pixels; the latent is 4 x 64 x 64, and 1 MB holds 15 of them
 PICTURES = 150

@@ -12,10 +12,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lcmlora.data import columns, tables
-from lcmlora.data.candidates import NOT_UTF8, UNREADABLE, Rejection
-from lcmlora.data.isolation import CRASHED, TOO_LONG
-from lcmlora.data.tables import Row, read_rows
+from lcmlora.data.reading import columns, tables
+from lcmlora.data.reading.candidates import NOT_UTF8, UNREADABLE, Rejection
+from lcmlora.data.reading.tables import Row, read_rows
+from lcmlora.io.isolation import CRASHED, TOO_LONG
 
 
 def read(folder: Path, *names: str, **options: Any) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from lcmlora.data import headers, samples, tars
-from lcmlora.data.candidates import LONG_CAPTION, NO_CAPTION, NOT_UTF8, UNREADABLE, Candidate, Unusable
-from lcmlora.data.headers import Member, members
-from lcmlora.data.tars import Tars
+from lcmlora.data.reading import headers, samples
+from lcmlora.data.reading.candidates import LONG_CAPTION, NO_CAPTION, NOT_UTF8, UNREADABLE, Candidate, Unusable
+from lcmlora.data.reading.headers import Member, members
+from lcmlora.data.sources import tars
+from lcmlora.data.sources.tars import Tars
 
 PICTURE = b"not looked at here"
 

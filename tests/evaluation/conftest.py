@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcmlora import bases, folders, lora
+from lcmlora import bases
+from lcmlora.adapters import lora
+from lcmlora.bases import folders
 from lcmlora.config import Base, Data, Evaluation
 from lcmlora.data.prepare import prepare
-from lcmlora.evaluation import features
+from lcmlora.evaluation.measures import features
 from lcmlora.evaluation.reference import draw_reference
-from tests.miniature import RESOLUTION
+from tests.support.miniature import RESOLUTION
 
 WORDS = ["red apple", "green tree", "tree", "fruit", "red fruit", "green apple", "apple tree", "food"]
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcmlora.evaluation.bootstrap import Bootstrap, interval
-from lcmlora.evaluation.metrics import Distance, distance
+from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
+from lcmlora.evaluation.measures.metrics import Distance, distance
 
 PROMPTS, SEEDS, DIMENSIONS = 4, 8, 4
 CAPTIONS = [f"prompt {i % PROMPTS}" for i in range(PROMPTS * SEEDS)]

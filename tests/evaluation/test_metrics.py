@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcmlora.evaluation.metrics import (
+from lcmlora.evaluation.measures.metrics import (
     cmmd,
     distance,
     diversity,

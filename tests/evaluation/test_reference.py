@@ -12,18 +12,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lcmlora import bases, lora, sampling
+from lcmlora import bases
+from lcmlora.adapters import lora
 from lcmlora.config import Data
 from lcmlora.data.prepare import prepare
-from lcmlora.data.sources import Record
+from lcmlora.data.sources.pictures import Record
+from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.evaluation.drawing import Artist, Way
 from lcmlora.evaluation.evaluate import evaluate
 from lcmlora.evaluation.gate import record
-from lcmlora.evaluation.metrics import frechet_distance
+from lcmlora.evaluation.measures.metrics import frechet_distance
 from lcmlora.evaluation.reference import choose_real, draw_reference
 from tests.evaluation.conftest import WORDS, Quarters, settings
-from tests.miniature import RESOLUTION
+from tests.support.miniature import RESOLUTION
 
 pytestmark = pytest.mark.usefixtures("small_features")
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lcmlora import bases, references
+from lcmlora import bases
+from lcmlora.cli import references
 from lcmlora.config import Data, Gate
 from lcmlora.errors import UserError
 from lcmlora.evaluation.evaluate import evaluate

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lcmlora.errors import UserError
-from lcmlora.evaluation import scores
-from lcmlora.files import sha256_file
+from lcmlora.evaluation.measures import scores
+from lcmlora.io.files import sha256_file
 from tests.evaluation.clips import save_clip
 
 CPU = torch.device("cpu")

@@ -13,15 +13,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lcmlora import bases, lora, sampling
+from lcmlora import bases
+from lcmlora.adapters import lora
 from lcmlora.config import Data, Study
+from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.evaluation.drawing import Artist, Way
-from lcmlora.evaluation.metrics import frechet_distance
+from lcmlora.evaluation.measures.metrics import frechet_distance
 from lcmlora.evaluation.study import Variation, draw_alone, study
-from lcmlora.files import sha256_file
+from lcmlora.io.files import sha256_file
 from tests.evaluation.conftest import CPU, Quarters, made_of, settings, write_adapter
-from tests.miniature import RESOLUTION
+from tests.support.miniature import RESOLUTION
 
 pytestmark = pytest.mark.usefixtures("small_features")
 

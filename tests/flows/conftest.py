@@ -18,12 +18,13 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import Artifact
 from prefect.testing.utilities import prefect_test_harness
 
-from lcmlora import bases, release
+from lcmlora import bases
 from lcmlora.config import Base
-from tests import repositories
-from tests.miniature import RESOLUTION
-from tests.registries import fresh
-from tests.releases import load_settings, settings, write_stages
+from lcmlora.releases import package
+from tests.support import repositories
+from tests.support.miniature import RESOLUTION
+from tests.support.registries import fresh
+from tests.support.releases import load_settings, settings, write_stages
 
 MODELS = ("a", "b", "c")  # the third is not among `models` of params.yaml
 
@@ -114,7 +115,7 @@ def stock(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, model in enumerate(MODELS):
         loaded = bases.load(model, base, base_folder, device=torch.device("cpu"))
         write_stages(loaded, root, model=model, seed=seed)
-        release.package(
+        package.package(
             model,
             config,
             root / "adapters" / model,

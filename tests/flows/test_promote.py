@@ -2,10 +2,10 @@ import json
 
 from flows.promote import promote, rollback
 from flows.retrain import retrain
-from lcmlora import promotion, registration
 from lcmlora.config import load
+from lcmlora.registry import promotion, registration
 from tests.flows.conftest import Project, artifacts
-from tests.releases import write_sealed
+from tests.support.releases import write_sealed
 
 
 def register_another(project: Project) -> int:

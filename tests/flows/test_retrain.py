@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from flows.retrain import retrain, stages_of
-from lcmlora import promotion, registration, registry
+from lcmlora import registry
 from lcmlora.config import Config, load
-from tests import repositories
+from lcmlora.registry import promotion, registration
 from tests.flows.conftest import Project, artifacts
-from tests.releases import settings, write_sealed
+from tests.support import repositories
+from tests.support.releases import settings, write_sealed
 
 ROOT = Path(__file__).parents[2]
 
@@ -179,7 +180,7 @@ def test_what_cannot_be_started_is_told_in_one_line(
 ):
     import yaml
 
-    from tests.releases import settings
+    from tests.support.releases import settings
 
     raw = settings(base_folder, models=("a", "b"), **params)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))

@@ -19,8 +19,8 @@ from tasks.dvc import StageFailed, repro, run_stage
 from tasks.output import told
 from tasks.processes import Processes, stream
 from tasks.retrying import networked
-from tests import repositories
 from tests.flows.conftest import LIMIT, artifacts
+from tests.support import repositories
 
 ROOT = Path(__file__).parents[2]
 STAGES = """

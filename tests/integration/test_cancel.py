@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import repositories
 from tests.flows.conftest import STAGES
 from tests.integration.tracking_servers import PREFECT, PrefectServer
-from tests.registries import fresh
-from tests.releases import settings
-from tests.repositories import alive
+from tests.support import repositories
+from tests.support.registries import fresh
+from tests.support.releases import settings
+from tests.support.repositories import alive
 
 pytestmark = pytest.mark.integration
 

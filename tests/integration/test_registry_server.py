@@ -14,15 +14,17 @@ from typing import Any
 
 import pytest
 
-from lcmlora import promotion, registration, registry, release
+from lcmlora import registry
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
-from lcmlora.registry import Version
-from lcmlora.tracking import tracking
+from lcmlora.registry import promotion, registration
+from lcmlora.registry.tracking import tracking
+from lcmlora.registry.versions import Version
+from lcmlora.releases import package
 from tests.integration.relay import Relay
 from tests.integration.seaweed import SeaweedFS
 from tests.integration.tracking_servers import PASSWORD, MLflow, PostgreSQL
-from tests.releases import load_settings, write_sealed
+from tests.support.releases import load_settings, write_sealed
 
 pytestmark = pytest.mark.integration
 
@@ -110,7 +112,7 @@ def read(s3: SeaweedFS, key: str) -> bytes:
 def test_a_release_has_its_tags_figures_data_set_and_report_on_the_server(shelf: Shelf, s3: SeaweedFS):
     version = client(shelf.settings).get_model_version(NAME, "1")
     expected = {
-        "sha256": release.digest(shelf.folders[0]),
+        "sha256": package.digest(shelf.folders[0]),
         "base": "bases/mini",
         "base_digest": "b" * 64,
         "data_digest": "d" * 64,
@@ -136,7 +138,7 @@ def test_a_release_has_its_tags_figures_data_set_and_report_on_the_server(shelf:
 def test_a_version_is_found_by_alias_number_and_sha256_and_listed_with_its_aliases(
     shelf: Shelf, postgresql: PostgreSQL
 ):
-    sha256 = release.digest(shelf.folders[0])
+    sha256 = package.digest(shelf.folders[0])
     champion = registry.resolve(f"{NAME}@champion", shelf.settings)
     for reference in (f"{NAME}/1", sha256, sha256[:12]):
         assert registry.resolve(reference, shelf.settings) == champion
@@ -186,17 +188,17 @@ def test_an_adapter_is_pulled_through_the_server_and_one_flipped_byte_in_the_buc
     shelf: Shelf, s3: SeaweedFS, tmp_path: Path
 ):
     pulled = registry.pull(f"{NAME}@champion", shelf.settings, tmp_path / "pulled")
-    assert {path.name for path in pulled.iterdir()} == set(release.ADAPTER)
-    for name in release.ADAPTER:
+    assert {path.name for path in pulled.iterdir()} == set(package.ADAPTER)
+    for name in package.ADAPTER:
         assert (pulled / name).read_bytes() == (shelf.folders[0] / name).read_bytes()
     whole = registry.pull(f"{NAME}@champion", shelf.settings, tmp_path / "whole", everything=True)
     assert {path.name for path in whole.iterdir()} == {path.name for path in shelf.folders[0].iterdir()}
 
     second = registry.resolve(f"{NAME}/2", shelf.settings)
-    content = bytearray((shelf.folders[1] / release.WEIGHTS).read_bytes())
+    content = bytearray((shelf.folders[1] / package.WEIGHTS).read_bytes())
     content[3] ^= 1
-    s3.client().put_object(Bucket="mlflow", Key=keys(s3, second.run_id)[release.WEIGHTS], Body=bytes(content))
-    with pytest.raises(UserError, match=release.WEIGHTS) as caught:
+    s3.client().put_object(Bucket="mlflow", Key=keys(s3, second.run_id)[package.WEIGHTS], Body=bytes(content))
+    with pytest.raises(UserError, match=package.WEIGHTS) as caught:
         registry.pull(f"{NAME}/2", shelf.settings, tmp_path / "flipped")
     assert second.sha256[:12] in str(caught.value)
     assert hashlib.sha256(content).hexdigest()[:12] in str(caught.value)
@@ -208,7 +210,7 @@ def test_an_adapter_is_pulled_through_the_server_and_one_flipped_byte_in_the_buc
 def elsewhere() -> Any:
     """Makes processes of their own, forked from one that has imported MLflow."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lcmlora.registry", "mlflow"])
+    context.set_forkserver_preload(["lcmlora.registry.versions", "mlflow"])
     return context
 
 
@@ -221,7 +223,7 @@ def test_two_processes_that_register_one_adapter_at_the_same_moment_leave_one_ve
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert [version.sha256 for version in versions(settings, "lcm-lora-twice")] == [release.digest(sealed)]
+    assert [version.sha256 for version in versions(settings, "lcm-lora-twice")] == [package.digest(sealed)]
     assert len(runs(settings)) == 1
 
 
@@ -241,7 +243,7 @@ def test_a_process_killed_while_it_uploads_leaves_no_orphan_to_the_next_one(
     assert process.exitcode == -signal.SIGKILL
     assert versions(settings, "lcm-lora-killed") == []
     assert registration.register("killed", settings, sealed).created
-    assert [version.sha256 for version in versions(settings, "lcm-lora-killed")] == [release.digest(sealed)]
+    assert [version.sha256 for version in versions(settings, "lcm-lora-killed")] == [package.digest(sealed)]
     assert len(runs(settings)) == 1
 
 
@@ -254,12 +256,12 @@ def test_mlflow_killed_at_registration_is_told_in_one_line_and_the_next_one_make
     assert str(caught.value).startswith(f"MLflow at {relay.uri}: ")
     assert str(caught.value).endswith(f"the release is kept in {sealed} and the next run registers it")
     assert "\n" not in str(caught.value)
-    release.verify(sealed)
+    package.verify(sealed)
     mlflow_server.start()
     registered = registration.register("down", settings, sealed)
     assert (registered.version, registered.created) == (1, True)
     assert not registration.register("down", settings, sealed).created
-    assert [version.sha256 for version in versions(settings, "lcm-lora-down")] == [release.digest(sealed)]
+    assert [version.sha256 for version in versions(settings, "lcm-lora-down")] == [package.digest(sealed)]
     assert len(runs(settings)) == 1
 
 

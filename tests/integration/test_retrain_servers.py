@@ -19,16 +19,17 @@ import torch
 import yaml
 
 from flows import services
-from lcmlora import bases, registry, release
+from lcmlora import bases, registry
 from lcmlora.config import Base, Registry
-from lcmlora.files import sha256_folder
-from tests import repositories
+from lcmlora.io.files import sha256_folder
+from lcmlora.releases import package
 from tests.flows.conftest import DISTILL, LIMIT, STAGES
 from tests.integration.relay import Relay
 from tests.integration.seaweed import REGION, SeaweedFS
 from tests.integration.tracking_servers import MLFLOW, PASSWORD, PREFECT, MLflow, PrefectServer
-from tests.miniature import RESOLUTION
-from tests.releases import load_settings, settings, write_stages
+from tests.support import repositories
+from tests.support.miniature import RESOLUTION
+from tests.support.releases import load_settings, settings, write_stages
 
 pytestmark = pytest.mark.integration
 
@@ -115,7 +116,7 @@ def stock(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts["base"]["digest"] = sha256_folder(base_folder / "unet")
     made.write_text(json.dumps(facts))
     folders = [root / "adapters/a", base_folder, root / "metrics/a.json", root / "evaluation/a", root / "study/a"]
-    release.package("a", load_settings(base_folder, models=("a",)), *folders, root / "release/a")
+    package.package("a", load_settings(base_folder, models=("a",)), *folders, root / "release/a")
     (root / "a").write_text("a")
     return root
 
@@ -193,14 +194,14 @@ def test_the_last_run_repairs_both_without_a_stage_an_orphan_or_a_second_release
     assert {key: last.objects[key] for key in team.states[0].objects} == team.states[0].objects
     assert (team.root / "distilled").read_text().split() == ["a"]
     assert "lcm-lora-a/1 @champion" in last.output
-    sha256 = release.digest(team.root / "release/a")
+    sha256 = package.digest(team.root / "release/a")
     assert json.loads(team.read("team", "releases/a/channels/champion.json"))["sha256"] == sha256
 
 
 def test_the_command_shows_every_field_of_the_champion(team: Team, base_folder: Path):
-    shown = json.loads(team.command(sys.executable, "-m", "lcmlora.cli", "registry", "show", CHAMPION, "--json"))
+    shown = json.loads(team.command(sys.executable, "-m", "lcmlora.cli.main", "registry", "show", CHAMPION, "--json"))
     assert shown.keys() == {each.name for each in dataclasses.fields(registry.Version)}
-    sha256 = release.digest(team.root / "release/a")
+    sha256 = package.digest(team.root / "release/a")
     expected = {
         "name": "lcm-lora-a",
         "version": 1,
@@ -225,8 +226,8 @@ def test_the_command_shows_every_field_of_the_champion(team: Team, base_folder: 
 
 def test_the_champion_is_pulled_verified_and_draws(team: Team, base_folder: Path, tmp_path: Path):
     pulled = registry.pull(CHAMPION, team.registry, tmp_path / "champion")
-    release.verify(pulled, release.ADAPTER)
-    assert release.digest(pulled) == release.digest(team.root / "release/a")
+    package.verify(pulled, package.ADAPTER)
+    assert package.digest(pulled) == package.digest(team.root / "release/a")
     pipeline = registry.load_pipeline(
         CHAMPION, "cpu", settings=team.registry, base=base_folder, cache=tmp_path / "cache"
     )
@@ -244,8 +245,8 @@ def test_a_clone_with_an_empty_cache_restores_the_adapter_without_running_a_stag
     said = team.command("dvc", "repro", "--pull", cwd=clone)
     assert "Running stage" not in said
     assert not (clone / "distilled").exists()
-    assert release.digest(clone / "release/a") == release.digest(team.root / "release/a")
-    release.verify(clone / "release/a")
+    assert package.digest(clone / "release/a") == package.digest(team.root / "release/a")
+    package.verify(clone / "release/a")
 
 
 def test_no_secret_is_in_what_the_runs_printed_wrote_or_sent(team: Team):

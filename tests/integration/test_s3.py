@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from lcmlora.catalog import releases, verify
+from lcmlora.cli.references import open_adapter
 from lcmlora.config import Publish
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.publish import find, links, point, publish, pull, yank
-from lcmlora.references import open_adapter
-from lcmlora.stores import S3Store, open_store
+from lcmlora.releases.catalog import releases, verify
+from lcmlora.releases.publish import find, links, point, publish, pull, yank
+from lcmlora.releases.stores import S3Store, open_store
 from tests.integration.seaweed import SeaweedFS, free_ports
-from tests.releases import load_settings, write_sealed
+from tests.support.releases import load_settings, write_sealed
 
 pytestmark = pytest.mark.integration
 

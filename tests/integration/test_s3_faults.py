@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from lcmlora import release
-from lcmlora.catalog import releases, verify
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
-from lcmlora.publish import find, point, publish, pull, yank
+from lcmlora.releases import package
+from lcmlora.releases.catalog import releases, verify
+from lcmlora.releases.publish import find, point, publish, pull, yank
 from tests.integration import seaweed
 from tests.integration.seaweed import IDENTITIES, Identity, SeaweedFS
-from tests.releases import write_sealed
+from tests.support.releases import write_sealed
 
 pytestmark = pytest.mark.integration
 
@@ -34,7 +34,7 @@ import json, sys
 from pathlib import Path
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
-from lcmlora.publish import publish
+from lcmlora.releases.publish import publish
 import boto3
 print("ready", flush=True)
 sys.stdin.readline()
@@ -108,7 +108,7 @@ def test_a_server_killed_in_mid_upload_leaves_no_release_and_the_next_run_comple
     server: SeaweedFS, settings: Publish, tmp_path: Path
 ):
     bundle = write_sealed(tmp_path / "bundle", weights=large(256 * MIB, b"killed"))
-    prefix = f"mini/sha256-{release.digest(bundle)[:12]}"
+    prefix = f"mini/sha256-{package.digest(bundle)[:12]}"
     first = Publisher(bundle, settings)
     first.go()
     until = time.monotonic() + 60
@@ -251,13 +251,13 @@ def test_a_server_that_dies_while_pulling_leaves_nothing_and_the_next_run_has_it
 
 
 def lcmlora(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "lcmlora.cli", "releases", *arguments]
+    return [sys.executable, "-m", "lcmlora.cli.main", "releases", *arguments]
 
 
 def params(settings: Publish) -> str:
     import yaml
 
-    from tests.releases import settings as raw
+    from tests.support.releases import settings as raw
 
     return yaml.safe_dump(raw(Path("base"), publish=settings.model_dump()))
 

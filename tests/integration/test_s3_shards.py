@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from lcmlora.config import Encode, Publish
-from lcmlora.data.cache import LatentCache
-from lcmlora.data.encode import encode
+from lcmlora.data.latents.cache import LatentCache
+from lcmlora.data.latents.encode import encode
 from lcmlora.data.prepare import prepare
 from tests.data.conftest import add, data_in, picture
 from tests.data.test_shards import held, stream
-from tests.distillation import load_parts
 from tests.integration.seaweed import SeaweedFS
+from tests.support.distillation import load_parts
 
 pytestmark = pytest.mark.integration
 

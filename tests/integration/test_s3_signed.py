@@ -6,13 +6,13 @@ import pytest
 
 pytest.importorskip("model_signing", reason="no model-signing (extra `signing`) here")
 
-from lcmlora import seen
 from lcmlora.config import Publish
-from lcmlora.publish import pull
-from tests import test_records
+from lcmlora.releases.publish import pull
+from lcmlora.releases.trust import seen
 from tests.integration.seaweed import SeaweedFS
-from tests.test_records import OLD, Peer
-from tests.test_signing import write_keys
+from tests.releases import test_records
+from tests.releases.test_records import OLD, Peer
+from tests.releases.test_signing import write_keys
 
 pytestmark = pytest.mark.integration
 

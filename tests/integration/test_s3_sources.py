@@ -7,17 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lcmlora.changes import fingerprint
 from lcmlora.config import Encode, Publish
-from lcmlora.data.encode import encode
-from lcmlora.data.guess import source_of
+from lcmlora.data.changes import fingerprint
+from lcmlora.data.latents.encode import encode
 from lcmlora.data.prepare import prepare
-from lcmlora.data.sources import find, open_picture
+from lcmlora.data.sources.guess import source_of
+from lcmlora.data.sources.pictures import find, open_picture
 from lcmlora.errors import Unavailable, UserError
 from tests.data.conftest import data_in
 from tests.data.test_bulk_sources import layouts
-from tests.distillation import load_parts
 from tests.integration.seaweed import SeaweedFS, free_ports
+from tests.support.distillation import load_parts
 
 pytestmark = pytest.mark.integration
 

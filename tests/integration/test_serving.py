@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lcmlora import pipelines, serving
-from lcmlora.pipelines import Pipeline
-from tests import served
+from lcmlora.inference import pipelines, serving
+from lcmlora.inference.pipelines import Pipeline
 from tests.integration.seaweed import free_ports
-from tests.miniature import RESOLUTION
+from tests.support import served
+from tests.support.miniature import RESOLUTION
 
 pytestmark = pytest.mark.integration
 

@@ -10,7 +10,7 @@ import pytest
 
 from tasks.devices import occupied
 from tasks.processes import Ended, Processes, stream
-from tests.repositories import alive
+from tests.support.repositories import alive
 from tests.tasks.test_processes import ROOT, pid, shell, wait_for
 
 FLOW = """

@@ -12,7 +12,7 @@ import pytest
 from lcmlora import config
 from tasks.dvc import NotPushed, StageFailed, default_remote, is_shared, push, repro, stale
 from tasks.processes import Processes
-from tests.repositories import alive, make
+from tests.support.repositories import alive, make
 
 SETTINGS = config.load(Path(__file__).parents[2] / "params.yaml")
 

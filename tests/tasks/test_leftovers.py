@@ -9,7 +9,7 @@ import yaml
 from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 
 from tasks.leftovers import mend
-from tests.repositories import make
+from tests.support.repositories import make
 
 STAGES = """
 stages:

@@ -11,7 +11,7 @@ import pytest
 
 from tasks import supervisor
 from tasks.processes import Ended, Processes, reason, stream
-from tests.repositories import alive
+from tests.support.repositories import alive
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,174 @@
+"""Adapters combined into one: theta' = theta_pre + lambda1 tau_style + lambda2 tau_LCM, eq. (3) of arXiv 2311.05556.
+
+A layer's sum of products is one product of the factors side by side, so the sum is an adapter of summed rank, exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcmlora.adapters import formats, lora
+from lcmlora.adapters.formats import DIFFUSERS, Adapter, Layer
+from lcmlora.adapters.layer_names import Architecture
+from lcmlora.cli.references import AdapterReference, check_same_base
+from lcmlora.errors import UserError
+from lcmlora.io.files import atomic_folder, sha256_file, write_json
+from lcmlora.io.parsing import as_object, read_json
+from lcmlora.releases import package
+
+FACTS = "config.json"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a smaller rank lost: relative Frobenius norms of the difference in effective weight."""
+
+    rank: int
+    overall: float  # of all layers together
+    worst: float  # of the layer that lost most
+    worst_layer: str
+
+
+def combine(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
+    """Returns the weighted sum of adapters of one base, of summed rank and scale 1.
+
+    Raises:
+        UserError: a layer has another size in one than in another.
+    """
+    names = sorted({name for adapter, _ in parts for name in adapter.layers})
+    layers = {}
+    for name in names:
+        having = [(adapter, weight) for adapter, weight in parts if name in adapter.layers]
+        downs = [adapter.layers[name].down.float() for adapter, _ in having]
+        ups = [weight * adapter.layers[name].folded.up.float() for adapter, weight in having]
+        for (adapter, _), down, up in zip(having, downs, ups, strict=True):
+            if down.shape[1:] != downs[0].shape[1:] or up.shape[0] != ups[0].shape[0]:
+                raise UserError(
+                    f"{adapter.source}: {name} takes {_size(down, up)}, and in {having[0][0].source} it takes "
+                    f"{_size(downs[0], ups[0])}: they were made for different bases"
+                )
+        down, up = torch.cat(downs), torch.cat(ups, dim=1)
+        layers[name] = Layer(down, up, float(down.shape[0]))
+    dtype = reduce(torch.promote_types, (adapter.dtype for adapter, _ in parts))
+    return Adapter(" + ".join(f"{weight:g} {adapter.source}" for adapter, weight in parts), layers, dtype)
+
+
+def _size(down: Tensor, up: Tensor) -> str:
+    return f"{tuple(down.shape[1:])} to {up.shape[0]}"
+
+
+def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, Loss]:
+    """Returns the adapter with each layer's best approximation of this rank (Eckart-Young), and what that lost.
+
+    A layer is never given more than its own rank. The singular values of B A are those of R_b R_a^T, which is only as
+    large as the rank, where B = Q_b R_b and A^T = Q_a R_a; they are split evenly between the two factors.
+    """
+    layers, lost, whole = {}, {}, {}
+    for name, layer in adapter.layers.items():
+        b = layer.folded.up.double().flatten(1)  # (out, r)
+        a = layer.down.double().flatten(1)  # (r, in * kh * kw)
+        (qb, rb), (qa, ra) = torch.linalg.qr(b), torch.linalg.qr(a.T)
+        u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+        kept = min(rank, len(s))
+        root = s[:kept].sqrt()
+        up, down = qb @ u[:, :kept] * root, root[:, None] * (vh[:kept] @ qa.T)
+        layers[name] = Layer(
+            down.float().reshape(kept, *layer.down.shape[1:]),
+            up.float().reshape(len(b), kept, *layer.up.shape[2:]),
+            float(kept),
+        )
+        lost[name], whole[name] = s[kept:].square().sum().item(), s.square().sum().item()
+    shares = {name: (lost[name] / whole[name]) ** 0.5 if whole[name] else 0.0 for name in lost}
+    worst = max(shares, key=lambda name: shares[name])
+    overall = (sum(lost.values()) / (sum(whole.values()) or 1)) ** 0.5
+    return Adapter(adapter.source, layers, adapter.dtype), Loss(rank, overall, shares[worst], worst)
+
+
+def write_combined(
+    style: AdapterReference,
+    lcm: AdapterReference,
+    weights: tuple[float, float],
+    out: Path,
+    base: Architecture | None = None,
+    rank: int | None = None,
+    *,
+    other_base: bool = False,
+    unet_only: bool = False,
+) -> dict[str, Any]:
+    """Writes the combination as a diffusers adapter and returns what became of it.
+
+    Args:
+        out: a .safetensors file, or a folder, which also gets the scheduler of `lcm` and config.json, so that it can be
+            drawn with; a folder that holds anything but an earlier combination is left alone.
+        base: whose layers they are, where one is in kohya's format.
+        rank: cut the sum down to this rank; None keeps it whole.
+        other_base: combine adapters though they were made for bases with different digests.
+        unet_only: leave tensors of text encoders out.
+
+    Raises:
+        UserError: an adapter cannot be read, the two are not of one base, a weight is not finite, or the folder is
+            taken.
+    """
+    check_weights("--weights", *weights)
+    if out.suffix != ".safetensors":
+        _check_free(out)
+    if style.base and not other_base:
+        check_same_base(lcm, style.base, f"{style.shown} for")
+    chosen = list(zip((style, lcm), weights, strict=True))
+    parts = [(formats.read(reference.weights, base, unet_only=unet_only), weight) for reference, weight in chosen]
+    adapter = combine(parts)
+    loss = None
+    if rank is not None:
+        adapter, loss = truncate(adapter, rank)
+    facts = {
+        "combined": [
+            {"adapter": reference.shown, "sha256": sha256_file(reference.weights), "weight": weight}
+            for reference, weight in chosen
+        ],
+        "layers": len(adapter.layers),
+        "rank": adapter.rank,
+        "truncation": asdict(loss) if loss else None,
+    }
+    left_out = {"left_out": sum(part.left_out for part, _ in parts)}
+    if out.suffix == ".safetensors":
+        return facts | left_out | {"error": formats.write(adapter, out, DIFFUSERS, base)}
+    with atomic_folder(out) as folder:
+        facts["error"] = formats.write(adapter, folder / lora.WEIGHTS, DIFFUSERS, base)
+        known = {
+            "model": lcm.model,
+            "base": lcm.base or style.base,
+            "resolution": lcm.resolution,
+            "sampler": asdict(lcm.sampler) if lcm.sampler else None,
+        }
+        write_json(folder / FACTS, facts | {key: value for key, value in known.items() if value is not None})
+        scheduler = lcm.weights.with_name(package.SCHEDULER)
+        if lcm.sampler and scheduler.is_file():
+            shutil.copyfile(scheduler, folder / package.SCHEDULER)
+    return facts | left_out
+
+
+def check_weights(option: str, *weights: float) -> None:
+    """Raises UserError where a weight is not a finite number."""
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise UserError(f"{option}: expected finite numbers, got {weight:g}")
+
+
+def _check_free(out: Path) -> None:
+    """Raises UserError where writing the folder would do away with something else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    facts = out / FACTS
+    if not facts.is_file() or "combined" not in as_object(read_json(facts), str(facts)):
+        raise UserError(
+            f"{out}: is in the way and is no earlier combination; name another folder or a .safetensors file"
+        )

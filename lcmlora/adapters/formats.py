@@ -1,0 +1,428 @@
+"""Adapters as files: those of diffusers and PEFT, those of kohya's trainer (read by ComfyUI and A1111), both ways.
+
+The output of an adapted layer is W x + (alpha / rank) B A x.
+
+* A diffusers file has alpha folded into B, so that its scale is 1 to every reader; its header says so.
+* A kohya file has one rank and one alpha for all layers, and its B is unfolded. alpha is the one that the adapter has,
+  or was trained with before it was folded, where dividing by alpha / rank and multiplying again gives back every bit
+  (for powers of two it does), else the rank. Layers of smaller rank are filled with zeros: diffusers 0.42 loses the
+  alphas of attention layers where a file has several, and gives them the most frequent one.
+
+Both have the same effect to the last bit. Every file is read again after it was written and compared layer by layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lcmlora.adapters import factors, layer_names, lora, peft_settings, spellings, tensorfile
+from lcmlora.adapters.factors import Part, Spelled
+from lcmlora.adapters.layer_names import Architecture
+from lcmlora.adapters.spellings import ALPHA, DOWN, UP
+from lcmlora.errors import UserError
+from lcmlora.io.files import atomic_write
+
+DIFFUSERS, KOHYA = "diffusers", "kohya"
+
+# What kohya and the Stability model spec call a base (library/train_util.py and library/sai_model_spec.py of
+# kohya-ss/sd-scripts); the spec tells v2's two kinds apart by what they predict.
+_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+_ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"}
+_PREDICTS = {"epsilon": "epsilon", "v_prediction": "v"}
+
+_MAX_PADDED = 2 << 30  # bytes that an adapter may grow to where its layers' ranks differ
+
+# How far a layer's effective weight may be from what was meant, as a share of its largest: rounding in the file's type.
+_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What an adapter does to one layer."""
+
+    down: Tensor  # A, (r, in) or (r, in, kh, kw)
+    up: Tensor  # B, (out, r) or (out, r, 1, 1)
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def folded(self) -> Layer:
+        """The same layer at scale 1, as a diffusers file has it; B in fp32 where it had to be scaled."""
+        if self.scale == 1:
+            return self
+        return Layer(self.down, self.up.float() * self.scale, float(self.rank))
+
+    @property
+    def delta(self) -> Tensor:
+        """What is added to the layer's weight, (out, in * kh * kw) fp32."""
+        return self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter of a UNet in memory."""
+
+    source: str  # the file, as messages call it
+    layers: dict[str, Layer]  # by diffusers' name of the module, sorted
+    dtype: torch.dtype  # of its weights in a file
+    left_out: int = 0  # tensors of text encoders and trained tokens
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a layer."""
+        return max(layer.rank for layer in self.layers.values())
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path, base: Architecture | None = None, *, unet_only: bool = False) -> Adapter:
+    """Returns the adapter of a file in any of the spellings; see spellings.
+
+    alpha is that of the file, else that of the configuration in its header (diffusers) or of the adapter_config.json
+    beside it (PEFT), else the rank, as each of these programs has it.
+
+    Args:
+        base: whose layers they are; without it diffusers' names are taken as they are, and layers by any other name
+            are looked up in the published architectures.
+        unet_only: leave tensors of text encoders and trained tokens out; they are refused otherwise, since without
+            them a style that was trained on both is another one.
+
+    Raises:
+        UserError: a pickle, an unreadable file, one that is no plain LoRA of a UNet, that lacks a tensor or has one too
+            many or one that is not finite, or that was made for another base; the first tensor is named.
+    """
+    return _read(path, base, unet_only, str(path))
+
+
+def _read(path: Path, base: Architecture | None, unet_only: bool, shown: str) -> Adapter:
+    tensors, header = tensorfile.read(path, shown)
+    factors.check_model(tensors, shown)
+    text = factors.others(tensors, unet_only, shown)
+    spelled = factors.by_layer({name: tensor for name, tensor in tensors.items() if name not in text}, shown)
+    factors.check(spelled, shown)
+    if base is None and not all(spellings.Name(layer, DOWN).is_diffusers for layer in spelled):
+        base = _recognise(spelled, shown)
+    alpha = peft_settings.alphas(path, header, shown)
+    layers: dict[str, Layer] = {}
+    for name, parts in spelled.items():
+        module = name if base is None else _module(name, parts, base, shown)
+        if module in layers:
+            raise UserError(f"{shown}: the layer {module} is there twice, under several spellings")
+        down, up = parts[DOWN].tensor, parts[UP].tensor
+        given = factors.number(parts[ALPHA], shown) if ALPHA in parts else alpha(module, down.shape[0])
+        layers[module] = Layer(down, up, given)
+    return Adapter(shown, dict(sorted(layers.items())), _dtype(layers), len(text))
+
+
+def _dtype(layers: dict[str, Layer]) -> torch.dtype:
+    found = {tensor.dtype for layer in layers.values() for tensor in (layer.down, layer.up)}
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def _module(name: str, parts: dict[str, Part], base: Architecture, shown: str) -> str:
+    """Returns diffusers' name of the layer. Raises UserError where the base has no such layer, or one of other size."""
+    module = name if name in base.shapes else base.spellings.get(name.replace(".", "_"))
+    if module is None:
+        raise UserError(f"{shown}: holds {name}, which this base does not have: it was made for another base")
+    down, up = tuple(parts[DOWN].tensor.shape), tuple(parts[UP].tensor.shape)
+    rank, (outputs, *inputs) = down[0], base.shapes[module]
+    expected = (rank, *inputs), (outputs, rank, *(1 for _ in inputs[1:]))
+    if (down, up) != expected:
+        raise UserError(
+            f"{shown}: {module} is {down} and {up}, and this base takes {expected[0]} and {expected[1]}: it was made "
+            "for another base"
+        )
+    return module
+
+
+def _recognise(spelled: Spelled, shown: str) -> Architecture:
+    """Returns the published architecture of which all layers are, by name and size.
+
+    SSD-1B's layers are all SDXL's too, by the same names, so the first that fits serves as well as the second.
+    """
+    for base in layer_names.published().values():
+        try:
+            for name, parts in spelled.items():
+                _module(name, parts, base, shown)
+        except UserError:
+            continue
+        return base
+    raise UserError(
+        f"{shown}: its layers are those of none of {', '.join(layer_names.published())}; name the base that it was "
+        "made for (--base, a name in params.yaml or a diffusers folder)"
+    )
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def write(
+    adapter: Adapter,
+    path: Path,
+    style: str,
+    base: Architecture | None = None,
+    *,
+    title: str | None = None,
+    alpha: float | None = None,
+) -> float:
+    """Writes the adapter, reads it again, and returns the largest difference of an effective weight, as a share of its
+    layer's largest: 0 unless folding alpha had to be rounded to the file's type.
+
+    The same adapter gives the same bytes. A file that does not reload as it was meant is not left behind.
+
+    Args:
+        style: DIFFUSERS or KOHYA; the latter needs `base`.
+        title: what programs show, in kohya's header; the file's name by default.
+        alpha: that of a kohya file, where it can be, see the module; by default the adapter's own.
+
+    Raises:
+        UserError: a tensor is lost or extra, or a weight differs by more than rounding.
+    """
+    if style == KOHYA:
+        structure = base or _recognise(_spelled(adapter.layers), adapter.source)
+        tensors, kept = _kohya(adapter, structure, alpha)
+        metadata = _header(tensors, adapter, structure, title or path.stem, kept)
+    else:
+        tensors, metadata = _diffusers(adapter)
+    _check_range(tensors, adapter)
+    error = 0.0
+
+    def write_and_verify(temporary: Path) -> None:
+        nonlocal error
+        lora.save_file(tensors, temporary, dtype=adapter.dtype, metadata=metadata)
+        error = verify(temporary, adapter, tensors, base, shown=str(path))
+
+    atomic_write(path, write_and_verify)
+    return error
+
+
+def _check_range(tensors: dict[str, Tensor], adapter: Adapter) -> None:
+    """Raises UserError where a tensor is too large for the file's type."""
+    for name, tensor in tensors.items():
+        largest = tensor.abs().max().item()
+        if not largest <= torch.finfo(adapter.dtype).max and not name.endswith(f".{ALPHA}"):
+            raise UserError(
+                f"{adapter.source}: {name} is too large for {adapter.dtype}, its largest value is {largest:.2g}; "
+                "write it in fp32 (--precision fp32), or its alpha is wrong"
+            )
+
+
+def verify(
+    path: Path, adapter: Adapter, names: Iterable[str], base: Architecture | None = None, *, shown: str | None = None
+) -> float:
+    """Reads a file that was written for `adapter` and returns what `write` does.
+
+    Raises:
+        UserError: a tensor is lost or extra, a layer is, or a weight differs by more than rounding; it is named.
+    """
+    shown = shown or str(path)
+    with safe_open(path, framework="pt") as file:
+        found, wanted = set(file.keys()), set(names)
+    if found != wanted:
+        lost, extra = sorted(wanted - found), sorted(found - wanted)
+        what = f"{len(lost)} tensors were lost, the first is {lost[0]}" if lost else ""
+        more = f"{len(extra)} were not asked for, the first is {extra[0]}" if extra else ""
+        raise UserError(f"{shown}: {'; '.join(filter(None, (what, more)))}")
+    return compare(adapter, _read(path, base, False, shown))
+
+
+def compare(meant: Adapter, found: Adapter) -> float:
+    """Returns the largest difference of an effective weight, as a share of its layer's largest.
+
+    Raises:
+        UserError: naming the first layer that only one has, or that differs by more than rounding.
+    """
+    for name in meant.layers.keys() ^ found.layers.keys():
+        raise UserError(f"{found.source}: {name} {'was lost' if name in meant.layers else 'was not asked for'}")
+    worst = 0.0
+    for name, layer in meant.layers.items():
+        rank = max(layer.rank, found.layers[name].rank)
+        one, other = padded(layer.folded, rank), padded(found.layers[name].folded, rank)
+        if torch.equal(one.down.float(), other.down.float()) and torch.equal(one.up.float(), other.up.float()):
+            continue
+        delta = layer.delta
+        size = delta.abs().max().item()
+        difference = (found.layers[name].delta - delta).abs().max().item() / (size or 1)
+        if not difference <= _TOLERANCE[found.dtype]:
+            raise UserError(
+                f"{found.source}: the effective weight of {name} differs by {difference:.1e} of its largest, expected "
+                f"at most {_TOLERANCE[found.dtype]:g} in {found.dtype}; write it in fp32"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _diffusers(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = {}
+    for name, layer in adapter.layers.items():
+        tensors[f"unet.{name}.lora_A.weight"] = layer.down
+        tensors[f"unet.{name}.lora_B.weight"] = layer.folded.up
+    others = {f"^{name}": layer.rank for name, layer in adapter.layers.items() if layer.rank != adapter.rank}
+    settings = {
+        "unet.peft_type": "LORA",
+        "unet.r": adapter.rank,
+        "unet.lora_alpha": adapter.rank,
+        "unet.target_modules": list(adapter.layers),
+    }
+    if others:
+        settings |= {"unet.rank_pattern": others, "unet.alpha_pattern": others}
+    return tensors, {"format": "pt", peft_settings.METADATA: json.dumps(settings, sort_keys=True)}
+
+
+def _kohya(adapter: Adapter, base: Architecture, alpha: float | None) -> tuple[dict[str, Tensor], float]:
+    """Returns the tensors of a kohya file and its alpha."""
+    for name, parts in _spelled(adapter.layers).items():
+        _module(name, parts, base, adapter.source)
+    of_rank_1 = {name: layer.down[0].numel() + len(layer.up) for name, layer in adapter.layers.items()}
+    size = sum(of_rank_1.values()) * adapter.rank * adapter.dtype.itemsize
+    now = sum(of_rank_1[name] * layer.rank for name, layer in adapter.layers.items()) * adapter.dtype.itemsize
+    if size > max(_MAX_PADDED, 2 * now):
+        raise UserError(
+            f"{adapter.source}: its largest rank is {adapter.rank}, and in kohya's format, where all layers have one "
+            f"rank, its {now / 1e9:.1f} GB would become {size / 1e9:.1f} GB; make it smaller (lcmlora combine --rank)"
+        )
+    layers = {name: padded(layer, adapter.rank) for name, layer in adapter.layers.items()}
+    own = {layer.alpha for layer in layers.values()}
+    if len(own) == 1 and alpha in (None, *own):
+        wanted, ups = float(own.pop()), {name: layer.up for name, layer in layers.items()}
+    else:
+        wanted, ups = _rescaled(layers, float(adapter.rank if alpha is None else alpha), adapter)
+    tensors = {}
+    for name, layer in layers.items():
+        stem = f"lora_unet_{base.kohya[name]}"
+        tensors[f"{stem}.lora_down.weight"] = layer.down
+        tensors[f"{stem}.lora_up.weight"] = ups[name]
+        tensors[f"{stem}.alpha"] = torch.tensor(wanted)
+    return tensors, wanted
+
+
+def _rescaled(layers: dict[str, Layer], alpha: float, adapter: Adapter) -> tuple[float, dict[str, Tensor]]:
+    """Returns the B of all layers, as the file will hold them, that go with this alpha, or else with the rank."""
+    scale = alpha / adapter.rank
+    ups, exact = {}, True
+    for name, layer in layers.items():
+        meant = layer.folded.up.to(adapter.dtype).float()
+        ups[name] = (meant / scale).to(adapter.dtype)
+        exact = exact and torch.equal(ups[name].float() * scale, meant)
+    return (alpha, ups) if exact or scale == 1 else _rescaled(layers, float(adapter.rank), adapter)
+
+
+def padded(layer: Layer, rank: int) -> Layer:
+    """Returns the layer with zeros up to this rank, at the same scale; its effect is the same."""
+    more = rank - layer.rank
+    if more == 0:
+        return layer
+    down = torch.cat([layer.down, layer.down.new_zeros(more, *layer.down.shape[1:])])
+    up = torch.cat([layer.up, layer.up.new_zeros(layer.up.shape[0], more, *layer.up.shape[2:])], dim=1)
+    return Layer(down, up, layer.scale * rank)
+
+
+def _header(
+    tensors: dict[str, Tensor], adapter: Adapter, base: Architecture, title: str, alpha: float
+) -> dict[str, str]:
+    """Returns what programs read of a kohya file: the model spec's keys (version 1.0.0) and kohya's own.
+
+    No date is in it, so that the same adapter gives the same bytes.
+    """
+    data = save({n: t if n.endswith(".alpha") else t.to(adapter.dtype).contiguous() for n, t in tensors.items()})
+    content = data[8 + int.from_bytes(data[:8], "little") :]
+    predicts = _PREDICTS.get(base.prediction_type or "")
+    model = _ARCHITECTURES[base.family]
+    version = _VERSIONS[base.family]
+    if base.family == "sd2" and predicts == "v":
+        model, version = "stable-diffusion-v2-768-v", f"{version}_v"
+    header = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{model}/lora",
+        # Whose names the tensors have.
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
+        if base.family == "sdxl"
+        else "diffusers",
+        "modelspec.title": title,
+        "modelspec.hash_sha256": f"0x{hashlib.sha256(content).hexdigest()}",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(adapter.rank),
+        "ss_network_alpha": str(alpha),
+        "ss_base_model_version": version,
+        "ss_v2": str(base.family == "sd2"),
+        "ss_output_name": title,
+    }
+    if base.resolution:
+        header["modelspec.resolution"] = f"{base.resolution}x{base.resolution}"
+    if predicts:
+        header["modelspec.prediction_type"] = predicts
+    if any(layer.down.ndim == 4 and layer.down.shape[-1] > 1 for layer in adapter.layers.values()):
+        # kohya keeps the rank of convolutions apart.
+        header["ss_network_args"] = json.dumps({"conv_dim": str(adapter.rank), "conv_alpha": str(alpha)})
+    return header
+
+
+def _spelled(layers: dict[str, Layer]) -> Spelled:
+    return {name: {DOWN: Part(name, layer.down), UP: Part(name, layer.up)} for name, layer in layers.items()}
+
+
+# --- converting -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of a file."""
+
+    layers: int
+    tensors: int
+    rank: int  # the largest
+    alpha: tuple[float, ...]  # the different ones of the layers that were read
+    left_out: int  # tensors of text encoders and trained tokens
+    error: float  # largest difference of an effective weight, as a share of its layer's largest
+
+
+def convert(
+    source: Path,
+    out: Path,
+    style: str,
+    base: Architecture | None = None,
+    *,
+    unet_only: bool = False,
+    dtype: torch.dtype | None = None,
+    title: str | None = None,
+) -> Conversion:
+    """Writes the adapter in `source` to `out` in another style.
+
+    Args:
+        dtype: of the weights in `out`; that of the source by default.
+        style, base, unet_only, title: see `read` and `write`.
+
+    Raises:
+        UserError: see `read` and `write`.
+    """
+    adapter = read(source, base, unet_only=unet_only)
+    if base is None:
+        base = _recognise(_spelled(adapter.layers), str(source))
+    adapter = replace(adapter, dtype=dtype or adapter.dtype)
+    error = write(adapter, out, style, base, title=title)
+    return Conversion(
+        layers=len(adapter.layers),
+        tensors=(3 if style == KOHYA else 2) * len(adapter.layers),
+        rank=adapter.rank,
+        alpha=tuple(sorted({layer.alpha for layer in adapter.layers.values()})),
+        left_out=adapter.left_out,
+        error=error,
+    )

@@ -1,0 +1,170 @@
+"""A UNet's layers by its configuration alone: the shapes of their weights, and their names in the files of adapters.
+
+diffusers' files name a layer as its module. Kohya's files write underscores for dots and, for the SDXL family, the
+names of the original code (input_blocks, middle_block, output_blocks), since kohya's trainer runs SDXL on that code and
+all others on diffusers' (kohya-ss/sd-scripts, networks/lora.py and library/sdxl_model_util.py). ComfyUI reads both
+spellings for every base (comfy/utils.py, unet_to_diffusers); A1111 counts diffusers' blocks as SD 1 and 2 have them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lcmlora.bases.examination.structure import check_class
+from lcmlora.bases.examination.weightfiles import json_of
+from lcmlora.errors import UserError
+
+_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The layers of a UNet that an adapter may change: its linear ones and its convolutions."""
+
+    family: str  # sd1, sd2 or sdxl: whose structure it has, whatever its sizes
+    shapes: dict[str, tuple[int, ...]]  # of the weights, (out, in) or (out, in, kh, kw), by diffusers' name
+    resolution: int | None = None  # pixels
+    prediction_type: str | None = None  # as the base's scheduler says it
+
+    @cached_property
+    def kohya(self) -> dict[str, str]:
+        """The layers' names in kohya's files, without `lora_unet_`, by diffusers' name."""
+        names = _original(self.shapes) if self.family == "sdxl" else {name: name for name in self.shapes}
+        return {name: other.replace(".", "_") for name, other in names.items()}
+
+    @cached_property
+    def spellings(self) -> dict[str, str]:
+        """diffusers' name of a layer by either of kohya's spellings; the published LCM-LoRA for SDXL has diffusers'."""
+        plain = {name.replace(".", "_"): name for name in self.shapes}
+        return plain | {other.replace(".", "_"): name for name, other in _original(self.shapes).items()}
+
+
+def describe(
+    config: dict[str, Any], *, resolution: int | None = None, prediction_type: str | None = None
+) -> Architecture:
+    """Returns the architecture of a UNet's configuration, without its weights.
+
+    Raises:
+        UserError: diffusers cannot build a UNet from it.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+    from torch import nn
+
+    with torch.device("meta"):
+        check_class(Path("unet/config.json"), config, "UNet2DConditionModel")
+        try:
+            unet = UNet2DConditionModel.from_config(config)
+        except Exception as error:  # of a foreign configuration, whatever it leads to
+            raise UserError(f"diffusers cannot build a UNet from its configuration: {error}") from error
+    shapes = {
+        name: tuple(module.weight.shape)
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    if config.get("addition_embed_type") == "text_time":
+        family = "sdxl"
+    else:
+        family = "sd2" if config.get("use_linear_projection") else "sd1"
+    return Architecture(family, shapes, resolution, prediction_type)
+
+
+def of_folder(folder: Path) -> Architecture:
+    """Returns the architecture of the diffusers base in `folder`, which needs no weights there.
+
+    Raises:
+        UserError: unet/config.json is missing or is not that of a UNet.
+    """
+    config = _read(folder / "unet" / "config.json")
+    if config is None:
+        raise UserError(f"{folder}/unet/config.json: no such file; expected the folder of a diffusers base")
+    vae = _read(folder / "vae" / "config.json") or {}
+    scheduler = _read(folder / "scheduler" / "scheduler_config.json") or {}
+    blocks = vae.get("block_out_channels")
+    factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and 1 <= len(blocks) <= 16 else 8
+    size = config.get("sample_size")
+    try:
+        return describe(
+            config,
+            resolution=size * factor if isinstance(size, int) else None,
+            prediction_type=scheduler.get("prediction_type"),
+        )
+    except UserError as error:
+        raise UserError(f"{folder}/unet/config.json: {str(error).removeprefix('unet/config.json: ')}") from error
+
+
+@cache
+def published() -> dict[str, Architecture]:
+    """Returns the published architectures, by hub id."""
+    configs = json.loads(resources.files("lcmlora").joinpath("architectures.json").read_text(encoding="utf-8"))
+    return {name: describe(config, resolution=8 * config["sample_size"]) for name, config in configs.items()}
+
+
+def _original(names: Iterable[str]) -> dict[str, str]:
+    """Returns the layers' names in the original code (openaimodel.UNetModel), by diffusers' names.
+
+    There the blocks of each side are one list: conv_in, then a block for every resnet (with the attention after it),
+    and one for every downsampler; an upsampler is the last part of the block before it. Depths differ from base to
+    base, so the places are counted from the layers that there are.
+    """
+    names = list(names)
+    places: dict[tuple[str, ...], str] = {}
+    for side, blocks, place in (("down", "input_blocks", 1), ("up", "output_blocks", 0)):
+        for block in _numbers(names, rf"{side}_blocks\.(\d+)\."):
+            inside = [name for name in names if name.startswith(f"{side}_blocks.{block}.")]
+            for layer in _numbers(inside, r".*\.resnets\.(\d+)\."):
+                places[side, block, "resnets", layer] = f"{blocks}.{place}.0"
+                places[side, block, "attentions", layer] = f"{blocks}.{place}.1"
+                place += 1
+            if side == "down" and _numbers(inside, r".*\.downsamplers\.(\d+)\."):
+                places[side, block, "downsamplers", "0"] = f"{blocks}.{place}.0"
+                place += 1
+            attends = bool(_numbers(inside, r".*\.attentions\.(\d+)\."))
+            places[side, block, "upsamplers", "0"] = f"{blocks}.{place - 1}.{1 + attends}"
+    found = {name: _OUTSIDE[name] for name in names if name in _OUTSIDE}
+    for name in names:
+        if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name):
+            *place_of, rest = match.groups()
+            found[name] = f"{places[tuple(place_of)]}.{_part(match[3], rest)}"
+        elif match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name):
+            middle = 1 if match[1] == "attentions" else 2 * int(match[2])
+            found[name] = f"middle_block.{middle}.{_part(match[1], match[3])}"
+    return found
+
+
+def _part(kind: str, name: str) -> str:
+    if kind == "resnets":
+        return _RESNET.get(name, name)
+    return "op" if kind == "downsamplers" else name
+
+
+def _numbers(names: Iterable[str], pattern: str) -> list[str]:
+    """Returns the different numbers that the pattern's group finds at the start of names, in order."""
+    found = {match[1] for name in names if (match := re.match(pattern, name))}
+    return sorted(found, key=int)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    return json_of(path)

@@ -1,0 +1,134 @@
+"""Whether a base's tokenizer tells captions apart, and fits the text encoder that reads what it gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lcmlora.bases.examination.weightfiles import json_of, text_of
+from lcmlora.errors import UserError
+from lcmlora.io.parsing import Malformed, decoded
+
+# Different in every word, in plain letters that every vocabulary has.
+PROBES = ("a red apple on the table", "two old boats under blue sky")
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+# Embeddings are padded to a multiple of 64 or 128 at most; a vocabulary that fills less than this is another model's.
+_FILLED = 0.9
+
+
+def examine(folder: Path, encoder: dict[str, Any], *, pooled: bool = False) -> dict[str, Any]:
+    """Returns what a tokenizer makes of text: vocabulary, merges, special tokens, length.
+
+    Args:
+        folder: tokenizer or tokenizer_2 in a base's folder.
+        encoder: the configuration of the text encoder that reads its tokens.
+        pooled: that encoder's pooled embedding is used, which it takes at the end-of-text token.
+
+    Raises:
+        UserError: files are missing or damaged, or the two do not fit.
+    """
+    vocabulary, merges = _files(folder)
+    if not (folder / "tokenizer_config.json").exists():
+        raise UserError(f"{folder}: has no tokenizer_config.json, which tells how many tokens a caption may have")
+    length = _length(folder / "tokenizer_config.json", encoder)
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        rows = tokenizer(list(PROBES), padding="max_length", truncation=True, max_length=length).input_ids
+        special = {key: getattr(tokenizer, key) for key in _SPECIAL}
+        everything = tokenizer.get_vocab()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # tokenizers is Rust, whose panics are no Exception
+        raise UserError(f"{folder}: transformers cannot read it: {' '.join(str(error).split())[:200]}") from error
+    if any(value is None for value in special.values()):
+        raise UserError(f"{folder}/tokenizer_config.json: has no bos_token, eos_token, pad_token or unk_token")
+    size, last = encoder["vocab_size"], max(everything.values(), default=0)
+    if last >= size:
+        raise UserError(
+            f"{folder}: its vocabulary goes up to token {last}, and the text encoder's embedding has {size} rows; "
+            "expected the tokenizer that the text encoder was trained with"
+        )
+    if len(everything) < _FILLED * size:
+        raise UserError(
+            f"{folder}: has a vocabulary of {len(everything)} tokens, and the text encoder's embedding {size} rows; "
+            "expected the tokenizer that the text encoder was trained with"
+        )
+    words = [[token for token in row if token not in special.values()] for row in rows]
+    if words[0] == words[1] or not all(words) or any(len(row) != length for row in rows):
+        raise UserError(
+            f"{folder}: makes the same tokens of different captions, {PROBES[0]!r} and {PROBES[1]!r}; its vocabulary "
+            "is not the one that the text encoder was trained with"
+        )
+    if pooled:
+        _check_end(folder, encoder, rows, special["eos_token_id"])
+    return {"vocabulary": everything | vocabulary, "merges": merges, "length": length} | special
+
+
+def _files(folder: Path) -> tuple[dict[str, int], list[list[str]]]:
+    """Returns vocabulary and merges: those of tokenizer.json, where there is one, as transformers does."""
+    whole, parts = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
+    for path in (whole, *parts, folder / "tokenizer_config.json"):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: is a link to nothing; get the file again")
+    if whole.exists():
+        model = json_of(whole).get("model")
+        if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+            raise UserError(f"{whole}: model: expected the byte-pair encoding (BPE) of CLIP")
+        return _checked(whole, model.get("vocab"), model.get("merges"))
+    if lost := [path.name for path in parts if not path.exists()]:
+        missing = " and ".join(lost)
+        alike = "; without them every caption becomes the same tokens" if len(lost) == 2 else ""
+        raise UserError(f"{folder}: has no {missing}, and no tokenizer.json that would hold them{alike}; get it again")
+    try:
+        lines = decoded(text_of(parts[1])).splitlines()
+    except Malformed as error:
+        raise UserError(f"{parts[1]}: {error}") from None
+    merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    return _checked(folder, json_of(parts[0]), merges)
+
+
+def _checked(place: Path, vocabulary: Any, merges: Any) -> tuple[dict[str, int], list[list[str]]]:
+    if not isinstance(vocabulary, dict) or not all(type(n) is int and n >= 0 for n in vocabulary.values()):
+        raise UserError(f"{place}: its vocabulary: expected the number of each token")
+    if not vocabulary or not isinstance(merges, list) or not merges:
+        raise UserError(f"{place}: has an empty vocabulary or no merges; get it again")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise UserError(f"{place}: its vocabulary: two tokens have the same number")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
+        raise UserError(f"{place}: its merges: expected pairs of tokens")
+    for one, other in pairs:
+        if lost := next((token for token in (one, other, one + other) if token not in vocabulary), None):
+            raise UserError(f"{place}: merges name {lost[:60]!r}, which the vocabulary does not have; get it again")
+    return vocabulary, pairs
+
+
+def _length(path: Path, encoder: dict[str, Any]) -> int:
+    config = json_of(path)
+    kind = str(config.get("tokenizer_class", "CLIPTokenizer"))
+    if kind not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+        raise UserError(f"{path}: tokenizer_class is {kind[:100]!r}; expected CLIPTokenizer")
+    length, most = config.get("model_max_length"), encoder["max_position_embeddings"]
+    if type(length) is not int or not 3 <= length <= most:
+        raise UserError(
+            f"{path}: model_max_length is {str(length)[:40]}; expected the {most} tokens that the text encoder reads "
+            "(max_position_embeddings), or fewer"
+        )
+    return length
+
+
+def _check_end(folder: Path, encoder: dict[str, Any], rows: list[list[int]], end: int) -> None:
+    """Raises UserError where the text encoder does not find the end of a text, at which its pooled embedding is.
+
+    Transformers takes the token `eos_token_id`; where that is 2, as in the published configurations, the highest.
+    """
+    told = encoder.get("eos_token_id", 2)
+    for row in rows:
+        found = max(row) if told == 2 else told
+        if found not in row or row.index(found) != row.index(end):
+            raise UserError(
+                f"{folder}: ends a text with token {end}, and the text encoder looks for {found} (eos_token_id in its "
+                "config.json), so that all captions would have one pooled embedding"
+            )

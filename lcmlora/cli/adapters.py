@@ -1,0 +1,206 @@
+"""Verbs of the command line for adapters, whoever made them: convert, combine, generate, remeasure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lcmlora.errors import UserError
+from lcmlora.io.terminal import note, say
+
+_DOWNLOADS = Path("scratch", "adapters")  # registered and published releases
+
+Adapter = Annotated[
+    str,
+    typer.Option(
+        help="A folder, a .safetensors file, models:/NAME@ALIAS or s3://bucket/.../MODEL/sha256-...", show_default=False
+    ),
+]
+UnetOnly = Annotated[bool, typer.Option("--unet-only", help="Leave out the text encoders' tensors.")]
+AnyBase = Annotated[
+    str | None,
+    typer.Option("--base", help="A name in params.yaml or a diffusers folder; the adapter's own by default."),
+]
+OtherBase = Annotated[
+    bool, typer.Option("--other-base", help="Go on with an adapter of another base: one is a fine-tune of the other.")
+]
+
+
+def _configure(context: typer.Context):  # type: ignore[no-untyped-def]  # the type would import pydantic for --help
+    """Returns params.yaml, which these verbs can do without, unless it was asked for."""
+    from lcmlora import config
+
+    return config.load(context.obj) if context.obj.exists() or context.obj != Path("params.yaml") else None
+
+
+def convert(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="IN", help="An adapter: a file, a folder, models:/ or s3://.")],
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write.", show_default=False)],
+    style: Annotated[str, typer.Option("--format", help="diffusers, or kohya for ComfyUI and A1111.")],
+    base: AnyBase = None,
+    unet_only: UnetOnly = False,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; that of IN by default.")] = None,
+) -> None:
+    """Convert an adapter between the formats of diffusers and of kohya; what is written is read again and compared.
+
+    The base is needed where its layers tell no base: adapters of one that is not SD-V1.5, SD 2, SDXL or SSD-1B.
+
+    Example: lcmlora convert release/emoji emoji.safetensors --format kohya
+    """
+    config = _configure(context)
+    from lcmlora.adapters import formats
+    from lcmlora.adapters.tensorfile import PRECISIONS
+    from lcmlora.cli import references
+
+    if style not in (formats.DIFFUSERS, formats.KOHYA):
+        raise UserError(f"--format: expected diffusers or kohya, got {style!r}")
+    if precision not in (None, *PRECISIONS):
+        raise UserError(f"--precision: expected {', '.join(PRECISIONS)}, got {precision!r}")
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: expected a file that ends in .safetensors")
+    adapter = references.open_adapter(source, config, _DOWNLOADS)
+    found = references.find_base(base, adapter, config)
+    made = formats.convert(
+        adapter.weights,
+        out,
+        style,
+        found.architecture() if found else None,
+        unet_only=unet_only,
+        dtype=PRECISIONS[precision] if precision else None,
+    )
+    say(
+        f"{out}: {made.layers} layers in {made.tensors} tensors, rank {made.rank}, alpha of {source} "
+        f"{', '.join(f'{alpha:g}' for alpha in made.alpha)}; largest difference of an effective weight {made.error:.1e}"
+    )
+    if made.left_out:
+        print(f"left out: {made.left_out} tensors of text encoders or trained tokens")
+
+
+def combine(
+    context: typer.Context,
+    style: Adapter,
+    lcm: Adapter,
+    out: Annotated[Path, typer.Option(help="A folder, or a .safetensors file.", show_default=False)],
+    weights: Annotated[tuple[float, float], typer.Option(help="Of the style and of the acceleration.")] = (0.8, 1.0),
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Cut the sum down to this rank, and say what it lost.")
+    ] = None,
+    base: AnyBase = None,
+    other_base: OtherBase = False,
+    unet_only: UnetOnly = False,
+) -> None:
+    """Combine a style and an acceleration adapter into one of summed rank: eq. (3) of arXiv 2311.05556.
+
+    Example: lcmlora combine --style style.safetensors --lcm release/emoji --weights 0.8 1.0 --out adapters/styled
+    """
+    config = _configure(context)
+    from lcmlora.adapters import combine as compose
+    from lcmlora.cli import references
+
+    styles, acceleration = (references.open_adapter(name, config, _DOWNLOADS) for name in (style, lcm))
+    found = references.find_base(base, acceleration, config)
+    made = compose.write_combined(
+        styles,
+        acceleration,
+        weights,
+        out,
+        found.architecture() if found else None,
+        rank,
+        other_base=other_base,
+        unet_only=unet_only,
+    )
+    if made["left_out"]:
+        print(f"left out: {made['left_out']} tensors of text encoders or trained tokens")
+    say(f"{out}: {made['layers']} layers, rank {made['rank']}, rounding of an effective weight {made['error']:.1e}")
+    if lost := made["truncation"]:
+        say(
+            f"lost by rank {rank} (relative Frobenius norm of effective weights): {lost['overall']:.2e} overall, at "
+            f"worst {lost['worst']:.2e} in {lost['worst_layer']}"
+        )
+
+
+def generate(
+    context: typer.Context,
+    adapter: Adapter,
+    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The picture; of several the next are FILE-1, FILE-2.", show_default=False)],
+    style: Annotated[str | None, typer.Option(help="A style adapter, named as --adapter is.")] = None,
+    style_weight: Annotated[float, typer.Option(help="How much of the style.")] = 0.8,
+    steps: Annotated[int, typer.Option(min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same pictures.")] = 0,
+    guidance: Annotated[float, typer.Option(help="1 is none; more than 2 saturates.")] = 1.0,
+    base: AnyBase = None,
+    other_base: OtherBase = False,
+    unet_only: UnetOnly = False,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
+    grid: Annotated[bool, typer.Option("--grid", help="One picture of all.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Draw pictures of prompts with an adapter, in the way that it was distilled for.
+
+    Example: lcmlora generate --adapter models:/lcm-lora-emoji@champion --prompt owl --prompt fox --out animals.png
+    """
+    config = _configure(context)
+    from lcmlora.cli import generate, references
+
+    generate.check_ending(out)
+    chosen = references.open_adapter(adapter, config, _DOWNLOADS)
+    styles = references.open_adapter(style, config, _DOWNLOADS) if style else None
+    found = references.find_base(base, chosen, config)
+    if found is None:
+        raise UserError(f"{adapter}: does not say where its base is; name it with --base")
+    if chosen.sampler is None:
+        note(f"note: nothing beside {adapter} says how to draw with it; drawn as LCM-LoRAs are")
+    request = generate.Request(prompt, steps, seed, guidance, batch)
+    sampler = chosen.sampler or references.Sampler()
+    generate.check(sampler, request)
+    loaded = generate.load(
+        found, chosen, styles, style_weight, device=device, other_base=other_base, unet_only=unet_only
+    )
+    for path in generate.save(generate.draw(loaded, sampler, request), out, grid=grid):
+        say(path)
+
+
+def remeasure(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A name under `bases` in params.yaml, e.g. emoji.", show_default=False)],
+    adapter: Adapter,
+    out: Annotated[Path, typer.Option(help="The JSON file to write.", show_default=False)],
+) -> None:
+    """Measure an adapter that was made on other data on the model's present reference, at the gate's steps.
+
+    The flow does so with the champion where new data has changed the reference, so that the gate can compare.
+
+    Example: lcmlora remeasure emoji --adapter models:/lcm-lora-emoji@champion --out scratch/champion.json
+    """
+    from lcmlora import config
+
+    settings = config.load(context.obj)
+    base, evaluation = settings.base(model), settings.evaluation_for(model)
+    from lcmlora import bases
+    from lcmlora.cli import references
+    from lcmlora.evaluation import remeasure
+    from lcmlora.io.files import write_json
+    from lcmlora.training import checkpoint
+
+    chosen = references.open_adapter(adapter, settings, _DOWNLOADS)
+    device = bases.pick_device(evaluation.device)
+    folder = Path("bases", model)
+    loaded = bases.load(model, base, folder, device=device, dtype=bases.pick_dtype("auto", device))
+    with checkpoint.locked(Path("scratch", "remeasure", model)) as scratch:
+        figures = remeasure.remeasure(
+            loaded,
+            base,
+            chosen,
+            evaluation,
+            settings.gate.steps,
+            Path("data/pictures"),
+            Path("reference", model),
+            scratch,
+        )
+    write_json(out, figures)
+    student = f"student@{settings.gate.steps}"
+    say(f"{adapter}: {student} excess {figures['excess'][student]:.1f}, retrieval {figures['retrieval'][student]:.3f}")

@@ -1,0 +1,62 @@
+"""Verbs of the command line that look at data: data preview. Heavy imports as in cli.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lcmlora.io.terminal import say
+
+app = typer.Typer(no_args_is_help=True, help="Look at captioned pictures before anything is made of them.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `preview` a verb of its own while it is the only one."""
+
+
+@app.command()
+def preview(
+    context: typer.Context,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="Captioned pictures: a folder, or .parquet or .tar files, here or at s3://; without it, `data` of "
+            "params.yaml.",
+            show_default=False,
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="folder, parquet or webdataset; guessed from the files' names.", show_default=False),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures on the sheet.")] = 12,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("preview.png"),
+) -> None:
+    """Draw twelve pictures with their captions into one PNG, and count what would be kept and dropped, and why.
+
+    Limits, like data.min_side, are those of params.yaml. Nothing else is written.
+
+    Examples:
+
+      lcmlora data preview                                   the data set of params.yaml
+
+      lcmlora data preview ~/pictures --out look.png         a folder, before it is named there
+
+      lcmlora data preview s3://bucket/laion --count 24      tables or tar files in a bucket
+    """
+    from lcmlora import config
+    from lcmlora.data import preview as sheets
+    from lcmlora.data.prepare import print_report
+    from lcmlora.data.sources.guess import source_of
+
+    settings = config.load(context.obj)
+    data = settings.data
+    if source is not None:
+        data = type(data).model_validate(data.model_dump() | {"source": kind or source_of(source), "path": source})
+    print_report(
+        sheets.preview(data, count, out, {model: settings.base(model).resolution for model in settings.models})
+    )
+    say(out)

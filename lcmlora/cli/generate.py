@@ -1,0 +1,165 @@
+"""Pictures of prompts, drawn with an adapter in few steps."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from lcmlora import bases
+from lcmlora.adapters import formats, lora
+from lcmlora.adapters.combine import check_weights, combine
+from lcmlora.adapters.layer_names import Architecture
+from lcmlora.bases import folders
+from lcmlora.bases.base import LoadedBase
+from lcmlora.cli.references import AdapterReference, BaseReference, Sampler, check_same_base
+from lcmlora.diffusion import sampling
+from lcmlora.errors import UserError
+from lcmlora.io.files import atomic_write
+from lcmlora.progress import track
+
+_STRONG = 2.0  # guidance above which distilled students saturate (the report's advice is 1 to 2)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be drawn."""
+
+    prompts: Sequence[str]
+    steps: int = 4
+    seed: int = 0
+    guidance: float = 1.0  # the pipelines' convention; 1 is none
+    batch: int = 4
+
+
+def load(
+    base: BaseReference,
+    adapter: AdapterReference,
+    style: AdapterReference | None = None,
+    style_weight: float = 0.8,
+    *,
+    device: str = "auto",
+    other_base: bool = False,
+    unet_only: bool = False,
+) -> LoadedBase:
+    """Returns the base with the adapter active in its UNet, and the style with it.
+
+    Args:
+        other_base: draw though the adapter was made for a base with another digest, such as the one that this base is a
+            fine-tune of.
+        unet_only: leave tensors of text encoders out.
+
+    Raises:
+        UserError: the base was not fetched, or an adapter does not fit it or was made for another one.
+    """
+    if not base.folder.is_dir():
+        raise UserError(f"{base.folder}: no such base folder; run `lcmlora fetch {base.name}`")
+    references = [adapter] if style is None else [adapter, style]
+    if not other_base and any(reference.base for reference in references):
+        identity = folders.identity(base.settings, base.folder)
+        for reference in references:
+            check_same_base(reference, identity, "this base is")
+    layers = _layers(adapter, style, style_weight, base.architecture(), unet_only)
+    place = bases.pick_device(device)
+    dtype = bases.pick_dtype("auto", place)
+    loaded = bases.load(base.name, base.settings, base.folder, device=place, dtype=dtype)
+    lora.put(loaded.unet, {name: (layer.down, layer.folded.up) for name, layer in layers.items()}, adapter.shown)
+    return loaded
+
+
+def _layers(
+    adapter: AdapterReference, style: AdapterReference | None, weight: float, base: Architecture, unet_only: bool
+) -> dict[str, formats.Layer]:
+    student = formats.read(adapter.weights, base, unet_only=unet_only)
+    if style is None:
+        return student.layers
+    check_weights("--style-weight", weight)
+    return combine([(formats.read(style.weights, base, unet_only=unet_only), weight), (student, 1.0)]).layers
+
+
+def check(sampler: Sampler, request: Request) -> None:
+    """Warns of guidance that is too strong; asked before anything is loaded.
+
+    Raises:
+        UserError: more steps than the adapter's grid has, or guidance below 1.
+    """
+    if not 1 <= request.steps <= sampler.grid:
+        raise UserError(f"--steps: expected 1 to {sampler.grid}, the timesteps of this adapter, got {request.steps}")
+    if not 1 <= request.guidance < math.inf:
+        raise UserError(f"--guidance: expected 1 (none) or more, got {request.guidance:g}")
+    if request.guidance > _STRONG:
+        print(
+            f"warning: guidance {request.guidance:g}: the adapter was distilled with guidance and draws with 1 to 2; "
+            "above that, colours saturate",
+            file=sys.stderr,
+        )
+
+
+def draw(base: LoadedBase, sampler: Sampler, request: Request) -> list[Image.Image]:
+    """Returns a picture of each prompt. The i-th starts from the noise (seed, i), whatever the size of a batch.
+
+    Raises:
+        UserError: pictures that are not finite.
+    """
+    unconditional = sampling.unconditional(base) if request.guidance != 1 else None
+    pictures: list[Image.Image] = []
+    for start in track(range(0, len(request.prompts), request.batch), "draw", unit=request.batch):
+        indices = range(start, min(start + request.batch, len(request.prompts)))
+        latents = sampling.sample(
+            base,
+            sampling.text_conditioning(base, [request.prompts[i] for i in indices]),
+            sampling.initial_noise(base.latent_shape, request.seed, indices),
+            method=sampling.STUDENT,
+            steps=request.steps,
+            guidance_scale=request.guidance,
+            unconditional=unconditional,
+            seed=request.seed,
+            indices=indices,
+            grid=sampler.grid,
+            gamma=sampler.gamma,
+        )
+        decoded = base.decode(latents)
+        if not decoded.isfinite().all():
+            raise UserError(f"{base.name}: drew pictures that are not finite in {base.dtype}")
+        pixels = decoded.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pictures += [Image.fromarray(picture) for picture in pixels]
+    return pictures
+
+
+def save(pictures: Sequence[Image.Image], out: Path, *, grid: bool = False) -> list[Path]:
+    """Writes one file for each picture, `out`, then `out` with -1, -2, ... before its ending, or one grid of all.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: the ending is that of no picture.
+    """
+    check_ending(out)
+    if grid:
+        pictures = [tile(pictures)]
+    paths = [out, *(out.with_stem(f"{out.stem}-{number}") for number in range(1, len(pictures)))]
+    for path, picture in zip(paths, pictures, strict=True):
+        kind = Image.registered_extensions()[path.suffix.lower()]
+        atomic_write(path, lambda p, picture=picture, kind=kind: picture.save(p, format=kind))  # type: ignore[misc]
+    return paths
+
+
+def check_ending(out: Path) -> None:
+    """Raises UserError where the file's ending is that of no picture; asked before anything is drawn."""
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--out: {out}: expected a file that ends in .png, .jpg or .webp")
+
+
+def tile(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Returns the pictures, all of one size, in rows that make a square as nearly as may be."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
+    for index, picture in enumerate(pictures):
+        sheet.paste(picture, (index % columns * width, index // columns * height))
+    return sheet

@@ -1,0 +1,266 @@
+"""What people name on the command line: an adapter by path, registered version or published release, and a base.
+
+adapters/emoji, release/emoji                     a folder that `distill`, `combine` or `package` wrote
+style.safetensors                                 a file in any format, with what lies beside it
+models:/lcm-lora-emoji@champion, models:/NAME/3   a registered version (registry in params.yaml)
+s3://bucket/prefix/MODEL/sha256-...               a published release, or a channel's pointer (.../champion.json)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lcmlora import bases
+from lcmlora.adapters import layer_names, lora, tensorfile
+from lcmlora.adapters.layer_names import Architecture
+from lcmlora.bases import folders
+from lcmlora.config import Base, Config, Publish
+from lcmlora.errors import UserError
+from lcmlora.io import terminal
+from lcmlora.io.files import make_once
+from lcmlora.io.parsing import as_object, read_json
+from lcmlora.io.terminal import note
+from lcmlora.releases import package
+
+_FACTS = "config.json"  # what distill and combine say of an adapter; in a release it is provenance.json
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a student is drawn with; see objectives.Sampler."""
+
+    scheduler: str = "LCMScheduler"
+    gamma: float | None = None
+    grid: int = 50
+
+
+@dataclass(frozen=True)
+class AdapterReference:
+    """An adapter that was asked for, and what is known of it; None where nothing is."""
+
+    shown: str  # as it was named
+    weights: Path
+    model: str | None = None
+    base: dict[str, str | None] | None = None  # source, revision and digest of the base that it was made for
+    resolution: int | None = None
+    sampler: Sampler | None = None
+
+
+def open_adapter(reference: str, config: Config | None, cache: Path) -> AdapterReference:
+    """Returns the adapter that the reference names; a registered or published one is downloaded, once.
+
+    Args:
+        config: params.yaml, where there is one; says where the registry is and how S3 is reached.
+        cache: where downloaded releases are kept.
+
+    Raises:
+        UserError: there is no such adapter, its files are not those that its checksums list, or it is out of reach.
+    """
+    if reference.startswith("models:/"):
+        return _described(_registered(reference, config, cache), reference)
+    if reference.startswith("s3://"):
+        return _described(_published(reference, config, cache), reference)
+    path = Path(reference)
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name that is too long, a folder that is closed to us
+        raise UserError(f"{terminal.shown(reference)}: {error.strerror}") from None
+    if is_folder:
+        return _described(path, reference)
+    if is_file:
+        # Other files may lie there by chance, and so may a config.json that is not ours.
+        ours = path.name == lora.WEIGHTS or (
+            (path.parent / package.PROVENANCE).is_file()
+            and path.name == (_facts(path.parent).get("kohya") or {}).get("file")
+        )
+        return _described(path.parent, reference, path) if ours else AdapterReference(reference, path)
+    raise UserError(
+        f"{reference}: no such adapter; expected a folder, a .safetensors file, models:/NAME@ALIAS or "
+        "s3://bucket/.../MODEL/sha256-..."
+    )
+
+
+def _registered(reference: str, config: Config | None, cache: Path) -> Path:
+    from lcmlora import registry
+
+    if config is None:
+        raise UserError(f"{reference}: needs registry in params.yaml, and there is none here; see --params")
+    version = registry.resolve(reference, config.registry)
+    return registry.pull(version.reference, config.registry, cache / f"sha256-{version.sha256[:12]}")
+
+
+def _published(reference: str, config: Config | None, cache: Path) -> Path:
+    from lcmlora.releases import publish
+
+    settings = config.publish if config else Publish(to=reference)
+    uri, sha256 = publish.find(reference, settings)
+    return _cached(cache, sha256, lambda folder: publish.download(uri, settings, folder))
+
+
+def _cached(cache: Path, sha256: str, download: Callable[[Path], None]) -> Path:
+    """Returns the folder of a downloaded release, which appears whole or not at all."""
+    target = cache / f"sha256-{sha256[:12]}"
+
+    def is_there() -> bool:
+        if not target.is_dir():
+            return False
+        try:
+            package.verify(target)
+        except UserError as error:
+            note(f"note: {error}; it is downloaded again")
+            return False
+        return package.digest(target) == sha256
+
+    def fill(folder: Path) -> None:
+        download(folder)
+        package.verify(folder)
+        if (found := package.digest(folder)) != sha256:
+            raise UserError(f"{target}: expected the adapter {sha256[:12]}..., downloaded {found[:12]}...")
+
+    make_once(target, is_there, fill)
+    return target
+
+
+def _described(folder: Path, shown: str, weights: Path | None = None) -> AdapterReference:
+    sealed = (folder / package.CHECKSUMS).is_file()
+    weights = weights or (folder / lora.WEIGHTS if sealed else tensorfile.find(folder))
+    if sealed:
+        package.verify(folder, {weights.name, package.SCHEDULER, package.PROVENANCE})
+    facts = _facts(folder)
+    return AdapterReference(
+        shown=shown,
+        weights=weights,
+        model=facts.get("model"),
+        base=facts.get("base"),
+        resolution=facts.get("resolution"),
+        sampler=sampler_of(folder, facts),
+    )
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """Returns what lies beside an adapter of ours; nothing where that is another program's config.json.
+
+    Raises:
+        UserError: a value of another type than ours have.
+    """
+    path = next((folder / name for name in (package.PROVENANCE, _FACTS) if (folder / name).is_file()), None)
+    facts = _read(path) if path else {}
+    if path is None or not isinstance(facts.get("base"), dict):
+        return {}
+    texts = {"model": facts.get("model")}
+    texts |= {f"base.{key}": facts["base"].get(key) for key in ("source", "revision", "digest")}
+    for key, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{path}: {key}: expected a text, got {ascii(value)[:80]}")
+    resolution = facts.get("resolution")
+    if resolution is not None and (type(resolution) is not int or resolution < 1):
+        raise UserError(f"{path}: resolution: expected pixels, got {ascii(resolution)[:80]}")
+    for key in ("params", "distill", "kohya"):
+        as_object(facts.get(key) or {}, f"{path}: {key}")
+    as_object((facts.get("params") or {}).get("distill") or {}, f"{path}: params.distill")
+    return facts
+
+
+def sampler_of(folder: Path, facts: dict[str, Any]) -> Sampler | None:
+    """Returns what the folder says of its sampler; what older ones lack follows from the scheduler's settings.
+
+    Raises:
+        UserError: settings that are none of a sampler.
+    """
+    if "sampler" in facts:
+        return _sampler(as_object(facts["sampler"], f"{folder}: sampler"), f"{folder}: sampler")
+    path = folder / package.SCHEDULER
+    if not path.is_file():
+        return None
+    settings = _read(path)
+    distill = (facts.get("params") or facts).get("distill") or {}
+    gamma = {"tcd": distill.get("gamma"), "tdd": distill.get("gamma"), "pcm": 0.0}.get(
+        str(distill.get("objective", "lcm"))
+    )
+    found = {"scheduler": settings.get("_class_name", "LCMScheduler"), "gamma": gamma}
+    return _sampler(found | {"grid": settings.get("original_inference_steps", 50)}, str(path))
+
+
+def _sampler(settings: dict[str, Any], place: str) -> Sampler:
+    given = {field.name: settings.get(field.name, field.default) for field in fields(Sampler)}
+    scheduler, gamma, grid = given.values()
+    if unknown := settings.keys() - given.keys():
+        raise UserError(f"{place}: does not know {ascii(min(unknown))[:80]}, which a newer lcmlora may have written")
+    if not isinstance(scheduler, str):
+        raise UserError(f"{place}: scheduler: expected a name, got {ascii(scheduler)[:80]}")
+    if gamma is not None and not (type(gamma) in (int, float) and 0 <= gamma <= 1):
+        raise UserError(f"{place}: gamma: expected 0 to 1, got {ascii(gamma)[:80]}")
+    if type(grid) is not int or not 1 <= grid <= 1000:
+        raise UserError(f"{place}: expected 1 to 1000 timesteps, got {ascii(grid)[:80]}")
+    return Sampler(scheduler, gamma, grid)
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """A base that was asked for. Of one in params.yaml that was not fetched, the folder is not there."""
+
+    name: str
+    settings: Base
+    folder: Path
+
+    def architecture(self) -> Architecture:
+        """Returns its layers by its configuration alone."""
+        if (self.folder / "unet" / "config.json").is_file():
+            return replace(layer_names.of_folder(self.folder), resolution=self.settings.resolution)
+        config = bases.unet_config(self.settings, self.folder)
+        return layer_names.describe(config, resolution=self.settings.resolution)
+
+
+def find_base(wanted: str | None, adapter: AdapterReference, config: Config | None) -> BaseReference | None:
+    """Returns the base that is asked for, else the adapter's own; None where it does not tell where that is.
+
+    Args:
+        wanted: a name under `bases` in params.yaml, or a diffusers folder.
+
+    Raises:
+        UserError: there is no such base.
+    """
+    if wanted is None:
+        source = (adapter.base or {}).get("source") or ""
+        if config and adapter.model in config.bases and config.bases[adapter.model].source == source:
+            return BaseReference(adapter.model, config.bases[adapter.model], Path("bases", adapter.model))
+        return _at(Path(source), adapter) if source and Path(source).is_dir() else None
+    if config and wanted in config.bases:
+        return BaseReference(wanted, config.bases[wanted], Path("bases", wanted))
+    if not Path(wanted).is_dir():
+        known = f"params.yaml has {', '.join(config.bases)}" if config else "there is no params.yaml here"
+        raise UserError(f"--base: {wanted}: no such folder and no such base; {known}")
+    return _at(Path(wanted), adapter)
+
+
+def _at(folder: Path, adapter: AdapterReference) -> BaseReference:
+    folders.check_folder(folder)
+    resolution = adapter.resolution or layer_names.of_folder(folder).resolution
+    if resolution is None:
+        raise UserError(f"{folder}/unet/config.json: sample_size tells no resolution; name a base of params.yaml")
+    base = Base(source=str(folder), resolution=resolution, variant=folders.variant(folder), license="unknown")
+    return BaseReference(folder.resolve().name, base, folder)
+
+
+def check_same_base(adapter: AdapterReference, other: dict[str, str | None], shown: str) -> None:
+    """Raises UserError where an adapter was made for another base, by its digest; unknown ones pass.
+
+    Args:
+        other: source and digest of a base.
+        shown: how the message goes on to it, such as "this base is".
+    """
+    mine, theirs = folders.compared(adapter.base or {}, other)
+    if mine and theirs and mine != theirs:
+        made_for = adapter.base or {}
+        raise UserError(
+            f"{adapter.shown}: was made for {made_for.get('source')} (digest {mine[:12]}...), and {shown} "
+            f"{other.get('source')} (digest {theirs[:12]}...){folders.difference(made_for, other)}; if one base is a "
+            "fine-tune of the other, go on with --other-base"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return as_object(read_json(path), str(path))

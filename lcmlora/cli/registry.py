@@ -1,0 +1,271 @@
+"""`lcmlora registry <verb>`: what is champion, since when, made of what, how good; promote, roll back, download."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lcmlora.errors import UserError
+from lcmlora.io.terminal import LINE, cell, note, say
+
+if TYPE_CHECKING:
+    from lcmlora.config import Config
+    from lcmlora.registry.versions import Version
+
+app = typer.Typer(no_args_is_help=True, help="Look up, compare, promote, roll back and download registered adapters.")
+
+Reference = Annotated[
+    str, typer.Argument(help="MODEL@ALIAS, MODEL/VERSION or an adapter's SHA-256.", show_default=False)
+]
+Name = Annotated[str, typer.Argument(help="A registered model, e.g. lcm-lora-emoji.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+By = Annotated[str | None, typer.Option(help="Who does it, for the history; this user by default.")]
+
+
+def _configure(context: typer.Context):  # type: ignore[no-untyped-def]  # the type would import pydantic for --help
+    from lcmlora import config
+
+    return config.load(context.obj)
+
+
+@app.command("list")
+def list_versions(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Of this model alone, e.g. lcm-lora-emoji.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE of a fact or tag, or FIGURE<NUMBER, FIGURE>NUMBER; repeatable, all must hold."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the versions, the newest first, with their aliases.
+
+    Examples:
+
+      lcmlora registry list lcm-lora-emoji
+
+      lcmlora registry list --where objective=tcd --where "excess.student_4<80"
+    """
+    config = _configure(context)
+    from lcmlora import registry
+
+    tests = [registry.condition(text) for text in where or ()]
+    found = [v for v in registry.versions(config.registry, name) if all(test(v) for test in tests)]
+    if as_json:
+        print(json.dumps([version.plain() for version in found], indent=2))
+        return
+    steps = config.gate.steps
+    rows = [
+        (
+            version.reference,
+            " ".join(f"@{alias}" for alias in version.aliases),
+            version.gate,
+            _figure(version, f"excess.student_{steps}"),
+            _figure(version, f"retrieval.student_{steps}"),
+            version.objective,
+            version.sha256[:12],
+            version.created,
+        )
+        for version in found
+    ]
+    titles = ("version", "alias", "gate", f"excess@{steps}", f"retrieval@{steps}", "objective", "sha256", "created")
+    print_table(titles, rows)
+    passed_over = [f"{version.reference}: {tag}" for version in found for tag in version.foreign_events]
+    if passed_over:
+        print(f"note: {len(passed_over)} tags that no version of lcmlora wrote: {_some(passed_over)}", file=sys.stderr)
+
+
+def _figure(version: Version, name: str) -> str:
+    value = version.figure(name)
+    return "" if value is None else f"{value:.3f}" if abs(value) < 1 else f"{value:.1f}"
+
+
+@app.command()
+def show(context: typer.Context, reference: Reference, as_json: AsJson = False) -> None:
+    """Show all that is known of a version: base, data, commit, figures, release, run, aliases, since when.
+
+    Example: lcmlora registry show lcm-lora-emoji@champion --json
+    """
+    config = _configure(context)
+    from lcmlora import registry
+
+    version = registry.resolve(reference, config.registry)
+    if as_json:
+        print(json.dumps(version.plain(), indent=2))
+        return
+    facts = version.plain()
+    metrics, base = facts.pop("metrics"), facts.pop("base")
+    facts.pop("tags")
+    facts["foreign_events"] = ", ".join(version.foreign_events)
+    facts["aliases"] = " ".join(facts["aliases"])
+    rows = [(key, str(value)) for key, value in facts.items() if value not in (None, "")]
+    rows += [(f"base {key}", str(value)) for key, value in base.items() if value]
+    shown = {key: value for key, value in metrics.items() if "student_" in key and "interval" not in key}
+    print_table(("", version.reference), rows + [(key, f"{value:.4g}") for key, value in sorted(shown.items())])
+    print(f"{len(metrics) - len(shown)} more figures: --json")
+
+
+@app.command()
+def compare(context: typer.Context, first: Reference, second: Reference, as_json: AsJson = False) -> None:
+    """Compare two versions, figure by figure.
+
+    Example: lcmlora registry compare lcm-lora-emoji@previous lcm-lora-emoji@champion
+    """
+    config = _configure(context)
+    from lcmlora import registry
+
+    one, two = (registry.resolve(reference, config.registry) for reference in (first, second))
+    rows = registry.compare(one, two)
+    if as_json:
+        plain = [{"figure": r.figure, "first": r.first, "second": r.second, "change": r.change} for r in rows]
+        print(json.dumps({"first": one.reference, "second": two.reference, "rows": plain}, indent=2))
+        return
+    shown = [row for row in rows if row.change != 0 and row.first != row.second]
+    print_table(
+        ("", one.reference, two.reference, "change"),
+        [(row.figure, _short(row.first), _short(row.second), _short(row.change)) for row in shown],
+    )
+    print(f"{len(rows) - len(shown)} of {len(rows)} are the same")
+
+
+@app.command()
+def history(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
+    """Print what happened to the versions of a model, in order: who did what, when and why.
+
+    Example: lcmlora registry history lcm-lora-emoji
+    """
+    config = _configure(context)
+    from dataclasses import asdict
+
+    from lcmlora.registry import promotion
+
+    events = promotion.history(name, config.registry)
+    if as_json:
+        print(json.dumps([asdict(event) for event in events], indent=2))
+        return
+    rows = []
+    for event in events:
+        alias = f"@{event.alias}" + (f" (was /{event.former})" if event.former else "") if event.alias else ""
+        action = event.action + (" against the gate" if event.override else "")
+        rows.append((event.time[:19] + "Z", f"/{event.version}", action, alias, event.who, event.reason or ""))
+    print_table(("time", "version", "what", "alias", "who", "why"), rows)
+    if passed_over := promotion.foreign_events(name, config.registry):
+        print(f"note: {len(passed_over)} tags that no version of lcmlora wrote: {_some(passed_over)}", file=sys.stderr)
+
+
+def _some(texts: Sequence[str]) -> str:
+    from lcmlora.io.terminal import shown
+
+    return ", ".join(map(shown, texts[:5])) + (", ..." if len(texts) > 5 else "")
+
+
+@app.command()
+def promote(
+    context: typer.Context,
+    reference: Reference,
+    reason: Annotated[str | None, typer.Option(help="Why, for the history.", show_default=False)] = None,
+    override: Annotated[bool, typer.Option("--override", help="Against the gate; needs --reason.")] = False,
+    by: By = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a version champion. It must have passed the gate and not be worse than the present champion.
+
+    The published channel follows, where the version has a release.
+
+    Examples:
+
+      lcmlora registry promote lcm-lora-emoji/3
+
+      lcmlora registry promote lcm-lora-emoji/3 --override --reason "sharper eyes, agreed with design"
+    """
+    config = _configure(context)
+    from lcmlora.registry import promotion
+
+    if override and not (reason or "").strip():
+        raise UserError("--override: needs --reason, which the history keeps")
+    why = reason or "passed the gate"
+    version = promotion.promote(reference, config.registry, config.gate, reason=why, who=by, override=override)
+    _tell(config, version, as_json)
+
+
+@app.command()
+def rollback(
+    context: typer.Context,
+    name: Name,
+    reason: Annotated[str, typer.Option(help="Why, for the history.", show_default=False)],
+    to: Annotated[int | None, typer.Option(help="The version to go to; the last champion by default.")] = None,
+    by: By = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the champion before the present one champion again. The published channel follows.
+
+    Example: lcmlora registry rollback lcm-lora-emoji --reason "blurred hands in production"
+    """
+    config = _configure(context)
+    from lcmlora.registry import promotion
+
+    _tell(config, promotion.rollback(name, config.registry, reason=reason, who=by, to=to), as_json)
+
+
+def _tell(config: Config, version: Version, as_json: bool) -> None:
+    """Points the published channel at the version's release, and says what is champion now."""
+    from lcmlora.releases import publish
+
+    alias, channel = config.registry.alias, None
+    model = version.name.removeprefix("lcm-lora-")
+    if version.release_uri is None:
+        note(f"note: {version.reference} was never published, so no channel was moved")
+    else:
+        channel = publish.follow(model, version.sha256, version.release_uri, config.publish, alias)
+    if as_json:
+        print(json.dumps(version.plain() | {"channel": channel}, indent=2))
+    else:
+        say(f"{version.name}@{alias} is {version.reference}" + (f", {channel} follows" if channel else ""))
+
+
+@app.command()
+def pull(
+    context: typer.Context,
+    reference: Reference,
+    out: Annotated[Path, typer.Option(help="The folder to write, whole or not at all.", show_default=False)],
+    everything: Annotated[bool, typer.Option("--all", help="The whole release, not the adapter alone.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Download the adapter of a version and check every file against its SHA-256.
+
+    Example: lcmlora registry pull lcm-lora-emoji@champion --out adapters/champion
+    """
+    config = _configure(context)
+    from lcmlora import registry
+    from lcmlora.releases import package
+
+    folder = registry.pull(reference, config.registry, out, everything=everything)
+    if as_json:
+        print(json.dumps({"folder": str(folder), "sha256": package.digest(folder)}, indent=2))
+    else:
+        say(f"{folder}: {reference}, sha256 {package.digest(folder)[:12]}..., every file checked")
+
+
+def _short(value: float | str | None) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value[:40]
+
+
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints rows below titles on standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for title in titles:
+        table.add_column(cell(title), overflow="fold")
+    for row in rows:
+        # Anybody may write a tag, with what a terminal takes for a command in it.
+        table.add_row(*(cell(value, LINE) for value in row))
+    # A file or a pipe has no width, and rich would take it for 80 columns.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -1,0 +1,63 @@
+"""Latents of prompts that come without pictures: the teacher draws them, by guided DDIM on the grid of a distillation.
+
+They stand in the latent cache where those of pictures would, as `latent_mean` with no spread. With `states` the cache
+also has the way there, and a distillation can start from it (arXiv 2511.20410 has the idea).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lcmlora.bases.base import LoadedBase
+from lcmlora.config import Rollouts
+from lcmlora.data.sources.pictures import Record
+from lcmlora.diffusion import sampling
+from lcmlora.diffusion.teacher import Teacher
+from lcmlora.errors import UserError
+from lcmlora.noise import generator
+
+MOST = 512  # rows of a shard: what a killed run has to draw again at most
+NO_SPREAD = -30.0  # log-variance, the lowest of diffusers' DiagonalGaussianDistribution
+
+
+class RolloutEncoder:
+    """Draws with the base alone.
+
+    Args of its call: the records (N,) of a batch. It returns the rows of a shard (cache.py), and `states`
+    (N, steps + 1, C, h, w) fp16 where the settings ask for them: at t = 0, then at every timestep of the grid.
+    """
+
+    def __init__(self, base: LoadedBase, settings: Rollouts) -> None:
+        """Args:
+        base: with its UNet and text encoders.
+        """
+        self._base, self._settings = base, settings
+        self._teacher = Teacher(base, base.unconditional(), settings.steps)
+
+    def __call__(self, records: list[Record]) -> dict[str, Tensor]:
+        """Raises UserError where a latent is not finite."""
+        base, teacher, count = self._base, self._teacher, len(records)
+        conditioning = sampling.text_conditioning(base, [record.caption for record in records])
+        # The noise is the prompt's own, so that a list that grows changes no latent.
+        noise = [torch.randn(base.latent_shape, generator=generator("rollout", record.sha256)) for record in records]
+        x = torch.stack(noise).to(base.device)
+        w = torch.full((count,), self._settings.w, device=base.device)
+        states = [x]
+        for row in reversed(range(self._settings.steps)):
+            t, t_prev = (v[row].expand(count) for v in (teacher.t, teacher.t_prev))
+            x = teacher.step(x, t, t_prev, w, conditioning)
+            states.insert(0, x if self._settings.states else x[:0])
+        finite = x.half().isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise UserError(
+                f"{records[int(finite.int().argmin())].key}: the teacher's latent is not finite (NaN or infinite); "
+                f"lower encode.rollouts.w, or is {base.folder} whole? ({base.dtype})"
+            )
+        rows = {
+            "latent_mean": x.half().cpu(),
+            "latent_logvar": torch.full(x.shape, NO_SPREAD, dtype=torch.float16),
+            "orig_size": torch.full((count, 2), base.resolution, dtype=torch.int32),
+            "crop_tl": torch.zeros(count, 2, dtype=torch.int32),
+        }
+        return rows | ({"states": torch.stack(states, dim=1).half().cpu()} if self._settings.states else {})

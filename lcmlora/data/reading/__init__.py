@@ -1,0 +1,1 @@
+"""The containers that captioned pictures come in, read within limits: folders, tables, tar files."""

@@ -1,0 +1,174 @@
+"""What a source finds before anything is decoded: pictures with captions, where they lie, and why one is refused."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from lcmlora.io import terminal
+
+# What a person would call a picture. Those that are not decoded are reported instead of overlooked.
+SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2",
+}  # fmt: skip
+TEXTS = (".txt", ".caption", ".text")  # files with the caption of a picture; where several have one, the first counts
+MAX_BYTES = 1 << 28  # of a file; uncompressed, the largest picture that Pillow opens has as many
+MAX_CAPTION = 1 << 16  # bytes; text encoders read 77 tokens of it
+
+CAPTIONS = ("caption", "text", "TEXT", "prompt")  # by which tables, JSON and metadata name it
+
+_SHOWN = 200  # characters of a name
+
+NOT_A_PICTURE = "not a JPEG, PNG or WebP picture, or its header is broken"
+LFS = "a pointer of Git LFS instead of a picture"
+DAMAGED = "damaged or truncated"
+TOO_LARGE = "too many pixels or bytes (decompression bomb)"
+EMPTY = "file of zero bytes"
+MISSING = "no such file"
+UNREADABLE = "file cannot be read"
+AMBIGUOUS = "several files have this name but for upper case, accents or slashes"
+NO_FILE = "no file but a pipe, a socket or a device"
+LINKED = "link that leads out of the folder (data.links)"
+TWICE = "named twice in the metadata; the first caption counts"
+OUTSIDE = "leads out of the folder"
+NOT_UTF8 = "file name or caption is not UTF-8"
+NO_CAPTION = "no caption"
+NO_NAME = "row of metadata without texts file_name and text"
+DUPLICATE = "same bytes as another picture"
+LONG_CAPTION = f"caption of more than {MAX_CAPTION} bytes"
+
+
+# Elements of HTML, present and former, and no other word in angle brackets: trigger words like <cat-toy> or <s0> stay.
+_ELEMENTS = (
+    "a abbr acronym address area article aside audio b base basefont bdi bdo big blink blockquote body br button "
+    "canvas caption center cite code col colgroup data datalist dd del details dfn dialog dir div dl dt em embed "
+    "fieldset figcaption figure font footer form frame frameset h1 h2 h3 h4 h5 h6 head header hgroup hr html i "
+    "iframe img input ins kbd label legend li link main map mark marquee menu meta meter nav nobr noframes "
+    "noscript object ol optgroup option output p param picture pre progress q rp rt ruby s samp script search "
+    "section select slot small source span strike strong style sub summary sup svg table tbody td template "
+    "textarea tfoot th thead time title tr track tt u ul var video wbr"
+)
+# What follows an element's name are attributes, of which one at least has a value: "a <b and c> d" stays. Nothing here
+# can run on for long.
+_MARKUP = re.compile(
+    rf"<!--[^<]*?-->|</(?:{_ELEMENTS.replace(' ', '|')})\s*>"
+    rf"|<(?:{_ELEMENTS.replace(' ', '|')})(?:\s[^<>=]*=[^<>]*)?\s?/?>",
+    re.IGNORECASE,
+)
+_ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")  # "R&notes" has none
+_ADDRESS = re.compile(r"(?:https?://|www\.)\S+")
+
+
+class Caption(NamedTuple):
+    """A caption: cleaned, empty where it says nothing; and as it was written, where cleaning took words from it."""
+
+    text: str
+    raw: str | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A picture that is named with a caption.
+
+    key: unique and stable, told to people.
+    caption: not empty.
+    place: by which its source reads it.
+    scores: what the source says of it in numbers, of those that are asked for.
+    """
+
+    key: str
+    caption: Caption
+    place: str
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A picture that cannot be used, and why.
+
+    reason: the same for all that have it, since they are counted by it.
+    place: by which its source reads it, where it can be read.
+    detail: what is known of this one alone, for the line that stops a run and names the first of its reason.
+    """
+
+    name: str
+    reason: str
+    place: str | None = None
+    detail: str = ""
+
+
+class Unusable(Exception):
+    """The reason why the picture at hand is rejected, and what is true of this one alone."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
+
+
+class Source(Protocol):
+    """Where captioned pictures lie."""
+
+    def candidates(self, scores: Iterable[str] = ()) -> tuple[list[Candidate], list[Rejection]]:
+        """Returns what there is, in a stable order to which later names are added at the end, and what is refused.
+
+        Args:
+            scores: names of numbers that are wanted of each.
+
+        Raises:
+            UserError: there is nothing, or it is no such source.
+        """
+
+    def read(self, place: str) -> bytes:
+        """Returns the bytes of a candidate's picture, from any thread. Raises Unusable."""
+
+
+def clean_caption(text: str) -> Caption:
+    """Returns the caption in NFKC without control characters, HTML, addresses and surplus white space."""
+    plain = _plain(text)
+    unescaped = _ENTITY.sub(lambda found: html.unescape(found[0]), plain)
+    bare = _plain(_ADDRESS.sub(" ", _MARKUP.sub(" ", unescaped)))
+    return Caption(bare, plain if plain != bare else None)
+
+
+def _plain(text: str) -> str:
+    if text.isascii() and text.isprintable():  # most are, and are in NFKC and without control characters then
+        return " ".join(text.split())
+    kept = (" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in unicodedata.normalize("NFKC", text))
+    return " ".join("".join(kept).split())
+
+
+def scores_in(told: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+    """Returns the numbers under these names; what is none, or not there, is left out."""
+    found = {}
+    for name in names:
+        try:
+            value = float(told[name])
+        except (KeyError, TypeError, ValueError):
+            continue
+        if not math.isnan(value):
+            found[name] = value
+    return found
+
+
+def printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def shown(name: str) -> str:
+    """Returns a name for a line that people read."""
+    return terminal.shown(name, _SHOWN)
+
+
+def decoded_caption(content: bytes) -> Caption:
+    """Returns the caption that these bytes are. Raises Unusable."""
+    if len(content) > MAX_CAPTION:
+        raise Unusable(LONG_CAPTION)
+    try:
+        return clean_caption(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise Unusable(NOT_UTF8) from None

@@ -1,0 +1,340 @@
+"""Rows of tables that people write: .jsonl, .csv, .txt and .parquet, here or in a bucket, read in isolated processes.
+
+    for each in read_rows(path, ["metadata.jsonl", "more/metadata.parquet"]):
+        if isinstance(each, Rejection): ...    # one damaged row, or one table that cannot be read (on)
+        each.name, each.number, each.fields    # "metadata.jsonl/000017", 17, {"file_name": ..., "text": ...}
+
+One damaged row costs itself: it is a `Rejection` with its own number. Nothing here raises for what a table has in it.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
+from typing import IO, Any, NamedTuple
+
+from lcmlora.data.reading import columns
+from lcmlora.data.reading.candidates import NOT_UTF8, UNREADABLE, Rejection, Unusable, printable
+from lcmlora.data.reading.columns import GIVEN_UP, MAX_REFUSED, TWO_COLUMNS
+from lcmlora.errors import Unavailable, UserError
+from lcmlora.io.isolation import Piece, in_pieces, processes
+from lcmlora.io.parsing import Malformed, parse_json
+from lcmlora.io.remote import Files
+from lcmlora.io.terminal import joined
+
+KINDS = (".jsonl", ".csv", ".txt", ".parquet")
+PRELOAD = (
+    "lcmlora.data.sources.pictures"  # for all that reads data: the first of them decides what processes start with
+)
+
+MAX_ROW = 1 << 20  # bytes of a line, or of a row of several lines
+PIECE_BYTES = 8 << 20
+PIECE_ROWS = 20_000
+PIECE_SECONDS = 10.0  # a bucket may be slow, and a piece has 60 seconds
+
+NOT_JSON = "its line is not a JSON object"
+ARRAY = "one JSON document over several lines; expected an object in each line"
+LONG_ROW = f"row of more than {MAX_ROW} bytes"
+MORE_FIELDS = "row with more fields than the header; put texts that have commas into double quotes"
+FEWER_FIELDS = "row with fewer fields than the header"
+BAD_QUOTES = "row whose quotes do not close; double those within a text"
+SEPARATOR = "columns are not separated by commas"
+NO_HEADER = "no header that can be read"
+UTF16 = "UTF-16; expected UTF-8"
+COMPRESSED = "compressed; expected plain text"
+
+
+class Row(NamedTuple):
+    """One row of a table.
+
+    number: as people count: the line of .jsonl and .txt from 1, the row below the header of .csv from 1; of .parquet
+        from 0.
+    fields: by the names of keys or columns. The line of a .txt, or a line of .jsonl that is a text instead of an
+        object, is the field "".
+    """
+
+    table: str
+    number: int
+    fields: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return row_name(self.table, self.number)
+
+
+def row_name(table: str, number: int) -> str:
+    return f"{printable(table)}/{number:06d}"
+
+
+def read_rows(
+    path: str, tables: Collection[str], *, wanted: Collection[str] | None = None
+) -> Iterator[Row | Rejection]:
+    """Yields every row of the tables, in order.
+
+    Args:
+        path: a file or a folder, here or in a bucket, as `remote.Files` takes it.
+        tables: names of files below it; their endings say how they are read (KINDS).
+        wanted: names of the fields that rows shall have, in whatever case; by default all, but for columns of bytes.
+
+    Raises:
+        Unavailable: a bucket does not answer.
+    """
+    if not tables:
+        return
+    names = None if wanted is None else frozenset(name.casefold() for name in wanted)
+    places = [
+        columns.Position(path, table) if table.lower().endswith(".parquet") else _Place(path, table, names)
+        for table in tables
+    ]
+    read = partial(_read, names)
+    yield from in_pieces(read, places, _lost, processes(len(places)), preload=PRELOAD)
+
+
+class _Place(NamedTuple):
+    """Where to go on in a table.
+
+    offset: bytes, or groups of rows, before it.
+    number: lines or rows before it.
+    header: names of the columns, where they have been read.
+    inside: whether it is inside a line that is too long and was rejected.
+    refused: rows before it that were rejected.
+    """
+
+    path: str
+    table: str
+    wanted: frozenset[str] | None
+    offset: int = 0
+    number: int = 0
+    header: tuple[str, ...] | None = None
+    inside: bool = False
+    refused: int = 0
+
+
+def _read(wanted: frozenset[str] | None, place: _Place | columns.Position) -> Piece[Any, Row | Rejection]:
+    if isinstance(place, columns.Position):
+        return columns.read_piece(place, partial(_columns, wanted), _of_parquet)
+    try:
+        with Files(place.path).open(place.table) as file:
+            return _read_text(place, file)
+    except Unavailable:
+        raise
+    except (UserError, OSError) as error:
+        return Piece([Rejection(printable(place.table), UNREADABLE, detail=joined(error))], None)
+
+
+def _read_text(place: _Place, file: IO[bytes]) -> Piece[_Place, Row | Rejection]:
+    """Reads lines until there are enough for one piece, and says where to go on."""
+    if not place.offset and (reason := _no_text(place.table, file.read(4096))):
+        return Piece([Rejection(printable(place.table), reason)], None)
+    lines = _Lines(file, place.offset, place.inside)
+    results: list[Row | Rejection] = []
+    number, header, refused = place.number, place.header, place.refused
+    until = time.monotonic() + PIECE_SECONDS
+    while len(results) < PIECE_ROWS and lines.offset < place.offset + PIECE_BYTES and time.monotonic() < until:
+        if lines.inside:
+            lines.skip()
+            continue
+        if (line := lines.take()) is None:
+            return Piece(results, None)
+        number += 1
+        if not line.strip():
+            number -= place.table.lower().endswith(".csv")
+            continue
+        if place.table.lower().endswith(".csv") and header is None:
+            number = 0
+            header, reason = _header(line, lines)
+            if reason:
+                return Piece([Rejection(printable(place.table), reason, detail=_shown(line))], None)
+            continue
+        try:
+            fields = _fields(place.table, line, lines, header)
+        except Unusable as reason:
+            refused += 1
+            told = f"row {number}: {_shown(line)}"
+            results.append(Rejection(row_name(place.table, number), str(reason), detail=told))
+            if refused > MAX_REFUSED and 2 * refused > number:
+                results.append(Rejection(row_name(place.table, number + 1), GIVEN_UP))
+                return Piece(results, None)
+            continue
+        if place.wanted is not None:
+            fields = {name: value for name, value in fields.items() if name.casefold() in place.wanted}
+        results.append(Row(place.table, number, fields))
+    return Piece(
+        results, place._replace(offset=lines.offset, number=number, header=header, inside=lines.inside, refused=refused)
+    )
+
+
+def _no_text(table: str, start: bytes) -> str:
+    """Returns why a file that starts so is not read as text."""
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return UTF16
+    if start.startswith((b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"BZh")):
+        return COMPRESSED
+    if table.lower().endswith(".jsonl"):
+        first = start.removeprefix(b"\xef\xbb\xbf").strip().splitlines()[:1]
+        if first and (first[0].startswith(b"[") or first[0].strip() == b"{"):
+            return ARRAY
+    return ""
+
+
+def _header(line: bytes, lines: _Lines) -> tuple[tuple[str, ...], str]:
+    """Returns the names of the columns of a .csv, or why there are none."""
+    try:
+        if len(line) > MAX_ROW:
+            raise Unusable(LONG_ROW)
+        names = tuple(name.strip() for name in _record(line.removeprefix(b"\xef\xbb\xbf"), lines))
+    except Unusable as reason:
+        return (), f"{NO_HEADER}: {reason}"
+    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+        return (), SEPARATOR
+    named = [name for name in names if name]
+    return names, TWO_COLUMNS if len({*named}) < len(named) else ""
+
+
+def _fields(table: str, line: bytes, lines: _Lines, header: tuple[str, ...] | None) -> dict[str, Any]:
+    """Returns the fields of the row that begins with this line. Raises Unusable."""
+    if len(line) > MAX_ROW:
+        raise Unusable(LONG_ROW)
+    if header is not None:
+        return _of_csv(line, lines, header)
+    text = _decoded(line)
+    if table.lower().endswith(".txt"):
+        return {"": text}
+    try:
+        told = parse_json(text, nan_is_null=True)
+    except Malformed as error:
+        raise Unusable(NOT_UTF8 if "surrogate" in str(error) else NOT_JSON) from None
+    if isinstance(told, str):
+        return {"": told}
+    if not isinstance(told, dict):
+        raise Unusable(NOT_JSON)
+    return told
+
+
+def _of_csv(line: bytes, lines: _Lines, header: tuple[str, ...]) -> dict[str, Any]:
+    if len(header) == 1 and not line.lstrip().startswith(b'"'):  # the whole line, whatever commas it has
+        return {header[0]: _decoded(line)}
+    values = _record(line, lines)
+    if len(values) != len(header):
+        raise Unusable(MORE_FIELDS if len(values) > len(header) else FEWER_FIELDS)
+    return dict(zip(header, values, strict=True))
+
+
+def _record(line: bytes, lines: _Lines) -> list[str]:
+    """Returns the fields of a row of .csv, which takes further lines where quotes are open. Raises Unusable, and then
+    the row is this line alone: what follows is read for itself."""
+    if b'"' not in line:
+        return [field.lstrip(" ") for field in _decoded(line).split(",")]
+    taken: list[bytes] = []
+
+    def following() -> Iterator[str]:
+        yield line.decode("utf-8", "surrogateescape")
+        size = len(line)
+        while size <= MAX_ROW and (further := lines.take()) is not None:
+            taken.append(further)
+            size += len(further)
+            yield further.decode("utf-8", "surrogateescape")
+
+    try:
+        values = next(csv.reader(following(), strict=True, skipinitialspace=True))
+    except csv.Error:
+        lines.give_back(taken)
+        raise Unusable(BAD_QUOTES) from None
+    _decoded(line + b"".join(taken))
+    return values
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise Unusable(NOT_UTF8) from None
+
+
+def _shown(line: bytes) -> str:
+    return printable(" ".join(line[:200].decode("utf-8", "backslashreplace").split()))
+
+
+def _columns(wanted: frozenset[str] | None, opened: columns.ParquetTable) -> list[str]:
+    kinds = {name: opened.kind(name) for name in opened.names if wanted is None or name.casefold() in wanted}
+    return [name for name, kind in kinds.items() if not columns.is_bytes(kind) and not columns.has_bytes(kind)]
+
+
+def _of_parquet(at: columns.RowAt, fields: dict[str, Any]) -> Row | Rejection:
+    try:
+        plain = {name: value.decode() if isinstance(value, bytes) else value for name, value in fields.items()}
+    except UnicodeDecodeError:
+        return Rejection(row_name(at.table, at.number), NOT_UTF8)
+    if wrong := next((value for value in plain.values() if isinstance(value, Unusable)), None):
+        return Rejection(row_name(at.table, at.number), str(wrong))
+    return Row(at.table, at.number, plain)
+
+
+def _lost(place: _Place | columns.Position, reason: str) -> Piece[Any, Row | Rejection]:
+    if isinstance(place, columns.Position):
+        return columns.lost(place, reason)
+    return Piece([Rejection(row_name(place.table, place.number + 1), f"from this row on, {reason}")], None)
+
+
+class _Lines:
+    """The lines of a file from an offset on, with any of the three ends of a line; of a long one only the beginning."""
+
+    _BLOCK = 1 << 20
+
+    def __init__(self, file: IO[bytes], offset: int, inside: bool) -> None:
+        file.seek(offset)
+        self._file = file
+        self._found: deque[bytes] = deque()  # lines that were read and not taken yet
+        self._carry = b""
+        self._ended = False
+        self._cut = False  # whether the last of those found goes on in the file
+        self.offset = offset  # behind the last line that was taken
+        self.inside = inside  # whether the last line that was taken goes on: `skip` until it does not
+
+    def take(self) -> bytes | None:
+        """Returns the next line with its end, or the first MAX_ROW bytes and some more; None at the end of the file."""
+        while not self._found and not self._ended:
+            self._fill()
+        if not self._found:
+            return None
+        line = self._found.popleft()
+        self.inside = self._cut and not self._found
+        self.offset += len(line)
+        return line
+
+    def give_back(self, lines: Sequence[bytes]) -> None:
+        """Makes these lines, which were the last to be taken, the next ones."""
+        self._found.extendleft(reversed(lines))
+        self.offset -= sum(map(len, lines))
+        self.inside = False
+
+    def skip(self) -> None:
+        """Passes over a block of the line that goes on."""
+        self._cut = False
+        block = self._file.read(self._BLOCK)
+        ends = [end for end in (block.find(b"\n"), block.find(b"\r")) if end >= 0]
+        self.inside = bool(block) and not ends
+        length = min(ends) + 1 if ends else len(block)
+        length += block[length - 1 : length + 1] == b"\r\n"
+        self._carry = block[length:]
+        if ends and block.endswith(b"\r") and length == len(block):  # perhaps half of \r\n
+            following = self._file.read(1)
+            length += following == b"\n"
+            self._carry = following.replace(b"\n", b"")
+        self.offset += length
+
+    def _fill(self) -> None:
+        block = self._file.read(self._BLOCK)
+        self._ended = not block
+        lines = (self._carry + block).splitlines(keepends=True)
+        self._carry = b""
+        if lines and block and not lines[-1].endswith(b"\n"):
+            self._carry = lines.pop()
+        self._found.extend(lines)
+        if len(self._carry) > MAX_ROW and not self._found:
+            self._found.append(self._carry)
+            self._carry = b""
+            self._cut = True

@@ -1,0 +1,1 @@
+"""The sources of captioned pictures, one module each."""

@@ -1,0 +1,71 @@
+"""Source `prompts`: captions without pictures. The teacher makes the latents (rollouts.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lcmlora.data.reading.candidates import NO_CAPTION, Candidate, Rejection, Unusable, decoded_caption
+from lcmlora.data.reading.tables import Row, read_rows
+from lcmlora.errors import UserError
+from lcmlora.io.remote import Files
+
+KINDS = (".txt", ".jsonl", ".csv", ".parquet")
+NAMES = ("prompt", "caption", "text")  # of the key or column, in whatever case
+
+TWICE = "same prompt as another"
+NO_PROMPT = f"row without a text under {', '.join(NAMES[:-1])} or {NAMES[-1]}"
+
+
+def find(path: str, files: Files | None = None) -> tuple[list[Candidate], list[Rejection]]:
+    """Returns every prompt once, in the order of the files, with its file and line as key; and the refused ones.
+
+    Args:
+        path: a file, or a folder of them, here or in a bucket: .txt with a prompt in each line, .jsonl, .csv or
+            .parquet.
+
+    Raises:
+        UserError: no such files, or no prompt in them.
+    """
+    files = files or Files(path)
+    names = files.list(*KINDS)
+    if not names:
+        raise UserError(f"data.path: {path}: no prompts; expected a file that ends in {', '.join(KINDS)}, or a folder")
+    found, rejections = distinct(read_rows(path, names, wanted=("", *NAMES)))
+    if not found:
+        first = next(iter(rejections), None)
+        told = f": {first.name}: {first.reason}" + (f" ({first.detail})" if first.detail else "") if first else ""
+        raise UserError(f"data.path: {path}: no prompt that can be used in {len(names)} files{told}")
+    return found, rejections
+
+
+def distinct(rows: Iterable[Row | Rejection]) -> tuple[list[Candidate], list[Rejection]]:
+    """Returns every prompt of these rows once, and what is refused."""
+    found: list[Candidate] = []
+    rejections: list[Rejection] = []
+    seen: set[str] = set()
+    for each in rows:
+        if isinstance(each, Rejection):
+            rejections.append(each)
+            continue
+        try:
+            prompt = decoded_caption(_text(each).encode("utf-8"))
+            if not prompt.text or prompt.text in seen:
+                raise Unusable(TWICE if prompt.text else NO_CAPTION)
+        except Unusable as reason:
+            rejections.append(Rejection(each.name, str(reason), detail=f"row {each.number}: {str(each.fields)[:200]}"))
+        else:
+            seen.add(prompt.text)
+            found.append(Candidate(each.name, prompt, each.name))
+    return found, rejections
+
+
+def _text(row: Row) -> str:
+    """Returns the prompt of a row, of several texts the first; empty where they are. Raises Unusable."""
+    fields: dict[str, Any] = {}
+    for name, value in row.fields.items():
+        fields.setdefault(name.casefold(), value)
+    texts = [fields[name] for name in ("", *NAMES) if isinstance(fields.get(name), str)]
+    if not texts:
+        raise Unusable(NO_PROMPT)
+    return next((text for text in texts if text.strip()), "")

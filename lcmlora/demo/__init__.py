@@ -1,0 +1,1 @@
+"""How the embedded emoji base is made."""

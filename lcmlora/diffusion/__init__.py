@@ -1,0 +1,1 @@
+"""The algebra: noise schedules, distillation objectives, samplers and the teacher."""

@@ -1,0 +1,1 @@
+"""The distillation of an adapter, its validation, and fine-tunes by the ordinary diffusion loss."""

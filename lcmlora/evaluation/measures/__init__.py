@@ -1,0 +1,1 @@
+"""Features of pictures, and the metrics that are computed from them."""

@@ -1,0 +1,1 @@
+"""Drawing with a released adapter: a diffusers pipeline, and the model that MLflow serves."""

@@ -1,0 +1,111 @@
+"""The MLflow model around a release: code, signature and requirements, for any server that runs MLflow models."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import lcmlora
+from lcmlora.io.files import temporary_folder
+
+SCRIPT = "pyfunc_model.py"
+RELEASE = "artifacts/release"  # where in the model's folder the release has to be
+# Of a request; width and height 0 are the release's resolution, since MLflow has no parameter without a default.
+DEFAULTS: dict[str, int | float] = {"steps": 4, "guidance": 1.0, "seed": 0, "width": 0, "height": 0}
+REQUIREMENTS = (
+    "accelerate",
+    "diffusers",
+    "mlflow",
+    "numpy",
+    "peft",
+    "pillow",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+
+
+def write_model(folder: Path, *, model: str) -> None:
+    """Writes an MLflow pyfunc model to `folder`; it draws once a release's files are in its RELEASE.
+
+    It is a script (pyfunc_model.py) and this package, no pickle: whoever loads it runs this code and nothing else.
+
+    Args:
+        folder: not there, or empty.
+        model: a name under `bases` in params.yaml, which becomes metadata.
+    """
+    import mlflow.pyfunc
+    import pandas  # type: ignore[import-untyped]
+
+    package = Path(lcmlora.__file__).parent
+    with temporary_folder() as staging, _quiet():
+        code = Path(staging, package.name)
+        shutil.copytree(package, code, ignore=_not_code)
+        mlflow.pyfunc.save_model(
+            folder,
+            python_model=Path(__file__).with_name(SCRIPT),
+            signature=_signature(),
+            input_example=(pandas.DataFrame({"prompt": ["owl"]}), DEFAULTS),  # MLflow shows it and does not draw it
+            pip_requirements=_requirements(),
+            code_paths=[str(code)],
+            metadata={"model": model},
+        )
+    _expect_release(folder / "MLmodel")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """MLflow tells of every step on standard error."""
+    logger = logging.getLogger("mlflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _not_code(folder: str, names: list[str]) -> set[str]:
+    def kept(path: Path) -> bool:
+        if path.is_dir():
+            return path.name != "__pycache__"
+        return path.suffix in (".py", ".json", ".j2") or path.name == "py.typed"
+
+    return {name for name in names if not kept(Path(folder, name))}
+
+
+def _signature() -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    return ModelSignature(
+        inputs=Schema([ColSpec("string", "prompt")]),
+        outputs=Schema([ColSpec("binary", "png")]),
+        params=ParamSchema(
+            [ParamSpec(name, "double" if name == "guidance" else "long", value) for name, value in DEFAULTS.items()]
+        ),
+    )
+
+
+def _requirements() -> list[str]:
+    # A local label, such as torch's +cpu, names a build that PyPI does not have.
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
+
+
+def _expect_release(path: Path) -> None:
+    """Has the MLmodel name the release as an artifact, which MLflow itself does for files that it copies alone."""
+    described = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del described["model_size_bytes"]  # without the release
+    flavor = described["flavors"]["python_function"]
+    flavor["artifacts"] = {"release": {"path": RELEASE, "uri": RELEASE}}
+    flavor["model_code_path"] = SCRIPT  # MLflow writes the path on this machine and reads its last part
+    path.write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")

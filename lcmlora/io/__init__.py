@@ -1,0 +1,1 @@
+"""Files, texts and processes, safely: atomic writes, bounded readers, masked secrets, isolated workers."""

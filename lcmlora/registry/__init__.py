@@ -1,0 +1,41 @@
+"""MLflow's registry: versions of adapters, their registration and promotion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lcmlora.registry.versions import (
+        Difference,
+        Version,
+        champion,
+        compare,
+        condition,
+        figures,
+        load_pipeline,
+        pull,
+        resolve,
+        versions,
+    )
+
+__all__ = [
+    "Difference",
+    "Version",
+    "champion",
+    "compare",
+    "condition",
+    "figures",
+    "load_pipeline",
+    "pull",
+    "resolve",
+    "versions",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: the module needs MLflow, and `lcmlora --help` does not."""
+    if name in __all__:
+        from lcmlora.registry import versions
+
+        return getattr(versions, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,246 @@
+"""A release becomes a version of `lcm-lora-<model>` in MLflow, once, whatever was killed before or runs beside it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcmlora.config import Registry
+from lcmlora.evaluation.gate import record
+from lcmlora.io.files import temporary_folder
+from lcmlora.io.parsing import as_object, read_json
+from lcmlora.registry import events
+from lcmlora.registry.tracking import connect, create_run, existing, flat, reaching
+from lcmlora.registry.versions import MODEL, PASSED, REJECTED, RELEASE, read_aliases, with_digest
+from lcmlora.releases import package
+
+_PREVIEW = "preview.png"
+_PREVIEW_WIDTH = 800  # pixels: MLflow's page shows pictures as they are, and cuts what does not fit
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What `register` made or found."""
+
+    name: str
+    version: int
+    sha256: str
+    run_id: str
+    created: bool  # by this call
+    aliases: tuple[str, ...]
+    promoted: bool  # it has carried the configured alias at some time, perhaps not now
+
+
+def register(
+    model: str,
+    settings: Registry,
+    folder: Path,
+    run_id: str | None = None,
+    uri: str | None = None,
+    gate_failures: Sequence[str] = (),
+) -> Registered:
+    """Registers the release in `folder` as a version of `lcm-lora-<model>`; an adapter is registered once.
+
+    A version with the adapter's SHA-256 is found again, and only tags that changed are written. A new one gets the
+    release as artifacts of its run, the metrics as the run's figures, the data as its input, and tags that say where it
+    comes from. One that failed the gate is a version too, `rejected`.
+
+    Args:
+        run_id: the distillation's run; a new run is made where MLflow does not know it (restored from another machine).
+        uri: where the release was published, if it was.
+
+    Raises:
+        UserError: MLflow cannot be reached. The release is kept and the next run registers it.
+    """
+    package.verify(folder)
+    sha256 = package.digest(folder)
+    name = f"lcm-lora-{model}"
+    provenance, figures = (
+        as_object(read_json(folder / each), str(folder / each)) for each in (package.PROVENANCE, package.METRICS)
+    )
+    tags = _tags(provenance, figures, uri, gate_failures)
+    with reaching(settings, f"the release is kept in {folder} and the next run registers it"):
+        client = connect(settings)
+        found = _with_release(client, with_digest(client, sha256, name))
+        if found:
+            version = found[0]
+            _update(client, version, tags)
+        else:
+            known = existing(client, run_id)
+            run_id = known or _run_for(client, settings, model, provenance)
+            _log(client, run_id, provenance, figures, tags)
+            _upload(client, run_id, folder, name)
+            _create_model(client, name)
+            version = client.create_model_version(
+                name,
+                f"runs:/{run_id}/{MODEL}",
+                run_id,
+                tags=tags | dict([events.tag("registered"), events.tag(tags["gate"], reason=tags.get("gate_reason"))]),
+                description=_description(figures, provenance, run_id),
+            )
+            version = _only_one(client, version, sha256, own_run=known is None)
+        aliases = read_aliases(client, name)
+        past = events.read(int(version.version), client.get_model_version(name, version.version).tags)
+    return Registered(
+        name=name,
+        version=int(version.version),
+        sha256=sha256,
+        run_id=version.run_id,
+        created=not found,
+        aliases=tuple(sorted(alias for alias, number in aliases.items() if number == int(version.version))),
+        promoted=any(event.alias == settings.alias for event in past),
+    )
+
+
+def _with_release(client: Any, found: Sequence[Any]) -> list[Any]:
+    """Returns the versions whose run is there and has a release: what others registered has not, whatever its tags."""
+
+    def has_release(version: Any) -> bool:
+        run_id = existing(client, version.run_id or None)
+        listed = client.list_artifacts(run_id, RELEASE) if run_id else []
+        return any(item.path.endswith(f"/{package.CHECKSUMS}") for item in listed)
+
+    return [version for version in found if has_release(version)]
+
+
+def _tags(
+    provenance: dict[str, Any], figures: dict[str, Any], uri: str | None, gate_failures: Sequence[str]
+) -> dict[str, str]:
+    base = provenance["base"]
+    tags = {
+        "sha256": provenance["sha256"],
+        "base": base["source"],
+        "base_revision": base["revision"],
+        "base_digest": base["digest"],
+        "base_unet": base.get("unet"),
+        "data_digest": provenance["data_digest"],
+        "data_dvc": provenance.get("data_dvc"),
+        "git_commit": provenance["git"]["commit"],
+        "dvc_lock": provenance.get("dvc_lock"),
+        "objective": provenance["params"]["distill"]["objective"],
+        "features": figures["features"]["name"],
+        "release_uri": uri,
+        "gate": REJECTED if gate_failures else PASSED,
+        "gate_reason": "; ".join(gate_failures),
+    }
+    return {key: str(value) for key, value in tags.items() if value}
+
+
+def _update(client: Any, version: Any, tags: dict[str, str]) -> None:
+    """Writes the tags that changed; a gate that decides otherwise than before is an event."""
+    name, number = version.name, version.version
+    for key in sorted(tags.keys() | ({"gate_reason"} & version.tags.keys())):
+        if version.tags.get(key) != tags.get(key, ""):
+            client.set_model_version_tag(name, number, key, tags.get(key, ""))
+    if version.tags.get("gate") != tags["gate"]:
+        key, event = events.tag(tags["gate"], reason=tags.get("gate_reason"))
+        client.set_model_version_tag(name, number, key, event)
+
+
+def _run_for(client: Any, settings: Registry, model: str, provenance: dict[str, Any]) -> str:
+    """Returns a run for an adapter whose own is not known here: one that a killed registration left, or a new one."""
+    sha256 = provenance["sha256"]
+    experiment = client.get_experiment_by_name(settings.experiment)
+    left = client.search_runs([experiment.experiment_id], f"tags.sha256 = '{sha256}'") if experiment else []
+    if left:
+        return str(left[0].info.run_id)
+    return create_run(client, settings, model, provenance["params"]["distill"], {"sha256": sha256})
+
+
+def _log(client: Any, run_id: str, provenance: dict[str, Any], figures: dict[str, Any], tags: dict[str, str]) -> None:
+    """Logs the figures, the settings of all stages and the data as the run's input."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+    from mlflow.exceptions import MlflowException
+
+    now = int(time.time() * 1000)
+    metrics = [Metric(name, value, now, 0) for name, value in record(figures).items()]
+    settled = client.get_run(run_id).data.params
+    params = {key: str(value)[:6000] for key, value in flat(provenance["params"]).items()}
+    # Those of the distillation are there without a prefix, and a param cannot be changed.
+    new = [Param(k, v) for k, v in params.items() if not k.startswith("distill.") and k not in settled]
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    for start in range(0, len(metrics), 1000):  # MLflow's limits for one request
+        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+    for start in range(0, len(new), 100):
+        client.log_batch(run_id, params=new[start : start + 100])
+    digest = provenance.get("data_dvc") or provenance["data_digest"][:36]
+    source = json.dumps({"path": "data/pictures", "latents": provenance["data_digest"]})
+    data = Dataset("data/pictures", digest, "dvc" if provenance.get("data_dvc") else "local", source)
+    inputs = [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
+    try:
+        client.log_inputs(run_id, inputs)
+    except MlflowException as error:
+        # Of two that log the same new data set at the same moment one is refused by the database; it is there now.
+        if error.error_code != "BAD_REQUEST":
+            raise
+        client.log_inputs(run_id, inputs)
+
+
+def _upload(client: Any, run_id: str, folder: Path, name: str) -> None:
+    from PIL import Image
+
+    from lcmlora.inference import serving
+
+    with temporary_folder() as temporary:
+        serving.write_model(Path(temporary, MODEL), model=name)
+        client.log_artifacts(run_id, str(Path(temporary, MODEL)), MODEL)
+    client.log_artifacts(run_id, str(folder), RELEASE)
+    with Image.open(folder / "grid.png") as grid:
+        side = (_PREVIEW_WIDTH, max(1, round(grid.height * _PREVIEW_WIDTH / grid.width)))
+        client.log_image(run_id, grid.convert("RGB").resize(side, Image.Resampling.LANCZOS), _PREVIEW)
+
+
+def _only_one(client: Any, version: Any, sha256: str, *, own_run: bool) -> Any:
+    """Returns the version of this adapter: of two that were registered at the same moment, the first.
+
+    Args:
+        own_run: the version's run was made for it, and ends here.
+    """
+    first = _with_release(client, with_digest(client, sha256, version.name))[0]
+    lost = int(first.version) != int(version.version)
+    if lost:
+        client.delete_model_version(version.name, version.version)
+    if own_run:
+        client.set_terminated(version.run_id)
+        if lost and first.run_id != version.run_id:
+            client.delete_run(version.run_id)
+    return first
+
+
+def _create_model(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _description(figures: dict[str, Any], provenance: dict[str, Any], run_id: str) -> str:
+    """Returns Markdown for MLflow's page of the version: figures, and grid and report from the run's artifacts."""
+    rows = []
+    students = sorted((n for n in figures["excess"] if n.startswith("student@")), key=lambda n: int(n[8:]))
+    for name in students:
+        cost, excess, retrieval = (figures[k][name] for k in ("network_evaluations", "excess", "retrieval"))
+        rows.append(f"| {name} | {cost} | {excess:.1f} | {retrieval:.3f} |")
+    artifact = f"get-artifact?run_uuid={run_id}&path"
+    return "\n".join(
+        [
+            f"Acceleration adapter of `{provenance['base']['source']}`, objective "
+            f"{provenance['params']['distill']['objective']}, "
+            f"features {figures['features']['name']}, {figures['pictures']} pictures, seed {figures['seed']}.",
+            "",
+            "| drawn with | network evaluations | excess distance to the teacher | caption retrieval |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            f"[The whole report]({artifact}={RELEASE}/{package.REPORT}), which the run's artifacts show as a page.",
+            "",
+            f"![grid]({artifact}={_PREVIEW})",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""The release of an adapter: the bundle, its card and report, and publishing it."""

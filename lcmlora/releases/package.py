@@ -1,0 +1,343 @@
+"""The release bundle of one adapter: packed, proven by reloading it in plain diffusers, sealed with checksums."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lcmlora import __version__
+from lcmlora.config import Base, Config
+from lcmlora.errors import UserError
+from lcmlora.evaluation.gate import gate
+from lcmlora.io.files import atomic_folder, sha256_file, write_json
+from lcmlora.io.parsing import as_object, read_bytes, read_json, read_yaml
+from lcmlora.releases import card
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+SCHEDULER = "scheduler_config.json"
+PROVENANCE = "provenance.json"
+METRICS = "metrics.json"
+REPORT = "report.html"
+STUDY = "study.json"
+CHECKSUMS = "SHA256SUMS"
+ADAPTER = (CHECKSUMS, WEIGHTS, SCHEDULER, PROVENANCE)  # what drawing takes of a release
+
+_LONGEST_NAME = 200  # bytes; a file system has 255, and a download adds to it
+_ADDED = ("manifest.json", "yanked.json", "sha256sums.sig")  # in a store
+
+# Largest allowed difference between reloaded and trained student, as a share of the student's largest output. In fp32
+# both run the same kernels; a half-precision base may be reloaded on another device than it was trained on.
+_TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How close the reloaded adapter is to the trained one. Shares of the student's largest output."""
+
+    error: float  # reloaded against trained student
+    effect: float  # trained student against the bare base
+    tensors: int  # LoRA tensors that plain diffusers loaded
+
+
+def package(
+    model: str,
+    config: Config,
+    adapter: Path,
+    base_folder: Path,
+    metrics: Path,
+    evaluation: Path,
+    studied: Path,
+    out: Path,
+) -> dict[str, Any]:
+    """Makes the bundle `out` and returns its provenance. The folder appears whole or not at all.
+
+    Raises:
+        UserError: an input is missing, or the packed weights, reloaded by plain diffusers from either of their files,
+            do not draw as the trained student did.
+    """
+    base = config.base(model)
+    figures = _read_json(metrics) | _study_of(adapter, studied)
+    made = _read_json(adapter / "config.json")
+    failures = gate(figures, config.gate)
+    with atomic_folder(out) as folder:
+        for source, name in (
+            (adapter / WEIGHTS, WEIGHTS),
+            (adapter / SCHEDULER, SCHEDULER),
+            (evaluation / "grid.png", "grid.png"),
+        ):
+            if not source.is_file():
+                raise UserError(f"{source}: no such file; run the stages before package@{model} first")
+            shutil.copyfile(source, folder / name)
+        _check_adapter(folder / WEIGHTS, base_folder)
+        witness = Witness(folder, base, base_folder, adapter / "probe.safetensors", config.distill_for(model).precision)
+        proof = witness.prove(folder / WEIGHTS)
+        kohya = folder / kohya_name(model)
+        _export(folder / WEIGHTS, kohya, base, base_folder, made["distill"]["alpha"])
+        provenance = {
+            "model": model,
+            "packaged": _now(),
+            "sha256": digest(folder),
+            "base": made["base"] | {"variant": base.variant},
+            "resolution": base.resolution,
+            "sampler": made["sampler"],
+            "data_digest": made["data_digest"],
+            "data_dvc": _dvc_digest("data/pictures"),
+            "seed": made["seed"],
+            "params": {
+                "data": config.data.model_dump(mode="json"),
+                "encode": config.encode_for(model).model_dump(mode="json"),
+                "distill": made["distill"],
+                "evaluation": config.evaluation_for(model).model_dump(mode="json"),
+                "gate": config.gate.model_dump(mode="json"),
+            },
+            "versions": made["versions"] | {"lcmlora": __version__},
+            "git": _git(),
+            "dvc_lock": sha256_file(Path("dvc.lock")) if Path("dvc.lock").is_file() else None,
+            "gate": {"passed": not failures, "failures": failures},
+            "reloaded": asdict(proof),
+            "kohya": {"file": kohya.name, "sha256": sha256_file(kohya), "reloaded": asdict(witness.prove(kohya))},
+        }
+        write_json(folder / METRICS, figures)
+        write_json(folder / PROVENANCE, provenance)
+        from lcmlora.releases import report
+
+        page = report.render(
+            model,
+            figures,
+            provenance,
+            [evaluation, studied] if "variations" in figures else [evaluation],
+            base_license=base.license,
+            kohya_file=kohya.name,
+        )
+        (folder / REPORT).write_text(page, encoding="utf-8")
+        (folder / "README.md").write_text(
+            card.render(model, base, made, figures, failures, kohya.name), encoding="utf-8"
+        )
+        _seal(folder)
+    return provenance
+
+
+def _check_adapter(weights: Path, base_folder: Path) -> None:
+    """Raises UserError where the weights are no finite adapter of this base."""
+    from lcmlora.adapters import formats, layer_names
+
+    formats.read(weights, layer_names.of_folder(base_folder))
+
+
+def kohya_name(model: str) -> str:
+    """Returns the name of the bundle's file for ComfyUI and A1111, which show it to their users.
+
+    `load_lora_weights` of diffusers, given the folder, still takes the other: it prefers a file of that name.
+    """
+    return f"lcm-lora-{model}.safetensors"
+
+
+def _study_of(adapter: Path, studied: Path) -> dict[str, Any]:
+    """Returns the figures of a study of this very adapter; none where there is no such study."""
+    if not (studied / STUDY).is_file():
+        return {}
+    figures = _read_json(studied / STUDY)
+    return figures if figures["adapter"] == sha256_file(adapter / WEIGHTS) else {}
+
+
+def _export(weights: Path, out: Path, base: Base, base_folder: Path, alpha: float) -> None:
+    """Writes the kohya file. Raises UserError where it would not have the diffusers file's effect to the last bit."""
+    from lcmlora.adapters import formats, layer_names
+
+    structure = replace(layer_names.of_folder(base_folder), resolution=base.resolution)
+    error = formats.write(formats.read(weights, structure), out, formats.KOHYA, structure, alpha=alpha)
+    if error:
+        raise UserError(f"{out}: its effect is {error:.1e} away from that of {WEIGHTS}, expected none; not released")
+
+
+def _seal(folder: Path) -> None:
+    names = sorted(path.name for path in folder.iterdir())
+    sums = "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names)
+    (folder / CHECKSUMS).write_text(sums, encoding="utf-8")
+
+
+def digest(folder: Path) -> str:
+    """Returns the SHA-256 of the bundle's adapter weights, which is the identity of the release."""
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise UserError(f"{weights}: no such file; {folder} is no release")
+    return sha256_file(weights)
+
+
+def fault_of_name(name: str) -> str | None:
+    """Returns why a bundle cannot hold a file of this name, None where it can."""
+    if not name or "/" in name or "\\" in name or name.startswith("."):
+        return "is not the name of a file in a release's folder"
+    if not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+        return f"is not printable, or longer than {_LONGEST_NAME} bytes"
+    if name.casefold() in _ADDED:
+        return "is the name of what joins a release later"
+    return None
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Returns name -> SHA-256 of every file that the bundle's SHA256SUMS lists."""
+    place = folder / CHECKSUMS
+    if not place.is_file():
+        raise UserError(f"{place}: no such file; {folder} is no release")
+    sums: dict[str, str] = {}
+    for number, line in enumerate(read_bytes(place).decode("utf-8", "backslashreplace").splitlines(), 1):
+        match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
+        if match is None or fault_of_name(match[2]):
+            raise UserError(f"{place}: line {number}: expected '<sha256>  <file name>', got {line[:200]!r}")
+        if match[2] in sums:
+            raise UserError(f"{place}: line {number}: {match[2]} stands twice")
+        sums[match[2]] = match[1]
+    return sums
+
+
+def verify(folder: Path, names: Collection[str] | None = None) -> None:
+    """Checks every file against SHA256SUMS. Raises UserError naming the first that is missing or differs.
+
+    Args:
+        names: check these alone, where only the adapter was downloaded.
+    """
+    sums = checksums(folder)
+    for name in (WEIGHTS, SCHEDULER, PROVENANCE):
+        if name not in sums:
+            raise UserError(f"{folder / CHECKSUMS}: does not list {name}; package the release again")
+    for name, expected in sums.items():
+        if names is not None and name not in names:
+            continue
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: is listed in {CHECKSUMS} and missing; package the release again")
+        if (found := sha256_file(path)) != expected:
+            raise UserError(
+                f"{path}: expected sha256 {expected[:12]}..., got {found[:12]}...; package the release again"
+            )
+
+
+class Witness:
+    """Plain diffusers with the base, in which adapters are loaded as any user would and compared with the student.
+
+    Args:
+        release: a folder with the weights and scheduler_config.json.
+        probe: the student's and the base's outputs on fixed inputs, written when the student was in memory.
+        precision: `auto`, `fp32` or `bf16`, as the base was loaded for distillation.
+
+    Raises:
+        UserError: diffusers cannot load the base or the scheduler, or these do not go together.
+    """
+
+    def __init__(self, release: Path, base: Base, base_folder: Path, probe: Path, precision: str) -> None:
+        import torch
+        from safetensors.torch import load_file
+
+        from lcmlora.bases.base import pick_device, pick_dtype
+        from lcmlora.inference import pipelines
+
+        # An adapter of a half-precision base is saved in fp16, so its file tells how the probe was computed.
+        first = next(iter(load_file(release / WEIGHTS).values()))
+        self._base_folder = base_folder
+        self._device = pick_device("auto")
+        dtype = torch.float32 if first.dtype == torch.float32 else pick_dtype(precision, self._device)
+        self._pipeline = pipelines.assemble(release, base_folder, base.variant, dtype).to(self._device)
+        self._probe = {name: tensor.to(self._device) for name, tensor in load_file(probe).items()}
+
+    def prove(self, weights: Path) -> Proof:
+        """Loads the adapter of one file, in whatever format, and compares one UNet forward with the student's.
+
+        Raises:
+            UserError: naming the figure that is off.
+        """
+        import torch
+        from safetensors.torch import load_file
+
+        from lcmlora.bases.base import unet_forward
+
+        written = load_file(weights)
+        self._load(weights)
+        unet = self._pipeline.unet
+        expected = sum(not name.endswith(".alpha") for name in written)
+        loaded = sum(".lora_A." in name or ".lora_B." in name for name, _ in unet.named_parameters())
+        if loaded != expected:
+            raise UserError(
+                f"{weights}: holds {expected} LoRA tensors and plain diffusers loaded {loaded}; not released"
+            )
+        inputs = dict(self._probe)
+        student, bare = inputs.pop("student"), inputs.pop("base")
+        with torch.no_grad():
+            output = unet_forward(unet, inputs.pop("latents"), inputs.pop("timesteps"), inputs)
+        scale = student.abs().max()
+        error, effect = (((output - student).abs().max() / scale).item(), ((student - bare).abs().max() / scale).item())
+        stored = next(tensor.dtype for name, tensor in written.items() if not name.endswith(".alpha"))
+        tolerance = _TOLERANCE[str(stored).removeprefix("torch.")]
+        if not effect > 0:
+            raise UserError(
+                f"{weights}: the adapter has no effect (student and base differ by {effect:g}); not released"
+            )
+        if not error < tolerance:
+            raise UserError(
+                f"{weights}: reloaded by plain diffusers, its output is {error:.1e} of the largest value away from the "
+                f"trained student's, expected less than {tolerance:g}; not released, distil again"
+            )
+        # An adapter whose effect drowns in the tolerance would pass the line above without being loaded at all.
+        if not error < effect / 2:
+            raise UserError(
+                f"{weights}: reloaded it differs by {error:.1e}, its effect is only {effect:.1e}; not released"
+            )
+        return Proof(error, effect, loaded)
+
+    def _load(self, weights: Path) -> None:
+        from lcmlora.adapters import tensorfile
+
+        self._pipeline.unload_lora_weights()
+        tensorfile.check_harmless(weights)
+        try:
+            self._pipeline.load_lora_weights(weights.parent, weight_name=weights.name)
+        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{weights}: plain diffusers cannot load it on {self._base_folder}: {reason}") from error
+
+
+def _dvc_digest(out: str) -> str | None:
+    """Returns the digest under which dvc.lock has an output, None where it has not."""
+    try:
+        stages = read_yaml(Path("dvc.lock"))["stages"].values()
+        found = (entry for stage in stages for entry in stage.get("outs", ()) if entry.get("path") == out)
+        return next((entry.get("md5") for entry in found), None)
+    except (UserError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _now() -> str:
+    """Returns the time, or the one that SOURCE_DATE_EPOCH gives, as builds that are to give the same bytes set it."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch is not None and not re.fullmatch(r"\d{1,11}", epoch):
+        raise UserError(f"SOURCE_DATE_EPOCH: expected seconds since 1970, got {epoch!r}")
+    moment = datetime.now(UTC) if epoch is None else datetime.fromtimestamp(int(epoch), UTC)
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _git() -> dict[str, Any]:
+    """Returns the commit and whether tracked files differ from it; both are None outside a repository."""
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            answer = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+        except (FileNotFoundError, subprocess.CalledProcessError):
+            return None
+        return answer.stdout.strip()
+
+    # Results that the pipeline itself has just written do not make the code dirty.
+    written = [f":(exclude){name}" for name in ("dvc.lock", "metrics", "plots")]
+    changes = ask("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    commit = ask("rev-parse", "--verify", "HEAD")
+    return {"commit": commit, "dirty": None if commit is None or changes is None else bool(changes)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return as_object(read_json(path), str(path))

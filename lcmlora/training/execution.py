@@ -1,0 +1,213 @@
+"""How the UNet's passes are executed: compiled, recomputed; and the check that the adapter still does its part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lcmlora.adapters import lora
+from lcmlora.bases.base import Conditioning, LoadedBase, unet_forward
+from lcmlora.errors import UserError
+from lcmlora.io.private import cache_folder
+from lcmlora.patches.recompute import keep, remake
+
+# Of the largest output. In half precision a fused kernel rounds at other places than the ones it replaces.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+# Of the norm of the adapter's gradient. Rounding at other places makes up to 0.1 of it in bf16, whose own distance from
+# fp32 is that large; where a compiler is wrong it is a third and more (see `_upsample`).
+_GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.15}
+# Student, teacher and target are three graphs, validation brings more; the default of 8 then falls back to eager.
+_GRAPHS = 64
+
+
+def pick_checkpointing(how: str, device: torch.device) -> str:
+    """Returns what `auto` stands for on this device, or `how` where it says so itself."""
+    if how != "auto":
+        return how
+    return "none" if device.type == "cpu" else "selective"
+
+
+def recompute(unet: Any, how: str) -> None:
+    """Lets the backward pass compute activations again instead of keeping them. The last call counts.
+
+    Args:
+        how: `none`; `selective` does norms and activation functions again (patches/recompute.py); `full` keeps
+            the input of each block and costs another forward; or `auto`.
+    """
+    how = pick_checkpointing(how, next(unet.parameters()).device)
+    unet.disable_gradient_checkpointing()
+    keep(unet)
+    if how == "selective":
+        remake(unet)
+    elif how == "full":
+        unet.enable_gradient_checkpointing(_again)
+
+
+def _again(block: nn.Module, *arguments: Any) -> Any:
+    """Runs it, keeping the arguments alone; in the backward pass it runs up to the last input that is needed there."""
+    return checkpoint(block.__call__, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def compiled(unet: nn.Module) -> None:
+    """Has the UNet compiled when it is first called, in place.
+
+    Raises:
+        UserError: it is on a CPU, and there is no C++ compiler; or this user has no folder for what is compiled.
+    """
+    import torch._dynamo
+    from diffusers.models.upsampling import Upsample2D
+
+    if next(unet.parameters()).device.type == "cpu":
+        _find_compiler()
+    # Torch's own choice is a name in the shared temporary folder: what another user puts there first would be executed.
+    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("inductor"))
+    torch._dynamo.config.recompile_limit = _GRAPHS
+    for module in unet.modules():
+        plain = isinstance(module, Upsample2D) and module.interpolate and module.norm is None
+        if plain and module.use_conv and not module.use_conv_transpose:
+            vars(module)["forward"] = partial(_upsample, module)
+    unet.compile(dynamic=False)
+
+
+def eager() -> AbstractContextManager[object]:
+    """Within the block a compiled UNet runs as it was written."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def _find_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError(
+            "compile: true needs a C++ compiler on a CPU, and there is none on the PATH; install g++ or set compile: "
+            "false"
+        ) from error
+
+
+def _upsample(module: Any, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+    """The forward of diffusers' Upsample2D, without a scatter in its backward pass.
+
+    Compiled, an interpolation is a gather and its gradient a scatter of atomic additions. In bf16 on a CPU torch 2.13's
+    inductor fuses what rounds the sum with what fills it with zeros, and so reads it before anything was added: no
+    gradient passes. Here each pixel is expanded to four, whose gradients are summed.
+    """
+    height, width = output_size or (2 * x.shape[-2], 2 * x.shape[-1])
+    return module.conv(twice(x)[..., :height, :width])
+
+
+def twice(x: Tensor) -> Tensor:
+    """Returns (B, C, 2h, 2w): x (B, C, h, w) by nearest neighbours. Its first 2h - 1 rows are x at that height."""
+    return x[..., :, None, :, None].expand(-1, -1, -1, 2, -1, 2).flatten(4).flatten(2, 3)
+
+
+@contextmanager
+def _stirred(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within the block none of them is zero: where B is, A has no gradient."""
+    zero = [parameter for parameter in parameters if not parameter.any()]
+    with torch.no_grad():
+        for parameter in zero:
+            parameter.fill_(1e-2)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in zero:
+                parameter.zero_()
+
+
+class AdapterCheck:
+    """Compares the UNet, before it gets its adapter, with what it does later (toggling adapters under torch.compile
+    was silently wrong in older stacks)."""
+
+    def __init__(self, base: LoadedBase, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> None:
+        """Args:
+        base: bare.
+        latents, timesteps, conditioning: any fixed input of a forward.
+        """
+        self._base, self._latents, self._timesteps, self._conditioning = base, latents, timesteps, conditioning
+        self._differs = False
+        with torch.no_grad():
+            self._alone = self._eager()
+
+    def teacher(self) -> None:
+        """Raises UserError unless the base with its adapter off is the bare base, to the bit."""
+        with torch.no_grad(), lora.disabled(self._base.unet):
+            if not torch.equal(self._eager(), self._alone):
+                raise UserError(f"{self._base.name}: with its adapter off the base does not draw as it did without one")
+
+    def compiled(self, rows: int, teacher_rows: int | None = None) -> None:
+        """Raises UserError unless the compiled student says what the eager one does and has its gradient, and the
+        compiled teacher says what the bare base does.
+
+        Args:
+            rows: of a step's forward, so that what is compiled here is what the steps need; the teacher's likewise,
+                where there is one.
+        """
+        with torch.no_grad():
+            if teacher_rows is not None:
+                with lora.disabled(self._base.unet):
+                    self._compare("the compiled teacher", self._compiled(teacher_rows), self._alone)
+            self._compare("the compiled student", self._compiled(rows), self._eager())
+        trained = [parameter for parameter in self._base.unet.parameters() if parameter.requires_grad]
+        with _stirred(trained):
+            found = _gradient(trained, self._compiled(rows).square().sum())
+            times = torch.bincount(self._repeated(rows), minlength=len(self._latents))
+            expected = _gradient(trained, (self._eager().square().flatten(1).sum(1) * times).sum())
+        norm = torch.stack(torch._foreach_norm(expected)).norm()
+        error = (torch.stack(torch._foreach_norm(torch._foreach_sub(found, expected))).norm() / norm).item()
+        if not error < _GRADIENT_TOLERANCE[self._base.dtype]:
+            raise UserError(
+                f"the compiled student's gradient is {error:.1e} of its norm away from the eager one's, expected less "
+                f"than {_GRADIENT_TOLERANCE[self._base.dtype]:g}; set compile: false"
+            )
+
+    @torch.no_grad()
+    def student(self) -> None:
+        """Raises UserError where training has not changed the student. Looks once."""
+        if not self._differs and torch.equal(self._eager(), self._alone):
+            raise UserError(f"{self._base.name}: the adapter was trained and changes nothing; nothing is saved")
+        self._differs = True
+
+    def _repeated(self, rows: int) -> Tensor:
+        """Returns which rows of the input make one of so many."""
+        return torch.arange(rows, device=self._latents.device) % len(self._latents)
+
+    def _compiled(self, rows: int) -> Tensor:
+        """Returns the output for the input, repeated."""
+        index = self._repeated(rows)
+        conditioning = {name: value[index] for name, value in self._conditioning.items()}
+        return unet_forward(self._base.unet, self._latents[index], self._timesteps[index], conditioning)
+
+    def _eager(self) -> Tensor:
+        with eager():
+            return unet_forward(self._base.unet, self._latents, self._timesteps, self._conditioning)
+
+    def _compare(self, what: str, ours: Tensor, expected: Tensor) -> None:
+        """Of outputs of as many rows as both have."""
+        error = ((ours[: len(expected)] - expected[: len(ours)]).abs().max() / expected.abs().max()).item()
+        tolerance = _TOLERANCE[self._base.dtype]
+        if not error < tolerance:
+            raise UserError(
+                f"{what} is {error:.1e} of the largest value away from the eager one, expected less than {tolerance:g}"
+                "; set compile: false"
+            )
+
+
+def _gradient(trained: list[nn.Parameter], loss: Tensor) -> list[Tensor]:
+    """Returns that of a loss; the parameters have none afterwards."""
+    loss.backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    for parameter in trained:
+        parameter.grad = None
+    return gradients

@@ -1,0 +1,150 @@
+"""Adapters of the miniature base, and the files around them that the stages before `package` write."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from lcmlora import bases, config
+from lcmlora.adapters import lora
+from tests.support.miniature import RESOLUTION
+
+METRICS: dict[str, Any] = {
+    "features": {"name": "efficientnet-lite0", "dimensions": 320, "distance": "frechet"},
+    "pictures": 512,
+    "seed": 1000,
+    "floor": 78.0,
+    "distance_teacher": {"teacher": 78.0, "student@2": 88.0, "student@4": 82.5, "ddim@1": 363.0, "dpm++@2": 171.0},
+    "excess": {"teacher": 0.0, "student@2": 10.0, "student@4": 4.5, "ddim@1": 285.0, "dpm++@2": 93.0},
+    "distance_real": None,
+    "distance_real_missing": "24 real validation pictures are too few for 320 dimensions",
+    "retrieval": {"teacher@50": 0.9, "student@2": 0.7, "student@4": 0.85, "ddim@1": 0.1, "dpm++@2": 0.5},
+    "seconds_per_picture": {"teacher@50": 0.2, "student@2": 0.01, "student@4": 0.02, "ddim@1": 0.01, "dpm++@2": 0.02},
+    "network_evaluations": {"teacher@50": 100, "student@2": 2, "student@4": 4, "ddim@1": 2, "dpm++@2": 4},
+}
+
+
+def settings(base_folder: Path, *, models: tuple[str, ...] = ("mini",), **changes: dict[str, Any]) -> dict[str, Any]:
+    """The project's own params.yaml with the miniature as base of every model, and these changes of its sections."""
+    raw = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+    base = {"source": str(base_folder), "resolution": RESOLUTION, "license": "apache-2.0"}
+    raw |= {"models": list(models), "bases": dict.fromkeys(models, base)}
+    for section, values in changes.items():
+        raw[section] |= values
+    return raw
+
+
+def load_settings(base_folder: Path, **changes: dict[str, Any]) -> config.Config:
+    return config.Config.model_validate(settings(base_folder, **changes))
+
+
+def write_stages(
+    base: bases.LoadedBase, root: Path, *, model: str = "mini", seed: int = 0, strength: float = 0.1
+) -> None:
+    """Writes what distill and evaluate leave for `model` below `root`; `strength` 0 is an adapter without effect."""
+    parameters = lora.inject(base.unet, rank=4, alpha=8, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in parameters.items():
+        if ".lora_B." in name:
+            parameter.data = strength * torch.randn(parameter.shape, generator=generator)
+    adapter = root / "adapters" / model
+    adapter.mkdir(parents=True)
+    metadata = lora.adapter_metadata(4)
+    lora.save_file(lora.state_dict(base.unet), adapter / lora.WEIGHTS, dtype=torch.float32, metadata=metadata)
+    _save_probe(base, adapter / "probe.safetensors", generator)
+    from diffusers import LCMScheduler
+
+    scheduler = dict(LCMScheduler.from_config(base.scheduler_config).config) | {"_class_name": "LCMScheduler"}
+    (adapter / "scheduler_config.json").write_text(json.dumps(scheduler))
+    facts = {
+        "model": model,
+        "base": {"source": str(base.folder), "revision": None, "digest": "b" * 64},
+        "data_digest": "d" * 64,
+        "pictures": 100,
+        "distill": load_settings(base.folder).distill.model_dump(mode="json"),
+        "steps": 600,
+        "sampler": {"scheduler": "LCMScheduler", "gamma": None, "grid": 50},
+        "validation": {"pictures": 24, "loss": {"300": 0.25, "600": 0.2}, "best_step": 600},
+        "final_loss": 0.0123,
+        "seed": 0,
+        "adapted_layers": lora.adapted_layers(base.unet),
+        "lora_parameters": sum(p.numel() for p in parameters.values()),
+        "versions": {"torch": torch.__version__},
+    }
+    (adapter / "config.json").write_text(json.dumps(facts))
+    (adapter / "run.json").write_text(json.dumps({"run_id": None, "tracking_uri": None, "experiment": "lcmlora"}))
+    (root / "metrics").mkdir(exist_ok=True)
+    (root / "metrics" / f"{model}.json").write_text(json.dumps(METRICS))
+    evaluation = root / "evaluation" / model
+    (evaluation / "pictures").mkdir(parents=True)
+    Image.new("RGB", (16, 16), "red").save(evaluation / "grid.png")
+    for key in ("real", *METRICS["network_evaluations"]):
+        Image.new("RGB", (16, 32), "green").save(evaluation / "pictures" / f"{key}.png")
+    (evaluation / "pictures" / "prompts.json").write_text(json.dumps({"prompts": ["owl", "fox"], "side": 16}))
+
+
+@torch.no_grad()
+def _save_probe(base: bases.LoadedBase, path: Path, generator: torch.Generator) -> None:
+    latents = torch.randn((2, *base.latent_shape), generator=generator)
+    timesteps = torch.tensor([999, 499])
+    conditioning = base.encode_text(["red apple", ""])
+    student = base.predict(latents, timesteps, conditioning)
+    with lora.disabled(base.unet):
+        alone = base.predict(latents, timesteps, conditioning)
+    tensors = {"latents": latents, "timesteps": timesteps, "student": student, "base": alone} | conditioning
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _png() -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (4, 2), "red").save(content, "PNG")
+    return content.getvalue()
+
+
+def write_sealed(
+    folder: Path,
+    *,
+    weights: bytes = b"weights",
+    card: str = "card\n",
+    metrics: dict[str, Any] | None = None,
+    model: str = "mini",
+) -> Path:
+    """Writes a bundle that passes `release.verify`, with bytes that only look like weights; returns the folder.
+
+    Args:
+        metrics: what differs in metrics.json; figures of one group are added to those that stand there.
+    """
+    figures = dict(METRICS)
+    for key, value in (metrics or {}).items():
+        figures[key] = METRICS[key] | value if isinstance(METRICS.get(key), dict) else value
+    folder.mkdir(parents=True)
+    provenance = {
+        "model": model,
+        "packaged": "2026-11-28T00:00:00Z",
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "base": {"source": "bases/mini", "revision": None, "digest": "b" * 64},
+        "data_digest": "d" * 64,
+        "git": {"commit": "c" * 40, "dirty": False},
+        "params": {"distill": {"objective": "lcm", "steps": 600}},
+    }
+    contents = {
+        "pytorch_lora_weights.safetensors": weights,
+        "scheduler_config.json": b"{}\n",
+        "README.md": card.encode(),
+        "provenance.json": json.dumps(provenance).encode(),
+        "metrics.json": json.dumps(figures).encode(),
+        "grid.png": _png(),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(contents.items())]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+    return folder
