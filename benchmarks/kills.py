@@ -94,8 +94,7 @@ class Project:
         raw["flow"] = {"retry_seconds": 0.5}
         (root / "params.yaml").write_text(yaml.safe_dump(raw))
         shutil.copy(ROOT / "dvc.yaml", root)
-        for folder in ("lcmlora", "study"):
-            shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / "study", root / "study")
         for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
             subprocess.run(command, cwd=root, check=True)
 
@@ -176,9 +175,9 @@ class Project:
         wrong += [f"{path} is locked" for path in locks if path.name != "rwlock" and _is_locked(path)]
         command = [sys.executable, "-m", "dvc", "status"]
         asked = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
-        # `pretrain` is the project's own, whose files are not copied here; it is frozen.
+        # `pretrain` is the project's own, whose files are not copied here; it is frozen. `resolve` always is due.
         stale = [line for line in asked.stdout.splitlines() if line.endswith(":") and not line.startswith(("\t", " "))]
-        if asked.returncode or set(stale) - {"pretrain:"}:
+        if asked.returncode or set(stale) - {"pretrain:", "resolve:"}:
             wrong.append(f"dvc status: {asked.returncode} {asked.stdout} {asked.stderr}")
         return wrong
 

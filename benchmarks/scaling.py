@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from benchmarks import costs, tables
-from lcmlora import config, registry
+from lcmlora import config, registry, resolved
 from lcmlora.evaluation.gate import record
 from lcmlora.io.files import write_json
 from lcmlora.registry import events, promotion
@@ -344,7 +344,7 @@ def _write_stages(root: Path, models: int) -> None:
         (root / "bases" / model / "model_index.json").write_text("{}")
     (root / "params.yaml").write_text(yaml.safe_dump(raw))
     shutil.copy("dvc.yaml", root)
-    shutil.copytree("lcmlora", root / "lcmlora", ignore=shutil.ignore_patterns("__pycache__"))
+    resolved.refresh(config.load(root / "params.yaml"), root / resolved.FILE)
 
 
 def show_dvc(found: dict[str, Any]) -> str:

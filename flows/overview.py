@@ -68,6 +68,7 @@ def standings(settings: Config, *, server: bool) -> list[Standing]:
     """
     names = {model: stages_of(model, settings) for model in settings.models}
     with Processes() as processes:
+        dvc.resolve.fn(processes)
         due = dvc.stale.fn(["prepare", *(name for own in names.values() for name in own)], processes)
     past, coming = _runs() if server else ([], [])
     versions: dict[str, list[Version]] = {}

@@ -146,6 +146,7 @@ def _prepare(found: list[Outcome], settings: config.Config, force: bool, process
     remote, prepared = None, False
     with _noting(*found):
         everything = ["prepare", *(name for own in names.values() for name in own)]
+        dvc.resolve(processes)
         due = set(everything) if force else dvc.stale(everything, processes)
         remote = dvc.default_remote()
     for outcome in found:

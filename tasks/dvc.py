@@ -14,9 +14,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import State
 
+from lcmlora import config, resolved
 from lcmlora.config import Config, Flow
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.io.parsing import Malformed, as_object, parse_json
+from lcmlora.io.parsing import Malformed, as_object, parse_json, read_yaml
 from lcmlora.io.terminal import shown
 from tasks.devices import held
 from tasks.leftovers import mend
@@ -24,6 +25,7 @@ from tasks.output import told
 from tasks.processes import Command, Processes, python, reason, stream
 from tasks.retrying import failure
 
+_RESOLVE = "resolve"  # the stage that writes resolved.yaml
 _WITHOUT_DEVICE = ("prepare", "package")  # stages that neither train nor draw
 
 
@@ -97,6 +99,24 @@ def repro(stage: str, processes: Processes, settings: Config, force: bool = Fals
     mend()
     ran = any(line.startswith(f"Running stage '{stage}'") for line in lines)
     return StageResult(stage, ran, time.monotonic() - began)
+
+
+@task(task_run_name="resolve settings", cache_policy=NO_CACHE)
+def resolve(processes: Processes) -> None:
+    """Brings resolved.yaml up to date, by which DVC sees what params.yaml and this package have changed.
+
+    To be called before DVC is asked what is stale. A project whose dvc.yaml has no such stage is left as it is.
+
+    Raises:
+        UserError: params.yaml or dvc.yaml cannot be read, or the stage failed.
+    """
+    stages = as_object(read_yaml(Path("dvc.yaml")), "dvc.yaml").get("stages")
+    if not isinstance(stages, dict) or _RESOLVE not in stages or resolved.is_current(config.load()):
+        return
+    mend()
+    status, lines = _listen(processes, _dvc("repro", "--single-item", _RESOLVE), _RESOLVE)
+    if status != 0:
+        raise _failed(_RESOLVE, status, lines)
 
 
 @task(task_run_name="what is stale", cache_policy=NO_CACHE)

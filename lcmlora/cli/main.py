@@ -38,6 +38,8 @@ app = typer.Typer(
     """,
 )
 
+PARAMS = Path("params.yaml")
+
 Model = Annotated[str, typer.Argument(help="A name under `bases` in params.yaml, e.g. emoji.", show_default=False)]
 
 
@@ -47,11 +49,20 @@ class _Stage(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, names.arguments(args))
 
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.obj != PARAMS:  # the settings are not those that DVC and resolved.yaml know
+            return super().invoke(ctx)
+        from lcmlora import resolved
+        from lcmlora.stages import Run
+
+        with resolved.running(_configure(ctx), Run(str(self.name), ctx.params.get("model"), ctx.params.get("name"))):
+            return super().invoke(ctx)
+
 
 @app.callback()
 def _options(
     context: typer.Context,
-    params: Annotated[Path, typer.Option(help="The configuration file.")] = Path("params.yaml"),
+    params: Annotated[Path, typer.Option(help="The configuration file.")] = PARAMS,
 ) -> None:
     context.obj = params
 
@@ -99,6 +110,22 @@ def list_bases(
 
 
 @app.command()
+def resolve(context: typer.Context) -> None:
+    """Write resolved.yaml: all settings and versions that decide a stage's result, which DVC reads as parameters.
+
+    `dvc repro` and the flow do this first. A change of params.yaml, of a default or of an algorithm's version makes
+    those stages stale that it decides.
+
+    Example: lcmlora resolve
+    """
+    config = _configure(context)
+    from lcmlora import resolved
+
+    changed = resolved.refresh(config)
+    note(f"{resolved.FILE}: {'is up to date now' if changed else 'was up to date'}")
+
+
+@app.command(cls=_Stage)
 def pretrain(context: typer.Context) -> None:
     """Train the embedded emoji base from nothing (hours on two cores; its weights are in Git already).
 
@@ -132,7 +159,7 @@ def fetch(context: typer.Context, model: Model) -> None:
     note(f"{model}: {examine.examine(model, folder, base.variant)}")
 
 
-@app.command()
+@app.command(cls=_Stage)
 def prepare(context: typer.Context) -> None:
     """Read the captioned pictures, drop what cannot be used, and split by caption into training and validation.
 

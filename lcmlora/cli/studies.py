@@ -91,14 +91,11 @@ def alone(context: typer.Context, model: Model, name: Either) -> None:
     Example: lcmlora alone emoji noto-v1
     """
     config = _configure(context)
-    kinds = {studied: kind for kind, studied in config.studied(model)}
-    if name not in kinds:
-        known = ", ".join(kinds) or "nothing"
-        raise UserError(f"{name!r} is not studied with {model}; params.yaml `study` has {known}")
+    from lcmlora import stages
     from lcmlora.evaluation import study as stage
     from lcmlora.training import checkpoint
 
-    kind = kinds[name]
+    kind = stages.studied_kind(config, model, name)
     folder = _folder(model, f"{kind}s", name)
     base = _drawing_base(config, model, folder if kind == "finetune" else None)
     with checkpoint.locked(Path("scratch", "alone", f"{model}-{name}")) as scratch:

@@ -333,7 +333,7 @@ def _git() -> dict[str, Any]:
         return answer.stdout.strip()
 
     # Results that the pipeline itself has just written do not make the code dirty.
-    written = [f":(exclude){name}" for name in ("dvc.lock", "metrics", "plots")]
+    written = [f":(exclude){name}" for name in ("dvc.lock", "resolved.yaml", "metrics", "plots")]
     changes = ask("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     commit = ask("rev-parse", "--verify", "HEAD")
     return {"commit": commit, "dirty": None if commit is None or changes is None else bool(changes)}

@@ -103,8 +103,7 @@ def test_all_architectures_go_through_the_flow(
     """`python -m pytest -m slow`: minutes, since every stage is a process of its own."""
     projects.make(tmp_path, miniatures, fresh(tmp_path, tmp_path_factory).tracking_uri, *ARCHITECTURES)
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
-    for folder in ("lcmlora", "study"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copytree(ROOT / "study", tmp_path / "study")
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=tmp_path, check=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}

@@ -210,7 +210,7 @@ def test_every_stage_that_the_flow_names_is_in_dvc_yaml_and_the_other_way_round(
     command = [sys.executable, "-m", "dvc", "stage", "list", "--name-only"]
     listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split()
     named = [name for model in raw["models"] for name in stages_of(model, load(root / "params.yaml"))]
-    assert sorted(listed) == sorted(["pretrain", "prepare", *named])
+    assert sorted(listed) == sorted(["resolve", "pretrain", "prepare", *named])
 
 
 def test_help_shows_examples_without_importing_prefect():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lcmlora import config
-from tasks.dvc import NotPushed, StageFailed, default_remote, is_shared, push, repro, stale
+from tasks.dvc import NotPushed, StageFailed, default_remote, is_shared, push, repro, resolve, stale
 from tasks.processes import Processes
 from tests.support.repositories import alive, make
 
@@ -97,6 +97,29 @@ def test_a_stage_that_takes_too_long_is_ended(repository: Path):
     with Processes() as processes, pytest.raises(StageFailed, match=r"slow: was ended, .*\(flow.timeout_hours\)"):
         repro.fn("slow", processes, hasty)
     assert not alive(int((repository / "pid").read_text()))
+
+
+def test_what_dvc_reads_is_brought_up_to_date_before_it_is_asked(repository: Path, monkeypatch: pytest.MonkeyPatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    params = (root / "params.yaml").read_text()
+    Path("params.yaml").write_text(params)
+    with Processes() as processes:
+        resolve.fn(processes)
+        assert not Path("resolved.yaml").exists()  # this dvc.yaml does not ask for it
+        outs = "outs: [{resolved.yaml: {cache: false, persist: true}}]"
+        tried = "params: [{resolved.yaml: [prepare]}], cmd: cp source tried, outs: [tried]"
+        stages = f"  resolve: {{cmd: {sys.executable} -m lcmlora resolve, always_changed: true, {outs}}}\n"
+        Path("dvc.yaml").write_text(f"{STAGES}{stages}  tried: {{{tried}}}\n")
+        resolve.fn(processes)
+        repro.fn("tried", processes, SETTINGS)
+        before = Path("dvc.lock").stat().st_mtime_ns
+        resolve.fn(processes)
+        assert Path("dvc.lock").stat().st_mtime_ns == before
+        assert stale.fn(["tried"], processes) == set()
+        Path("params.yaml").write_text(params.replace("min_side: 64", "min_side: 32"))
+        resolve.fn(processes)
+        assert stale.fn(["tried"], processes) == {"tried"}
 
 
 def test_a_stage_that_does_not_exist_and_a_dvc_yaml_that_is_none_are_told_in_one_line(repository: Path):

@@ -1,0 +1,145 @@
+"""resolved.yaml: the settings and versions that decide every stage of a project, which DVC reads as parameters.
+
+It is written by `lcmlora resolve` from params.yaml and this package, and committed. `dvc repro` runs that first; the
+flow, and verbs that are called by hand, do the same. A verb that DVC calls refuses to run where it is out of date.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lcmlora import stages
+from lcmlora.config import Config
+from lcmlora.errors import UserError
+from lcmlora.io import temporaries
+from lcmlora.io.files import atomic_write
+from lcmlora.io.parsing import read_yaml
+from lcmlora.io.terminal import note
+from lcmlora.stages import Run
+
+FILE = Path("resolved.yaml")
+
+_HEADER = """\
+# Written by `lcmlora resolve`; do not edit. What decides the result of each stage: its settings, as params.yaml and the
+# defaults give them, and the versions of its algorithms (lcmlora/stages.py).
+"""
+
+
+def resolve(config: Config) -> dict[str, Any]:
+    """Returns what resolved.yaml is to hold.
+
+    Raises:
+        UserError: two names would be one entry.
+    """
+    tree: dict[str, Any] = {}
+    for run in stages.runs(config):
+        _put(tree, run, _entry(config, run))
+    return tree
+
+
+def is_current(config: Config, path: Path = FILE) -> bool:
+    """Returns whether the file holds what it is to hold."""
+    return path.is_file() and path.read_text(encoding="utf-8") == _text(resolve(config))
+
+
+def refresh(config: Config, path: Path = FILE) -> bool:
+    """Brings the file up to date and returns whether it was not."""
+    tree = resolve(config)
+    with temporaries.locked(path):
+        if path.is_file() and path.read_text(encoding="utf-8") == _text(tree):
+            return False
+        _write(tree, path)
+        return True
+
+
+@contextmanager
+def running(config: Config, run: Run, path: Path = FILE) -> Iterator[None]:
+    """Encloses a stage's work, so that DVC records the settings that it ran with and no others.
+
+    Where a person calls the stage in a project that has the file, it is brought up to date. Where DVC calls, it must be
+    up to date. DVC reads it again when the stage has ended: if it was changed meanwhile, the settings of this run are
+    put back, and the change makes the stage stale from the next refresh on.
+
+    Raises:
+        UserError: DVC calls, and the file is missing or out of date for this run.
+    """
+    if "DVC_STAGE" not in os.environ:
+        if path.is_file() and refresh(config, path):
+            note(f"{path}: is up to date now")
+        yield
+        return
+    entry = _entry(config, run)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run `lcmlora resolve`, then dvc repro again")
+    if _get(read_yaml(path), run) != entry:
+        raise UserError(
+            f"{path}: {'.'.join(_keys(run))}: is not what params.yaml and this version of lcmlora say; run "
+            "`lcmlora resolve`, then dvc repro again"
+        )
+    yield
+    with temporaries.locked(path):
+        tree = read_yaml(path)
+        if _get(tree, run) != entry:
+            _put(tree, run, entry)
+            _write(tree, path)
+            note(f"{path}: was changed while the stage ran; what changed counts from the next run on", "warning: ")
+
+
+def _entry(config: Config, run: Run) -> dict[str, Any]:
+    return {"algorithms": stages.algorithms(run.stage)} | stages.decisive(config, run)
+
+
+def _keys(run: Run) -> list[str]:
+    """Returns where a run's entry lies: under its names, divided at the dots, as DVC divides the keys in dvc.yaml."""
+    names = ["models", *run.model.split(".")] if run.model is not None else []
+    if run.name is not None:
+        names += ["variations", *run.name.split(".")]
+    return [*names, run.stage]
+
+
+def _get(tree: Any, run: Run) -> Any:
+    for key in _keys(run):
+        if not isinstance(tree, dict) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+def _put(tree: dict[str, Any], run: Run, entry: dict[str, Any]) -> None:
+    *above, last = _keys(run)
+    for depth, key in enumerate(above):
+        tree = tree.setdefault(key, {})
+        if "algorithms" in tree:
+            raise _twofold(above[: depth + 1])
+    if "algorithms" not in tree.setdefault(last, entry):
+        raise _twofold([*above, last])
+    tree[last] = entry
+
+
+def _twofold(keys: list[str]) -> UserError:
+    place = ".".join(keys)
+    return UserError(f"{place}: one name ends in `.{keys[-1]}`, where {FILE} has a stage's settings; use another name")
+
+
+def _text(tree: dict[str, Any]) -> str:
+    return _HEADER + yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _write(tree: dict[str, Any], path: Path) -> None:
+    atomic_write(path, lambda part: part.write_text(_text(tree), encoding="utf-8"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists in a line, everything else in lines of its own."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))

@@ -1,0 +1,213 @@
+"""The stages: the version of each one's algorithm, and which settings decide its result.
+
+A stage is run again when its inputs, the settings below or a version change (docs/staleness.md). Inputs are files and
+stand in dvc.yaml. Settings and versions stand in resolved.yaml (lcmlora/resolved.py), which DVC reads as parameters.
+
+Left out of the settings is what no result depends on but for rounding: devices, processes, sizes of caches, how often
+something is saved or logged, and how many pictures are drawn at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lcmlora.config import Base, Config, Data, Evaluation, Kind, Training
+from lcmlora.errors import UserError
+
+Settings = dict[str, Any]
+
+# Raise a version where the same inputs and settings give another result, and only there, by
+# `python -m tests.stages.raise_version STAGE`. tests/stages notices that it is due.
+VERSIONS = {
+    "pretrain": 1,  # the embedded base: how its VAE, text encoder and UNet are trained
+    "prepare": 1,  # which pictures are kept, their captions, how they are split
+    "encode": 1,  # latents and embeddings: resizing, the VAE's scaling, teacher rollouts, the layout of the cache
+    "reference": 1,  # what the teacher and the solvers draw, image features, scores
+    "distill": 1,  # objectives, teacher, samples, optimization, which weights are saved
+    "evaluate": 1,  # how the student draws, and the metrics
+    "style": 1,  # training of style LoRAs
+    "finetune": 1,  # training of whole checkpoints
+    "alone": 1,  # what styles and checkpoints draw without the adapter
+    "study": 1,  # what they draw with it, and the metrics
+    "package": 1,  # files of the release: formats, card, report, reload check
+}
+
+# Stages that do the work of others themselves, so that these versions decide their results as well.
+_WITHIN = {"style": ("prepare", "encode"), "finetune": ("prepare", "encode"), "alone": ("prepare",)}
+
+_LOADED = ("resolution", "variant")  # of a base, for what only loads it; its files are an input
+_IDENTITY = ("source", "revision", "style", *_LOADED)  # which the adapter names
+_TRAINING = ("device", "checkpointing", "checkpoint_every", "log_every")  # of no consequence for the weights
+_DRAWING = ("device", "batch")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a stage: of the project, of a model, or of a model with a style or a fine-tune."""
+
+    stage: str
+    model: str | None = None
+    name: str | None = None  # of the style or fine-tune
+
+
+def algorithms(stage: str) -> dict[str, int]:
+    """Returns the versions of all algorithms that decide a stage's result, its own last."""
+    return {name: VERSIONS[name] for name in (*_WITHIN.get(stage, ()), stage)}
+
+
+def runs(config: Config) -> list[Run]:
+    """Returns all runs that dvc.yaml has with this configuration."""
+    found = [Run("pretrain"), Run("prepare")]
+    for model in config.models:
+        found += [Run(stage, model) for stage in ("encode", "reference", "distill", "evaluate", "package")]
+    for model in config.study.models if config.study else ():
+        for kind, name in config.studied(model):
+            found += [Run(kind, model, name), Run("alone", model, name)]
+        found.append(Run("study", model))
+    return found
+
+
+def decisive(config: Config, run: Run) -> Settings:
+    """Returns the settings that decide the result of a run, as plain data.
+
+    Raises:
+        UserError: params.yaml has no such model, style or fine-tune.
+    """
+    return _DECISIVE[run.stage](config, run)
+
+
+def _pretrain(config: Config, run: Run) -> Settings:
+    return {"pretrain": config.pretrain.model_dump(mode="json", exclude={"checkpoint_every"})}
+
+
+def _prepare(config: Config, run: Run) -> Settings:
+    return {"data": config.data.model_dump(mode="json")}
+
+
+def _encode(config: Config, run: Run) -> Settings:
+    encode = config.encode_for(_model(run))
+    return {
+        "base": _base(config, run, _LOADED),
+        # Which pictures there are, and their captions, is an input.
+        "data": config.data.model_dump(mode="json", include={"source", "max_aspect"}),
+        "encode": encode.model_dump(mode="json", exclude={"device"}),
+    }
+
+
+def _reference(config: Config, run: Run) -> Settings:
+    later = ("student_steps", "resamples", "latency_repeats")
+    return {
+        "base": _base(config, run, _LOADED),
+        "data": _source(config.data),
+        "evaluation": _evaluation(config.evaluation_for(_model(run)), *later),
+    }
+
+
+def _distill(config: Config, run: Run) -> Settings:
+    return {"base": _base(config, run, _IDENTITY), "distill": _training(config.distill_for(_model(run)))}
+
+
+def _evaluate(config: Config, run: Run) -> Settings:
+    return {
+        "base": _base(config, run, _LOADED),
+        "data": _source(config.data),
+        "evaluation": _evaluation(config.evaluation_for(_model(run))),
+    }
+
+
+def _tune(config: Config, run: Run) -> Settings:
+    data, training = config.variation("style" if run.stage == "style" else "finetune", _name(run))
+    encode = config.encode_for(_model(run))
+    return {
+        "base": _base(config, run, _IDENTITY),
+        "data": data.model_dump(mode="json"),
+        "encode": encode.model_dump(mode="json", exclude={"device", "shards"}),
+        "training": _training(training),
+    }
+
+
+def _alone(config: Config, run: Run) -> Settings:
+    kind = studied_kind(config, _model(run), _name(run))
+    study = config.study
+    assert study is not None
+    drawing = {"seed", "features", "features_source", "guidance_scale", "solvers", "grid_rows"}
+    return {
+        "base": _base(config, run, _LOADED),
+        "data": config.real_pictures(kind, _name(run)).model_dump(mode="json"),
+        "evaluation": config.evaluation_for(_model(run)).model_dump(mode="json", include=drawing),
+        "study": study.model_dump(mode="json", include={"pictures", "solver_steps", "steps"}),
+    }
+
+
+def _study(config: Config, run: Run) -> Settings:
+    study = config.study
+    if study is None:
+        raise UserError("params.yaml: study: is missing")
+    return {
+        "base": _base(config, run, _LOADED),
+        "evaluation": _evaluation(config.evaluation_for(_model(run))),
+        # Which other models are studied, and with what real pictures, decides nothing here: those are inputs.
+        "study": study.model_dump(mode="json", exclude={"models", "real"}),
+    }
+
+
+def _package(config: Config, run: Run) -> Settings:
+    precision = config.distill_for(_model(run)).precision
+    return {
+        "base": _base(config, run, (*_IDENTITY, "license")),
+        "distill": {"precision": precision},
+        "gate": config.gate.model_dump(mode="json"),
+    }
+
+
+_DECISIVE: dict[str, Callable[[Config, Run], Settings]] = {
+    "pretrain": _pretrain,
+    "prepare": _prepare,
+    "encode": _encode,
+    "reference": _reference,
+    "distill": _distill,
+    "evaluate": _evaluate,
+    "style": _tune,
+    "finetune": _tune,
+    "alone": _alone,
+    "study": _study,
+    "package": _package,
+}
+
+
+def studied_kind(config: Config, model: str, name: str) -> Kind:
+    """Returns whether `name` is a style or a fine-tune of this model's study. Raises UserError where it is neither."""
+    kinds = {studied: kind for kind, studied in config.studied(model)}
+    if name not in kinds:
+        known = ", ".join(kinds) or "nothing"
+        raise UserError(f"{name!r} is not studied with {model}; params.yaml `study` has {known}")
+    return kinds[name]
+
+
+def _model(run: Run) -> str:
+    assert run.model is not None, f"{run.stage} is run for a model"
+    return run.model
+
+
+def _name(run: Run) -> str:
+    assert run.name is not None, f"{run.stage} is run for a style or a fine-tune"
+    return run.name
+
+
+def _base(config: Config, run: Run, fields: tuple[str, ...]) -> Settings:
+    base: Base = config.base(_model(run))
+    return base.model_dump(mode="json", include=set(fields))
+
+
+def _source(data: Data) -> Settings:
+    return data.model_dump(mode="json", include={"source"})
+
+
+def _training(training: Training) -> Settings:
+    return training.model_dump(mode="json", exclude=set(_TRAINING))
+
+
+def _evaluation(evaluation: Evaluation, *unused: str) -> Settings:
+    return evaluation.model_dump(mode="json", exclude={*_DRAWING, *unused})
