@@ -38,7 +38,7 @@ import yaml
 from benchmarks import tables
 from lcmlora.io.files import write_json
 from lcmlora.io.private import runtime_folder
-from lcmlora.releases import package
+from lcmlora.releases import bundle
 from tests.evaluation.clips import save_clip
 from tests.support import projects
 from tests.support.miniature import save_base
@@ -160,7 +160,7 @@ class Project:
             "releases": [path.name for path in prefixes if (path / "manifest.json").is_file()],
             "half releases": [path.name for path in prefixes if not (path / "manifest.json").is_file()],
             "temporary files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*.part")),
-            "digests": [package.digest(path) for path in prefixes],
+            "digests": [bundle.digest(path) for path in prefixes],
         }
 
     def left(self) -> list[str]:

@@ -32,7 +32,7 @@ from lcmlora.evaluation.gate import record
 from lcmlora.io.files import write_json
 from lcmlora.registry import events, promotion
 from lcmlora.registry.tracking import connect, create_run
-from lcmlora.releases import publish
+from lcmlora.releases import catalog, publish
 
 _MODELS, _VERSIONS = 200, 5  # of each
 _FEW, _SAMPLES, _PREPARED = 500, (2_000, 100_000), (2_000, 18_000)
@@ -367,7 +367,7 @@ def show_dvc(found: dict[str, Any]) -> str:
 def measure_publish() -> dict[str, Any]:
     from botocore.httpsession import URLLib3Session
 
-    from lcmlora.releases import package
+    from lcmlora.releases import bundle
     from tests.integration.seaweed import REGION, SeaweedFS
 
     folder = Path("release/emoji")
@@ -387,22 +387,22 @@ def measure_publish() -> dict[str, Any]:
             os.environ |= {"AWS_ACCESS_KEY_ID": access, "AWS_SECRET_ACCESS_KEY": secret}
             server.client().create_bucket(Bucket="releases")
             to = config.Publish(to="s3://releases/team", endpoint_url=server.endpoint, region=REGION)
-            sha256 = package.digest(folder)
+            sha256 = bundle.digest(folder)
             steps: dict[str, Callable[[], object]] = {
                 "publish": lambda: publish.publish(folder, "emoji", to),
                 "point a channel": lambda: publish.point("emoji", sha256, to),
                 "publish again": lambda: publish.publish(folder, "emoji", to),
                 "point again": lambda: publish.point("emoji", sha256, to),
-                "find": lambda: publish.find("emoji@champion", to),
-                "list": lambda: publish.releases(to),
-                "download the adapter": lambda: publish.pull("emoji@champion", to, Path(root, "out"), everything=False),
+                "find": lambda: catalog.find("emoji@champion", to),
+                "list": lambda: catalog.releases(to),
+                "download the adapter": lambda: catalog.pull("emoji@champion", to, Path(root, "out"), everything=False),
             }
             URLLib3Session.send = counting  # type: ignore[method-assign,assignment]
             for name, step in steps.items():
                 counted.clear()
                 step()
                 requests[name] = dict(counted)
-            entries = publish.releases(to)[0]
+            entries = catalog.releases(to)[0]
         finally:
             URLLib3Session.send = send  # type: ignore[method-assign,assignment]
             server.kill()

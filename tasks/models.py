@@ -14,7 +14,7 @@ from lcmlora.errors import Unavailable, UserError
 from lcmlora.evaluation import gate
 from lcmlora.io.parsing import as_object, read_json
 from lcmlora.registry import promotion, registration
-from lcmlora.releases import package, publish
+from lcmlora.releases import bundle, publish
 from tasks.devices import occupied
 from tasks.dvc import StageFailed
 from tasks.processes import Processes, python, reason, stream
@@ -52,7 +52,7 @@ def read_champion(
     Where data, prompts or features have changed since it was measured, it is measured again.
     """
     champion = registry.champion(model, settings.registry)
-    if champion is None or champion.sha256 == package.digest(Path("release", model)):
+    if champion is None or champion.sha256 == bundle.digest(Path("release", model)):
         return None
     try:
         theirs = registry.figures(champion, settings.registry)

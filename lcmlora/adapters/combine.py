@@ -23,7 +23,7 @@ from lcmlora.cli.references import AdapterReference, check_same_base
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, sha256_file, write_json
 from lcmlora.io.parsing import as_object, read_json
-from lcmlora.releases import package
+from lcmlora.releases import bundle
 
 FACTS = "config.json"
 
@@ -150,9 +150,9 @@ def write_combined(
             "sampler": asdict(lcm.sampler) if lcm.sampler else None,
         }
         write_json(folder / FACTS, facts | {key: value for key, value in known.items() if value is not None})
-        scheduler = lcm.weights.with_name(package.SCHEDULER)
+        scheduler = lcm.weights.with_name(bundle.SCHEDULER)
         if lcm.sampler and scheduler.is_file():
-            shutil.copyfile(scheduler, folder / package.SCHEDULER)
+            shutil.copyfile(scheduler, folder / bundle.SCHEDULER)
     return facts | left_out
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from lcmlora.adapters.facts import WEIGHTS as WEIGHTS
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write
 
@@ -25,7 +26,6 @@ _adapted: WeakKeyDictionary[nn.Module, list[dict[str, Any]]] = WeakKeyDictionary
 _shared: WeakKeyDictionary[nn.Module, list[_Shared]] = WeakKeyDictionary()
 
 ADAPTER = "lcm"
-WEIGHTS = "pytorch_lora_weights.safetensors"
 
 # LCM-LoRA's own choice (method of arXiv 2311.05556): attention, feed-forward, and every convolution of the resnets.
 TARGETS = [

@@ -23,7 +23,7 @@ from lcmlora.io import terminal
 from lcmlora.io.files import make_once
 from lcmlora.io.parsing import as_object, read_json
 from lcmlora.io.terminal import note
-from lcmlora.releases import package
+from lcmlora.releases import bundle
 
 _FACTS = "config.json"  # what distill and combine say of an adapter; in a release it is provenance.json
 
@@ -73,7 +73,7 @@ def open_adapter(reference: str, config: Config | None, cache: Path) -> AdapterR
     if is_file:
         # Other files may lie there by chance, and so may a config.json that is not ours.
         ours = path.name == lora.WEIGHTS or (
-            (path.parent / package.PROVENANCE).is_file()
+            (path.parent / bundle.PROVENANCE).is_file()
             and path.name == (_facts(path.parent).get("kohya") or {}).get("file")
         )
         return _described(path.parent, reference, path) if ours else AdapterReference(reference, path)
@@ -93,11 +93,11 @@ def _registered(reference: str, config: Config | None, cache: Path) -> Path:
 
 
 def _published(reference: str, config: Config | None, cache: Path) -> Path:
-    from lcmlora.releases import publish
+    from lcmlora.releases import catalog
 
     settings = config.publish if config else Publish(to=reference)
-    uri, sha256 = publish.find(reference, settings)
-    return _cached(cache, sha256, lambda folder: publish.download(uri, settings, folder))
+    uri, sha256 = catalog.find(reference, settings)
+    return _cached(cache, sha256, lambda folder: catalog.download(uri, settings, folder))
 
 
 def _cached(cache: Path, sha256: str, download: Callable[[Path], None]) -> Path:
@@ -108,16 +108,16 @@ def _cached(cache: Path, sha256: str, download: Callable[[Path], None]) -> Path:
         if not target.is_dir():
             return False
         try:
-            package.verify(target)
+            bundle.verify(target)
         except UserError as error:
             note(f"note: {error}; it is downloaded again")
             return False
-        return package.digest(target) == sha256
+        return bundle.digest(target) == sha256
 
     def fill(folder: Path) -> None:
         download(folder)
-        package.verify(folder)
-        if (found := package.digest(folder)) != sha256:
+        bundle.verify(folder)
+        if (found := bundle.digest(folder)) != sha256:
             raise UserError(f"{target}: expected the adapter {sha256[:12]}..., downloaded {found[:12]}...")
 
     make_once(target, is_there, fill)
@@ -125,10 +125,10 @@ def _cached(cache: Path, sha256: str, download: Callable[[Path], None]) -> Path:
 
 
 def _described(folder: Path, shown: str, weights: Path | None = None) -> AdapterReference:
-    sealed = (folder / package.CHECKSUMS).is_file()
+    sealed = (folder / bundle.CHECKSUMS).is_file()
     weights = weights or (folder / lora.WEIGHTS if sealed else tensorfile.find(folder))
     if sealed:
-        package.verify(folder, {weights.name, package.SCHEDULER, package.PROVENANCE})
+        bundle.verify(folder, {weights.name, bundle.SCHEDULER, bundle.PROVENANCE})
     facts = _facts(folder)
     return AdapterReference(
         shown=shown,
@@ -146,7 +146,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a value of another type than ours have.
     """
-    path = next((folder / name for name in (package.PROVENANCE, _FACTS) if (folder / name).is_file()), None)
+    path = next((folder / name for name in (bundle.PROVENANCE, _FACTS) if (folder / name).is_file()), None)
     facts = _read(path) if path else {}
     if path is None or not isinstance(facts.get("base"), dict):
         return {}
@@ -172,7 +172,7 @@ def sampler_of(folder: Path, facts: dict[str, Any]) -> Sampler | None:
     """
     if "sampler" in facts:
         return _sampler(as_object(facts["sampler"], f"{folder}: sampler"), f"{folder}: sampler")
-    path = folder / package.SCHEDULER
+    path = folder / bundle.SCHEDULER
     if not path.is_file():
         return None
     settings = _read(path)

@@ -242,13 +242,13 @@ def pull(
     """
     config = _configure(context)
     from lcmlora import registry
-    from lcmlora.releases import package
+    from lcmlora.releases import bundle
 
     folder = registry.pull(reference, config.registry, out, everything=everything)
     if as_json:
-        print(json.dumps({"folder": str(folder), "sha256": package.digest(folder)}, indent=2))
+        print(json.dumps({"folder": str(folder), "sha256": bundle.digest(folder)}, indent=2))
     else:
-        say(f"{folder}: {reference}, sha256 {package.digest(folder)[:12]}..., every file checked")
+        say(f"{folder}: {reference}, sha256 {bundle.digest(folder)[:12]}..., every file checked")
 
 
 def _short(value: float | str | None) -> str:

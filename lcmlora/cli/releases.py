@@ -176,10 +176,10 @@ def pull(
     Example: lcmlora releases pull emoji@champion --out adapters/champion
     """
     settings, key = _settings(context, to, reference)
-    from lcmlora.releases import package, publish
+    from lcmlora.releases import bundle, catalog
 
-    publish.pull(reference, settings, out, everything=everything, yanked=yanked, key=key)
-    sha256, names = package.digest(out), sorted(path.name for path in out.iterdir())
+    catalog.pull(reference, settings, out, everything=everything, yanked=yanked, key=key)
+    sha256, names = bundle.digest(out), sorted(path.name for path in out.iterdir())
     if as_json:
         print(json.dumps({"folder": str(out), "sha256": sha256, "files": names}, indent=2))
     else:
@@ -220,9 +220,9 @@ def links(
     Example: lcmlora releases links emoji@champion --expires 600
     """
     settings, key = _settings(context, to, reference)
-    from lcmlora.releases import publish
+    from lcmlora.releases import catalog
 
-    found = publish.links(reference, settings, expires, key=key)
+    found = catalog.links(reference, settings, expires, key=key)
     if as_json:
         print(json.dumps(found, indent=2))
     else:

@@ -30,8 +30,8 @@ from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
 from lcmlora.evaluation.measures.metrics import distance, retrieval_at_1
 from lcmlora.evaluation.reference import AGAIN, about_real, artist_of, check_count, choose_real, load_features
 from lcmlora.io.files import atomic_folder, sha256_file, write_json
-from lcmlora.releases import package
 
+STUDY = "study.json"
 ALONE, ACCELERATED, ADAPTER = "alone/", "accelerated@", "adapter@"
 _CURVE = "dpm++"  # the solver that the paper's Figure 3 draws styles with
 
@@ -153,7 +153,7 @@ def study(
             chosen = next((s for s in styles if s.name == settings.grid_style), styles[0])
             painter = _Painter(base, adapter, chosen, settings, evaluation, scratch)
             figures["weights"] = painter.weights_grid(ways[f"{STUDENT}@{settings.steps}"], folder)
-        write_json(folder / package.STUDY, figures)
+        write_json(folder / STUDY, figures)
     shutil.rmtree(scratch)
     return figures
 

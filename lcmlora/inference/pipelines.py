@@ -22,7 +22,7 @@ from lcmlora.config import Base
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import as_object, read_json
-from lcmlora.releases import package
+from lcmlora.releases import bundle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,10 +168,10 @@ def load(
         UserError: the weights are not those of the release, its base is not to be had or another one by digest, or
             diffusers cannot load them.
     """
-    provenance = _read(folder / package.PROVENANCE)
-    if (found := package.digest(folder)) != provenance["sha256"]:
+    provenance = _read(folder / bundle.PROVENANCE)
+    if (found := bundle.digest(folder)) != provenance["sha256"]:
         raise UserError(
-            f"{folder / package.WEIGHTS}: expected sha256 {provenance['sha256'][:12]}..., got {found[:12]}...; get the "
+            f"{folder / bundle.WEIGHTS}: expected sha256 {provenance['sha256'][:12]}..., got {found[:12]}...; get the "
             "release again"
         )
     if device not in ("auto", "cpu", "cuda"):
@@ -184,7 +184,7 @@ def load(
     plain.watermark = None  # SDXL's, which depends on the packages that happen to be installed
     resolution = provenance.get("resolution") or layer_names.of_folder(base_folder).resolution
     if resolution is None:
-        raise UserError(f"{folder / package.PROVENANCE}: resolution: expected pixels, and {base_folder} does not tell")
+        raise UserError(f"{folder / bundle.PROVENANCE}: resolution: expected pixels, and {base_folder} does not tell")
     pipeline = Pipeline(
         pipeline=plain,
         sampler=references.sampler_of(folder, provenance) or references.Sampler(),
@@ -216,14 +216,14 @@ def assemble(folder: Path, base: Path, variant: str | None, dtype: torch.dtype) 
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             base, dtype=dtype, variant=variant, use_safetensors=True, **absent
         )
-        settings = _read(folder / package.SCHEDULER)
+        settings = _read(folder / bundle.SCHEDULER)
         scheduler = getattr(diffusers, settings["_class_name"]).from_config(settings)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder / package.SCHEDULER}: plain diffusers cannot load it or {base}: {reason}") from error
+        raise UserError(f"{folder / bundle.SCHEDULER}: plain diffusers cannot load it or {base}: {reason}") from error
     mine, theirs = scheduler.config.prediction_type, pipeline.scheduler.config.prediction_type
     if mine != theirs:
-        raise UserError(f"{folder / package.SCHEDULER}: prediction_type is {mine!r}, the base in {base} has {theirs!r}")
+        raise UserError(f"{folder / bundle.SCHEDULER}: prediction_type is {mine!r}, the base in {base} has {theirs!r}")
     pipeline.scheduler = scheduler
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -231,12 +231,12 @@ def assemble(folder: Path, base: Path, variant: str | None, dtype: torch.dtype) 
 
 def _add(pipeline: Any, folder: Path, fuse: bool) -> None:
     """Loads the adapter, and makes it one with the base's weights if `fuse`."""
-    tensorfile.check_harmless(folder / package.WEIGHTS)
+    tensorfile.check_harmless(folder / bundle.WEIGHTS)
     try:
-        pipeline.load_lora_weights(folder, weight_name=package.WEIGHTS, adapter_name="lcm", use_safetensors=True)
+        pipeline.load_lora_weights(folder, weight_name=bundle.WEIGHTS, adapter_name="lcm", use_safetensors=True)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder / package.WEIGHTS}: plain diffusers cannot load it: {reason}") from error
+        raise UserError(f"{folder / bundle.WEIGHTS}: plain diffusers cannot load it: {reason}") from error
     if fuse:
         pipeline.fuse_lora(components=["unet"])
         pipeline.unload_lora_weights()
@@ -246,7 +246,7 @@ def _base(folder: Path, made_for: dict[str, str | None], wanted: Path | None) ->
     """Returns the folder of the base that the release was made for, by its digest; downloads it if need be."""
     source, revision, digest = (made_for.get(key) for key in ("source", "revision", "digest"))
     if not source or not digest:
-        raise UserError(f"{folder / package.PROVENANCE}: base: expected a source and a digest, got {made_for}")
+        raise UserError(f"{folder / bundle.PROVENANCE}: base: expected a source and a digest, got {made_for}")
     if wanted is not None:
         place = wanted
     elif style := made_for.get("style"):

@@ -16,7 +16,7 @@ from lcmlora.io.parsing import as_object, read_json
 from lcmlora.registry import events
 from lcmlora.registry.tracking import connect, create_run, existing, flat, reaching
 from lcmlora.registry.versions import MODEL, PASSED, REJECTED, RELEASE, read_aliases, with_digest
-from lcmlora.releases import package
+from lcmlora.releases import bundle
 
 _PREVIEW = "preview.png"
 _PREVIEW_WIDTH = 800  # pixels: MLflow's page shows pictures as they are, and cuts what does not fit
@@ -56,11 +56,11 @@ def register(
     Raises:
         UserError: MLflow cannot be reached. The release is kept and the next run registers it.
     """
-    package.verify(folder)
-    sha256 = package.digest(folder)
+    bundle.verify(folder)
+    sha256 = bundle.digest(folder)
     name = f"lcm-lora-{model}"
     provenance, figures = (
-        as_object(read_json(folder / each), str(folder / each)) for each in (package.PROVENANCE, package.METRICS)
+        as_object(read_json(folder / each), str(folder / each)) for each in (bundle.PROVENANCE, bundle.METRICS)
     )
     tags = _tags(provenance, figures, uri, gate_failures)
     with reaching(settings, f"the release is kept in {folder} and the next run registers it"):
@@ -102,7 +102,7 @@ def _with_release(client: Any, found: Sequence[Any]) -> list[Any]:
     def has_release(version: Any) -> bool:
         run_id = existing(client, version.run_id or None)
         listed = client.list_artifacts(run_id, RELEASE) if run_id else []
-        return any(item.path.endswith(f"/{package.CHECKSUMS}") for item in listed)
+        return any(item.path.endswith(f"/{bundle.CHECKSUMS}") for item in listed)
 
     return [version for version in found if has_release(version)]
 
@@ -239,7 +239,7 @@ def _description(figures: dict[str, Any], provenance: dict[str, Any], run_id: st
             "|---|---|---|---|",
             *rows,
             "",
-            f"[The whole report]({artifact}={RELEASE}/{package.REPORT}), which the run's artifacts show as a page.",
+            f"[The whole report]({artifact}={RELEASE}/{bundle.REPORT}), which the run's artifacts show as a page.",
             "",
             f"![grid]({artifact}={_PREVIEW})",
         ]

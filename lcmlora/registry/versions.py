@@ -20,7 +20,7 @@ from lcmlora.io.files import make_once, temporary_folder
 from lcmlora.io.parsing import as_object, read_json
 from lcmlora.registry import events
 from lcmlora.registry.tracking import connect, reaching
-from lcmlora.releases import package
+from lcmlora.releases import bundle
 from lcmlora.releases.trust import records
 
 if TYPE_CHECKING:
@@ -171,18 +171,18 @@ def figures(version: Version, settings: Registry) -> dict[str, Any]:
     """
     _expect_ours(version)
     with reaching(settings, "ask again later"), temporary_folder() as folder:
-        path = _fetch(connect(settings), version, package.METRICS, Path(folder))
+        path = _fetch(connect(settings), version, bundle.METRICS, Path(folder))
         try:
-            found = as_object(read_json(path), package.METRICS)
+            found = as_object(read_json(path), bundle.METRICS)
         except UserError as error:
             reason = str(error).removeprefix(f"{path}: ")
-            raise UserError(f"{version.reference}: {package.METRICS} among its artifacts: {reason}") from None
+            raise UserError(f"{version.reference}: {bundle.METRICS} among its artifacts: {reason}") from None
     for name in ("excess", "retrieval", "network_evaluations"):
         group = found.get(name)
         if not isinstance(group, dict) or not all(type(value) in (int, float) for value in group.values()):
-            raise UserError(f"{version.reference}: {package.METRICS} among its artifacts: {name}: expected figures")
+            raise UserError(f"{version.reference}: {bundle.METRICS} among its artifacts: {name}: expected figures")
     if not isinstance(found.get("features"), dict) or not isinstance(found["features"].get("name"), str):
-        raise UserError(f"{version.reference}: {package.METRICS} among its artifacts: features: expected a name")
+        raise UserError(f"{version.reference}: {bundle.METRICS} among its artifacts: features: expected a name")
     return found
 
 
@@ -214,9 +214,9 @@ def pull(reference: str, settings: Registry, out: Path, *, everything: bool = Fa
     def is_there() -> bool:
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return False
-        if not (out / package.CHECKSUMS).is_file() or package.digest(out) != version.sha256:
+        if not (out / bundle.CHECKSUMS).is_file() or bundle.digest(out) != version.sha256:
             raise UserError(f"{out}: is in the way; expected no such folder, an empty one or this very adapter")
-        package.verify(out, None if everything else package.ADAPTER)
+        bundle.verify(out, None if everything else bundle.ADAPTER)
         return True
 
     def download(folder: Path) -> None:
@@ -261,15 +261,15 @@ def _download(client: Any, version: Version, folder: Path, everything: bool) -> 
     if not listed:
         raise UserError(f"{version.reference}: has no release among the artifacts of its run {version.run_id}")
     for name in listed:
-        if fault := package.fault_of_name(name):
+        if fault := bundle.fault_of_name(name):
             raise UserError(f"{version.reference}: {terminal.shown(repr(name))} among its artifacts {fault}")
-    for name in sorted(listed) if everything else package.ADAPTER:
+    for name in sorted(listed) if everything else bundle.ADAPTER:
         _fetch(client, version, name, folder)
-    package.verify(folder, None if everything else package.ADAPTER)
-    found = package.digest(folder)
+    bundle.verify(folder, None if everything else bundle.ADAPTER)
+    found = bundle.digest(folder)
     if found != version.sha256:
         raise UserError(
-            f"{version.reference}: {package.WEIGHTS} has sha256 {found[:12]}..., the registry says "
+            f"{version.reference}: {bundle.WEIGHTS} has sha256 {found[:12]}..., the registry says "
             f"{version.sha256[:12]}...; nothing was kept"
         )
 

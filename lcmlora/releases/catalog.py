@@ -1,7 +1,8 @@
-"""What is published: the list of all releases, and one of them examined object by object."""
+"""What is published: the list of all releases; one of them found, downloaded, or examined object by object."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from pathlib import Path
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.io import terminal
-from lcmlora.releases import manifest
-from lcmlora.releases.manifest import MANIFEST, YANKED
+from lcmlora.io.files import make_once, sha256_file
+from lcmlora.releases import bundle, manifest
+from lcmlora.releases.manifest import ADAPTER, MANIFEST, YANKED
 from lcmlora.releases.stores import Entry, Store, open_store
 from lcmlora.releases.trust.signing import SIGNATURE
 
 _MOST_LINES = 20  # of what is wrong with a release
+_LONGEST_LINK = 7 * 24 * 3600  # seconds, of signature version 4
 
 
 @dataclass(frozen=True)
@@ -139,4 +142,133 @@ def verify(uri: str, settings: Publish, *, key: str = "publish.to") -> Verified:
         signature=signature,
         packaged=found.packaged,
         yanked=found.yanked,
+    )
+
+
+def find(uri: str, settings: Publish, *, yanked: bool = False, key: str = "publish.to") -> tuple[str, str]:
+    """Returns the address of a published release, and its adapter's SHA-256.
+
+    Args:
+        uri: MODEL@CHANNEL or MODEL/sha256-<first digits> below `settings.to`; or the address or path of a release or
+            of a channel's pointer: s3://bucket/.../MODEL/sha256-..., file:///..., a directory's path,
+            .../MODEL/channels/champion.json.
+        settings: where releases are, how S3 is reached, and by whose key they must be signed.
+        yanked: take it although it was yanked.
+        key: what messages say of who named the store.
+
+    Raises:
+        UserError: there is no whole release, it was yanked, it is not signed as `publish.verify_key` asks, or the store
+            cannot be reached.
+    """
+    found = _open(uri, settings, key, yanked)
+    return found.uri, found.sha256
+
+
+def download(uri: str, settings: Publish, folder: Path, *, everything: bool = True, yanked: bool = False) -> None:
+    """Writes the files of a release to the folder, and its signature where there is one.
+
+    Args:
+        uri: what `find` accepts.
+        everything: False leaves out what drawing does not need: all but weights, scheduler, provenance and SHA256SUMS.
+        yanked: take it although it was yanked.
+
+    Raises:
+        UserError: a file is missing or is not the one that the manifest lists, the release is not signed as
+            `publish.verify_key` asks or was yanked, a file cannot be written, or the store cannot be reached.
+    """
+    found = _open(uri, settings, "publish.to", yanked)
+    _download(found, folder, folder, everything)
+
+
+def pull(
+    uri: str,
+    settings: Publish,
+    out: Path,
+    *,
+    everything: bool = False,
+    yanked: bool = False,
+    key: str = "publish.to",
+) -> Path:
+    """Writes a release to the folder `out`, whole or not at all, and returns `out`.
+
+    Args:
+        uri, yanked, key: as of `find`.
+        everything: False leaves out what drawing does not need.
+
+    Raises:
+        UserError: as of `download`; or `out` is there, and is neither an empty folder nor this very release.
+    """
+    found = _open(uri, settings, key, yanked)
+    try:
+        make_once(
+            out,
+            lambda: _is_release(out, found, everything),
+            lambda folder: _download(found, folder, out, everything),
+        )
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}; nothing was left there") from None
+    return out
+
+
+def links(uri: str, settings: Publish, seconds: int, *, key: str = "publish.to") -> dict[str, str]:
+    """Returns name -> address of every file of a release, at which anybody can read it for so many seconds.
+
+    Raises:
+        UserError: as of `find`; the release is in a directory; or more than 7 days were asked for.
+    """
+    if not 1 <= seconds <= _LONGEST_LINK:
+        raise UserError(f"--expires: expected 1 to {_LONGEST_LINK} seconds (7 days), got {seconds}")
+    found = _open(uri, settings, key, yanked=False)
+    names = [*found.files, MANIFEST, *([SIGNATURE] if found.signature else [])]
+    return {name: found.store.link(name, seconds) for name in names}
+
+
+def _open(uri: str, settings: Publish, key: str, yanked: bool) -> manifest.Release:
+    found = manifest.open_release(manifest.locate(uri, settings, key), settings)
+    if not yanked:
+        manifest.refuse_yanked(found.yanked, found.uri, "take another release, or pull it with --yanked all the same")
+    return found
+
+
+def _download(found: manifest.Release, folder: Path, shown: Path, everything: bool) -> None:
+    """Writes to `folder`; messages speak of `shown`."""
+    wanted = [name for name in found.files if name != bundle.CHECKSUMS and (everything or name in ADAPTER)]
+    for name in ADAPTER:
+        if name not in wanted:
+            raise UserError(f"{found.uri}/{MANIFEST}: does not list {name}, so this is no adapter's release")
+    name = bundle.CHECKSUMS
+    try:
+        (folder / name).write_bytes(found.checksums)
+        if found.signature is not None:
+            (folder / SIGNATURE).write_bytes(found.signature)
+        for name in wanted:
+            _fetch(found, name, folder / name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{shown}: {Path(error.filename or name).name} cannot be written: {reason}") from None
+
+
+def _fetch(found: manifest.Release, name: str, target: Path) -> None:
+    if not found.store.fetch(name, target, found.sizes[name]):
+        raise UserError(f"{found.uri}/{name}: is listed in {MANIFEST} and missing")
+    if (got := sha256_file(target)) != found.files[name]:
+        target.unlink()
+        raise UserError(manifest.differs(f"{found.uri}/{name}", found.files[name], got))
+
+
+def _is_release(out: Path, found: manifest.Release, everything: bool) -> bool:
+    """Returns whether `out` is this release already, False where it can be written. Raises UserError where neither."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if out.is_dir():
+        there = {path.name: path for path in out.iterdir()}
+        wanted = set(found.files) if everything else {*ADAPTER, bundle.CHECKSUMS}
+        known = found.files | ({SIGNATURE: hashlib.sha256(found.signature).hexdigest()} if found.signature else {})
+        if wanted <= there.keys() and all(
+            path.is_file() and sha256_file(path) == known.get(name) for name, path in there.items()
+        ):
+            return True
+    raise UserError(
+        f"--out: {out}: is there, and is neither an empty folder nor the release {found.sha256[:12]}...; name another "
+        "folder, or remove it"
     )

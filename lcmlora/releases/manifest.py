@@ -14,14 +14,14 @@ from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.io import terminal
 from lcmlora.io.parsing import Malformed, as_object, parse_json
-from lcmlora.releases import package
+from lcmlora.releases import bundle
 from lcmlora.releases.stores import Store, open_store
 from lcmlora.releases.trust import records, seen, signing
 from lcmlora.releases.trust.signing import SIGNATURE
 
 MANIFEST = "manifest.json"
 YANKED = "yanked.json"
-ADAPTER = (package.WEIGHTS, package.SCHEDULER, package.PROVENANCE)  # what drawing needs
+ADAPTER = (bundle.WEIGHTS, bundle.SCHEDULER, bundle.PROVENANCE)  # what drawing needs
 
 # Of a release, which has some ten files; the adapters of the largest bases have a gigabyte or two.
 _MOST_FILES = 1000
@@ -174,12 +174,12 @@ def open_release(uri: str, settings: Publish) -> Release:
     place = f"{store.uri}/{MANIFEST}"
     listed = manifest(manifest_of(store), place)
     files = {file.name: file.sha256 for file in listed.files}
-    checksums = _piece(store, package.CHECKSUMS, files, place)
+    checksums = _piece(store, bundle.CHECKSUMS, files, place)
     lines = [line.replace(b" *", b"  ", 1) for line in checksums.splitlines()]
-    if sorted(lines) != sorted(f"{s}  {n}".encode() for n, s in files.items() if n != package.CHECKSUMS):
-        raise UserError(f"{place}: does not list the files of {package.CHECKSUMS}; it was changed, do not use it")
+    if sorted(lines) != sorted(f"{s}  {n}".encode() for n, s in files.items() if n != bundle.CHECKSUMS):
+        raise UserError(f"{place}: does not list the files of {bundle.CHECKSUMS}; it was changed, do not use it")
     last = store.uri.rpartition("/")[2]
-    if files.get(package.WEIGHTS) != listed.sha256 or (
+    if files.get(bundle.WEIGHTS) != listed.sha256 or (
         last.startswith("sha256-") and last != f"sha256-{listed.sha256[:12]}"
     ):
         raise UserError(f"{place}: is of the adapter {listed.sha256[:12]}..., which is not the one that lies there")
@@ -209,9 +209,9 @@ def _described(store: Store, listed: Manifest, files: dict[str, str]) -> tuple[s
     Raises:
         UserError: the manifest or the address names another model.
     """
-    place = f"{store.uri}/{package.PROVENANCE}"
+    place = f"{store.uri}/{bundle.PROVENANCE}"
     try:
-        facts = parse_json(_piece(store, package.PROVENANCE, files, f"{store.uri}/{MANIFEST}"))
+        facts = parse_json(_piece(store, bundle.PROVENANCE, files, f"{store.uri}/{MANIFEST}"))
     except Malformed as error:
         raise UserError(f"{place}: {error}") from None
     facts = as_object(facts, place)
@@ -309,7 +309,7 @@ def manifest(content: bytes, place: str) -> Manifest:
         )
         if not isinstance(name, str) or type(size) is not int or size < 0 or not records.is_digest(digest):
             raise UserError(f"{place}: file {number}: expected name, bytes and sha256")
-        if fault := package.fault_of_name(name):
+        if fault := bundle.fault_of_name(name):
             raise UserError(f"{place}: {terminal.shown(repr(name))} {fault}")
         listed.append(File(name, size, str(digest)))
     # A file system may take `README.md` and `readme.md` for one file.

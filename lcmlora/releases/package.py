@@ -1,4 +1,4 @@
-"""The release bundle of one adapter: packed, proven by reloading it in plain diffusers, sealed with checksums."""
+"""Making the release bundle of one adapter: packed, reloaded in plain diffusers as a check, sealed with checksums."""
 
 from __future__ import annotations
 
@@ -6,31 +6,21 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lcmlora import __version__
+from lcmlora.adapters.facts import SCHEDULER, WEIGHTS
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.evaluation.gate import gate
+from lcmlora.evaluation.study import STUDY
 from lcmlora.io.files import atomic_folder, sha256_file, write_json
-from lcmlora.io.parsing import as_object, read_bytes, read_json, read_yaml
+from lcmlora.io.parsing import as_object, read_json, read_yaml
 from lcmlora.releases import card
-
-WEIGHTS = "pytorch_lora_weights.safetensors"
-SCHEDULER = "scheduler_config.json"
-PROVENANCE = "provenance.json"
-METRICS = "metrics.json"
-REPORT = "report.html"
-STUDY = "study.json"
-CHECKSUMS = "SHA256SUMS"
-ADAPTER = (CHECKSUMS, WEIGHTS, SCHEDULER, PROVENANCE)  # what drawing takes of a release
-
-_LONGEST_NAME = 200  # bytes; a file system has 255, and a download adds to it
-_ADDED = ("manifest.json", "yanked.json", "sha256sums.sig")  # in a store
+from lcmlora.releases.bundle import CHECKSUMS, METRICS, PROVENANCE, REPORT, digest
 
 # Largest allowed difference between reloaded and trained student, as a share of the student's largest output. In fp32
 # both run the same kernels; a half-precision base may be reloaded on another device than it was trained on.
@@ -161,63 +151,6 @@ def _seal(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
     sums = "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names)
     (folder / CHECKSUMS).write_text(sums, encoding="utf-8")
-
-
-def digest(folder: Path) -> str:
-    """Returns the SHA-256 of the bundle's adapter weights, which is the identity of the release."""
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise UserError(f"{weights}: no such file; {folder} is no release")
-    return sha256_file(weights)
-
-
-def fault_of_name(name: str) -> str | None:
-    """Returns why a bundle cannot hold a file of this name, None where it can."""
-    if not name or "/" in name or "\\" in name or name.startswith("."):
-        return "is not the name of a file in a release's folder"
-    if not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
-        return f"is not printable, or longer than {_LONGEST_NAME} bytes"
-    if name.casefold() in _ADDED:
-        return "is the name of what joins a release later"
-    return None
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """Returns name -> SHA-256 of every file that the bundle's SHA256SUMS lists."""
-    place = folder / CHECKSUMS
-    if not place.is_file():
-        raise UserError(f"{place}: no such file; {folder} is no release")
-    sums: dict[str, str] = {}
-    for number, line in enumerate(read_bytes(place).decode("utf-8", "backslashreplace").splitlines(), 1):
-        match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
-        if match is None or fault_of_name(match[2]):
-            raise UserError(f"{place}: line {number}: expected '<sha256>  <file name>', got {line[:200]!r}")
-        if match[2] in sums:
-            raise UserError(f"{place}: line {number}: {match[2]} stands twice")
-        sums[match[2]] = match[1]
-    return sums
-
-
-def verify(folder: Path, names: Collection[str] | None = None) -> None:
-    """Checks every file against SHA256SUMS. Raises UserError naming the first that is missing or differs.
-
-    Args:
-        names: check these alone, where only the adapter was downloaded.
-    """
-    sums = checksums(folder)
-    for name in (WEIGHTS, SCHEDULER, PROVENANCE):
-        if name not in sums:
-            raise UserError(f"{folder / CHECKSUMS}: does not list {name}; package the release again")
-    for name, expected in sums.items():
-        if names is not None and name not in names:
-            continue
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: is listed in {CHECKSUMS} and missing; package the release again")
-        if (found := sha256_file(path)) != expected:
-            raise UserError(
-                f"{path}: expected sha256 {expected[:12]}..., got {found[:12]}...; package the release again"
-            )
 
 
 class Witness:

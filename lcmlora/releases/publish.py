@@ -19,15 +19,12 @@ from typing import Any
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.io import terminal
-from lcmlora.io.files import make_once, sha256_file
 from lcmlora.io.parsing import as_object, read_json
-from lcmlora.releases import manifest, package
-from lcmlora.releases.manifest import ADAPTER, MANIFEST, YANKED
+from lcmlora.releases import bundle, manifest
+from lcmlora.releases.manifest import MANIFEST, YANKED
 from lcmlora.releases.stores import Store, open_store
 from lcmlora.releases.trust import records, seen, signing
 from lcmlora.releases.trust.signing import SIGNATURE
-
-_LONGEST_LINK = 7 * 24 * 3600  # seconds, of signature version 4
 
 
 def publish(folder: Path, model: str, settings: Publish) -> str:
@@ -40,18 +37,18 @@ def publish(folder: Path, model: str, settings: Publish) -> str:
         UserError: the folder does not match its SHA256SUMS or is of another model, the store cannot be reached or
             refuses, or another publisher has begun a release of this adapter with other files.
     """
-    package.verify(folder)
+    bundle.verify(folder)
     _expect_model(folder, model)
-    checksums = (folder / package.CHECKSUMS).read_bytes()
+    checksums = (folder / bundle.CHECKSUMS).read_bytes()
     claim = hashlib.sha256(checksums).hexdigest()
-    sums = {package.CHECKSUMS: claim} | package.checksums(folder)
-    sha256 = package.digest(folder)
+    sums = {bundle.CHECKSUMS: claim} | bundle.checksums(folder)
+    sha256 = bundle.digest(folder)
     # Before anything is written: a key that does not work should not leave half a release.
     signature = signing.sign(checksums, settings.signing_key) if settings.signing_key else None
     store = open_store(settings)
     prefix = manifest.prefix_of(model, sha256)
     if not _published(store, model, sha256):
-        _claim(store, prefix, folder / package.CHECKSUMS, claim)
+        _claim(store, prefix, folder / bundle.CHECKSUMS, claim)
         # Another publisher may have been faster with other files, and have ended.
         if not _published(store, model, sha256):
             _fill(store, prefix, folder, sums)
@@ -63,13 +60,13 @@ def publish(folder: Path, model: str, settings: Publish) -> str:
 
 
 def _expect_model(folder: Path, model: str) -> None:
-    place = folder / package.PROVENANCE
+    place = folder / bundle.PROVENANCE
     if (found := as_object(read_json(place), str(place)).get("model")) != model:
         raise UserError(f"{place}: model: is {terminal.shown(repr(found))}, expected {model!r}; package it as that")
 
 
 def _claim(store: Store, prefix: str, checksums: Path, claim: str) -> None:
-    name = f"{prefix}/{package.CHECKSUMS}"
+    name = f"{prefix}/{bundle.CHECKSUMS}"
     store.create(name, checksums, claim)
     found = store.digest(name)
     if found != claim and store.read(f"{prefix}/{MANIFEST}") is None:
@@ -102,11 +99,11 @@ def _sign(store: Store, prefix: str, checksums: bytes, signature: bytes | None, 
     if signature is None or settings.signing_key is None:
         return
     name = f"{prefix}/{SIGNATURE}"
-    standing = store.read(f"{prefix}/{package.CHECKSUMS}")
+    standing = store.read(f"{prefix}/{bundle.CHECKSUMS}")
     found = store.read(name)
     if found is None and standing is not None and standing[0] != checksums:
         raise UserError(
-            f"{store.uri}/{prefix}: is unsigned, and its {package.CHECKSUMS} (sha256 "
+            f"{store.uri}/{prefix}: is unsigned, and its {bundle.CHECKSUMS} (sha256 "
             f"{hashlib.sha256(standing[0]).hexdigest()[:12]}...) is not that of this run "
             f"({hashlib.sha256(checksums).hexdigest()[:12]}...), which alone may be signed; publish without "
             "publish.signing_key, or sign the folder that was published"
@@ -204,71 +201,6 @@ def _usable(store: Store, prefix: str, settings: Publish) -> None:
     manifest.refuse_yanked(found.yanked, found.uri, "no channel can point to it; take another release")
 
 
-def find(uri: str, settings: Publish, *, yanked: bool = False, key: str = "publish.to") -> tuple[str, str]:
-    """Returns the address of a published release, and its adapter's SHA-256.
-
-    Args:
-        uri: MODEL@CHANNEL or MODEL/sha256-<first digits> below `settings.to`; or the address or path of a release or
-            of a channel's pointer: s3://bucket/.../MODEL/sha256-..., file:///..., a directory's path,
-            .../MODEL/channels/champion.json.
-        settings: where releases are, how S3 is reached, and by whose key they must be signed.
-        yanked: take it although it was yanked.
-        key: what messages say of who named the store.
-
-    Raises:
-        UserError: there is no whole release, it was yanked, it is not signed as `publish.verify_key` asks, or the store
-            cannot be reached.
-    """
-    found = _open(uri, settings, key, yanked)
-    return found.uri, found.sha256
-
-
-def download(uri: str, settings: Publish, folder: Path, *, everything: bool = True, yanked: bool = False) -> None:
-    """Writes the files of a release to the folder, and its signature where there is one.
-
-    Args:
-        uri: what `find` accepts.
-        everything: False leaves out what drawing does not need: all but weights, scheduler, provenance and SHA256SUMS.
-        yanked: take it although it was yanked.
-
-    Raises:
-        UserError: a file is missing or is not the one that the manifest lists, the release is not signed as
-            `publish.verify_key` asks or was yanked, a file cannot be written, or the store cannot be reached.
-    """
-    found = _open(uri, settings, "publish.to", yanked)
-    _download(found, folder, folder, everything)
-
-
-def pull(
-    uri: str,
-    settings: Publish,
-    out: Path,
-    *,
-    everything: bool = False,
-    yanked: bool = False,
-    key: str = "publish.to",
-) -> Path:
-    """Writes a release to the folder `out`, whole or not at all, and returns `out`.
-
-    Args:
-        uri, yanked, key: as of `find`.
-        everything: False leaves out what drawing does not need.
-
-    Raises:
-        UserError: as of `download`; or `out` is there, and is neither an empty folder nor this very release.
-    """
-    found = _open(uri, settings, key, yanked)
-    try:
-        make_once(
-            out,
-            lambda: _is_release(out, found, everything),
-            lambda folder: _download(found, folder, out, everything),
-        )
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}; nothing was left there") from None
-    return out
-
-
 def yank(uri: str, settings: Publish, *, reason: str, who: str, key: str = "publish.to") -> str:
     """Marks a release as not to be used any more and returns the address of that record; its files stay.
 
@@ -313,70 +245,6 @@ def _yank_again(store: Store, facts: dict[str, str], settings: Publish) -> None:
     content = records.seal(records.YANK, facts | {"time": str(record["time"])}, settings.signing_key)
     if not store.swap(YANKED, content, found[1]):
         raise UserError(f"{place}: was changed just now; look at it, then run again")
-
-
-def links(uri: str, settings: Publish, seconds: int, *, key: str = "publish.to") -> dict[str, str]:
-    """Returns name -> address of every file of a release, at which anybody can read it for so many seconds.
-
-    Raises:
-        UserError: as of `find`; the release is in a directory; or more than 7 days were asked for.
-    """
-    if not 1 <= seconds <= _LONGEST_LINK:
-        raise UserError(f"--expires: expected 1 to {_LONGEST_LINK} seconds (7 days), got {seconds}")
-    found = _open(uri, settings, key, yanked=False)
-    names = [*found.files, MANIFEST, *([SIGNATURE] if found.signature else [])]
-    return {name: found.store.link(name, seconds) for name in names}
-
-
-def _open(uri: str, settings: Publish, key: str, yanked: bool) -> manifest.Release:
-    found = manifest.open_release(manifest.locate(uri, settings, key), settings)
-    if not yanked:
-        manifest.refuse_yanked(found.yanked, found.uri, "take another release, or pull it with --yanked all the same")
-    return found
-
-
-def _download(found: manifest.Release, folder: Path, shown: Path, everything: bool) -> None:
-    """Writes to `folder`; messages speak of `shown`."""
-    wanted = [name for name in found.files if name != package.CHECKSUMS and (everything or name in ADAPTER)]
-    for name in ADAPTER:
-        if name not in wanted:
-            raise UserError(f"{found.uri}/{MANIFEST}: does not list {name}, so this is no adapter's release")
-    name = package.CHECKSUMS
-    try:
-        (folder / name).write_bytes(found.checksums)
-        if found.signature is not None:
-            (folder / SIGNATURE).write_bytes(found.signature)
-        for name in wanted:
-            _fetch(found, name, folder / name)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{shown}: {Path(error.filename or name).name} cannot be written: {reason}") from None
-
-
-def _fetch(found: manifest.Release, name: str, target: Path) -> None:
-    if not found.store.fetch(name, target, found.sizes[name]):
-        raise UserError(f"{found.uri}/{name}: is listed in {MANIFEST} and missing")
-    if (got := sha256_file(target)) != found.files[name]:
-        target.unlink()
-        raise UserError(manifest.differs(f"{found.uri}/{name}", found.files[name], got))
-
-
-def _is_release(out: Path, found: manifest.Release, everything: bool) -> bool:
-    """Returns whether `out` is this release already, False where it can be written. Raises UserError where neither."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    if out.is_dir():
-        there = {path.name: path for path in out.iterdir()}
-        wanted = set(found.files) if everything else {*ADAPTER, package.CHECKSUMS}
-        known = found.files | ({SIGNATURE: hashlib.sha256(found.signature).hexdigest()} if found.signature else {})
-        if wanted <= there.keys() and all(
-            path.is_file() and sha256_file(path) == known.get(name) for name, path in there.items()
-        ):
-            return True
-    raise UserError(
-        f"--out: {out}: is there, and is neither an empty folder nor the release {found.sha256[:12]}...; name another "
-        "folder, or remove it"
-    )
 
 
 def _pointing(store: Store, prefix: str) -> list[str]:

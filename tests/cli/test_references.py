@@ -14,7 +14,8 @@ from lcmlora.config import Config
 from lcmlora.errors import UserError
 from lcmlora.registry.promotion import assign
 from lcmlora.registry.registration import register
-from lcmlora.releases import package, publish
+from lcmlora.releases import catalog, publish
+from lcmlora.releases.bundle import ADAPTER, SCHEDULER, WEIGHTS, digest, verify
 from tests.support import releases
 from tests.support.miniature import RESOLUTION, save_base
 from tests.support.registries import fresh
@@ -45,7 +46,7 @@ def _change(path: Path, **values: Any) -> None:
 
 def test_a_release_says_how_it_is_drawn_with_and_what_base_it_was_made_for(bundle: Path, tmp_path: Path):
     found = references.open_adapter(str(bundle), None, tmp_path / "cache")
-    assert found.weights == bundle / package.WEIGHTS
+    assert found.weights == bundle / WEIGHTS
     assert (found.model, found.base) == ("mini", {"source": "bases/mini", "revision": None, "digest": "b" * 64})
     # This one was packaged before provenance had a sampler.
     assert found.sampler == Sampler("LCMScheduler", None, 50)
@@ -63,11 +64,11 @@ def test_a_release_says_how_it_is_drawn_with_and_what_base_it_was_made_for(bundl
 def test_an_older_folders_sampler_follows_from_its_scheduler_and_objective(
     tmp_path: Path, objective: str, scheduler: str, gamma: float | None
 ):
-    (tmp_path / package.WEIGHTS).write_bytes(b"weights")
+    (tmp_path / WEIGHTS).write_bytes(b"weights")
     facts = {"base": {}, "distill": {"objective": objective, "gamma": 0.3}}
     (tmp_path / "config.json").write_text(json.dumps(facts))
     steps = {"_class_name": scheduler, "original_inference_steps": 20}
-    (tmp_path / package.SCHEDULER).write_text(json.dumps(steps))
+    (tmp_path / SCHEDULER).write_text(json.dumps(steps))
     assert references.open_adapter(str(tmp_path), None, tmp_path).sampler == Sampler(scheduler, gamma, 20)
     _change(tmp_path / "config.json", sampler={"scheduler": scheduler, "gamma": 0.1, "grid": 50})
     assert references.open_adapter(str(tmp_path), None, tmp_path).sampler == Sampler(scheduler, 0.1, 50)
@@ -77,10 +78,10 @@ def test_a_file_is_described_by_what_lies_beside_it_only_where_that_is_about_it(
     (bundle / "SHA256SUMS").unlink()
     _change(bundle / "provenance.json", kohya={"file": "lcm-lora-mini.safetensors"})
     for name in ("lcm-lora-mini.safetensors", "stranger.safetensors"):
-        shutil.copy(bundle / package.WEIGHTS, bundle / name)
+        shutil.copy(bundle / WEIGHTS, bundle / name)
     ours, kohya, other = (
         references.open_adapter(str(bundle / name), None, tmp_path)
-        for name in (package.WEIGHTS, "lcm-lora-mini.safetensors", "stranger.safetensors")
+        for name in (WEIGHTS, "lcm-lora-mini.safetensors", "stranger.safetensors")
     )
     assert ours.model == kohya.model == "mini"
     assert (kohya.weights.name, other.weights.name) == ("lcm-lora-mini.safetensors", "stranger.safetensors")
@@ -88,7 +89,7 @@ def test_a_file_is_described_by_what_lies_beside_it_only_where_that_is_about_it(
 
 
 def test_a_damaged_release_and_a_name_of_nothing_are_refused(bundle: Path, tmp_path: Path):
-    (bundle / package.WEIGHTS).write_bytes(b"weightS")
+    (bundle / WEIGHTS).write_bytes(b"weightS")
     with pytest.raises(UserError, match=r"pytorch_lora_weights\.safetensors: expected sha256"):
         references.open_adapter(str(bundle), None, tmp_path)
     with pytest.raises(UserError, match=r"nothing: no such adapter; expected a folder, a \.safetensors file, models:/"):
@@ -103,9 +104,9 @@ def test_a_registered_version_is_downloaded_once_by_its_alias(config: Config, bu
     for name in ("models:/lcm-lora-mini@champion", "models:/lcm-lora-mini/1"):
         found = references.open_adapter(name, config, tmp_path / "cache")
         assert found.shown == name and found.model == "mini"
-        package.verify(found.weights.parent, package.ADAPTER)
-        assert package.digest(found.weights.parent) == package.digest(bundle)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"sha256-{package.digest(bundle)[:12]}"]
+        verify(found.weights.parent, ADAPTER)
+        assert digest(found.weights.parent) == digest(bundle)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"sha256-{digest(bundle)[:12]}"]
     with pytest.raises(UserError, match="lcm-lora-mini@nobody: no such alias; lcm-lora-mini has champion"):
         references.open_adapter("models:/lcm-lora-mini@nobody", config, tmp_path / "cache")
     with pytest.raises(UserError, match=r"needs registry in params\.yaml, and there is none here"):
@@ -128,22 +129,22 @@ def test_a_published_release_is_downloaded_file_by_file_as_its_manifest_lists_th
     """In a directory; tests/integration has the same from S3."""
     store = settings.Publish(to=str(tmp_path / "store"))
     publish.publish(bundle, "mini", store)
-    place = str(tmp_path / "store" / "mini" / f"sha256-{package.digest(bundle)[:12]}")
-    assert publish.find(place, store) == (Path(place).as_uri(), package.digest(bundle))
+    place = str(tmp_path / "store" / "mini" / f"sha256-{digest(bundle)[:12]}")
+    assert catalog.find(place, store) == (Path(place).as_uri(), digest(bundle))
     (tmp_path / "out").mkdir()
-    publish.download(place, store, tmp_path / "out")
-    package.verify(tmp_path / "out")
+    catalog.download(place, store, tmp_path / "out")
+    verify(tmp_path / "out")
     Path(place, "grid.png").write_bytes(b"pnG")
     with pytest.raises(UserError, match=r"grid\.png: has 3 bytes, and 73 are listed"):
-        publish.download(place, store, tmp_path / "out")
+        catalog.download(place, store, tmp_path / "out")
     Path(place, "grid.png").unlink()
     with pytest.raises(UserError, match=r"grid\.png: is listed in manifest\.json and missing"):
-        publish.download(place, store, tmp_path / "out")
+        catalog.download(place, store, tmp_path / "out")
     _change(Path(place, "manifest.json"), files=[{"name": "../evil", "bytes": 1, "sha256": "0" * 64}])
     with pytest.raises(UserError, match=r"'\.\./evil' is not the name of a file"):
-        publish.download(place, store, tmp_path / "out")
+        catalog.download(place, store, tmp_path / "out")
     with pytest.raises(UserError, match=r"store: holds no manifest\.json, so no release"):
-        publish.find(str(tmp_path / "store"), store)
+        catalog.find(str(tmp_path / "store"), store)
 
 
 # --- bases --------------------------------------------------------------------------------------------------------

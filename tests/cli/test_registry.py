@@ -13,7 +13,8 @@ from lcmlora.config import load
 from lcmlora.errors import UserError
 from lcmlora.registry.promotion import assign
 from lcmlora.registry.registration import register
-from lcmlora.releases.publish import find, point, publish
+from lcmlora.releases.catalog import find
+from lcmlora.releases.publish import point, publish
 from tests.support import releases
 from tests.support.registries import fresh
 

@@ -21,7 +21,7 @@ from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.registry.promotion import assign
 from lcmlora.registry.registration import register
-from lcmlora.releases import package
+from lcmlora.releases import bundle, package
 from tests.support import adapters, releases
 from tests.support.miniature import RESOLUTION
 from tests.support.registries import fresh
@@ -180,7 +180,7 @@ def test_a_style_of_another_base_is_refused_too(root: Path):
     style.mkdir()
     facts = {"base": {"source": "bases/theirs", "revision": None, "digest": "c" * 64}}
     (style / "config.json").write_text(json.dumps(facts))
-    (style / package.WEIGHTS).write_bytes(Path("release/mini", package.WEIGHTS).read_bytes())
+    (style / bundle.WEIGHTS).write_bytes(Path("release/mini", bundle.WEIGHTS).read_bytes())
     with pytest.raises(UserError, match=r"style: was made for bases/theirs \(digest c{12}\.\.\.\), and this base is"):
         draw("a.png", "--adapter", "release/mini", "--style", "style")
     assert draw("a.png", "--adapter", "release/mini", "--style", "style", "--other-base")

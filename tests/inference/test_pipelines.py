@@ -17,7 +17,7 @@ from lcmlora.errors import UserError
 from lcmlora.inference import pipelines
 from lcmlora.inference.pipelines import Pipeline
 from lcmlora.io.files import sha256_folder
-from lcmlora.releases import package
+from lcmlora.releases import bundle
 from tests.support import served
 from tests.support.miniature import ARCHITECTURES, RESOLUTION
 
@@ -171,7 +171,7 @@ def test_a_base_with_another_vae_is_refused_unless_the_release_is_from_before_th
     save_file(tensors, other / "vae/diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match=r"\(digest .*; their UNets are the same, and VAE, text encoders, "):
         pipelines.load(made, other)
-    facts = json.loads((made / package.PROVENANCE).read_text())["base"]
+    facts = json.loads((made / bundle.PROVENANCE).read_text())["base"]
     before = {key: value for key, value in facts.items() if key != "unet"} | {"digest": facts["unet"]}
     old = served.copy(made, tmp_path / "old", base=before)
     assert pipelines.load(old, other, warm=False).provenance["base"]["digest"] == sha256_folder(other / "unet")
@@ -179,20 +179,18 @@ def test_a_base_with_another_vae_is_refused_unless_the_release_is_from_before_th
 
 def test_changed_weights_are_refused_before_anything_is_loaded(made: Path, tmp_path: Path):
     folder = served.copy(made, tmp_path / "flipped")
-    weights = bytearray((folder / package.WEIGHTS).read_bytes())
+    weights = bytearray((folder / bundle.WEIGHTS).read_bytes())
     weights[-1] ^= 1
-    (folder / package.WEIGHTS).write_bytes(weights)
-    with pytest.raises(
-        UserError, match=rf"{package.WEIGHTS}: expected sha256 [0-9a-f]{{12}}\.\.\., got [0-9a-f]{{12}}"
-    ):
+    (folder / bundle.WEIGHTS).write_bytes(weights)
+    with pytest.raises(UserError, match=rf"{bundle.WEIGHTS}: expected sha256 [0-9a-f]{{12}}\.\.\., got [0-9a-f]{{12}}"):
         pipelines.load(folder)
-    (folder / package.PROVENANCE).unlink()
+    (folder / bundle.PROVENANCE).unlink()
     with pytest.raises(UserError, match=r"provenance\.json: no such file"):
         pipelines.load(folder)
 
 
 def test_a_local_base_that_is_not_here_is_named(made: Path, miniatures: Callable[[str], Path], tmp_path: Path):
-    found = json.loads((made / package.PROVENANCE).read_text())["base"]
+    found = json.loads((made / bundle.PROVENANCE).read_text())["base"]
     for source in ("bases/mini", "checkpoints/mini.safetensors"):
         folder = served.copy(made, tmp_path / Path(source).stem / Path(source).suffix, base=found | {"source": source})
         with pytest.raises(UserError, match=rf"was made for the local base {source} \(digest .*, which is no folder"):

@@ -20,7 +20,7 @@ from lcmlora.errors import UserError
 from lcmlora.registry import promotion, registration
 from lcmlora.registry.tracking import tracking
 from lcmlora.registry.versions import Version
-from lcmlora.releases import package
+from lcmlora.releases import bundle
 from tests.integration.relay import Relay
 from tests.integration.seaweed import SeaweedFS
 from tests.integration.tracking_servers import PASSWORD, MLflow, PostgreSQL
@@ -112,7 +112,7 @@ def read(s3: SeaweedFS, key: str) -> bytes:
 def test_a_release_has_its_tags_figures_data_set_and_report_on_the_server(shelf: Shelf, s3: SeaweedFS):
     version = client(shelf.settings).get_model_version(NAME, "1")
     expected = {
-        "sha256": package.digest(shelf.folders[0]),
+        "sha256": bundle.digest(shelf.folders[0]),
         "base": "bases/mini",
         "base_digest": "b" * 64,
         "data_digest": "d" * 64,
@@ -138,7 +138,7 @@ def test_a_release_has_its_tags_figures_data_set_and_report_on_the_server(shelf:
 def test_a_version_is_found_by_alias_number_and_sha256_and_listed_with_its_aliases(
     shelf: Shelf, postgresql: PostgreSQL
 ):
-    sha256 = package.digest(shelf.folders[0])
+    sha256 = bundle.digest(shelf.folders[0])
     champion = registry.resolve(f"{NAME}@champion", shelf.settings)
     for reference in (f"{NAME}/1", sha256, sha256[:12]):
         assert registry.resolve(reference, shelf.settings) == champion
@@ -188,17 +188,17 @@ def test_an_adapter_is_pulled_through_the_server_and_one_flipped_byte_in_the_buc
     shelf: Shelf, s3: SeaweedFS, tmp_path: Path
 ):
     pulled = registry.pull(f"{NAME}@champion", shelf.settings, tmp_path / "pulled")
-    assert {path.name for path in pulled.iterdir()} == set(package.ADAPTER)
-    for name in package.ADAPTER:
+    assert {path.name for path in pulled.iterdir()} == set(bundle.ADAPTER)
+    for name in bundle.ADAPTER:
         assert (pulled / name).read_bytes() == (shelf.folders[0] / name).read_bytes()
     whole = registry.pull(f"{NAME}@champion", shelf.settings, tmp_path / "whole", everything=True)
     assert {path.name for path in whole.iterdir()} == {path.name for path in shelf.folders[0].iterdir()}
 
     second = registry.resolve(f"{NAME}/2", shelf.settings)
-    content = bytearray((shelf.folders[1] / package.WEIGHTS).read_bytes())
+    content = bytearray((shelf.folders[1] / bundle.WEIGHTS).read_bytes())
     content[3] ^= 1
-    s3.client().put_object(Bucket="mlflow", Key=keys(s3, second.run_id)[package.WEIGHTS], Body=bytes(content))
-    with pytest.raises(UserError, match=package.WEIGHTS) as caught:
+    s3.client().put_object(Bucket="mlflow", Key=keys(s3, second.run_id)[bundle.WEIGHTS], Body=bytes(content))
+    with pytest.raises(UserError, match=bundle.WEIGHTS) as caught:
         registry.pull(f"{NAME}/2", shelf.settings, tmp_path / "flipped")
     assert second.sha256[:12] in str(caught.value)
     assert hashlib.sha256(content).hexdigest()[:12] in str(caught.value)
@@ -223,7 +223,7 @@ def test_two_processes_that_register_one_adapter_at_the_same_moment_leave_one_ve
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert [version.sha256 for version in versions(settings, "lcm-lora-twice")] == [package.digest(sealed)]
+    assert [version.sha256 for version in versions(settings, "lcm-lora-twice")] == [bundle.digest(sealed)]
     assert len(runs(settings)) == 1
 
 
@@ -243,7 +243,7 @@ def test_a_process_killed_while_it_uploads_leaves_no_orphan_to_the_next_one(
     assert process.exitcode == -signal.SIGKILL
     assert versions(settings, "lcm-lora-killed") == []
     assert registration.register("killed", settings, sealed).created
-    assert [version.sha256 for version in versions(settings, "lcm-lora-killed")] == [package.digest(sealed)]
+    assert [version.sha256 for version in versions(settings, "lcm-lora-killed")] == [bundle.digest(sealed)]
     assert len(runs(settings)) == 1
 
 
@@ -256,12 +256,12 @@ def test_mlflow_killed_at_registration_is_told_in_one_line_and_the_next_one_make
     assert str(caught.value).startswith(f"MLflow at {relay.uri}: ")
     assert str(caught.value).endswith(f"the release is kept in {sealed} and the next run registers it")
     assert "\n" not in str(caught.value)
-    package.verify(sealed)
+    bundle.verify(sealed)
     mlflow_server.start()
     registered = registration.register("down", settings, sealed)
     assert (registered.version, registered.created) == (1, True)
     assert not registration.register("down", settings, sealed).created
-    assert [version.sha256 for version in versions(settings, "lcm-lora-down")] == [package.digest(sealed)]
+    assert [version.sha256 for version in versions(settings, "lcm-lora-down")] == [bundle.digest(sealed)]
     assert len(runs(settings)) == 1
 
 

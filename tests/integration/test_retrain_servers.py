@@ -22,7 +22,7 @@ from flows import services
 from lcmlora import bases, registry
 from lcmlora.config import Base, Registry
 from lcmlora.io.files import sha256_folder
-from lcmlora.releases import package
+from lcmlora.releases import bundle, package
 from tests.flows.conftest import DISTILL, LIMIT, STAGES
 from tests.integration.relay import Relay
 from tests.integration.seaweed import REGION, SeaweedFS
@@ -194,14 +194,14 @@ def test_the_last_run_repairs_both_without_a_stage_an_orphan_or_a_second_release
     assert {key: last.objects[key] for key in team.states[0].objects} == team.states[0].objects
     assert (team.root / "distilled").read_text().split() == ["a"]
     assert "lcm-lora-a/1 @champion" in last.output
-    sha256 = package.digest(team.root / "release/a")
+    sha256 = bundle.digest(team.root / "release/a")
     assert json.loads(team.read("team", "releases/a/channels/champion.json"))["sha256"] == sha256
 
 
 def test_the_command_shows_every_field_of_the_champion(team: Team, base_folder: Path):
     shown = json.loads(team.command(sys.executable, "-m", "lcmlora.cli.main", "registry", "show", CHAMPION, "--json"))
     assert shown.keys() == {each.name for each in dataclasses.fields(registry.Version)}
-    sha256 = package.digest(team.root / "release/a")
+    sha256 = bundle.digest(team.root / "release/a")
     expected = {
         "name": "lcm-lora-a",
         "version": 1,
@@ -226,8 +226,8 @@ def test_the_command_shows_every_field_of_the_champion(team: Team, base_folder: 
 
 def test_the_champion_is_pulled_verified_and_draws(team: Team, base_folder: Path, tmp_path: Path):
     pulled = registry.pull(CHAMPION, team.registry, tmp_path / "champion")
-    package.verify(pulled, package.ADAPTER)
-    assert package.digest(pulled) == package.digest(team.root / "release/a")
+    bundle.verify(pulled, bundle.ADAPTER)
+    assert bundle.digest(pulled) == bundle.digest(team.root / "release/a")
     pipeline = registry.load_pipeline(
         CHAMPION, "cpu", settings=team.registry, base=base_folder, cache=tmp_path / "cache"
     )
@@ -245,8 +245,8 @@ def test_a_clone_with_an_empty_cache_restores_the_adapter_without_running_a_stag
     said = team.command("dvc", "repro", "--pull", cwd=clone)
     assert "Running stage" not in said
     assert not (clone / "distilled").exists()
-    assert package.digest(clone / "release/a") == package.digest(team.root / "release/a")
-    package.verify(clone / "release/a")
+    assert bundle.digest(clone / "release/a") == bundle.digest(team.root / "release/a")
+    bundle.verify(clone / "release/a")
 
 
 def test_no_secret_is_in_what_the_runs_printed_wrote_or_sent(team: Team):

@@ -10,8 +10,8 @@ import pytest
 from lcmlora.cli.references import open_adapter
 from lcmlora.config import Publish
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.releases.catalog import releases, verify
-from lcmlora.releases.publish import find, links, point, publish, pull, yank
+from lcmlora.releases.catalog import find, links, pull, releases, verify
+from lcmlora.releases.publish import point, publish, yank
 from lcmlora.releases.stores import S3Store, open_store
 from tests.integration.seaweed import SeaweedFS, free_ports
 from tests.support.releases import load_settings, write_sealed

@@ -15,9 +15,9 @@ import pytest
 
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
-from lcmlora.releases import package
-from lcmlora.releases.catalog import releases, verify
-from lcmlora.releases.publish import find, point, publish, pull, yank
+from lcmlora.releases.bundle import digest
+from lcmlora.releases.catalog import find, pull, releases, verify
+from lcmlora.releases.publish import point, publish, yank
 from tests.integration import seaweed
 from tests.integration.seaweed import IDENTITIES, Identity, SeaweedFS
 from tests.support.releases import write_sealed
@@ -108,7 +108,7 @@ def test_a_server_killed_in_mid_upload_leaves_no_release_and_the_next_run_comple
     server: SeaweedFS, settings: Publish, tmp_path: Path
 ):
     bundle = write_sealed(tmp_path / "bundle", weights=large(256 * MIB, b"killed"))
-    prefix = f"mini/sha256-{package.digest(bundle)[:12]}"
+    prefix = f"mini/sha256-{digest(bundle)[:12]}"
     first = Publisher(bundle, settings)
     first.go()
     until = time.monotonic() + 60

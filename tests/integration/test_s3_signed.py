@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("model_signing", reason="no model-signing (extra `signing`) here")
 
 from lcmlora.config import Publish
-from lcmlora.releases.publish import pull
+from lcmlora.releases.catalog import pull
 from lcmlora.releases.trust import seen
 from tests.integration.seaweed import SeaweedFS
 from tests.releases import test_records

@@ -16,7 +16,7 @@ from lcmlora.registry.promotion import assign
 from lcmlora.registry.registration import register
 from lcmlora.registry.tracking import tracking
 from lcmlora.registry.versions import champion, compare, condition, figures, pull, resolve, versions
-from lcmlora.releases import package
+from lcmlora.releases.bundle import ADAPTER, verify
 from tests.support.registries import fresh
 from tests.support.releases import write_sealed
 from tests.support.together import at_once
@@ -283,7 +283,7 @@ def test_pulling_writes_the_adapter_alone_and_only_if_it_is_the_registered_one(
 
 def _pulled(settings: Registry, out: Path) -> int:
     pull("lcm-lora-mini/1", settings, out)
-    package.verify(out, package.ADAPTER)
+    verify(out, ADAPTER)
     return len(list(out.iterdir()))
 
 

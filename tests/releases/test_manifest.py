@@ -13,8 +13,8 @@ import pytest
 
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
-from lcmlora.releases.catalog import releases, verify
-from lcmlora.releases.publish import find, point, publish, pull, yank
+from lcmlora.releases.catalog import find, pull, releases, verify
+from lcmlora.releases.publish import point, publish, yank
 from tests.support import fuzzing
 from tests.support.releases import write_sealed
 

@@ -15,6 +15,7 @@ from lcmlora.adapters import formats, layer_names, lora
 from lcmlora.bases.base import LoadedBase
 from lcmlora.errors import UserError
 from lcmlora.releases import package as release
+from lcmlora.releases.bundle import WEIGHTS, digest, verify
 from tests.support import adapters
 from tests.support.releases import load_settings, write_stages
 
@@ -57,7 +58,7 @@ def test_the_bundle_has_every_file_and_passes_coreutils_sha256sum(stages: Path, 
     )
     assert checked.returncode == 0
     assert checked.stdout.count(": OK") == 8
-    release.verify(stages / "release/mini")
+    verify(stages / "release/mini")
 
 
 def test_provenance_says_what_went_in_and_how_well_it_came_back(stages: Path, base_folder: Path, monkeypatch):
@@ -67,14 +68,14 @@ def test_provenance_says_what_went_in_and_how_well_it_came_back(stages: Path, ba
     written = json.loads((stages / "release/mini/provenance.json").read_text())
     assert written == returned
     weights = (stages / "adapters/mini/pytorch_lora_weights.safetensors").read_bytes()
-    assert written["sha256"] == hashlib.sha256(weights).hexdigest() == release.digest(stages / "release/mini")
+    assert written["sha256"] == hashlib.sha256(weights).hexdigest() == digest(stages / "release/mini")
     assert written["dvc_lock"] == hashlib.sha256(b"schema: '2.0'\n").hexdigest()
     assert written["git"] == {"commit": None, "dirty": None}
     assert written["params"]["distill"]["rank"] == 64
     assert written["base"]["digest"] == "b" * 64
     assert written["gate"] == {"passed": True, "failures": []}
     assert written["reloaded"]["error"] < 1e-5 < written["reloaded"]["effect"]
-    assert written["reloaded"]["tensors"] == len(load_file(stages / "adapters/mini" / release.WEIGHTS))
+    assert written["reloaded"]["tensors"] == len(load_file(stages / "adapters/mini" / WEIGHTS))
     assert written["sampler"] == {"scheduler": "LCMScheduler", "gamma": None, "grid": 50}
     assert written["resolution"] == 16
 
@@ -107,7 +108,7 @@ def test_the_file_for_comfyui_and_a1111_is_proven_like_the_other(stages: Path, b
     tensors = load_file(path)
     assert len(tensors) == 3 * kohya["reloaded"]["tensors"] / 2
     base = layer_names.of_folder(base_folder)
-    ours, theirs = formats.read(path, base), formats.read(path.with_name(release.WEIGHTS), base)
+    ours, theirs = formats.read(path, base), formats.read(path.with_name(WEIGHTS), base)
     assert formats.compare(theirs, ours) == 0
     assert adapters.header(path)["modelspec.title"] == "lcm-lora-mini"
 
@@ -207,7 +208,7 @@ def test_an_adapter_saved_by_diffusers_itself_is_packaged(base: LoadedBase, base
 
 
 def test_weights_that_differ_from_the_live_student_are_not_released(stages: Path, base_folder: Path):
-    weights = stages / "adapters/mini" / release.WEIGHTS
+    weights = stages / "adapters/mini" / WEIGHTS
     tensors = load_file(weights)
     save_file({n: t * 1.1 if ".lora_B." in n else t for n, t in tensors.items()}, weights, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"output is \d\.\de-0\d of the largest value away .* less than 0.0001"):
@@ -216,7 +217,7 @@ def test_weights_that_differ_from_the_live_student_are_not_released(stages: Path
 
 
 def test_weights_of_which_a_part_is_lost_on_the_way_are_not_released(stages: Path, base_folder: Path):
-    weights = stages / "adapters/mini" / release.WEIGHTS
+    weights = stages / "adapters/mini" / WEIGHTS
     tensors = load_file(weights)
     lost = sorted(tensors)[:2]
     renamed = {(n.replace("unet.", "unet.nowhere.") if n in lost else n): t for n, t in tensors.items()}
@@ -232,7 +233,7 @@ def test_an_adapter_without_effect_is_not_released(base: LoadedBase, base_folder
 
 
 def test_an_adapter_of_another_base_is_not_released(stages: Path, base_folder: Path):
-    weights = stages / "adapters/mini" / release.WEIGHTS
+    weights = stages / "adapters/mini" / WEIGHTS
     tensors = load_file(weights)
     grown = {n: torch.zeros(t.shape[0], t.shape[1] + 1, *t.shape[2:]) for n, t in tensors.items() if ".lora_A." in n}
     save_file(tensors | grown, weights, metadata={"format": "pt"})
@@ -263,19 +264,19 @@ def test_verify_names_the_file_that_was_changed_and_the_one_that_is_gone(stages:
     metrics = folder / "metrics.json"
     metrics.write_bytes(metrics.read_bytes().replace(b"82.5", b"12.5"))
     with pytest.raises(UserError, match=r"metrics\.json: expected sha256"):
-        release.verify(folder)
+        verify(folder)
     metrics.unlink()
     with pytest.raises(UserError, match=r"metrics\.json: is listed in SHA256SUMS and missing"):
-        release.verify(folder)
+        verify(folder)
     with pytest.raises(UserError, match="is no release"):
-        release.verify(stages)
+        verify(stages)
 
 
 def test_the_bundle_loads_in_a_fresh_pipeline_with_its_own_scheduler(stages: Path, base_folder: Path):
     package(stages, base_folder)
     pipeline = DiffusionPipeline.from_pretrained(base_folder)
     pipeline.load_lora_weights(stages / "release/mini")  # of its two files, the one for diffusers
-    ours = load_file(stages / "release/mini" / release.WEIGHTS)
+    ours = load_file(stages / "release/mini" / WEIGHTS)
     name, layer = next((n, m) for n, m in pipeline.unet.named_modules() if hasattr(m, "lora_B"))
     assert torch.equal(layer.lora_B["default_0"].weight, ours[f"unet.{name}.lora_B.weight"])
     assert layer.scaling == {"default_0": 1}

@@ -11,9 +11,10 @@ import pytest
 from lcmlora.cli import references
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
-from lcmlora.releases import package
-from lcmlora.releases.catalog import releases, verify
-from lcmlora.releases.publish import download, find, links, point, publish, pull, yank
+from lcmlora.releases import catalog
+from lcmlora.releases.bundle import ADAPTER, verify
+from lcmlora.releases.catalog import download, find, links, pull, releases
+from lcmlora.releases.publish import point, publish, yank
 from lcmlora.releases.stores import DirectoryStore
 from tests.support.releases import write_sealed
 from tests.support.together import at_once
@@ -229,14 +230,14 @@ def test_releases_are_listed_with_sizes_channels_and_yanks(settings: Publish, bu
 def test_verifying_names_every_object_that_is_wrong(settings: Publish, bundle: Path):
     uri = publish(bundle, "mini", settings)
     folder = Path(settings.to) / "mini" / f"sha256-{SHA[:12]}"
-    found = verify(uri, settings)
+    found = catalog.verify(uri, settings)
     assert (found.sha256, found.files, found.signature, found.yanked) == (SHA, 8, "none", None)
     weights = folder / "pytorch_lora_weights.safetensors"
     weights.write_bytes(b"wEights")
     (folder / "grid.png").unlink()
     (folder / "extra.bin").write_bytes(b"")
     with pytest.raises(UserError) as caught:
-        verify(uri, settings)
+        catalog.verify(uri, settings)
     got = hashlib.sha256(b"wEights").hexdigest()
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
@@ -320,7 +321,7 @@ def _pulled(kind: str, uri: str, settings: Publish, cache: Path) -> tuple[str, i
         folder = pull(uri, settings, cache / "mini")
     else:
         folder = references._cached(cache, SHA, lambda out: download(uri, settings, out))
-    package.verify(folder, package.ADAPTER)
+    verify(folder, ADAPTER)
     return folder.name, len(list(folder.iterdir()))
 
 
@@ -344,7 +345,7 @@ def test_a_damaged_release_in_a_cache_is_downloaded_again(settings: Publish, bun
         return references._cached(tmp_path / "cache", SHA, lambda folder: download(uri, settings, folder))
 
     (get() / "scheduler_config.json").unlink()
-    package.verify(get())
+    verify(get())
 
 
 def test_a_folder_that_cannot_be_written_is_named(settings: Publish, bundle: Path, tmp_path: Path):

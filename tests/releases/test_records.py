@@ -15,8 +15,8 @@ pytest.importorskip("model_signing", reason="no model-signing (extra `signing`) 
 
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
-from lcmlora.releases.catalog import releases, verify
-from lcmlora.releases.publish import find, point, publish, pull, yank
+from lcmlora.releases.catalog import find, pull, releases, verify
+from lcmlora.releases.publish import point, publish, yank
 from lcmlora.releases.stores import open_store
 from lcmlora.releases.trust import records, seen
 from tests.releases.test_signing import write_keys

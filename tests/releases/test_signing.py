@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
-from lcmlora.releases.catalog import releases, verify
-from lcmlora.releases.publish import download, find, publish, pull
+from lcmlora.releases.catalog import download, find, pull, releases, verify
+from lcmlora.releases.publish import publish
 from lcmlora.releases.trust.signing import check, sign
 from tests.support.releases import write_sealed
 

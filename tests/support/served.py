@@ -16,10 +16,11 @@ from lcmlora.bases import folders
 from lcmlora.config import Base
 from lcmlora.io.files import sha256_file
 from lcmlora.releases import package as release
+from lcmlora.releases.bundle import PROVENANCE, SCHEDULER, WEIGHTS
 from tests.support import adapters, releases
 from tests.support.miniature import RESOLUTION
 
-NEEDED = (release.WEIGHTS, release.SCHEDULER, release.PROVENANCE)  # of a release, by who draws with it
+NEEDED = (WEIGHTS, SCHEDULER, PROVENANCE)  # of a release, by who draws with it
 
 
 def make(base_folder: Path, folder: Path, *, gamma: float | None = None, grid: int = 50) -> Path:
@@ -28,19 +29,19 @@ def make(base_folder: Path, folder: Path, *, gamma: float | None = None, grid: i
     base = adapters.load(base_folder)
     adapters.train(base)
     metadata = lora.adapter_metadata(4)
-    lora.save_file(lora.state_dict(base.unet), folder / release.WEIGHTS, dtype=torch.float32, metadata=metadata)
+    lora.save_file(lora.state_dict(base.unet), folder / WEIGHTS, dtype=torch.float32, metadata=metadata)
     sampler = {"scheduler": "LCMScheduler" if gamma is None else "TCDScheduler", "gamma": gamma, "grid": grid}
     scheduler = getattr(diffusers, sampler["scheduler"]).from_config(base.scheduler_config)
     settings = dict(scheduler.config) | {"_class_name": sampler["scheduler"], "original_inference_steps": grid}
-    (folder / release.SCHEDULER).write_text(json.dumps(settings))
+    (folder / SCHEDULER).write_text(json.dumps(settings))
     provenance = {
         "model": "mini",
-        "sha256": sha256_file(folder / release.WEIGHTS),
+        "sha256": sha256_file(folder / WEIGHTS),
         "base": _identity(base_folder),
         "resolution": RESOLUTION,
         "sampler": sampler,
     }
-    (folder / release.PROVENANCE).write_text(json.dumps(provenance))
+    (folder / PROVENANCE).write_text(json.dumps(provenance))
     return folder
 
 
@@ -67,7 +68,7 @@ def copy(made: Path, folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True)
     for name in NEEDED:
         shutil.copyfile(made / name, folder / name)
-    provenance = folder / release.PROVENANCE
+    provenance = folder / PROVENANCE
     provenance.write_text(json.dumps(json.loads(provenance.read_text()) | changes))
     return folder
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from lcmlora.errors import UserError
 from lcmlora.io.files import temporary_folder
 from lcmlora.io.parsing import Malformed, parse_json
-from lcmlora.releases.package import CHECKSUMS
+from lcmlora.releases.bundle import CHECKSUMS
 
 SIGNATURE = f"{CHECKSUMS}.sig"
 
