@@ -70,7 +70,7 @@ class Project:
         return self.root / "data" / "latents" / MODEL
 
     def start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "lcmlora.cli.main", "encode", MODEL]
+        command = [sys.executable, "-m", "lcmlora", "encode", MODEL]
         with (self.root / "log").open("ab") as log:
             return subprocess.Popen(command, cwd=self.root, stdout=log, stderr=log, start_new_session=True)
 

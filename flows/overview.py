@@ -24,7 +24,7 @@ from flows.retrain import stages_of
 from lcmlora import registry
 from lcmlora.config import Config
 from lcmlora.errors import Unavailable
-from lcmlora.registry.versions import Version
+from lcmlora.registry.lookup import Version
 from tasks import dvc
 from tasks.processes import Processes
 

@@ -17,7 +17,7 @@ from flows import name_of, outcomes
 from lcmlora import config
 from lcmlora.errors import UserError
 from lcmlora.registry import promotion
-from lcmlora.registry.versions import Version
+from lcmlora.registry.lookup import Version
 from tasks.champions import move_channel, promote_reference, roll_back
 from tasks.output import slug
 from tasks.retrying import networked

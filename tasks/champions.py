@@ -7,7 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from lcmlora import config
 from lcmlora.registry import promotion
-from lcmlora.registry.versions import Version
+from lcmlora.registry.lookup import Version
 from lcmlora.releases import publish
 
 

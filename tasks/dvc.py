@@ -171,7 +171,7 @@ def examine(model: str, processes: Processes, settings: Config) -> None:
     Raises:
         StageFailed: with the last error line.
     """
-    status, lines = _listen(processes, python("lcmlora.cli.main", "doctor", model), "doctor", model, settings.flow)
+    status, lines = _listen(processes, python("lcmlora", "doctor", model), "doctor", model, settings.flow)
     if status != 0:
         raise _failed(f"doctor {model}", status, lines)
 

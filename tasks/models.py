@@ -74,7 +74,7 @@ def _remeasure(model: str, reference: str, settings: config.Config, processes: P
     out = Path("scratch", "champion", f"{model}.json")
     arguments = ("remeasure", model, "--adapter", f"models:/{reference}", "--out", str(out))
     with occupied(settings.flow.limit, processes):
-        status, lines = stream(processes, python("lcmlora.cli.main", *arguments))
+        status, lines = stream(processes, python("lcmlora", *arguments))
     if status != 0:
         raise StageFailed(f"remeasure {reference}: {reason(lines, status)}")
     return _read(out)

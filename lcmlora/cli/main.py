@@ -186,7 +186,7 @@ def encode(context: typer.Context, model: Model) -> None:
     from lcmlora.parallel import launcher, ranks
 
     if launch.processes * launch.machines > 1 and not ranks.launched():
-        raise SystemExit(launcher.launch(launch, "lcmlora.cli.main", sys.argv[1:]))
+        raise SystemExit(launcher.launch(launch, "lcmlora", sys.argv[1:]))
     with ranks.connected(settings.device) as place:
         _encode(config, model, settings, place)
 
@@ -228,7 +228,7 @@ def distill(context: typer.Context, model: Model) -> None:
     from lcmlora.parallel import launcher, ranks
 
     if launch.processes * launch.machines > 1 and not ranks.launched():
-        raise SystemExit(launcher.launch(launch, "lcmlora.cli.main", sys.argv[1:]))
+        raise SystemExit(launcher.launch(launch, "lcmlora", sys.argv[1:]))
     with ranks.connected(settings.device) as place:
         _distill(config, model, settings, place)
 

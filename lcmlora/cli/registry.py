@@ -15,7 +15,7 @@ from lcmlora.io.terminal import LINE, cell, note, say
 
 if TYPE_CHECKING:
     from lcmlora.config import Config
-    from lcmlora.registry.versions import Version
+    from lcmlora.registry.lookup import Version
 
 app = typer.Typer(no_args_is_help=True, help="Look up, compare, promote, roll back and download registered adapters.")
 

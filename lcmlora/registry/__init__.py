@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lcmlora.registry.versions import (
+    from lcmlora.registry.lookup import (
         Difference,
         Version,
         champion,
@@ -35,7 +35,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Imports on first use: the module needs MLflow, and `lcmlora --help` does not."""
     if name in __all__:
-        from lcmlora.registry import versions
+        from lcmlora.registry import lookup
 
-        return getattr(versions, name)
+        return getattr(lookup, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

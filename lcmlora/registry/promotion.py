@@ -15,9 +15,9 @@ from lcmlora.evaluation import gate as gates
 from lcmlora.io import masking
 from lcmlora.registry import events
 from lcmlora.registry.events import Event
+from lcmlora.registry.lookup import PASSED, Version, figures, find, read_aliases, resolve, search
 from lcmlora.registry.registration import Registered
 from lcmlora.registry.tracking import connect, reaching
-from lcmlora.registry.versions import PASSED, Version, figures, find, read_aliases, resolve, search
 
 PREVIOUS = "previous"  # the alias of the champion before the present one
 

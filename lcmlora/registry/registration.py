@@ -14,8 +14,8 @@ from lcmlora.evaluation.gate import record
 from lcmlora.io.files import temporary_folder
 from lcmlora.io.parsing import as_object, read_json
 from lcmlora.registry import events
+from lcmlora.registry.lookup import MODEL, PASSED, REJECTED, RELEASE, read_aliases, with_digest
 from lcmlora.registry.tracking import connect, create_run, existing, flat, reaching
-from lcmlora.registry.versions import MODEL, PASSED, REJECTED, RELEASE, read_aliases, with_digest
 from lcmlora.releases import bundle
 
 _PREVIEW = "preview.png"

@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lcmlora.errors import UserError
-from lcmlora.io.files import atomic_write
+from lcmlora.io.files import atomic_write, discard, locked
 
-
-@contextmanager
-def locked(folder: Path) -> Iterator[Path]:
-    """Holds the scratch folder for this process, made where missing.
-
-    Raises:
-        UserError: another process works in it, an orphan of a killed flow perhaps.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another run works in this folder; wait for it or end it") from None
-        yield folder
-
-
-def discard(folder: Path) -> None:
-    """Deletes the scratch folder of a run whose result is in place."""
-    shutil.rmtree(folder, ignore_errors=True)
+__all__ = ["Checkpoints", "discard", "locked"]
 
 
 class Checkpoints:

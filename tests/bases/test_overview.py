@@ -63,7 +63,7 @@ def test_a_base_that_cannot_be_described_says_why_and_stops_no_other(
     _params(tmp_path, entries)
     (tmp_path / "broken" / "unet").mkdir(parents=True)
     (tmp_path / "broken" / "unet" / "config.json").write_text("{")
-    command = [sys.executable, "-m", "lcmlora.cli.main", "bases", "--json"]
+    command = [sys.executable, "-m", "lcmlora", "bases", "--json"]
     ended = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=True
     )

@@ -296,7 +296,7 @@ def test_without_the_hub_the_error_names_the_key_to_set(miniatures: Miniatures, 
     raw["bases"]["mine"] = {"source": str(file), "resolution": RESOLUTION, "license": "mit"}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     offline = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    command = [sys.executable, "-m", "lcmlora.cli.main", "fetch", "mine"]
+    command = [sys.executable, "-m", "lcmlora", "fetch", "mine"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=offline)
     assert ended.returncode == 2
     line = next(line for line in ended.stderr.splitlines() if line.startswith("error: "))

@@ -10,7 +10,7 @@ VERBS = ("check", "bases", "pretrain", "fetch", "prepare", "encode", "reference"
 
 
 def _lcmlora(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lcmlora.cli.main", *arguments]
+    command = [sys.executable, "-m", "lcmlora", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
 
 

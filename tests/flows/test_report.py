@@ -34,7 +34,7 @@ def check_status(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     """Each model has its line, and without a server it is said what is not known."""
     environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
     environment |= {"PREFECT_HOME": str(project.root / "prefect"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "lcmlora.cli.main", "status", "--json"]
+    command = [sys.executable, "-m", "lcmlora", "status", "--json"]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "PREFECT_API_URL is not set" in shown.stderr
     found = json.loads(shown.stdout)

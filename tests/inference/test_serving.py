@@ -238,7 +238,7 @@ def test_the_requirements_are_the_installed_versions_without_their_builds(model:
 
 def test_writing_is_silent_loads_no_torch_and_changes_nothing_of_mlflows(tmp_path: Path):
     script = (
-        "import logging, sys, mlflow; from pathlib import Path; from lcmlora import serving\n"
+        "import logging, sys, mlflow; from pathlib import Path; from lcmlora.inference import serving\n"
         "mlflow.set_tracking_uri('sqlite:///kept.db')\n"
         "level = logging.getLogger('mlflow').level\n"
         f"serving.write_model(Path({str(tmp_path / 'model')!r}), model='mini')\n"

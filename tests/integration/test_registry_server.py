@@ -18,8 +18,8 @@ from lcmlora import registry
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
 from lcmlora.registry import promotion, registration
+from lcmlora.registry.lookup import Version
 from lcmlora.registry.tracking import tracking
-from lcmlora.registry.versions import Version
 from lcmlora.releases import bundle
 from tests.integration.relay import Relay
 from tests.integration.seaweed import SeaweedFS
@@ -210,7 +210,7 @@ def test_an_adapter_is_pulled_through_the_server_and_one_flipped_byte_in_the_buc
 def elsewhere() -> Any:
     """Makes processes of their own, forked from one that has imported MLflow."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lcmlora.registry.versions", "mlflow"])
+    context.set_forkserver_preload(["lcmlora.registry.lookup", "mlflow"])
     return context
 
 

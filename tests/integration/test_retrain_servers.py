@@ -199,7 +199,7 @@ def test_the_last_run_repairs_both_without_a_stage_an_orphan_or_a_second_release
 
 
 def test_the_command_shows_every_field_of_the_champion(team: Team, base_folder: Path):
-    shown = json.loads(team.command(sys.executable, "-m", "lcmlora.cli.main", "registry", "show", CHAMPION, "--json"))
+    shown = json.loads(team.command(sys.executable, "-m", "lcmlora", "registry", "show", CHAMPION, "--json"))
     assert shown.keys() == {each.name for each in dataclasses.fields(registry.Version)}
     sha256 = bundle.digest(team.root / "release/a")
     expected = {

@@ -251,7 +251,7 @@ def test_a_server_that_dies_while_pulling_leaves_nothing_and_the_next_run_has_it
 
 
 def lcmlora(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "lcmlora.cli.main", "releases", *arguments]
+    return [sys.executable, "-m", "lcmlora", "releases", *arguments]
 
 
 def params(settings: Publish) -> str:

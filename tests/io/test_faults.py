@@ -317,6 +317,6 @@ def test_the_command_line_tells_a_full_disk_in_one_line(full: Path):
     (full / "params.yaml").write_text((Path(__file__).parents[2] / "params.yaml").read_text())
     (full / "filler").write_bytes(bytes(900_000))
     ended = subprocess.run(
-        [sys.executable, "-m", "lcmlora.cli.main", "data", "preview", "."], cwd=full, capture_output=True, text=True
+        [sys.executable, "-m", "lcmlora", "data", "preview", "."], cwd=full, capture_output=True, text=True
     )
     assert ended.returncode == 2 and "Traceback" not in ended.stderr

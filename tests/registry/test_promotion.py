@@ -9,9 +9,9 @@ from mlflow import MlflowClient
 
 from lcmlora.config import Gate, Registry
 from lcmlora.errors import UserError
+from lcmlora.registry.lookup import resolve
 from lcmlora.registry.promotion import assign, history, promote, rollback
 from lcmlora.registry.registration import Registered, register
-from lcmlora.registry.versions import resolve
 from tests.support.registries import fresh
 from tests.support.releases import write_sealed
 

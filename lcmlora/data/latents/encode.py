@@ -28,11 +28,10 @@ from lcmlora.data.latents.rollouts import MOST, RolloutEncoder
 from lcmlora.data.latents.store import Store, link
 from lcmlora.data.sources.pictures import RESIZE_FILTER, Record
 from lcmlora.errors import UserError
-from lcmlora.io.files import atomic_folder, atomic_write, sha256_folder, write_json
+from lcmlora.io.files import atomic_folder, atomic_write, discard, locked, sha256_folder, write_json
 from lcmlora.io.parsing import Malformed
 from lcmlora.parallel.ranks import Ranks
 from lcmlora.progress import track
-from lcmlora.training import checkpoint
 
 _MB = 1 << 20
 _ROW_BYTES = 8 + 8 + 16 + 4  # of a picture besides its latent: orig_size, crop_tl, key, text_row
@@ -83,7 +82,7 @@ def encode(
     plan = texts.plan(base, len(listed.captions), settings.text_cache_mb)
     varied = sizes | {"shards": place, "shapes": listed.sizes, "tokenized": plan.tokenized}
     work = scratch / config.digest(listed.digest, fingerprint, text, varied)[:16]
-    with checkpoint.locked(work) if ranks.first else nullcontext():
+    with locked(work) if ranks.first else nullcontext():
         store = Store(work, fingerprint, own, place)
         made_of = {name: listed.digest_of(shards[name], text) for name in own}
         _take_over(out, store, made_of)
@@ -109,7 +108,7 @@ def encode(
                 _finish(base, listed, shards, store, out, rollouts)
             ranks.wait()
         if ranks.first:
-            checkpoint.discard(work)
+            discard(work)
 
 
 def _finish(

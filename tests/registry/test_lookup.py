@@ -12,10 +12,10 @@ from PIL import Image
 from lcmlora.config import Registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.files import sha256_file
+from lcmlora.registry.lookup import champion, compare, condition, figures, pull, resolve, versions
 from lcmlora.registry.promotion import assign
 from lcmlora.registry.registration import register
 from lcmlora.registry.tracking import tracking
-from lcmlora.registry.versions import champion, compare, condition, figures, pull, resolve, versions
 from lcmlora.releases.bundle import ADAPTER, verify
 from tests.support.registries import fresh
 from tests.support.releases import write_sealed
