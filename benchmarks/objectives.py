@@ -46,7 +46,7 @@ def run(settings: config.Config, model: str, changes: dict[str, Any], cache: Lat
     identity = folders.identity(settings.base(model), folder)
     work.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    facts = distill(load(), cache, distillation, work, work / "adapter", identity=identity, run={}, logger=NullLogger())
+    facts = distill(load(), cache, distillation, work, work / "adapter", identity=identity, logger=NullLogger())
     seconds = time.monotonic() - began
     figures = evaluate(
         load(),
@@ -59,6 +59,7 @@ def run(settings: config.Config, model: str, changes: dict[str, Any], cache: Lat
         work / "evaluation",
         work / "metrics.json",
         work / "steps.csv",
+        work / "timings",
     )
     found = {"seconds": seconds, "validation": facts["validation"], "settings": facts["distill"]}
     found |= {name: figures[name] for name in ("features", "pictures", "seed", "floor", "excess", "retrieval")}

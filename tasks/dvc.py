@@ -86,8 +86,9 @@ def _is_resumable(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool
 def repro(stage: str, processes: Processes, settings: Config, force: bool = False, pull: bool = False) -> StageResult:
     """Runs one DVC stage once; see `run_stage`."""
     began = time.monotonic()
-    options = [*(["--force"] if force else []), *(["--pull"] if pull else [])]
-    model = stage.partition("@")[2]
+    name, _, model = stage.partition("@")
+    # A release is not kept by DVC, which would take its missing files for pulled.
+    options = [*(["--force"] if force else []), *(["--pull"] if pull and name != "package" else [])]
     # A flow that was killed leaves a stage that is ending: DVC does not wait for it, but fails.
     with held(Path(".dvc/tmp", f"lcmlora-{stage}.lock"), stage, processes):
         mend()

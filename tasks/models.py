@@ -104,8 +104,7 @@ def register_release(
     model: str, settings: config.Config, uri: str | None, gate_failures: list[str]
 ) -> registration.Registered:
     """Returns the version of the release in the registry; idempotent."""
-    run = _read(Path("adapters", model, "run.json"), "run_id")
-    return registration.register(model, settings.registry, Path("release", model), run["run_id"], uri, gate_failures)
+    return registration.register(model, settings.registry, Path("release", model), uri, gate_failures)
 
 
 @task(task_run_name="promote {model}", cache_policy=NO_CACHE)

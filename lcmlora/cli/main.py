@@ -214,7 +214,15 @@ def reference(context: typer.Context, model: Model) -> None:
 
     base, settings = _drawing_base(config, model)
     with checkpoint.locked(_scratch("reference", model)) as scratch:
-        stage.draw_reference(base, config.data, settings, Path("data/pictures"), scratch, Path("reference", model))
+        stage.draw_reference(
+            base,
+            config.data,
+            settings,
+            Path("data/pictures"),
+            scratch,
+            Path("reference", model),
+            Path("timings", model),
+        )
 
 
 @app.command(cls=_Stage)
@@ -256,9 +264,12 @@ def _with_cache(config, model: str, settings, *, pictures: bool):  # type: ignor
 
 
 def _distill(config, model: str, settings, place) -> None:  # type: ignore[no-untyped-def]
+    from lcmlora.adapters import lora
     from lcmlora.bases import folders
     from lcmlora.config import digest
     from lcmlora.distillation.distill import distill as train
+    from lcmlora.distillation.distill import versions
+    from lcmlora.io.files import sha256_file
     from lcmlora.registry import tracking
     from lcmlora.training import checkpoint
 
@@ -279,7 +290,6 @@ def _distill(config, model: str, settings, place) -> None:  # type: ignore[no-un
             scratch,
             Path("adapters", model),
             identity=identity,
-            run=run.reference,
             logger=run,
             ranks=place,
             decode=loaded.decode if place.first else None,
@@ -287,6 +297,8 @@ def _distill(config, model: str, settings, place) -> None:  # type: ignore[no-un
             if config.teacher_cache_gb
             else None,
         )
+        if place.first:
+            run.made(sha256_file(Path("adapters", model, lora.WEIGHTS)), versions())
     if place.first:
         checkpoint.discard(scratch)
 
@@ -340,6 +352,7 @@ def evaluate(context: typer.Context, model: Model) -> None:
             Path("evaluation", model),
             Path("metrics", f"{model}.json"),
             Path("plots", f"{model}_steps.csv"),
+            Path("timings", model),
         )
 
 
@@ -364,6 +377,7 @@ def package(context: typer.Context, model: Model) -> None:
         Path("bases", model),
         Path("metrics", f"{model}.json"),
         Path("evaluation", model),
+        Path("timings", model),
         Path("study", model),
         Path("release", model),
     )

@@ -132,7 +132,6 @@ def distill(
     out: Path,
     *,
     identity: dict[str, Any],
-    run: dict[str, Any],
     logger: Logger,
     ranks: Ranks | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
@@ -146,7 +145,6 @@ def distill(
         base: with its UNet loaded, bare; it carries the adapter, active, when this returns.
         scratch: a locked folder of this configuration alone; a checkpoint in it is continued.
         identity: what config.json says of the base.
-        run: where the figures are logged, written to run.json.
         decode: latents to pictures in [0, 1], for the validation pictures; without it there are none.
         teacher_cache: a folder, the same for many runs, and the bytes that it may hold of what the teacher says of
             the samples of this one.
@@ -196,13 +194,14 @@ def distill(
         "seed": settings.seed,
         "adapted_layers": lora.adapted_layers(base.unet),
         "lora_parameters": lora.parameters(base.unet),
-        "versions": versions(),
+        # Not Python's, nor torch's build (`+cpu`): the machine's, and the adapter is the same with others.
+        "versions": {name: number.partition("+")[0] for name, number in versions().items() if name != "python"},
     }
     if ranks.first:
         best = state["best"]
         facts["validation"] = {"pictures": len(held), "loss": state["history"], "best_step": best["step"]}
         optimization.use(best["weights"], _file_dtype(base))
-        _write(base, settings, out, facts, run, probe)
+        _write(base, settings, out, facts, probe)
     ranks.wait()
     return facts
 
@@ -223,9 +222,7 @@ def _rows(base: LoadedBase, cache: LatentCache, settings: Distill) -> tuple[Tens
     return rows, held
 
 
-def _write(
-    base: LoadedBase, settings: Distill, out: Path, facts: dict[str, Any], run: dict[str, Any], probe: Probe
-) -> None:
+def _write(base: LoadedBase, settings: Distill, out: Path, facts: dict[str, Any], probe: Probe) -> None:
     """Writes the adapter that the base carries, how to sample with it, and what is known of it."""
     with atomic_folder(out) as folder:
         tensors, metadata = lora.state_dict(base.unet), lora.adapter_metadata(settings.rank)
@@ -233,7 +230,6 @@ def _write(
         scheduler = scheduler_config(base, facts["sampler"]["scheduler"], settings.grid)
         write_json(folder / "scheduler_config.json", scheduler)
         write_json(folder / "config.json", facts)
-        write_json(folder / "run.json", run)
         _save_probe(base, probe, folder / "probe.safetensors")
 
 
@@ -275,7 +271,7 @@ def equip(base: LoadedBase, settings: Distill, ranks: Ranks | None = None) -> Op
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that decide what a run computes."""
+    """Returns the versions that may decide how a run is rounded, down to the build: `2.13.0+cpu`."""
     return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "diffusers", "peft")}
 
 

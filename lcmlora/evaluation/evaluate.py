@@ -18,7 +18,7 @@ from lcmlora.config import Data, Evaluation
 from lcmlora.data.sources.pictures import read_records
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
-from lcmlora.evaluation import charts
+from lcmlora.evaluation import charts, timings
 from lcmlora.evaluation.drawing import REAL, Way, distinct_captions, latency, read_strip, save_strip, strip_path
 from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
 from lcmlora.evaluation.measures.features import Features
@@ -43,11 +43,13 @@ def evaluate(
     out: Path,
     metrics_file: Path,
     plots_file: Path,
+    timings_folder: Path,
 ) -> dict[str, Any]:
     """Draws with the student, compares, and returns the metrics, which it also writes to `metrics_file`.
 
     Besides: `plots_file` (CSV, a row for each method and step count) and the folder `out` with grid.png, steps.png,
-    features.safetensors and the first pictures of every method in pictures/.
+    features.safetensors and the first pictures of every method in pictures/. The same inputs give the same bytes of
+    these; how long this machine took is written to `timings_folder` and is in none of them.
 
     Args:
         base: bare.
@@ -82,9 +84,8 @@ def evaluate(
     student = {key: drawing.features for key, drawing in drawn.items()}
     sets = load_file(reference / "features.safetensors") | student
     metrics = measure(facts, sets, settings.resamples)
-    metrics |= {"latency": speed, "reference_digest": sha256_file(reference / "features.safetensors")}
-    metrics["adapter"] = identity
-    metrics["seconds_per_picture"] |= {key: drawing.seconds for key, drawing in drawn.items()}
+    measured = {"reference_digest": sha256_file(reference / "features.safetensors"), "adapter": identity}
+    metrics |= measured
     for name, means in mean_scores(drawn).items():
         metrics["scores"].setdefault(name, {}).update(means)
     table = _table(metrics, settings.teacher_steps)
@@ -102,6 +103,13 @@ def evaluate(
         charts.curves(table, metrics["floor"], folder / "steps.png")
     atomic_write(plots_file, lambda path: _write_csv(path, table))
     write_json(metrics_file, metrics)
+    seconds = timings.read(timings_folder / timings.REFERENCE, reference_digest=measured["reference_digest"])
+    timings.write(
+        timings_folder / timings.EVALUATION,
+        seconds.get(timings.SECONDS, {}) | {key: drawing.seconds for key, drawing in drawn.items()},
+        latency=speed,
+        **measured,
+    )
     shutil.rmtree(scratch)
     return metrics
 
@@ -200,7 +208,6 @@ def measure(facts: dict[str, Any], sets: dict[str, Tensor], resamples: int) -> d
         "retrieval": retrieval,
         "diversity": {key: value for key, value in varieties.items() if value is not None},
         "scores": facts["scores"],
-        "seconds_per_picture": {k: v for k, v in facts["seconds_per_picture"].items() if not k.endswith(AGAIN)},
         "network_evaluations": costs,
     }
     if resamples:

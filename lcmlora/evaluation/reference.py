@@ -17,20 +17,27 @@ from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, Evaluation
 from lcmlora.data.sources.pictures import Record, read_records
 from lcmlora.errors import UserError
+from lcmlora.evaluation import timings
 from lcmlora.evaluation.drawing import REAL, Artist, Drawing, Way, distinct_captions
 from lcmlora.evaluation.measures import features as feature_sets
 from lcmlora.evaluation.measures import scores
 from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.metrics import pictures_needed
 from lcmlora.evaluation.measures.scores import Scorer
-from lcmlora.io.files import atomic_folder, sha256_folder, write_json
+from lcmlora.io.files import atomic_folder, sha256_file, sha256_folder, write_json
 
 AGAIN = "/again"  # ends the key of the teacher's second set
 _GALLERY = 4  # real pictures of one caption in the gallery
 
 
 def draw_reference(
-    base: LoadedBase, data: Data, settings: Evaluation, pictures: Path, scratch: Path, out: Path
+    base: LoadedBase,
+    data: Data,
+    settings: Evaluation,
+    pictures: Path,
+    scratch: Path,
+    out: Path,
+    timings_folder: Path,
 ) -> dict[str, Any]:
     """Writes features.safetensors, reference.json and pictures/*.png to the folder `out`; returns reference.json.
 
@@ -38,6 +45,7 @@ def draw_reference(
         base: with all its parts and no adapter.
         pictures: the folder that `prepare` wrote.
         scratch: folder in which a run that was killed left its batches.
+        timings_folder: where it is written how long this machine took.
 
     Raises:
         UserError: fewer pictures asked for than the features need, or no validation pictures.
@@ -76,13 +84,17 @@ def draw_reference(
         "settings": settings.model_dump(mode="json"),
         "seeds": {"teacher": settings.seed, "compared": settings.seed + 1},
         "prompts": prompts,
-        "seconds_per_picture": {key: drawing.seconds for key, drawing in drawn.items()},
         "network_evaluations": {key: way.evaluations for key, (way, _) in jobs.items()},
         "scores": mean_scores(drawn),
     } | about
     with atomic_folder(out) as folder:
         artist.keep(folder, drawn, tensors, data, records)
         write_json(folder / "reference.json", facts)
+    timings.write(
+        timings_folder / timings.REFERENCE,
+        {key: drawing.seconds for key, drawing in drawn.items() if not key.endswith(AGAIN)},
+        reference_digest=sha256_file(out / "features.safetensors"),
+    )
     shutil.rmtree(scratch)
     return facts
 

@@ -39,7 +39,6 @@ def register(
     model: str,
     settings: Registry,
     folder: Path,
-    run_id: str | None = None,
     uri: str | None = None,
     gate_failures: Sequence[str] = (),
 ) -> Registered:
@@ -47,10 +46,10 @@ def register(
 
     A version with the adapter's SHA-256 is found again, and only tags that changed are written. A new one gets the
     release as artifacts of its run, the metrics as the run's figures, the data as its input, and tags that say where it
-    comes from. One that failed the gate is a version too, `rejected`.
+    comes from. One that failed the gate is a version too, `rejected`. Its run is the distillation's, which is known by
+    the adapter's SHA-256 (`tracking.Run.made`), whichever machine it ran on; where there is none, a new one is made.
 
     Args:
-        run_id: the distillation's run; a new run is made where MLflow does not know it (restored from another machine).
         uri: where the release was published, if it was.
 
     Raises:
@@ -70,8 +69,7 @@ def register(
             version = found[0]
             _update(client, version, tags)
         else:
-            known = existing(client, run_id)
-            run_id = known or _run_for(client, settings, model, provenance)
+            run_id, ended = _run_for(client, settings, model, provenance)
             _log(client, run_id, provenance, figures, tags)
             _upload(client, run_id, folder, name)
             _create_model(client, name)
@@ -82,7 +80,7 @@ def register(
                 tags=tags | dict([events.tag("registered"), events.tag(tags["gate"], reason=tags.get("gate_reason"))]),
                 description=_description(figures, provenance, run_id),
             )
-            version = _only_one(client, version, sha256, own_run=known is None)
+            version = _only_one(client, version, sha256, own_run=not ended)
         aliases = read_aliases(client, name)
         past = events.read(int(version.version), client.get_model_version(name, version.version).tags)
     return Registered(
@@ -141,14 +139,24 @@ def _update(client: Any, version: Any, tags: dict[str, str]) -> None:
         client.set_model_version_tag(name, number, key, event)
 
 
-def _run_for(client: Any, settings: Registry, model: str, provenance: dict[str, Any]) -> str:
-    """Returns a run for an adapter whose own is not known here: one that a killed registration left, or a new one."""
+def _run_for(client: Any, settings: Registry, model: str, provenance: dict[str, Any]) -> tuple[str, bool]:
+    """Returns the adapter's run, and whether it has ended: the last distillation that gave this adapter, or what a
+    killed registration left; else a new one."""
     sha256 = provenance["sha256"]
     experiment = client.get_experiment_by_name(settings.experiment)
-    left = client.search_runs([experiment.experiment_id], f"tags.sha256 = '{sha256}'") if experiment else []
-    if left:
-        return str(left[0].info.run_id)
-    return create_run(client, settings, model, provenance["params"]["distill"], {"sha256": sha256})
+    found = (
+        client.search_runs(
+            [experiment.experiment_id],
+            f"tags.sha256 = '{sha256}'",
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
+        if experiment
+        else []
+    )
+    if found:
+        return str(found[0].info.run_id), found[0].info.status != "RUNNING"
+    return create_run(client, settings, model, provenance["params"]["distill"], {"sha256": sha256}), False
 
 
 def _log(client: Any, run_id: str, provenance: dict[str, Any], figures: dict[str, Any], tags: dict[str, str]) -> None:

@@ -53,23 +53,15 @@ class Run:
     def __init__(self, client: Any, run_id: str | None, settings: Registry | None) -> None:
         self._monitor = _monitor(run_id, settings) if run_id and settings and settings.system_metrics else None
         self._client = client
+        self._given_up = client is None  # said once
         self._settings = settings
         self._waiting: list[Any] = []
         self._flushed = time.monotonic()
         self.id = run_id
 
-    @property
-    def reference(self) -> dict[str, Any]:
-        """What names this run to a later reader; without credentials."""
-        return {
-            "run_id": self.id,
-            "tracking_uri": self._settings and masking.address(self._settings.tracking_uri),
-            "experiment": self._settings and self._settings.experiment,
-        }
-
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Logs figures at a step; they reach MLflow some seconds later, and at the end."""
-        if self._client is None:
+        if self._given_up:
             return
         from mlflow.entities import Metric
 
@@ -80,16 +72,31 @@ class Run:
 
     def picture(self, name: str, picture: Image, step: int) -> None:
         """Logs a picture at a step, beside the figures of its name."""
-        if self._client is None:
+        if self._given_up:
             return
         with self._carrying_on():
             self._client.log_image(self.id, picture, key=name, step=step)
+
+    def made(self, sha256: str, versions: dict[str, str]) -> None:
+        """Marks the run with the adapter that came of it, by which registration finds it, on whatever machine.
+
+        Tried even where MLflow did not answer while training went on.
+
+        Args:
+            versions: of this machine's libraries.
+        """
+        if self._client is None:
+            return
+        from mlflow.entities import RunTag
+
+        with self._carrying_on("the adapter gets another run when it is registered"):
+            self._client.log_batch(self.id, tags=[RunTag(k, v) for k, v in ({"sha256": sha256} | versions).items()])
 
     def end(self, status: str) -> None:
         """Logs what still waits and closes the run."""
         if self._monitor is not None:
             self._monitor.finish()
-        if self._client is not None:
+        if not self._given_up:
             self._send(status)
 
     def _send(self, status: str | None = None) -> None:
@@ -101,14 +108,14 @@ class Run:
         self._waiting, self._flushed = [], time.monotonic()
 
     @contextlib.contextmanager
-    def _carrying_on(self) -> Iterator[None]:
+    def _carrying_on(self, consequence: str = "training goes on without it") -> Iterator[None]:
         assert self._settings is not None
         try:
-            with reaching(self._settings, "training goes on without it"):
+            with reaching(self._settings, consequence):
                 yield
         except UserError as error:
             note(f"warning: {error}")
-            self._client = None  # said once
+            self._given_up = True
 
 
 @contextlib.contextmanager
@@ -118,7 +125,7 @@ def tracking(
     """Yields the run to log a distillation to, and ends it as finished or failed.
 
     Where MLflow cannot be reached this is said once on standard error, training goes on and `run.id` is None; the
-    adapter gets its run when it is registered.
+    adapter gets its run when it is registered. Else `run.made` ties the run to the adapter.
 
     Args:
         settings: None logs nothing.

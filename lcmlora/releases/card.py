@@ -152,7 +152,7 @@ def _table(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ("retrieval@1", "retrieval", figures["retrieval"], "{:.3f}".format),
         ("diversity", "diversity", figures.get("diversity"), "{:.3f}".format),
         *((score, score, values, "{:.2f}".format) for score, values in figures.get("scores", {}).items()),
-        ("seconds per picture", "seconds_per_picture", figures["seconds_per_picture"], "{:.4f}".format),
+        ("seconds per picture", "seconds_per_picture", figures.get("seconds_per_picture"), "{:.4f}".format),
         ("one alone, median", "latency", latency, "{:.4f}".format),
     ]
     measures = [measure for measure in measures if measure[2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from lcmlora.evaluation.gate import gate
 from lcmlora.evaluation.study import STUDY
 from lcmlora.io.files import atomic_folder, sha256_file, write_json
 from lcmlora.io.parsing import as_object, read_json, read_yaml
+from lcmlora.io.terminal import note
 from lcmlora.releases import card
 from lcmlora.releases.bundle import CHECKSUMS, METRICS, PROVENANCE, REPORT, digest
 
@@ -43,17 +45,21 @@ def package(
     base_folder: Path,
     metrics: Path,
     evaluation: Path,
+    timings_folder: Path,
     studied: Path,
     out: Path,
 ) -> dict[str, Any]:
     """Makes the bundle `out` and returns its provenance. The folder appears whole or not at all.
+
+    Where this machine did not measure how long drawing takes (`timings_folder`), the bundle says nothing of it.
 
     Raises:
         UserError: an input is missing, or the packed weights, reloaded by plain diffusers from either of their files,
             do not draw as the trained student did.
     """
     base = config.base(model)
-    figures = _read_json(metrics) | _study_of(adapter, studied)
+    figures = _read_json(metrics)
+    figures |= _timings_of(model, figures, timings_folder) | _study_of(adapter, studied)
     made = _read_json(adapter / "config.json")
     failures = gate(figures, config.gate)
     with atomic_folder(out) as folder:
@@ -87,7 +93,7 @@ def package(
                 "evaluation": config.evaluation_for(model).model_dump(mode="json"),
                 "gate": config.gate.model_dump(mode="json"),
             },
-            "versions": made["versions"] | {"lcmlora": __version__},
+            "versions": made["versions"] | {"python": platform.python_version(), "lcmlora": __version__},
             "git": _git(),
             "dvc_lock": sha256_file(Path("dvc.lock")) if Path("dvc.lock").is_file() else None,
             "gate": {"passed": not failures, "failures": failures},
@@ -127,6 +133,20 @@ def kohya_name(model: str) -> str:
     `load_lora_weights` of diffusers, given the folder, still takes the other: it prefers a file of that name.
     """
     return f"lcm-lora-{model}.safetensors"
+
+
+def _timings_of(model: str, figures: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns what this machine measured of this very adapter, besides the figures that every machine gets."""
+    from lcmlora.evaluation import timings
+
+    of = {key: figures[key] for key in ("reference_digest", "adapter")}
+    found = timings.read(folder / timings.EVALUATION, **of)
+    if not found:
+        note(
+            f"{folder}: has no latencies of this adapter, which was evaluated on another machine; the release has "
+            f"none (`dvc repro --force --single-item evaluate@{model}` measures them here)"
+        )
+    return found
 
 
 def _study_of(adapter: Path, studied: Path) -> dict[str, Any]:

@@ -23,8 +23,9 @@ _SMALL = 128  # pixels up to which a picture is kept as it is and enlarged witho
 _QUALITY = 80  # of lossy WebP: some 10 kB for a photograph at 256 pixels, so 400 of them are below 6 MB
 _PICTURED = 2  # numbers of network evaluations at which a variation shows pictures
 
-# Figures that older evaluations and small ones do not have.
-_OPTIONAL = ("latency", "diversity", "scores", "intervals", "advantage", "prompts", "real_pictures", "reference_digest")
+# Figures that older evaluations and small ones do not have, or that were not measured on this machine.
+_OPTIONAL = ("diversity", "scores", "intervals", "advantage", "prompts", "real_pictures", "reference_digest")
+_OPTIONAL += ("latency", "seconds_per_picture")
 _MINUS, _NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 _DISTANCES = {"frechet": "Fréchet distance", "cmmd": "CMMD"}
 _PARTS = {"alone": "alone, best solver", "accelerated": "accelerated", "adapter": "adapter without the style"}

@@ -128,7 +128,7 @@ def test_a_run_writes_an_adapter_its_facts_and_a_probe(base_folder: Path, cache:
     facts = run_distill(base, cache, tmp_path, logger=logger)
     out = tmp_path / "adapter"
     assert {p.name for p in out.iterdir()} == {
-        lora.WEIGHTS, "scheduler_config.json", "config.json", "run.json", "probe.safetensors",
+        lora.WEIGHTS, "scheduler_config.json", "config.json", "probe.safetensors",
     }  # fmt: skip
     assert logger.steps == [2, 4, 6]
     assert facts == json.loads((out / "config.json").read_text())

@@ -84,7 +84,7 @@ def reference(
 ) -> Path:
     root = tmp_path_factory.mktemp("drawn")
     base = bases.load("mini", made_of(base_folder), base_folder, device=CPU)
-    draw_reference(base, data, settings(), pictures, root / "scratch", root / "reference")
+    draw_reference(base, data, settings(), pictures, root / "scratch", root / "reference", root / "timings")
     return root / "reference"
 
 

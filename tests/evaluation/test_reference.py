@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lcmlora.data.prepare import prepare
 from lcmlora.data.sources.pictures import Record
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
+from lcmlora.evaluation import timings
 from lcmlora.evaluation.drawing import Artist, Way
 from lcmlora.evaluation.evaluate import evaluate
 from lcmlora.evaluation.gate import record
@@ -35,8 +37,13 @@ def run(base: bases.LoadedBase, adapter: Path, data: Data, pictures: Path, refer
     root = adapter.parent
     scratch = root / "evaluating"
     scratch.mkdir(exist_ok=True)
-    files = (root / "evaluation", root / "metrics" / "mini.json", root / "plots" / "mini_steps.csv")
+    files = (root / "evaluation", root / "metrics" / "mini.json", root / "plots" / "mini_steps.csv", root / "timings")
     return evaluate(base, adapter, data, settings(**changes), pictures, reference, scratch, *files)
+
+
+def outputs(root: Path) -> tuple[Path, Path, Path]:
+    """Where a reference is drawn: its scratch folder, itself, and its timings."""
+    return root / "s", root / "reference", root / "timings"
 
 
 def test_the_reference_holds_every_set_with_its_count_and_cost(reference: Path) -> None:
@@ -45,7 +52,10 @@ def test_the_reference_holds_every_set_with_its_count_and_cost(reference: Path) 
     drawn = {"teacher@6", "teacher@6/again", "ddim@1", "ddim@2", "dpm++@1", "dpm++@2"}
     assert set(sets) == drawn | {"real", "gallery"}
     assert all(sets[key].shape == (20, 12) and sets[key].dtype == torch.float16 for key in drawn)
-    assert set(facts["seconds_per_picture"]) == drawn and min(facts["seconds_per_picture"].values()) > 0
+    assert "seconds_per_picture" not in facts
+    seconds = json.loads((reference.with_name("timings") / "reference.json").read_text())["measured"]
+    assert set(seconds["seconds_per_picture"]) == drawn - {"teacher@6/again"}
+    assert min(seconds["seconds_per_picture"].values()) > 0
     assert facts["network_evaluations"] == {
         "teacher@6": 12, "teacher@6/again": 12, "ddim@1": 2, "ddim@2": 4, "dpm++@1": 2, "dpm++@2": 4,
     }  # fmt: skip
@@ -61,7 +71,9 @@ def test_all_that_is_compared_starts_from_other_noise_than_the_teacher_and_from_
     base: bases.LoadedBase, adapter: Path, data: Data, pictures: Path, tmp_path: Path
 ) -> None:
     changes = {"solvers": ("ddim",), "solver_steps": (6,)}
-    facts = draw_reference(base, data, settings(**changes), pictures, tmp_path / "s", tmp_path / "reference")
+    facts = draw_reference(
+        base, data, settings(**changes), pictures, tmp_path / "s", tmp_path / "reference", tmp_path / "timings"
+    )
     sets = load_file(tmp_path / "reference" / "features.safetensors")
     assert torch.equal(sets["ddim@6"], sets["teacher@6/again"])  # the same method, steps and noise
     assert (sets["teacher@6"] - sets["teacher@6/again"]).abs().amax(dim=1).min() > 0.05
@@ -77,7 +89,7 @@ def test_all_that_is_compared_starts_from_other_noise_than_the_teacher_and_from_
 def test_the_same_pictures_are_drawn_in_any_batch(
     base: bases.LoadedBase, data: Data, pictures: Path, reference: Path, tmp_path: Path
 ) -> None:
-    draw_reference(base, data, settings(batch=7), pictures, tmp_path / "s", tmp_path / "other")
+    draw_reference(base, data, settings(batch=7), pictures, tmp_path / "s", tmp_path / "other", tmp_path / "timings")
     one, other = (load_file(folder / "features.safetensors") for folder in (reference, tmp_path / "other"))
     for key in one:  # a pixel may round the other way
         torch.testing.assert_close(one[key].float(), other[key].float(), atol=0.05, rtol=0)
@@ -95,7 +107,7 @@ def test_a_killed_reference_goes_on_and_draws_nothing_twice(
             raise KeyboardInterrupt
 
     killer = base.unet.register_forward_pre_hook(killed)
-    arguments = (base, data, settings(), pictures, tmp_path / "killed", tmp_path / "resumed")
+    arguments = (base, data, settings(), pictures, tmp_path / "killed", tmp_path / "resumed", tmp_path / "timings")
     with pytest.raises(KeyboardInterrupt):
         draw_reference(*arguments)
     assert not (tmp_path / "resumed").exists()
@@ -114,7 +126,9 @@ def test_too_few_pictures_for_the_features_are_refused_before_anything_is_drawn(
 ) -> None:
     base.unet = None
     with pytest.raises(UserError, match=r"evaluation.pictures: 12 are too few.*quarters/12.*at least 13"):
-        draw_reference(base, data, settings(pictures=12), pictures, tmp_path / "s", tmp_path / "out")
+        draw_reference(
+            base, data, settings(pictures=12), pictures, tmp_path / "s", tmp_path / "out", tmp_path / "timings"
+        )
 
 
 def test_pictures_that_are_not_finite_are_refused_and_not_measured_as_black(
@@ -122,7 +136,7 @@ def test_pictures_that_are_not_finite_are_refused_and_not_measured_as_black(
 ) -> None:
     base.unet.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(UserError, match="mini: ddim at 6 steps drew pictures that are not finite"):
-        draw_reference(base, data, settings(), pictures, tmp_path / "s", tmp_path / "out")
+        draw_reference(base, data, settings(), pictures, *outputs(tmp_path))
 
 
 def test_real_pictures_are_spread_over_captions_and_apart_from_the_gallery() -> None:
@@ -166,10 +180,7 @@ def test_the_metrics_agree_with_the_pictures_and_each_other(
     assert won["difference"] == metrics["excess"]["student@4"] - min(rivals.values())
     assert set(metrics["advantage"]) == {"student@2", "student@4"}  # no solver takes one evaluation
     assert set(metrics["diversity"]) == methods | {"teacher@6", "real"}
-    timed = {"teacher@6", "ddim@1", "ddim@2", "student@1", "student@2", "student@4"}
-    assert set(metrics["latency"]["seconds"]) == timed and metrics["latency"]["repeats"] == 2
-    assert all(0 < each["p50"] <= each["p95"] for each in metrics["latency"]["seconds"].values())
-    assert set(metrics["seconds_per_picture"]) == set(metrics["network_evaluations"]) == methods | {"teacher@6"}
+    assert set(metrics["network_evaluations"]) == methods | {"teacher@6"}
     assert record(metrics)["quarters/12/distance_teacher.student_4"] == expected
     with (root / "plots" / "mini_steps.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -180,18 +191,44 @@ def test_the_metrics_agree_with_the_pictures_and_each_other(
     ]
 
 
-def test_the_same_adapter_gives_the_same_features_and_the_same_grid(
+def test_how_long_it_took_is_kept_apart_and_with_it_what_it_was_measured_of(
+    base: bases.LoadedBase, adapter: Path, data: Data, pictures: Path, reference: Path
+) -> None:
+    shutil.copytree(reference.with_name("timings"), adapter.parent / "timings")
+    metrics = run(base, adapter, data, pictures, reference)
+    of = {key: metrics[key] for key in ("reference_digest", "adapter")}
+    found = timings.read(adapter.parent / "timings" / timings.EVALUATION, **of)
+    timed = {"teacher@6", "ddim@1", "ddim@2", "student@1", "student@2", "student@4"}
+    assert set(found["latency"]["seconds"]) == timed and found["latency"]["repeats"] == 2
+    assert all(0 < each["p50"] <= each["p95"] for each in found["latency"]["seconds"].values())
+    assert set(found["seconds_per_picture"]) == set(metrics["network_evaluations"])  # the reference's among them
+    for other in ({"adapter": "0" * 64}, {"reference_digest": "0" * 64}):
+        assert timings.read(adapter.parent / "timings" / timings.EVALUATION, **(of | other)) == {}
+
+
+def test_of_a_reference_that_another_machine_drew_there_are_no_seconds(
+    base: bases.LoadedBase, adapter: Path, data: Data, pictures: Path, reference: Path
+) -> None:
+    metrics = run(base, adapter, data, pictures, reference)
+    of = {key: metrics[key] for key in ("reference_digest", "adapter")}
+    found = timings.read(adapter.parent / "timings" / timings.EVALUATION, **of)
+    assert set(found["seconds_per_picture"]) == {"student@1", "student@2", "student@4"}
+
+
+def test_the_same_adapter_gives_the_same_bytes_of_all_that_git_and_dvc_keep(
     base: bases.LoadedBase, adapter: Path, data: Data, pictures: Path, reference: Path
 ) -> None:
     def outputs() -> dict[str, bytes]:
-        folder = adapter.parent / "evaluation"
-        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        root = adapter.parent
+        files = [path for name in ("evaluation", "metrics", "plots") for path in (root / name).rglob("*")]
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in files if path.is_file()}
 
     run(base, adapter, data, pictures, reference)
     first = outputs()
-    strips = {f"pictures/{m}@{n}.png" for m in ("ddim", "dpm++") for n in (1, 2)}
-    strips |= {f"pictures/{name}.png" for name in ("real", "teacher@6", "student@1", "student@2", "student@4")}
-    assert set(first) == {"features.safetensors", "grid.png", "steps.png", "pictures/prompts.json"} | strips
+    names = {f"pictures/{m}@{n}.png" for m in ("ddim", "dpm++") for n in (1, 2)}
+    names |= {f"pictures/{name}.png" for name in ("real", "teacher@6", "student@1", "student@2", "student@4")}
+    names |= {"features.safetensors", "grid.png", "steps.png", "pictures/prompts.json"}
+    assert set(first) == {f"evaluation/{name}" for name in names} | {"metrics/mini.json", "plots/mini_steps.csv"}
     run(base, adapter, data, pictures, reference)
     assert outputs() == first
 
@@ -226,7 +263,7 @@ def test_few_real_pictures_leave_the_distance_to_them_out_and_say_why(
     few.mkdir()
     lines = (pictures / "validation.jsonl").read_text().splitlines(keepends=True)
     (few / "validation.jsonl").write_text("".join(lines[:5]))
-    draw_reference(base, data, settings(), few, tmp_path / "scratch", tmp_path / "reference")
+    draw_reference(base, data, settings(), few, tmp_path / "scratch", tmp_path / "reference", tmp_path / "timings")
     metrics = run(base, adapter, data, few, tmp_path / "reference")
     assert metrics["distance_real"] is None
     assert metrics["distance_real_missing"] == "5 real validation pictures are too few for 12 dimensions"
@@ -266,7 +303,9 @@ def test_prompts_without_pictures_are_measured_against_the_teacher_alone(
     (tmp_path / "prompts.txt").write_text("\n".join(WORDS))
     data = Data(source="prompts", path=tmp_path / "prompts.txt", min_side=8, max_aspect=2.0, validation=0.4, seed=0)
     prepare(data, 1, tmp_path / "pictures")
-    facts = draw_reference(base, data, settings(), tmp_path / "pictures", tmp_path / "s", tmp_path / "reference")
+    facts = draw_reference(
+        base, data, settings(), tmp_path / "pictures", tmp_path / "s", tmp_path / "reference", tmp_path / "timings"
+    )
     sets = load_file(tmp_path / "reference" / "features.safetensors")
     assert "real" not in sets and not (tmp_path / "reference/pictures/real.png").exists()
     assert facts["counts"] == {"pictures": 20, "real": 0, "gallery": 20}

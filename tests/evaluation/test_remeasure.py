@@ -37,7 +37,7 @@ def test_the_figures_are_those_of_an_evaluation_and_can_be_compared_with_it(
 ) -> None:
     figures = again(base_folder, adapter, pictures, reference, tmp_path)
     (tmp_path / "evaluating").mkdir()
-    files = (tmp_path / "evaluation", tmp_path / "metrics.json", tmp_path / "steps.csv")
+    files = (tmp_path / "evaluation", tmp_path / "metrics.json", tmp_path / "steps.csv", tmp_path / "timings")
     whole = evaluate(base, adapter, data, settings(), pictures, reference, tmp_path / "evaluating", *files)
     for key in ("excess", "retrieval"):
         assert figures[key]["student@4"] == whole[key]["student@4"]

@@ -122,6 +122,7 @@ def stock(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             base_folder,
             root / "metrics" / f"{model}.json",
             root / "evaluation" / model,
+            root / "timings" / model,
             root / "study" / model,
             root / "release" / model,
         )

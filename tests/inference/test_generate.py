@@ -54,6 +54,7 @@ def root(
         Path("bases/mini"),
         Path("metrics/mini.json"),
         Path("evaluation/mini"),
+        Path("timings/mini"),
         Path("study/mini"),
         Path("release/mini"),
     )

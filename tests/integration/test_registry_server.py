@@ -17,6 +17,7 @@ import pytest
 from lcmlora import registry
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
+from lcmlora.io.files import sha256_file
 from lcmlora.registry import promotion, registration
 from lcmlora.registry.lookup import Version
 from lcmlora.registry.tracking import tracking
@@ -75,8 +76,9 @@ def shelf(relay: Relay, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     folders = tuple(write_sealed(root / name, weights=name.encode()) for name in ("first", "second", "third"))
     with tracking(settings, "mini", {"steps": 600}) as run:
         run.log({"loss": 0.5}, 1)
+        run.made(sha256_file(folders[0] / package.WEIGHTS), {})
     assert run.id
-    registration.register("mini", settings, folders[0], run.id, "s3://bucket/team/mini")
+    registration.register("mini", settings, folders[0], "s3://bucket/team/mini")
     registration.register("mini", settings, folders[1])
     registration.register("mini", settings, folders[2], gate_failures=["too bad"])
     promotion.promote(f"{NAME}/1", settings, gate, reason="the first one", who="ada")
@@ -284,7 +286,7 @@ def test_no_password_and_no_secret_went_to_the_server_to_its_tables_or_to_the_bu
     directly = shelf.settings.model_copy(update={"tracking_uri": postgresql.uri("mlflow"), "experiment": "directly"})
     with tracking(directly, "secret", {"steps": 600}) as run:
         run.log({"loss": 0.5}, 1)
-    assert run.id and run.reference["tracking_uri"].startswith("postgresql+psycopg2://lcmlora:***@127.0.0.1:")
+    assert run.id
     assert len(relay.requests) > 200
     said = b"\n".join(request.line.encode() + request.body for request in relay.requests)
     said += "\n".join(postgresql.rows("mlflow")).encode()

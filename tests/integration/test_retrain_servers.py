@@ -115,8 +115,9 @@ def stock(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = json.loads(made.read_text())
     facts["base"]["digest"] = sha256_folder(base_folder / "unet")
     made.write_text(json.dumps(facts))
-    folders = [root / "adapters/a", base_folder, root / "metrics/a.json", root / "evaluation/a", root / "study/a"]
-    package.package("a", load_settings(base_folder, models=("a",)), *folders, root / "release/a")
+    folders = [root / name / "a" for name in ("evaluation", "timings", "study", "release")]
+    settings = load_settings(base_folder, models=("a",))
+    package.package("a", settings, root / "adapters/a", base_folder, root / "metrics/a.json", *folders)
     (root / "a").write_text("a")
     return root
 

@@ -17,7 +17,7 @@ from lcmlora.errors import UserError
 from lcmlora.releases import package as release
 from lcmlora.releases.bundle import WEIGHTS, digest, verify
 from tests.support import adapters
-from tests.support.releases import load_settings, write_stages
+from tests.support.releases import METRICS, load_settings, write_stages
 
 
 def package(root: Path, base_folder: Path, **changes: Any) -> dict[str, Any]:
@@ -28,6 +28,7 @@ def package(root: Path, base_folder: Path, **changes: Any) -> dict[str, Any]:
         base_folder,
         root / "metrics/mini.json",
         root / "evaluation/mini",
+        root / "timings/mini",
         root / "study/mini",
         root / "release/mini",
     )
@@ -95,6 +96,25 @@ def test_provenance_says_which_model_and_when_and_the_adapter_does_not(stages: P
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
     with pytest.raises(UserError, match=r"SOURCE_DATE_EPOCH: expected seconds since 1970, got 'yesterday'"):
         package(stages, base_folder)
+
+
+def test_the_bundle_has_this_machines_timings_and_none_of_another_adapter(stages: Path, base_folder: Path, capsys):
+    assert "seconds_per_picture" not in json.loads((stages / "metrics/mini.json").read_text())
+    package(stages, base_folder)
+    folder = stages / "release/mini"
+    figures = json.loads((folder / "metrics.json").read_text())
+    assert figures["seconds_per_picture"] == METRICS["seconds_per_picture"]
+    assert "seconds per picture" in (folder / "README.md").read_text()
+    assert ">seconds</th>" in (folder / "report.html").read_text()
+    assert capsys.readouterr().err == ""
+
+    timings = stages / "timings/mini/evaluation.json"
+    timings.write_text(json.dumps(json.loads(timings.read_text()) | {"adapter": "0" * 64}))
+    package(stages, base_folder)
+    assert "seconds_per_picture" not in json.loads((folder / "metrics.json").read_text())
+    assert "seconds per picture" not in (folder / "README.md").read_text()
+    assert ">seconds</th>" not in (folder / "report.html").read_text()
+    assert "has no latencies of this adapter" in capsys.readouterr().err
 
 
 def test_the_file_for_comfyui_and_a1111_is_proven_like_the_other(stages: Path, base_folder: Path):

@@ -84,7 +84,6 @@ def run_distill(
         work / "scratch",
         work / "adapter",
         identity={"source": "mini", "revision": None, "digest": "0"},
-        run={"run_id": None},
         logger=logger or NullLogger(),
         decode=decode,
     )

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from lcmlora import bases, config
 from lcmlora.adapters import lora
+from lcmlora.evaluation import timings
+from lcmlora.io.files import sha256_file, write_json
 from tests.support.miniature import RESOLUTION
 
 METRICS: dict[str, Any] = {
@@ -80,9 +82,10 @@ def write_stages(
         "versions": {"torch": torch.__version__},
     }
     (adapter / "config.json").write_text(json.dumps(facts))
-    (adapter / "run.json").write_text(json.dumps({"run_id": None, "tracking_uri": None, "experiment": "lcmlora"}))
-    (root / "metrics").mkdir(exist_ok=True)
-    (root / "metrics" / f"{model}.json").write_text(json.dumps(METRICS))
+    measured = {"adapter": sha256_file(adapter / lora.WEIGHTS), "reference_digest": "r" * 64}
+    figures = METRICS | measured
+    timings.write(root / "timings" / model / timings.EVALUATION, figures.pop(timings.SECONDS), **measured)
+    write_json(root / "metrics" / f"{model}.json", figures)
     evaluation = root / "evaluation" / model
     (evaluation / "pictures").mkdir(parents=True)
     Image.new("RGB", (16, 16), "red").save(evaluation / "grid.png")

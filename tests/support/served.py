@@ -57,6 +57,7 @@ def package(base_folder: Path, root: Path) -> Path:
         base_folder,
         root / "metrics/mini.json",
         root / "evaluation/mini",
+        root / "timings/mini",
         root / "study/mini",
         root / "release/mini",
     )

@@ -49,7 +49,6 @@ def main(base: str, latents: str, work: str, kill_at: str, victim: str) -> None:
             scratch,
             Path(work, "adapter"),
             identity={"source": "mini"},
-            run={"run_id": None},
             logger=Killer(int(kill_at), victim, Path(work)) if place.first else NullLogger(),
             ranks=place,
         )
