@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcmlora.files import write_json
-from lcmlora.parsing import as_object, read_json
+from lcmlora.io.files import write_json
+from lcmlora.io.parsing import as_object, read_json
 
 SECONDS, LATENCY = "seconds_per_picture", "latency"  # as metrics.json of a release names them
 

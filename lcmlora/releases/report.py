@@ -24,8 +24,10 @@ _QUALITY = 80  # of lossy WebP: some 10 kB for a photograph at 256 pixels, so 40
 _PICTURED = 2  # numbers of network evaluations at which a variation shows pictures
 
 # Figures that older evaluations and small ones do not have, or that were not measured on this machine.
-_OPTIONAL = ("diversity", "scores", "intervals", "advantage", "prompts", "real_pictures", "reference_digest")
-_OPTIONAL += ("latency", "seconds_per_picture")
+_OPTIONAL = (
+    *("latency", "seconds_per_picture", "diversity", "scores", "intervals", "advantage"),
+    *("prompts", "real_pictures", "reference_digest"),
+)
 _MINUS, _NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 _DISTANCES = {"frechet": "Fréchet distance", "cmmd": "CMMD"}
 _PARTS = {"alone": "alone, best solver", "accelerated": "accelerated", "adapter": "adapter without the style"}
