@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lcmlora import registry
+from lcmlora.adapters.facts import WEIGHTS
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file
@@ -76,7 +77,7 @@ def shelf(relay: Relay, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     folders = tuple(write_sealed(root / name, weights=name.encode()) for name in ("first", "second", "third"))
     with tracking(settings, "mini", {"steps": 600}) as run:
         run.log({"loss": 0.5}, 1)
-        run.made(sha256_file(folders[0] / package.WEIGHTS), {})
+        run.made(sha256_file(folders[0] / WEIGHTS), {})
     assert run.id
     registration.register("mini", settings, folders[0], "s3://bucket/team/mini")
     registration.register("mini", settings, folders[1])
