@@ -42,7 +42,7 @@ from torch import Tensor
 from benchmarks import published, tables
 from benchmarks.reference import Reference
 from lcmlora import bases, config
-from lcmlora.bases import folders
+from lcmlora.bases import fetching
 from lcmlora.config import Base, Data, Distill
 from lcmlora.data.latents import cache
 from lcmlora.data.latents.encode import encode
@@ -396,7 +396,7 @@ def make_case(
             published.save(model, folder)
         base = base.model_copy(update={"source": str(folder), "revision": None, "variant": None})
     else:
-        folder = folders.fetch(model, base)
+        folder = fetching.fetch(model, base)
     data = work / f"{model}-{base.resolution}"
     if not data.is_dir():
         count = 64

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import tables
 from lcmlora import config
+from lcmlora.bases import description
 
 PRESETS = ("sd15", "sd21", "sdxl", "ssd1b")
 PICTURES = (10_000, 1_000_000, 12_000_000)
@@ -49,7 +50,6 @@ def count(name: str, settings: config.Config) -> Preset:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lcmlora import bases
     from lcmlora.adapters import lora
     from lcmlora.data.latents.encode import _ROW_BYTES
     from lcmlora.diffusion.sampling import STUDENT, network_evaluations
@@ -57,7 +57,7 @@ def count(name: str, settings: config.Config) -> Preset:
 
     base, distill, evaluation = settings.base(name), settings.distill_for(name), settings.evaluation_for(name)
     side = base.resolution // 8
-    architecture = bases.unet_config(base, Path("bases", name))
+    architecture = description.unet_config(base, Path("bases", name))
     width, pooled = architecture["cross_attention_dim"], 1280 if "addition_embed_type" in architecture else 0
 
     def operations(run: Callable[[], Any]) -> float:

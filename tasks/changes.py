@@ -6,6 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from lcmlora import config
+from lcmlora.bases import fetching
 from lcmlora.data import changes
 
 
@@ -18,4 +19,4 @@ def read_data_state(settings: config.Config) -> str:
 @task(task_run_name="look at the base of {model}", cache_policy=NO_CACHE)
 def read_base_state(model: str, settings: config.Config) -> str:
     """Returns a local base's digest, or the commit of the hub's repository."""
-    return changes.base_state(model, settings.base(model))
+    return fetching.base_state(model, settings.base(model))

@@ -32,9 +32,9 @@ class Champion:
 @task(task_run_name="fetch base {model}", cache_policy=NO_CACHE)
 def fetch_base(model: str, settings: config.Config) -> Path:
     """Puts the base at bases/MODEL and returns the folder."""
-    from lcmlora.bases import folders
+    from lcmlora.bases import fetching
 
-    return folders.fetch(model, settings.base(model))
+    return fetching.fetch(model, settings.base(model))
 
 
 @task(task_run_name="figures {model}", cache_policy=NO_CACHE)

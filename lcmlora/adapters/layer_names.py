@@ -14,11 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from lcmlora.bases.examination.structure import check_class
-from lcmlora.bases.examination.weightfiles import json_of
 from lcmlora.errors import UserError
 
 _RESNET = {
@@ -72,7 +69,6 @@ def describe(
     from torch import nn
 
     with torch.device("meta"):
-        check_class(Path("unet/config.json"), config, "UNet2DConditionModel")
         try:
             unet = UNet2DConditionModel.from_config(config)
         except Exception as error:  # of a foreign configuration, whatever it leads to
@@ -87,30 +83,6 @@ def describe(
     else:
         family = "sd2" if config.get("use_linear_projection") else "sd1"
     return Architecture(family, shapes, resolution, prediction_type)
-
-
-def of_folder(folder: Path) -> Architecture:
-    """Returns the architecture of the diffusers base in `folder`, which needs no weights there.
-
-    Raises:
-        UserError: unet/config.json is missing or is not that of a UNet.
-    """
-    config = _read(folder / "unet" / "config.json")
-    if config is None:
-        raise UserError(f"{folder}/unet/config.json: no such file; expected the folder of a diffusers base")
-    vae = _read(folder / "vae" / "config.json") or {}
-    scheduler = _read(folder / "scheduler" / "scheduler_config.json") or {}
-    blocks = vae.get("block_out_channels")
-    factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and 1 <= len(blocks) <= 16 else 8
-    size = config.get("sample_size")
-    try:
-        return describe(
-            config,
-            resolution=size * factor if isinstance(size, int) else None,
-            prediction_type=scheduler.get("prediction_type"),
-        )
-    except UserError as error:
-        raise UserError(f"{folder}/unet/config.json: {str(error).removeprefix('unet/config.json: ')}") from error
 
 
 @cache
@@ -162,9 +134,3 @@ def _numbers(names: Iterable[str], pattern: str) -> list[str]:
     """Returns the different numbers that the pattern's group finds at the start of names, in order."""
     found = {match[1] for name in names if (match := re.match(pattern, name))}
     return sorted(found, key=int)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    return json_of(path)

@@ -6,11 +6,9 @@ prediction type, VAE scaling) is read there and never configured.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lcmlora.adapters import lora
-from lcmlora.bases.examination import examine, structure
+from lcmlora.bases.examination import examine
 from lcmlora.bases.examination.examine import Examination
 from lcmlora.bases.examination.weightfiles import json_of
 from lcmlora.bases.folders import variant
@@ -29,80 +27,6 @@ from lcmlora.patches.attention import direct_attention, widen_attention
 # What a UNet is given besides latents and timestep: `encoder_hidden_states` (B, T, C) and, for the SDXL family,
 # `text_embeds` (B, P) and `time_ids` (B, 6).
 Conditioning = dict[str, Tensor]
-
-
-def unet_config(base: Base, folder: Path) -> dict[str, Any]:
-    """Returns the configuration of the base's UNet, without its weights.
-
-    It is that of the base at `folder`, else that of a local source (or of the `config` that a single file goes with),
-    else the one that comes with this package for the published bases, which holds what differs from diffusers'
-    defaults.
-
-    Raises:
-        UserError: there is none of these, or a file that is not JSON.
-    """
-    config = _local_json(base, folder, "unet/config.json")
-    if config is not None:
-        return config
-    packaged = json.loads(resources.files("lcmlora").joinpath("architectures.json").read_text(encoding="utf-8"))
-    for hub_id in (base.source, base.config):
-        if hub_id in packaged:
-            return dict(packaged[hub_id])
-    raise UserError(
-        f"{folder}/unet/config.json: no such file, and the architecture of {base.source} does not come with lcmlora; "
-        f"run `lcmlora fetch {folder.name}`"
-    )
-
-
-def _local_json(base: Base, folder: Path, file: str) -> dict[str, Any] | None:
-    places = [folder, Path(base.source), *([Path(base.config)] if base.config else [])]
-    path = next((place / file for place in places if (place / file).is_file()), None)
-    return None if path is None else json_of(path)
-
-
-@dataclass(frozen=True)
-class Description:
-    """A base by its configuration alone."""
-
-    name: str
-    source: str
-    resolution: int  # pixels
-    unet_parameters: int
-    lora_parameters: int
-    adapted_layers: int
-    prediction_type: str | None  # None where no scheduler configuration is at hand
-
-
-def describe(name: str, base: Base, folder: Path, rank: int, alpha: float) -> Description:
-    """Counts the UNet of a base and an adapter of this rank on it, on torch's meta device: no weights, no memory.
-
-    Raises:
-        UserError: the UNet's configuration is not at hand, or diffusers cannot build a UNet from it.
-    """
-    from diffusers import UNet2DConditionModel
-
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    scheduler = _local_json(base, folder, "scheduler/scheduler_config.json") or {}
-    config = unet_config(base, folder)
-    with torch.device("meta"):
-        try:
-            structure.check_unet(folder / "unet" / "config.json", config)
-            unet = UNet2DConditionModel.from_config(config)
-        except UserError:
-            raise
-        except Exception as error:  # of a foreign configuration, whatever it leads to
-            raise UserError(f"bases.{name}: diffusers cannot build a UNet from its configuration: {error}") from error
-        parameters = sum(p.numel() for p in unet.parameters())
-        adapter = lora.inject(unet, rank, alpha, seed=0)
-    return Description(
-        name=name,
-        source=base.source,
-        resolution=base.resolution,
-        unet_parameters=parameters,
-        lora_parameters=sum(p.numel() for p in adapter.values()),
-        adapted_layers=lora.adapted_layers(unet),
-        prediction_type=scheduler.get("prediction_type"),
-    )
 
 
 @dataclass

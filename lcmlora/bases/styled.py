@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from lcmlora import bases
-from lcmlora.adapters import formats, layer_names, lora, tensorfile
+from lcmlora.adapters import formats, lora, tensorfile
+from lcmlora.bases import architecture
+from lcmlora.bases.base import load, write
 from lcmlora.bases.examination.examine import examine
 from lcmlora.config import Base
 from lcmlora.errors import UserError
@@ -46,13 +47,13 @@ def make(name: str, base: Base, plain: Path, target: Path) -> None:
         return
     if target.exists() and not target.is_symlink() and not marker.is_file():
         raise UserError(f"{target} is in the way of {plain} with the style {weights}; move it or rename the base")
-    style = formats.read(weights, layer_names.of_folder(plain))
-    loaded = bases.load(name, base, plain, device=torch.device("cpu"), parts=("unet",))
+    style = formats.read(weights, architecture.of_folder(plain))
+    loaded = load(name, base, plain, device=torch.device("cpu"), parts=("unet",))
     factors = {name: (layer.down, base.style.weight * layer.folded.up.float()) for name, layer in style.layers.items()}
     lora.put(loaded.unet, factors, str(weights))
     loaded.unet.to(_dtype(plain))
     with atomic_folder(target) as folder:
-        bases.write(loaded, folder)
+        write(loaded, folder)
         (folder / MARKER).write_text(wanted, encoding="utf-8")
         if target.is_symlink():  # the base was a folder before
             target.unlink()

@@ -100,13 +100,13 @@ def list_bases(
     Example: lcmlora bases
     """
     config = _configure(context)
-    from lcmlora.bases import overview
+    from lcmlora.bases import description
 
-    rows = overview.rows(config)
+    rows = description.rows(config)
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        overview.print_table(rows)
+        description.print_table(rows)
 
 
 @app.command()
@@ -150,11 +150,11 @@ def fetch(context: typer.Context, model: Model) -> None:
     Example: lcmlora fetch sd15
     """
     config = _configure(context)
-    from lcmlora.bases import folders
+    from lcmlora.bases import fetching
     from lcmlora.bases.examination import examine
 
     base = config.base(model)
-    folder = folders.fetch(model, base)
+    folder = fetching.fetch(model, base)
     say(folder)
     note(f"{model}: {examine.examine(model, folder, base.variant)}")
 

@@ -9,14 +9,13 @@ s3://bucket/prefix/MODEL/sha256-...               a published release, or a chan
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lcmlora import bases
-from lcmlora.adapters import layer_names, lora, tensorfile
+from lcmlora.adapters import lora, tensorfile
 from lcmlora.adapters.layer_names import Architecture
-from lcmlora.bases import folders
+from lcmlora.bases import architecture, folders
 from lcmlora.config import Base, Config, Publish
 from lcmlora.errors import UserError
 from lcmlora.io import terminal
@@ -208,10 +207,7 @@ class BaseReference:
 
     def architecture(self) -> Architecture:
         """Returns its layers by its configuration alone."""
-        if (self.folder / "unet" / "config.json").is_file():
-            return replace(layer_names.of_folder(self.folder), resolution=self.settings.resolution)
-        config = bases.unet_config(self.settings, self.folder)
-        return layer_names.describe(config, resolution=self.settings.resolution)
+        return architecture.of_base(self.settings, self.folder)
 
 
 def find_base(wanted: str | None, adapter: AdapterReference, config: Config | None) -> BaseReference | None:
@@ -238,7 +234,7 @@ def find_base(wanted: str | None, adapter: AdapterReference, config: Config | No
 
 def _at(folder: Path, adapter: AdapterReference) -> BaseReference:
     folders.check_folder(folder)
-    resolution = adapter.resolution or layer_names.of_folder(folder).resolution
+    resolution = adapter.resolution or architecture.of_folder(folder).resolution
     if resolution is None:
         raise UserError(f"{folder}/unet/config.json: sample_size tells no resolution; name a base of params.yaml")
     base = Base(source=str(folder), resolution=resolution, variant=folders.variant(folder), license="unknown")

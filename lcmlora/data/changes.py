@@ -7,9 +7,8 @@ import os
 import stat
 from pathlib import Path
 
-from lcmlora.config import Base
 from lcmlora.data.reading.tree import Links, walk
-from lcmlora.errors import Unavailable, UserError
+from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file
 from lcmlora.io.remote import Files
 
@@ -49,28 +48,3 @@ def fingerprint(path: Path | str, links: str = "refuse") -> str:
             told = (path / name).stat()
             known.update(f"{name}\0{told.st_size}\0{told.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return known.hexdigest()
-
-
-def base_state(name: str, base: Base) -> str:
-    """Returns a local base's fingerprint, or the commit at which the hub's repository is now; with that of its style.
-
-    Raises:
-        Unavailable: the hub does not answer.
-        UserError: there is no such folder, file or repository.
-    """
-    if base.style is not None:
-        plain = base_state(name, base.model_copy(update={"style": None}))
-        return f"{plain} {fingerprint(Path(base.style.source))}"
-    if base.revision is None:
-        return fingerprint(Path(base.source))
-    from httpx2 import HTTPError  # which the hub's client does not turn into an error of its own
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        head = HfApi().model_info(base.source, timeout=30).sha
-    except (RepositoryNotFoundError, GatedRepoError) as error:
-        raise UserError(f"bases.{name}: {base.source}: {' '.join(str(error).split())}") from error
-    except (HTTPError, OSError) as error:
-        raise Unavailable(f"bases.{name}: the hub does not answer: {' '.join(str(error).split())}") from error
-    return str(head)

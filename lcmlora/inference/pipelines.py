@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
 
 from lcmlora import bases, noise
-from lcmlora.adapters import layer_names, tensorfile
-from lcmlora.bases import folders, singlefile
+from lcmlora.adapters import tensorfile
+from lcmlora.bases import architecture, fetching, folders, plain, singlefile
 from lcmlora.cli import references
 from lcmlora.config import Base
 from lcmlora.diffusion import sampling
@@ -179,54 +178,23 @@ def load(
     place = bases.pick_device(device)
     base_folder = _base(folder, provenance["base"], base)
     variant = provenance["base"].get("variant") or folders.variant(base_folder)
-    plain = assemble(folder, base_folder, variant, bases.pick_dtype("auto", place)).to(place)
-    _add(plain, folder, fuse)
-    plain.watermark = None  # SDXL's, which depends on the packages that happen to be installed
-    resolution = provenance.get("resolution") or layer_names.of_folder(base_folder).resolution
+    pipeline = plain.assemble(base_folder, folder / bundle.SCHEDULER, variant, bases.pick_dtype("auto", place))
+    pipeline = pipeline.to(place)
+    _add(pipeline, folder, fuse)
+    pipeline.watermark = None  # SDXL's, which depends on the packages that happen to be installed
+    resolution = provenance.get("resolution") or architecture.of_folder(base_folder).resolution
     if resolution is None:
         raise UserError(f"{folder / bundle.PROVENANCE}: resolution: expected pixels, and {base_folder} does not tell")
-    pipeline = Pipeline(
-        pipeline=plain,
+    ready = Pipeline(
+        pipeline=pipeline,
         sampler=references.sampler_of(folder, provenance) or references.Sampler(),
         provenance=provenance,
         resolution=resolution,
     )
     if warm:
-        side = _WARM_UNITS * pipeline.size_unit
-        pipeline("", steps=1, width=side, height=side)
-    return pipeline
-
-
-def assemble(folder: Path, base: Path, variant: str | None, dtype: torch.dtype) -> Any:
-    """Returns the base as a diffusers pipeline on the CPU, with the scheduler of the release and without its adapter.
-
-    Raises:
-        UserError: diffusers cannot load the base or the scheduler, or these do not go together.
-    """
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    # Parts that drawing does not need, such as SD-V1.5's safety checker, are not downloaded.
-    listed = _read(base / "model_index.json")
-    absent = {n: None for n, part in listed.items() if isinstance(part, list) and not (base / n).exists()}
-    try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            base, dtype=dtype, variant=variant, use_safetensors=True, **absent
-        )
-        settings = _read(folder / bundle.SCHEDULER)
-        scheduler = getattr(diffusers, settings["_class_name"]).from_config(settings)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder / bundle.SCHEDULER}: plain diffusers cannot load it or {base}: {reason}") from error
-    mine, theirs = scheduler.config.prediction_type, pipeline.scheduler.config.prediction_type
-    if mine != theirs:
-        raise UserError(f"{folder / bundle.SCHEDULER}: prediction_type is {mine!r}, the base in {base} has {theirs!r}")
-    pipeline.scheduler = scheduler
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        side = _WARM_UNITS * ready.size_unit
+        ready("", steps=1, width=side, height=side)
+    return ready
 
 
 def _add(pipeline: Any, folder: Path, fuse: bool) -> None:
@@ -282,7 +250,7 @@ def _download(source: str, revision: str, variant: str | None) -> Path:
     name = f"{source.replace('/', '--')}@{revision}" + (f".{variant}" if variant else "")
     # Resolution and licence play no part in a download.
     base = Base(source=source, revision=revision, variant=variant, resolution=1, license="unknown")
-    return folders.fetch(name, base, cache / "bases")
+    return fetching.fetch(name, base, cache / "bases")
 
 
 def _read(path: Path) -> dict[str, Any]:

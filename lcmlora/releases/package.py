@@ -122,9 +122,10 @@ def package(
 
 def _check_adapter(weights: Path, base_folder: Path) -> None:
     """Raises UserError where the weights are no finite adapter of this base."""
-    from lcmlora.adapters import formats, layer_names
+    from lcmlora.adapters import formats
+    from lcmlora.bases import architecture
 
-    formats.read(weights, layer_names.of_folder(base_folder))
+    formats.read(weights, architecture.of_folder(base_folder))
 
 
 def kohya_name(model: str) -> str:
@@ -159,9 +160,10 @@ def _study_of(adapter: Path, studied: Path) -> dict[str, Any]:
 
 def _export(weights: Path, out: Path, base: Base, base_folder: Path, alpha: float) -> None:
     """Writes the kohya file. Raises UserError where it would not have the diffusers file's effect to the last bit."""
-    from lcmlora.adapters import formats, layer_names
+    from lcmlora.adapters import formats
+    from lcmlora.bases import architecture
 
-    structure = replace(layer_names.of_folder(base_folder), resolution=base.resolution)
+    structure = replace(architecture.of_folder(base_folder), resolution=base.resolution)
     error = formats.write(formats.read(weights, structure), out, formats.KOHYA, structure, alpha=alpha)
     if error:
         raise UserError(f"{out}: its effect is {error:.1e} away from that of {WEIGHTS}, expected none; not released")
@@ -189,15 +191,14 @@ class Witness:
         import torch
         from safetensors.torch import load_file
 
-        from lcmlora.bases.base import pick_device, pick_dtype
-        from lcmlora.inference import pipelines
+        from lcmlora.bases import pick_device, pick_dtype, plain
 
         # An adapter of a half-precision base is saved in fp16, so its file tells how the probe was computed.
         first = next(iter(load_file(release / WEIGHTS).values()))
         self._base_folder = base_folder
         self._device = pick_device("auto")
         dtype = torch.float32 if first.dtype == torch.float32 else pick_dtype(precision, self._device)
-        self._pipeline = pipelines.assemble(release, base_folder, base.variant, dtype).to(self._device)
+        self._pipeline = plain.assemble(base_folder, release / SCHEDULER, base.variant, dtype).to(self._device)
         self._probe = {name: tensor.to(self._device) for name, tensor in load_file(probe).items()}
 
     def prove(self, weights: Path) -> Proof:

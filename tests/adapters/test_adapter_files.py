@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from lcmlora.adapters import formats, layer_names, lora, peft_settings, tensorfile
+from lcmlora.adapters import formats, lora, peft_settings, tensorfile
 from lcmlora.adapters.layer_names import Architecture
-from lcmlora.bases import styled
+from lcmlora.bases import architecture, styled
 from lcmlora.cli import references
 from lcmlora.config import Base
 from lcmlora.errors import UserError
@@ -24,7 +24,7 @@ QUERY = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 @pytest.fixture(scope="session")
 def sd15(miniatures: Miniatures) -> Architecture:
-    return layer_names.of_folder(miniatures("sd15"))
+    return architecture.of_folder(miniatures("sd15"))
 
 
 def _one() -> dict[str, Tensor]:

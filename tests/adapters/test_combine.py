@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcmlora.adapters import combine, formats, layer_names, lora
+from lcmlora.adapters import combine, formats, lora
 from lcmlora.adapters.formats import DIFFUSERS, KOHYA, Adapter
+from lcmlora.bases import architecture
 from lcmlora.bases.base import LoadedBase
 from lcmlora.cli.references import AdapterReference, Sampler
 from lcmlora.errors import UserError
@@ -36,7 +37,7 @@ def _reference(path: Path, digest: str | None = None, **facts: object) -> Adapte
 @pytest.mark.parametrize("style", [DIFFUSERS, KOHYA])
 def test_one_adapter_is_what_diffusers_draws_with_both(miniatures: Miniatures, tmp_path: Path, name: str, style: str):
     base, first, second = _two(miniatures, name)
-    structure = layer_names.of_folder(base.folder)
+    structure = architecture.of_folder(base.folder)
     pipeline = adapters.pipeline(base.folder)
     for part, adapter in (("A", first), ("B", second)):
         formats.write(adapter, tmp_path / f"{part}.safetensors", DIFFUSERS)
@@ -91,7 +92,7 @@ def test_half_precision_parts_make_a_half_precision_sum(miniatures: Miniatures, 
 
 def test_the_folder_says_what_it_was_made_of_and_how_to_draw_with_it(miniatures: Miniatures, tmp_path: Path):
     base, style, student = _two(miniatures, "sdxl")
-    structure = layer_names.of_folder(base.folder)
+    structure = architecture.of_folder(base.folder)
     formats.write(style, tmp_path / "style.safetensors", KOHYA, structure)
     formats.write(student, tmp_path / lora.WEIGHTS, DIFFUSERS)
     (tmp_path / "scheduler_config.json").write_text('{"_class_name": "TCDScheduler"}')

@@ -12,6 +12,7 @@ from torch import Tensor
 from lcmlora.adapters import combine, formats, layer_names, lora, peft_settings, spellings, tensorfile
 from lcmlora.adapters.formats import DIFFUSERS, KOHYA
 from lcmlora.adapters.layer_names import Architecture
+from lcmlora.bases import architecture
 from lcmlora.cli.references import AdapterReference
 from lcmlora.errors import UserError
 
@@ -23,12 +24,12 @@ ENDLESS = "(a|a|b|[a-z._0-9]+)+X"  # exponential in a layer's name where it is r
 
 @pytest.fixture(scope="session")
 def sdxl(miniatures: Miniatures) -> Architecture:
-    return layer_names.of_folder(miniatures("sdxl"))
+    return architecture.of_folder(miniatures("sdxl"))
 
 
 @pytest.fixture(scope="session")
 def sd15(miniatures: Miniatures) -> Architecture:
-    return layer_names.of_folder(miniatures("sd15"))
+    return architecture.of_folder(miniatures("sd15"))
 
 
 def _factors(base: Architecture, only: str, rank: int = 4) -> Factors:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lcmlora.adapters import formats, layer_names, lora
 from lcmlora.adapters.formats import DIFFUSERS, KOHYA, Adapter, Layer
+from lcmlora.bases import architecture
 from lcmlora.errors import UserError
 from tests.support import adapters
 from tests.support.miniature import ARCHITECTURES, HUB_IDS, PUBLISHED
@@ -39,7 +40,7 @@ def student(miniatures: Miniatures) -> Adapter:
 
 @pytest.fixture
 def base(miniatures: Miniatures) -> layer_names.Architecture:
-    return layer_names.of_folder(miniatures("sd15"))
+    return architecture.of_folder(miniatures("sd15"))
 
 
 # --- round trips ------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def test_diffusers_to_kohya_to_diffusers_gives_the_same_tensors(
 ):
     base = adapters.load(miniatures(name))
     adapters.train(base, rank=4, alpha=alpha)
-    structure = layer_names.of_folder(base.folder)
+    structure = architecture.of_folder(base.folder)
     first, second, third = (tmp_path / f"{number}.safetensors" for number in range(3))
     assert formats.write(adapters.adapter_of(base), first, DIFFUSERS) == 0
     there = formats.convert(first, second, KOHYA, structure)
@@ -75,7 +76,7 @@ def test_plain_diffusers_draws_the_same_with_either_file(miniatures: Miniatures,
     pipeline = adapters.pipeline(miniatures(name))
     for style in (DIFFUSERS, KOHYA):
         path = tmp_path / f"{style}.safetensors"
-        assert formats.write(adapter, path, style, layer_names.of_folder(base.folder), alpha=8) == 0
+        assert formats.write(adapter, path, style, architecture.of_folder(base.folder), alpha=8) == 0
         pipeline.load_lora_weights(path)
         assert adapters.loaded_layers(pipeline.unet) == lora.adapted_layers(base.unet)
         error = (adapters.forward(base, pipeline.unet) - student).abs().max()
@@ -117,7 +118,7 @@ def test_the_published_files_spelling_alpha_and_rank_are_read(miniatures: Miniat
         tensors[f"{stem}.alpha"] = torch.tensor(8.0)
     save_file({n: t.half() for n, t in tensors.items()}, tmp_path / "published.safetensors", metadata={"format": "pt"})
     made = formats.convert(
-        tmp_path / "published.safetensors", tmp_path / "ours.safetensors", KOHYA, layer_names.of_folder(base.folder)
+        tmp_path / "published.safetensors", tmp_path / "ours.safetensors", KOHYA, architecture.of_folder(base.folder)
     )
     assert (made.rank, made.alpha, made.error) == (64, (8.0,), 0)
     keys = load_file(tmp_path / "ours.safetensors").keys()
@@ -177,7 +178,7 @@ def test_layers_of_different_ranks_are_one_rank_and_one_alpha_to_kohya_and_the_s
     pipeline = adapters.pipeline(miniatures("sdxl"))
     for style in (DIFFUSERS, KOHYA):
         path = tmp_path / f"{style}.safetensors"
-        assert formats.write(mixed, path, style, layer_names.of_folder(base.folder)) == 0
+        assert formats.write(mixed, path, style, architecture.of_folder(base.folder)) == 0
         pipeline.load_lora_weights(path)
         outputs.append(adapters.forward(base, pipeline.unet))
         pipeline.unload_lora_weights()
@@ -334,9 +335,9 @@ def test_an_adapter_of_another_base_is_refused_by_its_first_layer(
     student: Adapter, miniatures: Miniatures, written: Path
 ):
     with pytest.raises(UserError, match=r"holds down_blocks_0_attentions_0_proj_in, which this base does not have"):
-        formats.read(written, layer_names.of_folder(miniatures("sdxl")))
+        formats.read(written, architecture.of_folder(miniatures("sdxl")))
     with pytest.raises(UserError, match=r"proj_in is \(4, 8, 1, 1\) .* takes \(4, 8\) .*made for another base"):
-        formats.read(written, layer_names.of_folder(miniatures("sd2")))
+        formats.read(written, architecture.of_folder(miniatures("sd2")))
     with pytest.raises(UserError, match=r"its layers are those of none of stable-diffusion-v1-5/.*; name the base"):
         formats.read(written)
     with pytest.raises(UserError, match="which this base does not have: it was made for another base"):
@@ -344,7 +345,7 @@ def test_an_adapter_of_another_base_is_refused_by_its_first_layer(
             replace(student, layers={"nowhere": student.layers[QUERY]}),
             written,
             KOHYA,
-            layer_names.of_folder(miniatures("sd15")),
+            architecture.of_folder(miniatures("sd15")),
         )
 
 
@@ -386,7 +387,7 @@ def test_kohyas_header_says_what_programs_ask(
     live = adapters.load(miniatures(name))
     adapters.train(live, rank=4, alpha=8)
     path = tmp_path / "a.safetensors"
-    formats.write(adapters.adapter_of(live), path, KOHYA, layer_names.of_folder(live.folder), title="mine", alpha=8)
+    formats.write(adapters.adapter_of(live), path, KOHYA, architecture.of_folder(live.folder), title="mine", alpha=8)
     header = adapters.header(path)
     assert header.pop("modelspec.hash_sha256").startswith("0x")
     assert header == {

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from lcmlora.adapters import layer_names, lora
+from lcmlora.bases import architecture
 from lcmlora.errors import UserError
 from tests.support import original
 from tests.support.miniature import ARCHITECTURES, HUB_IDS, PUBLISHED, RESOLUTION
@@ -89,15 +90,15 @@ def test_a_bases_folder_tells_its_architecture_without_weights(
     miniatures: Callable[[str], Path], tmp_path: Path, name: str, family: str, prediction: str
 ):
     folder = shutil.copytree(miniatures(name), tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
-    base = layer_names.of_folder(folder)
+    base = architecture.of_folder(folder)
     assert (base.family, base.resolution, base.prediction_type) == (family, RESOLUTION, prediction)
     assert base.kohya.keys() <= _published(name).shapes.keys()
 
 
 def test_a_folder_that_is_no_base_is_refused_by_name(tmp_path: Path):
     with pytest.raises(UserError, match=r"unet/config.json: no such file; expected the folder of a diffusers base"):
-        layer_names.of_folder(tmp_path)
+        architecture.of_folder(tmp_path)
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet/config.json").write_text('{"block_out_channels": [8]}')
     with pytest.raises(UserError, match=r"unet/config.json: diffusers cannot build a UNet"):
-        layer_names.of_folder(tmp_path)
+        architecture.of_folder(tmp_path)

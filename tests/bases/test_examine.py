@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from lcmlora import bases
-from lcmlora.bases import folders
+from lcmlora.bases import fetching, folders
 from lcmlora.bases.examination import examine, structure
 from lcmlora.config import Base
 from lcmlora.errors import UserError
@@ -538,7 +538,7 @@ def test_the_digest_is_the_same_where_nothing_that_draws_has_changed(
 
 def test_a_fetched_base_is_read_once_and_again_when_a_file_changes(mini: Path, tmp_path: Path):
     root = tmp_path / "bases"
-    folder = folders.fetch("mine", _settings(mini), root)
+    folder = fetching.fetch("mine", _settings(mini), root)
     found, record = examine.examine("mine", folder), root / examine.RECORDS / "mine.json"
     kept = json.loads(record.read_text())
     assert kept["found"]["digest"] == found.digest
@@ -566,7 +566,7 @@ def test_a_base_that_was_never_fetched_is_examined_too_and_leaves_nothing_behind
 def test_a_faulty_base_is_not_linked(mini: Path, tmp_path: Path):
     _remove(TOKENIZER)(mini)
     with pytest.raises(UserError, match=r"tokenizer: has no vocab\.json and merges\.txt"):
-        folders.fetch("mine", _settings(mini), tmp_path / "bases")
+        fetching.fetch("mine", _settings(mini), tmp_path / "bases")
     assert not (tmp_path / "bases" / "mine").exists()
 
 
@@ -585,9 +585,9 @@ def test_what_is_no_base_folder_says_what_it_seems_to_be(mini: Path, tmp_path: P
         mini: r"its network is a transformer \(as Flux, SD3 or PixArt\)",
     }.items():
         with pytest.raises(UserError, match=message):
-            folders.fetch("mine", _settings(path), tmp_path / "bases")
+            fetching.fetch("mine", _settings(path), tmp_path / "bases")
     with pytest.raises(UserError, match="is a pickle"):
-        folders.fetch("mine", _settings(Path("MODEL.CKPT")), tmp_path / "bases")
+        fetching.fetch("mine", _settings(Path("MODEL.CKPT")), tmp_path / "bases")
 
 
 def test_a_variant_is_examined_in_its_own_files(mini: Path, tmp_path: Path):

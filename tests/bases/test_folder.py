@@ -6,7 +6,7 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from lcmlora.bases import folders
+from lcmlora.bases import fetching, folders
 from lcmlora.config import Base
 from lcmlora.errors import Unavailable, UserError
 from tests.support.miniature import RESOLUTION, save_base
@@ -20,14 +20,14 @@ def _settings(source: str | Path) -> Base:
 def test_fetch_links_a_local_folder_once_and_follows_a_change(base_folder: Path, tmp_path: Path):
     root = tmp_path / "bases"
     for _ in range(2):
-        folder = folders.fetch("mine", _settings(base_folder), root)
+        folder = fetching.fetch("mine", _settings(base_folder), root)
     assert folder == root / "mine" and folder.resolve() == base_folder.resolve()
     other = save_base(tmp_path / "other")
-    assert folders.fetch("mine", _settings(other), root).resolve() == other.resolve()
+    assert fetching.fetch("mine", _settings(other), root).resolve() == other.resolve()
 
 
 def _fetched(base_folder: Path, root: Path) -> Path:
-    return folders.fetch("mine", _settings(base_folder), root).resolve()
+    return fetching.fetch("mine", _settings(base_folder), root).resolve()
 
 
 @pytest.mark.slow
@@ -40,14 +40,14 @@ def test_twelve_processes_fetch_one_base(base_folder: Path, tmp_path: Path):
 def test_fetch_never_replaces_a_folder_that_stands_in_the_way(base_folder: Path, tmp_path: Path):
     (tmp_path / "bases" / "mine").mkdir(parents=True)
     with pytest.raises(UserError, match="is in the way of the link"):
-        folders.fetch("mine", _settings(base_folder), tmp_path / "bases")
+        fetching.fetch("mine", _settings(base_folder), tmp_path / "bases")
 
 
 def test_fetch_wants_a_pinned_revision_for_a_hub_id_and_a_whole_folder(tmp_path: Path):
     with pytest.raises(UserError, match="some/model is a hub id and needs a pinned commit"):
-        folders.fetch("mine", _settings("some/model"), tmp_path)
+        fetching.fetch("mine", _settings("some/model"), tmp_path)
     with pytest.raises(UserError, match=r"nowhere: no such base folder"):
-        folders.fetch("mine", _settings("./nowhere"), tmp_path)
+        fetching.fetch("mine", _settings("./nowhere"), tmp_path)
 
 
 def _hub(revision: str) -> Base:
@@ -64,7 +64,7 @@ def test_a_download_that_came_incomplete_is_refused_and_tried_again(
     _offline(monkeypatch)  # the hub's client takes what is there
     settings, target = _hub("a" * 40), tmp_path / "mine"
     with pytest.raises(Unavailable, match=r"bases.mine: cannot download some/base at aaaa"):
-        folders.fetch("mine", settings, tmp_path)
+        fetching.fetch("mine", settings, tmp_path)
     assert not target.exists()
     shutil.copytree(base_folder, target)
     (tmp_path / ".mine.begun").write_text(f"some/base@{'a' * 40} \n")
@@ -73,10 +73,10 @@ def test_a_download_that_came_incomplete_is_refused_and_tried_again(
     tokenizer.unlink()
     for _ in range(2):
         with pytest.raises(UserError, match=r"or what arrived of it, is no base .*/tokenizer: has no vocab\.json and"):
-            folders.fetch("mine", settings, tmp_path)
+            fetching.fetch("mine", settings, tmp_path)
     tokenizer.write_bytes(content)
-    assert folders.fetch("mine", settings, tmp_path) == target
-    assert folders.fetch("mine", settings, tmp_path) == target and not (tmp_path / ".mine.begun").exists()
+    assert fetching.fetch("mine", settings, tmp_path) == target
+    assert fetching.fetch("mine", settings, tmp_path) == target and not (tmp_path / ".mine.begun").exists()
 
 
 @pytest.mark.parametrize("marker", ["mine/.revision", ".mine.begun"])
@@ -87,13 +87,13 @@ def test_another_revision_is_never_taken_for_the_one_that_is_asked_for(
     shutil.copytree(base_folder, tmp_path / "mine")
     (tmp_path / marker).write_text(f"some/base@{'a' * 40} \n")
     with pytest.raises(Unavailable, match="cannot download some/base at bbbb"):
-        folders.fetch("mine", _hub("b" * 40), tmp_path)
+        fetching.fetch("mine", _hub("b" * 40), tmp_path)
 
 
 def test_a_folder_that_stands_in_the_way_of_a_download_stays(base_folder: Path, tmp_path: Path):
     shutil.copytree(base_folder, tmp_path / "mine")
     with pytest.raises(UserError, match="is in the way of the download of some/base"):
-        folders.fetch("mine", _hub("a" * 40), tmp_path)
+        fetching.fetch("mine", _hub("a" * 40), tmp_path)
     assert (tmp_path / "mine" / "unet" / "config.json").is_file()
 
 
@@ -174,7 +174,7 @@ HUB = {
 @pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("preset", HUB)
 def test_a_download_is_the_pipelines_parts_in_one_precision(preset: str, variant: str | None):
-    files = list(filter_repo_objects(HUB[preset], allow_patterns=folders.download_patterns(variant)))
+    files = list(filter_repo_objects(HUB[preset], allow_patterns=fetching.download_patterns(variant)))
     ending = f".{variant}.safetensors" if variant else ".safetensors"
     expected = {"unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"}
     if preset in ("sdxl", "ssd1b"):
@@ -186,3 +186,21 @@ def test_a_download_is_the_pipelines_parts_in_one_precision(preset: str, variant
         for file in HUB[preset]
         if file.endswith((".json", ".txt")) and not file.startswith(("safety_checker", "vae_", "files"))
     }
+
+
+def test_a_hub_that_does_not_answer_is_worth_another_try(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    base = Base(source="team/base", revision="0" * 40, resolution=64, license="mit")
+    with pytest.raises(Unavailable, match=r"^bases\.mine: the hub does not answer: "):
+        fetching.base_state("mine", base)
+
+
+def test_a_change_of_a_local_base_is_seen_also_behind_a_link(base_folder: Path, tmp_path: Path):
+    folder, elsewhere = shutil.copytree(base_folder, tmp_path / "mine"), tmp_path / "elsewhere"
+    (folder / "unet").rename(elsewhere)
+    (folder / "unet").symlink_to(elsewhere)
+    (elsewhere / "above").symlink_to(folder)  # which leads to itself
+    before = fetching.base_state("mine", _settings(folder))
+    assert fetching.base_state("mine", _settings(folder)) == before
+    (elsewhere / "config.json").write_text("{}")
+    assert fetching.base_state("mine", _settings(folder)) != before

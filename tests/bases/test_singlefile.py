@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lcmlora import bases
-from lcmlora.bases import folders
+from lcmlora.bases import fetching
 from lcmlora.config import Base
 from lcmlora.errors import UserError
 from tests.support.miniature import ARCHITECTURES, RESOLUTION, save_base
@@ -50,7 +50,7 @@ def test_a_converted_file_computes_exactly_what_the_base_does(
 ):
     original = miniatures(architecture)
     file = save_original(original, tmp_path / "mine.safetensors")
-    folder = folders.fetch("mine", _settings(file, original), root)
+    folder = fetching.fetch("mine", _settings(file, original), root)
     assert folder == root / "mine" and not list(root.rglob("*.bin"))
     ours, theirs = _load(folder), _load(original)
     captions, pictures = ["red apple", "tree"], torch.rand(2, 3, RESOLUTION, RESOLUTION) * 2 - 1
@@ -72,14 +72,14 @@ def test_a_second_fetch_does_nothing_and_a_changed_file_is_converted_anew(
     miniatures: Miniatures, tmp_path: Path, root: Path
 ):
     settings = _settings(save_original(miniatures("sd15"), tmp_path / "mine.safetensors"), miniatures("sd15"))
-    weights = folders.fetch("mine", settings, root) / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = fetching.fetch("mine", settings, root) / "unet" / "diffusion_pytorch_model.safetensors"
     first = weights.stat()
-    folders.fetch("mine", settings, root)
+    fetching.fetch("mine", settings, root)
     assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
     tensors = load_file(tmp_path / "mine.safetensors")
     bias = "model.diffusion_model.out.2.bias"
     save_file(tensors | {bias: tensors[bias] + 1}, tmp_path / "mine.safetensors")
-    folders.fetch("mine", settings, root)
+    fetching.fetch("mine", settings, root)
     assert torch.equal(load_file(weights)["conv_out.bias"], tensors[bias] + 1)
 
 
@@ -90,7 +90,7 @@ def test_the_files_precision_is_kept_and_mixed_precision_becomes_fp32(
     for name, half in {"all": tensors, "mixed": [n for n in tensors if n.startswith("model.")]}.items():
         weights = {n: t.half() if n in half else t for n, t in tensors.items()}
         save_file(weights | {"alphas_cumprod": torch.ones(1000)}, tmp_path / f"{name}.safetensors")
-        folders.fetch(name, _settings(tmp_path / f"{name}.safetensors", miniatures("sd15")), root)
+        fetching.fetch(name, _settings(tmp_path / f"{name}.safetensors", miniatures("sd15")), root)
 
     def dtypes(name: str) -> set[torch.dtype]:
         return {t.dtype for path in (root / name).rglob("*.safetensors") for t in load_file(path).values()}
@@ -107,25 +107,25 @@ def test_an_interrupted_conversion_leaves_nothing_and_the_next_is_whole(
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # a full disk in the middle of the UNet
     try:
         with pytest.raises((OSError, SafetensorError, UserError)):
-            folders.fetch("mine", settings, root)
+            fetching.fetch("mine", settings, root)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(root.iterdir()) == []
     (root / ".mine.part" / "unet").mkdir(parents=True)  # what a kill would have left
-    assert _load(folders.fetch("mine", settings, root)).latent_shape == (4, 8, 8)
+    assert _load(fetching.fetch("mine", settings, root)).latent_shape == (4, 8, 8)
     assert [path.name for path in root.iterdir() if not path.name.startswith(".")] == ["mine"]
 
 
 def test_a_linked_base_gives_way_to_a_file_and_a_folder_does_not(miniatures: Miniatures, tmp_path: Path, root: Path):
     original = miniatures("sd15")
     settings = _settings(save_original(original, tmp_path / "mine.safetensors"), original)
-    folders.fetch("mine", _settings(original, None), root)
+    fetching.fetch("mine", _settings(original, None), root)
     assert (root / "mine").is_symlink()
-    assert not folders.fetch("mine", settings, root).is_symlink()
+    assert not fetching.fetch("mine", settings, root).is_symlink()
     assert (original / "unet" / "config.json").is_file()
     (root / "other").mkdir()
     with pytest.raises(UserError, match="other is in the way of the conversion"):
-        folders.fetch("other", settings, root)
+        fetching.fetch("other", settings, root)
 
 
 Change = Callable[[dict[str, torch.Tensor]], object]
@@ -192,7 +192,7 @@ def test_a_file_with_a_fault_is_refused_by_the_tensor(
     change(tensors)
     save_file(tensors, tmp_path / "mine.safetensors")
     with pytest.raises(UserError, match=rf"mine\.safetensors.*({message})") as caught:
-        folders.fetch("mine", _settings(tmp_path / "mine.safetensors", miniatures(architecture)), root)
+        fetching.fetch("mine", _settings(tmp_path / "mine.safetensors", miniatures(architecture)), root)
     assert "\n" not in str(caught.value) and not _made(root)
 
 
@@ -215,7 +215,7 @@ def test_a_file_with_a_fault_is_refused_by_the_tensor(
 def test_a_file_of_another_kind_is_told_what_it_is(tmp_path: Path, root: Path, name: str, message: str):
     save_file({name: torch.zeros(1)}, tmp_path / "mine.safetensors")
     with pytest.raises(UserError, match=f"mine.safetensors: {message}"):
-        folders.fetch("mine", _settings(tmp_path / "mine.safetensors", None), root)
+        fetching.fetch("mine", _settings(tmp_path / "mine.safetensors", None), root)
 
 
 def test_a_configuration_that_was_put_right_is_taken(miniatures: Miniatures, tmp_path: Path, root: Path):
@@ -225,20 +225,20 @@ def test_a_configuration_that_was_put_right_is_taken(miniatures: Miniatures, tmp
     content = tokenizer.read_bytes()
     tokenizer.unlink()
     with pytest.raises(UserError, match="tokenizer"):
-        folders.fetch("mine", settings, root)
+        fetching.fetch("mine", settings, root)
     tokenizer.write_bytes(content)
-    _load(folders.fetch("mine", settings, root))
+    _load(fetching.fetch("mine", settings, root))
 
 
 def test_pickles_and_files_that_are_not_there_are_refused(tmp_path: Path, root: Path):
     for ending in ("ckpt", "pt", "bin"):
         with pytest.raises(UserError, match=rf"bases.mine.source: .*\.{ending} is a pickle.*expected .safetensors"):
-            folders.fetch("mine", _settings(tmp_path / f"mine.{ending}", None), root)
+            fetching.fetch("mine", _settings(tmp_path / f"mine.{ending}", None), root)
     with pytest.raises(UserError, match=r"mine.safetensors: no such file"):
-        folders.fetch("mine", _settings(tmp_path / "mine.safetensors", None), root)
+        fetching.fetch("mine", _settings(tmp_path / "mine.safetensors", None), root)
     (tmp_path / "mine.safetensors").write_text("not weights")
     with pytest.raises(UserError, match=r"mine.safetensors: is not a readable safetensors file"):
-        folders.fetch("mine", _settings(tmp_path / "mine.safetensors", None), root)
+        fetching.fetch("mine", _settings(tmp_path / "mine.safetensors", None), root)
     assert not _made(root)
 
 
@@ -251,7 +251,7 @@ def test_a_file_that_is_not_a_whole_checkpoint_is_refused_by_the_missing_part(
     for prefix, part in parts.items():
         save_file({n: t for n, t in tensors.items() if not n.startswith(prefix)}, tmp_path / "mine.safetensors")
         with pytest.raises(UserError, match=f"mine.safetensors: has no {part} .no tensor begins with {prefix}"):
-            folders.fetch("mine", settings, root)
+            fetching.fetch("mine", settings, root)
 
 
 @pytest.mark.parametrize(
@@ -268,11 +268,11 @@ def test_a_configuration_of_another_architecture_is_refused(
 ):
     file = save_original(miniatures(architecture), tmp_path / "mine.safetensors")
     with pytest.raises(UserError, match=f"bases.mine.config: .* does not fit .*: {message}"):
-        folders.fetch("mine", _settings(file, miniatures(config)), root)
+        fetching.fetch("mine", _settings(file, miniatures(config)), root)
     with pytest.raises(UserError, match="nowhere: no such base folder"):
-        folders.fetch("mine", _settings(file, tmp_path / "nowhere"), root)
+        fetching.fetch("mine", _settings(file, tmp_path / "nowhere"), root)
     with pytest.raises(UserError, match=r"bases.mine.variant: a single file has one precision; remove the key"):
-        folders.fetch("mine", _settings(file, miniatures(architecture), variant="fp16"), root)
+        fetching.fetch("mine", _settings(file, miniatures(architecture), variant="fp16"), root)
     assert not _made(root)
 
 
@@ -281,12 +281,12 @@ def test_a_file_marked_as_predicting_v_wants_a_scheduler_that_says_so(
 ):
     file = save_original(miniatures("sdxl"), tmp_path / "mine.safetensors", marks=("v_pred", "ztsnr"))
     with pytest.raises(UserError, match=r"marked v_pred, and its scheduler's prediction_type is epsilon"):
-        folders.fetch("mine", _settings(file, miniatures("sdxl")), root)
+        fetching.fetch("mine", _settings(file, miniatures("sdxl")), root)
     v = save_base(tmp_path / "v", "sdxl", prediction_type="v_prediction")
     with pytest.raises(UserError, match=r"marked ztsnr, and its scheduler's rescale_betas_zero_snr is False"):
-        folders.fetch("mine", _settings(file, v), root)
+        fetching.fetch("mine", _settings(file, v), root)
     zero = save_base(tmp_path / "zero", "sdxl", prediction_type="v_prediction", zero_snr=True)
-    base = _load(folders.fetch("mine", _settings(file, zero), root))
+    base = _load(fetching.fetch("mine", _settings(file, zero), root))
     assert (base.prediction_type, base.alphas_cumprod[-1].item()) == ("v_prediction", 0)
 
 

@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from lcmlora import bases
 from lcmlora.adapters import lora
-from lcmlora.bases import folders
+from lcmlora.bases import fetching, folders
 from lcmlora.config import Base, Merged
-from lcmlora.data import changes
 from lcmlora.diffusion.sampling import text_conditioning
 from lcmlora.errors import UserError
 from lcmlora.inference import pipelines
@@ -47,7 +46,7 @@ def test_a_styled_base_draws_as_the_base_with_the_lora_at_its_weight(
 ):
     plain = miniatures(architecture)
     style = _style(plain, tmp_path / "style")
-    found = folders.fetch("mine", _settings(plain, style), tmp_path / "bases")
+    found = fetching.fetch("mine", _settings(plain, style), tmp_path / "bases")
     assert found == tmp_path / "bases/mine" and not found.is_symlink()
     base, merged = _load(plain), _load(found)
     text = text_conditioning(base, ["red apple"])
@@ -69,7 +68,7 @@ def test_a_styled_base_draws_as_the_base_with_the_lora_at_its_weight(
 def test_half_precision_stays_so(tmp_path: Path):
     plain = save_base(tmp_path / "plain", "sd15", variant="fp16")
     style = _style(plain, tmp_path / "style", "fp16")
-    found = folders.fetch("mine", _settings(plain, style, variant="fp16"), tmp_path / "bases")
+    found = fetching.fetch("mine", _settings(plain, style, variant="fp16"), tmp_path / "bases")
     (weights,) = (found / "unet").glob("*.fp16.safetensors")
     assert {t.dtype for t in load_file(weights).values()} == {torch.float16}
     _load(found, "fp16")
@@ -77,46 +76,46 @@ def test_half_precision_stays_so(tmp_path: Path):
 
 def test_a_styled_base_is_made_once_and_anew_where_something_changed(base_folder: Path, tmp_path: Path):
     style, root = _style(base_folder, tmp_path / "style"), tmp_path / "bases"
-    weights = folders.fetch("mine", _settings(base_folder, style), root) / "unet/diffusion_pytorch_model.safetensors"
+    weights = fetching.fetch("mine", _settings(base_folder, style), root) / "unet/diffusion_pytorch_model.safetensors"
     first = weights.stat().st_mtime_ns
-    folders.fetch("mine", _settings(base_folder, style), root)
+    fetching.fetch("mine", _settings(base_folder, style), root)
     assert weights.stat().st_mtime_ns == first
     digest = folders.identity(_settings(base_folder, style), root / "mine")["digest"]
     heavier = _settings(base_folder, style, 1.0)
-    assert folders.identity(heavier, folders.fetch("mine", heavier, root))["digest"] != digest
+    assert folders.identity(heavier, fetching.fetch("mine", heavier, root))["digest"] != digest
     assert folders.identity(heavier, root / "mine")["style"] == f"{style} at 1"
-    assert folders.fetch("mine", _settings(base_folder), root).is_symlink()  # without the style it is the base again
-    assert not folders.fetch("mine", heavier, root).is_symlink()
+    assert fetching.fetch("mine", _settings(base_folder), root).is_symlink()  # without the style it is the base again
+    assert not fetching.fetch("mine", heavier, root).is_symlink()
 
 
 def test_a_styled_base_is_made_anew_where_another_part_of_its_base_changed(base_folder: Path, tmp_path: Path):
     plain = shutil.copytree(base_folder, tmp_path / "plain")
     settings = _settings(plain, _style(plain, tmp_path / "style"))
-    weights = folders.fetch("mine", settings, tmp_path / "bases") / "vae/diffusion_pytorch_model.safetensors"
+    weights = fetching.fetch("mine", settings, tmp_path / "bases") / "vae/diffusion_pytorch_model.safetensors"
     tensors = load_file(plain / "vae/diffusion_pytorch_model.safetensors")
     tensors["quant_conv.bias"] += 1
     save_file(tensors, plain / "vae/diffusion_pytorch_model.safetensors")
-    folders.fetch("mine", settings, tmp_path / "bases")
+    fetching.fetch("mine", settings, tmp_path / "bases")
     assert torch.equal(load_file(weights)["quant_conv.bias"], tensors["quant_conv.bias"])
 
 
 def test_what_cannot_be_summed_in_is_refused(base_folder: Path, miniatures: Callable[[str], Path], tmp_path: Path):
     with pytest.raises(UserError, match=r"bases\.mine\.style\.source: .*nowhere: no such file"):
-        folders.fetch("mine", _settings(base_folder, tmp_path / "nowhere"), tmp_path / "bases")
+        fetching.fetch("mine", _settings(base_folder, tmp_path / "nowhere"), tmp_path / "bases")
     other = _style(miniatures("sdxl"), tmp_path / "style")
     with pytest.raises(UserError, match=r"which this base does not have|made for another base"):
-        folders.fetch("mine", _settings(base_folder, other), tmp_path / "bases")
+        fetching.fetch("mine", _settings(base_folder, other), tmp_path / "bases")
     assert not (tmp_path / "bases/mine").exists()
     (tmp_path / "bases/full").mkdir()
     with pytest.raises(UserError, match="bases/full is in the way"):
-        folders.fetch("full", _settings(base_folder, _style(base_folder, tmp_path / "own")), tmp_path / "bases")
+        fetching.fetch("full", _settings(base_folder, _style(base_folder, tmp_path / "own")), tmp_path / "bases")
 
 
 def test_a_change_of_the_style_is_seen(base_folder: Path, tmp_path: Path):
     style = _style(base_folder, tmp_path / "style")
-    before = changes.base_state("mine", _settings(base_folder, style))
+    before = fetching.base_state("mine", _settings(base_folder, style))
     (style / lora.WEIGHTS).write_bytes(b"other")
-    assert changes.base_state("mine", _settings(base_folder, style)) != before
+    assert fetching.base_state("mine", _settings(base_folder, style)) != before
 
 
 def test_a_release_of_a_styled_base_asks_for_its_folder(tmp_path: Path):

@@ -3,9 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from lcmlora.config import Base
 from lcmlora.data import changes
-from lcmlora.errors import Unavailable, UserError
+from lcmlora.errors import UserError
 
 
 @pytest.fixture
@@ -67,10 +66,3 @@ def test_a_file_is_known_by_its_bytes(tmp_path: Path):
 def test_what_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"nowhere: no such file or folder$"):
         changes.fingerprint(tmp_path / "nowhere")
-
-
-def test_a_hub_that_does_not_answer_is_worth_another_try(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    base = Base(source="team/base", revision="0" * 40, resolution=64, license="mit")
-    with pytest.raises(Unavailable, match=r"^bases\.mine: the hub does not answer: "):
-        changes.base_state("mine", base)

@@ -12,8 +12,8 @@ from typer.testing import CliRunner, Result
 
 from lcmlora import bases
 from lcmlora import config as settings
-from lcmlora.adapters import formats, layer_names
-from lcmlora.bases import folders
+from lcmlora.adapters import formats
+from lcmlora.bases import architecture, fetching, folders
 from lcmlora.cli import generate
 from lcmlora.cli.main import app
 from lcmlora.config import Base
@@ -46,7 +46,7 @@ def root(
     facts = tmp_path / "adapters/mini/config.json"
     identity = folders.identity(config.base("mini"), folder)
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": identity}))
-    folders.fetch("mini", config.base("mini"))
+    fetching.fetch("mini", config.base("mini"))
     package.package(
         "mini",
         config,
@@ -105,7 +105,7 @@ def test_the_picture_is_the_one_that_plain_diffusers_draws(
         other = adapters.load(miniatures("sd15"))
         adapters.train(other, rank=2, alpha=1, seed=5)
         style = adapters.adapter_of(other, targets="attn")
-        formats.write(style, root / "style.safetensors", formats.KOHYA, layer_names.of_folder(miniatures("sd15")))
+        formats.write(style, root / "style.safetensors", formats.KOHYA, architecture.of_folder(miniatures("sd15")))
         pipeline.load_lora_weights(root / "style.safetensors", adapter_name="style")
         pipeline.set_adapters(["style", "lcm"], [style_weight, 1.0])
         options = ["--style", "style.safetensors", "--style-weight", style_weight]
@@ -247,7 +247,7 @@ def test_convert_and_combine_say_what_became_of_a_file(root: Path):
     said = invoke(
         "convert", "k.safetensors", "h.safetensors", "--format", "kohya", "--base", "mini", "--precision", "fp16"
     )
-    assert formats.read(Path("h.safetensors"), layer_names.of_folder(Path("bases/mini"))).dtype == torch.float16
+    assert formats.read(Path("h.safetensors"), architecture.of_folder(Path("bases/mini"))).dtype == torch.float16
     said = invoke(
         "combine", "--style", "k.safetensors", "--lcm", "release/mini", "--weights", "0.8", "1.0", "--out", "c"
     )

@@ -206,7 +206,7 @@ def test_a_base_of_the_hub_is_taken_from_the_cache_without_a_network(
     monkeypatch.setenv(pipelines.CACHE, str(tmp_path / "cache"))
     kept = tmp_path / "cache/bases" / f"some--base@{'a' * 40}"
     shutil.copytree(miniatures("sd15"), kept)
-    (kept / ".revision").write_text(f"some/base@{'a' * 40} \n")  # as folders.fetch leaves it
+    (kept / ".revision").write_text(f"some/base@{'a' * 40} \n")  # as fetching.fetch leaves it
     assert pipelines.load(folder, warm=False)("tree")[0].tobytes() == draw("tree")[0].tobytes()
 
 

@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lcmlora.adapters import formats, layer_names, lora
+from lcmlora.adapters import formats, lora
+from lcmlora.bases import architecture
 from lcmlora.bases.base import LoadedBase
 from lcmlora.errors import UserError
 from lcmlora.releases import package as release
@@ -127,7 +128,7 @@ def test_the_file_for_comfyui_and_a1111_is_proven_like_the_other(stages: Path, b
     assert kohya["reloaded"]["error"] < 1e-5 < kohya["reloaded"]["effect"]
     tensors = load_file(path)
     assert len(tensors) == 3 * kohya["reloaded"]["tensors"] / 2
-    base = layer_names.of_folder(base_folder)
+    base = architecture.of_folder(base_folder)
     ours, theirs = formats.read(path, base), formats.read(path.with_name(WEIGHTS), base)
     assert formats.compare(theirs, ours) == 0
     assert adapters.header(path)["modelspec.title"] == "lcm-lora-mini"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lcmlora import bases, config
-from lcmlora.bases import overview
+from lcmlora.bases import description
 from lcmlora.errors import UserError
 from tests.support.miniature import HUB_IDS, PUBLISHED, RESOLUTION
 
@@ -28,7 +28,7 @@ def _params(tmp_path: Path, entries: dict[str, Any] | None = None) -> Path:
 def test_the_shipped_presets_have_the_papers_adapters_before_anything_is_downloaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    rows = overview.rows(config.load(_params(tmp_path)), tmp_path)
+    rows = description.rows(config.load(_params(tmp_path)), tmp_path)
     counted = {r["name"]: (r["unet_parameters"], r["lora_parameters"], r["adapted_layers"]) for r in rows}
     assert (
         counted
@@ -40,7 +40,7 @@ def test_the_shipped_presets_have_the_papers_adapters_before_anything_is_downloa
         }
         == counted
     )
-    overview.print_table(rows)
+    description.print_table(rows)
     shown = capsys.readouterr().out
     for name, adapter in {
         "sd15": "67,252,224 (278)",
@@ -73,7 +73,7 @@ def test_a_base_that_cannot_be_described_says_why_and_stops_no_other(
     assert broken["reason"].startswith("broken/unet/config.json: not JSON")
     assert (mine["rank"], mine["adapted_layers"], mine["prediction_type"]) == (4, 278, "v_prediction")
     assert mine["unet_parameters"] == 546_588
-    overview.print_table(rows)
+    description.print_table(rows)
     shown = capsys.readouterr().out
     for part in ("546,588", "(278)", "v_prediction", "run `lcmlora fetch unknown`", "not JSON"):
         assert part in shown
@@ -84,13 +84,13 @@ def test_a_unets_configuration_is_the_fetched_bases_before_its_sources(
 ):
     settings = {"resolution": RESOLUTION, "license": "mit", "revision": "0" * 40}
     published = config.Base.model_validate(settings | {"source": HUB_IDS["ssd1b"]})
-    assert bases.unet_config(published, tmp_path / "absent") == PUBLISHED[HUB_IDS["ssd1b"]]
-    assert bases.unet_config(published, miniatures("sd2"))["cross_attention_dim"] == 16
+    assert description.unet_config(published, tmp_path / "absent") == PUBLISHED[HUB_IDS["ssd1b"]]
+    assert description.unet_config(published, miniatures("sd2"))["cross_attention_dim"] == 16
     file = config.Base.model_validate(settings | {"source": "my.safetensors", "config": str(miniatures("sdxl"))})
-    assert bases.unet_config(file, tmp_path / "absent")["cross_attention_dim"] == 40
+    assert description.unet_config(file, tmp_path / "absent")["cross_attention_dim"] == 40
     other = config.Base.model_validate(settings | {"source": "some/model"})
     with pytest.raises(UserError, match=r"absent/unet/config.json: no such file, .* run `lcmlora fetch absent`"):
-        bases.unet_config(other, tmp_path / "absent")
+        description.unet_config(other, tmp_path / "absent")
 
 
 def test_a_configuration_that_makes_no_unet_is_refused(tmp_path: Path):

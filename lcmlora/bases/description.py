@@ -1,0 +1,140 @@
+"""What the bases of params.yaml are and what an adapter of each would be, from their configurations alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lcmlora.bases.examination import structure
+from lcmlora.bases.examination.weightfiles import json_of
+from lcmlora.config import Base, Config
+from lcmlora.errors import UserError
+from lcmlora.io.terminal import cell
+
+
+def unet_config(base: Base, folder: Path) -> dict[str, Any]:
+    """Returns the configuration of the base's UNet, without its weights.
+
+    It is that of the base at `folder`, else that of a local source (or of the `config` that a single file goes with),
+    else the one that comes with this package for the published bases, which holds what differs from diffusers'
+    defaults.
+
+    Raises:
+        UserError: there is none of these, or a file that is not JSON.
+    """
+    config = _local_json(base, folder, "unet/config.json")
+    if config is not None:
+        return config
+    packaged = json.loads(resources.files("lcmlora").joinpath("architectures.json").read_text(encoding="utf-8"))
+    for hub_id in (base.source, base.config):
+        if hub_id in packaged:
+            return dict(packaged[hub_id])
+    raise UserError(
+        f"{folder}/unet/config.json: no such file, and the architecture of {base.source} does not come with lcmlora; "
+        f"run `lcmlora fetch {folder.name}`"
+    )
+
+
+def _local_json(base: Base, folder: Path, file: str) -> dict[str, Any] | None:
+    places = [folder, Path(base.source), *([Path(base.config)] if base.config else [])]
+    path = next((place / file for place in places if (place / file).is_file()), None)
+    return None if path is None else json_of(path)
+
+
+@dataclass(frozen=True)
+class Description:
+    """A base by its configuration alone."""
+
+    name: str
+    source: str
+    resolution: int  # pixels
+    unet_parameters: int
+    lora_parameters: int
+    adapted_layers: int
+    prediction_type: str | None  # None where no scheduler configuration is at hand
+
+
+def describe(name: str, base: Base, folder: Path, rank: int, alpha: float) -> Description:
+    """Counts the UNet of a base and an adapter of this rank on it, on torch's meta device: no weights, no memory.
+
+    Raises:
+        UserError: the UNet's configuration is not at hand, or diffusers cannot build a UNet from it.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from lcmlora.adapters import lora
+
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    scheduler = _local_json(base, folder, "scheduler/scheduler_config.json") or {}
+    config = unet_config(base, folder)
+    with torch.device("meta"):
+        try:
+            structure.check_unet(folder / "unet" / "config.json", config)
+            unet = UNet2DConditionModel.from_config(config)
+        except UserError:
+            raise
+        except Exception as error:  # of a foreign configuration, whatever it leads to
+            raise UserError(f"bases.{name}: diffusers cannot build a UNet from its configuration: {error}") from error
+        parameters = sum(p.numel() for p in unet.parameters())
+        adapter = lora.inject(unet, rank, alpha, seed=0)
+    return Description(
+        name=name,
+        source=base.source,
+        resolution=base.resolution,
+        unet_parameters=parameters,
+        lora_parameters=sum(p.numel() for p in adapter.values()),
+        adapted_layers=lora.adapted_layers(unet),
+        prediction_type=scheduler.get("prediction_type"),
+    )
+
+
+def rows(config: Config, root: Path = Path("bases")) -> list[dict[str, Any]]:
+    """Returns one row for each base: a `Description` with the adapter's `rank`, or `name`, `source` and `reason`.
+
+    A base that cannot be described says why in its row, and the others are described all the same.
+    """
+    found = []
+    for name, base in config.bases.items():
+        settings = config.distill_for(name)
+        try:
+            described = describe(name, base, root / name, settings.rank, settings.alpha)
+            found.append(dataclasses.asdict(described) | {"rank": settings.rank})
+        except UserError as error:
+            found.append({"name": name, "source": base.source, "reason": str(error)})
+    return found
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Prints what `rows` returns, for a person to read; a reason stands under the source it is about."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("base", no_wrap=True)
+    table.add_column("source", overflow="fold")
+    for title in ("pixels", "UNet", "LoRA (layers)", "rank"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("predicts", no_wrap=True)
+    for row in rows:
+        if "reason" in row:
+            table.add_row(row["name"], cell(f"{row['source']}\n{row['reason']}"))
+            continue
+        table.add_row(
+            row["name"],
+            cell(row["source"]),
+            str(row["resolution"]),
+            f"{row['unet_parameters']:,}",
+            f"{row['lora_parameters']:,} ({row['adapted_layers']})",
+            str(row["rank"]),
+            cell(row["prediction_type"] or ""),
+        )
+    # A file or a pipe has no width, and rich would take it for 80 columns, which fold a source.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
