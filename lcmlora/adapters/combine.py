@@ -6,26 +6,15 @@ A layer's sum of products is one product of the factors side by side, so the sum
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lcmlora.adapters import formats, lora
-from lcmlora.adapters.formats import DIFFUSERS, Adapter, Layer
-from lcmlora.adapters.layer_names import Architecture
-from lcmlora.cli.references import AdapterReference, check_same_base
+from lcmlora.adapters.formats import Adapter, Layer
 from lcmlora.errors import UserError
-from lcmlora.io.files import atomic_folder, sha256_file, write_json
-from lcmlora.io.parsing import as_object, read_json
-from lcmlora.releases import bundle
-
-FACTS = "config.json"
 
 
 @dataclass(frozen=True)
@@ -93,82 +82,8 @@ def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, Loss]:
     return Adapter(adapter.source, layers, adapter.dtype), Loss(rank, overall, shares[worst], worst)
 
 
-def write_combined(
-    style: AdapterReference,
-    lcm: AdapterReference,
-    weights: tuple[float, float],
-    out: Path,
-    base: Architecture | None = None,
-    rank: int | None = None,
-    *,
-    other_base: bool = False,
-    unet_only: bool = False,
-) -> dict[str, Any]:
-    """Writes the combination as a diffusers adapter and returns what became of it.
-
-    Args:
-        out: a .safetensors file, or a folder, which also gets the scheduler of `lcm` and config.json, so that it can be
-            drawn with; a folder that holds anything but an earlier combination is left alone.
-        base: whose layers they are, where one is in kohya's format.
-        rank: cut the sum down to this rank; None keeps it whole.
-        other_base: combine adapters though they were made for bases with different digests.
-        unet_only: leave tensors of text encoders out.
-
-    Raises:
-        UserError: an adapter cannot be read, the two are not of one base, a weight is not finite, or the folder is
-            taken.
-    """
-    check_weights("--weights", *weights)
-    if out.suffix != ".safetensors":
-        _check_free(out)
-    if style.base and not other_base:
-        check_same_base(lcm, style.base, f"{style.shown} for")
-    chosen = list(zip((style, lcm), weights, strict=True))
-    parts = [(formats.read(reference.weights, base, unet_only=unet_only), weight) for reference, weight in chosen]
-    adapter = combine(parts)
-    loss = None
-    if rank is not None:
-        adapter, loss = truncate(adapter, rank)
-    facts = {
-        "combined": [
-            {"adapter": reference.shown, "sha256": sha256_file(reference.weights), "weight": weight}
-            for reference, weight in chosen
-        ],
-        "layers": len(adapter.layers),
-        "rank": adapter.rank,
-        "truncation": asdict(loss) if loss else None,
-    }
-    left_out = {"left_out": sum(part.left_out for part, _ in parts)}
-    if out.suffix == ".safetensors":
-        return facts | left_out | {"error": formats.write(adapter, out, DIFFUSERS, base)}
-    with atomic_folder(out) as folder:
-        facts["error"] = formats.write(adapter, folder / lora.WEIGHTS, DIFFUSERS, base)
-        known = {
-            "model": lcm.model,
-            "base": lcm.base or style.base,
-            "resolution": lcm.resolution,
-            "sampler": asdict(lcm.sampler) if lcm.sampler else None,
-        }
-        write_json(folder / FACTS, facts | {key: value for key, value in known.items() if value is not None})
-        scheduler = lcm.weights.with_name(bundle.SCHEDULER)
-        if lcm.sampler and scheduler.is_file():
-            shutil.copyfile(scheduler, folder / bundle.SCHEDULER)
-    return facts | left_out
-
-
 def check_weights(option: str, *weights: float) -> None:
     """Raises UserError where a weight is not a finite number."""
     for weight in weights:
         if not math.isfinite(weight):
             raise UserError(f"{option}: expected finite numbers, got {weight:g}")
-
-
-def _check_free(out: Path) -> None:
-    """Raises UserError where writing the folder would do away with something else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    facts = out / FACTS
-    if not facts.is_file() or "combined" not in as_object(read_json(facts), str(facts)):
-        raise UserError(
-            f"{out}: is in the way and is no earlier combination; name another folder or a .safetensors file"
-        )

@@ -7,6 +7,7 @@ from pathlib import Path
 from lcmlora.bases.examination import examine
 from lcmlora.bases.examination.weightfiles import WEIGHTS
 from lcmlora.config import Base
+from lcmlora.errors import UserError
 
 
 def check_folder(folder: Path) -> None:
@@ -61,3 +62,21 @@ def difference(one: Identity, other: Identity) -> str:
     if one.get("unet") and one.get("unet") == other.get("unet"):
         return "; their UNets are the same, and VAE, text encoders, tokenizers or scheduler are not"
     return ""
+
+
+def check_same_base(adapter: str, made_for: Identity | None, other: Identity, shown: str) -> None:
+    """Raises UserError where an adapter was made for another base, by its digest; unknown ones pass.
+
+    Args:
+        adapter: what messages call it.
+        other: source and digest of a base.
+        shown: how the message goes on to it, such as "this base is".
+    """
+    made_for = made_for or {}
+    mine, theirs = compared(made_for, other)
+    if mine and theirs and mine != theirs:
+        raise UserError(
+            f"{adapter}: was made for {made_for.get('source')} (digest {mine[:12]}...), and {shown} "
+            f"{other.get('source')} (digest {theirs[:12]}...){difference(made_for, other)}; if one base is a "
+            "fine-tune of the other, go on with --other-base"
+        )

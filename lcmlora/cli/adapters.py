@@ -97,12 +97,12 @@ def combine(
     Example: lcmlora combine --style style.safetensors --lcm release/emoji --weights 0.8 1.0 --out adapters/styled
     """
     config = _configure(context)
-    from lcmlora.adapters import combine as compose
     from lcmlora.cli import references
+    from lcmlora.cli.combine import write_combined
 
     styles, acceleration = (references.open_adapter(name, config, _DOWNLOADS) for name in (style, lcm))
     found = references.find_base(base, acceleration, config)
-    made = compose.write_combined(
+    made = write_combined(
         styles,
         acceleration,
         weights,
@@ -144,6 +144,7 @@ def generate(
     Example: lcmlora generate --adapter models:/lcm-lora-emoji@champion --prompt owl --prompt fox --out animals.png
     """
     config = _configure(context)
+    from lcmlora.adapters.facts import Sampler
     from lcmlora.cli import generate, references
 
     generate.check_ending(out)
@@ -155,7 +156,7 @@ def generate(
     if chosen.sampler is None:
         note(f"note: nothing beside {adapter} says how to draw with it; drawn as LCM-LoRAs are")
     request = generate.Request(prompt, steps, seed, guidance, batch)
-    sampler = chosen.sampler or references.Sampler()
+    sampler = chosen.sampler or Sampler()
     generate.check(sampler, request)
     loaded = generate.load(
         found, chosen, styles, style_weight, device=device, other_base=other_base, unet_only=unet_only
@@ -181,6 +182,7 @@ def remeasure(
     settings = config.load(context.obj)
     base, evaluation = settings.base(model), settings.evaluation_for(model)
     from lcmlora import bases
+    from lcmlora.adapters.facts import Sampler
     from lcmlora.cli import references
     from lcmlora.evaluation import remeasure
     from lcmlora.io.files import write_json
@@ -194,7 +196,10 @@ def remeasure(
         figures = remeasure.remeasure(
             loaded,
             base,
-            chosen,
+            chosen.shown,
+            chosen.weights,
+            chosen.base,
+            chosen.sampler or Sampler(),
             evaluation,
             settings.gate.steps,
             Path("data/pictures"),

@@ -13,10 +13,11 @@ from PIL import Image
 from lcmlora import bases
 from lcmlora.adapters import formats, lora
 from lcmlora.adapters.combine import check_weights, combine
+from lcmlora.adapters.facts import Sampler
 from lcmlora.adapters.layer_names import Architecture
 from lcmlora.bases import folders
 from lcmlora.bases.base import LoadedBase
-from lcmlora.cli.references import AdapterReference, BaseReference, Sampler, check_same_base
+from lcmlora.cli.references import AdapterReference, BaseReference
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write
@@ -62,7 +63,7 @@ def load(
     if not other_base and any(reference.base for reference in references):
         identity = folders.identity(base.settings, base.folder)
         for reference in references:
-            check_same_base(reference, identity, "this base is")
+            folders.check_same_base(reference.shown, reference.base, identity, "this base is")
     layers = _layers(adapter, style, style_weight, base.architecture(), unet_only)
     place = bases.pick_device(device)
     dtype = bases.pick_dtype("auto", place)

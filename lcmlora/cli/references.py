@@ -9,31 +9,19 @@ s3://bucket/prefix/MODEL/sha256-...               a published release, or a chan
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lcmlora.adapters import lora, tensorfile
+from lcmlora.adapters.facts import Sampler
 from lcmlora.adapters.layer_names import Architecture
 from lcmlora.bases import architecture, folders
 from lcmlora.config import Base, Config, Publish
 from lcmlora.errors import UserError
 from lcmlora.io import terminal
 from lcmlora.io.files import make_once
-from lcmlora.io.parsing import as_object, read_json
 from lcmlora.io.terminal import note
 from lcmlora.releases import bundle
-
-_FACTS = "config.json"  # what distill and combine say of an adapter; in a release it is provenance.json
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How a student is drawn with; see objectives.Sampler."""
-
-    scheduler: str = "LCMScheduler"
-    gamma: float | None = None
-    grid: int = 50
 
 
 @dataclass(frozen=True)
@@ -72,8 +60,7 @@ def open_adapter(reference: str, config: Config | None, cache: Path) -> AdapterR
     if is_file:
         # Other files may lie there by chance, and so may a config.json that is not ours.
         ours = path.name == lora.WEIGHTS or (
-            (path.parent / bundle.PROVENANCE).is_file()
-            and path.name == (_facts(path.parent).get("kohya") or {}).get("file")
+            (path.parent / bundle.PROVENANCE).is_file() and path.name == bundle.read_facts(path.parent).kohya
         )
         return _described(path.parent, reference, path) if ours else AdapterReference(reference, path)
     raise UserError(
@@ -128,73 +115,8 @@ def _described(folder: Path, shown: str, weights: Path | None = None) -> Adapter
     weights = weights or (folder / lora.WEIGHTS if sealed else tensorfile.find(folder))
     if sealed:
         bundle.verify(folder, {weights.name, bundle.SCHEDULER, bundle.PROVENANCE})
-    facts = _facts(folder)
-    return AdapterReference(
-        shown=shown,
-        weights=weights,
-        model=facts.get("model"),
-        base=facts.get("base"),
-        resolution=facts.get("resolution"),
-        sampler=sampler_of(folder, facts),
-    )
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    """Returns what lies beside an adapter of ours; nothing where that is another program's config.json.
-
-    Raises:
-        UserError: a value of another type than ours have.
-    """
-    path = next((folder / name for name in (bundle.PROVENANCE, _FACTS) if (folder / name).is_file()), None)
-    facts = _read(path) if path else {}
-    if path is None or not isinstance(facts.get("base"), dict):
-        return {}
-    texts = {"model": facts.get("model")}
-    texts |= {f"base.{key}": facts["base"].get(key) for key in ("source", "revision", "digest")}
-    for key, value in texts.items():
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"{path}: {key}: expected a text, got {ascii(value)[:80]}")
-    resolution = facts.get("resolution")
-    if resolution is not None and (type(resolution) is not int or resolution < 1):
-        raise UserError(f"{path}: resolution: expected pixels, got {ascii(resolution)[:80]}")
-    for key in ("params", "distill", "kohya"):
-        as_object(facts.get(key) or {}, f"{path}: {key}")
-    as_object((facts.get("params") or {}).get("distill") or {}, f"{path}: params.distill")
-    return facts
-
-
-def sampler_of(folder: Path, facts: dict[str, Any]) -> Sampler | None:
-    """Returns what the folder says of its sampler; what older ones lack follows from the scheduler's settings.
-
-    Raises:
-        UserError: settings that are none of a sampler.
-    """
-    if "sampler" in facts:
-        return _sampler(as_object(facts["sampler"], f"{folder}: sampler"), f"{folder}: sampler")
-    path = folder / bundle.SCHEDULER
-    if not path.is_file():
-        return None
-    settings = _read(path)
-    distill = (facts.get("params") or facts).get("distill") or {}
-    gamma = {"tcd": distill.get("gamma"), "tdd": distill.get("gamma"), "pcm": 0.0}.get(
-        str(distill.get("objective", "lcm"))
-    )
-    found = {"scheduler": settings.get("_class_name", "LCMScheduler"), "gamma": gamma}
-    return _sampler(found | {"grid": settings.get("original_inference_steps", 50)}, str(path))
-
-
-def _sampler(settings: dict[str, Any], place: str) -> Sampler:
-    given = {field.name: settings.get(field.name, field.default) for field in fields(Sampler)}
-    scheduler, gamma, grid = given.values()
-    if unknown := settings.keys() - given.keys():
-        raise UserError(f"{place}: does not know {ascii(min(unknown))[:80]}, which a newer lcmlora may have written")
-    if not isinstance(scheduler, str):
-        raise UserError(f"{place}: scheduler: expected a name, got {ascii(scheduler)[:80]}")
-    if gamma is not None and not (type(gamma) in (int, float) and 0 <= gamma <= 1):
-        raise UserError(f"{place}: gamma: expected 0 to 1, got {ascii(gamma)[:80]}")
-    if type(grid) is not int or not 1 <= grid <= 1000:
-        raise UserError(f"{place}: expected 1 to 1000 timesteps, got {ascii(grid)[:80]}")
-    return Sampler(scheduler, gamma, grid)
+    facts = bundle.read_facts(folder)
+    return AdapterReference(shown, weights, facts.model, facts.base, facts.resolution, facts.sampler)
 
 
 @dataclass(frozen=True)
@@ -239,24 +161,3 @@ def _at(folder: Path, adapter: AdapterReference) -> BaseReference:
         raise UserError(f"{folder}/unet/config.json: sample_size tells no resolution; name a base of params.yaml")
     base = Base(source=str(folder), resolution=resolution, variant=folders.variant(folder), license="unknown")
     return BaseReference(folder.resolve().name, base, folder)
-
-
-def check_same_base(adapter: AdapterReference, other: dict[str, str | None], shown: str) -> None:
-    """Raises UserError where an adapter was made for another base, by its digest; unknown ones pass.
-
-    Args:
-        other: source and digest of a base.
-        shown: how the message goes on to it, such as "this base is".
-    """
-    mine, theirs = folders.compared(adapter.base or {}, other)
-    if mine and theirs and mine != theirs:
-        made_for = adapter.base or {}
-        raise UserError(
-            f"{adapter.shown}: was made for {made_for.get('source')} (digest {mine[:12]}...), and {shown} "
-            f"{other.get('source')} (digest {theirs[:12]}...){folders.difference(made_for, other)}; if one base is a "
-            "fine-tune of the other, go on with --other-base"
-        )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return as_object(read_json(path), str(path))

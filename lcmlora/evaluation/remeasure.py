@@ -9,10 +9,10 @@ from typing import Any
 from safetensors.torch import load_file
 
 from lcmlora.adapters import formats, lora
+from lcmlora.adapters.facts import Sampler
+from lcmlora.bases import architecture
 from lcmlora.bases.base import LoadedBase
-from lcmlora.bases.folders import identity
-from lcmlora.cli import references
-from lcmlora.cli.references import AdapterReference
+from lcmlora.bases.folders import Identity, check_same_base, identity
 from lcmlora.config import Base, Evaluation
 from lcmlora.data.sources.pictures import read_records
 from lcmlora.diffusion import sampling
@@ -26,7 +26,10 @@ from lcmlora.io.files import sha256_file
 def remeasure(
     base: LoadedBase,
     settings: Base,
-    adapter: AdapterReference,
+    shown: str,
+    weights: Path,
+    made_for: Identity | None,
+    sampler: Sampler,
     evaluation: Evaluation,
     steps: int,
     pictures: Path,
@@ -37,26 +40,27 @@ def remeasure(
 
     Args:
         base: bare.
-        adapter: made for this very base.
+        shown: what messages call the adapter.
+        weights: the file of an adapter of this very base.
+        made_for: what is known of the base that it was made for.
         reference: the folder that `draw_reference` wrote for the new candidate.
         scratch: folder in which a run that was killed left its batches.
 
     Raises:
         UserError: the adapter is another base's, or the reference has other features.
     """
-    references.check_same_base(adapter, identity(settings, base.folder), "this base is")
+    check_same_base(shown, made_for, identity(settings, base.folder), "this base is")
     features = load_features(base, evaluation)
     facts = read_json(reference / "reference.json", "reference")
     if facts["features"]["name"] != features.name:
         raise UserError(f"{reference}: has features {facts['features']['name']}, this evaluation {features.name}")
     prompts = distinct_captions(read_records(pictures / "validation.jsonl"))[: evaluation.pictures]
     artist = artist_of(base, features, evaluation, prompts, evaluation.pictures, scratch)
-    sampler = adapter.sampler or references.Sampler()
     way = Way(sampling.STUDENT, steps, grid=sampler.grid, gamma=sampler.gamma)
-    read = formats.read(adapter.weights, references.BaseReference(base.name, settings, base.folder).architecture())
+    read = formats.read(weights, architecture.of_base(settings, base.folder))
     layers = {name: (layer.down, layer.folded.up) for name, layer in read.layers.items()}
-    key, digest = f"{STUDENT}@{steps}", sha256_file(adapter.weights)
-    with lora.applied(base.unet, layers, adapter.shown):
+    key, digest = f"{STUDENT}@{steps}", sha256_file(weights)
+    with lora.applied(base.unet, layers, shown):
         drawn = artist.draw(key, way, evaluation.seed + 1, digest)
     teacher = f"teacher@{facts['settings']['teacher_steps']}"
     kept = load_file(reference / "features.safetensors")

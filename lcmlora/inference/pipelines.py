@@ -15,8 +15,8 @@ from PIL import Image
 
 from lcmlora import bases, noise
 from lcmlora.adapters import tensorfile
+from lcmlora.adapters.facts import Sampler
 from lcmlora.bases import architecture, fetching, folders, plain, singlefile
-from lcmlora.cli import references
 from lcmlora.config import Base
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
@@ -42,7 +42,7 @@ class Pipeline:
     """Draws with a release. Made by `load`; may be called from several threads, which wait for each other."""
 
     pipeline: Any  # of diffusers, ready
-    sampler: references.Sampler
+    sampler: Sampler
     provenance: dict[str, Any]
     resolution: int  # pixels
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -187,7 +187,7 @@ def load(
         raise UserError(f"{folder / bundle.PROVENANCE}: resolution: expected pixels, and {base_folder} does not tell")
     ready = Pipeline(
         pipeline=pipeline,
-        sampler=references.sampler_of(folder, provenance) or references.Sampler(),
+        sampler=bundle.sampler_of(folder, provenance) or Sampler(),
         provenance=provenance,
         resolution=resolution,
     )

@@ -1,15 +1,17 @@
-"""The release bundle of one adapter: the names of its files, its identity, and its checksums."""
+"""The release bundle of one adapter: its files, its identity, its checksums, and what it says of itself."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from lcmlora.adapters.facts import SCHEDULER, WEIGHTS
+from lcmlora.adapters.facts import FACTS, SCHEDULER, WEIGHTS, AdapterFacts, Sampler
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file
-from lcmlora.io.parsing import read_bytes
+from lcmlora.io.parsing import as_object, read_bytes, read_json
 
 PROVENANCE = "provenance.json"
 METRICS = "metrics.json"
@@ -76,3 +78,73 @@ def verify(folder: Path, names: Collection[str] | None = None) -> None:
             raise UserError(
                 f"{path}: expected sha256 {expected[:12]}..., got {found[:12]}...; package the release again"
             )
+
+
+def read_facts(folder: Path) -> AdapterFacts:
+    """Returns what lies beside an adapter of ours; nothing where that is another program's config.json.
+
+    In a release that is provenance.json, in any other folder the config.json that distill and combine write.
+
+    Raises:
+        UserError: a value of another type than ours have.
+    """
+    path = next((folder / name for name in (PROVENANCE, FACTS) if (folder / name).is_file()), None)
+    facts = _read(path) if path else {}
+    if path is None or not isinstance(facts.get("base"), dict):
+        return AdapterFacts()
+    texts = {"model": facts.get("model")}
+    texts |= {f"base.{key}": facts["base"].get(key) for key in ("source", "revision", "digest")}
+    for key, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{path}: {key}: expected a text, got {ascii(value)[:80]}")
+    resolution = facts.get("resolution")
+    if resolution is not None and (type(resolution) is not int or resolution < 1):
+        raise UserError(f"{path}: resolution: expected pixels, got {ascii(resolution)[:80]}")
+    for key in ("params", "distill", "kohya"):
+        as_object(facts.get(key) or {}, f"{path}: {key}")
+    as_object((facts.get("params") or {}).get("distill") or {}, f"{path}: params.distill")
+    return AdapterFacts(
+        model=facts.get("model"),
+        base=facts["base"],
+        resolution=resolution,
+        sampler=sampler_of(folder, facts),
+        kohya=(facts.get("kohya") or {}).get("file"),
+    )
+
+
+def sampler_of(folder: Path, facts: dict[str, Any]) -> Sampler | None:
+    """Returns what the folder says of its sampler; what older ones lack follows from the scheduler's settings.
+
+    Raises:
+        UserError: settings that are none of a sampler.
+    """
+    if "sampler" in facts:
+        return _sampler(as_object(facts["sampler"], f"{folder}: sampler"), f"{folder}: sampler")
+    path = folder / SCHEDULER
+    if not path.is_file():
+        return None
+    settings = _read(path)
+    distill = (facts.get("params") or facts).get("distill") or {}
+    gamma = {"tcd": distill.get("gamma"), "tdd": distill.get("gamma"), "pcm": 0.0}.get(
+        str(distill.get("objective", "lcm"))
+    )
+    found = {"scheduler": settings.get("_class_name", "LCMScheduler"), "gamma": gamma}
+    return _sampler(found | {"grid": settings.get("original_inference_steps", 50)}, str(path))
+
+
+def _sampler(settings: dict[str, Any], place: str) -> Sampler:
+    given = {field.name: settings.get(field.name, field.default) for field in fields(Sampler)}
+    scheduler, gamma, grid = given.values()
+    if unknown := settings.keys() - given.keys():
+        raise UserError(f"{place}: does not know {ascii(min(unknown))[:80]}, which a newer lcmlora may have written")
+    if not isinstance(scheduler, str):
+        raise UserError(f"{place}: scheduler: expected a name, got {ascii(scheduler)[:80]}")
+    if gamma is not None and not (type(gamma) in (int, float) and 0 <= gamma <= 1):
+        raise UserError(f"{place}: gamma: expected 0 to 1, got {ascii(gamma)[:80]}")
+    if type(grid) is not int or not 1 <= grid <= 1000:
+        raise UserError(f"{place}: expected 1 to 1000 timesteps, got {ascii(grid)[:80]}")
+    return Sampler(scheduler, gamma, grid)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return as_object(read_json(path), str(path))

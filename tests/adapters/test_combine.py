@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from lcmlora.adapters import combine, formats, lora
+from lcmlora.adapters.facts import Sampler
 from lcmlora.adapters.formats import DIFFUSERS, KOHYA, Adapter
 from lcmlora.bases import architecture
 from lcmlora.bases.base import LoadedBase
-from lcmlora.cli.references import AdapterReference, Sampler
+from lcmlora.cli.combine import write_combined
+from lcmlora.cli.references import AdapterReference
 from lcmlora.errors import UserError
 from tests.support import adapters
 
@@ -100,7 +102,7 @@ def test_the_folder_says_what_it_was_made_of_and_how_to_draw_with_it(miniatures:
     lcm = _reference(tmp_path / lora.WEIGHTS, "a" * 64, model="mini", resolution=16, sampler=sampler)
     out = tmp_path / "styled"
     for rank in (None, 3):  # a combination may be made anew
-        made = combine.write_combined(_reference(tmp_path / "style.safetensors"), lcm, (0.8, 1.0), out, structure, rank)
+        made = write_combined(_reference(tmp_path / "style.safetensors"), lcm, (0.8, 1.0), out, structure, rank)
     facts = json.loads((out / "config.json").read_text())
     assert [part["weight"] for part in facts["combined"]] == [0.8, 1.0]
     assert facts["combined"][0]["adapter"] == "style.safetensors"
@@ -117,7 +119,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(miniatures: Miniatures
     formats.write(style, tmp_path / "a.safetensors", DIFFUSERS)
     part = _reference(tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="is in the way and is no earlier combination"):
-        combine.write_combined(part, part, (0.8, 1.0), tmp_path)
+        write_combined(part, part, (0.8, 1.0), tmp_path)
     assert (tmp_path / "a.safetensors").is_file()
 
 
@@ -135,5 +137,5 @@ def test_adapters_of_different_bases_are_refused_by_name(miniatures: Miniatures,
     with pytest.raises(
         UserError, match=r"lcm.* was made for bases/b+ \(digest b{12}\.\.\.\), and style.* for bases/a+ "
     ):
-        combine.write_combined(one, two, (0.8, 1.0), out)
-    assert combine.write_combined(one, two, (0.8, 1.0), out, other_base=True)["rank"] == 6
+        write_combined(one, two, (0.8, 1.0), out)
+    assert write_combined(one, two, (0.8, 1.0), out, other_base=True)["rank"] == 6

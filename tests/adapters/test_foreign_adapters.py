@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcmlora.adapters import combine, formats, layer_names, lora, peft_settings, spellings, tensorfile
+from lcmlora.adapters import formats, layer_names, lora, peft_settings, spellings, tensorfile
 from lcmlora.adapters.formats import DIFFUSERS, KOHYA
 from lcmlora.adapters.layer_names import Architecture
 from lcmlora.bases import architecture
+from lcmlora.cli.combine import write_combined
 from lcmlora.cli.references import AdapterReference
 from lcmlora.errors import UserError
 
@@ -261,7 +262,7 @@ def test_two_loras_of_another_model_are_not_combined(tmp_path: Path):
     save_file(tensors, tmp_path / "a.safetensors")
     part = AdapterReference("a", tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="its layers are those of Flux"):
-        combine.write_combined(part, part, (0.8, 1.0), tmp_path / "b.safetensors")
+        write_combined(part, part, (0.8, 1.0), tmp_path / "b.safetensors")
 
 
 def test_whole_weights_are_not_taken_for_an_adapter(sd15: Architecture, tmp_path: Path):
@@ -331,7 +332,7 @@ def test_weights_of_a_combination_are_finite(sd15: Architecture, tmp_path: Path)
     part = AdapterReference("a", tmp_path / "a.safetensors")
     for weight in (torch.nan, torch.inf):
         with pytest.raises(UserError, match=r"--weights: expected finite numbers, got (nan|inf)"):
-            combine.write_combined(part, part, (weight, 1.0), tmp_path / "b.safetensors", sd15)
+            write_combined(part, part, (weight, 1.0), tmp_path / "b.safetensors", sd15)
 
 
 def test_combine_leaves_text_encoders_out_on_demand(sd15: Architecture, tmp_path: Path):
@@ -340,8 +341,8 @@ def test_combine_leaves_text_encoders_out_on_demand(sd15: Architecture, tmp_path
     save_file(_one() | text, tmp_path / "style.safetensors")
     style, lcm = (AdapterReference(name, tmp_path / f"{name}.safetensors") for name in ("style", "lcm"))
     with pytest.raises(UserError, match=r"1 of 4 tensors are for a text encoder.*--unet-only"):
-        combine.write_combined(style, lcm, (0.8, 1.0), tmp_path / "b.safetensors", sd15)
-    made = combine.write_combined(style, lcm, (0.8, 1.0), tmp_path / "b.safetensors", sd15, unet_only=True)
+        write_combined(style, lcm, (0.8, 1.0), tmp_path / "b.safetensors", sd15)
+    made = write_combined(style, lcm, (0.8, 1.0), tmp_path / "b.safetensors", sd15, unet_only=True)
     assert (made["layers"], made["left_out"]) == (1, 1)
 
 

@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from lcmlora import config as settings
+from lcmlora.adapters.facts import Sampler
+from lcmlora.bases import folders
 from lcmlora.cli import references
-from lcmlora.cli.references import AdapterReference, Sampler
+from lcmlora.cli.references import AdapterReference
 from lcmlora.config import Config
 from lcmlora.errors import UserError
 from lcmlora.registry.promotion import assign
@@ -187,11 +189,11 @@ def test_the_layers_of_a_base_that_was_not_fetched_are_known_where_it_is_publish
 
 def test_another_base_is_told_by_its_digest_and_an_unknown_one_passes():
     adapter = AdapterReference("it", Path("it"), base={"source": "bases/mine", "digest": "a" * 64})
-    references.check_same_base(adapter, {"source": "bases/mine", "digest": "a" * 64}, "this base is")
-    references.check_same_base(adapter, {"source": "bases/mine", "digest": None}, "this base is")
-    references.check_same_base(AdapterReference("it", Path("it")), {"digest": "b" * 64}, "this base is")
+    folders.check_same_base("it", adapter.base, {"source": "bases/mine", "digest": "a" * 64}, "this base is")
+    folders.check_same_base("it", adapter.base, {"source": "bases/mine", "digest": None}, "this base is")
+    folders.check_same_base("it", None, {"digest": "b" * 64}, "this base is")
     expected = (
         r"it: was made for bases/mine \(digest a{12}\.\.\.\), and this base is bases/x \(digest b{12}\.\.\.\); .*"
     )
     with pytest.raises(UserError, match=expected + "--other-base"):
-        references.check_same_base(adapter, {"source": "bases/x", "digest": "b" * 64}, "this base is")
+        folders.check_same_base("it", adapter.base, {"source": "bases/x", "digest": "b" * 64}, "this base is")

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.usefixtures("small_features")
 def again(base_folder: Path, adapter: Path, pictures: Path, reference: Path, root: Path) -> dict[str, Any]:
     base = bases.load("mini", made_of(base_folder), base_folder, device=CPU)
     found = references.open_adapter(str(adapter), None, root)
-    return remeasure(base, made_of(base_folder), found, settings(), 4, pictures, reference, root / "again")
+    assert found.sampler
+    known = (found.shown, found.weights, found.base, found.sampler)
+    return remeasure(base, made_of(base_folder), *known, settings(), 4, pictures, reference, root / "again")
 
 
 def test_the_figures_are_those_of_an_evaluation_and_can_be_compared_with_it(
