@@ -43,13 +43,14 @@ from benchmarks import published, tables
 from benchmarks.reference import Reference
 from lcmlora import bases, config
 from lcmlora.bases import fetching
+from lcmlora.cli.reporting import reporting
 from lcmlora.config import Base, Data, Distill
 from lcmlora.data.latents import cache
 from lcmlora.data.latents.encode import encode
 from lcmlora.data.prepare import prepare
 from lcmlora.data.sources.pictures import fit, open_picture, read_records
 from lcmlora.distillation.distill import Distillation, _probe, equip, samples
-from lcmlora.errors import UserError, reporting
+from lcmlora.errors import UserError
 from lcmlora.io.files import write_json
 from lcmlora.training.checkpoint import Checkpoints
 from lcmlora.training.execution import AdapterCheck

@@ -28,11 +28,11 @@ from benchmarks.compare import Case, make_case
 from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.bases.base import Conditioning
+from lcmlora.cli.reporting import reporting
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion.teacher import Teacher
 from lcmlora.diffusion.teacher_cache import TeacherCache
 from lcmlora.distillation.distill import Distillation, samples
-from lcmlora.errors import reporting
 from lcmlora.io.files import write_json
 from lcmlora.training import execution
 from lcmlora.training.batches import Batches

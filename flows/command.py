@@ -11,7 +11,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from flows import choose
-from lcmlora.errors import UserError, reporting
+from lcmlora.cli.reporting import reporting
+from lcmlora.errors import UserError
 from lcmlora.io.terminal import note
 
 # Set before Prefect is imported; whoever sets them otherwise is right.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from lcmlora.errors import UserError, reporting
+from lcmlora.cli.reporting import reporting
+from lcmlora.errors import UserError
 from lcmlora.io.parsing import as_object, read_yaml
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from flows.credentials import Login
 from flows.parts import Part
 from flows.services import HOST, QUIET, S3, Identity, Service
 from lcmlora import config
-from lcmlora.errors import UserError, reporting
+from lcmlora.cli.reporting import reporting
+from lcmlora.errors import UserError
 
 BUCKET = "lcmlora"
 PORTS = {"prefect": 4200, "mlflow": 5000, "seaweedfs": 8333}  # where free

@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from lcmlora import names
 from lcmlora.cli import adapters, data, registry, releases, studies
-from lcmlora.errors import reporting
+from lcmlora.cli.reporting import reporting
 from lcmlora.io import faults
 from lcmlora.io.terminal import note, say
 

@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lcmlora.errors import UserError, reporting
+from lcmlora.cli.reporting import reporting
+from lcmlora.errors import UserError
 from lcmlora.io import faults, files
 from lcmlora.training import checkpoint
 from tasks.processes import reason
@@ -148,8 +149,8 @@ def test_a_file_system_that_is_mounted_for_reading_alone(tmp_path: Path):
 _OTHER = """
 import sys
 from pathlib import Path
-from lcmlora import files
-from lcmlora.errors import reporting
+from lcmlora.io import files
+from lcmlora.cli.reporting import reporting
 with reporting():
     if sys.argv[1] == "folder":
         with files.atomic_folder(Path(sys.argv[2])) as folder:

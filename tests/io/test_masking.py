@@ -1,7 +1,8 @@
 import pytest
 
+from lcmlora.cli.reporting import reporting
 from lcmlora.config import Registry
-from lcmlora.errors import Unavailable, UserError, reporting
+from lcmlora.errors import Unavailable, UserError
 from lcmlora.io import masking
 from lcmlora.registry.tracking import reaching
 

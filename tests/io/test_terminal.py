@@ -11,7 +11,8 @@ from rich.table import Table
 from flows import outcomes
 from lcmlora import progress
 from lcmlora.cli.registry import print_table
-from lcmlora.errors import UserError, reporting
+from lcmlora.cli.reporting import reporting
+from lcmlora.errors import UserError
 from lcmlora.io import terminal
 
 HOSTILE = [

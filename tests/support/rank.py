@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from lcmlora.errors import UserError, reporting
+from lcmlora.cli.reporting import reporting
+from lcmlora.errors import UserError
 
 rank = int(os.environ["RANK"])
 folder, act = Path(sys.argv[1]), sys.argv[2:][rank]

@@ -1,0 +1,33 @@
+"""How an error ends a command: one line for what a person can put right, a traceback for everything else."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lcmlora.errors import UserError
+from lcmlora.io import faults, masking
+from lcmlora.io.terminal import note
+
+
+@contextmanager
+def reporting(prefix: str = "", verb: str = "") -> Iterator[None]:
+    """Prints a UserError that is raised in the block, each line after `prefix`, and ends the process with status 2.
+
+    What the machine refuses is printed in one line, too: a full disk, a folder that cannot be written, too little
+    memory. Any other error is printed with its traceback and ends the process with status 1.
+
+    Args:
+        verb: of the command line; what takes less memory depends on it.
+    """
+    try:
+        yield
+    except Exception as error:
+        line = str(error) if isinstance(error, UserError) else faults.told(error, verb)
+        if line is None:
+            print(masking.text("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+            raise SystemExit(1) from None
+        note(masking.text(line), f"error: {prefix}")
+        raise SystemExit(2) from None
