@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lcmlora import bases, config
 from lcmlora.adapters import lora
 from lcmlora.distillation.distill import Distillation
+from lcmlora.patches.lora_forwards import LoraForwards
 from lcmlora.training import execution
 from lcmlora.training.batches import Batch
 from lcmlora.training.optimization import Optimization
@@ -67,7 +68,7 @@ def main() -> None:
     )
     parameters = lora.inject(base.unet, distill.rank, distill.alpha, distill.seed)
     if not options.peft:
-        lora.direct_forwards(base.unet, merged=False if options.unmerged else None)
+        LoraForwards(merged=False if options.unmerged else None).install(base.unet)
     execution.recompute(base.unet, distill.checkpointing)
     optimization = Optimization(parameters, distill)
     distillation = Distillation(base, base.unconditional(), distill)

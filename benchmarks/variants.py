@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from benchmarks import tables
@@ -34,6 +33,9 @@ from lcmlora.diffusion.teacher import Teacher
 from lcmlora.diffusion.teacher_cache import TeacherCache
 from lcmlora.distillation.distill import Distillation, samples
 from lcmlora.io.files import write_json
+from lcmlora.patches import lora_forwards
+from lcmlora.patches.attention import DirectAttention, WideAttention
+from lcmlora.patches.lora_forwards import LoraForwards
 from lcmlora.training import execution
 from lcmlora.training.batches import Batches
 from lcmlora.training.optimization import Optimization
@@ -111,7 +113,7 @@ class Build:
         )
         parameters = lora.inject(base.unet, settings.rank, settings.alpha, settings.seed)
         if forwards != "peft":
-            lora.direct_forwards(base.unet, merged={"direct": None, "merged": True, "beside": False}[forwards])
+            LoraForwards({"direct": None, "merged": True, "beside": False}[forwards]).install(base.unet)
         execution.recompute(base.unet, settings.checkpointing)
         prepare(base.unet)
         if self.compiled:
@@ -175,36 +177,28 @@ def _channels_last(unet: nn.Module) -> None:
     )
 
 
-def _narrow_attention(unet: Any) -> None:
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
-    unet.set_attn_processor(AttnProcessor2_0())
-
-
-def _made_anew(unet: nn.Module) -> None:
+def _derived_anew(unet: nn.Module) -> None:
     """W + scale B A twice for the target and once for the student, which is as often as where no pass shared it."""
 
-    def forget(*_: object) -> None:
-        for each in lora._shared[unet]:
-            each._of = None
+    def expire(*_: object) -> None:
+        for each in lora_forwards.derived(unet):
+            each.expire()
 
-    unet.register_forward_pre_hook(forget)
+    unet.register_forward_pre_hook(expire)
 
 
 @contextmanager
 def _pointwise_convolutions() -> Iterator[None]:
-    own, lora._pointwise = lora._pointwise, nn.functional.conv2d
+    own, lora_forwards._pointwise = lora_forwards._pointwise, nn.functional.conv2d
     try:
         yield
     finally:
-        lora._pointwise = own
+        lora_forwards._pointwise = own
 
 
 def _walking(unet: Any) -> None:
     """diffusers' own `dtype` and attention, which walk through modules and signatures."""
-    for module in unet.modules():
-        if isinstance(module, Attention):
-            del vars(module)["forward"]
+    DirectAttention().undo(unet)
     unet.register_forward_pre_hook(lambda *_: unet.dtype and None)
 
 
@@ -224,7 +218,7 @@ def variants(build: Build, folder: Path) -> dict[str, Callable[[], Step]]:
         "PEFT's forward": lambda: build.step(forwards="peft"),
         "adapter beside its layer": lambda: build.step(forwards="beside"),
         "adapter merged into its layer's weight": lambda: build.step(forwards="merged"),
-        "the adapter's sums made anew in each pass": lambda: build.step(prepare=_made_anew),
+        "the adapter's sums made anew in each pass": lambda: build.step(prepare=_derived_anew),
         "convolutions of kernel 1 as convolutions": lambda: build.step(around=_pointwise_convolutions),
         "diffusers' own dtype and attention": lambda: build.step(prepare=_walking),
         "AdamW as it comes": lambda: build.step(optimization=_Unfused),
@@ -238,7 +232,7 @@ def variants(build: Build, folder: Path) -> dict[str, Callable[[], Step]]:
         "bf16 by autocast": lambda: build.step(forwards="beside", around=lambda: torch.autocast(kind, torch.bfloat16)),
         "bf16 base": lambda: build.step(dtype=torch.bfloat16),
         "bf16 base, compiled": lambda: build.step(dtype=torch.bfloat16, prepare=execution.compiled),
-        "bf16 base, attention in bf16": lambda: build.step(dtype=torch.bfloat16, prepare=_narrow_attention),
+        "bf16 base, attention in bf16": lambda: build.step(dtype=torch.bfloat16, prepare=WideAttention().undo),
         "bf16 base, adapter beside its layer": lambda: build.step(dtype=torch.bfloat16, forwards="beside"),
         "fp32 base": lambda: build.step(dtype=torch.float32),
         "compiled": lambda: build.step(prepare=execution.compiled),

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from lcmlora.adapters.facts import WEIGHTS as WEIGHTS
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write
+from lcmlora.patches.peft_internals import set_adapters_off
 
 Layers = dict[str, tuple[Tensor, Tensor]]  # A and B by the module's name
 
 # The attributes of the layers that carry an adapter to be trained, by UNet.
 _adapted: WeakKeyDictionary[nn.Module, list[dict[str, Any]]] = WeakKeyDictionary()
-# What its layers compute with, by UNet.
-_shared: WeakKeyDictionary[nn.Module, list[_Shared]] = WeakKeyDictionary()
 
 ADAPTER = "lcm"
 
@@ -70,15 +69,13 @@ def inject(unet: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, nn.
 @contextmanager
 def disabled(unet: nn.Module) -> Iterator[None]:
     """Within the block the UNet is the base alone. Backward passes must not cross its border."""
-    # Past nn.Module's __setattr__ and without walking through all modules, which takes SDXL's host 23 ms in each step.
+    # The layers are remembered: finding them among all modules takes SDXL's host longer than switching them.
     layers = _adapted.get(unet) or [vars(layer) for _, layer in _layers(unet)]
-    for layer in layers:
-        layer["_disable_adapters"] = True
+    set_adapters_off(layers, True)
     try:
         yield
     finally:
-        for layer in layers:
-            layer["_disable_adapters"] = False
+        set_adapters_off(layers, False)
 
 
 def _layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -87,180 +84,6 @@ def _layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in unet.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
-
-
-def direct_forwards(unet: nn.Module, *, merged: bool | None = None) -> None:
-    """Gives every adapted layer a forward of few kernels in the base's precision, with fp32 gradients to A and B.
-
-    PEFT casts the input to fp32, multiplies there, scales apart and casts back. Here A and B are cast instead.
-
-    Args:
-        merged: one kernel over W + scale B A, by default where that takes fewer operations, but for half precision on
-            a GPU, where the sum's rounding would keep most of an early adapter out.
-    """
-    shared: list[_Shared] = []
-    for _, layer in _layers(unet):
-        if _merging_pays(layer) if merged is None else merged:
-            whole = _Sum(layer)
-            layer.forward = _merged_forward(whole)
-            shared.append(whole)
-        else:
-            copies = _Copies(layer)
-            layer.forward = _beside_forward(copies)
-            shared.append(copies)
-    _shared[unet] = shared
-
-
-def _merging_pays(layer: Any) -> bool:
-    weight, inner = layer.base_layer.weight, layer.lora_A[ADAPTER].weight
-    if weight.dtype != torch.float32 and weight.device.type != "cpu":
-        return False
-    # Of one position: the sum needs a product of W's size for its gradient; beside it, A and B need three of theirs.
-    return 3 * (inner.numel() + layer.lora_B[ADAPTER].weight.numel()) > weight.numel()
-
-
-class _Shared:
-    """What a layer's passes compute with, made of A and B once for all passes that see the same A and B.
-
-    These are leaves of autograd, and what gradient they get goes on to A and B. Whether A and B have changed is told by
-    autograd's count of changes, which does not see what is done by way of `.data` or another view (see Optimization).
-    """
-
-    def __init__(self, layer: Any) -> None:
-        self.layer, self.a, self.b = layer, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        self.scale: float = layer.scaling[ADAPTER]
-        self.copies: list[tuple[Tensor, Tensor, float]] = []  # leaf, what it is a copy of, and times what
-        self._of: tuple[int, int] | None = None  # the versions of A and B
-
-    def stale(self) -> bool:
-        return self._of != (self.a._version, self.b._version) and not self.layer._disable_adapters
-
-    def make(self) -> None:
-        """Makes what is not a copy."""
-        self._of = self.a._version, self.b._version
-
-
-class _Sum(_Shared):
-    """W + scale B A, summed in fp32."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__(layer)
-        self.weight = layer.base_layer.weight
-        self.whole = torch.empty_like(self.weight, memory_format=torch.contiguous_format).requires_grad_()
-        self.whole.register_post_accumulate_grad_hook(self._pass_on)
-        self._views: tuple[Tensor, ...] = ()  # W, A, B and their sum as matrices, which autograd does not follow
-
-    def make(self) -> None:
-        if not self._views or self._views[1].data_ptr() != self.a.data_ptr():  # parameters move, to one buffer
-            self._views = tuple(tensor.detach().flatten(1) for tensor in (self.weight, self.a, self.b, self.whole))
-        weight, a, b, whole = self._views
-        if weight.dtype == b.dtype:
-            torch.addmm(weight, b, a, alpha=self.scale, out=whole)
-        else:
-            torch.add(weight, b @ a, alpha=self.scale, out=whole)
-        super().make()
-
-    def _pass_on(self, whole: Tensor) -> None:
-        _, a, b, _ = self._views
-        gradient = _taken(whole).flatten(1)
-        _give(self.a, b.t() @ gradient, self.scale)
-        _give(self.b, gradient @ a.t(), self.scale)
-
-
-class _Copies(_Shared):
-    """A and scale B in the base's precision."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__(layer)
-        self.down, self.up = (self._copy(*pair) for pair in ((self.a, 1.0), (self.b, self.scale)))
-
-    def _copy(self, source: Tensor, factor: float) -> Tensor:
-        dtype = self.layer.base_layer.weight.dtype
-        if dtype == source.dtype and factor == 1:
-            return source
-        leaf = torch.empty_like(source, dtype=dtype, requires_grad=True)
-        self.copies.append((leaf, source, factor))
-        leaf.register_post_accumulate_grad_hook(lambda leaf: _give(source, _taken(leaf), factor))
-        return leaf
-
-
-def _taken(leaf: Tensor) -> Tensor:
-    """Returns the gradient of a leaf in fp32; the leaf then has none."""
-    gradient, leaf.grad = leaf.grad, None
-    assert gradient is not None
-    return gradient.float()
-
-
-def _give(parameter: Tensor, gradient: Tensor, factor: float) -> None:
-    gradient = gradient.view_as(parameter)
-    if factor != 1:
-        gradient = gradient * factor
-    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-
-
-def refresh(unet: nn.Module) -> None:
-    """Brings what the UNet's layers compute with up to date with A and B. Once compiled they do not do so themselves;
-    and all together take a GPU a few kernels, where one by one they take two each."""
-    _refresh(_shared.get(unet, ()))
-
-
-def _refresh(shared: Iterable[_Shared]) -> None:
-    if not (stale := [each for each in shared if each.stale()]):
-        return
-    copies = [copy for each in stale for copy in each.copies]
-    with torch.no_grad():
-        for factor in {factor for *_, factor in copies}:
-            leaves, sources = zip(*((leaf, source) for leaf, source, f in copies if f == factor), strict=True)
-            torch._foreach_copy_(leaves, sources if factor == 1 else torch._foreach_mul(sources, factor))
-        for each in stale:
-            each.make()
-
-
-def _merged_forward(whole: _Sum) -> Callable[[Tensor], Tensor]:
-    layer, base = whole.layer, whole.layer.base_layer
-    convolution = isinstance(base, nn.Conv2d)
-    pointwise = convolution and base.kernel_size == base.stride == (1, 1) and base.groups == 1 and not any(base.padding)
-    pointwise = pointwise and base.weight.device.type == "cpu"
-
-    def forward(x: Tensor) -> Tensor:
-        if layer._disable_adapters:
-            return base(x)
-        compiling = torch.compiler.is_compiling()
-        if not compiling and whole.stale():
-            _refresh((whole,))
-        if not convolution:
-            return nn.functional.linear(x, whole.whole, base.bias)
-        if pointwise and not compiling:
-            return _pointwise(x, whole.whole, base.bias)
-        return base._conv_forward(x, whole.whole, base.bias)
-
-    return forward
-
-
-def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution of kernel 1 as products, which take a CPU half of the time: there is no turning of pictures into
-    the layout of convolutions and back."""
-    weight, pixels = weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)
-    product = torch.bmm(weight, pixels) if bias is None else torch.baddbmm(bias[:, None], weight, pixels)
-    return product.unflatten(2, x.shape[2:])
-
-
-def _beside_forward(copies: _Copies) -> Callable[[Tensor], Tensor]:
-    layer, base = copies.layer, copies.layer.base_layer
-    convolution = isinstance(base, nn.Conv2d)
-    inner = layer.lora_A[ADAPTER]
-
-    def forward(x: Tensor) -> Tensor:
-        if layer._disable_adapters:
-            return base(x)
-        if not torch.compiler.is_compiling() and copies.stale():
-            _refresh((copies,))
-        if convolution:
-            return base(x) + nn.functional.conv2d(inner._conv_forward(x, copies.down, None), copies.up)
-        alone, low = base(x), nn.functional.linear(x, copies.down)
-        return torch.addmm(alone.flatten(0, -2), low.flatten(0, -2), copies.up.t()).view_as(alone)
-
-    return forward
 
 
 def adapted_layers(unet: nn.Module) -> int:

@@ -22,7 +22,8 @@ from lcmlora.bases.examination.weightfiles import json_of
 from lcmlora.bases.folders import variant
 from lcmlora.config import Base
 from lcmlora.errors import UserError
-from lcmlora.patches.attention import direct_attention, widen_attention
+from lcmlora.patches.attention import DirectAttention, WideAttention
+from lcmlora.patches.lora_forwards import refresh
 
 # What a UNet is given besides latents and timestep: `encoder_hidden_states` (B, T, C) and, for the SDXL family,
 # `text_embeds` (B, P) and `time_ids` (B, 6).
@@ -155,7 +156,7 @@ class LoadedBase:
 
 def unet_forward(unet: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     """One forward of any conditional UNet in its own precision; returns its raw output in fp32."""
-    lora.refresh(unet)
+    refresh(unet)
     dtype = next(unet.parameters()).dtype  # the UNet's own `dtype` walks through all its modules: 21 ms of SDXL's host
     added = {k: conditioning[k].to(dtype) for k in ("text_embeds", "time_ids") if k in conditioning} or None
     output = unet(
@@ -230,9 +231,9 @@ def load(
 
     if "unet" in parts:
         loaded.unet = part(UNet2DConditionModel, "unet", torch_dtype=dtype)
-        direct_attention(loaded.unet)
+        DirectAttention().install(loaded.unet)
         if device.type == "cpu" and dtype != torch.float32:
-            widen_attention(loaded.unet)
+            WideAttention().install(loaded.unet)
     if "vae" in parts:
         # SDXL's VAE overflows in fp16 (diffusers#4325).
         vae_dtype = torch.float32 if dtype == torch.float16 else dtype

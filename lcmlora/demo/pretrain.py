@@ -28,6 +28,7 @@ from lcmlora.config import Pretrain
 from lcmlora.data.sources import emoji
 from lcmlora.diffusion import schedule
 from lcmlora.io.files import atomic_folder, atomic_write, write_json
+from lcmlora.patches.torch_internals import foreach_lerp_
 from lcmlora.progress import track
 
 TOKENS = 24  # CLIP has 77; emoji captions are short and the UNet's cross-attention pays for every token
@@ -155,7 +156,7 @@ class _Average(Generic[M]):
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
+        foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
 
 
 def _rate(step: int, steps: int, warmup: int) -> float:

@@ -32,6 +32,7 @@ from lcmlora.distillation.validation import Validation
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, write_json
 from lcmlora.parallel.ranks import Ranks
+from lcmlora.patches.lora_forwards import LoraForwards
 from lcmlora.training.batches import Batch, Batches, split
 from lcmlora.training.execution import AdapterCheck, compiled, eager, recompute
 from lcmlora.training.loop import Logger, train
@@ -263,7 +264,7 @@ def _file_dtype(base: LoadedBase) -> torch.dtype:
 def equip(base: LoadedBase, settings: Distill, ranks: Ranks | None = None) -> Optimization:
     """Gives a bare base its adapter, executed as the settings say, and returns the adapter's optimization."""
     parameters = lora.inject(base.unet, settings.rank, settings.alpha, settings.seed)
-    lora.direct_forwards(base.unet)
+    LoraForwards().install(base.unet)
     recompute(base.unet, settings.checkpointing)
     if settings.compile:
         compiled(base.unet)

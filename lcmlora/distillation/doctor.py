@@ -20,6 +20,7 @@ from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation.distill import Distillation, equip, samples
 from lcmlora.distillation.validation import Validation
 from lcmlora.errors import UserError
+from lcmlora.patches import installed
 from lcmlora.training.batches import split
 from lcmlora.training.execution import pick_checkpointing, recompute
 from lcmlora.training.loop import take_step
@@ -47,6 +48,7 @@ class Examination:
     device: str
     memory: int | None  # of the GPU
     precision: str
+    patches: list[str]  # what the UNet runs in a training step instead of its own code
     pictures: int
     captions: int
     validation_pictures: int
@@ -87,6 +89,7 @@ def examine(base: LoadedBase, cache: LatentCache, settings: Distill, launch: Lau
         }
     )
     optimization = equip(base, share)
+    patched = [str(each) for each in installed(base.unet)]
     distillation = Distillation(base, cache.unconditional(), share)
     trials = _trials(distillation, optimization, cache, rows, share)
     best = min((trial for trial in trials if trial.seconds), key=lambda trial: trial.seconds or 0.0)
@@ -105,6 +108,7 @@ def examine(base: LoadedBase, cache: LatentCache, settings: Distill, launch: Lau
         device=_device_name(base.device),
         memory=torch.cuda.get_device_properties(base.device).total_memory if base.device.type == "cuda" else None,
         precision=str(base.dtype).removeprefix("torch."),
+        patches=patched,
         pictures=len(rows),
         captions=int(cache.captions().max()) + 1,
         validation_pictures=len(held),
@@ -220,6 +224,8 @@ def show(examination: Examination, settings: Distill, name: str) -> None:
         f"{e.pictures} pictures to train on, {e.epochs:.1f} epochs; {e.validation_pictures} to validate with; "
         f"{e.captions} captions in all",
     )
+    for number, patch in enumerate(e.patches):
+        table.add_row("" if number else "patches", patch)
     for trial in e.trials:
         how = f"accumulate {trial.accumulate}, checkpointing {trial.checkpointing}"
         went = f"{trial.seconds:.3g} s, peak {trial.peak / 1e9:.2f} GB" if trial.seconds and trial.peak else "no memory"

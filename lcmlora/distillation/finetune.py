@@ -19,6 +19,7 @@ from lcmlora.diffusion import schedule
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, write_json
 from lcmlora.parallel.ranks import Ranks
+from lcmlora.patches.lora_forwards import LoraForwards
 from lcmlora.training.batches import Batch, Batches, chunks, split
 from lcmlora.training.execution import AdapterCheck, compiled, recompute
 from lcmlora.training.loop import Logger, train
@@ -148,7 +149,7 @@ def tune(
 def _parameters(base: LoadedBase, settings: Tuning) -> dict[str, nn.Parameter]:
     if settings.rank is not None:
         parameters = lora.inject(base.unet, settings.rank, settings.alpha or settings.rank, settings.seed)
-        lora.direct_forwards(base.unet)
+        LoraForwards().install(base.unet)
         return parameters
     if base.dtype != torch.float32:
         raise UserError(f"{base.name}: a whole checkpoint is trained in fp32; set precision: fp32")

@@ -1,35 +1,58 @@
-"""Activations that the backward pass makes again instead of finding them in memory, without a change of the model."""
+"""Patches that recompute activations in the backward pass instead of keeping them (activation checkpointing)."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lcmlora.patches.patch import Patch, Swap, swap
 
 _CHEAP = (nn.GroupNorm, nn.LayerNorm, nn.SiLU)
 
 
-def remake(unet: Any) -> None:
-    """Has the backward pass of this UNet compute the outputs of norms and activation functions again.
+class FullRecompute(Patch):
+    name = "full recompute"
+    replaces = "diffusers' function for gradient checkpointing"
+    reason = (
+        "Keeps the input of each block alone and costs another forward. Unlike torch's and diffusers' own default, the "
+        "replacement keeps no state of random generators, which these blocks do not use."
+    )
 
-    Each is a pass over memory to compute and as large as what it was computed from, which is kept anyway. Gradients are
-    the same to the bit. A compiled UNet is left alone: its compiler makes this choice itself.
-    """
-    _Remaking(unet)
+    def _apply(self, network: nn.Module) -> Iterable[Swap]:
+        for module in network.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                yield swap(module, "_gradient_checkpointing_func", _recompute_block)
+                yield swap(module, "gradient_checkpointing", True)
 
 
-def keep(unet: Any) -> None:
-    """Undoes `remake`, where that was called."""
-    for module in (unet, *_cheap(unet)):
-        vars(module).pop("forward", None)
+def _recompute_block(block: nn.Module, *arguments: Any) -> Any:
+    """Runs a block, keeping its arguments alone; in the backward pass it runs up to the last input needed there."""
+    return checkpoint(block.__call__, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def _cheap(unet: nn.Module) -> list[nn.Module]:
-    return [module for module in unet.modules() if isinstance(module, _CHEAP) or _is_geglu(module)]
+class SelectiveRecompute(Patch):
+    name = "selective recompute"
+    replaces = "forward of the network, of its norms, SiLU and diffusers' GEGLU"
+    reason = (
+        "The outputs of norms and activation functions are as large as their inputs, which are kept anyway, and take "
+        "one pass over memory to compute again. Gradients are the same to the bit. A compiled network is left alone: "
+        "its compiler makes this choice itself."
+    )
+
+    def _apply(self, network: nn.Module) -> Iterable[Swap]:
+        outputs = _Outputs(network.forward)
+        yield swap(network, "forward", outputs.run)
+        for module in network.modules():
+            if _is_geglu(module):
+                yield swap(module, "forward", partial(outputs.geglu, module))
+            elif isinstance(module, _CHEAP):
+                yield swap(module, "forward", partial(outputs.cheap, module.forward))
 
 
 def _is_geglu(module: nn.Module) -> bool:
@@ -38,19 +61,19 @@ def _is_geglu(module: nn.Module) -> bool:
     return isinstance(module, GEGLU)
 
 
-class _Remade:
+class _Recomputed:
     """A tensor that is not kept for the backward pass, but computed again there when it is first asked for."""
 
-    def __init__(self, run: Callable[..., Tensor], sources: tuple[Tensor | _Remade, ...]) -> None:
+    def __init__(self, run: Callable[..., Tensor], sources: tuple[Tensor | _Recomputed, ...]) -> None:
         """Args:
-        run: what gave the tensor from its sources, cheaply.
-        sources: are kept anyway, or can be computed again themselves.
+        run: computes the tensor from its sources, cheaply.
+        sources: are kept anyway, or can be recomputed themselves.
         """
         self._run, self._sources = run, sources
         self._uses = 0
         self._value: Tensor | None = None
         for source in sources:
-            if isinstance(source, _Remade):
+            if isinstance(source, _Recomputed):
                 source.reserve()
 
     def reserve(self) -> None:
@@ -60,7 +83,7 @@ class _Remade:
     def take(self) -> Tensor:
         """Returns the tensor, which is forgotten after the last announced call."""
         if self._value is None:
-            self._value = self._run(*(s.take() if isinstance(s, _Remade) else s for s in self._sources))
+            self._value = self._run(*(s.take() if isinstance(s, _Recomputed) else s for s in self._sources))
         value = self._value
         self._uses -= 1
         if not self._uses:
@@ -68,24 +91,22 @@ class _Remade:
         return value
 
 
-class _Remaking:
-    """Keeps the outputs of a UNet's norms and activation functions out of what autograd saves.
+class _Outputs:
+    """Keeps the outputs of a network's norms and activation functions out of what autograd saves.
 
-    They are followed through their tensors, not through the blocks' code: what a cheap module returns is noted while it
-    lives, and whoever then saves it for the backward pass saves how it came about. Values are the same to the bit.
+    They are followed through their tensors, not through the blocks' code: the output of a cheap module is noted while
+    it lives, and where autograd then saves it for the backward pass, how it was computed is saved instead.
     """
 
-    def __init__(self, unet: Any) -> None:
-        self._noted: dict[int, tuple[weakref.ref[Tensor], _Remade]] = {}  # by address, while the tensor lives
-        self._forward = unet.forward
-        unet.forward = self._unet
-        for module in _cheap(unet):
-            if _is_geglu(module):
-                vars(module)["forward"] = partial(self._geglu, module)
-            else:
-                vars(module)["forward"] = partial(self._once, module.forward)
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        """Args:
+        forward: the network's own.
+        """
+        self._noted: dict[int, tuple[weakref.ref[Tensor], _Recomputed]] = {}  # by address, while the tensor lives
+        self._forward = forward
 
-    def _unet(self, *arguments: Any, **options: Any) -> Any:
+    def run(self, *arguments: Any, **options: Any) -> Any:
+        """The network's forward."""
         if not self._wanted():
             return self._forward(*arguments, **options)
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
@@ -93,12 +114,13 @@ class _Remaking:
 
     @staticmethod
     def _wanted() -> bool:
-        return torch.is_grad_enabled() and not torch.compiler.is_compiling()  # which chooses for itself
+        return torch.is_grad_enabled() and not torch.compiler.is_compiling()  # a compiler chooses for itself
 
-    def _once(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def cheap(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The forward of a norm or SiLU."""
         return self._note(forward, x) if self._wanted() else forward(x)
 
-    def _geglu(self, module: Any, x: Tensor, *unused: Any, **also: Any) -> Tensor:
+    def geglu(self, module: Any, x: Tensor, *unused: Any, **also: Any) -> Tensor:
         """The forward of diffusers' GEGLU."""
         value, gate = module.proj(x).chunk(2, dim=-1)
         if not self._wanted():
@@ -110,20 +132,20 @@ class _Remaking:
         result = run(*sources)
         address = result.data_ptr()
         alive = weakref.ref(result, lambda _: self._noted.pop(address, None))
-        self._noted[address] = alive, _Remade(run, kept)
+        self._noted[address] = alive, _Recomputed(run, kept)
         return result
 
-    def _found(self, tensor: Tensor) -> _Remade | None:
-        """Returns what was noted of these very numbers, be they in another shape."""
+    def _found(self, tensor: Tensor) -> _Recomputed | None:
+        """Returns what was noted of these very numbers, in whatever shape."""
         if (noted := self._noted.get(tensor.data_ptr())) is None:
             return None
-        alive, remade = noted
+        alive, recomputed = noted
         if (result := alive()) is None or result.numel() != tensor.numel():
             return None
         same = tensor.stride() == result.stride() or (tensor.is_contiguous() and result.is_contiguous())
-        return remade if same else None
+        return recomputed if same else None
 
-    def _pack(self, tensor: Tensor) -> Tensor | tuple[_Remade, torch.Size]:
+    def _pack(self, tensor: Tensor) -> Tensor | tuple[_Recomputed, torch.Size]:
         found = self._found(tensor)
         if found is None:
             return tensor
@@ -131,8 +153,8 @@ class _Remaking:
         return found, tensor.shape
 
     @staticmethod
-    def _unpack(packed: Tensor | tuple[_Remade, torch.Size]) -> Tensor:
+    def _unpack(packed: Tensor | tuple[_Recomputed, torch.Size]) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        remade, shape = packed
-        return remade.take().view(shape)
+        recomputed, shape = packed
+        return recomputed.take().view(shape)

@@ -5,23 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lcmlora.adapters import lora
 from lcmlora.bases.base import Conditioning, LoadedBase, unet_forward
 from lcmlora.errors import UserError
 from lcmlora.io.private import cache_folder
-from lcmlora.patches.recompute import keep, remake
+from lcmlora.patches.compilation import Compilation
+from lcmlora.patches.recompute import FullRecompute, SelectiveRecompute
+from lcmlora.patches.torch_internals import allow_graphs, foreach_norm, foreach_sub, has_cpp_compiler
+from lcmlora.patches.upsampling import ExpandingUpsampling
 
 # Of the largest output. In half precision a fused kernel rounds at other places than the ones it replaces.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 # Of the norm of the adapter's gradient. Rounding at other places makes up to 0.1 of it in bf16, whose own distance from
-# fp32 is that large; where a compiler is wrong it is a third and more (see `_upsample`).
+# fp32 is that large; where a compiler is wrong it is a third and more (see patches/upsampling.py).
 _GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.15}
 # Student, teacher and target are three graphs, validation brings more; the default of 8 then falls back to eager.
 _GRAPHS = 64
@@ -34,81 +35,43 @@ def pick_checkpointing(how: str, device: torch.device) -> str:
     return "none" if device.type == "cpu" else "selective"
 
 
-def recompute(unet: Any, how: str) -> None:
-    """Lets the backward pass compute activations again instead of keeping them. The last call counts.
+def recompute(network: Any, how: str) -> None:
+    """Has the backward pass recompute activations instead of keeping them. The last call counts.
 
     Args:
-        how: `none`; `selective` does norms and activation functions again (patches/recompute.py); `full` keeps
-            the input of each block and costs another forward; or `auto`.
+        how: `none`, `selective` or `full` (see patches/recompute.py), or `auto`.
     """
-    how = pick_checkpointing(how, next(unet.parameters()).device)
-    unet.disable_gradient_checkpointing()
-    keep(unet)
+    how = pick_checkpointing(how, next(network.parameters()).device)
+    for patch in (SelectiveRecompute(), FullRecompute()):
+        patch.undo(network)
     if how == "selective":
-        remake(unet)
+        SelectiveRecompute().install(network)
     elif how == "full":
-        unet.enable_gradient_checkpointing(_again)
+        FullRecompute().install(network)
 
 
-def _again(block: nn.Module, *arguments: Any) -> Any:
-    """Runs it, keeping the arguments alone; in the backward pass it runs up to the last input that is needed there."""
-    return checkpoint(block.__call__, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-
-def compiled(unet: nn.Module) -> None:
-    """Has the UNet compiled when it is first called, in place.
+def compiled(network: Any) -> None:
+    """Has the network compiled when it is first called, in place.
 
     Raises:
         UserError: it is on a CPU, and there is no C++ compiler; or this user has no folder for what is compiled.
     """
-    import torch._dynamo
-    from diffusers.models.upsampling import Upsample2D
-
-    if next(unet.parameters()).device.type == "cpu":
-        _find_compiler()
+    if next(network.parameters()).device.type == "cpu" and not has_cpp_compiler():
+        raise UserError(
+            "compile: true needs a C++ compiler on a CPU, and there is none on the PATH; install g++ or set compile: "
+            "false"
+        )
     # Torch's own choice is a name in the shared temporary folder: what another user puts there first would be executed.
     if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("inductor"))
-    torch._dynamo.config.recompile_limit = _GRAPHS
-    for module in unet.modules():
-        plain = isinstance(module, Upsample2D) and module.interpolate and module.norm is None
-        if plain and module.use_conv and not module.use_conv_transpose:
-            vars(module)["forward"] = partial(_upsample, module)
-    unet.compile(dynamic=False)
+    allow_graphs(_GRAPHS)
+    ExpandingUpsampling().install(network)
+    Compilation().install(network)
 
 
 def eager() -> AbstractContextManager[object]:
     """Within the block a compiled UNet runs as it was written."""
     return torch.compiler.set_stance("force_eager")
-
-
-def _find_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise UserError(
-            "compile: true needs a C++ compiler on a CPU, and there is none on the PATH; install g++ or set compile: "
-            "false"
-        ) from error
-
-
-def _upsample(module: Any, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
-    """The forward of diffusers' Upsample2D, without a scatter in its backward pass.
-
-    Compiled, an interpolation is a gather and its gradient a scatter of atomic additions. In bf16 on a CPU torch 2.13's
-    inductor fuses what rounds the sum with what fills it with zeros, and so reads it before anything was added: no
-    gradient passes. Here each pixel is expanded to four, whose gradients are summed.
-    """
-    height, width = output_size or (2 * x.shape[-2], 2 * x.shape[-1])
-    return module.conv(twice(x)[..., :height, :width])
-
-
-def twice(x: Tensor) -> Tensor:
-    """Returns (B, C, 2h, 2w): x (B, C, h, w) by nearest neighbours. Its first 2h - 1 rows are x at that height."""
-    return x[..., :, None, :, None].expand(-1, -1, -1, 2, -1, 2).flatten(4).flatten(2, 3)
 
 
 @contextmanager
@@ -164,8 +127,8 @@ class AdapterCheck:
             found = _gradient(trained, self._compiled(rows).square().sum())
             times = torch.bincount(self._repeated(rows), minlength=len(self._latents))
             expected = _gradient(trained, (self._eager().square().flatten(1).sum(1) * times).sum())
-        norm = torch.stack(torch._foreach_norm(expected)).norm()
-        error = (torch.stack(torch._foreach_norm(torch._foreach_sub(found, expected))).norm() / norm).item()
+        norm = torch.stack(foreach_norm(expected)).norm()
+        error = (torch.stack(foreach_norm(foreach_sub(found, expected))).norm() / norm).item()
         if not error < _GRADIENT_TOLERANCE[self._base.dtype]:
             raise UserError(
                 f"the compiled student's gradient is {error:.1e} of its norm away from the eager one's, expected less "

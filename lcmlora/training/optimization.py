@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lcmlora.config import Training
 from lcmlora.errors import UserError
 from lcmlora.parallel.ranks import Ranks
+from lcmlora.patches.torch_internals import amp_update_scale_, foreach_copy_
 
 _ALIGN = 64  # elements: every view starts where vectorized kernels like it
 # GradScaler's numbers, but for the first scale: its 65536 spends the first steps of a short run on overflows.
@@ -80,7 +81,7 @@ class Optimization:
         found = [
             (v, p.grad) for v, p in zip(self._views(gradient), self._parameters, strict=True) if p.grad is not None
         ]
-        torch._foreach_copy_([view for view, _ in found], [grad for _, grad in found])
+        foreach_copy_([view for view, _ in found], [grad for _, grad in found])
         for parameter in self._parameters:
             parameter.grad = None
         return gradient
@@ -121,7 +122,7 @@ class Optimization:
             gradient.div_(divisor)
             self._optimizer.step()
         if self._scale is not None:
-            torch._amp_update_scale_(self._scale, self._growth, overflow, _GROWTH, _BACKOFF, _INTERVAL)
+            amp_update_scale_(self._scale, self._growth, overflow, _GROWTH, _BACKOFF, _INTERVAL)
         self._weights.grad = None
         self._changed()
         if self._settings.optimizer != "schedule-free":  # which keeps an average of its own

@@ -16,6 +16,7 @@ from lcmlora.diffusion.objectives import pseudo_huber
 from lcmlora.diffusion.teacher import Teacher
 from lcmlora.distillation.distill import Distillation
 from lcmlora.errors import UserError
+from lcmlora.patches.lora_forwards import LoraForwards
 from lcmlora.training.loop import NullLogger
 from lcmlora.training.optimization import Optimization
 from tests.conftest import make_latents
@@ -248,7 +249,7 @@ def test_every_objective_learns_and_names_its_scheduler(
 
 def test_the_target_has_the_averaged_weights_where_that_is_asked_for(base: bases.LoadedBase, cache: LatentCache):
     parameters = lora.inject(base.unet, 4, 4, 0)
-    lora.direct_forwards(base.unet)
+    LoraForwards().install(base.unet)
     optimization = Optimization(parameters, SETTINGS)
     averaging = SETTINGS.model_copy(update={"target": "ema"})
     distillation = Distillation(base, cache.unconditional(), averaging)
@@ -286,7 +287,7 @@ def test_the_schedule_is_fp32_under_a_half_precision_base(base_folder: Path, cac
     settings = Base(source=str(base_folder), resolution=RESOLUTION, license="apache-2.0")
     base = bases.load("mini", settings, base_folder, device=CPU, dtype=torch.bfloat16, parts=("unet",))
     lora.inject(base.unet, 4, 4, 0)
-    lora.direct_forwards(base.unet)
+    LoraForwards().install(base.unet)
     distillation = Distillation(base, cache.unconditional(), SETTINGS)
     batch = draw_batch(cache)
     batch.index.zero_()

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lcmlora import patches
 from lcmlora.config import Launch
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation import doctor
@@ -30,6 +31,8 @@ def test_the_figures_are_those_of_the_run_that_follows(base_folder: Path, cache:
     assert found.total == pytest.approx(6 * trial.seconds + found.targets + 2 * found.validation)
     adapter = sum(p.numel() for p in base.unet.parameters() if p.requires_grad)
     assert found.checkpoint == 5 * 4 * adapter
+    assert found.patches == [str(each) for each in patches.installed(base.unet)]
+    assert [patch.partition(":")[0] for patch in found.patches] == ["direct attention", "LoRA forwards"]
     assert json.loads(json.dumps(found.plain()))["device"].startswith("cpu")
 
 

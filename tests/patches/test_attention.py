@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from lcmlora import bases
 from lcmlora.config import Base
-from lcmlora.patches.attention import direct_attention, widen_attention
+from lcmlora.patches.attention import DirectAttention, WideAttention
 from tests.support.distillation import CPU
 from tests.support.miniature import RESOLUTION
 
@@ -23,9 +23,9 @@ def test_wide_attention_is_diffusers_own_in_fp32(miniatures: Callable[[str], Pat
         conditioning["time_ids"] = base.time_ids(rows=2)
     x, t = torch.randn(2, *base.latent_shape), torch.tensor([999, 259])
     expected = base.predict(x, t, conditioning)
-    widen_attention(base.unet)
+    WideAttention().install(base.unet)
     changed = {type(processor).__name__ for processor in base.unet.attn_processors.values()}
-    assert changed == {"_WideAttention"}
+    assert changed == {"_WideProcessor"}
     torch.testing.assert_close(base.predict(x, t, conditioning), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -33,7 +33,7 @@ def test_direct_attention_is_diffusers_own_to_the_bit(base_folder: Path):
     unet = UNet2DConditionModel.from_pretrained(base_folder, subfolder="unet").eval()
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
     expected = unet(x, torch.tensor([999, 259]), text).sample
-    direct_attention(unet)
+    DirectAttention().install(unet)
     assert torch.equal(unet(x, torch.tensor([999, 259]), text).sample, expected)
 
 

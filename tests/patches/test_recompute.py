@@ -3,7 +3,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from lcmlora.adapters import lora
 from lcmlora.bases.base import LoadedBase
-from lcmlora.patches import recompute
+from lcmlora.patches.lora_forwards import LoraForwards
+from lcmlora.patches.recompute import SelectiveRecompute
 
 
 def _gradients(base: LoadedBase) -> tuple[dict[str, torch.Tensor], int]:
@@ -19,17 +20,17 @@ def _gradients(base: LoadedBase) -> tuple[dict[str, torch.Tensor], int]:
     return found, sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
-def test_the_backward_pass_makes_again_what_is_not_kept_to_the_bit(base: LoadedBase):
+def test_the_backward_pass_recomputes_what_is_not_kept_to_the_bit(base: LoadedBase):
     for parameter in lora.inject(base.unet, 4, 4, 0).values():
         parameter.data.normal_(std=0.1)
-    lora.direct_forwards(base.unet)
+    LoraForwards().install(base.unet)
     expected, plain = _gradients(base)
-    recompute.remake(base.unet)
+    SelectiveRecompute().install(base.unet)
     for _ in range(2):
         found, kept = _gradients(base)
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             assert torch.equal(found[name], gradient), name
         assert 0 < kept < 0.7 * plain
-    recompute.keep(base.unet)
+    SelectiveRecompute().undo(base.unet)
     assert _gradients(base)[1] == plain

@@ -13,6 +13,8 @@ from torch.nn.functional import interpolate
 from lcmlora.adapters import lora
 from lcmlora.bases.base import Conditioning, LoadedBase
 from lcmlora.errors import UserError
+from lcmlora.patches.lora_forwards import LoraForwards
+from lcmlora.patches.upsampling import twice
 from lcmlora.training import execution
 from lcmlora.training.execution import AdapterCheck
 
@@ -27,12 +29,12 @@ def _inject(base: LoadedBase, strength: float = 0.0, *, merged: bool | None = No
     for parameter in lora.inject(base.unet, 4, 4, 0).values():
         if strength:
             parameter.data.normal_(std=strength)
-    lora.direct_forwards(base.unet, merged=merged)
+    LoraForwards(merged).install(base.unet)
 
 
 def _compile(base: LoadedBase, backend: str | Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     if backend != "inductor":
-        monkeypatch.setattr(execution, "_find_compiler", lambda: None)  # the machine may have none, and needs none
+        monkeypatch.setattr(execution, "has_cpp_compiler", lambda: True)  # the machine may have none, and needs none
     monkeypatch.setattr(base.unet, "compile", partial(base.unet.compile, backend=backend))
     execution.compiled(base.unet)
 
@@ -102,7 +104,7 @@ def test_pixels_are_doubled_as_by_interpolation(shape: tuple[int, ...], size: tu
     x = torch.arange(math.prod(shape)).float().view(shape)
     height, width = size or (2 * shape[2], 2 * shape[3])
     expected = interpolate(x, size=size, scale_factor=None if size else 2.0, mode="nearest")
-    torch.testing.assert_close(execution.twice(x)[..., :height, :width], expected, atol=0, rtol=0)
+    torch.testing.assert_close(twice(x)[..., :height, :width], expected, atol=0, rtol=0)
 
 
 def test_a_compiled_unet_scatters_nothing_in_its_backward_pass(base: LoadedBase, monkeypatch: pytest.MonkeyPatch):

@@ -6,6 +6,7 @@ from torch import nn
 
 from lcmlora.adapters import lora
 from lcmlora.errors import UserError
+from lcmlora.patches.lora_forwards import LoraForwards
 from lcmlora.training.optimization import Optimization
 from tests.support.distillation import SETTINGS
 
@@ -98,7 +99,7 @@ def test_a_layer_follows_every_change_of_its_adapter(merged: bool, dtype: torch.
     unet = nn.Module()
     unet.conv1 = nn.Linear(3, 2, dtype=dtype)
     parameters = lora.inject(unet, 4, 8, seed=0)
-    lora.direct_forwards(unet, merged=merged)
+    LoraForwards(merged).install(unet)
     optimization = Optimization(parameters, SETTINGS.model_copy(update={"lr": 0.1, "warmup": 0}))
     x = torch.ones(1, 3, dtype=dtype)
 

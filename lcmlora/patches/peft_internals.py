@@ -1,0 +1,21 @@
+"""Undocumented parts of PEFT that lcmlora relies on, written against PEFT 0.21; tests/test_internals.py tries each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+VERSION = "0.21"
+
+
+def set_adapters_off(layers: Iterable[dict[str, Any]], off: bool) -> None:
+    """Switches the adapters of layers off or on; `layer.disable_adapters` then says which.
+
+    PEFT's own `enable_adapters` changes which parameters require gradients, too. This writes the attribute alone, past
+    nn.Module.__setattr__, which takes the host of SDXL's 788 layers 23 ms in each step.
+
+    Args:
+        layers: the `vars` of each layer.
+    """
+    for attributes in layers:
+        attributes["_disable_adapters"] = off
