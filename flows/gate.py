@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
@@ -54,17 +54,16 @@ class Gate:
 
 def prefect() -> Gate:
     """Prefect's server; a factory for uvicorn."""
-    from prefect.server.api.server import create_app
+    from tasks import prefect_internals
 
-    return Gate(create_app(final=True), _listed("PREFECT_SERVER_CORS_ALLOWED_ORIGINS"))
+    return Gate(prefect_internals.server(), _listed("PREFECT_SERVER_CORS_ALLOWED_ORIGINS"))
 
 
 def mlflow() -> Gate:
     """MLflow's server with passwords; a factory for `mlflow server --app-name lcmlora`, which pyproject.toml names."""
-    from mlflow.server.auth import create_app
+    from lcmlora.inference import mlflow_internals
 
-    app: Any = create_app()
-    return Gate(app, _listed("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"))
+    return Gate(mlflow_internals.server_with_passwords(), _listed("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"))
 
 
 def _listed(variable: str) -> list[str]:

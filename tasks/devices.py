@@ -92,9 +92,10 @@ def _slot(limit: str, processes: Processes) -> Iterator[None]:
 
 def _take(limit: str, slot: contextlib.ExitStack) -> bool:
     """Returns whether a slot was free, which then is given back with `slot`."""
-    import httpx
-    from prefect.concurrency._asyncio import ConcurrencySlotAcquisitionError
+    from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
     from prefect.concurrency.sync import concurrency
+
+    from tasks.prefect_internals import is_limit_taken, is_limit_unknown
 
     try:
         # Prefect's own wait cannot be interrupted from the flow's thread. A lease that could not be renewed is no
@@ -104,12 +105,11 @@ def _take(limit: str, slot: contextlib.ExitStack) -> bool:
         )
         slot.enter_context(wanted)
     except ConcurrencySlotAcquisitionError as error:
-        cause = error.__cause__
-        if isinstance(cause, httpx.HTTPStatusError) and cause.response.status_code == httpx.codes.LOCKED:
+        if is_limit_taken(error):
             return False
-        if cause is None:
+        if is_limit_unknown(error):
             raise UserError(
                 f"the Prefect server has no limit {limit!r}: `prefect gcl create {limit} --limit 1` makes it"
             ) from error
-        raise Unavailable(f"no slot of the limit {limit!r}: Prefect's server: {cause}") from error
+        raise Unavailable(f"no slot of the limit {limit!r}: Prefect's server: {error.__cause__}") from error
     return True

@@ -19,11 +19,12 @@ from lcmlora.config import Config, Flow
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.parsing import Malformed, as_object, parse_json, read_yaml
 from lcmlora.io.terminal import shown
+from tasks import dvc_internals
 from tasks.devices import held
 from tasks.leftovers import mend
 from tasks.output import told
+from tasks.prefect_internals import failure
 from tasks.processes import Command, Processes, python, reason, stream
-from tasks.retrying import failure
 
 _RESOLVE = "resolve"  # the stage that writes resolved.yaml
 _WITHOUT_DEVICE = ("prepare", "package")  # stages that neither train nor draw
@@ -90,7 +91,7 @@ def repro(stage: str, processes: Processes, settings: Config, force: bool = Fals
     # A release is not kept by DVC, which would take its missing files for pulled.
     options = [*(["--force"] if force else []), *(["--pull"] if pull and name != "package" else [])]
     # A flow that was killed leaves a stage that is ending: DVC does not wait for it, but fails.
-    with held(Path(".dvc/tmp", f"lcmlora-{stage}.lock"), stage, processes):
+    with held(dvc_internals.TEMPORARY / f"lcmlora-{stage}.lock", stage, processes):
         mend()
         status, lines = _listen(
             processes, _dvc("repro", "--single-item", *options, stage), stage, model or None, settings.flow
@@ -98,7 +99,7 @@ def repro(stage: str, processes: Processes, settings: Config, force: bool = Fals
     if status != 0:
         raise _failed(stage, status, lines)
     mend()
-    ran = any(line.startswith(f"Running stage '{stage}'") for line in lines)
+    ran = any(dvc_internals.says_it_runs(line, stage) for line in lines)
     return StageResult(stage, ran, time.monotonic() - began)
 
 
@@ -136,14 +137,10 @@ def default_remote() -> str | None:
     Raises:
         StageFailed: DVC's settings are none.
     """
-    from dvc.config import Config, ConfigError  # read in this process: a DVC of its own takes a second to start
-
     try:
-        settings = Config.from_cwd()
-    except ConfigError as error:
-        raise StageFailed(f"dvc config: {' '.join(str(error).split())}") from error
-    remote = settings["remote"].get(settings["core"].get("remote"))
-    return str(remote["url"]) if remote else None
+        return dvc_internals.default_remote()
+    except ValueError as error:
+        raise StageFailed(f"dvc config: {error}") from error
 
 
 def is_shared(remote: str | None) -> bool:

@@ -10,15 +10,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
 from lcmlora.io.files import atomic_write
+from tasks.dvc_internals import LOCK, READERS_AND_WRITERS, READERS_AND_WRITERS_LOCK, TEMPORARY, is_lock_file
 
 _PATIENCE = 60.0  # seconds to wait for a DVC that is at work on what is to be mended
 
 _LOCK_FILE = Path("dvc.lock")
-_TEMPORARY = Path(".dvc/tmp")
-_KEPT = _TEMPORARY / "lcmlora-dvc.lock"  # the last whole dvc.lock
+_KEPT = TEMPORARY / "lcmlora-dvc.lock"  # the last whole dvc.lock
 
 
 def mend() -> None:
@@ -29,20 +27,19 @@ def mend() -> None:
     those whose process number another program has by now, and whom DVC would take to be at work; a half-written one
     becomes empty.
     """
-    if not _TEMPORARY.is_dir():
+    if not TEMPORARY.is_dir():
         return
     if _is_whole(_LOCK_FILE):
         _keep()
     elif _LOCK_FILE.exists():
-        with _locked(_TEMPORARY / "lock"):
+        with _locked(LOCK):
             if not _is_whole(_LOCK_FILE):
                 _restore()
-    table = _TEMPORARY / "rwlock"
-    if table.exists() and _without_gone(table) is not None:
-        with _locked(_TEMPORARY / "rwlock.lock"):
-            text = _without_gone(table)
+    if READERS_AND_WRITERS.exists() and _without_gone(READERS_AND_WRITERS) is not None:
+        with _locked(READERS_AND_WRITERS_LOCK):
+            text = _without_gone(READERS_AND_WRITERS)
             if text is not None:
-                atomic_write(table, lambda path: path.write_text(text, encoding="utf-8"))
+                atomic_write(READERS_AND_WRITERS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _keep() -> None:
@@ -62,14 +59,10 @@ def _restore() -> None:
 
 def _is_whole(path: Path) -> bool:
     """Returns whether DVC can read this dvc.lock."""
-    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-    from voluptuous import Invalid
-
     try:
-        COMPILED_LOCKFILE_SCHEMA(yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, Invalid):
+        return is_lock_file(path.read_bytes())
+    except OSError:
         return False
-    return True
 
 
 def _without_gone(table: Path) -> str | None:

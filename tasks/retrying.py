@@ -11,6 +11,7 @@ from prefect.tasks import exponential_backoff
 
 from lcmlora.config import Config
 from lcmlora.errors import Unavailable
+from tasks.prefect_internals import failure
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,8 +34,3 @@ def networked(task: Task[P, R], settings: Config) -> Task[P, R]:
 
 def _is_passing(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
     return isinstance(failure(state), Unavailable | ConnectionError | TimeoutError)
-
-
-def failure(state: State[Any]) -> BaseException | None:
-    """Returns the exception of a failed state in this process, which Prefect keeps as it was raised."""
-    return state.data if isinstance(state.data, BaseException) else None

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcmlora.adapters import lora
 from lcmlora.bases.examination import examine
 from lcmlora.bases.examination.examine import Examination
 from lcmlora.bases.examination.weightfiles import json_of

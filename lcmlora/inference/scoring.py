@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lcmlora.inference.limits import Limits
+from lcmlora.inference.mlflow_internals import guard_next_application
 from lcmlora.io.parsing import Malformed, parse_json
 from lcmlora.io.terminal import joined
 
@@ -27,7 +28,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
-_SCORING = "mlflow.pyfunc.scoring_server.app"  # the module in which MLflow's server makes its application
 _PATH = "/invocations"
 _SHOWN = 500  # characters of a message
 # Bytes of a request over the limit that are taken and dropped: a client that still sends when the connection closes
@@ -53,28 +53,8 @@ current: ContextVar[Request | None] = ContextVar("request", default=None)
 
 
 def stand_before_mlflow(limits: Limits) -> bool:
-    """Puts a Door around the application that MLflow's server makes next; returns False where it is another server.
-
-    The requirements of the model pin MLflow's version, so that it is the one that this was tested with.
-    """
-    module = sys.modules.get(_SCORING)
-    if module is None or hasattr(module, "app"):
-        return False
-    import fastapi
-
-    plain = fastapi.FastAPI
-
-    class Guarded(plain):  # type: ignore[misc, valid-type]
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            fastapi.FastAPI = plain  # type: ignore[misc]  # this application and no other
-            super().__init__(*arguments, **settings)
-            self._door = Door(super().__call__, limits)
-
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            await self._door(scope, receive, send)
-
-    fastapi.FastAPI = Guarded  # type: ignore[misc]
-    return True
+    """Puts a Door around the application that MLflow's server makes next; returns False where it is another server."""
+    return guard_next_application(lambda application: Door(application, limits))
 
 
 class Door:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcmlora.config import Registry
 from lcmlora.errors import Unavailable, UserError
+from lcmlora.inference.mlflow_internals import start_system_monitor
 from lcmlora.io import masking
 from lcmlora.io.files import write_json
 from lcmlora.io.parsing import as_object, read_json
@@ -51,7 +52,9 @@ class Run:
     """One MLflow run that figures are logged to, in batches. Without a client it keeps nothing."""
 
     def __init__(self, client: Any, run_id: str | None, settings: Registry | None) -> None:
-        self._monitor = _monitor(run_id, settings) if run_id and settings and settings.system_metrics else None
+        self._monitor = None
+        if run_id and settings and settings.system_metrics:
+            self._monitor = start_system_monitor(run_id, settings.tracking_uri, _SYSTEM_SECONDS)
         self._client = client
         self._given_up = client is None  # said once
         self._settings = settings
@@ -146,17 +149,6 @@ def tracking(
         run.end("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     run.end("FINISHED")
-
-
-def _monitor(run_id: str, settings: Registry) -> Any:
-    """Returns MLflow's own monitor, started: CPU, memory, disk, network and GPU as `system/...` figures of the run."""
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    monitor = SystemMetricsMonitor(
-        run_id, sampling_interval=_SYSTEM_SECONDS, resume_logging=True, tracking_uri=settings.tracking_uri
-    )
-    monitor.start()
-    return monitor
 
 
 def _continue_or_create(

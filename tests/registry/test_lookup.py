@@ -12,6 +12,7 @@ from PIL import Image
 
 from lcmlora.config import Registry
 from lcmlora.errors import Unavailable, UserError
+from lcmlora.inference.mlflow_internals import start_system_monitor
 from lcmlora.io.files import sha256_file
 from lcmlora.registry.lookup import champion, compare, condition, figures, pull, resolve, versions
 from lcmlora.registry.promotion import assign
@@ -55,6 +56,17 @@ def rewrite(folder: Path, name: str, content: bytes) -> None:
 
 def client(settings: Registry) -> Any:
     return MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=settings.tracking_uri)
+
+
+def test_mlflow_system_metrics_monitor_logs_the_machines_figures_to_a_run(settings: Registry):
+    with tracking(settings, "mini", {}) as run:
+        assert run.id
+        monitor = start_system_monitor(run.id, settings.tracking_uri, 0.05)
+        until = time.monotonic() + 30
+        while not (found := client(settings).get_run(run.id).data.metrics) and time.monotonic() < until:
+            time.sleep(0.05)
+        monitor.finish()
+    assert found["system/system_memory_usage_percentage"] > 0
 
 
 def test_a_run_keeps_its_params_and_every_figure_at_its_step(settings: Registry):

@@ -1,0 +1,37 @@
+"""Undocumented parts of Prefect that lcmlora relies on, written against Prefect 3.8.
+
+tests/test_internals.py and tests/flows/test_runs.py try each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+from prefect.states import State
+
+VERSION = "3.8"
+
+
+def is_limit_taken(error: ConcurrencySlotAcquisitionError) -> bool:
+    """Returns whether others hold all slots of a limit: the error's cause is the server's answer, 423."""
+    cause = error.__cause__
+    return isinstance(cause, httpx.HTTPStatusError) and cause.response.status_code == httpx.codes.LOCKED
+
+
+def is_limit_unknown(error: ConcurrencySlotAcquisitionError) -> bool:
+    """Returns whether the server answered that it has no such limit: the error then has no cause."""
+    return error.__cause__ is None
+
+
+def failure(state: State[Any]) -> BaseException | None:
+    """Returns the exception of a failed state in this process, which `State.data` keeps as it was raised."""
+    return state.data if isinstance(state.data, BaseException) else None
+
+
+def server() -> Any:
+    """Returns the ASGI application of Prefect's server, whole, with its pages."""
+    from prefect.server.api.server import create_app
+
+    return create_app(final=True)

@@ -1,0 +1,283 @@
+"""Each undocumented part of a library is used through one module, and each does what that module says.
+
+A test is named by what the library must have: it fails where a new version has it no longer.
+"""
+
+import ast
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import prefect
+import pytest
+import torch
+from prefect.states import Failed
+from torch import nn
+
+from lcmlora.inference import mlflow_internals
+from lcmlora.patches import peft_internals, torch_internals
+from tasks import dvc_internals, prefect_internals
+from tests.support.repositories import make
+
+ROOT = Path(__file__).parent.parent
+MODULES = {
+    "torch": torch_internals,
+    "peft": peft_internals,
+    "mlflow": mlflow_internals,
+    "prefect": prefect_internals,
+    "dvc": dvc_internals,
+}
+# Own attributes by an underscore that are public all the same, and one library whose layers have no other names.
+_PUBLIC = {"_replace", "_fields", "_asdict"}
+_EFFICIENTNET = "lcmlora/evaluation/measures/features.py"
+
+
+@pytest.mark.parametrize("library", MODULES)
+def test_a_new_version_in_the_lock_asks_for_a_look_at_the_module(library: str):
+    locked = re.search(rf"^{library}==(\d+\.\d+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    locked = locked or re.search(rf"^{library}==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    module = MODULES[library]
+    assert locked, f"{library} is not in the lock"
+    assert locked[1] == module.VERSION, (
+        f"{library} is {locked[1]} now: read what {module.__name__} relies on in its source, then raise VERSION there"
+    )
+    assert f"{module.VERSION};" in (module.__doc__ or "")
+
+
+def test_nothing_else_reaches_into_a_library():
+    found = []
+    for wing in ("lcmlora", "tasks", "flows"):
+        for path in sorted((ROOT / wing).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            if not name.endswith("_internals.py") and name != _EFFICIENTNET:
+                found += [f"{name}:{line}: {text}" for line, text in _reaches(ast.parse(path.read_text()))]
+    assert not found, "to be moved into the library's *_internals.py:\n" + "\n".join(found)
+
+
+def _reaches(tree: ast.Module) -> list[tuple[int, str]]:
+    """Returns the lines that read an attribute with an underscore of something else, or import such a name."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _is_self(node.value)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and _is_hidden(node.attr) and node.attr not in own | _PUBLIC:
+            found.append((node.lineno, ast.unparse(node)))
+        if isinstance(node, ast.ImportFrom | ast.Import) and getattr(node, "module", None) != "__future__":
+            words = [
+                *(getattr(node, "module", None) or "").split("."),
+                *(n for a in node.names for n in a.name.split(".")),
+            ]
+            if any(_is_hidden(word) for word in words):
+                found.append((node.lineno, ast.unparse(node)))
+    return found
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+# --- torch --------------------------------------------------------------------------------------------------------
+
+
+def _tensors() -> list[torch.Tensor]:
+    return [torch.tensor([3.0, 4.0]), torch.tensor([[6.0], [8.0]])]
+
+
+def test_torch_foreach_copy_():
+    into = [torch.zeros(2), torch.zeros(2, 1)]
+    torch_internals.foreach_copy_(into, _tensors())
+    assert all(torch.equal(one, other) for one, other in zip(into, _tensors(), strict=True))
+
+
+def test_torch_foreach_mul_and_sub_and_norm_and_lerp_():
+    doubled = torch_internals.foreach_mul(_tensors(), 2.0)
+    assert [each.flatten().tolist() for each in doubled] == [[6.0, 8.0], [12.0, 16.0]]
+    once = torch_internals.foreach_sub(doubled, _tensors())
+    assert [norm.item() for norm in torch_internals.foreach_norm(once)] == [5.0, 10.0]
+    moved = _tensors()
+    torch_internals.foreach_lerp_(moved, doubled, 0.5)
+    assert [each.flatten().tolist() for each in moved] == [[4.5, 6.0], [9.0, 12.0]]
+
+
+def test_torch_amp_update_scale_():
+    scale, growth = torch.tensor(8.0), torch.zeros((), dtype=torch.int32)
+    torch_internals.amp_update_scale_(scale, growth, torch.tensor(1.0), 2.0, 0.5, 1)
+    assert scale.item() == 4.0
+    torch_internals.amp_update_scale_(scale, growth, torch.tensor(0.0), 2.0, 0.5, 1)
+    assert scale.item() == 8.0
+
+
+def test_torch_tensor_version():
+    tensor = torch.zeros(2)
+    before = torch_internals.version_of(tensor)
+    tensor.add_(1)
+    assert torch_internals.version_of(tensor) == before + 1
+    torch.autograd.graph.increment_version([tensor])
+    assert torch_internals.version_of(tensor) == before + 2
+    tensor.data.add_(1)
+    assert torch_internals.version_of(tensor) == before + 2
+
+
+def test_torch_conv2d_conv_forward():
+    layer = nn.Conv2d(2, 3, 3, stride=2, padding=1, padding_mode="circular")
+    x, weight = torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3)
+    found = torch_internals.convolve(layer, x, weight, layer.bias)
+    layer.weight.data = weight
+    assert torch.equal(found, layer(x))
+
+
+def test_torch_module_compiled_call_impl():
+    layer = nn.Linear(2, 2)
+    layer.compile(backend="eager")
+    assert torch_internals.COMPILED_CALL in vars(layer)
+    x, called = torch.ones(1, 2), []
+    vars(layer)[torch_internals.COMPILED_CALL] = lambda x: called.append(x)
+    layer(x)
+    assert called == [x]
+    del vars(layer)[torch_internals.COMPILED_CALL]
+    assert torch.equal(layer(x), layer.forward(x))
+
+
+def test_torch_dynamo_config_recompile_limit():
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=8):
+        torch_internals.allow_graphs(3)
+        assert torch._dynamo.config.recompile_limit == 3
+
+
+def test_torch_inductor_get_cpp_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from torch._inductor.cpp_builder import cpp_compiler_search
+
+    cpp_compiler_search.cache_clear()  # where an earlier test has found one
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert not torch_internals.has_cpp_compiler()
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho g++ 12\n")
+    compiler.chmod(0o755)
+    cpp_compiler_search.cache_clear()
+    assert torch_internals.has_cpp_compiler()
+    cpp_compiler_search.cache_clear()
+
+
+# --- PEFT ---------------------------------------------------------------------------------------------------------
+
+
+def test_peft_lora_layer_disable_adapters():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    bare = model[0]
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), model, "lcm")
+    layer, x = model[0], torch.randn(3, 4)
+    assert not torch.equal(layer(x), bare(x))
+    peft_internals.set_adapters_off([vars(layer)], True)
+    assert layer.disable_adapters and torch.equal(layer(x), bare(x))
+    assert all(p.requires_grad for name, p in layer.named_parameters() if "lora" in name)
+    peft_internals.set_adapters_off([vars(layer)], False)
+    assert not layer.disable_adapters and not torch.equal(layer(x), bare(x))
+
+
+# --- MLflow -------------------------------------------------------------------------------------------------------
+
+
+def test_mlflow_scoring_server_app(monkeypatch: pytest.MonkeyPatch):
+    """The module makes its application with fastapi.FastAPI, in `scoring_server.init`, once it has loaded the model."""
+    from mlflow.pyfunc import scoring_server
+
+    source = Path(scoring_server.__file__).with_name("app.py").read_text()
+    assert re.search(r"^app = scoring_server\.init\(\s*scoring_server\.load_model_with_mlflow_config\(", source, re.M)
+    assert not mlflow_internals.guard_next_application(lambda application: application)  # no such server here
+
+    asked: list[str] = []
+
+    def guard(application: mlflow_internals.Application) -> mlflow_internals.Application:
+        async def guarded(scope: Any, receive: Any, send: Any) -> None:
+            asked.append(scope["type"])
+
+        return guarded
+
+    # What the module is while it loads the model: imported, and without an application.
+    monkeypatch.setitem(
+        sys.modules, mlflow_internals.SCORING_APPLICATION, types.ModuleType(mlflow_internals.SCORING_APPLICATION)
+    )
+    assert mlflow_internals.guard_next_application(guard)
+    guarded, plain = (scoring_server.init(_NoModel()) for _ in range(2))
+    asyncio.run(guarded({"type": "http"}, None, None))
+    assert asked == ["http"]
+    assert type(plain).__name__ == "FastAPI"  # the next one is nobody's
+
+
+class _NoModel:
+    metadata = types.SimpleNamespace(get_input_schema=lambda: None, get_params_schema=lambda: None)
+    loader_module = None
+
+
+def _parameters(module: types.ModuleType, file: str, function: str) -> set[str]:
+    """Returns the parameters of a function in a library's file, which is not imported: servers take seconds."""
+    tree = ast.parse(Path(str(module.__file__)).parent.joinpath(file).read_text())
+    found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return {argument.arg for argument in found.args.args}
+
+
+def test_mlflow_server_auth_create_app():
+    """tests/integration/test_registry_server.py starts it."""
+    assert "app" in _parameters(mlflow, "server/auth/__init__.py", "create_app")
+
+
+# mlflow.system_metrics.system_metrics_monitor: tests/registry/test_lookup.py has a registry for it to log to.
+
+
+# --- Prefect ------------------------------------------------------------------------------------------------------
+# The causes of ConcurrencySlotAcquisitionError: tests/flows/test_runs.py has a server that gives them.
+
+
+def test_prefect_state_data():
+    error = ValueError("why")
+    assert prefect_internals.failure(Failed(data=error)) is error
+    assert prefect_internals.failure(Failed(message="why")) is None
+
+
+def test_prefect_server_create_app():
+    """tests/integration/test_schedules.py starts it."""
+    assert "final" in _parameters(prefect, "server/api/server.py", "create_app")
+
+
+# --- DVC ----------------------------------------------------------------------------------------------------------
+
+_STAGES = "stages:\n  copy:\n    cmd: cp source copy\n    deps: [source]\n    outs: [copy]\n"
+
+
+def test_dvc_lock_file_and_its_locks_and_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its schema, `.dvc/tmp/lock` and `rwlock`, the line of a stage that runs, and the default remote."""
+    monkeypatch.chdir(make(tmp_path / "repository", _STAGES))
+    Path("source").write_text("1\n")
+    assert dvc_internals.default_remote() is None
+    first, second = (
+        subprocess.run([sys.executable, "-m", "dvc", "repro"], check=True, capture_output=True, text=True).stdout
+        for _ in range(2)
+    )
+    assert [any(dvc_internals.says_it_runs(line, "copy") for line in out.splitlines()) for out in (first, second)] == [
+        True,
+        False,
+    ]
+    whole = Path("dvc.lock").read_bytes()
+    assert dvc_internals.is_lock_file(whole) and not dvc_internals.is_lock_file(whole[:-10])
+    assert dvc_internals.LOCK.exists() and dvc_internals.READERS_AND_WRITERS_LOCK.exists()
+    assert json.loads(dvc_internals.READERS_AND_WRITERS.read_text()) == {}
+    Path(".dvc/config").write_text("[core]\n    remote = there\n['remote \"there\"']\n    url = /mnt/there\n")
+    assert dvc_internals.default_remote() == "/mnt/there"
+    Path(".dvc/config").write_text("[core]\n    remote = there\n    what = 1\n")
+    with pytest.raises(ValueError, match="what"):
+        dvc_internals.default_remote()
