@@ -1,4 +1,4 @@
-"""Undocumented parts of DVC that lcmlora relies on, written against DVC 3.67; tests/test_internals.py tries each."""
+"""Undocumented parts of DVC that lcmlora relies on. tests/test_internals.py tries each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-VERSION = "3.67"
+VERSION = "3.67"  # that this was written against
 
 TEMPORARY = Path(".dvc/tmp")
 LOCK = TEMPORARY / "lock"  # held with flock by a command that changes the repository

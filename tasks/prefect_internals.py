@@ -1,4 +1,4 @@
-"""Undocumented parts of Prefect that lcmlora relies on, written against Prefect 3.8.
+"""Undocumented parts of Prefect that lcmlora relies on.
 
 tests/test_internals.py and tests/flows/test_runs.py try each.
 """
@@ -11,7 +11,7 @@ import httpx
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.states import State
 
-VERSION = "3.8"
+VERSION = "3.8"  # that this was written against
 
 
 def is_limit_taken(error: ConcurrencySlotAcquisitionError) -> bool:

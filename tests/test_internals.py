@@ -47,7 +47,6 @@ def test_a_new_version_in_the_lock_asks_for_a_look_at_the_module(library: str):
     assert locked[1] == module.VERSION, (
         f"{library} is {locked[1]} now: read what {module.__name__} relies on in its source, then raise VERSION there"
     )
-    assert f"{module.VERSION};" in (module.__doc__ or "")
 
 
 def test_nothing_else_reaches_into_a_library():
@@ -264,16 +263,10 @@ def test_dvc_lock_file_and_its_locks_and_lines(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(make(tmp_path / "repository", _STAGES))
     Path("source").write_text("1\n")
     assert dvc_internals.default_remote() is None
-    first, second = (
-        subprocess.run([sys.executable, "-m", "dvc", "repro"], check=True, capture_output=True, text=True).stdout
-        for _ in range(2)
-    )
-    assert [any(dvc_internals.says_it_runs(line, "copy") for line in out.splitlines()) for out in (first, second)] == [
-        True,
-        False,
-    ]
+    done = subprocess.run([sys.executable, "-m", "dvc", "repro"], check=True, capture_output=True, text=True)
+    assert any(dvc_internals.says_it_runs(line, "copy") for line in done.stdout.splitlines())
     whole = Path("dvc.lock").read_bytes()
-    assert dvc_internals.is_lock_file(whole) and not dvc_internals.is_lock_file(whole[:-10])
+    assert dvc_internals.is_lock_file(whole) and not dvc_internals.is_lock_file(whole[: whole.index(b"cmd") + 2])
     assert dvc_internals.LOCK.exists() and dvc_internals.READERS_AND_WRITERS_LOCK.exists()
     assert json.loads(dvc_internals.READERS_AND_WRITERS.read_text()) == {}
     Path(".dvc/config").write_text("[core]\n    remote = there\n['remote \"there\"']\n    url = /mnt/there\n")

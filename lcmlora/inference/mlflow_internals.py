@@ -1,4 +1,4 @@
-"""Undocumented parts of MLflow that lcmlora relies on, written against MLflow 3.17; tests/test_internals.py tries each.
+"""Undocumented parts of MLflow that lcmlora relies on. tests/test_internals.py tries each.
 
 A model's requirements pin MLflow's version, so that it is served by the one that this was tested with.
 """
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-VERSION = "3.17"
+VERSION = "3.17"  # that this was written against
 
 Application = Callable[[Any, Any, Any], Awaitable[None]]  # ASGI
 

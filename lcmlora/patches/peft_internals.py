@@ -1,11 +1,11 @@
-"""Undocumented parts of PEFT that lcmlora relies on, written against PEFT 0.21; tests/test_internals.py tries each."""
+"""Undocumented parts of PEFT that lcmlora relies on. tests/test_internals.py tries each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-VERSION = "0.21"
+VERSION = "0.21"  # that this was written against
 
 
 def set_adapters_off(layers: Iterable[dict[str, Any]], off: bool) -> None:

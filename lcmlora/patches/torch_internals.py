@@ -1,4 +1,4 @@
-"""Undocumented parts of torch that lcmlora relies on, written against torch 2.13; tests/test_internals.py tries each.
+"""Undocumented parts of torch that lcmlora relies on. tests/test_internals.py tries each.
 
 The core runs with torch 2.11, too.
 """
@@ -11,7 +11,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-VERSION = "2.13"
+VERSION = "2.13"  # that this was written against
 
 _Tensors = list[Tensor] | tuple[Tensor, ...]
 

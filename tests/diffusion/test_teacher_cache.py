@@ -50,7 +50,6 @@ def run(base_folder: Path, cache: LatentCache, tmp_path: Path) -> Callable[..., 
             tmp_path / "scratch",
             tmp_path / "adapter",
             identity={"digest": "0"},
-            run={},
             logger=losses,
             teacher_cache=(tmp_path / "teacher", limit) if limit else None,
         )
