@@ -27,7 +27,7 @@ import torch
 import yaml
 
 from benchmarks import tables
-from lcmlora.data.sources.pictures import Record, write_records
+from lcmlora.data.sources.source import Record, write_records
 from lcmlora.io.files import sha256_folder, write_json
 from tests.data.conftest import picture
 from tests.support import projects

@@ -87,7 +87,7 @@ def encode_pictures(samples: int, root: Path) -> dict[str, float]:
     import torch
 
     from lcmlora.data.latents.encode import encode
-    from lcmlora.data.sources.pictures import Record, write_records
+    from lcmlora.data.sources.source import Record, write_records
     from tests.data.conftest import add, data_in, picture
     from tests.support.distillation import load_parts
     from tests.support.miniature import save_base

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -16,16 +17,20 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 from lcmlora import names
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import Malformed, parse_yaml, read_bytes
 from lcmlora.io.terminal import shown
+from lcmlora.plugins import SOURCES, Table
 
 _MAX_BYTES = 1 << 20  # of params.yaml; ours has 10,000
 _LARGEST = 1 << 53  # of integers; above it neither JSON nor a float has them all
@@ -36,6 +41,19 @@ Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Kind = Literal["style", "finetune"]
 Solver = Literal["ddim", "dpm++", "unipc", "euler"]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotates a name of a table of classes (lcmlora/plugins.py)."""
+
+    table: Table
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.table.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(schema) | {"examples": self.table.names}
 
 
 def _named(name: str) -> str:
@@ -139,7 +157,7 @@ Splits = Annotated[tuple[Split, ...], BeforeValidator(_splits), Field(min_length
 class Data(Strict):
     """Which captioned pictures, and which of them are kept (stage `prepare`)."""
 
-    source: Literal["emoji", "folder", "parquet", "webdataset", "prompts"]
+    source: Annotated[str, OneOf(SOURCES)]  # emoji, folder, parquet, webdataset, prompts, or one that was added
     # folder: the folder; parquet, webdataset: a file or a folder of them, here or at s3://; emoji: the
     # package-lock.json beside node_modules; prompts: a text file with a prompt in each line, here or at s3://
     path: Annotated[str, BeforeValidator(_as_text)]
@@ -528,8 +546,10 @@ class Config(Strict):
             UserError: it has none.
         """
         data, _ = self.variation(kind, name)
-        if data.source == "prompts":
-            raise UserError(f"{kind}s.{name}.data.source: prompts have no pictures, and a {kind} is learned from some")
+        if not SOURCES.get(data.source).has_pictures:
+            raise UserError(
+                f"{kind}s.{name}.data.source: {data.source} has no pictures, and a {kind} is learned from some"
+            )
         return _override(data, self.study.real if self.study else {}, "study.real")
 
     def studied(self, model: str) -> list[tuple[Kind, str]]:
@@ -685,8 +705,9 @@ def _check_overrides(config: Config) -> None:
                 f"{model}: encode.bucket_pictures: {encoding.bucket_pictures} is less than two batches (distill.batch "
                 f"{batch}); pictures of a shape that do not fill a batch are never seen"
             )
-        rollouts = config.encode_for(model).rollouts if config.data.source == "prompts" else None
-        check_trajectory(config.distill_for(model), rollouts, f"{model}: ")
+        if (distill := config.distill_for(model)).trajectory:
+            has_pictures = SOURCES.get(config.data.source).has_pictures
+            check_trajectory(distill, None if has_pictures else encoding.rollouts, f"{model}: ")
     for name in config.styles:
         config.variation("style", name)
     for name in config.finetunes:

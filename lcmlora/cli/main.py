@@ -18,6 +18,7 @@ from lcmlora.cli import adapters, data, registry, releases, studies
 from lcmlora.cli.reporting import reporting
 from lcmlora.io import faults
 from lcmlora.io.terminal import note, say
+from lcmlora.plugins import SOURCES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -195,7 +196,8 @@ def _encode(config, model: str, settings, place) -> None:  # type: ignore[no-unt
     from lcmlora.data import enlargement
     from lcmlora.data.latents.encode import encode as fill
 
-    base = _load(config, model, settings.device, "unet" if config.data.source == "prompts" else "vae", "text")
+    encoder = "vae" if SOURCES.get(config.data.source).has_pictures else "unet"
+    base = _load(config, model, settings.device, encoder, "text")
     out = Path("data/latents", model)
     if place.first:
         enlargement.warn(config.data, model, base.resolution, Path("data/pictures"))

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from lcmlora.config import Data
-from lcmlora.data.sources.pictures import read_records
+from lcmlora.data.sources.source import read_records
+from lcmlora.plugins import SOURCES
 
 _TOLD = 1.5  # times; less is hardly seen
 
@@ -14,7 +15,7 @@ _TOLD = 1.5  # times; less is hardly seen
 def enlarged(data: Data, base: str, resolution: int, pictures: Path) -> str:
     """Returns a line on the pictures in train.jsonl of this folder whose shorter side is enlarged 1.5 times or more;
     empty where none is."""
-    if data.source in ("emoji", "prompts"):  # drawings have no size of their own, prompts no pictures
+    if not SOURCES.get(data.source).has_sizes:
         return ""
     records = read_records(pictures / "train.jsonl")
     factors = [resolution / min(record.width, record.height) for record in records]

@@ -12,9 +12,10 @@ from lcmlora.data import remedies
 from lcmlora.data.duplicates import Looks
 from lcmlora.data.reading.candidates import DUPLICATE, printable, shown
 from lcmlora.data.rejections import write as write_rejections
-from lcmlora.data.sources.pictures import Found, Record, Rejection, survey, write_records
+from lcmlora.data.sources.source import Found, Record, Rejection, survey, write_records
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, write_json
+from lcmlora.plugins import SOURCES
 
 ALIKE = "looks like another picture (data.near_duplicates)"
 
@@ -97,7 +98,7 @@ def print_report(report: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    counted = "prompts" if report["source"] == "prompts" else "pictures"
+    counted = remedies.counted(report["source"])
     table = Table(counted, "count", "first of them", title=f"data: {report['source']}", title_justify="left")
 
     def add(what: str, found: dict[str, Any]) -> None:
@@ -140,7 +141,7 @@ def _also(found: Found, kept: list[Record]) -> dict[str, Any]:
 
 
 def _unwanted(record: Record, data: Data) -> str:
-    if data.source == "prompts":
+    if not SOURCES.get(data.source).has_pictures:
         return ""
     short, long = sorted((record.width, record.height))
     if short < data.min_side:
@@ -164,7 +165,7 @@ def _count(records: list[Record]) -> dict[str, int]:
 def _too_few(
     data: Data, report: dict[str, Any], minimum: int, rejections: list[Rejection], passed_over: dict[str, Any]
 ) -> str:
-    counted = remedies.counted(data)
+    counted = remedies.counted(data.source)
     if report["train"]["pictures"] >= minimum:
         return (
             f"{data.path}: all {report['kept']} {counted} that are left have one caption; data.validation holds out "

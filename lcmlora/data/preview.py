@@ -11,9 +11,10 @@ from typing import Any
 from lcmlora.config import Data
 from lcmlora.data import enlargement
 from lcmlora.data.prepare import prepare
-from lcmlora.data.sources.pictures import Record, open_picture, read_records
+from lcmlora.data.sources.source import Record, open_picture, read_records
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write, temporary_folder
+from lcmlora.plugins import SOURCES
 
 _COLUMNS = 4
 _CELL = 2.4  # inches
@@ -33,8 +34,8 @@ def preview(data: Data, count: int, path: Path, resolutions: Mapping[str, int] |
     Raises:
         UserError: there is nothing to train on, or there are prompts without pictures.
     """
-    if data.source == "prompts":
-        raise UserError(f"data.source: prompts has no pictures to look at; {data.path} is text")
+    if not SOURCES.get(data.source).has_pictures:
+        raise UserError(f"data.source: {data.source} has no pictures to look at; {data.path} is text")
     with temporary_folder() as folder:
         out = folder / "pictures"
         report = prepare(data, 1, out)

@@ -11,7 +11,8 @@ from typing import Any
 
 from lcmlora.config import Data
 from lcmlora.data.reading.candidates import Rejection, printable, shown
-from lcmlora.data.sources.pictures import glimpse, workers
+from lcmlora.data.reading.tables import PRELOAD
+from lcmlora.data.sources.source import glimpse, opened, workers
 from lcmlora.io.files import atomic_write
 from lcmlora.io.isolation import isolated
 
@@ -52,7 +53,8 @@ def _page(data: Data, by_reason: dict[str, list[Rejection]]) -> str:
     )
     shown_of = {reason: found[:_EXAMPLES] for reason, found in by_reason.items()}
     places = [r.place for found in shown_of.values() for r in found if r.place is not None]
-    looks = isolated(partial(glimpse, data, _SIDE), places, lambda place, reason: None, workers(), preload=__name__)
+    see = partial(glimpse, opened(data), _SIDE)
+    looks = isolated(see, places, lambda place, reason: None, workers(), preload=PRELOAD)
     sources = {
         place: "data:image/jpeg;base64," + base64.b64encode(look).decode()
         for place, look in zip(places, looks, strict=True)

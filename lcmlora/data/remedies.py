@@ -11,8 +11,8 @@ from lcmlora.data import census
 from lcmlora.data.reading import candidates as reasons
 from lcmlora.data.reading import samples
 from lcmlora.data.reading.candidates import Rejection
-from lcmlora.data.sources import prompts
 from lcmlora.errors import UserError
+from lcmlora.plugins import SOURCES
 
 _SHOWN = 3  # names
 
@@ -45,18 +45,18 @@ _CHOICES = {  # by the parameter that a reason ends with
 def is_choice(reason: str) -> bool:
     """Whether such pictures and prompts are no fault of the data set: the parameters ask for them to be dropped, there
     is another of the kind, or they are no pictures to train on."""
-    return reason.endswith(tuple(_CHOICES)) or reason in (reasons.DUPLICATE, prompts.TWICE, samples.AUXILIARY)
+    return reason.endswith(tuple(_CHOICES)) or reason in (reasons.DUPLICATE, reasons.SAME_PROMPT, samples.AUXILIARY)
 
 
 def check_captions(data: Data, rejections: Sequence[Rejection], total: int, passed_over: dict[str, Any]) -> None:
-    """Raises UserError where most pictures of a folder have no caption: then its layout is another one."""
-    if data.source != "folder":
+    """Raises UserError where captions are files of their own and most pictures have none: the layout is another one."""
+    if not SOURCES.get(data.source).separate_files:
         return
     without = [rejection for rejection in rejections if rejection.reason == reasons.NO_CAPTION]
     if 2 * len(without) > total and data.max_rejected < 1:
         raise UserError(
-            f"{data.path}: {len(without)} of {total} {counted(data)} have no caption{leading(without, passed_over)}"
-            f"{others(rejections, reasons.NO_CAPTION)}"
+            f"{data.path}: {len(without)} of {total} {counted(data.source)} have no caption"
+            f"{leading(without, passed_over)}{others(rejections, reasons.NO_CAPTION)}"
         )
 
 
@@ -66,8 +66,8 @@ def check(data: Data, rejections: Sequence[Rejection], total: int, passed_over: 
     faults = [rejection for rejection in rejections if not is_choice(rejection.reason)]
     if len(faults) > data.max_rejected * total:
         raise UserError(
-            f"{data.path}: {len(faults)} of {total} {counted(data)} cannot be used, more than data.max_rejected lets "
-            f"pass ({data.max_rejected:g}): {worst(faults)}{leading(faults, passed_over)}{others(faults)}"
+            f"{data.path}: {len(faults)} of {total} {counted(data.source)} cannot be used, more than data.max_rejected "
+            f"lets pass ({data.max_rejected:g}): {worst(faults)}{leading(faults, passed_over)}{others(faults)}"
         )
 
 
@@ -102,8 +102,9 @@ def remedy(reason: str) -> str:
     return _REMEDIES.get(reason, "mend or remove them, or raise data.max_rejected")
 
 
-def counted(data: Data) -> str:
-    return "prompts" if data.source == "prompts" else "pictures"
+def counted(source: str) -> str:
+    """Returns what is counted of this source, in words."""
+    return "pictures" if SOURCES.get(source).has_pictures else "prompts"
 
 
 def _most(rejections: Sequence[Rejection]) -> str:

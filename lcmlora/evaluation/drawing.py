@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, digest
-from lcmlora.data.sources.pictures import Record, fit, open_picture
+from lcmlora.data.sources.source import Record, fit, open_picture
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.evaluation.measures.features import Features

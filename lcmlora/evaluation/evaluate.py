@@ -15,7 +15,7 @@ from lcmlora.adapters import formats, lora
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import compared
 from lcmlora.config import Data, Evaluation
-from lcmlora.data.sources.pictures import read_records
+from lcmlora.data.sources.source import read_records
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.evaluation import charts, timings

@@ -15,7 +15,7 @@ from typing import Any
 
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, Evaluation
-from lcmlora.data.sources.pictures import Record, read_records
+from lcmlora.data.sources.source import Record, read_records
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
 from lcmlora.evaluation.drawing import REAL, Artist, Drawing, Way, distinct_captions
@@ -25,6 +25,7 @@ from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.metrics import pictures_needed
 from lcmlora.evaluation.measures.scores import Scorer
 from lcmlora.io.files import atomic_folder, sha256_file, sha256_folder, write_json
+from lcmlora.plugins import SOURCES
 
 AGAIN = "/again"  # ends the key of the teacher's second set
 _GALLERY = 4  # real pictures of one caption in the gallery
@@ -65,7 +66,7 @@ def draw_reference(
     jobs = _jobs(settings)
     drawn = {key: artist.draw(key, way, seed) for key, (way, seed) in jobs.items()}
     tensors = {key: drawing.features for key, drawing in drawn.items()}
-    if data.source == "prompts":
+    if not SOURCES.get(data.source).has_pictures:
         teacher, _ = jobs[f"teacher@{settings.teacher_steps}"]
         tensors["gallery"] = artist.draw("gallery", teacher, settings.seed + 2).features
         about = about_prompts(artist.shown, settings.seed + 2, features)

@@ -14,7 +14,7 @@ from lcmlora.bases import architecture
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import Identity, check_same_base, identity
 from lcmlora.config import Base, Evaluation
-from lcmlora.data.sources.pictures import read_records
+from lcmlora.data.sources.source import read_records
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.evaluation.drawing import REAL, Way, distinct_captions

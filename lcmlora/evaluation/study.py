@@ -22,7 +22,7 @@ from lcmlora.adapters import combine, formats, lora
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, Evaluation, Kind, Study, digest
 from lcmlora.data.prepare import prepare
-from lcmlora.data.sources.pictures import read_records
+from lcmlora.data.sources.source import read_records
 from lcmlora.errors import UserError
 from lcmlora.evaluation.drawing import REAL, Artist, Way, distinct_captions, save_strip, strip_path
 from lcmlora.evaluation.evaluate import STUDENT, adapter_layers, read_json, student_ways, variety

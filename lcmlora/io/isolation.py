@@ -31,7 +31,7 @@ def isolated(
     lost: Callable[[T, str], R],
     workers: int,
     *,
-    preload: str,
+    preload: Sequence[str],
     seconds: float = SECONDS,
     memory: int = MEMORY,
 ) -> Iterator[R]:
@@ -40,7 +40,7 @@ def isolated(
     Args:
         function: of a module, so that another process finds it.
         lost: what stands in for an item whose process ended or had to be ended, with the reason.
-        preload: module that processes start with, imported once for all.
+        preload: modules that processes start with, imported once for all.
         seconds: of one item.
         memory: bytes that a process may map; above, Python's MemoryError is raised in there.
     """
@@ -71,7 +71,7 @@ def in_pieces(
     lost: Callable[[T, str], Piece[T, R]],
     workers: int,
     *,
-    preload: str,
+    preload: Sequence[str],
     seconds: float = SECONDS,
     memory: int = MEMORY,
 ) -> Iterator[R]:
@@ -108,11 +108,11 @@ def processes(items: int) -> int:
     return max(1, min(items, 8, os.cpu_count() or 1))
 
 
-def _pool(workers: int, preload: str, memory: int) -> ProcessPool:
+def _pool(workers: int, preload: Sequence[str], memory: int) -> ProcessPool:
     from pebble import ProcessPool
 
     context = multiprocessing.get_context("forkserver")  # fork copies locks that other threads hold
-    context.set_forkserver_preload([preload])
+    context.set_forkserver_preload(list(preload))
     return ProcessPool(max_workers=workers, context=context, initializer=_begin, initargs=[memory, dict(os.environ)])
 
 

@@ -19,7 +19,7 @@ from lcmlora.config import Encode
 from lcmlora.data.latents.aspect import chosen, nearest, table
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode
-from lcmlora.data.sources.pictures import find, fit, open_picture, read_records, write_records
+from lcmlora.data.sources.source import find, fit, open_picture, read_records, write_records
 from lcmlora.distillation.distill import distill
 from lcmlora.errors import UserError
 from lcmlora.training.batches import Batches, chunks

@@ -19,7 +19,7 @@ from lcmlora.data.reading import candidates, headers, samples
 from lcmlora.data.sources import tars
 from lcmlora.data.sources.guess import source_of
 from lcmlora.data.sources.parquet import NO_BYTES
-from lcmlora.data.sources.pictures import find, open_picture, read_records
+from lcmlora.data.sources.source import find, open_picture, read_records
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 

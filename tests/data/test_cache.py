@@ -22,7 +22,7 @@ from lcmlora.config import Data, Encode
 from lcmlora.data.latents import texts
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode
-from lcmlora.data.sources.pictures import Record, find, fit, open_picture, read_records, write_records
+from lcmlora.data.sources.source import Record, find, fit, open_picture, read_records, write_records
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file
 from lcmlora.parallel import ranks

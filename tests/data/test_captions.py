@@ -11,22 +11,24 @@ from lcmlora.data.prepare import prepare, print_report
 from lcmlora.data.reading.candidates import AMBIGUOUS, NO_CAPTION, NOT_UTF8, clean_caption
 from lcmlora.data.reading.captions import BAD_JSON
 from lcmlora.data.sources.folder import Folder
-from lcmlora.data.sources.pictures import survey
+from lcmlora.data.sources.source import survey
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 from tests.data.test_bulk_sources import png, sample, table, tar
 
 
 def captions(folder: Path, *scores: str) -> dict[str, str]:
-    return {c.key: c.caption.text for c in Folder(str(folder)).candidates(scores)[0]}
+    return {
+        c.key: c.caption.text for c in Folder(data_in(folder, scores={name: {} for name in scores})).candidates()[0]
+    }
 
 
 def reasons(folder: Path) -> dict[str, tuple[str, str]]:
-    return {r.name: (r.reason, r.detail) for r in Folder(str(folder)).candidates()[1]}
+    return {r.name: (r.reason, r.detail) for r in Folder(data_in(folder)).candidates()[1]}
 
 
 def census(folder: Path) -> dict[str, int]:
-    read = Folder(str(folder))
+    read = Folder(data_in(folder))
     read.candidates()
     return {kind: found["count"] for kind, found in read.census().report().items()}
 
@@ -58,7 +60,7 @@ def test_of_several_captions_the_first_that_says_something_counts_and_the_others
     assert census(tmp_path) == {"captions of pictures that have another": 2, ".json": 1}
     (tmp_path / "a.txt").write_text(" \n")
     assert captions(tmp_path) == {"a.png": "from caption"}
-    (found,), _ = Folder(str(tmp_path)).candidates(["aesthetic"])
+    (found,), _ = Folder(data_in(tmp_path, scores={"aesthetic": {}})).candidates()
     assert (found.caption.text, found.scores) == ("from caption", {"aesthetic": 7.0})
     for ending in ("caption", "text"):
         (tmp_path / f"a.{ending}").unlink()

@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance
 
 from lcmlora.data.duplicates import Looks, perceptual_hash
 from lcmlora.data.prepare import ALIKE, prepare
-from lcmlora.data.sources.pictures import read_records
+from lcmlora.data.sources.source import read_records
 from tests.data.conftest import add, data_in
 
 

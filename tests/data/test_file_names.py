@@ -11,7 +11,7 @@ import pytest
 from lcmlora.data.reading.candidates import AMBIGUOUS, MISSING, OUTSIDE, TWICE, Unusable
 from lcmlora.data.reading.file_names import Names
 from lcmlora.data.sources.folder import Folder
-from tests.data.conftest import add, picture
+from tests.data.conftest import add, data_in, picture
 
 ROOT = "/data/my pictures"
 THERE = [
@@ -96,7 +96,7 @@ def test_no_picture_is_counted_twice(tmp_path: Path) -> None:
     rows = [json.dumps({"file_name": name, "text": f"row {number}"}) + "\n" for number, name in enumerate(named)]
     (tmp_path / "metadata.jsonl").write_text("".join(rows))
     add(tmp_path, "images/IMG_2.JPG", "beside", picture(2), format="JPEG")
-    found, rejections = Folder(str(tmp_path)).candidates()
+    found, rejections = Folder(data_in(tmp_path)).candidates()
     assert [(c.key, c.caption.text) for c in found] == [
         ("images/IMG_0.JPG", "row 0"), ("images/IMG_1.JPG", "row 2"), ("images/IMG_2.JPG", "beside"),
     ]  # fmt: skip
@@ -108,6 +108,6 @@ def test_no_picture_is_counted_twice(tmp_path: Path) -> None:
 def test_a_hidden_picture_is_read_where_metadata_name_it(tmp_path: Path) -> None:
     add(tmp_path, ".cache/a.png", None, picture(0))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": ".cache/a.png", "text": "named"}\n')
-    found, rejections = Folder(str(tmp_path)).candidates()
+    found, rejections = Folder(data_in(tmp_path)).candidates()
     assert [(c.key, c.caption.text) for c in found] == [(".cache/a.png", "named")]
     assert rejections == []

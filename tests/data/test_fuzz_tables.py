@@ -21,6 +21,7 @@ from lcmlora.data.reading import columns, tables
 from lcmlora.data.reading.candidates import Candidate, Rejection, Unusable
 from lcmlora.data.sources import parquet, prompts, tars
 from lcmlora.io.isolation import Piece
+from tests.data.conftest import data_in
 from tests.support import fuzzing
 
 ROWS = [{"file_name": f"{n}.png", "text": f'a "quoted" text, {n}, é\n' * (n % 3 + 1), "score": n / 7} for n in range(6)]
@@ -48,7 +49,7 @@ def all_of(read: Callable[[Any], Piece[Any, Any]], place: Any) -> list[Any]:
 def read_parquet(content: bytes) -> None:
     def use(folder: str, name: str) -> None:
         found = all_of(lambda place: parquet._read(("score",), place), columns.Position(folder, name))
-        reader = parquet.Parquet(folder)
+        reader = parquet.Parquet(data_in(Path(folder), source="parquet"))
         for each in found:
             if isinstance(each, Candidate):
                 try:
@@ -62,7 +63,7 @@ def read_parquet(content: bytes) -> None:
 
 def read_tar(content: bytes) -> None:
     def use(folder: str, name: str) -> None:
-        reader, alone = tars.Tars(folder), tars._Alone()
+        reader, alone = tars.Tars(data_in(Path(folder), source="webdataset")), tars._Alone()
         for each in all_of(lambda place: tars._read(("score",), place), tars._Place(folder, name)):
             if isinstance(each, tars._Half):
                 alone.add(each)

@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from lcmlora.data.prepare import DUPLICATE, prepare
 from lcmlora.data.reading import candidates
 from lcmlora.data.sources.folder import Folder
-from lcmlora.data.sources.pictures import find
+from lcmlora.data.sources.source import find
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 
@@ -168,7 +168,7 @@ def test_a_hostile_folder_costs_each_picture_alone(tmp_path: Path) -> None:
 def test_where_most_pictures_have_no_caption_the_layout_is_wrong(folder: Path) -> None:
     for number in range(7):
         add(folder, f"bare-{number}.png", None, picture(90 + number))
-    assert Counter(r.reason for r in Folder(str(folder)).candidates()[1]) == {candidates.NO_CAPTION: 7}
+    assert Counter(r.reason for r in Folder(data_in(folder)).candidates()[1]) == {candidates.NO_CAPTION: 7}
     for number in range(2):
         add(folder, f"barer-{number}.png", None, picture(100 + number))
     with pytest.raises(UserError, match=r"9 of 17 pictures have no caption \(bare-0.png, bare-1.png, bare-2.png, "):

@@ -40,7 +40,7 @@ def _run(*items: str, function: Callable[[str], str] = work, **options: float) -
     def lost(item: str, why: str) -> str:
         return f"{item}: {why}"
 
-    return list(isolated(function, items, lost, 2, preload=__name__, memory=2 << 30, **options))
+    return list(isolated(function, items, lost, 2, preload=[__name__], memory=2 << 30, **options))
 
 
 def test_results_come_in_order_and_what_crashes_hangs_or_eats_memory_costs_itself_alone():
@@ -65,8 +65,8 @@ def test_pieces_come_in_the_order_of_the_items_and_one_that_crashes_says_where_t
     def lost(item: str, why: str) -> Piece[str, str]:
         return Piece([why], item[1:] or None)
 
-    found = list(in_pieces(letters, ["abc", "d", "e!f", "!", "ghij"], lost, 2, preload=__name__))
+    found = list(in_pieces(letters, ["abc", "d", "e!f", "!", "ghij"], lost, 2, preload=[__name__]))
     assert found == ["a", "b", "c", "d", "e", CRASHED, "f", CRASHED, "g", "h", "i", "j"]
-    for first in in_pieces(letters, ["abc", "d"], lost, 2, preload=__name__):
+    for first in in_pieces(letters, ["abc", "d"], lost, 2, preload=[__name__]):
         assert first == "a"
         break  # what is not asked for any more is not read

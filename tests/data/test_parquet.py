@@ -33,7 +33,7 @@ def told(folder: Path, name: str) -> dict[str, str]:
     """The caption of each row, or why it is refused, and of those with a caption the length of the picture."""
     position: Position | None = Position(str(folder), name)
     found: dict[str, str] = {}
-    reader = Parquet(str(folder))
+    reader = Parquet(data_in(folder, source="parquet"))
     while position is not None:
         piece = parquet._read((), position)
         assert piece.rest != position
@@ -179,14 +179,14 @@ def test_where_no_table_has_the_columns_the_line_names_those_there_are(
 ) -> None:
     written(tmp_path / "a.parquet", **table)
     with pytest.raises(UserError, match=message):
-        Parquet(str(tmp_path)).candidates()
+        Parquet(data_in(tmp_path, source="parquet")).candidates()
 
 
 def test_pictures_are_read_in_any_order_and_few_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path / "a.parquet", rows=8, caption=TEXTS, image=PICTURES)
     monkeypatch.setattr(parquet, "_BATCH", 1)
     monkeypatch.setattr(parquet, "_KEPT_BYTES", 2 * len(PICTURES[0]))
-    reader = Parquet(str(tmp_path))
+    reader = Parquet(data_in(tmp_path, source="parquet"))
     for row in (0, 3, 2, 7, 0, 6, 5, 7):
         assert reader.read(f"a.parquet@0+{row}") == PICTURES[row]
         assert len(reader._groups["a.parquet", 0]._kept) <= 3

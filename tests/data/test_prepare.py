@@ -10,7 +10,7 @@ from lcmlora.config import Data
 from lcmlora.data.decoding import BAD_PROFILE
 from lcmlora.data.prepare import DUPLICATE, choose_validation, prepare, print_report
 from lcmlora.data.reading.candidates import DAMAGED
-from lcmlora.data.sources.pictures import read_records
+from lcmlora.data.sources.source import read_records
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 

@@ -14,7 +14,7 @@ from lcmlora.data.latents.encode import encode
 from lcmlora.data.latents.rollouts import RolloutEncoder
 from lcmlora.data.prepare import prepare
 from lcmlora.data.preview import preview
-from lcmlora.data.sources.pictures import Record, find, read_records
+from lcmlora.data.sources.source import Record, find, read_records
 from lcmlora.diffusion.sampling import text_conditioning
 from lcmlora.diffusion.teacher import Teacher
 from lcmlora.distillation.distill import samples

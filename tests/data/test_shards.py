@@ -18,7 +18,7 @@ from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode
 from lcmlora.data.latents.shards import Shards
 from lcmlora.data.prepare import prepare
-from lcmlora.data.sources.pictures import find, write_records
+from lcmlora.data.sources.source import find, write_records
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io import temporaries
 from lcmlora.io.remote import Files

@@ -11,8 +11,8 @@ from PIL import Image
 from lcmlora.config import Data
 from lcmlora.data.reading import candidates, samples, tables
 from lcmlora.data.reading.candidates import NO_NAME
-from lcmlora.data.sources import pictures as sources
-from lcmlora.data.sources.pictures import Record, find, fit, open_picture
+from lcmlora.data.sources import source as sources
+from lcmlora.data.sources.source import Record, find, fit, open_picture
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 from tests.data.test_bulk_sources import table, tar

@@ -10,7 +10,7 @@ import pytest
 from lcmlora.config import Data
 from lcmlora.data.prepare import prepare, print_report
 from lcmlora.data.sources import splits
-from lcmlora.data.sources.pictures import survey
+from lcmlora.data.sources.source import survey
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 from tests.data.test_bulk_sources import png, sample, table, tar

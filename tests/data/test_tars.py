@@ -15,6 +15,7 @@ from lcmlora.data.reading.candidates import LONG_CAPTION, NO_CAPTION, NOT_UTF8, 
 from lcmlora.data.reading.headers import Member, members
 from lcmlora.data.sources import tars
 from lcmlora.data.sources.tars import Tars
+from tests.data.conftest import data_in
 
 PICTURE = b"not looked at here"
 
@@ -281,7 +282,7 @@ def test_a_name_that_stands_twice_counts_once(tmp_path: Path) -> None:
         ("1.txt", b"x"),
     ]
     (tmp_path / "a.tar").write_bytes(packed(*twice))
-    found, rejections = Tars(str(tmp_path)).candidates()
+    found, rejections = Tars(data_in(tmp_path, source="webdataset")).candidates()
     assert {each.key: each.caption.text for each in found} == {"a.tar/1.jpg": "one", "a.tar/2.jpg": "two"}
     assert [(each.name, each.reason) for each in rejections] == [("a.tar/1.jpg", tars.TWICE)]
 

@@ -12,7 +12,7 @@ import pytest
 from lcmlora.data.prepare import prepare
 from lcmlora.data.reading.candidates import LINKED, MISSING, NO_FILE
 from lcmlora.data.reading.tree import Links, walk
-from lcmlora.data.sources.pictures import survey
+from lcmlora.data.sources.source import survey
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 from tests.data.test_bulk_sources import sample, table, tar

@@ -17,7 +17,7 @@ from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.config import Data
 from lcmlora.data.prepare import prepare
-from lcmlora.data.sources.pictures import Record
+from lcmlora.data.sources.source import Record
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings

@@ -12,7 +12,7 @@ from lcmlora.data.changes import fingerprint
 from lcmlora.data.latents.encode import encode
 from lcmlora.data.prepare import prepare
 from lcmlora.data.sources.guess import source_of
-from lcmlora.data.sources.pictures import find, open_picture
+from lcmlora.data.sources.source import find, open_picture
 from lcmlora.errors import Unavailable, UserError
 from tests.data.conftest import data_in
 from tests.data.test_bulk_sources import layouts

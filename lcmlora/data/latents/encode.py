@@ -26,11 +26,12 @@ from lcmlora.data.latents.cache import MANIFEST, ROWS, TEXT, VERSION, Tensors, p
 from lcmlora.data.latents.posteriors import picture_encoder
 from lcmlora.data.latents.rollouts import MOST, RolloutEncoder
 from lcmlora.data.latents.store import Store, link
-from lcmlora.data.sources.pictures import RESIZE_FILTER, Record
+from lcmlora.data.sources.source import RESIZE_FILTER, Record
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, atomic_write, discard, locked, sha256_folder, write_json
 from lcmlora.io.parsing import Malformed
 from lcmlora.parallel.ranks import Ranks
+from lcmlora.plugins import SOURCES
 from lcmlora.progress import track
 
 _MB = 1 << 20
@@ -65,7 +66,7 @@ def encode(
     ranks = ranks or Ranks()
     listed = _List(pictures / "train.jsonl")
     channels, height, width = base.latent_shape
-    rollouts = settings.rollouts if data.source == "prompts" else None
+    rollouts = None if SOURCES.get(data.source).has_pictures else settings.rollouts
     tensors = 2 + (rollouts.steps + 1 if rollouts and rollouts.states else 0)
     row_bytes = 2 * tensors * channels * height * width + _ROW_BYTES
     if settings.aspect_buckets and not rollouts:
@@ -316,7 +317,7 @@ def _encoder(
     base: LoadedBase, data: config.Data, settings: config.Encode, wanted: Iterable[tuple[Record, aspect.Size]]
 ) -> Iterator[Callable[[list[Record]], Tensors]]:
     """Gives what makes the latents of a batch of records, all of which come in the order of `wanted`."""
-    if data.source == "prompts":
+    if not SOURCES.get(data.source).has_pictures:
         yield RolloutEncoder(base, settings.rollouts)
         return
     with picture_encoder(base, data, wanted, settings.batch) as encoder:
@@ -342,7 +343,7 @@ def _encode_shards(
     wanted = ((record, sizes[name]) for name, batch in batches for record in listed.read(batch))
     parts: list[Tensors] = []
     done, unit = total - len(batches), settings.batch * ranks.size
-    label = "draw rollouts" if data.source == "prompts" else "encode pictures"
+    label = "encode pictures" if SOURCES.get(data.source).has_pictures else "draw rollouts"
     progress = track(batches, label, total=total, completed=done, unit=unit, quiet=not ranks.first)
     with _encoder(base, data, settings, wanted) as encoded:
         for name, batch in progress:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data
 from lcmlora.data.latents.aspect import Size
-from lcmlora.data.sources.pictures import Record, fit, open_picture, workers
+from lcmlora.data.sources.source import Record, fit, opened
 from lcmlora.errors import UserError
 
 _LOGVAR = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clamps it
@@ -40,14 +40,15 @@ def picture_encoder(
         batch: pictures in a call.
     """
 
+    source = opened(data)
+
     def load(item: tuple[Record, Size]) -> Loaded:
         record, size = item
-        picture = open_picture(data, record, size=base.resolution)
+        picture = source.picture(record, base.resolution)
         fitted, crop = fit(picture, *size)
         return np.asarray(fitted), (picture.height, picture.width), crop
 
-    # Drawing emoji holds the interpreter's lock: there a second thread would only wait.
-    with ThreadPoolExecutor(1 if data.source == "emoji" else workers()) as pool:
+    with ThreadPoolExecutor(source.readers()) as pool:
         loaded = _ahead(pool, load, wanted, depth=2 * batch)
         try:
             yield lambda records: _encode(base, records, list(islice(loaded, len(records))))

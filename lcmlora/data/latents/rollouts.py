@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Rollouts
-from lcmlora.data.sources.pictures import Record
+from lcmlora.data.sources.source import Record
 from lcmlora.diffusion import sampling
 from lcmlora.diffusion.teacher import Teacher
 from lcmlora.errors import UserError

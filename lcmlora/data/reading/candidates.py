@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from lcmlora.io import terminal
 
@@ -40,6 +40,7 @@ NOT_UTF8 = "file name or caption is not UTF-8"
 NO_CAPTION = "no caption"
 NO_NAME = "row of metadata without texts file_name and text"
 DUPLICATE = "same bytes as another picture"
+SAME_PROMPT = "same prompt as another"
 LONG_CAPTION = f"caption of more than {MAX_CAPTION} bytes"
 
 
@@ -108,23 +109,6 @@ class Unusable(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
         self.detail = detail
-
-
-class Source(Protocol):
-    """Where captioned pictures lie."""
-
-    def candidates(self, scores: Iterable[str] = ()) -> tuple[list[Candidate], list[Rejection]]:
-        """Returns what there is, in a stable order to which later names are added at the end, and what is refused.
-
-        Args:
-            scores: names of numbers that are wanted of each.
-
-        Raises:
-            UserError: there is nothing, or it is no such source.
-        """
-
-    def read(self, place: str) -> bytes:
-        """Returns the bytes of a candidate's picture, from any thread. Raises Unusable."""
 
 
 def clean_caption(text: str) -> Caption:

@@ -26,8 +26,12 @@ from lcmlora.io.remote import Files
 from lcmlora.io.terminal import joined
 
 KINDS = (".jsonl", ".csv", ".txt", ".parquet")
-PRELOAD = (
-    "lcmlora.data.sources.pictures"  # for all that reads data: the first of them decides what processes start with
+PRELOAD = (  # for all that reads data: the first of them decides what processes start with
+    "lcmlora.data.decoding",
+    "lcmlora.data.duplicates",
+    "lcmlora.data.sources.folder",
+    "lcmlora.data.sources.parquet",
+    "lcmlora.data.sources.tars",
 )
 
 MAX_ROW = 1 << 20  # bytes of a line, or of a row of several lines

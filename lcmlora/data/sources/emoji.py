@@ -17,7 +17,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from lcmlora.config import Data
+from lcmlora.data.reading.candidates import clean_caption
+from lcmlora.data.sources.source import Found, Record, Source
 from lcmlora.errors import UserError
+
+SIDE = 128  # pixels of a drawing that nobody asked for in another size
 
 # Iconify ships no code points for these two sets; their icons carry the names of a set that has them.
 _NAMED_LIKE = {"noto-v1": "noto", "fluent-emoji": "fluent-emoji-flat"}
@@ -149,3 +154,38 @@ def render(art: Artwork, code: str, size: int, placement: Placement) -> Image.Im
     )
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background=p.ground, skip_system_fonts=True)
     return Image.open(io.BytesIO(bytes(png))).convert("RGB")
+
+
+class Emoji(Source):
+    """Every subject of `data.groups` in every style of `data.styles`; `data.path` is the package-lock.json beside the
+    node_modules that have them. A key is style/code/copy."""
+
+    has_sizes = False
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self._modules = Path(data.path).parent / "node_modules"
+
+    def survey(self) -> Found:
+        data = self.data
+        side = max(SIDE, data.min_side)  # drawings have no size of their own, so min_side drops none
+        records = []
+        for style in data.styles:
+            art = artwork(self._modules, style)
+            for subject in subjects(self._modules, data.groups):
+                for copy in range(data.copies if subject.code in art.icons else 0):
+                    key = f"{style}/{subject.code}/{copy}"
+                    drawing = f"{art.digest(subject.code)} {Placement.draw(key)}"
+                    digest = hashlib.sha256(drawing.encode()).hexdigest()
+                    records.append(Record(key, clean_caption(subject.label).text, digest, side, side))
+        if not records:
+            raise UserError("data: source emoji needs data.styles and data.groups; with these there is not one picture")
+        return Found(records, [])
+
+    def picture(self, record: Record, size: int | None = None) -> Image.Image:
+        style, code, _ = record.key.split("/")
+        art = artwork(self._modules, style)
+        return render(art, code, size or record.width, Placement.draw(record.key))
+
+    def readers(self) -> int:
+        return 1  # drawing holds the interpreter's lock: a second thread would only wait

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
+from lcmlora.config import Data
 from lcmlora.data.census import SECOND, UNUSED, Census
 from lcmlora.data.census import told as in_words
 from lcmlora.data.reading import captions
@@ -34,6 +34,7 @@ from lcmlora.data.reading.samples import AUXILIARY, maps_beside
 from lcmlora.data.reading.tables import read_rows
 from lcmlora.data.sources import splits
 from lcmlora.data.sources.inputs import count_unread
+from lcmlora.data.sources.source import EncodedPictures
 from lcmlora.errors import UserError
 from lcmlora.io.remote import Files
 
@@ -42,23 +43,17 @@ _METADATA = tuple(f"metadata{ending}" for ending in _TABLES)
 _FIELDS = ("file_name", "text", *CAPTIONS)
 
 
-class Folder:
-    """A folder with pictures, or the one file of metadata that names them. A place is a path below the folder.
+class Folder(EncodedPictures):
+    """A folder with pictures, or the one file of metadata that names them. A place is a path below the folder."""
 
-    left_out: pictures that belong to a split which is not wanted, by split.
-    """
+    separate_files = True
 
-    def __init__(self, path: str, links: str = "project", wanted: Sequence[str] = (splits.TRAIN,)) -> None:
-        """
-        Args:
-            links: where links may lead, as `data.links` has it.
-            wanted: the splits, as `data.split` has them.
-        """
-        self._path = str(path)
-        self._wanted = wanted
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self._path = data.path
+        self._wanted = data.split
         self._table: str | None = None  # of metadata, where the path is one
         self._read: set[str] = set()  # names of which something was made, or that are told otherwise
-        self.left_out: dict[str, list[str]] = {}
         if "://" in self._path:
             folder = self._path
             if folder.lower().endswith(_TABLES):
@@ -69,11 +64,13 @@ class Folder:
         if here.suffix.lower() in _TABLES and here.is_file():
             here, self._table = here.parent, here.name
         elif not here.is_dir():
-            raise UserError(f"data.path: {path} is not a folder; source folder needs one with pictures and captions")
-        self._place = Here(here, links)
+            raise UserError(
+                f"data.path: {data.path} is not a folder; source folder needs one with pictures and captions"
+            )
+        self._place = Here(here, data.links)
 
-    def candidates(self, scores: Iterable[str] = ()) -> tuple[list[Candidate], list[Rejection]]:
-        tree, scores = self._place.tree, tuple(scores)
+    def candidates(self) -> tuple[list[Candidate], list[Rejection]]:
+        tree, scores = self._place.tree, tuple(self.data.scores)
         rejections = [Rejection(printable(name), reason) for name, reason in tree.refused.items() if _told_of(name)]
         self._read.update(name for name in tree.refused if _told_of(name))
         walked = [] if self._table else [name for name in tree.names if _is_picture(name)]

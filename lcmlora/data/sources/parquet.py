@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from lcmlora.config import Data
+from lcmlora.data.census import Census
 from lcmlora.data.reading.candidates import (
     CAPTIONS,
     EMPTY,
@@ -38,9 +40,10 @@ from lcmlora.data.reading.columns import (
     undecoded,
 )
 from lcmlora.data.reading.tables import PRELOAD, row_name
+from lcmlora.data.sources.inputs import Inputs
+from lcmlora.data.sources.source import EncodedPictures
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.isolation import Piece, in_pieces, isolated, processes
-from lcmlora.io.remote import Files
 from lcmlora.progress import track
 
 _PICTURES = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
@@ -53,23 +56,24 @@ NO_BYTES = "no bytes of a picture in its row"
 NO_COLUMN = "table without a column of captions or of pictures"
 
 
-class Parquet:
+class Parquet(EncodedPictures):
     """A parquet file, or a folder of them. A place is `file@group+row`, a key `file/row`."""
 
-    def __init__(self, path: str, files: Files | None = None) -> None:
-        self._path = path
-        self._files = files or Files(path)
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self._path = data.path
+        self._files = Inputs(data.path, data.links, data.split)
         self._lock = threading.Lock()
         self._groups: OrderedDict[tuple[str, int], _Pictures] = OrderedDict()
 
-    def candidates(self, scores: Iterable[str] = ()) -> tuple[list[Candidate], list[Rejection]]:
+    def candidates(self) -> tuple[list[Candidate], list[Rejection]]:
         tables = self._files.list(".parquet")
         if not tables:
             raise UserError(f"data.path: {self._path}: no .parquet files")
         found: list[Candidate] = []
         rejections: list[Rejection] = []
         positions = [Position(self._path, table) for table in track(tables, "read tables")]
-        read = partial(_read, tuple(scores))
+        read = partial(_read, tuple(self.data.scores))
         for each in in_pieces(read, positions, lost, processes(len(tables)), preload=PRELOAD):
             if isinstance(each, Candidate):
                 found.append(each)
@@ -80,7 +84,11 @@ class Parquet:
         if not found and all(rejection.name in tables for rejection in rejections):
             first = rejections[0]
             raise UserError(f"data.path: {self._path}: {first.name}: {first.detail or first.reason}")
-        return found, rejections
+        self.left_out = self._files.left_out
+        return found, rejections + self._files.rejections()
+
+    def census(self) -> Census:
+        return self._files.census()
 
     def read(self, place: str) -> bytes:
         table, _, where = place.rpartition("@")

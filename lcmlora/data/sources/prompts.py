@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-from lcmlora.data.reading.candidates import NO_CAPTION, Candidate, Rejection, Unusable, decoded_caption
+from lcmlora.data.reading.candidates import (
+    NO_CAPTION,
+    SAME_PROMPT,
+    Candidate,
+    Rejection,
+    Unusable,
+    decoded_caption,
+)
 from lcmlora.data.reading.tables import Row, read_rows
+from lcmlora.data.sources.inputs import Inputs
+from lcmlora.data.sources.source import Found, Record, Source
 from lcmlora.errors import UserError
-from lcmlora.io.remote import Files
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 NAMES = ("prompt", "caption", "text")  # of the key or column, in whatever case
 
-TWICE = "same prompt as another"
 NO_PROMPT = f"row without a text under {', '.join(NAMES[:-1])} or {NAMES[-1]}"
 
 
-def find(path: str, files: Files | None = None) -> tuple[list[Candidate], list[Rejection]]:
-    """Returns every prompt once, in the order of the files, with its file and line as key; and the refused ones.
+class Prompts(Source):
+    """A file of prompts, or a folder of them, here or in a bucket: .txt with a prompt in each line, .jsonl, .csv or
+    .parquet. A record is a prompt and the number of a copy, of which the teacher makes a latent each."""
 
-    Args:
-        path: a file, or a folder of them, here or in a bucket: .txt with a prompt in each line, .jsonl, .csv or
-            .parquet.
+    has_pictures = False
+    has_sizes = False
+
+    def survey(self) -> Found:
+        data = self.data
+        files = Inputs(data.path, data.links, data.split)
+        prompts, rejections = _read(data.path, files)
+        rejections += files.rejections()
+        records = [_record(prompt, copy) for copy in range(data.copies) for prompt in prompts]
+        return Found(records, rejections, files.left_out, files.census().report())
+
+
+def _record(prompt: Candidate, copy: int) -> Record:
+    text, raw = prompt.caption
+    digest = hashlib.sha256(f"{copy}/{text}".encode()).hexdigest()
+    return Record(f"{prompt.key}/{copy}", text, digest, 0, 0, raw_caption=raw)
+
+
+def _read(path: str, files: Inputs) -> tuple[list[Candidate], list[Rejection]]:
+    """Returns every prompt once, in the order of the files, with its file and line as key; and the refused ones.
 
     Raises:
         UserError: no such files, or no prompt in them.
     """
-    files = files or Files(path)
     names = files.list(*KINDS)
     if not names:
         raise UserError(f"data.path: {path}: no prompts; expected a file that ends in {', '.join(KINDS)}, or a folder")
@@ -51,7 +76,7 @@ def distinct(rows: Iterable[Row | Rejection]) -> tuple[list[Candidate], list[Rej
         try:
             prompt = decoded_caption(_text(each).encode("utf-8"))
             if not prompt.text or prompt.text in seen:
-                raise Unusable(TWICE if prompt.text else NO_CAPTION)
+                raise Unusable(SAME_PROMPT if prompt.text else NO_CAPTION)
         except Unusable as reason:
             rejections.append(Rejection(each.name, str(reason), detail=f"row {each.number}: {str(each.fields)[:200]}"))
         else:

@@ -8,10 +8,12 @@ are not opened.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import IO, NamedTuple
 
+from lcmlora.config import Data
+from lcmlora.data.census import Census
 from lcmlora.data.reading.candidates import (
     DAMAGED,
     EMPTY,
@@ -31,6 +33,9 @@ from lcmlora.data.reading.columns import GIVEN_UP, MAX_REFUSED
 from lcmlora.data.reading.headers import Member, members
 from lcmlora.data.reading.samples import sample_key, sort_out, stem
 from lcmlora.data.reading.tables import PRELOAD
+from lcmlora.data.sources import splits
+from lcmlora.data.sources.inputs import Inputs
+from lcmlora.data.sources.source import EncodedPictures
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.isolation import Piece, in_pieces, processes
 from lcmlora.io.remote import Files
@@ -48,21 +53,38 @@ _PIECE_SECONDS = 10.0  # a bucket may be slow, and a piece has 60 seconds
 _MAX_SAMPLE = 100_000  # members, where all names have one beginning
 
 
-class Tars:
+class Tars(EncodedPictures):
     """A tar file, or a folder of them. A place is `tar@offset+size`."""
 
-    def __init__(self, path: str, files: Files | None = None) -> None:
-        self._path = path
-        self._files = files or Files(path)
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self._path = data.path
+        self._files = Inputs(data.path, data.links, data.split)
 
-    def candidates(self, scores: Iterable[str] = ()) -> tuple[list[Candidate], list[Rejection]]:
+    def candidates(self) -> tuple[list[Candidate], list[Rejection]]:
+        candidates, rejections = self._members()
+        # Of what is packed, as `tar c train test` does, unless the name of the tar file says what all of it is.
+        inside = {candidate.key: _inside(candidate) for candidate in candidates}
+        kept, unwanted = splits.choose(self._path, inside.values(), self.data.split)
+        wanted, left_out = {*kept}, dict(self._files.left_out)
+        for split, names in unwanted.items():
+            left_out[split] = [*left_out.get(split, []), *names]
+        self.left_out = left_out
+        rejections = [rejection for rejection in rejections if _split_in_tar(rejection.name) not in unwanted]
+        found = [candidate for candidate in candidates if inside[candidate.key] in wanted]
+        return found, rejections + self._files.rejections()
+
+    def census(self) -> Census:
+        return self._files.census()
+
+    def _members(self) -> tuple[list[Candidate], list[Rejection]]:
         tars = self._files.list(".tar")
         if not tars:
             raise UserError(
                 f"data.path: {self._path}: no .tar files; those of .tar.gz, .tgz, ... must be unpacked to .tar first"
             )
         places = [_Place(self._path, tar) for tar in track(tars, "read tar files")]
-        read = partial(_read, tuple(scores))
+        read = partial(_read, tuple(self.data.scores))
         found: dict[str, Candidate] = {}
         rejections: list[Rejection] = []
         alone = _Alone()
@@ -94,6 +116,19 @@ class Tars:
         if len(content) < int(size):
             raise Unusable(DAMAGED)
         return content
+
+
+def _split_in_tar(name: str) -> str | None:
+    tar, ending, member = name.partition(".tar/")
+    return splits.of(member) if ending and not splits.of(f"{tar}.tar", container=True) else None
+
+
+def _inside(candidate: Candidate) -> str:
+    """Returns the name of a picture in its tar file, below a folder that says the split where the tar file does."""
+    tar = candidate.place.rpartition("@")[0]
+    name = candidate.key.removeprefix(f"{printable(tar)}/")
+    split = splits.of(tar, container=True)
+    return f"{split}/{name}" if split else name
 
 
 class _Place(NamedTuple):

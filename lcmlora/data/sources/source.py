@@ -1,0 +1,317 @@
+"""Where captioned pictures come from: what a source is, and how a picture is read safely.
+
+Each source is a class, which `data.source` names (lcmlora/plugins.py says how one is added). Those whose pictures have
+bytes of their own, in files or tables, are `EncodedPictures`; others are a `Source` themselves.
+
+A picture is decoded as what its bytes are, whatever its name says, and only as JPEG, PNG or WebP. What cannot be used
+becomes a `Rejection` with a reason; what is a mistake of layout (no pictures, no captions) is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lcmlora.config import Data
+from lcmlora.data import remedies
+from lcmlora.data.census import Census
+from lcmlora.data.reading.candidates import Candidate, Rejection, Unusable
+from lcmlora.data.reading.tables import PRELOAD
+from lcmlora.errors import UserError
+from lcmlora.io.files import atomic_write
+from lcmlora.io.isolation import isolated
+from lcmlora.plugins import SOURCES
+from lcmlora.progress import track
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+RESIZE_FILTER = "lanczos"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One captioned picture that can be used.
+
+    key: unique and stable; a path below `data.path`, with the place in the file it lies in, or style/code/copy of an
+        emoji.
+    sha256: of the picture's bytes; for emoji of drawing and placement; of prompt and copy where there is no picture.
+    width, height: pixels, upright (after EXIF rotation); 0 where there is no picture.
+    place: by which the source reads it, where that is not the key.
+    raw_caption: as it was written, where cleaning took words from it.
+    look: 64 bits of what it looks like, where near duplicates are asked for; 16 hexadecimal digits.
+    note: what could not be read of the picture, though it is used.
+    """
+
+    key: str
+    caption: str
+    sha256: str
+    width: int
+    height: int
+    place: str | None = None
+    raw_caption: str | None = None
+    look: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies at `data.path`.
+
+    records: the usable pictures, in a stable order.
+    left_out: names that belong to a split which is not wanted, by split.
+    of_pictures: whether these are names of pictures; else they are of files with many.
+    passed_over: files that nothing is made of, as `census.Census.report` has them.
+    """
+
+    records: list[Record]
+    rejections: list[Rejection]
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    passed_over: dict[str, Any] = field(default_factory=dict)
+    of_pictures: bool = False
+
+
+class Source(ABC):
+    """Where captioned pictures come from, or captions alone. It is opened again in each process that reads from it.
+
+    has_pictures: False where the teacher makes the latents of the captions (lcmlora/data/latents/rollouts.py).
+    has_sizes: whether pictures have a size of their own; False where they are drawn in any size that is asked for.
+    separate_files: whether each picture is a file of its own, and its caption lies in another one.
+    """
+
+    has_pictures: ClassVar[bool] = True
+    has_sizes: ClassVar[bool] = True
+    separate_files: ClassVar[bool] = False
+
+    def __init__(self, data: Data) -> None:
+        """Reads no picture yet."""
+        self.data = data
+
+    @abstractmethod
+    def survey(self) -> Found:
+        """Returns what lies at `data.path`, down to the last file. Reads each picture once.
+
+        Raises:
+            UserError: no such folder or file, no pictures in it, or so many without a caption that the layout must be
+                another one (data.max_rejected).
+        """
+
+    def picture(self, record: Record, size: int | None = None) -> Image.Image:
+        """Returns the picture in RGB, upright, alpha over white; of an animation the first frame. From any thread.
+
+        Args:
+            size: side in pixels, where pictures are drawn in any size; by default that of the record.
+
+        Raises:
+            UserError: there are no pictures, or this one is not as it was when the list was made.
+        """
+        raise UserError(f"data.source: {self.data.source} has no pictures")
+
+    def rejected(self, place: str) -> Image.Image | None:
+        """Returns the picture of a rejection, for people to look at; None where there is none to see."""
+        return None
+
+    def readers(self) -> int:
+        """Returns how many threads should read pictures at once."""
+        return workers()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened, (type(self), self.data.model_dump_json())
+
+
+class EncodedPictures(Source):
+    """A source whose pictures are JPEG, PNG or WebP. They are decoded in processes that may crash.
+
+    left_out: names that belong to a split which is not wanted, by split; known after `candidates`.
+    """
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self.left_out: dict[str, list[str]] = {}
+
+    @abstractmethod
+    def candidates(self) -> tuple[list[Candidate], list[Rejection]]:
+        """Returns what there is, in a stable order to which later names are added at the end, and what is refused.
+
+        Candidates have the numbers that `data.scores` asks for.
+
+        Raises:
+            UserError: there is nothing, or it is no such source.
+        """
+
+    @abstractmethod
+    def read(self, place: str) -> bytes:
+        """Returns the bytes of a candidate's picture, from any thread. Raises Unusable."""
+
+    def census(self) -> Census:
+        """Returns the files that nothing is made of; asked after `candidates`."""
+        return Census()
+
+    def survey(self) -> Found:
+        candidates, rejections = self.candidates()
+        passed_over = self.census().report()
+        # Before hours are spent on decoding the few that have a caption.
+        remedies.check_captions(self.data, rejections, len(candidates) + len(rejections), passed_over)
+        records = self._examined(candidates, rejections)
+        return Found(records, rejections, self.left_out, passed_over, self.separate_files)
+
+    def picture(self, record: Record, size: int | None = None) -> Image.Image:
+        from lcmlora.data.decoding import decode
+
+        del size
+        try:
+            content = self.read(record.place or record.key)
+            if hashlib.sha256(content).hexdigest() != record.sha256:
+                raise Unusable("it has changed")
+            return decode(content)[0]
+        except Unusable as reason:
+            raise UserError(
+                f"{self.data.path}: {record.key}: {reason}, but it was good when the list was made; run "
+                "`lcmlora prepare`"
+            ) from None
+
+    def rejected(self, place: str) -> Image.Image | None:
+        from lcmlora.data.decoding import decode
+
+        try:
+            return decode(self.read(place))[0]
+        except Unusable:
+            return None
+
+    def _examined(self, candidates: list[Candidate], rejections: list[Rejection]) -> list[Record]:
+        """Returns the pictures that can be decoded, and adds the others to the rejections."""
+        wanted = []
+        for candidate in candidates:
+            if reason := _low(candidate, self.data):
+                rejections.append(Rejection(candidate.key, reason, candidate.place))
+            else:
+                wanted.append(candidate)
+        examine = partial(_examine, self)
+        found = isolated(examine, wanted, lambda c, reason: Rejection(c.key, reason), workers(), preload=PRELOAD)
+        results = list(track(found, "read pictures", total=len(wanted)))
+        rejections += [r for r in results if isinstance(r, Rejection)]
+        return [r for r in results if isinstance(r, Record)]
+
+
+@lru_cache(1)  # with what it has read already: files that were opened, groups of rows
+def _opened(kind: type[Source], settings: str) -> Source:
+    return kind(Data.model_validate_json(settings))
+
+
+def opened(data: Data) -> Source:
+    """Returns the source that `data.source` names, ready to read. Raises UserError where it is not there."""
+    return _opened(SOURCES.get(data.source), data.model_dump_json())
+
+
+def find(data: Data) -> tuple[list[Record], list[Rejection]]:
+    """Returns the usable pictures and the others of what `survey` finds."""
+    found = survey(data)
+    return found.records, found.rejections
+
+
+def survey(data: Data) -> Found:
+    """Returns what lies at `data.path` now; see `Source.survey`."""
+    found: Found = SOURCES.get(data.source)(data).survey()
+    return found
+
+
+def open_picture(data: Data, record: Record, *, size: int | None = None) -> Image.Image:
+    """Returns the picture of a record; see `Source.picture`."""
+    return opened(data).picture(record, size)
+
+
+def workers() -> int:
+    """How many threads or processes decode pictures: a large one takes 0.4 GB, and more while it is made RGB."""
+    return min(8, os.cpu_count() or 1)
+
+
+def _low(candidate: Candidate, data: Data) -> str:
+    """Returns which score is out of its range, as a reason; empty where all are within."""
+    for name, (low, high) in ((name, (wanted.min, wanted.max)) for name, wanted in data.scores.items()):
+        value = candidate.scores.get(name)
+        if value is None:
+            return f"no {name} (data.scores)"
+        if low is not None and value < low:
+            return f"{name} under {low:g} (data.scores)"
+        if high is not None and value > high:
+            return f"{name} over {high:g} (data.scores)"
+    return ""
+
+
+def _examine(source: EncodedPictures, candidate: Candidate) -> Record | Rejection:
+    from PIL import Image
+
+    from lcmlora.data.decoding import decode
+    from lcmlora.data.duplicates import perceptual_hash
+
+    try:
+        content = source.read(candidate.place)
+        # Pillow warns about what is over its limit and refuses only what is over it twice; here the limit counts.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture, note = decode(content)
+    except Unusable as reason:
+        return Rejection(candidate.key, str(reason))
+    return Record(
+        candidate.key,
+        candidate.caption.text,
+        hashlib.sha256(content).hexdigest(),
+        *picture.size,
+        place=None if candidate.place == candidate.key else candidate.place,
+        raw_caption=candidate.caption.raw,
+        look=None if source.data.near_duplicates is None else f"{perceptual_hash(picture):016x}",
+        note=note,
+    )
+
+
+def glimpse(source: Source, side: int, place: str) -> bytes | None:
+    """Returns a rejected picture as a JPEG of at most `side` pixels; None where it cannot be decoded."""
+    picture = source.rejected(place)
+    if picture is None:
+        return None
+    picture.thumbnail((side, side))
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=80)
+    return content.getvalue()
+
+
+def fit(picture: Image.Image, height: int, width: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """Returns the centre of the picture in this size, by default a square, and (top, left) of that crop.
+
+    It is resized (RESIZE_FILTER) until it just covers the size, and what stands over is cropped.
+    """
+    from PIL import Image
+
+    width = width or height
+    factor = max(width / picture.width, height / picture.height)
+    whole = max(width, round(picture.width * factor)), max(height, round(picture.height * factor))
+    left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
+    resized = picture.resize(whole, Image.Resampling[RESIZE_FILTER.upper()])
+    return resized.crop((left, top, left + width, top + height)), (top, left)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Returns the records of a list that `write_records` wrote. Raises UserError where there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [Record(**json.loads(line)) for line in lines]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such list of pictures; run `lcmlora prepare`") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a list of pictures ({error}); run `lcmlora prepare`") from None
+
+
+def write_records(path: Path, records: list[Record]) -> None:
+    """Writes one JSON object a line, with the fields of `Record`."""
+    # ASCII, because str.splitlines also breaks at characters that JSON leaves bare (U+2028, U+0085).
+    plain = ({name: value for name, value in asdict(record).items() if value is not None} for record in records)
+    text = "".join(json.dumps(record, sort_keys=True) + "\n" for record in plain)
+    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))

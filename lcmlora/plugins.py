@@ -1,0 +1,106 @@
+"""What can be added by name: image sources, distillation objectives, features, distances, scores and stores.
+
+Each table below has a class for each name. A class is imported when it is asked for, so that params.yaml can be checked
+against the names without importing torch. To add a class,
+
+* in this package: write it, and add its line to the table;
+* in a package of your own: declare an entry point, which every process finds,
+
+      [project.entry-points."lcmlora.sources"]
+      webcam = "my_package.webcam:Webcam"
+
+* in a script or a test: `SOURCES.register("webcam", Webcam)`, which counts in this process.
+
+What a class must have is said by its base class:
+
+    SOURCES     lcmlora.data.sources.source.Source
+    OBJECTIVES  lcmlora.diffusion.objectives.Objective
+    FEATURES    lcmlora.evaluation.measures.features.Features
+    DISTANCES   lcmlora.evaluation.measures.distances.Distance
+    SCORES      lcmlora.evaluation.measures.scores.Scorer
+    STORES      lcmlora.releases.stores.store.Store
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from lcmlora.errors import UserError
+
+
+class Table:
+    """Classes by name.
+
+    Args:
+        key: the setting that names one, for messages.
+        group: of the entry points of other packages.
+        places: where this package's own classes are, each as `module:Class`.
+    """
+
+    def __init__(self, key: str, group: str, places: Mapping[str, str]) -> None:
+        self.key = key
+        self._group = group
+        self._places = dict(places)
+        self._classes: dict[str, Any] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """All names: this package's own, then those of other packages, then those that were registered."""
+        return list(dict.fromkeys([*self._places, *self._declared(), *self._classes]))
+
+    def register(self, name: str, added: Any) -> None:
+        """Adds a class in this process. Raises ValueError where the name is taken by another one."""
+        if name in self.names and self._classes.get(name) is not added:
+            raise ValueError(f"{self.key}: there is a {name} already")
+        self._classes[name] = added
+
+    def check(self, name: str) -> str:
+        """Returns the name. Raises ValueError where the table does not have it."""
+        # Entry points are read last: that looks into every installed package.
+        if name in self._places or name in self._classes or name in self._declared():
+            return name
+        raise ValueError(f"expected one of {', '.join(self.names)}")
+
+    def get(self, name: str) -> Any:
+        """Returns the class of this name, imported if need be.
+
+        Raises:
+            UserError: there is no such name, or another package's class cannot be imported.
+        """
+        try:
+            self.check(name)
+        except ValueError as error:
+            raise UserError(f"{self.key}: got {name!r}: {error}") from None
+        if name not in self._classes:
+            self._classes[name] = self._imported(name)
+        return self._classes[name]
+
+    def _imported(self, name: str) -> Any:
+        if name in self._places:
+            module, _, attribute = self._places[name].partition(":")
+            return getattr(import_module(module), attribute)
+        declared = self._declared()[name]
+        try:
+            return declared.load()
+        except (ImportError, AttributeError) as error:
+            package = declared.dist.name if declared.dist else declared.module
+            raise UserError(f"{self.key}: {name}: {package} declares {declared.value}, and {error}") from error
+
+    def _declared(self) -> dict[str, EntryPoint]:
+        return {each.name: each for each in entry_points(group=self._group)}
+
+
+SOURCES = Table(
+    "data.source",
+    "lcmlora.sources",
+    {
+        "emoji": "lcmlora.data.sources.emoji:Emoji",
+        "folder": "lcmlora.data.sources.folder:Folder",
+        "parquet": "lcmlora.data.sources.parquet:Parquet",
+        "webdataset": "lcmlora.data.sources.tars:Tars",
+        "prompts": "lcmlora.data.sources.prompts:Prompts",
+    },
+)
