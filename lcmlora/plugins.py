@@ -104,3 +104,12 @@ SOURCES = Table(
         "prompts": "lcmlora.data.sources.prompts:Prompts",
     },
 )
+
+STORES = Table(  # by the scheme of an address; a path without one is a file's
+    "publish.to",
+    "lcmlora.stores",
+    {
+        "file": "lcmlora.releases.stores.directory:DirectoryStore",
+        "s3": "lcmlora.releases.stores.s3:S3Store",
+    },
+)

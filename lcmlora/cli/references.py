@@ -21,7 +21,9 @@ from lcmlora.errors import UserError
 from lcmlora.io import terminal
 from lcmlora.io.files import make_once
 from lcmlora.io.terminal import note
+from lcmlora.plugins import STORES
 from lcmlora.releases import bundle
+from lcmlora.releases.stores.store import scheme_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def open_adapter(reference: str, config: Config | None, cache: Path) -> AdapterR
     """
     if reference.startswith("models:/"):
         return _described(_registered(reference, config, cache), reference)
-    if reference.startswith("s3://"):
+    if "://" in reference and scheme_of(reference) in STORES.names:
         return _described(_published(reference, config, cache), reference)
     path = Path(reference)
     try:

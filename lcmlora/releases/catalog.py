@@ -14,7 +14,7 @@ from lcmlora.io import terminal
 from lcmlora.io.files import make_once, sha256_file
 from lcmlora.releases import bundle, manifest
 from lcmlora.releases.manifest import ADAPTER, MANIFEST, YANKED
-from lcmlora.releases.stores import Entry, Store, open_store
+from lcmlora.releases.stores.store import Entry, Store, open_store
 from lcmlora.releases.trust.signing import SIGNATURE
 
 _MOST_LINES = 20  # of what is wrong with a release

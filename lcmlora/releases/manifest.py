@@ -15,7 +15,7 @@ from lcmlora.errors import UserError
 from lcmlora.io import terminal
 from lcmlora.io.parsing import Malformed, as_object, parse_json
 from lcmlora.releases import bundle
-from lcmlora.releases.stores import Store, open_store
+from lcmlora.releases.stores.store import Store, open_store
 from lcmlora.releases.trust import records, seen, signing
 from lcmlora.releases.trust.signing import SIGNATURE
 

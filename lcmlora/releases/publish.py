@@ -22,7 +22,7 @@ from lcmlora.io import terminal
 from lcmlora.io.parsing import as_object, read_json
 from lcmlora.releases import bundle, manifest
 from lcmlora.releases.manifest import MANIFEST, YANKED
-from lcmlora.releases.stores import Store, open_store
+from lcmlora.releases.stores.store import Store, open_store
 from lcmlora.releases.trust import records, seen, signing
 from lcmlora.releases.trust.signing import SIGNATURE
 

@@ -12,7 +12,8 @@ from lcmlora.config import Publish
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.releases.catalog import find, links, pull, releases, verify
 from lcmlora.releases.publish import point, publish, yank
-from lcmlora.releases.stores import S3Store, open_store
+from lcmlora.releases.stores.s3 import S3Store
+from lcmlora.releases.stores.store import open_store
 from tests.integration.seaweed import SeaweedFS, free_ports
 from tests.support.releases import load_settings, write_sealed
 

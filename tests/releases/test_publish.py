@@ -15,7 +15,7 @@ from lcmlora.releases import catalog
 from lcmlora.releases.bundle import ADAPTER, verify
 from lcmlora.releases.catalog import download, find, links, pull, releases
 from lcmlora.releases.publish import point, publish, yank
-from lcmlora.releases.stores import DirectoryStore
+from lcmlora.releases.stores.directory import DirectoryStore
 from tests.support.releases import write_sealed
 from tests.support.together import at_once
 
@@ -366,7 +366,7 @@ def test_a_directory_gives_no_links(settings: Publish, bundle: Path):
 SWAP = """
 import sys
 from pathlib import Path
-from lcmlora.releases.stores import DirectoryStore
+from lcmlora.releases.stores.directory import DirectoryStore
 store, name = DirectoryStore(Path(sys.argv[1])), "mini/channels/champion.json"
 tag = store.read(name)[1]
 print("ready", flush=True)

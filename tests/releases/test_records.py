@@ -17,7 +17,7 @@ from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.releases.catalog import find, pull, releases, verify
 from lcmlora.releases.publish import point, publish, yank
-from lcmlora.releases.stores import open_store
+from lcmlora.releases.stores.store import open_store
 from lcmlora.releases.trust import records, seen
 from tests.releases.test_signing import write_keys
 from tests.support.releases import write_sealed

@@ -1,0 +1,1 @@
+"""Where releases are published to, one class for each kind of address."""

@@ -1,0 +1,123 @@
+"""A store in a directory of this machine, or of a server that is mounted here."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import urllib.parse
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+from lcmlora.config import Publish
+from lcmlora.errors import UserError
+from lcmlora.io import temporaries
+from lcmlora.io.files import atomic_write, make_folder, sha256_file, sync_folder
+from lcmlora.releases.stores.store import Entry, Store, blocks_of, in_blocks, read_small, write_blocks
+
+
+class DirectoryStore(Store):
+    """Releases in a directory. Hard links make creation exclusive on any local file system."""
+
+    form = "a directory"
+
+    def __init__(self, root: Path, key: str = "publish.to", consequence: str = "the release is kept") -> None:
+        self._root = root
+        self._key = key
+        self._consequence = consequence
+        self.uri = root.absolute().as_uri()
+
+    @classmethod
+    def open(cls, settings: Publish, key: str, consequence: str) -> Self:
+        scheme, mark, path = settings.to.partition("://")
+        if not mark:
+            return cls(Path(settings.to), key, consequence)
+        if not path.startswith("/"):
+            raise UserError(f"{key}: expected {scheme}:///path, got {settings.to!r}")
+        return cls(Path(urllib.parse.unquote(path)), key, consequence)
+
+    def create(self, name: str, content: Path | bytes, sha256: str) -> bool:
+        path = self._root / name
+        with self._explained(path):
+            make_folder(path.parent)
+            temporaries.sweep(path.parent)
+            with temporaries.file_beside(path) as (temporary, descriptor):
+                with os.fdopen(descriptor, "wb", closefd=False) as target:
+                    # A copy is checked, not the source: what is read twice may change between.
+                    digest = hashlib.sha256()
+                    for block in blocks_of(content):
+                        digest.update(block)
+                        target.write(block)
+                    target.flush()
+                    os.fsync(descriptor)
+                if digest.hexdigest() != sha256:
+                    raise UserError(f"{path.name}: changed while it was published; package the release again")
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    return False
+            sync_folder(path.parent)
+        return True
+
+    def digest(self, name: str, *, reread: bool = False) -> str | None:
+        path = self._root / name
+        with self._explained(path):
+            return sha256_file(path) if path.is_file() else None
+
+    def read(self, name: str) -> tuple[bytes, str] | None:
+        path = self._root / name
+        with self._explained(path):
+            if not path.is_file():
+                return None
+            with path.open("rb") as file:
+                content = read_small(file.read, f"{self.uri}/{name}")
+            return content, hashlib.sha256(content).hexdigest()
+
+    def fetch(self, name: str, target: Path, size: int) -> bool:
+        path = self._root / name
+        with self._explained(path):
+            if not path.is_file():
+                return False
+
+        def blocks() -> Iterator[bytes]:
+            with self._explained(path), path.open("rb") as file:
+                yield from in_blocks(file.read)
+
+        write_blocks(blocks(), size, target, f"{self.uri}/{name}")
+        return True
+
+    def swap(self, name: str, content: bytes, tag: str | None) -> bool:
+        path = self._root / name
+        with self._explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # The lock is a file of its own: the pointer is replaced, and a lock on it would go with the old one.
+            with path.with_name(f".{path.name}.lock").open("ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                current = self.read(name)
+                if (current[1] if current else None) != tag:
+                    return False
+                atomic_write(path, lambda p: p.write_bytes(content))
+        return True
+
+    def entries(self, prefix: str) -> list[Entry]:
+        folder = self._root / prefix.rpartition("/")[0]
+        with self._explained(folder):
+            found = []
+            for path in folder.rglob("*") if folder.is_dir() else ():
+                name = path.relative_to(self._root).as_posix()
+                if not path.name.startswith(".") and name.startswith(prefix) and path.is_file():
+                    state = path.stat()
+                    found.append(Entry(name, state.st_size, datetime.fromtimestamp(int(state.st_mtime), UTC)))
+        return sorted(found, key=lambda entry: entry.name)
+
+    @contextlib.contextmanager
+    def _explained(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._key}: cannot use {path}: {error.strerror or error}; {self._consequence}"
+            ) from error
