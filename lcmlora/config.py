@@ -30,7 +30,7 @@ from lcmlora import names
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import Malformed, parse_yaml, read_bytes
 from lcmlora.io.terminal import shown
-from lcmlora.plugins import SOURCES, Table
+from lcmlora.plugins import FEATURES, SCORES, SOURCES, Table
 
 _MAX_BYTES = 1 << 20  # of params.yaml; ours has 10,000
 _LARGEST = 1 << 53  # of integers; above it neither JSON nor a float has them all
@@ -298,9 +298,9 @@ class Evaluation(Strict):
     seed: Seed
     pictures: Annotated[int, Field(ge=2)]
     batch: Positive
-    features: Literal["efficientnet-lite0", "inception", "clip"]
+    features: Annotated[str, OneOf(FEATURES)]  # efficientnet-lite0, inception, clip, or some that were added
     features_source: str | None = None  # inception: a file of weights; clip: a hub id or a folder
-    scores: tuple[Literal["clip-score", "image-reward", "hps"], ...] = ()
+    scores: tuple[Annotated[str, OneOf(SCORES)], ...] = ()  # clip-score, image-reward, hps, or some that were added
     scores_source: dict[str, str] = {}  # hub id or folder by score
     guidance_scale: Annotated[float, Field(ge=1)]  # teacher and solvers, the pipelines' convention (w + 1)
     teacher_steps: Positive

@@ -105,6 +105,35 @@ SOURCES = Table(
     },
 )
 
+FEATURES = Table(
+    "evaluation.features",
+    "lcmlora.features",
+    {
+        "efficientnet-lite0": "lcmlora.evaluation.measures.features:EfficientNetLite0",
+        "inception": "lcmlora.evaluation.measures.features:Inception",
+        "clip": "lcmlora.evaluation.measures.features:ClipPictures",
+    },
+)
+
+DISTANCES = Table(  # features name theirs
+    "the features' distance",
+    "lcmlora.distances",
+    {
+        "frechet": "lcmlora.evaluation.measures.distances:Frechet",
+        "cmmd": "lcmlora.evaluation.measures.distances:Cmmd",
+    },
+)
+
+SCORES = Table(
+    "evaluation.scores",
+    "lcmlora.scores",
+    {
+        "clip-score": "lcmlora.evaluation.measures.scores:ClipScore",
+        "image-reward": "lcmlora.evaluation.measures.scores:ImageReward",
+        "hps": "lcmlora.evaluation.measures.scores:Hps",
+    },
+)
+
 STORES = Table(  # by the scheme of an address; a path without one is a file's
     "publish.to",
     "lcmlora.stores",

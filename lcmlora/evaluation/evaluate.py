@@ -21,8 +21,9 @@ from lcmlora.errors import UserError
 from lcmlora.evaluation import charts, timings
 from lcmlora.evaluation.drawing import REAL, Way, distinct_captions, latency, read_strip, save_strip, strip_path
 from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
+from lcmlora.evaluation.measures.distances import distance
 from lcmlora.evaluation.measures.features import Features
-from lcmlora.evaluation.measures.metrics import distance, diversity, retrieval_hits
+from lcmlora.evaluation.measures.metrics import diversity, retrieval_hits
 from lcmlora.evaluation.reference import AGAIN, artist_of, load_features, load_scorers, mean_scores
 from lcmlora.io import parsing
 from lcmlora.io.files import atomic_folder, atomic_write, sha256_file, write_json

@@ -19,10 +19,9 @@ from lcmlora.data.sources.source import Record, read_records
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
 from lcmlora.evaluation.drawing import REAL, Artist, Drawing, Way, distinct_captions
+from lcmlora.evaluation.measures import distances, scores
 from lcmlora.evaluation.measures import features as feature_sets
-from lcmlora.evaluation.measures import scores
 from lcmlora.evaluation.measures.features import Features
-from lcmlora.evaluation.measures.metrics import pictures_needed
 from lcmlora.evaluation.measures.scores import Scorer
 from lcmlora.io.files import atomic_folder, sha256_file, sha256_folder, write_json
 from lcmlora.plugins import SOURCES
@@ -110,7 +109,7 @@ def load_scorers(base: LoadedBase, settings: Evaluation) -> list[Scorer]:
 
 def check_count(key: str, count: int, features: Features) -> None:
     """Raises UserError where so few pictures, asked for under this key, have no distance."""
-    needed = pictures_needed(features.distance, features.dimensions)
+    needed = distances.named(features.distance).pictures_needed(features.dimensions)
     if count < needed:
         raise UserError(
             f"{key}: {count} are too few: the distance of {features.name} needs more pictures than its "
@@ -165,7 +164,7 @@ def _jobs(settings: Evaluation) -> dict[str, tuple[Way, int]]:
 def about_real(real: list[Record], gallery: list[Record], pictures: int, features: Features) -> dict[str, Any]:
     """Returns what a reference's facts say of its real pictures."""
     missing = None
-    if len(real) < pictures_needed(features.distance, features.dimensions):
+    if len(real) < distances.named(features.distance).pictures_needed(features.dimensions):
         missing = f"{len(real)} real validation pictures are too few for {features.dimensions} dimensions"
     return {
         "features": {"name": features.name, "dimensions": features.dimensions, "distance": features.distance},

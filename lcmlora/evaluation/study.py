@@ -27,7 +27,8 @@ from lcmlora.errors import UserError
 from lcmlora.evaluation.drawing import REAL, Artist, Way, distinct_captions, save_strip, strip_path
 from lcmlora.evaluation.evaluate import STUDENT, adapter_layers, read_json, student_ways, variety
 from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
-from lcmlora.evaluation.measures.metrics import distance, retrieval_at_1
+from lcmlora.evaluation.measures.distances import distance
+from lcmlora.evaluation.measures.metrics import retrieval_at_1
 from lcmlora.evaluation.reference import AGAIN, about_real, artist_of, check_count, choose_real, load_features
 from lcmlora.io.files import atomic_folder, sha256_file, write_json
 

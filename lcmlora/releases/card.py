@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcmlora.config import Base
 from lcmlora.evaluation.gate import teacher_of, unmeasured_retrieval
+from lcmlora.evaluation.measures.distances import title_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -22,7 +23,6 @@ _METHODS = {
     "pcm": "Phased consistency distillation (arXiv 2405.18407)",
     "tdd": "Target-driven distillation (arXiv 2409.01347)",
 }
-_DISTANCES = {"frechet": "Fréchet distance", "cmmd": "CMMD"}
 
 # The identifiers that the hub knows (docs/hub/repositories-licenses.md of huggingface/hub-docs); any other is `other`
 # with a `license_name`.
@@ -193,7 +193,7 @@ def _student_steps(figures: dict[str, Any]) -> list[int]:
 
 
 def _distance(figures: dict[str, Any]) -> str:
-    return _DISTANCES[figures["features"].get("distance", "frechet")]
+    return title_of(figures["features"].get("distance", "frechet"))
 
 
 def _number(figures: dict[str, Any]) -> Callable[[float], str]:

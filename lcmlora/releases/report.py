@@ -16,6 +16,7 @@ from PIL import Image
 from lcmlora.errors import UserError
 from lcmlora.evaluation.charts import NAMES
 from lcmlora.evaluation.gate import unmeasured_retrieval
+from lcmlora.evaluation.measures.distances import title_of
 from lcmlora.io.parsing import as_object, read_json
 
 _LARGEST, _SMALLER, _MANY = 256, 192, 400  # pixels of an embedded picture; fewer pixels for more pictures than _MANY
@@ -29,7 +30,6 @@ _OPTIONAL = (
     *("prompts", "real_pictures", "reference_digest"),
 )
 _MINUS, _NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
-_DISTANCES = {"frechet": "Fréchet distance", "cmmd": "CMMD"}
 _PARTS = {"alone": "alone, best solver", "accelerated": "accelerated", "adapter": "adapter without the style"}
 
 
@@ -175,7 +175,7 @@ def render(
         provenance=provenance,
         base_license=base_license,
         kohya=kohya_file,
-        distance=_DISTANCES.get(name := features.get("distance", "frechet"), name),
+        distance=title_of(features.get("distance", "frechet")),
         places=_places(figures["excess"].values()),
         keys=_ordered(figures),
         teacher=_teacher(figures),

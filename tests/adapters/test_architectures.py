@@ -20,7 +20,7 @@ from lcmlora.bases import folders
 from lcmlora.bases.base import unet_forward
 from lcmlora.cli.main import app
 from lcmlora.errors import UserError
-from lcmlora.evaluation.measures.features import FEATURES
+from lcmlora.plugins import FEATURES
 from tests.evaluation.conftest import Quarters
 from tests.support import projects
 from tests.support.miniature import ARCHITECTURES, SDXL_FAMILY
@@ -69,11 +69,11 @@ def test_a_miniature_goes_from_pictures_to_a_release_that_plain_diffusers_loads(
     model: str,
 ):
     raw = projects.make(tmp_path, miniatures, fresh(tmp_path, tmp_path_factory).tracking_uri, model)
-    raw["evaluation"]["pictures"] = 16
+    FEATURES.register("quarters", Quarters)
+    raw["evaluation"] |= {"pictures": 16, "features": "quarters"}  # the real ones need 321 pictures
     raw["study"]["models"] = [model]
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(FEATURES, "efficientnet-lite0", Quarters)  # the real ones need 321 pictures
     stages = [["prepare"], ["fetch", model], *([stage, model] for stage in STAGES)]
     stages += [[verb, model, name] for verb, name in VARIATIONS]
     for arguments in (*stages, ["study", model], ["package", model]):

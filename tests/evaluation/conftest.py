@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from lcmlora.adapters import lora
 from lcmlora.bases import folders
 from lcmlora.config import Base, Data, Evaluation
 from lcmlora.data.prepare import prepare
-from lcmlora.evaluation.measures import features
 from lcmlora.evaluation.reference import draw_reference
+from lcmlora.plugins import FEATURES
 from tests.support.miniature import RESOLUTION
 
 WORDS = ["red apple", "green tree", "tree", "fruit", "red fruit", "green apple", "apple tree", "food"]
@@ -40,15 +39,13 @@ class Quarters:
 
 
 @pytest.fixture(scope="module")
-def small_features() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(features.FEATURES, "efficientnet-lite0", Quarters)
-        yield
+def small_features() -> None:
+    FEATURES.register("quarters", Quarters)
 
 
 def settings(**changes: Any) -> Evaluation:
     values: dict[str, Any] = {
-        "seed": 1000, "pictures": 20, "batch": 8, "features": "efficientnet-lite0", "guidance_scale": 4.0,
+        "seed": 1000, "pictures": 20, "batch": 8, "features": "quarters", "guidance_scale": 4.0,
         "teacher_steps": 6, "solvers": ("ddim", "dpm++"), "solver_steps": (1, 2), "student_steps": (1, 2, 4),
         "grid_rows": 3, "resamples": 20, "latency_repeats": 2, "device": "cpu",
     }  # fmt: skip

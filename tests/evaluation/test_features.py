@@ -60,7 +60,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: p
 
 
 def test_unknown_features_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match="no features 'dino'; there are efficientnet-lite0, inception, clip"):
+    with pytest.raises(UserError, match="features: got 'dino': expected one of efficientnet-lite0, inception, clip"):
         features.load("dino", CPU)
 
 

@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcmlora.evaluation.measures.metrics import (
-    cmmd,
-    distance,
-    diversity,
-    frechet_distance,
-    pictures_needed,
-    retrieval_at_1,
-    retrieval_hits,
-)
+from lcmlora.evaluation.measures.distances import Cmmd, Frechet, distance, named
+from lcmlora.evaluation.measures.metrics import diversity, retrieval_at_1, retrieval_hits
+
+frechet_distance, cmmd = Frechet().between, Cmmd().between
 
 
 def gaussian(mean: Tensor, covariance: Tensor, count: int, seed: int) -> Tensor:
@@ -117,7 +112,7 @@ def test_a_distance_is_chosen_by_its_name_and_says_how_many_pictures_it_needs() 
     assert distance(a, b, "frechet") == frechet_distance(a, b)
     assert distance(a, b, "cmmd") == cmmd(a, b)
     for kind, needed in (("frechet", 5), ("cmmd", 2)):
-        assert pictures_needed(kind, 4) == needed
+        assert named(kind).pictures_needed(4) == needed
         assert distance(a[:needed], b, kind) > 0
         with pytest.raises(ValueError, match=f"{needed - 1}"):
             distance(a[: needed - 1], b, kind)

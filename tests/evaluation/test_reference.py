@@ -24,7 +24,7 @@ from lcmlora.evaluation import timings
 from lcmlora.evaluation.drawing import Artist, Way
 from lcmlora.evaluation.evaluate import evaluate
 from lcmlora.evaluation.gate import record
-from lcmlora.evaluation.measures.metrics import frechet_distance
+from lcmlora.evaluation.measures.distances import Frechet
 from lcmlora.evaluation.reference import choose_real, draw_reference
 from tests.evaluation.conftest import WORDS, Quarters, settings
 from tests.support.miniature import RESOLUTION
@@ -159,12 +159,12 @@ def test_the_metrics_agree_with_the_pictures_and_each_other(
     assert metrics == json.loads((root / "metrics" / "mini.json").read_text())
     sets = load_file(reference / "features.safetensors")
     student = load_file(root / "evaluation" / "features.safetensors")
-    floor = frechet_distance(sets["teacher@6"], sets["teacher@6/again"])
+    floor = Frechet().between(sets["teacher@6"], sets["teacher@6/again"])
     methods = {"ddim@1", "ddim@2", "dpm++@1", "dpm++@2", "student@1", "student@2", "student@4"}
     assert metrics["floor"] == metrics["distance_teacher"]["teacher"] == floor
     assert set(metrics["distance_teacher"]) == set(metrics["excess"]) == methods | {"teacher"}
     assert metrics["excess"]["teacher"] == 0
-    expected = frechet_distance(sets["teacher@6"], student["student@4"])
+    expected = Frechet().between(sets["teacher@6"], student["student@4"])
     assert metrics["distance_teacher"]["student@4"] == expected
     assert metrics["excess"]["student@4"] == expected - floor
     assert set(metrics["distance_real"]) == methods | {"teacher@6"}

@@ -124,7 +124,7 @@ def test_hps_without_open_clip_names_the_extra_and_with_it_the_missing_file(monk
 
 
 def test_unknown_scores_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match="no scores 'taste'; there are clip-score, image-reward, hps"):
+    with pytest.raises(UserError, match="scores: got 'taste': expected one of clip-score, image-reward, hps"):
         scores.load("taste", CPU)
 
 

