@@ -124,7 +124,7 @@ class Source(ABC):
         return workers()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened, (type(self), self.data.model_dump_json())
+        return _opened, (type(self), _Settings.of(self.data))
 
 
 class EncodedPictures(Source):
@@ -201,14 +201,26 @@ class EncodedPictures(Source):
         return [r for r in results if isinstance(r, Record)]
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """Settings that are compared by their text: a dictionary among them has no hash."""
+
+    text: str
+    data: Data = field(compare=False)
+
+    @classmethod
+    def of(cls, data: Data) -> _Settings:
+        return cls(data.model_dump_json(), data)
+
+
 @lru_cache(1)  # with what it has read already: files that were opened, groups of rows
-def _opened(kind: type[Source], settings: str) -> Source:
-    return kind(Data.model_validate_json(settings))
+def _opened(kind: type[Source], settings: _Settings) -> Source:
+    return kind(settings.data)
 
 
 def opened(data: Data) -> Source:
     """Returns the source that `data.source` names, ready to read. Raises UserError where it is not there."""
-    return _opened(SOURCES.get(data.source), data.model_dump_json())
+    return _opened(SOURCES.get(data.source), _Settings.of(data))
 
 
 def find(data: Data) -> tuple[list[Record], list[Rejection]]:

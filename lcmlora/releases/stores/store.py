@@ -91,7 +91,7 @@ class Store(ABC):
 
     def link(self, name: str, seconds: int) -> str:
         """Returns an address at which anybody can read the object for so long. Raises UserError where there is none."""
-        raise UserError(f"{self.uri}: gives no links; they need a release at {STORES.get('s3').form}")
+        raise UserError(f"{self.uri}: {self.form} gives no links; they need a release at {STORES.get('s3').form}")
 
 
 def open_store(
