@@ -19,7 +19,7 @@ from lcmlora.evaluation.measures import features, scores
 from lcmlora.evaluation.measures.bootstrap import Bootstrap
 from lcmlora.evaluation.measures.distances import distance, named, title_of
 from lcmlora.plugins import DISTANCES, FEATURES, SCORES, SOURCES, STORES, Table
-from lcmlora.releases.catalog import download, find, links, releases, verify
+from lcmlora.releases.catalog import find, links, pull, releases, verify
 from lcmlora.releases.publish import point, publish
 from tests.data.conftest import data_in, picture
 from tests.support import additions
@@ -80,7 +80,7 @@ def test_a_store_is_added(tmp_path: Path) -> None:
     assert point("mini", sha256, settings) == "memory://shelf/models/mini/channels/champion.json"
     assert [(found.uri, found.channels) for found in releases(settings)] == [(uri, ("champion",))]
     assert verify("mini@champion", settings).sha256 == sha256
-    download("mini@champion", settings, tmp_path / "pulled")
+    pull("mini@champion", settings, tmp_path / "pulled", everything=True)
     for path in bundle.iterdir():
         assert (tmp_path / "pulled" / path.name).read_bytes() == path.read_bytes()
     with pytest.raises(UserError, match=r"memory://prefix gives no links; they need a release at s3://bucket/prefix"):
