@@ -386,7 +386,7 @@ def make_case(
     precision: str | None = None,
 ) -> Case:
     """Fetches or makes the base, and prepares and encodes pictures for it."""
-    settings = config.load()
+    settings = config.load(Path("params.yaml"))
     base, distill = settings.base(model), settings.distill_for(model)
     how = {"objective": "lcm", "accumulate": 1, "cooldown": 0.0, "compile": compiled, "device": device}
     how |= {"batch": batch or distill.batch, "precision": precision or distill.precision}
@@ -397,7 +397,7 @@ def make_case(
             published.save(model, folder)
         base = base.model_copy(update={"source": str(folder), "revision": None, "variant": None})
     else:
-        folder = fetching.fetch(model, base)
+        folder = fetching.fetch(model, base, Path("bases"))
     data = work / f"{model}-{base.resolution}"
     if not data.is_dir():
         count = 64

@@ -99,7 +99,7 @@ def count(name: str, settings: config.Config) -> Preset:
 
 
 def measure() -> dict[str, Any]:
-    settings = config.load()
+    settings = config.load(Path("params.yaml"))
     return {name: asdict(count(name, settings)) for name in PRESETS}
 
 

@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args()
 
-    settings = config.load()
+    settings = config.load(Path("params.yaml"))
     cache = LatentCache(Path("data/latents", options.model))
     runs: dict[str, list[dict[str, Any]]] = {objective: [] for objective in options.objectives}
     for seed, objective in itertools.product(range(options.seeds), options.objectives):

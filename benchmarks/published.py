@@ -29,7 +29,7 @@ _CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 
 
 def save(model: str, folder: Path) -> None:
     """Writes a base of the size of `bases.MODEL` in params.yaml to the folder, in bf16; on a GPU where there is one."""
-    source = config.load().base(model).source
+    source = config.load(Path("params.yaml")).base(model).source
     packaged = json.loads(resources.files("lcmlora").joinpath("architectures.json").read_text(encoding="utf-8"))
     architecture = packaged[source]
     schedule = {key: SCHEDULE[key] for key in ("beta_start", "beta_end", "beta_schedule", "steps_offset")}

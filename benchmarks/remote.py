@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of a turn")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    settings = config.load()
+    settings = config.load(Path("params.yaml"))
     rows = options.pictures // options.shards
     with tempfile.TemporaryDirectory(prefix="lcmlora-remote-") as folder:
         work = Path(folder)

@@ -30,6 +30,7 @@ from benchmarks import costs, tables
 from lcmlora import config, registry, resolved
 from lcmlora.evaluation.gate import record
 from lcmlora.io.files import write_json
+from lcmlora.project import Project
 from lcmlora.registry import events, promotion
 from lcmlora.registry.tracking import connect, create_run
 from lcmlora.releases import catalog, publish
@@ -344,7 +345,7 @@ def _write_stages(root: Path, models: int) -> None:
         (root / "bases" / model / "model_index.json").write_text("{}")
     (root / "params.yaml").write_text(yaml.safe_dump(raw))
     shutil.copy("dvc.yaml", root)
-    resolved.refresh(config.load(root / "params.yaml"), root / resolved.FILE)
+    resolved.refresh(config.load(root / "params.yaml"), Project(root).resolved)
 
 
 def show_dvc(found: dict[str, Any]) -> str:

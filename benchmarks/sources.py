@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args()
 
-    settings, model = config.load(), options.model
+    settings, model = config.load(Path("params.yaml")), options.model
     changes: dict[str, Any] = {"encode": settings.encode.model_dump(mode="json")}
     changes["encode"]["rollouts"]["states"] = True
     changes["evaluation"] = settings.evaluation.model_dump(mode="json")

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--peft", action="store_true", help="run the adapter as PEFT does")
     options = parser.parse_args()
 
-    settings = config.load()
+    settings = config.load(Path("params.yaml"))
     distill = settings.distill_for(options.model)
     batch = options.batch or distill.batch
     device = bases.pick_device(distill.device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -14,6 +13,7 @@ from flows import choose
 from lcmlora.cli.reporting import reporting
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import note
+from lcmlora.project import Project
 
 # Set before Prefect is imported; whoever sets them otherwise is right.
 _ENVIRONMENT = {
@@ -60,14 +60,14 @@ def run(
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    from lcmlora import config
     from tasks.processes import mark
 
-    choose(config.load(), model)
+    project = Project()
+    choose(project.settings(), model)
     if publish is not None and no_publish:
         raise UserError("--publish and --no-publish exclude each other")
-    if not Path("dvc.yaml").is_file():
-        raise UserError("dvc.yaml: no such file; run in the project's folder")
+    if not project.dvc_yaml.is_file():
+        raise UserError(f"{project.dvc_yaml}: no such file; run in the project's folder")
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, _interrupt)  # else Python ends at once, and the trainer goes on
     # Prefect's temporary server would outlive a flow that is killed.

@@ -18,6 +18,7 @@ from rich.table import Table
 from lcmlora.config import Config
 from lcmlora.io.terminal import cell, shown
 from lcmlora.io.terminal import markdown as plain
+from lcmlora.project import Project
 from lcmlora.registry import tracking
 from tasks.dvc import StageResult
 from tasks.output import slug
@@ -139,8 +140,8 @@ def leave_artifacts(outcomes: Sequence[Outcome], settings: Config, total: str) -
         key = slug(outcome.model)
         if outcome.figures is not None:
             create_table_artifact(_methods(outcome.figures), key=f"figures-{key}", description=_counts(outcome.figures))
-        if (Path("release", outcome.model) / _CARD).is_file():
-            text = card(Path("release", outcome.model))
+        if ((release := Project().release(outcome.model)) / _CARD).is_file():
+            text = card(release)
             create_markdown_artifact(text, key=f"card-{key}", description=f"Model card of {outcome.model}'s release")
         page = tracking.page(settings.registry, outcome.run_id) if outcome.run_id else None
         if page:

@@ -14,6 +14,7 @@ import typer
 from lcmlora.cli.reporting import reporting
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import as_object, read_yaml
+from lcmlora.project import Project
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -34,9 +35,7 @@ def serve(
             "PREFECT_API_URL is not set: schedules need a server, which `prefect server start` or `make up` starts; "
             "export PREFECT_API_URL=http://127.0.0.1:4200/api"
         )
-    from lcmlora import config
-
-    settings = config.load()
+    settings = Project().settings()
     deployments = read_deployments(file)
     import httpx
     import prefect

@@ -31,6 +31,7 @@ from flows.services import HOST, QUIET, S3, Identity, Service
 from lcmlora import config
 from lcmlora.cli.reporting import reporting
 from lcmlora.errors import UserError
+from lcmlora.project import Project
 
 BUCKET = "lcmlora"
 PORTS = {"prefect": 4200, "mlflow": 5000, "seaweedfs": 8333}  # where free
@@ -74,7 +75,7 @@ def up() -> None:
         for name, value in state.exported.items():
             if os.environ.get(name) == value:  # a shell that has our own addresses configures nothing
                 del os.environ[name]
-        settings = config.load()
+        settings = Project().settings()
         try:
             plan = _plan(project, folder, settings, state)
             _save(folder, state)  # before a server knows the passwords

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lcmlora.cli.context import context_of
+
 
 def status(
-    context: typer.Context,
+    call: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object for each model.")] = False,
 ) -> None:
     """Show for each model its champion, the last run, what is stale and when the next run is due.
@@ -25,9 +26,7 @@ def status(
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from dataclasses import asdict
 
-    from lcmlora import config
-
-    settings = config.load(context.obj or Path("params.yaml"))
+    settings = context_of(call).settings()
     from flows import overview
 
     server = overview.has_server()

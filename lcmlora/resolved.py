@@ -23,8 +23,6 @@ from lcmlora.io.parsing import read_yaml
 from lcmlora.io.terminal import note
 from lcmlora.stages import Run
 
-FILE = Path("resolved.yaml")
-
 _HEADER = """\
 # Written by `lcmlora resolve`; do not edit. What decides the result of each stage: its settings, as params.yaml and the
 # defaults give them, and the versions of its algorithms (lcmlora/stages.py).
@@ -43,12 +41,12 @@ def resolve(config: Config) -> dict[str, Any]:
     return tree
 
 
-def is_current(config: Config, path: Path = FILE) -> bool:
+def is_current(config: Config, path: Path) -> bool:
     """Returns whether the file holds what it is to hold."""
     return path.is_file() and path.read_text(encoding="utf-8") == _text(resolve(config))
 
 
-def refresh(config: Config, path: Path = FILE) -> bool:
+def refresh(config: Config, path: Path) -> bool:
     """Brings the file up to date and returns whether it was not."""
     tree = resolve(config)
     with temporaries.locked(path):
@@ -59,7 +57,7 @@ def refresh(config: Config, path: Path = FILE) -> bool:
 
 
 @contextmanager
-def running(config: Config, run: Run, path: Path = FILE) -> Iterator[None]:
+def running(config: Config, run: Run, path: Path) -> Iterator[None]:
     """Encloses a stage's work, so that DVC records the settings that it ran with and no others.
 
     Where a person calls the stage in a project that has the file, it is brought up to date. Where DVC calls, it must be
@@ -124,7 +122,9 @@ def _put(tree: dict[str, Any], run: Run, entry: dict[str, Any]) -> None:
 
 def _twofold(keys: list[str]) -> UserError:
     place = ".".join(keys)
-    return UserError(f"{place}: one name ends in `.{keys[-1]}`, where {FILE} has a stage's settings; use another name")
+    return UserError(
+        f"{place}: one name ends in `.{keys[-1]}`, where resolved.yaml has a stage's settings; use another name"
+    )
 
 
 def _text(tree: dict[str, Any]) -> str:

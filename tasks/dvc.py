@@ -14,11 +14,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import State
 
-from lcmlora import config, resolved
+from lcmlora import resolved
 from lcmlora.config import Config, Flow
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.parsing import Malformed, as_object, parse_json, read_yaml
 from lcmlora.io.terminal import shown
+from lcmlora.project import Project
 from tasks import dvc_internals
 from tasks.devices import held
 from tasks.leftovers import mend
@@ -112,8 +113,13 @@ def resolve(processes: Processes) -> None:
     Raises:
         UserError: params.yaml or dvc.yaml cannot be read, or the stage failed.
     """
-    stages = as_object(read_yaml(Path("dvc.yaml")), "dvc.yaml").get("stages")
-    if not isinstance(stages, dict) or _RESOLVE not in stages or resolved.is_current(config.load()):
+    project = Project()
+    stages = as_object(read_yaml(project.dvc_yaml), str(project.dvc_yaml)).get("stages")
+    if (
+        not isinstance(stages, dict)
+        or _RESOLVE not in stages
+        or resolved.is_current(project.settings(), project.resolved)
+    ):
         return
     mend()
     status, lines = _listen(processes, _dvc("repro", "--single-item", _RESOLVE), _RESOLVE)

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lcmlora.io.files import atomic_write
+from lcmlora.project import Project
 from tasks.dvc_internals import LOCK, READERS_AND_WRITERS, READERS_AND_WRITERS_LOCK, TEMPORARY, is_lock_file
 
 _PATIENCE = 60.0  # seconds to wait for a DVC that is at work on what is to be mended
 
-_LOCK_FILE = Path("dvc.lock")
+_LOCK_FILE = Project().dvc_lock
 _KEPT = TEMPORARY / "lcmlora-dvc.lock"  # the last whole dvc.lock
 
 

@@ -13,11 +13,14 @@ from lcmlora import config, registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.evaluation import gate
 from lcmlora.io.parsing import as_object, read_json
+from lcmlora.project import Project
 from lcmlora.registry import promotion, registration
 from lcmlora.releases import bundle, publish
 from tasks.devices import occupied
 from tasks.dvc import StageFailed
 from tasks.processes import Processes, python, reason, stream
+
+_PROJECT = Project()  # flows run in the project's folder
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,13 @@ def fetch_base(model: str, settings: config.Config) -> Path:
     """Puts the base at bases/MODEL and returns the folder."""
     from lcmlora.bases import fetching
 
-    return fetching.fetch(model, settings.base(model))
+    return fetching.fetch(model, settings.base(model), _PROJECT.bases)
 
 
 @task(task_run_name="figures {model}", cache_policy=NO_CACHE)
 def read_metrics(model: str) -> dict[str, Any]:
     """Returns the figures of the last evaluation."""
-    return _read(Path("metrics", f"{model}.json"))
+    return _read(_PROJECT.metrics(model))
 
 
 @task(task_run_name="champion {model}", cache_policy=NO_CACHE)
@@ -52,7 +55,7 @@ def read_champion(
     Where data, prompts or features have changed since it was measured, it is measured again.
     """
     champion = registry.champion(model, settings.registry)
-    if champion is None or champion.sha256 == bundle.digest(Path("release", model)):
+    if champion is None or champion.sha256 == bundle.digest(_PROJECT.release(model)):
         return None
     try:
         theirs = registry.figures(champion, settings.registry)
@@ -63,7 +66,7 @@ def read_champion(
     if gate.incomparable(figures, theirs):
         from lcmlora.bases import folders
 
-        made_for = _read(Path("adapters", model, "config.json"), "base")["base"]
+        made_for = _read(_PROJECT.adapter(model) / "config.json", "base")["base"]
         if not folders.same_base(champion.base, made_for):
             return None
         theirs = _remeasure(model, champion.reference, settings, processes)
@@ -71,7 +74,7 @@ def read_champion(
 
 
 def _remeasure(model: str, reference: str, settings: config.Config, processes: Processes) -> dict[str, Any]:
-    out = Path("scratch", "champion", f"{model}.json")
+    out = _PROJECT.scratch("champion", f"{model}.json")
     arguments = ("remeasure", model, "--adapter", f"models:/{reference}", "--out", str(out))
     with occupied(settings.flow.limit, processes):
         status, lines = stream(processes, python("lcmlora", *arguments))
@@ -96,7 +99,7 @@ def pass_gate(model: str, figures: dict[str, Any], champion: Champion | None, se
 @task(task_run_name="publish {model}", cache_policy=NO_CACHE)
 def publish_release(model: str, settings: config.Config) -> str:
     """Returns the release's address; idempotent."""
-    return publish.publish(Path("release", model), model, settings.publish)
+    return publish.publish(_PROJECT.release(model), model, settings.publish)
 
 
 @task(task_run_name="register {model}", cache_policy=NO_CACHE)
@@ -104,7 +107,7 @@ def register_release(
     model: str, settings: config.Config, uri: str | None, gate_failures: list[str]
 ) -> registration.Registered:
     """Returns the version of the release in the registry; idempotent."""
-    return registration.register(model, settings.registry, Path("release", model), uri, gate_failures)
+    return registration.register(model, settings.registry, _PROJECT.release(model), uri, gate_failures)
 
 
 @task(task_run_name="promote {model}", cache_policy=NO_CACHE)

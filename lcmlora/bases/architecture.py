@@ -41,15 +41,18 @@ def of_folder(folder: Path) -> Architecture:
         raise UserError(f"{path}: {error}") from error
 
 
-def of_base(base: Base, folder: Path) -> Architecture:
+def of_base(base: Base, folder: Path, sources: Path = Path()) -> Architecture:
     """Returns the architecture of a base of params.yaml, which need not be fetched where it is a published one.
+
+    Args:
+        sources: the folder that relative paths of `base` are relative to.
 
     Raises:
         UserError: see `of_folder` and `description.unet_config`.
     """
     if (folder / "unet" / "config.json").is_file():
         return replace(of_folder(folder), resolution=base.resolution)
-    config = unet_config(base, folder)
+    config = unet_config(base, folder, sources)
     check_class(folder / "unet" / "config.json", config, "UNet2DConditionModel")
     return layer_names.describe(config, resolution=base.resolution)
 

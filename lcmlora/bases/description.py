@@ -16,19 +16,23 @@ from lcmlora.bases.examination.weightfiles import json_of
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import cell
+from lcmlora.project import Project
 
 
-def unet_config(base: Base, folder: Path) -> dict[str, Any]:
+def unet_config(base: Base, folder: Path, sources: Path = Path()) -> dict[str, Any]:
     """Returns the configuration of the base's UNet, without its weights.
 
     It is that of the base at `folder`, else that of a local source (or of the `config` that a single file goes with),
     else the one that comes with this package for the published bases, which holds what differs from diffusers'
     defaults.
 
+    Args:
+        sources: the folder that relative paths of `base` are relative to.
+
     Raises:
         UserError: there is none of these, or a file that is not JSON.
     """
-    config = _local_json(base, folder, "unet/config.json")
+    config = _local_json(base, folder, sources, "unet/config.json")
     if config is not None:
         return config
     packaged = json.loads(resources.files("lcmlora").joinpath("architectures.json").read_text(encoding="utf-8"))
@@ -41,8 +45,8 @@ def unet_config(base: Base, folder: Path) -> dict[str, Any]:
     )
 
 
-def _local_json(base: Base, folder: Path, file: str) -> dict[str, Any] | None:
-    places = [folder, Path(base.source), *([Path(base.config)] if base.config else [])]
+def _local_json(base: Base, folder: Path, sources: Path, file: str) -> dict[str, Any] | None:
+    places = [folder, sources / base.source, *([sources / base.config] if base.config else [])]
     path = next((place / file for place in places if (place / file).is_file()), None)
     return None if path is None else json_of(path)
 
@@ -60,7 +64,7 @@ class Description:
     prediction_type: str | None  # None where no scheduler configuration is at hand
 
 
-def describe(name: str, base: Base, folder: Path, rank: int, alpha: float) -> Description:
+def describe(name: str, base: Base, folder: Path, rank: int, alpha: float, sources: Path = Path()) -> Description:
     """Counts the UNet of a base and an adapter of this rank on it, on torch's meta device: no weights, no memory.
 
     Raises:
@@ -72,8 +76,8 @@ def describe(name: str, base: Base, folder: Path, rank: int, alpha: float) -> De
     from lcmlora.adapters import lora
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    scheduler = _local_json(base, folder, "scheduler/scheduler_config.json") or {}
-    config = unet_config(base, folder)
+    scheduler = _local_json(base, folder, sources, "scheduler/scheduler_config.json") or {}
+    config = unet_config(base, folder, sources)
     with torch.device("meta"):
         try:
             structure.check_unet(folder / "unet" / "config.json", config)
@@ -95,7 +99,7 @@ def describe(name: str, base: Base, folder: Path, rank: int, alpha: float) -> De
     )
 
 
-def rows(config: Config, root: Path = Path("bases")) -> list[dict[str, Any]]:
+def rows(config: Config, project: Project) -> list[dict[str, Any]]:
     """Returns one row for each base: a `Description` with the adapter's `rank`, or `name`, `source` and `reason`.
 
     A base that cannot be described says why in its row, and the others are described all the same.
@@ -104,7 +108,7 @@ def rows(config: Config, root: Path = Path("bases")) -> list[dict[str, Any]]:
     for name, base in config.bases.items():
         settings = config.distill_for(name)
         try:
-            described = describe(name, base, root / name, settings.rank, settings.alpha)
+            described = describe(name, base, project.base(name), settings.rank, settings.alpha, project.root)
             found.append(dataclasses.asdict(described) | {"rank": settings.rank})
         except UserError as error:
             found.append({"name": name, "source": base.source, "reason": str(error)})

@@ -16,13 +16,16 @@ from lcmlora.io import temporaries
 from lcmlora.io.files import atomic_write, make_folder, sha256_file
 
 
-def fetch(name: str, base: Base, root: Path = Path("bases")) -> Path:
+def fetch(name: str, base: Base, root: Path, sources: Path = Path()) -> Path:
     """Puts the base at `root/name`, examines it and returns that folder.
 
     A hub id is downloaded at its revision, a local folder linked, a single-file checkpoint converted. Idempotent; a
     changed revision or variant downloads again, a changed file is converted again. With a style the folder is a copy
     that has it in its UNet, and the plain base is at `root/.plain/name`. What the examination found is kept in
     `root/.examined`, so that no later stage reads the whole base for it.
+
+    Args:
+        sources: the folder that relative paths of `base` are relative to.
 
     Raises:
         UserError: a hub id without revision, a base with a fault (see `examine.examine`), a file that is no checkpoint
@@ -31,21 +34,22 @@ def fetch(name: str, base: Base, root: Path = Path("bases")) -> Path:
     """
     make_folder(root)
     with temporaries.locked(root / name):  # another process may need the same base at the same moment
-        return _fetch(name, base, root)
+        return _fetch(name, base, root, sources)
 
 
-def _fetch(name: str, base: Base, root: Path) -> Path:
+def _fetch(name: str, base: Base, root: Path, sources: Path) -> Path:
     target = root / name
     if base.style is None and (target / styled.MARKER).is_file():
         shutil.rmtree(target)
     if base.style is not None:
-        styled.make(name, base, fetch(name, base.model_copy(update={"style": None}), root / ".plain"), target)
+        plain = fetch(name, base.model_copy(update={"style": None}), root / ".plain", sources)
+        styled.make(name, base, plain, target, sources)
     elif singlefile.names_a_file(base.source):
-        if base.config is not None and _is_local(base.config):
-            folders.check_folder(Path(base.config))
-        singlefile.convert(name, base, target)
-    elif _is_local(base.source):
-        _link(Path(base.source), target, base.variant)
+        if base.config is not None and _is_local(base.config, sources):
+            folders.check_folder(sources / base.config)
+        singlefile.convert(name, base, target, sources)
+    elif _is_local(base.source, sources):
+        _link(sources / base.source, target, base.variant)
     elif base.revision is None:
         raise UserError(
             f"bases.{name}.revision: {base.source} is a hub id and needs a pinned commit to be reproducible"
@@ -122,8 +126,8 @@ def _is_passing(error: Exception) -> bool:
     return isinstance(error, ConnectionError | TimeoutError | TransportError | LocalEntryNotFoundError)
 
 
-def _is_local(place: str) -> bool:
-    return Path(place).exists() or place.startswith((".", "/", "bases/"))
+def _is_local(place: str, sources: Path) -> bool:
+    return (sources / place).exists() or place.startswith((".", "/", "bases/"))
 
 
 def download_patterns(variant: str | None) -> list[str]:
@@ -141,18 +145,21 @@ def download_patterns(variant: str | None) -> list[str]:
     return patterns
 
 
-def base_state(name: str, base: Base) -> str:
+def base_state(name: str, base: Base, sources: Path = Path()) -> str:
     """Returns a local base's fingerprint, or the commit at which the hub's repository is now; with that of its style.
+
+    Args:
+        sources: the folder that relative paths of `base` are relative to.
 
     Raises:
         Unavailable: the hub does not answer.
         UserError: there is no such folder, file or repository.
     """
     if base.style is not None:
-        plain = base_state(name, base.model_copy(update={"style": None}))
-        return f"{plain} {_local_state(Path(base.style.source))}"
+        plain = base_state(name, base.model_copy(update={"style": None}), sources)
+        return f"{plain} {_local_state(sources / base.style.source)}"
     if base.revision is None:
-        return _local_state(Path(base.source))
+        return _local_state(sources / base.source)
     from httpx2 import HTTPError  # which the hub's client does not turn into an error of its own
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError

@@ -32,7 +32,7 @@ def names_a_file(source: str) -> bool:
     return Path(source).suffix.lower() in (".safetensors", *PICKLES)
 
 
-def convert(name: str, base: Base, target: Path) -> None:
+def convert(name: str, base: Base, target: Path, sources: Path = Path()) -> None:
     """Makes `target` the diffusers folder of the checkpoint `base.source`, in the file's own precision.
 
     Idempotent: a marker in the folder holds the file's SHA-256, and another file, or another `config`, or one whose
@@ -40,11 +40,14 @@ def convert(name: str, base: Base, target: Path) -> None:
     Configurations, tokenizers and scheduler are those of `base.config`, a diffusers folder or a hub id (at
     `base.revision`), else of what diffusers takes the file for, which it asks the hub for.
 
+    Args:
+        sources: the folder that relative paths of `base` are relative to.
+
     Raises:
         UserError: a pickle, an unreadable file, one without all parts of Stable Diffusion or SDXL or that does not fit
             its configuration, an unreachable hub, or a folder in the way that was not made here.
     """
-    source = Path(base.source)
+    source = sources / base.source
     if source.suffix.lower() in PICKLES:
         raise UserError(
             f"bases.{name}.source: {source} is a pickle, which can run any code when it is read; expected .safetensors"
@@ -54,15 +57,17 @@ def convert(name: str, base: Base, target: Path) -> None:
     if base.variant:
         raise UserError(f"bases.{name}.variant: a single file has one precision; remove the key")
     made_from = {"sha256": sha256_file(source), "config": base.config, "revision": base.revision}
-    if base.config is not None and Path(base.config).is_dir():
-        made_from["config_files"] = _small_files(Path(base.config))
+    config = base.config
+    if config is not None and (sources / config).is_dir():
+        made_from["config_files"] = _small_files(sources / config)
+        config = str(sources / config)
     wanted = json.dumps(made_from, sort_keys=True) + "\n"
     marker = target / MARKER
     if marker.is_file() and marker.read_text(encoding="utf-8") == wanted:
         return
     if target.exists() and not target.is_symlink() and not marker.is_file():
         raise UserError(f"{target} is in the way of the conversion of {source}; move it or rename the base")
-    pipeline = _load(name, base, source)
+    pipeline = _load(name, source, config, base.revision)
     with atomic_folder(target) as folder:
         pipeline.save_pretrained(folder)
         (folder / MARKER).write_text(wanted, encoding="utf-8")
@@ -77,7 +82,7 @@ def _small_files(folder: Path) -> str:
     return hashlib.sha256("\n".join(named).encode()).hexdigest()
 
 
-def _load(name: str, base: Base, source: Path) -> Any:
+def _load(name: str, source: Path, config: str | None, revision: str | None) -> Any:
     """Returns the checkpoint as a diffusers pipeline on the CPU."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -99,25 +104,25 @@ def _load(name: str, base: Base, source: Path) -> Any:
     read(source, lambda key: key.startswith(weights))
     floating = {_DTYPES[dtype] for key, dtype in dtypes.items() if dtype in _DTYPES and key.startswith(weights)}
     cls = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
-    config = base.config or "the configuration that diffusers takes by default"
+    shown = config or "the configuration that diffusers takes by default"
     try:
         pipeline = cls.from_single_file(
             str(source),
-            config=base.config,
-            revision=base.revision,
+            config=config,
+            revision=revision,
             # A file of mixed precision is kept whole in fp32.
             torch_dtype=floating.pop() if len(floating) == 1 else torch.float32,
         )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise UserError(
-            f"bases.{name}.config: the hub cannot give {config}, which {source} goes with: {_line(error)}; set the key "
+            f"bases.{name}.config: the hub cannot give {shown}, which {source} goes with: {_line(error)}; set the key "
             "to a local diffusers folder of the same architecture"
         ) from error
     except Exception as error:  # of a foreign file, whatever it leads to
         # Weights that the file does not have stay without data, and a KeyError is a name and nothing else.
         missing = isinstance(error, NotImplementedError | KeyError)
         reason = f"it lacks weights of this architecture ({_line(error)})" if missing else _line(error)
-        raise UserError(f"bases.{name}.config: {source} does not fit {config}: {reason}") from error
+        raise UserError(f"bases.{name}.config: {source} does not fit {shown}: {reason}") from error
     ours, theirs = len(pipeline.unet.state_dict()), sum(key.startswith(_UNET) for key in dtypes)
     if ours != theirs:  # diffusers drops what a smaller architecture has no place for
         raise UserError(

@@ -19,26 +19,29 @@ from lcmlora.io.files import atomic_folder, sha256_file
 MARKER = ".styled"  # in the folder: what it was made from
 
 
-def weights_of(name: str, base: Base) -> Path:
-    """Returns the file of the style's LoRA. Raises UserError where there is none."""
+def weights_of(name: str, base: Base, sources: Path = Path()) -> Path:
+    """Returns the file of the style's LoRA, relative to `sources`. Raises UserError where there is none."""
     assert base.style is not None
-    path = Path(base.style.source)
+    path = sources / base.style.source
     path = tensorfile.find(path) if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"bases.{name}.style.source: {path}: no such file; expected a LoRA, or the folder of one")
     return path
 
 
-def make(name: str, base: Base, plain: Path, target: Path) -> None:
+def make(name: str, base: Base, plain: Path, target: Path, sources: Path = Path()) -> None:
     """Makes `target` the base in the folder `plain` with the style of `base.style`, in the precision of its file.
 
     Idempotent: a marker in the folder holds what it was made from. An interrupted call leaves no `target`.
+
+    Args:
+        sources: the folder that relative paths of `base` are relative to.
 
     Raises:
         UserError: no LoRA, one for another base or with text encoders, or a folder in the way that was not made here.
     """
     assert base.style is not None
-    weights = weights_of(name, base)
+    weights = weights_of(name, base, sources)
     digest = examine(name, plain, base.variant).digest
     made_from = {"base": digest, "style": sha256_file(weights), "weight": base.style.weight}
     wanted = json.dumps(made_from, sort_keys=True) + "\n"

@@ -1,4 +1,4 @@
-"""Verbs of the command line that look at data: data preview. Heavy imports as in cli.py."""
+"""Verbs of the command line that look at data: data preview. Heavy imports happen inside the verb."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lcmlora.cli.context import context_of
 from lcmlora.io.terminal import say
 
 app = typer.Typer(no_args_is_help=True, help="Look at captioned pictures before anything is made of them.")
@@ -19,7 +20,7 @@ def _group() -> None:
 
 @app.command()
 def preview(
-    context: typer.Context,
+    call: typer.Context,
     source: Annotated[
         str | None,
         typer.Argument(
@@ -47,16 +48,17 @@ def preview(
 
       lcmlora data preview s3://bucket/laion --count 24      tables or tar files in a bucket
     """
-    from lcmlora import config
-    from lcmlora.data import preview as sheets
+    context = context_of(call)
+    settings = context.settings()
     from lcmlora.data.prepare import print_report
+    from lcmlora.data.preview import draw_sheet
     from lcmlora.data.sources.guess import source_of
 
-    settings = config.load(context.obj)
     data = settings.data
-    if source is not None:
+    if source is None:
+        data = context.project.located_data(data)
+    else:
         data = type(data).model_validate(data.model_dump() | {"source": kind or source_of(source), "path": source})
-    print_report(
-        sheets.preview(data, count, out, {model: settings.base(model).resolution for model in settings.models})
-    )
+    resolutions = {model: settings.base(model).resolution for model in settings.models}
+    print_report(draw_sheet(data, count, out, resolutions))
     say(out)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lcmlora.cli.context import context_of
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import LINE, cell, note, say
 
@@ -27,15 +28,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 By = Annotated[str | None, typer.Option(help="Who does it, for the history; this user by default.")]
 
 
-def _configure(context: typer.Context):  # type: ignore[no-untyped-def]  # the type would import pydantic for --help
-    from lcmlora import config
-
-    return config.load(context.obj)
-
-
 @app.command("list")
 def list_versions(
-    context: typer.Context,
+    call: typer.Context,
     name: Annotated[str | None, typer.Argument(help="Of this model alone, e.g. lcm-lora-emoji.")] = None,
     where: Annotated[
         list[str] | None,
@@ -51,7 +46,7 @@ def list_versions(
 
       lcmlora registry list --where objective=tcd --where "excess.student_4<80"
     """
-    config = _configure(context)
+    config = context_of(call).settings()
     from lcmlora import registry
 
     tests = [registry.condition(text) for text in where or ()]
@@ -86,12 +81,12 @@ def _figure(version: Version, name: str) -> str:
 
 
 @app.command()
-def show(context: typer.Context, reference: Reference, as_json: AsJson = False) -> None:
+def show(call: typer.Context, reference: Reference, as_json: AsJson = False) -> None:
     """Show all that is known of a version: base, data, commit, figures, release, run, aliases, since when.
 
     Example: lcmlora registry show lcm-lora-emoji@champion --json
     """
-    config = _configure(context)
+    config = context_of(call).settings()
     from lcmlora import registry
 
     version = registry.resolve(reference, config.registry)
@@ -111,12 +106,12 @@ def show(context: typer.Context, reference: Reference, as_json: AsJson = False) 
 
 
 @app.command()
-def compare(context: typer.Context, first: Reference, second: Reference, as_json: AsJson = False) -> None:
+def compare(call: typer.Context, first: Reference, second: Reference, as_json: AsJson = False) -> None:
     """Compare two versions, figure by figure.
 
     Example: lcmlora registry compare lcm-lora-emoji@previous lcm-lora-emoji@champion
     """
-    config = _configure(context)
+    config = context_of(call).settings()
     from lcmlora import registry
 
     one, two = (registry.resolve(reference, config.registry) for reference in (first, second))
@@ -134,12 +129,12 @@ def compare(context: typer.Context, first: Reference, second: Reference, as_json
 
 
 @app.command()
-def history(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
+def history(call: typer.Context, name: Name, as_json: AsJson = False) -> None:
     """Print what happened to the versions of a model, in order: who did what, when and why.
 
     Example: lcmlora registry history lcm-lora-emoji
     """
-    config = _configure(context)
+    config = context_of(call).settings()
     from dataclasses import asdict
 
     from lcmlora.registry import promotion
@@ -166,7 +161,7 @@ def _some(texts: Sequence[str]) -> str:
 
 @app.command()
 def promote(
-    context: typer.Context,
+    call: typer.Context,
     reference: Reference,
     reason: Annotated[str | None, typer.Option(help="Why, for the history.", show_default=False)] = None,
     override: Annotated[bool, typer.Option("--override", help="Against the gate; needs --reason.")] = False,
@@ -183,7 +178,7 @@ def promote(
 
       lcmlora registry promote lcm-lora-emoji/3 --override --reason "sharper eyes, agreed with design"
     """
-    config = _configure(context)
+    config = context_of(call).settings()
     from lcmlora.registry import promotion
 
     if override and not (reason or "").strip():
@@ -195,7 +190,7 @@ def promote(
 
 @app.command()
 def rollback(
-    context: typer.Context,
+    call: typer.Context,
     name: Name,
     reason: Annotated[str, typer.Option(help="Why, for the history.", show_default=False)],
     to: Annotated[int | None, typer.Option(help="The version to go to; the last champion by default.")] = None,
@@ -206,7 +201,7 @@ def rollback(
 
     Example: lcmlora registry rollback lcm-lora-emoji --reason "blurred hands in production"
     """
-    config = _configure(context)
+    config = context_of(call).settings()
     from lcmlora.registry import promotion
 
     _tell(config, promotion.rollback(name, config.registry, reason=reason, who=by, to=to), as_json)
@@ -230,7 +225,7 @@ def _tell(config: Config, version: Version, as_json: bool) -> None:
 
 @app.command()
 def pull(
-    context: typer.Context,
+    call: typer.Context,
     reference: Reference,
     out: Annotated[Path, typer.Option(help="The folder to write, whole or not at all.", show_default=False)],
     everything: Annotated[bool, typer.Option("--all", help="The whole release, not the adapter alone.")] = False,
@@ -240,7 +235,7 @@ def pull(
 
     Example: lcmlora registry pull lcm-lora-emoji@champion --out adapters/champion
     """
-    config = _configure(context)
+    config = context_of(call).settings()
     from lcmlora import registry
     from lcmlora.releases import bundle
 

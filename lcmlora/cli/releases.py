@@ -1,4 +1,4 @@
-"""`lcmlora releases`: what is published, is it whole and whose, and getting it. Heavy imports as in cli.py."""
+"""`lcmlora releases`: what is published, is it whole and whose, and getting it. Heavy imports are made in the verbs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lcmlora.cli.context import context_of
+from lcmlora.errors import UserError
 from lcmlora.io.terminal import cell, say, shown
 
 if TYPE_CHECKING:
@@ -44,30 +46,29 @@ To = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _settings(context: typer.Context, to: str | None, reference: str | None = None) -> tuple[Publish, str]:
+def _settings(call: typer.Context, to: str | None, reference: str | None = None) -> tuple[Publish, str]:
     """Returns where releases are looked for, and what messages say of who named it.
 
     Args:
         reference: the release that is asked for; of an address nothing else needs to be known.
     """
-    from lcmlora import config
-    from lcmlora.errors import UserError
+    settings = context_of(call).settings_if_any()
+    from lcmlora.config import Publish
     from lcmlora.releases import manifest
 
-    path = context.obj if isinstance(context.obj, Path) else Path("params.yaml")
-    if path.exists() or path != Path("params.yaml"):
-        settings = config.load(path).publish
-        return (settings.model_copy(update={"to": to}), "--to") if to else (settings, "publish.to")
+    if settings is not None:
+        publish = settings.publish
+        return (publish.model_copy(update={"to": to}), "--to") if to else (publish, "publish.to")
     if to is None and reference is not None and not manifest.is_name(reference):
-        return config.Publish(to=reference), reference
+        return Publish(to=reference), reference
     if to is None:
         raise UserError("--to: is needed, there is no params.yaml here; name a directory or s3://bucket/prefix")
-    return config.Publish(to=to), "--to"
+    return Publish(to=to), "--to"
 
 
 @app.command("list")
 def list_releases(
-    context: typer.Context,
+    call: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Only releases of this model.", show_default=False)] = None,
     to: To = None,
     as_json: Json = False,
@@ -76,7 +77,7 @@ def list_releases(
 
     Example: lcmlora releases list emoji --to s3://models/lcm
     """
-    settings, key = _settings(context, to)
+    settings, key = _settings(call, to)
     from dataclasses import asdict
 
     from lcmlora.releases import catalog
@@ -129,12 +130,12 @@ def print_table(rows: list[dict[str, Any]], place: str) -> None:
 
 
 @app.command()
-def verify(context: typer.Context, reference: Reference, to: To = None, as_json: Json = False) -> None:
+def verify(call: typer.Context, reference: Reference, to: To = None, as_json: Json = False) -> None:
     """Read every file of a release and compare it with the manifest; check the signature against publish.verify_key.
 
     Example: lcmlora releases verify emoji@champion
     """
-    settings, key = _settings(context, to, reference)
+    settings, key = _settings(call, to, reference)
     from dataclasses import asdict
 
     from lcmlora.releases import catalog
@@ -159,7 +160,7 @@ def verify(context: typer.Context, reference: Reference, to: To = None, as_json:
 
 @app.command()
 def pull(
-    context: typer.Context,
+    call: typer.Context,
     reference: Reference,
     out: Annotated[Path, typer.Option(help="The folder to write; it must not be there, or be empty.")],
     everything: Annotated[
@@ -175,7 +176,7 @@ def pull(
 
     Example: lcmlora releases pull emoji@champion --out adapters/champion
     """
-    settings, key = _settings(context, to, reference)
+    settings, key = _settings(call, to, reference)
     from lcmlora.releases import bundle, catalog
 
     catalog.pull(reference, settings, out, everything=everything, yanked=yanked, key=key)
@@ -188,7 +189,7 @@ def pull(
 
 @app.command()
 def yank(
-    context: typer.Context,
+    call: typer.Context,
     reference: Reference,
     reason: Annotated[str, typer.Option(help="Why nobody should use it any more.", show_default=False)],
     by: Annotated[str | None, typer.Option(help="Who says so; the user who runs this by default.")] = None,
@@ -199,7 +200,7 @@ def yank(
 
     Example: lcmlora releases yank emoji/sha256-0a1b2c --reason "draws hands with six fingers"
     """
-    settings, key = _settings(context, to, reference)
+    settings, key = _settings(call, to, reference)
     from lcmlora.registry import events
     from lcmlora.releases import publish
 
@@ -209,7 +210,7 @@ def yank(
 
 @app.command()
 def links(
-    context: typer.Context,
+    call: typer.Context,
     reference: Reference,
     expires: Annotated[int, typer.Option(metavar="SECONDS", help="How long they can be used; 7 days at most.")] = 3600,
     to: To = None,
@@ -219,7 +220,7 @@ def links(
 
     Example: lcmlora releases links emoji@champion --expires 600
     """
-    settings, key = _settings(context, to, reference)
+    settings, key = _settings(call, to, reference)
     from lcmlora.releases import catalog
 
     found = catalog.links(reference, settings, expires, key=key)

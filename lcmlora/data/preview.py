@@ -22,7 +22,7 @@ _DPI = 110
 _WIDTH, _LINES = 34, 3  # of a caption: letters, lines
 
 
-def preview(data: Data, count: int, path: Path, resolutions: Mapping[str, int] | None = None) -> dict[str, Any]:
+def draw_sheet(data: Data, count: int, path: Path, resolutions: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Reads all pictures as `prepare` would, draws `count` of those it would keep into the PNG `path`, and returns its
     report.
 

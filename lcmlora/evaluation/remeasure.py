@@ -23,7 +23,7 @@ from lcmlora.evaluation.reference import AGAIN, artist_of, load_features
 from lcmlora.io.files import sha256_file
 
 
-def remeasure(
+def measure_again(
     base: LoadedBase,
     settings: Base,
     shown: str,

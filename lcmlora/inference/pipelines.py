@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -21,12 +20,11 @@ from lcmlora.config import Base
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import as_object, read_json
+from lcmlora.io.private import downloads
 from lcmlora.releases import bundle
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-CACHE = "LCMLORA_CACHE"  # environment: where downloaded bases are kept
 
 _BATCH = 4  # pictures in one pass of the network, whatever the length of a request: what bounds the memory
 _SIZE_UNIT = 8  # diffusers' pipelines take no other multiples
@@ -151,7 +149,13 @@ class Pipeline:
 
 
 def load(
-    folder: Path, base: Path | None = None, device: str = "auto", *, fuse: bool = False, warm: bool = True
+    folder: Path,
+    base: Path | None = None,
+    device: str = "auto",
+    *,
+    fuse: bool = False,
+    warm: bool = True,
+    sources: Path = Path(),
 ) -> Pipeline:
     """Returns the release in `folder` ready to draw.
 
@@ -162,6 +166,7 @@ def load(
         device: auto, cpu or cuda. fp32 on a CPU, else bf16, or fp16 where there is no bf16.
         fuse: add the adapter to the base's weights, which saves time at every step and cannot be undone.
         warm: draw something small, so that the first picture takes no longer than the others.
+        sources: the folder that a base which the release names by a relative path is looked for in.
 
     Raises:
         UserError: the weights are not those of the release, its base is not to be had or another one by digest, or
@@ -176,7 +181,7 @@ def load(
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device: expected auto, cpu or cuda, got {device!r}")
     place = bases.pick_device(device)
-    base_folder = _base(folder, provenance["base"], base)
+    base_folder = _base(folder, provenance["base"], base, sources)
     variant = provenance["base"].get("variant") or folders.variant(base_folder)
     pipeline = plain.assemble(base_folder, folder / bundle.SCHEDULER, variant, bases.pick_dtype("auto", place))
     pipeline = pipeline.to(place)
@@ -210,7 +215,7 @@ def _add(pipeline: Any, folder: Path, fuse: bool) -> None:
         pipeline.unload_lora_weights()
 
 
-def _base(folder: Path, made_for: dict[str, str | None], wanted: Path | None) -> Path:
+def _base(folder: Path, made_for: dict[str, str | None], wanted: Path | None, sources: Path) -> Path:
     """Returns the folder of the base that the release was made for, by its digest; downloads it if need be."""
     source, revision, digest = (made_for.get(key) for key in ("source", "revision", "digest"))
     if not source or not digest:
@@ -222,8 +227,8 @@ def _base(folder: Path, made_for: dict[str, str | None], wanted: Path | None) ->
             f"{folder}: was made for {source} with the style {style} summed into it; say where that base's folder is, "
             "which `lcmlora fetch` makes"
         )
-    elif Path(source).is_dir():
-        place = Path(source)
+    elif (sources / source).is_dir():
+        place = sources / source
     elif revision is None or singlefile.names_a_file(source):
         raise UserError(
             f"{folder}: was made for the local base {source} (digest {digest[:12]}...), which is no folder here; say "
@@ -246,11 +251,10 @@ def _base(folder: Path, made_for: dict[str, str | None], wanted: Path | None) ->
 
 
 def _download(source: str, revision: str, variant: str | None) -> Path:
-    cache = Path(os.environ.get(CACHE) or Path("~/.cache/lcmlora").expanduser())
     name = f"{source.replace('/', '--')}@{revision}" + (f".{variant}" if variant else "")
     # Resolution and licence play no part in a download.
     base = Base(source=source, revision=revision, variant=variant, resolution=1, license="unknown")
-    return fetching.fetch(name, base, cache / "bases")
+    return fetching.fetch(name, base, downloads("bases"))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from lcmlora.errors import UserError
 
+DOWNLOADS = "LCMLORA_CACHE"  # environment
+
 
 def runtime_folder() -> Path:
     """Returns the folder for locks of this user on this machine: below $XDG_RUNTIME_DIR, else where caches are.
@@ -41,6 +43,14 @@ def cache_folder(name: str) -> Path:
     except (OSError, RuntimeError):  # RuntimeError: the user has no home
         own = _made(Path(tempfile.gettempdir(), f"lcmlora-{os.getuid()}"))
         return _made(own / name)
+
+
+def downloads(name: str) -> Path:
+    """Returns the folder of this name for what is downloaded outside of a project, such as bases and adapters.
+
+    It is below $LCMLORA_CACHE, by default ~/.cache/lcmlora. The folder need not exist.
+    """
+    return Path(os.environ.get(DOWNLOADS) or Path("~/.cache/lcmlora").expanduser()) / name
 
 
 def _made(folder: Path) -> Path:

@@ -18,6 +18,8 @@ from lcmlora.errors import UserError
 from lcmlora.io import masking, terminal
 from lcmlora.io.files import make_once, temporary_folder
 from lcmlora.io.parsing import as_object, read_json
+from lcmlora.io.private import downloads
+from lcmlora.project import Project
 from lcmlora.registry import events
 from lcmlora.registry.tracking import connect, reaching
 from lcmlora.releases import bundle
@@ -234,25 +236,29 @@ def load_pipeline(
     reference: str,
     device: str = "auto",
     *,
+    project: Path = Path(),
     settings: Registry | None = None,
     base: Path | None = None,
-    cache: Path = Path("scratch", "adapters"),
+    cache: Path | None = None,
 ) -> Pipeline:
     """Returns a pipeline that draws with the adapter of a version: verified, on its pinned base, its scheduler set.
 
     Args:
-        settings: by default those of params.yaml in the current folder.
+        project: the project's folder. Its params.yaml says where the registry is, and a base that the adapter names by
+            a relative path lies there.
+        settings: of the registry, where they are not those of the project.
         base: the folder of the base, where it is not the one that the adapter names.
-        cache: where the adapter is kept; it is downloaded once.
+        cache: where the adapter is kept, which is downloaded once; by default $LCMLORA_CACHE/adapters or
+            ~/.cache/lcmlora/adapters.
     """
-    from lcmlora import config
     from lcmlora.inference import pipelines
 
-    settings = settings or config.load().registry
+    settings = settings or Project(project).settings().registry
+    cache = cache or downloads("adapters")
     version = resolve(reference, settings)
     _expect_ours(version)
     folder = pull(version.reference, settings, cache / f"sha256-{version.sha256[:12]}")
-    return pipelines.load(folder, base, device)
+    return pipelines.load(folder, base, device, sources=project)
 
 
 def _download(client: Any, version: Version, folder: Path, everything: bool) -> None:

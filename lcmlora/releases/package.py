@@ -21,6 +21,7 @@ from lcmlora.evaluation.study import STUDY
 from lcmlora.io.files import atomic_folder, sha256_file, write_json
 from lcmlora.io.parsing import as_object, read_json, read_yaml
 from lcmlora.io.terminal import note
+from lcmlora.project import Project
 from lcmlora.releases import card
 from lcmlora.releases.bundle import CHECKSUMS, METRICS, PROVENANCE, REPORT, digest
 
@@ -38,31 +39,25 @@ class Proof:
     tensors: int  # LoRA tensors that plain diffusers loaded
 
 
-def package(
-    model: str,
-    config: Config,
-    adapter: Path,
-    base_folder: Path,
-    metrics: Path,
-    evaluation: Path,
-    timings_folder: Path,
-    studied: Path,
-    out: Path,
-) -> dict[str, Any]:
-    """Makes the bundle `out` and returns its provenance. The folder appears whole or not at all.
+def package(model: str, config: Config, project: Project, base_folder: Path) -> dict[str, Any]:
+    """Makes the bundle of a model and returns its provenance. The folder appears whole or not at all.
 
-    Where this machine did not measure how long drawing takes (`timings_folder`), the bundle says nothing of it.
+    Where this machine did not measure how long drawing takes (`Project.timings`), the bundle says nothing of it.
+
+    Args:
+        base_folder: the base that the adapter was distilled with.
 
     Raises:
         UserError: an input is missing, or the packed weights, reloaded by plain diffusers from either of their files,
             do not draw as the trained student did.
     """
     base = config.base(model)
-    figures = _read_json(metrics)
-    figures |= _timings_of(model, figures, timings_folder) | _study_of(adapter, studied)
+    adapter, evaluation, studied = project.adapter(model), project.evaluation(model), project.study(model)
+    figures = _read_json(project.metrics(model))
+    figures |= _timings_of(model, figures, project.timings(model)) | _study_of(adapter, studied)
     made = _read_json(adapter / "config.json")
     failures = gate(figures, config.gate)
-    with atomic_folder(out) as folder:
+    with atomic_folder(project.release(model)) as folder:
         for source, name in (
             (adapter / WEIGHTS, WEIGHTS),
             (adapter / SCHEDULER, SCHEDULER),
@@ -84,7 +79,7 @@ def package(
             "resolution": base.resolution,
             "sampler": made["sampler"],
             "data_digest": made["data_digest"],
-            "data_dvc": _dvc_digest("data/pictures"),
+            "data_dvc": _dvc_digest(project),
             "seed": made["seed"],
             "params": {
                 "data": config.data.model_dump(mode="json"),
@@ -94,8 +89,8 @@ def package(
                 "gate": config.gate.model_dump(mode="json"),
             },
             "versions": made["versions"] | {"python": platform.python_version(), "lcmlora": __version__},
-            "git": _git(),
-            "dvc_lock": sha256_file(Path("dvc.lock")) if Path("dvc.lock").is_file() else None,
+            "git": _git(project.root),
+            "dvc_lock": sha256_file(project.dvc_lock) if project.dvc_lock.is_file() else None,
             "gate": {"passed": not failures, "failures": failures},
             "reloaded": asdict(proof),
             "kohya": {"file": kohya.name, "sha256": sha256_file(kohya), "reloaded": asdict(witness.prove(kohya))},
@@ -257,10 +252,11 @@ class Witness:
             raise UserError(f"{weights}: plain diffusers cannot load it on {self._base_folder}: {reason}") from error
 
 
-def _dvc_digest(out: str) -> str | None:
-    """Returns the digest under which dvc.lock has an output, None where it has not."""
+def _dvc_digest(project: Project) -> str | None:
+    """Returns the digest under which dvc.lock has the prepared pictures, None where it has not."""
+    out = project.pictures.relative_to(project.root).as_posix()
     try:
-        stages = read_yaml(Path("dvc.lock"))["stages"].values()
+        stages = read_yaml(project.dvc_lock)["stages"].values()
         found = (entry for stage in stages for entry in stage.get("outs", ()) if entry.get("path") == out)
         return next((entry.get("md5") for entry in found), None)
     except (UserError, KeyError, TypeError, AttributeError):
@@ -276,12 +272,13 @@ def _now() -> str:
     return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _git() -> dict[str, Any]:
-    """Returns the commit and whether tracked files differ from it; both are None outside a repository."""
+def _git(root: Path) -> dict[str, Any]:
+    """Returns the commit of the repository that a project lies in, and whether the project's tracked files differ from
+    it; both are None outside a repository."""
 
     def ask(*arguments: str) -> str | None:
         try:
-            answer = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+            answer = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
         except (FileNotFoundError, subprocess.CalledProcessError):
             return None
         return answer.stdout.strip()

@@ -14,7 +14,7 @@ from torch import Tensor
 from lcmlora.adapters import formats, lora, peft_settings, tensorfile
 from lcmlora.adapters.layer_names import Architecture
 from lcmlora.bases import architecture, styled
-from lcmlora.cli import references
+from lcmlora.cli.adapters import references
 from lcmlora.config import Base
 from lcmlora.errors import UserError
 

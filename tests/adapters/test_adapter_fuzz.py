@@ -14,7 +14,7 @@ from safetensors.torch import save
 from lcmlora.adapters import formats, layer_names, lora, peft_settings
 from lcmlora.adapters.formats import DIFFUSERS, KOHYA
 from lcmlora.adapters.layer_names import Architecture
-from lcmlora.cli import references
+from lcmlora.cli.adapters import references
 from tests.support.fuzzing import FULL, QUICK, check, mutated
 
 LAYERS = {"mid_block.attentions.0.proj_in": (4, 4), "mid_block.resnets.0.conv1": (4, 4, 3, 3)}

@@ -11,8 +11,8 @@ from lcmlora.adapters.facts import Sampler
 from lcmlora.adapters.formats import DIFFUSERS, KOHYA, Adapter
 from lcmlora.bases import architecture
 from lcmlora.bases.base import LoadedBase
-from lcmlora.cli.combine import write_combined
-from lcmlora.cli.references import AdapterReference
+from lcmlora.cli.adapters.combining import write_combined
+from lcmlora.cli.adapters.references import AdapterReference
 from lcmlora.errors import UserError
 from tests.support import adapters
 

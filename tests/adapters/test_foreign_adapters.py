@@ -13,8 +13,8 @@ from lcmlora.adapters import formats, layer_names, lora, peft_settings, spelling
 from lcmlora.adapters.formats import DIFFUSERS, KOHYA
 from lcmlora.adapters.layer_names import Architecture
 from lcmlora.bases import architecture
-from lcmlora.cli.combine import write_combined
-from lcmlora.cli.references import AdapterReference
+from lcmlora.cli.adapters.combining import write_combined
+from lcmlora.cli.adapters.references import AdapterReference
 from lcmlora.errors import UserError
 
 Miniatures = Callable[[str], Path]

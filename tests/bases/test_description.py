@@ -11,6 +11,7 @@ import yaml
 from lcmlora import bases, config
 from lcmlora.bases import description
 from lcmlora.errors import UserError
+from lcmlora.project import Project
 from tests.support.miniature import HUB_IDS, PUBLISHED, RESOLUTION
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ def _params(tmp_path: Path, entries: dict[str, Any] | None = None) -> Path:
 def test_the_shipped_presets_have_the_papers_adapters_before_anything_is_downloaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    rows = description.rows(config.load(_params(tmp_path)), tmp_path)
+    rows = description.rows(config.load(_params(tmp_path)), Project(ROOT))
     counted = {r["name"]: (r["unet_parameters"], r["lora_parameters"], r["adapted_layers"]) for r in rows}
     assert (
         counted

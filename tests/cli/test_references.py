@@ -10,10 +10,11 @@ import yaml
 from lcmlora import config as settings
 from lcmlora.adapters.facts import Sampler
 from lcmlora.bases import folders
-from lcmlora.cli import references
-from lcmlora.cli.references import AdapterReference
+from lcmlora.cli.adapters import references
+from lcmlora.cli.adapters.references import AdapterReference
 from lcmlora.config import Config
 from lcmlora.errors import UserError
+from lcmlora.project import Project
 from lcmlora.registry.promotion import assign
 from lcmlora.registry.registration import register
 from lcmlora.releases import catalog, publish
@@ -160,24 +161,24 @@ def test_a_base_is_found_by_name_by_folder_and_by_what_the_adapter_says(
     config: Config, miniatures: Callable[[str], Path]
 ):
     folder = miniatures("sd2")
-    named = references.find_base("mini", _made_for("elsewhere"), config)
+    named = references.find_base("mini", _made_for("elsewhere"), config, Project())
     assert named and (named.name, named.folder, named.settings.resolution) == ("mini", Path("bases/mini"), RESOLUTION)
-    asked = references.find_base(str(folder), _made_for("elsewhere"), None)
+    asked = references.find_base(str(folder), _made_for("elsewhere"), None, Project())
     assert asked and (asked.folder, asked.settings.resolution, asked.settings.variant) == (folder, RESOLUTION, None)
-    own = references.find_base(None, _made_for(config.bases["mini"].source, "mini"), config)
+    own = references.find_base(None, _made_for(config.bases["mini"].source, "mini"), config, Project())
     assert own and own.folder == Path("bases/mini")
-    local = references.find_base(None, _made_for(str(folder), resolution=32), config)
+    local = references.find_base(None, _made_for(str(folder), resolution=32), config, Project())
     assert local and (local.folder, local.settings.resolution) == (folder, 32)
-    assert references.find_base(None, _made_for("hub/id", "mini"), config) is None
+    assert references.find_base(None, _made_for("hub/id", "mini"), config, Project()) is None
     with pytest.raises(UserError, match=r"--base: sd99: no such folder and no such base; params\.yaml has mini"):
-        references.find_base("sd99", _made_for("x"), config)
+        references.find_base("sd99", _made_for("x"), config, Project())
     with pytest.raises(UserError, match=r"--base: sd99: .*there is no params\.yaml here"):
-        references.find_base("sd99", _made_for("x"), None)
+        references.find_base("sd99", _made_for("x"), None, Project())
 
 
 def test_a_half_precision_folder_is_loaded_by_its_variant(tmp_path: Path):
     folder = save_base(tmp_path / "half", variant="fp16")
-    found = references.find_base(str(folder), _made_for("x"), None)
+    found = references.find_base(str(folder), _made_for("x"), None, Project())
     assert found and found.settings.variant == "fp16"
 
 

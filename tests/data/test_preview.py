@@ -8,7 +8,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lcmlora.cli.main import app
-from lcmlora.data.preview import preview
+from lcmlora.data.preview import draw_sheet
 from lcmlora.data.sources.guess import source_of
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
@@ -22,7 +22,7 @@ def test_a_sheet_shows_pictures_with_captions_and_the_report_counts_all(tmp_path
         add(tmp_path / "in", f"{number}.png", f"$subject {number}_{{" + " and more" * 40, picture(number, (40, 30)))
     add(tmp_path / "in", "small.png", "too small", picture(7, (8, 8)))
     add(tmp_path / "in", "broken.png", "broken", b"\x89PNG\r\n\x1a\nno more")
-    report = preview(data_in(tmp_path / "in"), 5, tmp_path / "sheet.png")
+    report = draw_sheet(data_in(tmp_path / "in"), 5, tmp_path / "sheet.png")
     assert (report["read"], report["kept"]) == (8, 6)
     with Image.open(tmp_path / "sheet.png") as opened:
         assert opened.width == pytest.approx(4 * 2.4 * 110, abs=1)
@@ -34,7 +34,7 @@ def test_a_sheet_shows_pictures_with_captions_and_the_report_counts_all(tmp_path
 def test_what_is_no_data_set_leaves_no_sheet(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no pictures"):
-        preview(data_in(tmp_path / "empty"), 12, tmp_path / "sheet.png")
+        draw_sheet(data_in(tmp_path / "empty"), 12, tmp_path / "sheet.png")
     assert not (tmp_path / "sheet.png").exists()
 
 
@@ -78,7 +78,7 @@ def test_the_output_of_img2dataset_is_known_in_all_its_formats(tmp_path: Path):
     table(tmp_path / "addresses/00000.parquet", **columns)
     kinds = {"files": "folder", "tars": "webdataset", "tables": "parquet", "addresses": "parquet"}
     assert {folder: source_of(str(tmp_path / folder)) for folder in kinds} == kinds
-    report = preview(data_in(tmp_path / "files"), 2, tmp_path / "sheet.png")
+    report = draw_sheet(data_in(tmp_path / "files"), 2, tmp_path / "sheet.png")
     assert report["kept"] == 6
     assert {kind: found["count"] for kind, found in report["passed_over"].items()} == {".json": 7, ".parquet": 1}
 
@@ -90,7 +90,7 @@ def told(name: str, content: bytes) -> list[tuple[str, bytes]]:
 def test_pictures_that_a_base_would_enlarge_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for number in range(4):
         add(tmp_path / "in", f"{number}.png", f"subject {number}", picture(number, (64, 80)))
-    preview(data_in(tmp_path / "in"), 2, tmp_path / "sheet.png", {"sdxl": 1024, "emoji": 64})
+    draw_sheet(data_in(tmp_path / "in"), 2, tmp_path / "sheet.png", {"sdxl": 1024, "emoji": 64})
     printed = capsys.readouterr().err.splitlines()
     assert [line for line in printed if line.startswith("warning: ")] == [
         "warning: 2 of 2 pictures are enlarged for sdxl up to 16 times: their shorter side is far below its 1024 "

@@ -13,7 +13,7 @@ from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode
 from lcmlora.data.latents.rollouts import RolloutEncoder
 from lcmlora.data.prepare import prepare
-from lcmlora.data.preview import preview
+from lcmlora.data.preview import draw_sheet
 from lcmlora.data.sources.source import Record, find, read_records
 from lcmlora.diffusion.sampling import text_conditioning
 from lcmlora.diffusion.teacher import Teacher
@@ -110,7 +110,7 @@ def test_copies_of_a_prompt_are_told_apart_and_fall_on_one_side(tmp_path: Path) 
 
 def test_there_is_nothing_to_preview(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="prompts has no pictures to look at"):
-        preview(ten(tmp_path), 12, tmp_path / "sheet.png")
+        draw_sheet(ten(tmp_path), 12, tmp_path / "sheet.png")
 
 
 def test_a_latent_is_the_end_of_the_teachers_guided_run_from_the_prompts_own_noise(base: bases.LoadedBase) -> None:

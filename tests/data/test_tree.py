@@ -122,9 +122,7 @@ def test_a_snapshot_of_the_hub_links_to_its_blobs(tmp_path: Path) -> None:
     assert names(snapshot) == ["data/a.parquet"]
 
 
-def test_links_may_lead_anywhere_in_the_project_of_the_data_but_to_what_is_hidden(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_links_may_lead_anywhere_in_the_project_of_the_data_but_to_what_is_hidden(tmp_path: Path) -> None:
     root = tmp_path / "project/in"
     root.mkdir(parents=True)
     (root / "a.png").symlink_to(put(tmp_path / "project/store/a.png"))
@@ -132,9 +130,10 @@ def test_links_may_lead_anywhere_in_the_project_of_the_data_but_to_what_is_hidde
     (root / "out.png").symlink_to(put(tmp_path / "out.png"))
     assert names(root, "project") == []  # it is no project
     put(tmp_path / "project/params.yaml")
-    monkeypatch.chdir(tmp_path / "project")
     assert names(root, "project") == ["a.png"]
     assert names(root, "refuse") == []
+    put(root / "params.yaml")  # which came with the data
+    assert names(root, "project") == ["params.yaml"]
 
 
 def test_the_rule_is_one_for_pictures_tables_and_tar_files(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from lcmlora import bases
-from lcmlora.cli import references
+from lcmlora.cli.adapters import references
 from lcmlora.config import Data, Gate
 from lcmlora.errors import UserError
 from lcmlora.evaluation.evaluate import evaluate
 from lcmlora.evaluation.gate import against, incomparable
-from lcmlora.evaluation.remeasure import remeasure
+from lcmlora.evaluation.remeasure import measure_again
 from tests.evaluation.conftest import CPU, made_of, settings
 
 pytestmark = pytest.mark.usefixtures("small_features")
@@ -25,7 +25,7 @@ def again(base_folder: Path, adapter: Path, pictures: Path, reference: Path, roo
     found = references.open_adapter(str(adapter), None, root)
     assert found.sampler
     known = (found.shown, found.weights, found.base, found.sampler)
-    return remeasure(base, made_of(base_folder), *known, settings(), 4, pictures, reference, root / "again")
+    return measure_again(base, made_of(base_folder), *known, settings(), 4, pictures, reference, root / "again")
 
 
 def test_the_figures_are_those_of_an_evaluation_and_can_be_compared_with_it(

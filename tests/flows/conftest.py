@@ -18,6 +18,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import Artifact
 from prefect.testing.utilities import prefect_test_harness
 
+import lcmlora.project
 from lcmlora import bases
 from lcmlora.config import Base
 from lcmlora.releases import package
@@ -115,17 +116,7 @@ def stock(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, model in enumerate(MODELS):
         loaded = bases.load(model, base, base_folder, device=torch.device("cpu"))
         write_stages(loaded, root, model=model, seed=seed)
-        package.package(
-            model,
-            config,
-            root / "adapters" / model,
-            base_folder,
-            root / "metrics" / f"{model}.json",
-            root / "evaluation" / model,
-            root / "timings" / model,
-            root / "study" / model,
-            root / "release" / model,
-        )
+        package.package(model, config, lcmlora.project.Project(root), base_folder)
     return root
 
 

@@ -14,11 +14,12 @@ from lcmlora import bases
 from lcmlora import config as settings
 from lcmlora.adapters import formats
 from lcmlora.bases import architecture, fetching, folders
-from lcmlora.cli import generate
+from lcmlora.cli.adapters import drawing
 from lcmlora.cli.main import app
 from lcmlora.config import Base
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
+from lcmlora.project import Project
 from lcmlora.registry.promotion import assign
 from lcmlora.registry.registration import register
 from lcmlora.releases import bundle, package
@@ -46,18 +47,8 @@ def root(
     facts = tmp_path / "adapters/mini/config.json"
     identity = folders.identity(config.base("mini"), folder)
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": identity}))
-    fetching.fetch("mini", config.base("mini"))
-    package.package(
-        "mini",
-        config,
-        Path("adapters/mini"),
-        Path("bases/mini"),
-        Path("metrics/mini.json"),
-        Path("evaluation/mini"),
-        Path("timings/mini"),
-        Path("study/mini"),
-        Path("release/mini"),
-    )
+    fetching.fetch("mini", config.base("mini"), Path("bases"))
+    package.package("mini", config, Project(), Path("bases/mini"))
     return tmp_path
 
 
@@ -228,7 +219,7 @@ def test_without_params_yaml_a_folder_is_base_enough(root: Path):
 
 
 def test_pictures_make_a_grid_that_is_nearly_square():
-    sizes = {n: generate.tile([Image.new("RGB", (4, 2))] * n).size for n in (1, 2, 3, 5, 9)}
+    sizes = {n: drawing.tile([Image.new("RGB", (4, 2))] * n).size for n in (1, 2, 3, 5, 9)}
     assert sizes == {1: (4, 2), 2: (8, 2), 3: (8, 4), 5: (12, 4), 9: (12, 6)}
 
 

@@ -12,11 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lcmlora.bases.examination.examine import examine
-from lcmlora.cli import generate, references
+from lcmlora.cli.adapters import drawing, references
 from lcmlora.errors import UserError
 from lcmlora.inference import pipelines
 from lcmlora.inference.pipelines import Pipeline
+from lcmlora.io import private
 from lcmlora.io.files import sha256_folder
+from lcmlora.project import Project
 from lcmlora.releases import bundle
 from tests.support import served
 from tests.support.miniature import ARCHITECTURES, RESOLUTION
@@ -47,9 +49,9 @@ def distance(one: Image.Image, other: Image.Image) -> int:
 def generated(folder: Path, **request: Any) -> list[Image.Image]:
     """Returns what `lcmlora generate` draws."""
     adapter = references.open_adapter(str(folder), None, folder)
-    base = references.find_base(None, adapter, None)
+    base = references.find_base(None, adapter, None, Project())
     assert base is not None and adapter.sampler is not None
-    return generate.draw(generate.load(base, adapter, device="cpu"), adapter.sampler, generate.Request(**request))
+    return drawing.draw(drawing.load(base, adapter, device="cpu"), adapter.sampler, drawing.Request(**request))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -203,7 +205,7 @@ def test_a_base_of_the_hub_is_taken_from_the_cache_without_a_network(
 ):
     identity = {"source": "some/base", "revision": "a" * 40, "digest": sha256_folder(miniatures("sd15") / "unet")}
     folder = served.copy(made, tmp_path / "hub", base=identity)
-    monkeypatch.setenv(pipelines.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(private.DOWNLOADS, str(tmp_path / "cache"))
     kept = tmp_path / "cache/bases" / f"some--base@{'a' * 40}"
     shutil.copytree(miniatures("sd15"), kept)
     (kept / ".revision").write_text(f"some/base@{'a' * 40} \n")  # as fetching.fetch leaves it

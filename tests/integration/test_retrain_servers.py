@@ -22,6 +22,7 @@ from flows import services
 from lcmlora import bases, registry
 from lcmlora.config import Base, Registry
 from lcmlora.io.files import sha256_folder
+from lcmlora.project import Project
 from lcmlora.releases import bundle, package
 from tests.flows.conftest import DISTILL, LIMIT, STAGES
 from tests.integration.relay import Relay
@@ -115,9 +116,8 @@ def stock(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = json.loads(made.read_text())
     facts["base"]["digest"] = sha256_folder(base_folder / "unet")
     made.write_text(json.dumps(facts))
-    folders = [root / name / "a" for name in ("evaluation", "timings", "study", "release")]
     settings = load_settings(base_folder, models=("a",))
-    package.package("a", settings, root / "adapters/a", base_folder, root / "metrics/a.json", *folders)
+    package.package("a", settings, Project(root), base_folder)
     (root / "a").write_text("a")
     return root
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lcmlora.cli.references import open_adapter
+from lcmlora.cli.adapters.references import open_adapter
 from lcmlora.config import Publish
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.releases.catalog import find, links, pull, releases, verify

@@ -15,6 +15,7 @@ from lcmlora.adapters import formats, lora
 from lcmlora.bases import architecture
 from lcmlora.bases.base import LoadedBase
 from lcmlora.errors import UserError
+from lcmlora.project import Project
 from lcmlora.releases import package as release
 from lcmlora.releases.bundle import WEIGHTS, digest, verify
 from tests.support import adapters
@@ -22,17 +23,7 @@ from tests.support.releases import METRICS, load_settings, write_stages
 
 
 def package(root: Path, base_folder: Path, **changes: Any) -> dict[str, Any]:
-    return release.package(
-        "mini",
-        load_settings(base_folder, **changes),
-        root / "adapters/mini",
-        base_folder,
-        root / "metrics/mini.json",
-        root / "evaluation/mini",
-        root / "timings/mini",
-        root / "study/mini",
-        root / "release/mini",
-    )
+    return release.package("mini", load_settings(base_folder, **changes), Project(root), base_folder)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lcmlora.cli import references
+from lcmlora.cli.adapters import references
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.releases import catalog

@@ -15,6 +15,7 @@ from lcmlora.adapters import lora
 from lcmlora.bases import folders
 from lcmlora.config import Base
 from lcmlora.io.files import sha256_file
+from lcmlora.project import Project
 from lcmlora.releases import package as release
 from lcmlora.releases.bundle import PROVENANCE, SCHEDULER, WEIGHTS
 from tests.support import adapters, releases
@@ -50,17 +51,7 @@ def package(base_folder: Path, root: Path) -> Path:
     releases.write_stages(adapters.load(base_folder, "unet", "vae", "text"), root)
     facts = root / "adapters/mini/config.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": _identity(base_folder)}))
-    release.package(
-        "mini",
-        releases.load_settings(base_folder),
-        root / "adapters/mini",
-        base_folder,
-        root / "metrics/mini.json",
-        root / "evaluation/mini",
-        root / "timings/mini",
-        root / "study/mini",
-        root / "release/mini",
-    )
+    release.package("mini", releases.load_settings(base_folder), Project(root), base_folder)
     return root / "release/mini"
 
 

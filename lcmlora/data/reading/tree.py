@@ -3,7 +3,8 @@
 A link may lead anywhere within its own data folder. What it may reach besides is said by `data.links`, and is the same
 for pictures, tables and tar files. Caches that tools fill with the files of a folder, and link to, always count as
 part of it: DVC's or git-annex's of the repository that the folder lies in, and the blobs of the hub's snapshot that it
-is.
+is. The project is the nearest folder above the data that has a params.yaml: one that comes with a data set only makes
+narrower what its links may reach.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lcmlora.data.reading.candidates import LINKED, MISSING, NO_FILE, UNREADABLE
+from lcmlora.project import PARAMS
 
 _BLOB = re.compile(r"(?:files/md5/)?[0-9a-f]{2}/[0-9a-f]{30}")  # of DVC's cache, as versions 3 and 2 lay it out
 _ANNEX = Path(".git", "annex", "objects")
@@ -35,8 +37,8 @@ class Links:
         if repository := next((p for p in self.root.parents if (p / ".dvc").is_dir()), None):
             for cache in _dvc_caches(repository):
                 (self._whole if cache.is_relative_to(repository) else self._blobs).append(cache)
-        here = Path.cwd().resolve()
-        self._project = here if (here / "params.yaml").is_file() and self.root.is_relative_to(here) else None
+        above = (self.root, *self.root.parents)
+        self._project = next((folder for folder in above if (folder / PARAMS).is_file()), None)
 
     def allow(self, path: str | Path) -> bool:
         """Whether what this path is, with all links in it followed, may be read."""

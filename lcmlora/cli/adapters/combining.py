@@ -13,7 +13,7 @@ from lcmlora.adapters.facts import FACTS, SCHEDULER, WEIGHTS
 from lcmlora.adapters.formats import DIFFUSERS
 from lcmlora.adapters.layer_names import Architecture
 from lcmlora.bases import folders
-from lcmlora.cli.references import AdapterReference
+from lcmlora.cli.adapters.references import AdapterReference
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, sha256_file, write_json
 from lcmlora.io.parsing import as_object, read_json

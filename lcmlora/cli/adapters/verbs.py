@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
+from lcmlora.cli.context import Context, context_of
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import note, say
-
-_DOWNLOADS = Path("scratch", "adapters")  # registered and published releases
 
 Adapter = Annotated[
     str,
@@ -28,15 +27,16 @@ OtherBase = Annotated[
 ]
 
 
-def _configure(context: typer.Context):  # type: ignore[no-untyped-def]  # the type would import pydantic for --help
-    """Returns params.yaml, which these verbs can do without, unless it was asked for."""
-    from lcmlora import config
+def _downloads(context: Context) -> Path:
+    """Returns where registered and published releases are kept: in the project, else in the user's cache."""
+    from lcmlora.io.private import downloads
 
-    return config.load(context.obj) if context.obj.exists() or context.obj != Path("params.yaml") else None
+    is_project = context.named or context.project.params_file.exists()
+    return context.project.scratch("adapters") if is_project else downloads("adapters")
 
 
 def convert(
-    context: typer.Context,
+    call: typer.Context,
     source: Annotated[str, typer.Argument(metavar="IN", help="An adapter: a file, a folder, models:/ or s3://.")],
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write.", show_default=False)],
     style: Annotated[str, typer.Option("--format", help="diffusers, or kohya for ComfyUI and A1111.")],
@@ -50,10 +50,10 @@ def convert(
 
     Example: lcmlora convert release/emoji emoji.safetensors --format kohya
     """
-    config = _configure(context)
+    context = context_of(call)
     from lcmlora.adapters import formats
     from lcmlora.adapters.tensorfile import PRECISIONS
-    from lcmlora.cli import references
+    from lcmlora.cli.adapters import references
 
     if style not in (formats.DIFFUSERS, formats.KOHYA):
         raise UserError(f"--format: expected diffusers or kohya, got {style!r}")
@@ -61,8 +61,9 @@ def convert(
         raise UserError(f"--precision: expected {', '.join(PRECISIONS)}, got {precision!r}")
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: expected a file that ends in .safetensors")
-    adapter = references.open_adapter(source, config, _DOWNLOADS)
-    found = references.find_base(base, adapter, config)
+    config = context.settings_if_any()
+    adapter = references.open_adapter(source, config, _downloads(context))
+    found = references.find_base(base, adapter, config, context.project)
     made = formats.convert(
         adapter.weights,
         out,
@@ -80,7 +81,7 @@ def convert(
 
 
 def combine(
-    context: typer.Context,
+    call: typer.Context,
     style: Adapter,
     lcm: Adapter,
     out: Annotated[Path, typer.Option(help="A folder, or a .safetensors file.", show_default=False)],
@@ -96,12 +97,13 @@ def combine(
 
     Example: lcmlora combine --style style.safetensors --lcm release/emoji --weights 0.8 1.0 --out adapters/styled
     """
-    config = _configure(context)
-    from lcmlora.cli import references
-    from lcmlora.cli.combine import write_combined
+    context = context_of(call)
+    config = context.settings_if_any()
+    from lcmlora.cli.adapters import references
+    from lcmlora.cli.adapters.combining import write_combined
 
-    styles, acceleration = (references.open_adapter(name, config, _DOWNLOADS) for name in (style, lcm))
-    found = references.find_base(base, acceleration, config)
+    styles, acceleration = (references.open_adapter(name, config, _downloads(context)) for name in (style, lcm))
+    found = references.find_base(base, acceleration, config, context.project)
     made = write_combined(
         styles,
         acceleration,
@@ -123,7 +125,7 @@ def combine(
 
 
 def generate(
-    context: typer.Context,
+    call: typer.Context,
     adapter: Adapter,
     prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The picture; of several the next are FILE-1, FILE-2.", show_default=False)],
@@ -143,30 +145,31 @@ def generate(
 
     Example: lcmlora generate --adapter models:/lcm-lora-emoji@champion --prompt owl --prompt fox --out animals.png
     """
-    config = _configure(context)
+    context = context_of(call)
+    config = context.settings_if_any()
     from lcmlora.adapters.facts import Sampler
-    from lcmlora.cli import generate, references
+    from lcmlora.cli.adapters import drawing, references
 
-    generate.check_ending(out)
-    chosen = references.open_adapter(adapter, config, _DOWNLOADS)
-    styles = references.open_adapter(style, config, _DOWNLOADS) if style else None
-    found = references.find_base(base, chosen, config)
+    drawing.check_ending(out)
+    chosen = references.open_adapter(adapter, config, _downloads(context))
+    styles = references.open_adapter(style, config, _downloads(context)) if style else None
+    found = references.find_base(base, chosen, config, context.project)
     if found is None:
         raise UserError(f"{adapter}: does not say where its base is; name it with --base")
     if chosen.sampler is None:
         note(f"note: nothing beside {adapter} says how to draw with it; drawn as LCM-LoRAs are")
-    request = generate.Request(prompt, steps, seed, guidance, batch)
+    request = drawing.Request(prompt, steps, seed, guidance, batch)
     sampler = chosen.sampler or Sampler()
-    generate.check(sampler, request)
-    loaded = generate.load(
+    drawing.check(sampler, request)
+    loaded = drawing.load(
         found, chosen, styles, style_weight, device=device, other_base=other_base, unet_only=unet_only
     )
-    for path in generate.save(generate.draw(loaded, sampler, request), out, grid=grid):
+    for path in drawing.save(drawing.draw(loaded, sampler, request), out, grid=grid):
         say(path)
 
 
 def remeasure(
-    context: typer.Context,
+    call: typer.Context,
     model: Annotated[str, typer.Argument(help="A name under `bases` in params.yaml, e.g. emoji.", show_default=False)],
     adapter: Adapter,
     out: Annotated[Path, typer.Option(help="The JSON file to write.", show_default=False)],
@@ -177,23 +180,21 @@ def remeasure(
 
     Example: lcmlora remeasure emoji --adapter models:/lcm-lora-emoji@champion --out scratch/champion.json
     """
-    from lcmlora import config
-
-    settings = config.load(context.obj)
-    base, evaluation = settings.base(model), settings.evaluation_for(model)
+    context = context_of(call)
+    settings, project = context.settings(), context.project
+    base, evaluation = settings.base(model), project.located_evaluation(settings.evaluation_for(model))
     from lcmlora import bases
     from lcmlora.adapters.facts import Sampler
-    from lcmlora.cli import references
-    from lcmlora.evaluation import remeasure
+    from lcmlora.cli.adapters import references
+    from lcmlora.evaluation.remeasure import measure_again
     from lcmlora.io.files import write_json
     from lcmlora.training import checkpoint
 
-    chosen = references.open_adapter(adapter, settings, _DOWNLOADS)
+    chosen = references.open_adapter(adapter, settings, _downloads(context))
     device = bases.pick_device(evaluation.device)
-    folder = Path("bases", model)
-    loaded = bases.load(model, base, folder, device=device, dtype=bases.pick_dtype("auto", device))
-    with checkpoint.locked(Path("scratch", "remeasure", model)) as scratch:
-        figures = remeasure.remeasure(
+    loaded = bases.load(model, base, project.base(model), device=device, dtype=bases.pick_dtype("auto", device))
+    with checkpoint.locked(project.scratch("remeasure", model)) as scratch:
+        figures = measure_again(
             loaded,
             base,
             chosen.shown,
@@ -202,8 +203,8 @@ def remeasure(
             chosen.sampler or Sampler(),
             evaluation,
             settings.gate.steps,
-            Path("data/pictures"),
-            Path("reference", model),
+            project.pictures,
+            project.reference(model),
             scratch,
         )
     write_json(out, figures)

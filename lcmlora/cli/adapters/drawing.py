@@ -17,7 +17,7 @@ from lcmlora.adapters.facts import Sampler
 from lcmlora.adapters.layer_names import Architecture
 from lcmlora.bases import folders
 from lcmlora.bases.base import LoadedBase
-from lcmlora.cli.references import AdapterReference, BaseReference
+from lcmlora.cli.adapters.references import AdapterReference, BaseReference
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write

@@ -22,6 +22,7 @@ from lcmlora.io import terminal
 from lcmlora.io.files import make_once
 from lcmlora.io.terminal import note
 from lcmlora.plugins import STORES
+from lcmlora.project import Project
 from lcmlora.releases import bundle
 from lcmlora.releases.stores.store import scheme_of
 
@@ -128,17 +129,21 @@ class BaseReference:
     name: str
     settings: Base
     folder: Path
+    sources: Path = Path()  # the folder that relative paths in the settings are relative to
 
     def architecture(self) -> Architecture:
         """Returns its layers by its configuration alone."""
-        return architecture.of_base(self.settings, self.folder)
+        return architecture.of_base(self.settings, self.folder, self.sources)
 
 
-def find_base(wanted: str | None, adapter: AdapterReference, config: Config | None) -> BaseReference | None:
+def find_base(
+    wanted: str | None, adapter: AdapterReference, config: Config | None, project: Project
+) -> BaseReference | None:
     """Returns the base that is asked for, else the adapter's own; None where it does not tell where that is.
 
     Args:
         wanted: a name under `bases` in params.yaml, or a diffusers folder.
+        project: that of params.yaml; the adapter's own base may be named as it lies there.
 
     Raises:
         UserError: there is no such base.
@@ -146,14 +151,18 @@ def find_base(wanted: str | None, adapter: AdapterReference, config: Config | No
     if wanted is None:
         source = (adapter.base or {}).get("source") or ""
         if config and adapter.model in config.bases and config.bases[adapter.model].source == source:
-            return BaseReference(adapter.model, config.bases[adapter.model], Path("bases", adapter.model))
-        return _at(Path(source), adapter) if source and Path(source).is_dir() else None
+            return _in_project(adapter.model, config, project)
+        return _at(project.root / source, adapter) if source and (project.root / source).is_dir() else None
     if config and wanted in config.bases:
-        return BaseReference(wanted, config.bases[wanted], Path("bases", wanted))
+        return _in_project(wanted, config, project)
     if not Path(wanted).is_dir():
         known = f"params.yaml has {', '.join(config.bases)}" if config else "there is no params.yaml here"
         raise UserError(f"--base: {wanted}: no such folder and no such base; {known}")
     return _at(Path(wanted), adapter)
+
+
+def _in_project(name: str, config: Config, project: Project) -> BaseReference:
+    return BaseReference(name, config.bases[name], project.base(name), project.root)
 
 
 def _at(folder: Path, adapter: AdapterReference) -> BaseReference:

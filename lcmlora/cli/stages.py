@@ -1,0 +1,394 @@
+"""Verbs that are stages of dvc.yaml: files in, files out. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from lcmlora import names
+from lcmlora.cli.context import Context, context_of
+from lcmlora.errors import UserError
+from lcmlora.plugins import SOURCES
+
+if TYPE_CHECKING:
+    from lcmlora.bases import LoadedBase
+    from lcmlora.config import Config, Distill, Encode, Evaluation, Kind
+    from lcmlora.data.latents.cache import LatentCache
+    from lcmlora.parallel.ranks import Ranks
+    from lcmlora.project import Project
+
+Model = Annotated[str, typer.Argument(help="A name under `bases` in params.yaml, e.g. emoji.", show_default=False)]
+Style = Annotated[str, typer.Argument(help="A name under `styles` in params.yaml.", show_default=False)]
+Checkpoint = Annotated[str, typer.Argument(help="A name under `finetunes` in params.yaml.", show_default=False)]
+Either = Annotated[str, typer.Argument(help="A name under `study` in params.yaml.", show_default=False)]
+
+
+class StageCommand(TyperCommand):
+    """A verb that dvc.yaml calls: its names may be given as DVC writes them, --model NAME and --name NAME."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, names.arguments(args))
+
+    def invoke(self, ctx: Any) -> Any:
+        context = context_of(ctx)
+        if context.project.params is not None:  # the settings are not those that DVC and resolved.yaml know
+            return super().invoke(ctx)
+        from lcmlora import resolved
+        from lcmlora.stages import Run
+
+        run = Run(str(self.name), ctx.params.get("model"), ctx.params.get("name"))
+        with resolved.running(context.settings(), run, context.project.resolved):
+            return super().invoke(ctx)
+
+
+def pretrain_stage(call: typer.Context) -> None:
+    """Train the embedded emoji base from nothing (hours on two cores; its weights are in Git already).
+
+    Example: dvc unfreeze pretrain && dvc repro pretrain && dvc freeze pretrain
+    """
+    context = context_of(call)
+    settings, project = context.settings().pretrain, context.project
+    from lcmlora import bases
+    from lcmlora.config import digest
+    from lcmlora.demo.pretrain import pretrain
+    from lcmlora.training import checkpoint
+
+    with checkpoint.locked(project.scratch("pretrain", digest(settings)[:12])) as scratch:
+        pretrain(settings, project.npm_packages, scratch, project.base("emoji"), bases.pick_device("auto"))
+
+
+def prepare_stage(call: typer.Context) -> None:
+    """Read the captioned pictures, drop what cannot be used, and split by caption into training and validation.
+
+    Example: lcmlora prepare
+    """
+    context = context_of(call)
+    config, project = context.settings(), context.project
+    from lcmlora.data import enlargement
+    from lcmlora.data.prepare import prepare, print_report
+
+    data = project.located_data(config.data)
+    minimum = max((config.distill_for(model).batch for model in config.models), default=config.distill.batch)
+    print_report(prepare(data, minimum, project.pictures))
+    for model in config.models:
+        enlargement.warn(data, model, config.base(model).resolution, project.pictures)
+
+
+def encode_stage(call: typer.Context, model: Model) -> None:
+    """Encode the training pictures and captions into the latent cache of one base; a killed run goes on.
+
+    Example: lcmlora encode emoji
+    """
+    context = context_of(call)
+    config = context.settings()
+    settings, launch = config.encode_for(model), config.launch_for(model)
+    from lcmlora.parallel import launcher, ranks
+
+    if launch.processes * launch.machines > 1 and not ranks.launched():
+        raise SystemExit(launcher.launch(launch, "lcmlora", sys.argv[1:]))
+    with ranks.connected(settings.device) as place:
+        _encode(context.project, config, model, settings, place)
+
+
+def _encode(project: Project, config: Config, model: str, settings: Encode, place: Ranks) -> None:
+    from lcmlora.data import enlargement
+    from lcmlora.data.latents.encode import encode
+
+    data = project.located_data(config.data)
+    parts = ("vae" if SOURCES.get(data.source).has_pictures else "unet", "text")
+    base = _load(project, config, model, settings.device, parts)
+    if place.first:
+        enlargement.warn(data, model, base.resolution, project.pictures)
+    encode(base, data, settings, project.pictures, project.scratch("encode"), project.latents(model), place)
+
+
+def reference_stage(call: typer.Context, model: Model) -> None:
+    """Draw what no adapter changes: the teacher's pictures and the solvers', with their features.
+
+    Example: lcmlora reference emoji
+    """
+    context = context_of(call)
+    config, project = context.settings(), context.project
+    from lcmlora.evaluation.reference import draw_reference
+    from lcmlora.training import checkpoint
+
+    base, settings = _drawing_base(project, config, model)
+    with checkpoint.locked(project.scratch("reference", model)) as scratch:
+        draw_reference(
+            base,
+            project.located_data(config.data),
+            settings,
+            project.pictures,
+            scratch,
+            project.reference(model),
+            project.timings(model),
+        )
+
+
+def distill_stage(call: typer.Context, model: Model) -> None:
+    """Distil the base into an adapter; a run that was killed continues from its last checkpoint.
+
+    Example: lcmlora distill emoji
+    """
+    context = context_of(call)
+    config = context.settings()
+    settings, launch = config.distill_for(model), config.launch_for(model)
+    from lcmlora.parallel import launcher, ranks
+
+    if launch.processes * launch.machines > 1 and not ranks.launched():
+        raise SystemExit(launcher.launch(launch, "lcmlora", sys.argv[1:]))
+    with ranks.connected(settings.device) as place:
+        _distill(context.project, config, model, settings, place)
+
+
+def _distill(project: Project, config: Config, model: str, settings: Distill, place: Ranks) -> None:
+    from lcmlora.adapters import lora
+    from lcmlora.bases import folders
+    from lcmlora.config import digest
+    from lcmlora.distillation.distill import distill, versions
+    from lcmlora.io.files import sha256_file
+    from lcmlora.registry import tracking
+    from lcmlora.training import checkpoint
+
+    loaded, cache = base_and_cache(project, config, model, settings, pictures=place.first)
+    identity = folders.identity(config.base(model), project.base(model))
+    scratch = project.scratch("distill", f"{model}-{digest(settings, identity, cache.digest)[:12]}")
+    limit = int(config.teacher_cache_gb * 1e9)
+    logged = config.registry if place.first else None
+    with (
+        checkpoint.locked(scratch) if place.first else contextlib.nullcontext(),
+        tracking.tracking(logged, model, settings.model_dump(mode="json"), scratch) as run,
+    ):
+        distill(
+            loaded,
+            cache,
+            settings,
+            scratch,
+            project.adapter(model),
+            identity=identity,
+            logger=run,
+            ranks=place,
+            decode=loaded.decode if place.first else None,
+            teacher_cache=(project.scratch("teacher"), limit) if limit else None,
+        )
+        if place.first:
+            run.made(sha256_file(project.adapter(model) / lora.WEIGHTS), versions())
+    if place.first:
+        checkpoint.discard(scratch)
+
+
+def evaluate_stage(call: typer.Context, model: Model) -> None:
+    """Draw with the adapter in few steps and compare with the teacher and the solvers.
+
+    Example: lcmlora evaluate emoji
+    """
+    context = context_of(call)
+    config, project = context.settings(), context.project
+    from lcmlora.evaluation.evaluate import evaluate
+    from lcmlora.training import checkpoint
+
+    base, settings = _drawing_base(project, config, model)
+    with checkpoint.locked(project.scratch("evaluate", model)) as scratch:
+        evaluate(
+            base,
+            project.adapter(model),
+            project.located_data(config.data),
+            settings,
+            project.pictures,
+            project.reference(model),
+            scratch,
+            project.evaluation(model),
+            project.metrics(model),
+            project.plot(model),
+            project.timings(model),
+        )
+
+
+def style_stage(call: typer.Context, model: Model, name: Style) -> None:
+    """Train a LoRA of another style by the ordinary diffusion loss: what acceleration is added to.
+
+    Example: lcmlora style emoji noto-v1
+    """
+    context = context_of(call)
+    _tune(context, "style", model, name, context.project.style(model, name))
+
+
+def finetune_stage(call: typer.Context, model: Model, name: Checkpoint) -> None:
+    """Fine-tune a whole base on other pictures; the folder is a base of its own.
+
+    Example: lcmlora finetune emoji noto-v1-full
+    """
+    context = context_of(call)
+    _tune(context, "finetune", model, name, context.project.finetune(model, name))
+
+
+def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> None:
+    config, project = context.settings(), context.project
+    config.real_pictures(kind, name)
+    data, settings = config.variation(kind, name)
+    from lcmlora import bases
+    from lcmlora.bases import folders
+    from lcmlora.config import digest
+    from lcmlora.data.latents.cache import MANIFEST, LatentCache
+    from lcmlora.data.latents.encode import encode
+    from lcmlora.data.prepare import prepare, print_report
+    from lcmlora.distillation.finetune import tune
+    from lcmlora.registry import tracking
+    from lcmlora.training import checkpoint
+
+    entry, folder = config.base(model), project.base(model)
+    device = bases.pick_device(settings.device)
+    dtype = bases.pick_dtype(settings.precision, device)
+    identity = folders.identity(entry, folder)
+    work = project.scratch(kind, f"{model}-{name}-{digest(data, settings, identity)[:12]}")
+    data = project.located_data(data)
+    with checkpoint.locked(work):
+        print_report(prepare(data, settings.batch, work / "pictures"))
+        base = bases.load(model, entry, folder, device=device, dtype=dtype, parts=("vae", "text"))
+        if not (work / "latents" / MANIFEST).exists():
+            encoding = config.encode_for(model).model_copy(update={"shards": None})
+            encode(base, data, encoding, work / "pictures", work / "encode", work / "latents")
+        del base
+        cache = LatentCache(work / "latents")
+        parts = ("unet", "text") if cache.tokenized else ("unet",)
+        bare = bases.load(model, entry, folder, device=device, dtype=dtype, parts=parts)
+        cache.embed = bare.encode_tokens
+        label = f"{model}-{kind}-{name}"
+        with tracking.tracking(config.registry, label, settings.model_dump(mode="json"), work) as run:
+            tune(bare, cache, settings, work, out, identity=identity, logger=run)
+    checkpoint.discard(work)
+
+
+def alone_stage(call: typer.Context, model: Model, name: Either) -> None:
+    """Draw a style or a fine-tuned checkpoint under guided solvers: what `study` compares with.
+
+    Example: lcmlora alone emoji noto-v1
+    """
+    context = context_of(call)
+    config, project = context.settings(), context.project
+    from lcmlora import stages
+    from lcmlora.evaluation.study import draw_alone
+    from lcmlora.training import checkpoint
+
+    kind = stages.studied_kind(config, model, name)
+    assert config.study is not None
+    folder = _variation(project, kind, model, name)
+    base, settings = _drawing_base(project, config, model, folder if kind == "finetune" else None)
+    with checkpoint.locked(project.scratch("alone", f"{model}-{name}")) as scratch:
+        draw_alone(
+            base,
+            kind,
+            folder,
+            project.located_data(config.real_pictures(kind, name)),
+            config.study,
+            settings,
+            scratch,
+            project.alone(model, name),
+        )
+
+
+def study_stage(call: typer.Context, model: Model) -> None:
+    """Add the adapter to every style and fine-tuned checkpoint of `study`, draw and compare.
+
+    Example: lcmlora study emoji
+    """
+    context = context_of(call)
+    config, project = context.settings(), context.project
+    if config.study is None or not config.studied(model):
+        raise UserError(f"{model}: is not studied; add it to study.models in params.yaml, with styles or finetunes")
+    from lcmlora.evaluation.study import Variation, study
+    from lcmlora.training import checkpoint
+
+    variations = [
+        Variation(kind, name, _variation(project, kind, model, name), project.alone(model, name))
+        for kind, name in config.studied(model)
+    ]
+    with checkpoint.locked(project.scratch("study", model)) as scratch:
+        study(
+            lambda folder: _drawing_base(project, config, model, folder)[0],
+            project.adapter(model),
+            variations,
+            config.study,
+            project.located_evaluation(config.evaluation_for(model)),
+            project.reference(model),
+            scratch,
+            project.study(model),
+        )
+
+
+def package_stage(call: typer.Context, model: Model) -> None:
+    """Make the release bundle and prove that plain diffusers loads it with the same result.
+
+    Example: lcmlora package emoji
+    """
+    context = context_of(call)
+    config, project = context.settings(), context.project
+    from lcmlora.releases.package import package
+
+    package(model, config, project, project.base(model))
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "pretrain": pretrain_stage,
+    "prepare": prepare_stage,
+    "encode": encode_stage,
+    "reference": reference_stage,
+    "distill": distill_stage,
+    "evaluate": evaluate_stage,
+    "style": style_stage,
+    "finetune": finetune_stage,
+    "alone": alone_stage,
+    "study": study_stage,
+    "package": package_stage,
+}
+
+
+def _variation(project: Project, kind: Kind, model: str, name: str) -> Path:
+    return project.style(model, name) if kind == "style" else project.finetune(model, name)
+
+
+def _load(
+    project: Project,
+    config: Config,
+    model: str,
+    device: str,
+    parts: tuple[str, ...],
+    *,
+    precision: str = "auto",
+    folder: Path | None = None,
+) -> LoadedBase:
+    from lcmlora import bases
+
+    place = bases.pick_device(device)
+    dtype = bases.pick_dtype(precision, place)
+    return bases.load(model, config.base(model), folder or project.base(model), device=place, dtype=dtype, parts=parts)
+
+
+def _drawing_base(
+    project: Project, config: Config, model: str, folder: Path | None = None
+) -> tuple[LoadedBase, Evaluation]:
+    """Returns the base, or the fine-tuned checkpoint in `folder`, with all its parts, and how it is evaluated."""
+    settings = project.located_evaluation(config.evaluation_for(model))
+    return _load(project, config, model, settings.device, ("unet", "vae", "text"), folder=folder), settings
+
+
+def base_and_cache(
+    project: Project, config: Config, model: str, settings: Distill, *, pictures: bool
+) -> tuple[LoadedBase, LatentCache]:
+    """Returns the base, with a VAE where pictures are wanted, and its latent cache."""
+    from lcmlora import bases
+    from lcmlora.data.latents.cache import LatentCache
+
+    bases.pick_device(settings.device)  # without a device the cache does not matter
+    budget = int(config.shard_cache_gb * 1e9)
+    cache = LatentCache(project.latents(model), shards=project.scratch("shards", model), budget=budget)
+    parts = ("unet", *(["vae"] if pictures else []), *(["text"] if cache.tokenized else []))
+    base = _load(project, config, model, settings.device, parts, precision=settings.precision)
+    cache.embed = base.encode_tokens
+    return base, cache

@@ -1,0 +1,168 @@
+"""Where everything lies in the folder of a project."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lcmlora.config import Config, Data, Evaluation
+
+PARAMS = "params.yaml"
+
+_SQLITE = "sqlite:///"
+
+
+@dataclass(frozen=True)
+class Project:
+    """The folder of a project, with the path of everything in it. Where `root` is relative, all paths are.
+
+    Paths in params.yaml are relative to this folder, too. `settings` and `located...` return them as they are seen from
+    the current folder.
+
+    Args:
+        params: the configuration file, where it is not the folder's own params.yaml.
+    """
+
+    root: Path = Path()
+    params: Path | None = None
+
+    @property
+    def params_file(self) -> Path:
+        return self.params if self.params is not None else self.root / PARAMS
+
+    @property
+    def dvc_yaml(self) -> Path:
+        return self.root / "dvc.yaml"
+
+    @property
+    def dvc_lock(self) -> Path:
+        return self.root / "dvc.lock"
+
+    @property
+    def resolved(self) -> Path:
+        """The settings and versions that decide each stage's result, which DVC reads as parameters."""
+        return self.root / "resolved.yaml"
+
+    @property
+    def npm_lock(self) -> Path:
+        """The versions of the npm packages with the emoji artwork."""
+        return self.root / "package-lock.json"
+
+    @property
+    def npm_packages(self) -> Path:
+        return self.root / "node_modules"
+
+    @property
+    def bases(self) -> Path:
+        return self.root / "bases"
+
+    def base(self, model: str) -> Path:
+        return self.bases / model
+
+    @property
+    def pictures(self) -> Path:
+        """The lists of the prepared pictures, of all models."""
+        return self.root / "data" / "pictures"
+
+    def latents(self, model: str) -> Path:
+        return self.root / "data" / "latents" / model
+
+    def reference(self, model: str) -> Path:
+        return self.root / "reference" / model
+
+    def adapter(self, model: str) -> Path:
+        return self.root / "adapters" / model
+
+    def evaluation(self, model: str) -> Path:
+        return self.root / "evaluation" / model
+
+    def metrics(self, model: str) -> Path:
+        return self.root / "metrics" / f"{model}.json"
+
+    def plot(self, model: str) -> Path:
+        """The excess distance by network evaluations, which `dvc plots` draws."""
+        return self.root / "plots" / f"{model}_steps.csv"
+
+    def variations(self, model: str) -> Path:
+        """Everything that the study of a model is made of."""
+        return self.root / "variations" / model
+
+    def style(self, model: str, name: str) -> Path:
+        """The LoRA of a style."""
+        return self.variations(model) / "styles" / name
+
+    def finetune(self, model: str, name: str) -> Path:
+        """The checkpoint of a fine-tune, a base of its own."""
+        return self.variations(model) / "finetunes" / name
+
+    def alone(self, model: str, name: str) -> Path:
+        """What a style or a fine-tune draws without the adapter."""
+        return self.variations(model) / "alone" / name
+
+    @property
+    def studies(self) -> Path:
+        return self.root / "study"
+
+    def study(self, model: str) -> Path:
+        return self.studies / model
+
+    def release(self, model: str) -> Path:
+        return self.root / "release" / model
+
+    def timings(self, model: str) -> Path:
+        """How long this machine took, apart from what the inputs decide."""
+        return self.root / "timings" / model
+
+    def scratch(self, *names: str) -> Path:
+        """Work in progress, which a killed run continues from, and downloads."""
+        return self.root.joinpath("scratch", *names)
+
+    def settings(self) -> Config:
+        """Returns the settings in params.yaml, with the addresses of registry and releases as seen from here.
+
+        Paths that decide a result (of data, bases and image features) stay as they are written, since resolved.yaml and
+        the adapters name them: the same project gives the same bytes wherever it is called from.
+
+        Raises:
+            UserError: see `config.load`.
+        """
+        from lcmlora import config
+
+        settings = config.load(self.params_file)
+        registry, publish = settings.registry, settings.publish
+        tracking = registry.tracking_uri
+        if tracking.startswith(_SQLITE):
+            tracking = _SQLITE + self.located(tracking.removeprefix(_SQLITE))
+        keys = {"signing_key": publish.signing_key, "verify_key": publish.verify_key}
+        places = {"to": self.located(publish.to)} | {
+            name: None if key is None else self.located(key) for name, key in keys.items()
+        }
+        return settings.model_copy(
+            update={
+                "registry": registry.model_copy(update={"tracking_uri": tracking}),
+                "publish": publish.model_copy(update=places),
+            }
+        )
+
+    def located(self, place: str) -> str:
+        """Returns a path of params.yaml as it is seen from the current folder; an address as it is."""
+        return place if self.root == Path() or "://" in place else str(self.root / place)
+
+    def located_data(self, data: Data) -> Data:
+        """Returns the settings of pictures with their path as it is seen from the current folder."""
+        return data.model_copy(update={"path": self.located(data.path)})
+
+    def located_evaluation(self, settings: Evaluation) -> Evaluation:
+        """Returns the settings with those sources of features and scores that are files as seen from the current
+        folder; what is no file there is an id on the hub."""
+
+        def located(source: str) -> str:
+            return self.located(source) if (self.root / source).exists() else source
+
+        source = settings.features_source
+        scores = {name: located(place) for name, place in settings.scores_source.items()}
+        return settings.model_copy(
+            update={"features_source": None if source is None else located(source), "scores_source": scores}
+        )
