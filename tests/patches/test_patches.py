@@ -148,3 +148,8 @@ def test_every_patch_says_what_it_replaces_and_why():
     for kind in {type(patch) for patch in PATCHES}:
         assert kind.name and kind.replaces and len(kind.reason) > 40
     assert {type(patch) for patch in PATCHES} == set(Patch.__subclasses__())
+
+
+def test_the_docs_list_every_patch():
+    page = (Path(__file__).parents[2] / "docs/performance.md").read_text()
+    assert [kind.name for kind in Patch.__subclasses__() if f"| {kind.name} |" not in page] == []
