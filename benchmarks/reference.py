@@ -20,8 +20,9 @@ from torch import Tensor
 from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.bases.base import Conditioning
+from lcmlora.bases.schedule import Prediction
 from lcmlora.config import Distill
-from lcmlora.diffusion import schedule
+from lcmlora.diffusion import solver
 from lcmlora.diffusion.objectives import pseudo_huber
 from lcmlora.training.batches import Batch
 
@@ -45,9 +46,9 @@ class Reference:
         )
         warmup = max(1, settings.warmup)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
-        upper, lower = schedule.ddim_grid(len(base.alphas_cumprod), settings.grid)
+        upper, lower = solver.ddim_grid(len(base.schedule), settings.grid)
         self._t, self._t_prev = upper.to(base.device), lower.to(base.device)
-        self._weight = schedule.loss_weights(base.alphas_cumprod, self._t, settings.weighting)
+        self._weight = solver.loss_weights(base.schedule, self._t, settings.weighting)
 
     def encode(self, batch: Batch, pictures: Tensor, captions: list[str]) -> Batch:
         """Returns the batch with latents and embeddings computed from (B, 3, H, W) pictures in [-1, 1] and captions."""
@@ -60,19 +61,19 @@ class Reference:
     def step(self, batch: Batch, unconditional: Conditioning) -> Tensor:
         """Trains on the batch and returns the loss of each sample, (B,)."""
         t, t_prev = self._t[batch.index], self._t_prev[batch.index]
-        x = schedule.add_noise(batch.z, batch.noise, *schedule.alpha_sigma(self.base.alphas_cumprod, t))
+        x = self.base.schedule.state(batch.z, batch.noise, t)
         x0, _ = self._predict(self.base, x, t, batch.conditioning)
-        online = schedule.consistency(x, x0, t)
+        online = solver.consistency(x, x0, t)
         with torch.no_grad():
             no_text = {
                 k: v if k == "time_ids" else unconditional[k].expand_as(v) for k, v in batch.conditioning.items()
             }
             x0, noise = self._predict(self.teacher, x, t, batch.conditioning)
             x0_without, noise_without = self._predict(self.teacher, x, t, no_text)
-            x0, noise = (schedule.guide(*pair, batch.w) for pair in ((x0, x0_without), (noise, noise_without)))
-            x_prev = schedule.ddim_step(x0, noise, *schedule.alpha_sigma(self.base.alphas_cumprod, t_prev))
+            x0, noise = (solver.guide(*pair, batch.w) for pair in ((x0, x0_without), (noise, noise_without)))
+            x_prev = self.base.schedule.state(x0, noise, t_prev)
             x0, _ = self._predict(self.base, x_prev, t_prev, batch.conditioning)
-            aim = schedule.consistency(x_prev, x0, t_prev)
+            aim = solver.consistency(x_prev, x0, t_prev)
         losses = self._weight[batch.index] * pseudo_huber(online, aim, self._settings.huber_c)
         loss = losses.mean()
         loss.backward()
@@ -83,15 +84,8 @@ class Reference:
         loss.item()  # for the progress bar
         return losses.detach()
 
-    def _predict(
-        self, base: bases.LoadedBase, x: Tensor, t: Tensor, conditioning: Conditioning
-    ) -> tuple[Tensor, Tensor]:
-        """Returns x0 and noise, both (B, C, h, w) fp32, as the base's UNet says."""
+    def _predict(self, base: bases.LoadedBase, x: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
+        """Returns what the base says of x (B, C, h, w) at t (B,)."""
         with torch.autocast(x.device.type, self._dtype, enabled=self._dtype != torch.float32):
-            output = bases.unet_forward(base.unet, x, t, conditioning)
-        alpha, sigma = schedule.alpha_sigma(base.alphas_cumprod, t)
-        kind = base.prediction_type
-        return (
-            schedule.predicted_x0(output, x, alpha, sigma, kind),
-            schedule.predicted_noise(output, x, alpha, sigma, kind),
-        )
+            output = base.predict(x, t, conditioning)
+        return base.schedule.prediction(output, x, t)

@@ -19,6 +19,7 @@ from lcmlora.bases.examination import examine
 from lcmlora.bases.examination.examine import Examination
 from lcmlora.bases.examination.weightfiles import json_of
 from lcmlora.bases.folders import variant
+from lcmlora.bases.schedule import Schedule
 from lcmlora.config import Base
 from lcmlora.errors import UserError
 from lcmlora.patches.attention import DirectAttention, WideAttention
@@ -39,9 +40,8 @@ class LoadedBase:
     resolution: int
     device: torch.device
     dtype: torch.dtype
-    prediction_type: str
-    scheduler_config: dict[str, Any]
-    alphas_cumprod: Tensor  # (T,) fp32 on `device`
+    schedule: Schedule  # on `device`
+    scheduler_config: dict[str, Any]  # as diffusers has it
     vae_config: dict[str, Any]
     examined: Examination  # with the digests that name it
     empty_is_zeros: bool  # the unconditional embedding is zeros, not that of the empty prompt (SDXL)
@@ -143,14 +143,14 @@ class LoadedBase:
         return torch.cat([sizes, crops, target], dim=1).to(self.device)
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """One forward of the UNet as it stands: the raw model output (B, C, h, w) fp32, in `prediction_type`.
+        """One forward of the UNet as it stands: the raw model output (B, C, h, w) fp32; see `Schedule.prediction`.
 
         Args:
             latents: (B, C, h, w) fp32.
             timesteps: (B,) int64 in [0, T).
             conditioning: rows for each latent; `time_ids` included where the base is of the SDXL family.
         """
-        return unet_forward(self.unet, latents, timesteps, conditioning)
+        return unet_forward(self.unet, latents, self.schedule.time[timesteps], conditioning)
 
 
 def unet_forward(unet: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -213,9 +213,8 @@ def load(
         resolution=base.resolution,
         device=device,
         dtype=dtype,
-        prediction_type=scheduler.config.prediction_type,
+        schedule=Schedule.variance_preserving(scheduler.alphas_cumprod, scheduler.config.prediction_type).to(device),
         scheduler_config=dict(scheduler.config),
-        alphas_cumprod=scheduler.alphas_cumprod.float().to(device),
         vae_config=json_of(folder / "vae" / "config.json"),
         examined=examined,
         empty_is_zeros=kind == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),

@@ -24,9 +24,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lcmlora.bases.schedule import Schedule
 from lcmlora.config import Pretrain
 from lcmlora.data.sources import emoji
-from lcmlora.diffusion import schedule
 from lcmlora.io.files import atomic_folder, atomic_write, write_json
 from lcmlora.patches.torch_internals import foreach_lerp_
 from lcmlora.progress import track
@@ -334,7 +334,8 @@ def _train_denoiser(
 ) -> _Denoiser:
     first = sum(r.unet_steps for r in config.rounds[:number])
     device = model.unet.device
-    alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod.to(device)
+    made = DDIMScheduler(**SCHEDULE)
+    schedule = Schedule.variance_preserving(made.alphas_cumprod, made.config.prediction_type).to(device)
 
     def loss_of(module: Any, step: int) -> Tensor:
         rng = random.Random(f"{config.seed}/{first + step}")
@@ -347,10 +348,9 @@ def _train_denoiser(
         strata = torch.arange(config.batch, device=device) + torch.rand(
             config.batch, generator=generator, device=device
         )
-        t = (strata * len(alphas) / config.batch).long().clamp_(max=len(alphas) - 1)
-        alpha, sigma = schedule.alpha_sigma(alphas, t)
-        x = schedule.add_noise(z, noise, alpha, sigma)
-        v = schedule.add_noise(noise, -z, alpha, sigma)
+        t = (strata * len(schedule) / config.batch).long().clamp_(max=len(schedule) - 1)
+        alpha, sigma = schedule.level(t)
+        x, v = schedule.state(z, noise, t), schedule.target(z, noise, t)
         prediction = module.unet(x, t, module.text_encoder(ids).last_hidden_state).sample
         snr = (alpha / sigma).square()
         weight = snr.clamp(max=5.0) / (snr + 1)  # min-SNR-5, arXiv 2303.09556, for v prediction

@@ -10,23 +10,16 @@ and the first is to be where the second is. Methods differ in s, in how they jum
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lcmlora.bases.schedule import Prediction, Schedule
 from lcmlora.config import Distill
-from lcmlora.diffusion import schedule
+from lcmlora.diffusion import solver
 
 _TDD_STEPS = range(4, 9)  # the schedules whose timesteps are TDD's targets
 _TDD_ETA = 0.3  # how far below them a target may lie, as a share
-
-
-class Prediction(NamedTuple):
-    """What the network says of a noisy state: both (B, C, h, w) fp32."""
-
-    x0: Tensor
-    noise: Tensor
 
 
 @dataclass(frozen=True)
@@ -43,11 +36,11 @@ class Objective:
 
     sampler: Sampler
 
-    def __init__(self, alphas_cumprod: Tensor, grid: int) -> None:
-        self._alphas_cumprod = alphas_cumprod
+    def __init__(self, schedule: Schedule, grid: int) -> None:
+        self._schedule = schedule
         self._grid = grid
-        _, lower = schedule.ddim_grid(len(alphas_cumprod), grid)
-        self.lower = lower.to(alphas_cumprod.device)
+        _, lower = solver.ddim_grid(len(schedule), grid)
+        self.lower = lower.to(schedule.alpha.device)
 
     def destination(self, index: Tensor, u: Tensor) -> Tensor:
         """Returns s (B,) int64; u (B, 2) are the samples' own uniform numbers in [0, 1)."""
@@ -59,7 +52,7 @@ class Objective:
 
     def jump(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
         """Returns the state (B, C, h, w) fp32 at s to which the student jumps from x at t; x itself where s = t."""
-        return schedule.ddim_step(*prediction, *schedule.alpha_sigma(self._alphas_cumprod, s))
+        return self._schedule.state(*prediction, s)
 
     def travel(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
         """Returns the state (B, C, h, w) fp32 at s to which the student's sampler goes from x at t: it jumps somewhat
@@ -69,14 +62,11 @@ class Objective:
             noise: (B, C, h, w) of unit variance.
         """
         below = ((1 - (self.sampler.gamma or 0.0)) * s).long()
-        jumped = self.jump(x, prediction, t, below)
-        (alpha, _), (start, _) = (schedule.alpha_sigma(self._alphas_cumprod, v) for v in (s, below))
-        kept = alpha / start
-        return schedule.add_noise(jumped, noise, kept, (1 - kept.square()).clamp(min=0).sqrt())
+        return self._schedule.renoise(self.jump(x, prediction, t, below), noise, below, s)
 
     def _edges(self, steps: int) -> Tensor:
         """Returns, for each row of the grid, where a student of this many steps would go from it, (grid,) int64."""
-        timesteps = schedule.student_timesteps(len(self._alphas_cumprod), self._grid, steps)
+        timesteps = solver.student_timesteps(len(self._schedule), self._grid, steps)
         edges = torch.tensor([0, *reversed(timesteps[1:])], device=self.lower.device)
         return edges[torch.bucketize(self.lower, edges, right=True) - 1]
 
@@ -92,19 +82,18 @@ class LatentConsistency(Objective):
 
     def jump(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
         del s
-        return schedule.consistency(x, prediction.x0, t)
+        return solver.consistency(x, prediction.x0, t)
 
     def travel(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
         """To t = 0, and with noise back to s (arXiv 2310.04378, Algorithm 3)."""
-        clean = self.jump(x, prediction, t, s)
-        return schedule.add_noise(clean, noise, *schedule.alpha_sigma(self._alphas_cumprod, s))
+        return self._schedule.state(self.jump(x, prediction, t, s), noise, s)
 
 
 class TrajectoryConsistency(Objective):
     """Trajectory consistency distillation, arXiv 2402.19159: to any point of the grid from t_n down to 0."""
 
-    def __init__(self, alphas_cumprod: Tensor, grid: int, gamma: float) -> None:
-        super().__init__(alphas_cumprod, grid)
+    def __init__(self, schedule: Schedule, grid: int, gamma: float) -> None:
+        super().__init__(schedule, grid)
         self.sampler = Sampler("TCDScheduler", gamma)
 
     def destination(self, index: Tensor, u: Tensor) -> Tensor:
@@ -120,8 +109,8 @@ class PhasedConsistency(Objective):
 
     sampler = Sampler("TCDScheduler", 0.0)
 
-    def __init__(self, alphas_cumprod: Tensor, grid: int, phases: int) -> None:
-        super().__init__(alphas_cumprod, grid)
+    def __init__(self, schedule: Schedule, grid: int, phases: int) -> None:
+        super().__init__(schedule, grid)
         self._edge = self._edges(phases)
 
     def destination(self, index: Tensor, u: Tensor) -> Tensor:
@@ -135,8 +124,8 @@ class PhasedConsistency(Objective):
 class TargetDriven(Objective):
     """Target-driven distillation, arXiv 2409.01347: to where a student of 4 to 8 steps would go, or somewhat lower."""
 
-    def __init__(self, alphas_cumprod: Tensor, grid: int, gamma: float) -> None:
-        super().__init__(alphas_cumprod, grid)
+    def __init__(self, schedule: Schedule, grid: int, gamma: float) -> None:
+        super().__init__(schedule, grid)
         self.sampler = Sampler("TCDScheduler", gamma)
         self._edge = torch.stack([self._edges(steps) for steps in _TDD_STEPS])
 
@@ -153,12 +142,12 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     return ((a - b).square().add(c * c).sqrt() - c).flatten(1).mean(1)
 
 
-def make(settings: Distill, alphas_cumprod: Tensor) -> Objective:
-    """Returns the objective that the settings name, for a base of this schedule (T,)."""
+def make(settings: Distill, schedule: Schedule) -> Objective:
+    """Returns the objective that the settings name, for a base of this schedule."""
     if settings.objective == "lcm":
-        return LatentConsistency(alphas_cumprod, settings.grid)
+        return LatentConsistency(schedule, settings.grid)
     if settings.objective == "pcm":
-        return PhasedConsistency(alphas_cumprod, settings.grid, settings.phases)
+        return PhasedConsistency(schedule, settings.grid, settings.phases)
     if settings.objective == "tcd":
-        return TrajectoryConsistency(alphas_cumprod, settings.grid, settings.gamma)
-    return TargetDriven(alphas_cumprod, settings.grid, settings.gamma)
+        return TrajectoryConsistency(schedule, settings.grid, settings.gamma)
+    return TargetDriven(schedule, settings.grid, settings.gamma)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lcmlora.bases.base import Conditioning, LoadedBase
-from lcmlora.diffusion import schedule
+from lcmlora.diffusion import solver
 from lcmlora.noise import generator
 
 SOLVERS = ("ddim", "dpm++", "unipc", "euler")
@@ -101,7 +101,7 @@ def sample(
     def fresh(step: int) -> Tensor:
         return initial_noise(noise.shape[1:], seed, indices or (), step).to(base.device)
 
-    timesteps = schedule.student_timesteps(len(base.alphas_cumprod), grid, steps)
+    timesteps = solver.student_timesteps(len(base.schedule), grid, steps)
     if gamma is None:
         return _jumps_to_zero(base, predict, latents, timesteps, fresh)
     return _jumps_along(base, predict, latents, timesteps, fresh, gamma)
@@ -126,7 +126,7 @@ def _predictor(
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         output = base.predict(torch.cat([x, x]), t.to(base.device).expand(2 * len(x)), both)
-        return schedule.guide(output[: len(x)], output[len(x) :], w)
+        return solver.guide(output[: len(x)], output[len(x) :], w)
 
     return guided
 
@@ -138,13 +138,12 @@ def _jumps_to_zero(
     base: LoadedBase, predict: Predict, latents: Tensor, timesteps: list[int], fresh: Callable[[int], Tensor]
 ) -> Tensor:
     """Multistep consistency sampling (arXiv 2310.04378, Algorithm 3): jump to x0, add noise up to the next timestep."""
-    levels = [schedule.alpha_sigma(base.alphas_cumprod, torch.tensor([t], device=base.device)) for t in timesteps]
-    for step, (t, (alpha, sigma)) in enumerate(zip(timesteps, levels, strict=True), start=1):
-        time = torch.tensor([t], device=base.device)
-        x0 = schedule.predicted_x0(predict(latents, time), latents, alpha, sigma, base.prediction_type)
-        latents = schedule.consistency(latents, x0, time)
-        if step < len(timesteps):
-            latents = schedule.add_noise(latents, fresh(step), *levels[step])
+    rows = [torch.tensor([t], device=base.device) for t in timesteps]
+    for step, t in enumerate(rows, start=1):
+        x0 = base.schedule.prediction(predict(latents, t), latents, t).x0
+        latents = solver.consistency(latents, x0, t)
+        if step < len(rows):
+            latents = base.schedule.state(latents, fresh(step), rows[step])
     return latents
 
 
@@ -158,20 +157,13 @@ def _jumps_along(
 ) -> Tensor:
     """Strategic stochastic sampling (arXiv 2402.19159, Algorithm 4): jump to floor((1 - gamma) t'), below the next
     timestep t', and add noise up to it. Without noise for gamma 0."""
-    for step, (t, following) in enumerate(zip(timesteps, [*timesteps[1:], 0], strict=True), start=1):
-        # math.floor of a float product would differ from diffusers, which multiplies in fp32.
-        below = int(torch.floor((1 - gamma) * torch.tensor(following)))
-        levels = [
-            schedule.alpha_sigma(base.alphas_cumprod, torch.tensor([n], device=base.device))
-            for n in (t, below, following)
-        ]
-        output = predict(latents, torch.tensor([t], device=base.device))
-        x0 = schedule.predicted_x0(output, latents, *levels[0], base.prediction_type)
-        noise = schedule.predicted_noise(output, latents, *levels[0], base.prediction_type)
-        latents = schedule.ddim_step(x0, noise, *levels[1])
+    for step, (start, end) in enumerate(zip(timesteps, [*timesteps[1:], 0], strict=True), start=1):
+        t, following = (torch.tensor([row], device=base.device) for row in (start, end))
+        below = ((1 - gamma) * following).long()  # in fp32, as diffusers multiplies
+        prediction = base.schedule.prediction(predict(latents, t), latents, t)
+        latents = base.schedule.state(*prediction, below)
         if gamma and step < len(timesteps):
-            kept = levels[2][0] / levels[1][0]
-            latents = schedule.add_noise(latents, fresh(step), kept, (1 - kept.square()).sqrt())
+            latents = base.schedule.renoise(latents, fresh(step), below, following)
     return latents
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lcmlora.adapters import lora
 from lcmlora.bases.base import Conditioning, LoadedBase, unet_forward
-from lcmlora.diffusion import schedule
+from lcmlora.diffusion import solver
 from lcmlora.diffusion.teacher_cache import TeacherCache
 
 
@@ -27,7 +27,7 @@ class Teacher:
         """
         self._base, self._cache = base, cache
         self._unconditional = {k: v.to(base.device) for k, v in unconditional.items()}
-        upper, lower = schedule.ddim_grid(len(base.alphas_cumprod), grid)
+        upper, lower = solver.ddim_grid(len(base.schedule), grid)
         self.t, self.t_prev = upper.to(base.device), lower.to(base.device)
 
     @torch.no_grad()
@@ -45,12 +45,9 @@ class Teacher:
         Args:
             places: in the stream, where x is the noisy state that belongs to them.
         """
-        base = self._base
-        guided = schedule.guide(*self._outputs(x, t, conditioning, places), w)
-        alpha, sigma = schedule.alpha_sigma(base.alphas_cumprod, t)
-        x0 = schedule.predicted_x0(guided, x, alpha, sigma, base.prediction_type)
-        noise = schedule.predicted_noise(guided, x, alpha, sigma, base.prediction_type)
-        return schedule.ddim_step(x0, noise, *schedule.alpha_sigma(base.alphas_cumprod, t_prev))
+        schedule = self._base.schedule
+        guided = solver.guide(*self._outputs(x, t, conditioning, places), w)
+        return schedule.state(*schedule.prediction(guided, x, t), t_prev)
 
     def _outputs(self, x: Tensor, t: Tensor, conditioning: Conditioning, places: range | None) -> tuple[Tensor, Tensor]:
         """Returns the conditional and the unconditional output, both (B, C, h, w) fp32."""

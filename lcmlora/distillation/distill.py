@@ -22,10 +22,11 @@ from torch import Tensor
 
 from lcmlora.adapters import lora
 from lcmlora.bases.base import Conditioning, LoadedBase, unet_forward
+from lcmlora.bases.schedule import Prediction
 from lcmlora.config import Distill, check_trajectory, digest
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.diffusion import objectives, schedule
-from lcmlora.diffusion.objectives import Objective, Prediction, pseudo_huber
+from lcmlora.diffusion import objectives, solver
+from lcmlora.diffusion.objectives import Objective, pseudo_huber
 from lcmlora.diffusion.teacher import Teacher
 from lcmlora.diffusion.teacher_cache import TeacherCache
 from lcmlora.distillation.validation import Validation
@@ -69,25 +70,18 @@ class Distillation:
     ) -> None:
         self.base = base
         self.teacher = Teacher(base, unconditional, settings.grid, teacher_cache)
-        self.weight = schedule.loss_weights(base.alphas_cumprod, self.teacher.t, settings.weighting)  # of each row
-        self.objective: Objective = objectives.make(settings, base.alphas_cumprod)
+        self.weight = solver.loss_weights(base.schedule, self.teacher.t, settings.weighting)  # of each row
+        self.objective: Objective = objectives.make(settings, base.schedule)
         self._huber_c = settings.huber_c
         self._averaged_target = settings.target == "ema"
 
     def noisy(self, batch: Batch, index: Tensor) -> Tensor:
         """Returns z_{t_{n+k}} (B, C, h, w) at these rows of the grid (B,)."""
-        t = self.teacher.t[index]
-        return schedule.add_noise(batch.z, batch.noise, *schedule.alpha_sigma(self.base.alphas_cumprod, t))
+        return self.base.schedule.state(batch.z, batch.noise, self.teacher.t[index])
 
     def student(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
         """Returns what the base with its adapter says of x (B, C, h, w) at t (B,)."""
-        output = unet_forward(self.base.unet, x, t, conditioning)
-        alpha, sigma = schedule.alpha_sigma(self.base.alphas_cumprod, t)
-        kind = self.base.prediction_type
-        return Prediction(
-            schedule.predicted_x0(output, x, alpha, sigma, kind),
-            schedule.predicted_noise(output, x, alpha, sigma, kind),
-        )
+        return self.base.schedule.prediction(self.base.predict(x, t, conditioning), x, t)
 
     @torch.no_grad()
     def _travelled(self, batch: Batch) -> Tensor:
@@ -185,7 +179,7 @@ def distill(
     facts = {
         "model": base.name,
         "base": identity,
-        "prediction_type": base.prediction_type,
+        "prediction_type": base.schedule.prediction_type,
         "data_digest": cache.digest,
         "pictures": len(rows),
         "distill": settings.model_dump(mode="json"),
@@ -289,7 +283,7 @@ Probe = tuple[Tensor, Tensor, Conditioning]
 
 def _probe(base: LoadedBase, batch: Batch) -> Probe:
     """Returns latents, timesteps and conditioning of one fixed forward."""
-    timesteps = len(base.alphas_cumprod)
+    timesteps = len(base.schedule)
     t = torch.tensor([timesteps - 1, timesteps // 2], device=base.device)
     return batch.noise, t, {name: value.contiguous() for name, value in batch.conditioning.items()}
 

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lcmlora.adapters import lora
-from lcmlora.bases.base import LoadedBase, unet_forward, write
+from lcmlora.bases.base import LoadedBase, write
 from lcmlora.config import Tuning
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.diffusion import schedule
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, write_json
 from lcmlora.parallel.ranks import Ranks
@@ -38,13 +37,9 @@ class Denoising:
         """Returns the squared error of each sample, (B,); `batch.index` is the timestep."""
         del optimization
         t = batch.index
-        alpha, sigma = schedule.alpha_sigma(self.base.alphas_cumprod, t)
-        x = schedule.add_noise(batch.z, batch.noise, alpha, sigma)
-        output = unet_forward(self.base.unet, x, t, batch.conditioning)
-        kind = self.base.prediction_type
-        wanted = {"epsilon": batch.noise, "sample": batch.z}.get(kind)
-        if wanted is None:
-            wanted = schedule.velocity(batch.z, batch.noise, alpha, sigma)
+        schedule = self.base.schedule
+        output = self.base.predict(schedule.state(batch.z, batch.noise, t), t, batch.conditioning)
+        wanted = schedule.target(batch.z, batch.noise, t)
         return (output - wanted).square().flatten(1).mean(1)
 
 
@@ -96,7 +91,7 @@ def tune(
             f"{base.name}: {len(rows)} pictures to train on are less than a batch of {settings.batch}, or the "
             f"{len(held)} to validate with are none"
         )
-    timesteps = len(base.alphas_cumprod)
+    timesteps = len(base.schedule)
     batches = Batches(cache, rows, settings, base.device, ranks, grid=timesteps)
     probe = batches.at(range(-2, 0), rows[:1].expand(2))
     ends = torch.tensor([timesteps - 1, timesteps // 2], device=base.device)

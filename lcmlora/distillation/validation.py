@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lcmlora.config import Distill
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.diffusion import sampling, schedule
+from lcmlora.diffusion import sampling, solver
 from lcmlora.diffusion.objectives import Objective, pseudo_huber
 from lcmlora.errors import UserError
 from lcmlora.progress import track
@@ -65,8 +65,8 @@ class Validation:
         batches = Batches(cache, rows, settings, device, grid=settings.grid, guidance=guidance)
         self._decode = decode
         base, objective = distillation.base, distillation.objective
-        upper, _ = schedule.ddim_grid(len(base.alphas_cumprod), settings.grid)
-        starts = schedule.student_timesteps(len(base.alphas_cumprod), settings.grid, min(STEPS, settings.grid))
+        upper, _ = solver.ddim_grid(len(base.schedule), settings.grid)
+        starts = solver.student_timesteps(len(base.schedule), settings.grid, min(STEPS, settings.grid))
         parts = chunks(cache, rows, size)
         groups = [(int((upper == t).nonzero()), part) for t in starts for part in parts]
         self._jumps = [

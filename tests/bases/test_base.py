@@ -10,7 +10,6 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from lcmlora import bases
 from lcmlora.config import Base
-from lcmlora.diffusion import schedule
 from lcmlora.errors import UserError
 from tests.support.miniature import ARCHITECTURES, RESOLUTION, SDXL_FAMILY, save_base
 
@@ -39,8 +38,8 @@ def _encode(pipeline: Any, captions: list[str]) -> tuple[torch.Tensor, ...]:
 
 
 def test_a_loaded_base_is_frozen_and_knows_its_schedule_and_latents(base: bases.LoadedBase):
-    assert (base.kind, base.prediction_type, base.latent_shape) == ("sd", "epsilon", (4, 8, 8))
-    assert base.alphas_cumprod.shape == (1000,) and base.alphas_cumprod.dtype == torch.float32
+    assert (base.kind, base.schedule.prediction_type, base.latent_shape) == ("sd", "epsilon", (4, 8, 8))
+    assert base.schedule.alpha.shape == (1000,) and base.schedule.alpha.dtype == torch.float32
     modules = (base.unet, base.vae, *base.text_encoders)
     assert not any(p.requires_grad for m in modules for p in m.parameters())
     assert not any(m.training for m in modules)
@@ -49,7 +48,7 @@ def test_a_loaded_base_is_frozen_and_knows_its_schedule_and_latents(base: bases.
 def test_the_prediction_type_is_the_bases_own(tmp_path: Path):
     folder = save_base(tmp_path / "v", prediction_type="v_prediction")
     loaded = bases.load("v", _settings(folder), folder, device=torch.device("cpu"), parts=())
-    assert loaded.prediction_type == "v_prediction"
+    assert loaded.schedule.prediction_type == "v_prediction"
     assert loaded.unet is None and loaded.vae is None and not loaded.text_encoders
 
 
@@ -110,23 +109,22 @@ def test_latents_carry_the_scaling_factor_both_ways(miniatures: Callable[[str], 
 )
 def test_schedules_of_every_class_are_read_alike(miniatures: Callable[[str], Path], architecture: str, predicts: str):
     base = _load(miniatures(architecture), parts=())
-    assert base.prediction_type == predicts
+    assert base.schedule.prediction_type == predicts
     # PNDM, DDIM and Euler; the last of Stable Diffusion's alphas_cumprod.
-    assert base.alphas_cumprod[-1].item() == pytest.approx(0.00466, abs=1e-6)
+    assert base.schedule.alpha[-1].square().item() == pytest.approx(0.00466, abs=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ["sd2", "sdxl"])
 def test_a_schedule_that_ends_in_pure_noise_is_rescaled(tmp_path: Path, architecture: str):
-    plain = _load(save_base(tmp_path / "plain", architecture), parts=()).alphas_cumprod.double().sqrt()
+    plain = _load(save_base(tmp_path / "plain", architecture), parts=()).schedule.alpha.double()
     folder = save_base(tmp_path / "zero", architecture, prediction_type="v_prediction", zero_snr=True)
     base = _load(folder, parts=())
     # arXiv 2305.08891, Algorithm 1: shifted to end at 0 and scaled to begin where it did.
     rescaled = (plain - plain[-1]) * plain[0] / (plain[0] - plain[-1])
-    torch.testing.assert_close(base.alphas_cumprod.double(), rescaled.square(), atol=1e-5, rtol=1e-3)
-    assert base.alphas_cumprod[-1].item() == 0
+    torch.testing.assert_close(base.schedule.alpha.double().square(), rescaled.square(), atol=1e-5, rtol=1e-3)
+    assert base.schedule.alpha[-1].item() == 0
     v, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
-    alpha, sigma = schedule.alpha_sigma(base.alphas_cumprod, torch.tensor([999]))
-    assert torch.equal(schedule.predicted_x0(v, noise, alpha, sigma, base.prediction_type), -v)
+    assert torch.equal(base.schedule.prediction(v, noise, torch.tensor([999])).x0, -v)
 
 
 def test_epsilon_on_a_schedule_that_ends_in_pure_noise_is_refused(tmp_path: Path):

@@ -65,7 +65,7 @@ def test_a_converted_file_computes_exactly_what_the_base_does(
     for one, other in zip(ours.encode_pictures(pictures), theirs.encode_pictures(pictures), strict=True):
         assert torch.equal(one, other)
     assert torch.equal(ours.decode(x), theirs.decode(x))
-    assert (ours.prediction_type, ours.scheduler_config) == (theirs.prediction_type, theirs.scheduler_config)
+    assert ours.scheduler_config == theirs.scheduler_config
 
 
 def test_a_second_fetch_does_nothing_and_a_changed_file_is_converted_anew(
@@ -287,7 +287,7 @@ def test_a_file_marked_as_predicting_v_wants_a_scheduler_that_says_so(
         fetching.fetch("mine", _settings(file, v), root)
     zero = save_base(tmp_path / "zero", "sdxl", prediction_type="v_prediction", zero_snr=True)
     base = _load(fetching.fetch("mine", _settings(file, zero), root))
-    assert (base.prediction_type, base.alphas_cumprod[-1].item()) == ("v_prediction", 0)
+    assert (base.schedule.prediction_type, base.schedule.alpha[-1].item()) == ("v_prediction", 0)
 
 
 def test_without_the_hub_the_error_names_the_key_to_set(miniatures: Miniatures, tmp_path: Path):

@@ -2,19 +2,20 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 
+from lcmlora.bases.schedule import Prediction, Schedule
 from lcmlora.demo.pretrain import SCHEDULE
 from lcmlora.diffusion import objectives
-from lcmlora.diffusion.objectives import Objective, Prediction
-from lcmlora.diffusion.schedule import alpha_sigma, ddim_grid, student_timesteps
+from lcmlora.diffusion.objectives import Objective
+from lcmlora.diffusion.solver import ddim_grid, student_timesteps
 from tests.support.distillation import SETTINGS
 
-CUMPROD = DDIMScheduler(**SCHEDULE).alphas_cumprod
+NOISE = Schedule.variance_preserving(DDIMScheduler(**SCHEDULE).alphas_cumprod, "epsilon")
 UPPER, LOWER = ddim_grid(1000, 50)
 INDEX = torch.arange(50)
 
 
 def _objective(name: str, **changes: object) -> Objective:
-    return objectives.make(SETTINGS.model_copy(update={"objective": name} | changes), CUMPROD)
+    return objectives.make(SETTINGS.model_copy(update={"objective": name} | changes), NOISE)
 
 
 def _drawn(objective: Objective, rounds: int = 400) -> torch.Tensor:
@@ -65,7 +66,7 @@ def test_a_jump_is_a_ddim_step_and_the_identity_where_it_goes_nowhere(name: str)
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
     t = torch.tensor([999, 499, 19])
-    alpha, sigma = (v.view(-1, 1, 1, 1) for v in alpha_sigma(CUMPROD, t))
+    alpha, sigma = (v.view(-1, 1, 1, 1) for v in NOISE.level(t))
     prediction = Prediction((x - sigma * noise) / alpha, noise)
     torch.testing.assert_close(objective.jump(x, prediction, t, t), x, atol=1e-4, rtol=1e-4)
     scheduler = DDIMScheduler(**SCHEDULE | {"timestep_spacing": "trailing", "prediction_type": "epsilon"})
@@ -86,7 +87,7 @@ def test_the_way_to_a_timestep_is_a_step_of_the_students_sampler(name: str, gamm
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     eta, seeded = objective.sampler.gamma, torch.Generator().manual_seed(5)
     expected = scheduler.step(output, 999, x, eta=eta, generator=seeded).prev_sample
-    alpha, sigma = (v.view(-1, 1, 1, 1) for v in alpha_sigma(CUMPROD, t))
+    alpha, sigma = (v.view(-1, 1, 1, 1) for v in NOISE.level(t))
     arrived = objective.travel(x, Prediction((x - sigma * output) / alpha, output), t, s, noise)
     torch.testing.assert_close(arrived, expected, atol=1e-4, rtol=1e-4)
 
@@ -99,6 +100,6 @@ def test_the_way_of_lcm_leads_over_zero():
     t, s = torch.tensor([999]), scheduler.timesteps[1:2]
     expected = scheduler.step(output, 999, x, generator=torch.Generator().manual_seed(5)).prev_sample
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
-    alpha, sigma = (v.view(-1, 1, 1, 1) for v in alpha_sigma(CUMPROD, t))
+    alpha, sigma = (v.view(-1, 1, 1, 1) for v in NOISE.level(t))
     arrived = _objective("lcm").travel(x, Prediction((x - sigma * output) / alpha, output), t, s, noise)
     torch.testing.assert_close(arrived, expected, atol=1e-4, rtol=1e-4)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcmlora.bases.base import LoadedBase
 from lcmlora.diffusion import sampling
-from lcmlora.diffusion.schedule import student_timesteps
+from lcmlora.diffusion.solver import student_timesteps
 from lcmlora.noise import generator
 
 CAPTIONS = ["red apple", "green tree", "fruit"]
@@ -63,7 +63,7 @@ def test_the_students_timesteps_are_those_of_diffusers_for_every_step_count() ->
 def test_the_student_walks_as_diffusers_lcm_scheduler_does(base: LoadedBase, prediction_type: str, steps: int) -> None:
     from diffusers import LCMScheduler
 
-    base = replace(base, prediction_type=prediction_type)
+    base = replace(base, schedule=replace(base.schedule, prediction_type=prediction_type))
     conditioning = sampling.text_conditioning(base, CAPTIONS)
     with inputs_of_the_network(base) as ours:
         drawn = sampling.sample(base, conditioning, noise(base), method="lcm", steps=steps, seed=5, indices=range(3))
@@ -91,7 +91,7 @@ def test_the_student_walks_as_diffusers_tcd_scheduler_does(
 ) -> None:
     from diffusers import TCDScheduler
 
-    base = replace(base, prediction_type=prediction_type)
+    base = replace(base, schedule=replace(base.schedule, prediction_type=prediction_type))
     conditioning = sampling.text_conditioning(base, CAPTIONS)
     options = {"method": "lcm", "steps": steps, "seed": 5, "indices": range(3)}
     drawn = sampling.sample(base, conditioning, noise(base), gamma=gamma, **options)  # type: ignore[arg-type]

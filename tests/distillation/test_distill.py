@@ -4,14 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
 from lcmlora import bases
 from lcmlora.adapters import lora
+from lcmlora.bases.schedule import add_noise
 from lcmlora.config import Base
 from lcmlora.data.latents import texts
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.diffusion import schedule
+from lcmlora.diffusion import solver
 from lcmlora.diffusion.objectives import pseudo_huber
 from lcmlora.diffusion.teacher import Teacher
 from lcmlora.distillation.distill import Distillation
@@ -59,13 +61,8 @@ def test_batched_guidance_equals_two_passes(base: bases.LoadedBase, cache: Laten
     t, t_prev = teacher.t[batch.index], teacher.t_prev[batch.index]
     with torch.no_grad():
         c, u = base.predict(batch.noise, t, batch.conditioning), base.predict(batch.noise, t, empty)
-    guided = schedule.guide(c, u, batch.w)
-    levels = schedule.alpha_sigma(base.alphas_cumprod, t)
-    expected = schedule.ddim_step(
-        schedule.predicted_x0(guided, batch.noise, *levels, base.prediction_type),
-        schedule.predicted_noise(guided, batch.noise, *levels, base.prediction_type),
-        *schedule.alpha_sigma(base.alphas_cumprod, t_prev),
-    )
+    guided = solver.guide(c, u, batch.w)
+    expected = base.schedule.state(*base.schedule.prediction(guided, batch.noise, t), t_prev)
     ours = teacher.step(batch.noise, t, t_prev, batch.w, batch.conditioning)
     assert ((ours - expected).abs() / expected.abs().clamp(min=1)).max() <= 1e-5
 
@@ -80,9 +77,9 @@ def test_the_loss_is_algorithm_1_of_the_paper(base: bases.LoadedBase, cache: Lat
     batch = draw_batch(cache, step=1)
     losses = distillation.losses(batch)
 
-    cumprod, expected = base.alphas_cumprod, []
+    cumprod, expected = DDIMScheduler.from_config(base.scheduler_config).alphas_cumprod, []
     t, t_prev = teacher.t[batch.index], teacher.t_prev[batch.index]
-    x = schedule.add_noise(batch.z, batch.noise, cumprod[t].sqrt(), (1 - cumprod[t]).sqrt())
+    x = add_noise(batch.z, batch.noise, cumprod[t].sqrt(), (1 - cumprod[t]).sqrt())
     x_prev = teacher.step(x, t, t_prev, batch.w, batch.conditioning)
 
     def f(latents: torch.Tensor, time: torch.Tensor, one: bases.Conditioning) -> torch.Tensor:
@@ -261,9 +258,9 @@ def test_the_target_has_the_averaged_weights_where_that_is_asked_for(base: bases
     x = distillation.noisy(batch, batch.index)
     x_prev = distillation.teacher.step(x, t, t_prev, batch.w, batch.conditioning)
     with torch.no_grad():
-        online = schedule.consistency(x, distillation.student(x, t, batch.conditioning).x0, t)
+        online = solver.consistency(x, distillation.student(x, t, batch.conditioning).x0, t)
         with lora.disabled(base.unet):
-            aim = schedule.consistency(x_prev, distillation.student(x_prev, t_prev, batch.conditioning).x0, t_prev)
+            aim = solver.consistency(x_prev, distillation.student(x_prev, t_prev, batch.conditioning).x0, t_prev)
     torch.testing.assert_close(ema, pseudo_huber(online, aim, SETTINGS.huber_c), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(ema, distillation.losses(batch), rtol=1e-2)
     ema.mean().backward()  # the student's forward was made with the live weights, and still is there
@@ -291,13 +288,13 @@ def test_the_schedule_is_fp32_under_a_half_precision_base(base_folder: Path, cac
     distillation = Distillation(base, cache.unconditional(), SETTINGS)
     batch = draw_batch(cache)
     batch.index.zero_()
-    sigma = (1 - base.alphas_cumprod[19]).sqrt()
-    torch.testing.assert_close(distillation.noisy(batch, batch.index), base.alphas_cumprod[19].sqrt() * batch.z
-                               + sigma * batch.noise, atol=1e-6, rtol=1e-6)  # fmt: skip
+    cumprod = DDIMScheduler.from_config(base.scheduler_config).alphas_cumprod[19]
+    alpha, sigma = cumprod.sqrt(), (1 - cumprod).sqrt()
     x = distillation.noisy(batch, batch.index)
+    torch.testing.assert_close(x, alpha * batch.z + sigma * batch.noise, atol=1e-6, rtol=1e-6)
     prediction = distillation.student(x, distillation.teacher.t[batch.index], batch.conditioning)
     assert {x.dtype, prediction.x0.dtype, prediction.noise.dtype, distillation.losses(batch).dtype} == {torch.float32}
-    error = base.alphas_cumprod[19].sqrt() * prediction.x0 + sigma * prediction.noise - x
+    error = alpha * prediction.x0 + sigma * prediction.noise - x
     assert error.abs().max() < 1e-5
 
 

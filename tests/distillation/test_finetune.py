@@ -11,7 +11,6 @@ from lcmlora.adapters import lora
 from lcmlora.bases import folders
 from lcmlora.config import Base, Tuning
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.diffusion import schedule
 from lcmlora.distillation.finetune import Denoising, tune
 from lcmlora.errors import UserError
 from lcmlora.training.batches import Batches
@@ -55,18 +54,6 @@ def test_the_loss_is_that_of_the_bases_own_training(cache: LatentCache, tmp_path
     with torch.no_grad():
         expected = (base.predict(x, batch.index, batch.conditioning) - wanted).square().flatten(1).mean(1)
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_velocity_is_what_x0_and_noise_are_read_from():
-    generator = torch.Generator().manual_seed(0)
-    x0, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
-    alpha = torch.tensor([0.9, 0.5, 0.1])
-    sigma = (1 - alpha.square()).sqrt()
-    v, x = schedule.velocity(x0, noise, alpha, sigma), schedule.add_noise(x0, noise, alpha, sigma)
-    torch.testing.assert_close(schedule.predicted_x0(v, x, alpha, sigma, "v_prediction"), x0, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(
-        schedule.predicted_noise(v, x, alpha, sigma, "v_prediction"), noise, atol=1e-5, rtol=1e-4
-    )
 
 
 @pytest.mark.parametrize("settings", [STYLE, WHOLE], ids=["style", "whole"])

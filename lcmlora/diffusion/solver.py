@@ -1,6 +1,5 @@
-"""The algebra of diffusion as pure tensor functions in fp32.
+"""The solver's grid of timesteps, guidance, the student's timesteps, and the consistency function. All in fp32.
 
-Notation: x_t = alpha_t x0 + sigma_t eps with alpha^2 + sigma^2 = 1; alpha_t^2 is `alphas_cumprod[t]`.
 Tensors of shape (B,) are broadcast over (B, C, h, w) by the functions themselves.
 """
 
@@ -9,54 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lcmlora.bases.schedule import Schedule
+
 
 def _wide(value: Tensor, like: Tensor) -> Tensor:
     return value.view(-1, *(1,) * (like.ndim - 1)) if value.ndim == 1 else value
-
-
-def alpha_sigma(alphas_cumprod: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns alpha_t and sigma_t, both (B,) fp32, for timesteps (B,) int64 in [0, T)."""
-    cumprod = alphas_cumprod.float()[t]
-    return cumprod.sqrt(), (1 - cumprod).sqrt()
-
-
-def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Returns x_t (B, C, h, w) = alpha x0 + sigma noise."""
-    return _wide(alpha, x0) * x0 + _wide(sigma, x0) * noise
-
-
-def predicted_x0(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
-    """Returns x0 (B, C, h, w) from a model's raw output at x_t. Raises ValueError for an unknown prediction type."""
-    a, s = _wide(alpha, x), _wide(sigma, x)
-    if prediction_type == "epsilon":
-        return (x - s * output) / a
-    if prediction_type == "v_prediction":
-        return a * x - s * output
-    if prediction_type == "sample":
-        return output
-    raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
-
-
-def predicted_noise(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
-    """Returns eps (B, C, h, w) from a model's raw output at x_t. Raises ValueError for an unknown prediction type."""
-    a, s = _wide(alpha, x), _wide(sigma, x)
-    if prediction_type == "epsilon":
-        return output
-    if prediction_type == "v_prediction":
-        return a * output + s * x
-    if prediction_type == "sample":
-        return (x - a * output) / s
-    raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
-
-
-def velocity(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Returns v (B, C, h, w) = alpha noise - sigma x0, what a base of v_prediction puts out (arXiv 2202.00512)."""
-    return _wide(alpha, x0) * noise - _wide(sigma, x0) * x0
-
-
-def ddim_step(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Returns the deterministic DDIM update (arXiv 2010.02502, eq. 12, eta = 0) to the level of alpha and sigma."""
-    return add_noise(x0, noise, alpha, sigma)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
@@ -92,7 +48,7 @@ def student_timesteps(train_timesteps: int, grid: int, steps: int) -> list[int]:
     return [int(descending[i * grid // steps]) for i in range(steps)]
 
 
-def loss_weights(alphas_cumprod: Tensor, t: Tensor, weighting: str) -> Tensor:
+def loss_weights(schedule: Schedule, t: Tensor, weighting: str) -> Tensor:
     """Returns what the x0 error at each of the timesteps (N,) counts, (N,) fp32 of mean 1.
 
     `uniform` is Algorithm 1 of arXiv 2310.04378. `snr+1` is 1 / sigma^2 (progressive distillation, arXiv 2202.00512,
@@ -104,7 +60,7 @@ def loss_weights(alphas_cumprod: Tensor, t: Tensor, weighting: str) -> Tensor:
     """
     if weighting not in ("uniform", "snr+1"):
         raise ValueError(f"weighting must be uniform or snr+1, got {weighting!r}")
-    _, sigma = alpha_sigma(alphas_cumprod, t)
+    _, sigma = schedule.level(t)
     weights = torch.ones_like(sigma) if weighting == "uniform" else sigma.pow(-2)
     return weights / weights.mean()
 
