@@ -4,7 +4,7 @@ A stage is run again when its inputs, the settings below or a version change (do
 stand in dvc.yaml. Settings and versions stand in resolved.yaml (lcmlora/resolved.py), which DVC reads as parameters.
 
 Left out of the settings is what no result depends on but for rounding: devices, processes, sizes of caches, how often
-something is saved or logged, and how many pictures are drawn at once.
+something is saved or logged, how many pictures are drawn at once, and how often a time is taken.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _WITHIN = {"style": ("prepare", "encode"), "finetune": ("prepare", "encode"), "a
 _LOADED = ("resolution", "variant")  # of a base, for what only loads it; its files are an input
 _IDENTITY = ("source", "revision", "style", *_LOADED)  # which the adapter names
 _TRAINING = ("device", "checkpointing", "checkpoint_every", "log_every")  # of no consequence for the weights
-_DRAWING = ("device", "batch")
+_DRAWING = ("device", "batch", "latency_repeats")
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,10 @@ def _encode(config: Config, run: Run) -> Settings:
 
 
 def _reference(config: Config, run: Run) -> Settings:
-    later = ("student_steps", "resamples", "latency_repeats")
     return {
         "base": _base(config, run, _LOADED),
         "data": _source(config.data),
-        "evaluation": _evaluation(config.evaluation_for(_model(run)), *later),
+        "evaluation": _evaluation(config.evaluation_for(_model(run)), "student_steps", "resamples"),
     }
 
 
