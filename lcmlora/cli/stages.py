@@ -54,12 +54,13 @@ def pretrain_stage(call: typer.Context) -> None:
     """
     context = context_of(call)
     settings, project = context.settings().pretrain, context.project
-    from lcmlora import bases
+    from lcmlora import bases, stages
     from lcmlora.config import digest
     from lcmlora.demo.pretrain import pretrain
     from lcmlora.training import checkpoint
 
-    with checkpoint.locked(project.scratch("pretrain", digest(settings)[:12])) as scratch:
+    key = digest(settings, stages.algorithms("pretrain"))[:12]
+    with checkpoint.locked(project.scratch("pretrain", key)) as scratch:
         pretrain(settings, project.npm_packages, scratch, project.base("emoji"), bases.pick_device("auto"))
 
 
@@ -148,6 +149,7 @@ def distill_stage(call: typer.Context, model: Model) -> None:
 
 
 def _distill(project: Project, config: Config, model: str, settings: Distill, place: Ranks) -> None:
+    from lcmlora import stages
     from lcmlora.adapters import lora
     from lcmlora.bases import folders
     from lcmlora.config import digest
@@ -158,7 +160,8 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, pl
 
     loaded, cache = base_and_cache(project, config, model, settings, pictures=place.first)
     identity = folders.identity(config.base(model), project.base(model))
-    scratch = project.scratch("distill", f"{model}-{digest(settings, identity, cache.digest)[:12]}")
+    key = digest(settings, identity, cache.digest, stages.algorithms("distill"))[:12]
+    scratch = project.scratch("distill", f"{model}-{key}")
     limit = int(config.teacher_cache_gb * 1e9)
     logged = config.registry if place.first else None
     with (
@@ -232,7 +235,7 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
     config, project = context.settings(), context.project
     config.real_pictures(kind, name)
     data, settings = config.variation(kind, name)
-    from lcmlora import bases
+    from lcmlora import bases, stages
     from lcmlora.bases import folders
     from lcmlora.config import digest
     from lcmlora.data.latents.cache import MANIFEST, LatentCache
@@ -246,7 +249,8 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
     device = bases.pick_device(settings.device)
     dtype = bases.pick_dtype(settings.precision, device)
     identity = folders.identity(entry, folder)
-    work = project.scratch(kind, f"{model}-{name}-{digest(data, settings, identity)[:12]}")
+    key = digest(data, settings, identity, stages.algorithms(kind))[:12]
+    work = project.scratch(kind, f"{model}-{name}-{key}")
     data = project.located_data(data)
     with checkpoint.locked(work):
         print_report(prepare(data, settings.batch, work / "pictures"))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcmlora import stages
 from lcmlora.adapters import lora
 from lcmlora.bases.base import Conditioning, LoadedBase, unet_forward
 from lcmlora.bases.schedule import Prediction
@@ -245,6 +246,7 @@ def _teacher_cache(
         cache.digest,
         # What else decides how a pass is rounded.
         {"dtype": str(base.dtype), "device": base.device.type, "rows": batches.size} | versions(),
+        stages.algorithms("distill"),
     )
     places = settings.steps * settings.batch
     return TeacherCache(folder / f"{base.name}-{key[:12]}", base.latent_shape, base.dtype, places, limit)

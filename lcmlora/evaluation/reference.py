@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lcmlora import stages
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, Evaluation
 from lcmlora.data.sources.source import Record, read_records
@@ -126,7 +127,7 @@ def artist_of(
     scratch: Path,
     scorers: Sequence[Scorer] = (),
 ) -> Artist:
-    """Returns who draws with this base; it is told apart by the contents of its folder and its precision."""
+    """Returns who draws with this base; told apart by its folder's contents, its precision and the algorithms."""
     parts = sorted(part.name for part in base.folder.iterdir() if part.is_dir() and not part.name.startswith("."))
     identity = {part: sha256_folder(base.folder / part) for part in parts}
     scratch.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,7 @@ def artist_of(
         settings.batch,
         min(settings.grid_rows, pictures),
         scratch,
-        f"{identity} {base.dtype}",
+        f"{identity} {base.dtype} {stages.VERSIONS}",
         scorers,
     )
 

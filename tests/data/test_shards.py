@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lcmlora import stages
 from lcmlora.config import Encode
 from lcmlora.data.latents import shards
 from lcmlora.data.latents.cache import LatentCache
@@ -117,6 +118,15 @@ def test_a_new_caption_before_the_others_changes_all_rows_of_text(base_folder: P
     fill(base_folder, tmp_path, 45)
     add(tmp_path / "in", "000.png", "another subject", picture(0))
     assert sum(fill(base_folder, tmp_path, 45)) == 45
+
+
+def test_no_shard_of_another_version_of_the_algorithm_is_taken_over(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(base_folder, tmp_path, 20)
+    monkeypatch.setitem(stages.VERSIONS, "encode", stages.VERSIONS["encode"] + 1)
+    assert sum(fill(base_folder, tmp_path, 20)) == 20
+    assert sum(fill(base_folder, tmp_path, 20)) == 0
 
 
 # --- elsewhere

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lcmlora import config
+from lcmlora import config, stages
 from lcmlora.bases.base import LoadedBase
 from lcmlora.data.latents import aspect, texts
 from lcmlora.data.latents.cache import MANIFEST, ROWS, TEXT, VERSION, Tensors, parse_manifest
@@ -273,7 +273,9 @@ def _batches(rows: range, size: int) -> list[range]:
 def _fingerprint(base: LoadedBase, *parts: str, **also: object) -> str:
     """Returns a SHA-256 over these folders of the base and what else decides what comes out of them."""
     folders = sorted(folder for part in parts for folder in base.folder.glob(part))
-    return config.digest({folder.name: sha256_folder(folder) for folder in folders} | also)
+    # Caches from before algorithms had versions are of the first one.
+    version = {"version": stages.VERSIONS["encode"]} if stages.VERSIONS["encode"] > 1 else {}
+    return config.digest({folder.name: sha256_folder(folder) for folder in folders} | also | version)
 
 
 def _latents_fingerprint(base: LoadedBase, rollouts: config.Rollouts | None, text: str) -> str:
