@@ -1,0 +1,60 @@
+"""Raises the versions of stages whose results have changed, as was meant, and keeps the new results as golden ones.
+
+python -m tests.stages.raise_version encode           its version in lcmlora/stages.py, its entry in golden.json
+python -m tests.stages.raise_version --keep encode    the golden entry alone: the test asks for something else now
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from lcmlora import config, resolved, stages
+from tests.stages import golden, inputs
+from tests.stages.outcomes import OUTCOMES
+from tests.support.miniature import save_base
+
+ROOT = Path(__file__).parents[2]
+
+
+def raise_version(stage: str, outcome: dict[str, object], *, keep: bool = False) -> str:
+    """Raises the version where the outcome is not the golden one, and returns what was done."""
+    kept = golden.load().get(stage)
+    if kept and not keep:
+        if not golden.differences(kept["outcome"], golden._rounded(outcome)):
+            return f"{stage}: gives what version {kept['version']} gave; nothing to raise"
+        stages.VERSIONS[stage] = kept["version"] + 1
+        path = Path(stages.__file__)
+        text, changed = re.subn(
+            rf'^(    "{stage}": )\d+,', rf"\g<1>{kept['version'] + 1},", path.read_text(), flags=re.M
+        )
+        assert changed == 1, f"{path}: has no version of {stage}"
+        path.write_text(text)
+    golden.keep(stage, outcome)
+    return f"{stage}: version {stages.VERSIONS[stage]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stages", nargs="+", choices=list(stages.VERSIONS), metavar="STAGE")
+    parser.add_argument("--keep", action="store_true", help="leave the version: only the test has changed")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "inputs").mkdir()
+        made = inputs.make(work / "inputs", save_base(work / "mini"))
+        for stage in arguments.stages:
+            (work / stage).mkdir()
+            print(raise_version(stage, OUTCOMES[stage](made, work / stage), keep=arguments.keep))
+    if resolved.refresh(config.load(ROOT / "params.yaml"), ROOT / resolved.FILE):
+        print("resolved.yaml: is up to date now; `dvc status` says what is stale", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
