@@ -26,6 +26,7 @@ from benchmarks.compare import Case, _pictures, make_case
 from benchmarks.variants import STEP, Build
 from lcmlora import bases
 from lcmlora.adapters import lora
+from lcmlora.adapters.facts import Sampler
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion import sampling
 
@@ -93,6 +94,8 @@ def drawing(case: Case) -> dict[str, dict[str, Any]]:
     conditioning = sampling.text_conditioning(base, ["red apple"] * _DRAWN)
     noise = sampling.initial_noise(base.latent_shape, 0, range(_DRAWN))
 
+    sampler = Sampler(grid=case.distill.grid)
+
     def draw(unet: Any, size: int) -> Callable[[], object]:
         def drawn() -> None:
             base.unet = unet
@@ -101,7 +104,7 @@ def drawing(case: Case) -> dict[str, dict[str, Any]]:
                 part = {name: value[rows] for name, value in conditioning.items()}
                 indices = range(start, start + size)
                 latents = sampling.sample(
-                    base, part, noise[rows], method="lcm", steps=4, indices=indices, grid=case.distill.grid
+                    base, part, noise[rows], method="lcm", steps=4, indices=indices, sampler=sampler
                 )
                 base.decode(latents)
 

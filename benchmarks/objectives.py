@@ -23,9 +23,8 @@ from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation.distill import distill
 from lcmlora.evaluation.evaluate import evaluate
 from lcmlora.io.files import write_json
+from lcmlora.plugins import OBJECTIVES
 from lcmlora.training.loop import NullLogger
-
-OBJECTIVES = ("lcm", "tcd", "pcm", "tdd")
 
 
 def run(settings: config.Config, model: str, changes: dict[str, Any], cache: LatentCache, work: Path) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def table(runs: dict[str, list[dict[str, Any]]], steps: tuple[int, ...], what: s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="emoji")
-    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES.names, default=OBJECTIVES.names)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of distillation; those of params.yaml if left out")
     parser.add_argument("--scratch", type=Path, default=Path("scratch/objectives"))

@@ -30,7 +30,7 @@ from lcmlora import names
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import Malformed, parse_yaml, read_bytes
 from lcmlora.io.terminal import shown
-from lcmlora.plugins import FEATURES, SCORES, SOURCES, Table
+from lcmlora.plugins import FEATURES, OBJECTIVES, SCORES, SOURCES, Table
 
 _MAX_BYTES = 1 << 20  # of params.yaml; ours has 10,000
 _LARGEST = 1 << 53  # of integers; above it neither JSON nor a float has them all
@@ -242,7 +242,7 @@ class Training(Strict):
 class Distill(Training):
     """Distillation of the adapter (stage `distill`); the objectives: lcmlora/diffusion/objectives.py."""
 
-    objective: Literal["lcm", "tcd", "pcm", "tdd"]
+    objective: Annotated[str, OneOf(OBJECTIVES)]  # lcm, tcd, pcm, tdd, or one that was added
     phases: Positive = 4  # pcm: the student's steps are trained for this many
     gamma: Share = 0.3  # tcd, tdd: how far a step goes below the next timestep before noise takes it back up
     target: Literal["stop-gradient", "ema"] = "stop-gradient"  # whose weights the target is computed with
@@ -266,8 +266,6 @@ class Distill(Training):
             raise ValueError(f"w_min {self.w_min} is above w_max {self.w_max}")
         if self.phases > self.grid:
             raise ValueError(f"phases {self.phases} is more than the {self.grid} timesteps of grid")
-        if self.objective == "tdd" and self.grid < 8:
-            raise ValueError(f"grid {self.grid} is too coarse for tdd, whose targets are those of 4 to 8 steps")
         return self
 
 

@@ -1,4 +1,4 @@
-"""What can be added by name: image sources, distillation objectives, features, distances, scores and stores.
+"""What can be added by name: image sources, distillation objectives, samplers, features, distances, scores and stores.
 
 Each table below has a class for each name. A class is imported when it is asked for, so that params.yaml can be checked
 against the names without importing torch. To add a class,
@@ -15,6 +15,7 @@ What a class must have is said by its base class:
 
     SOURCES     lcmlora.data.sources.source.Source
     OBJECTIVES  lcmlora.diffusion.objectives.Objective
+    SAMPLERS    lcmlora.diffusion.samplers.StudentSampler
     FEATURES    lcmlora.evaluation.measures.features.Features
     DISTANCES   lcmlora.evaluation.measures.distances.Distance
     SCORES      lcmlora.evaluation.measures.scores.Scorer
@@ -102,6 +103,26 @@ SOURCES = Table(
         "parquet": "lcmlora.data.sources.parquet:Parquet",
         "webdataset": "lcmlora.data.sources.tars:Tars",
         "prompts": "lcmlora.data.sources.prompts:Prompts",
+    },
+)
+
+OBJECTIVES = Table(
+    "distill.objective",
+    "lcmlora.objectives",
+    {
+        "lcm": "lcmlora.diffusion.objectives:LatentConsistency",
+        "tcd": "lcmlora.diffusion.objectives:TrajectoryConsistency",
+        "pcm": "lcmlora.diffusion.objectives:PhasedConsistency",
+        "tdd": "lcmlora.diffusion.objectives:TargetDriven",
+    },
+)
+
+SAMPLERS = Table(  # by the scheduler of diffusers that draws so; objectives name theirs
+    "the sampler's scheduler",
+    "lcmlora.samplers",
+    {
+        "LCMScheduler": "lcmlora.diffusion.samplers:MultistepConsistency",
+        "TCDScheduler": "lcmlora.diffusion.samplers:StrategicStochastic",
     },
 )
 

@@ -1,28 +1,34 @@
-"""What another package adds by name works like what is here: a source, features with a distance, a score, a store."""
+"""What another package adds by name works like what is here."""
 
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 
 from lcmlora import config, plugins
-from lcmlora.config import Publish
+from lcmlora.adapters.facts import read_sampler
+from lcmlora.config import Distill, Publish
+from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.prepare import prepare
 from lcmlora.data.sources.source import open_picture, read_records
+from lcmlora.diffusion import objectives, sampling
 from lcmlora.errors import UserError
 from lcmlora.evaluation.measures import features, scores
 from lcmlora.evaluation.measures.bootstrap import Bootstrap
 from lcmlora.evaluation.measures.distances import distance, named, title_of
-from lcmlora.plugins import DISTANCES, FEATURES, SCORES, SOURCES, STORES, Table
+from lcmlora.plugins import DISTANCES, FEATURES, OBJECTIVES, SAMPLERS, SCORES, SOURCES, STORES, Table
 from lcmlora.releases.catalog import find, links, pull, releases, verify
 from lcmlora.releases.publish import point, publish
 from tests.data.conftest import data_in, picture
 from tests.support import additions
+from tests.support.distillation import SETTINGS, draw_batch, load_parts, run_distill
 from tests.support.releases import write_sealed
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +39,16 @@ TABLES = [table for table in vars(plugins).values() if isinstance(table, Table)]
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.key)
 def test_each_name_of_each_table_has_its_class(table: Table) -> None:
     assert [table.get(name) for name in table.names]
+
+
+@pytest.mark.parametrize("name", ["lcm", "tcd", "pcm", "tdd"])
+def test_the_page_on_objectives_names_the_papers_and_the_scheduler_of_each(name: str) -> None:
+    lines = (ROOT / "docs/objectives.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in lines if line.startswith(f"| `{name}` |"))
+    objective = objectives.named(name)
+    assert f"arXiv {', '.join(objective.papers)} |" in row
+    assert objective.sampler_of(SETTINGS).scheduler in row
+    assert all(f"`distill.{key}`" in row for key in objective.keys)
 
 
 def test_a_source_is_added(tmp_path: Path) -> None:
@@ -51,6 +67,34 @@ def test_a_source_is_added(tmp_path: Path) -> None:
     for record in records:
         number = int(record.caption.removeprefix("subject "))
         assert open_picture(data, record).tobytes() == picture(number).tobytes()
+
+
+def test_an_objective_is_added_with_its_sampler(base_folder: Path, cache: LatentCache, tmp_path: Path) -> None:
+    OBJECTIVES.register("halfway", additions.Halfway)
+    SAMPLERS.register("DDIMScheduler", additions.Ddim)
+    settings = Distill.model_validate(SETTINGS.model_dump() | {"objective": "halfway"})
+    base = load_parts(base_folder, "unet")
+    facts = run_distill(base, cache, tmp_path, settings)
+    assert facts["sampler"] == {"scheduler": "DDIMScheduler", "gamma": None, "grid": 50}
+    written = json.loads((tmp_path / "adapter/scheduler_config.json").read_text())
+    assert written["_class_name"] == "DDIMScheduler"
+    assert objectives.described("halfway") == "Halfway distillation (arXiv 2611.00001)"
+
+    conditioning, noise = draw_batch(cache, settings).conditioning, torch.randn(4, *base.latent_shape)
+    sampler = read_sampler(facts["sampler"], "config.json")
+    drawn = sampling.sample(base, conditioning, noise, method="lcm", steps=2, indices=range(4), sampler=sampler)
+    x = noise
+    for t, s in ((999, 499), (499, 0)):
+        with torch.no_grad():
+            output = base.predict(x, torch.full((4,), t), conditioning)
+        x = base.schedule.state(*base.schedule.prediction(output, x, torch.tensor([t])), torch.tensor([s]))
+    torch.testing.assert_close(drawn, x)
+
+    coarse = settings.model_copy(update={"grid": 1})
+    with pytest.raises(UserError, match=r"distill\.grid: 1 is too coarse for halfway, expected at least 2"):
+        objectives.make(coarse, base.schedule)
+    with pytest.raises(ValidationError, match=r"expected one of lcm, tcd, pcm, tdd, halfway"):
+        Distill.model_validate(SETTINGS.model_dump() | {"objective": "third"})
 
 
 def test_features_a_distance_and_a_score_are_added() -> None:

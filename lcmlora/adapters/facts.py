@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lcmlora.errors import UserError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 SCHEDULER = "scheduler_config.json"
@@ -11,11 +14,19 @@ FACTS = "config.json"  # what distill and combine say of an adapter
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a student is drawn with; see objectives.Sampler."""
+    """How a student is drawn with; lcmlora/diffusion/samplers.py has the steps.
+
+    scheduler: of diffusers, which draws the same.
+    gamma: how far a step goes below the next timestep before noise takes it back up, as a share; TCDScheduler's `eta`.
+    grid: of how many timesteps its steps are taken; `original_inference_steps` of the scheduler.
+    """
 
     scheduler: str = "LCMScheduler"
     gamma: float | None = None
     grid: int = 50
+
+
+LATENT_CONSISTENCY = Sampler()  # what an adapter is drawn with of which nothing else is known
 
 
 @dataclass(frozen=True)
@@ -27,3 +38,25 @@ class AdapterFacts:
     resolution: int | None = None  # pixels
     sampler: Sampler | None = None
     kohya: str | None = None  # the name of the release's file for ComfyUI and A1111
+
+
+def read_sampler(settings: dict[str, Any], place: str) -> Sampler:
+    """Returns the sampler that a file describes; what older files lack is as it was then.
+
+    Args:
+        place: of the description, for messages.
+
+    Raises:
+        UserError: it describes none, or one of a newer lcmlora.
+    """
+    given = {field.name: settings.get(field.name, field.default) for field in fields(Sampler)}
+    scheduler, gamma, grid = given.values()
+    if unknown := settings.keys() - given.keys():
+        raise UserError(f"{place}: does not know {ascii(min(unknown))[:80]}, which a newer lcmlora may have written")
+    if not isinstance(scheduler, str):
+        raise UserError(f"{place}: scheduler: expected a name, got {ascii(scheduler)[:80]}")
+    if gamma is not None and not (type(gamma) in (int, float) and 0 <= gamma <= 1):
+        raise UserError(f"{place}: gamma: expected 0 to 1, got {ascii(gamma)[:80]}")
+    if type(grid) is not int or not 1 <= grid <= 1000:
+        raise UserError(f"{place}: expected 1 to 1000 timesteps, got {ascii(grid)[:80]}")
+    return Sampler(scheduler, gamma, grid)

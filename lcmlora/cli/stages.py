@@ -100,7 +100,9 @@ def encode_stage(call: typer.Context, model: Model) -> None:
 def _encode(project: Project, config: Config, model: str, settings: Encode, place: Ranks) -> None:
     from lcmlora.data import enlargement
     from lcmlora.data.latents.encode import encode
+    from lcmlora.diffusion import objectives
 
+    objectives.check(config.distill_for(model), f"{model}: ")  # here, and not hours later
     data = project.located_data(config.data)
     parts = ("vae" if SOURCES.get(data.source).has_pictures else "unet", "text")
     base = _load(project, config, model, settings.device, parts)

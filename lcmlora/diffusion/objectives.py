@@ -1,50 +1,65 @@
-"""What the student is asked to match, one small class for each method.
+"""Distillation objectives: what the student is trained to match, one class for each method.
 
 All are one family. The student jumps from z_{t_{n+k}} and from the teacher's zhat_{t_n} down to the same timestep s,
 
     jump(x_t -> s) = alpha_s x0 + sigma_s eps,
 
-and the first is to be where the second is. Methods differ in s, in how they jump, and in the sampler that goes with it.
+and the first is to be where the second is. Methods differ in s and in the sampler that goes with them, which says how a
+student jumps. lcmlora/plugins.py says how one is added.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lcmlora.adapters.facts import Sampler
 from lcmlora.bases.schedule import Prediction, Schedule
 from lcmlora.config import Distill
-from lcmlora.diffusion import solver
+from lcmlora.diffusion import samplers, solver
+from lcmlora.errors import UserError
+from lcmlora.plugins import OBJECTIVES
 
 _TDD_STEPS = range(4, 9)  # the schedules whose timesteps are TDD's targets
 _TDD_ETA = 0.3  # how far below them a target may lie, as a share
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """How a student is drawn with: diffusers' scheduler and, for TCDScheduler, its gamma, a pipeline's `eta`."""
+class Objective(ABC):
+    """A method of distillation.
 
-    scheduler: str
-    gamma: float | None = None
+    `index` (B,) int64 is a row of the solver's grid: from `upper[index]` the teacher steps to `lower[index]`, and the
+    destination of both jumps is a timestep at or below the latter.
 
+    title: what model cards call it.
+    papers: its numbers at arXiv.
+    keys: of `distill`, that it reads besides those that all objectives share.
+    least_grid: the coarsest grid that it is defined on.
+    """
 
-class Objective:
-    """A method. `index` (B,) int64 is a row of the solver's grid: from `upper[index]` the teacher steps to
-    `lower[index]`, and the destination of both jumps is a timestep at or below the latter."""
+    title: ClassVar[str]
+    papers: ClassVar[tuple[str, ...]] = ()
+    keys: ClassVar[tuple[str, ...]] = ()
+    least_grid: ClassVar[int] = 1
 
-    sampler: Sampler
-
-    def __init__(self, schedule: Schedule, grid: int) -> None:
-        self._schedule = schedule
-        self._grid = grid
-        _, lower = solver.ddim_grid(len(schedule), grid)
+    def __init__(self, settings: Distill, schedule: Schedule) -> None:
+        self.settings = settings
+        self.schedule = schedule
+        self.sampler = self.sampler_of(settings)
+        self._sampling = samplers.make(self.sampler, schedule)
+        _, lower = solver.ddim_grid(len(schedule), settings.grid)
         self.lower = lower.to(schedule.alpha.device)
 
+    @classmethod
+    @abstractmethod
+    def sampler_of(cls, settings: Distill) -> Sampler:
+        """Returns how a student that was trained with these settings is drawn with."""
+
+    @abstractmethod
     def destination(self, index: Tensor, u: Tensor) -> Tensor:
         """Returns s (B,) int64; u (B, 2) are the samples' own uniform numbers in [0, 1)."""
-        raise NotImplementedError
 
     def reach(self, index: Tensor) -> Tensor:
         """Returns the lowest point of the grid (B,) int64 to which the student learns to jump from `upper[index]`."""
@@ -52,21 +67,19 @@ class Objective:
 
     def jump(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
         """Returns the state (B, C, h, w) fp32 at s to which the student jumps from x at t; x itself where s = t."""
-        return self._schedule.state(*prediction, s)
+        return self._sampling.jump(x, prediction, t, s)
 
-    def travel(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
-        """Returns the state (B, C, h, w) fp32 at s to which the student's sampler goes from x at t: it jumps somewhat
-        below and takes up noise (arXiv 2402.19159, Algorithm 4).
+    def step(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+        """Returns the state (B, C, h, w) fp32 at s to which the student's sampler goes from x at t.
 
         Args:
             noise: (B, C, h, w) of unit variance.
         """
-        below = ((1 - (self.sampler.gamma or 0.0)) * s).long()
-        return self._schedule.renoise(self.jump(x, prediction, t, below), noise, below, s)
+        return self._sampling.step(x, prediction, t, s, noise)
 
-    def _edges(self, steps: int) -> Tensor:
+    def edges(self, steps: int) -> Tensor:
         """Returns, for each row of the grid, where a student of this many steps would go from it, (grid,) int64."""
-        timesteps = solver.student_timesteps(len(self._schedule), self._grid, steps)
+        timesteps = solver.student_timesteps(len(self.schedule), self.settings.grid, steps)
         edges = torch.tensor([0, *reversed(timesteps[1:])], device=self.lower.device)
         return edges[torch.bucketize(self.lower, edges, right=True) - 1]
 
@@ -74,27 +87,28 @@ class Objective:
 class LatentConsistency(Objective):
     """Latent consistency distillation, arXiv 2310.04378, Algorithm 1: straight to t = 0, with c_skip and c_out."""
 
-    sampler = Sampler("LCMScheduler")
+    title = "Latent consistency distillation"
+    papers = ("2310.04378", "2311.05556")
+
+    @classmethod
+    def sampler_of(cls, settings: Distill) -> Sampler:
+        return Sampler("LCMScheduler", None, settings.grid)
 
     def destination(self, index: Tensor, u: Tensor) -> Tensor:
         del u
         return torch.zeros_like(index)
 
-    def jump(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
-        del s
-        return solver.consistency(x, prediction.x0, t)
-
-    def travel(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
-        """To t = 0, and with noise back to s (arXiv 2310.04378, Algorithm 3)."""
-        return self._schedule.state(self.jump(x, prediction, t, s), noise, s)
-
 
 class TrajectoryConsistency(Objective):
     """Trajectory consistency distillation, arXiv 2402.19159: to any point of the grid from t_n down to 0."""
 
-    def __init__(self, schedule: Schedule, grid: int, gamma: float) -> None:
-        super().__init__(schedule, grid)
-        self.sampler = Sampler("TCDScheduler", gamma)
+    title = "Trajectory consistency distillation"
+    papers = ("2402.19159",)
+    keys = ("gamma",)
+
+    @classmethod
+    def sampler_of(cls, settings: Distill) -> Sampler:
+        return Sampler("TCDScheduler", settings.gamma, settings.grid)
 
     def destination(self, index: Tensor, u: Tensor) -> Tensor:
         return self.lower[(u[:, 0] * (index + 1)).long().clamp(max=index)]
@@ -107,11 +121,17 @@ class PhasedConsistency(Objective):
     is drawn with deterministically.
     """
 
-    sampler = Sampler("TCDScheduler", 0.0)
+    title = "Phased consistency distillation"
+    papers = ("2405.18407",)
+    keys = ("phases",)
 
-    def __init__(self, schedule: Schedule, grid: int, phases: int) -> None:
-        super().__init__(schedule, grid)
-        self._edge = self._edges(phases)
+    def __init__(self, settings: Distill, schedule: Schedule) -> None:
+        super().__init__(settings, schedule)
+        self._edge = self.edges(settings.phases)
+
+    @classmethod
+    def sampler_of(cls, settings: Distill) -> Sampler:
+        return Sampler("TCDScheduler", 0.0, settings.grid)
 
     def destination(self, index: Tensor, u: Tensor) -> Tensor:
         del u
@@ -124,10 +144,18 @@ class PhasedConsistency(Objective):
 class TargetDriven(Objective):
     """Target-driven distillation, arXiv 2409.01347: to where a student of 4 to 8 steps would go, or somewhat lower."""
 
-    def __init__(self, schedule: Schedule, grid: int, gamma: float) -> None:
-        super().__init__(schedule, grid)
-        self.sampler = Sampler("TCDScheduler", gamma)
-        self._edge = torch.stack([self._edges(steps) for steps in _TDD_STEPS])
+    title = "Target-driven distillation"
+    papers = ("2409.01347",)
+    keys = ("gamma",)
+    least_grid = max(_TDD_STEPS)
+
+    def __init__(self, settings: Distill, schedule: Schedule) -> None:
+        super().__init__(settings, schedule)
+        self._edge = torch.stack([self.edges(steps) for steps in _TDD_STEPS])
+
+    @classmethod
+    def sampler_of(cls, settings: Distill) -> Sampler:
+        return Sampler("TCDScheduler", settings.gamma, settings.grid)
 
     def destination(self, index: Tensor, u: Tensor) -> Tensor:
         edge = self._edge[(u[:, 0] * len(self._edge)).long(), index]
@@ -142,12 +170,29 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     return ((a - b).square().add(c * c).sqrt() - c).flatten(1).mean(1)
 
 
+def named(name: str) -> type[Objective]:
+    """Returns the objective of this name. Raises UserError where there is none."""
+    found: type[Objective] = OBJECTIVES.get(name)
+    return found
+
+
+def check(settings: Distill, where: str = "") -> None:
+    """Raises UserError where the settings do not go with their objective; `where` begins the message."""
+    least = named(settings.objective).least_grid
+    if settings.grid < least:
+        raise UserError(
+            f"{where}distill.grid: {settings.grid} is too coarse for {settings.objective}, expected at least {least}"
+        )
+
+
 def make(settings: Distill, schedule: Schedule) -> Objective:
-    """Returns the objective that the settings name, for a base of this schedule."""
-    if settings.objective == "lcm":
-        return LatentConsistency(schedule, settings.grid)
-    if settings.objective == "pcm":
-        return PhasedConsistency(schedule, settings.grid, settings.phases)
-    if settings.objective == "tcd":
-        return TrajectoryConsistency(schedule, settings.grid, settings.gamma)
-    return TargetDriven(schedule, settings.grid, settings.gamma)
+    """Returns the objective that the settings name, for a base of this schedule. Raises as `check` does."""
+    check(settings)
+    return named(settings.objective)(settings, schedule)
+
+
+def described(name: str) -> str:
+    """Returns title and papers of the objective of this name, as model cards have them."""
+    objective = named(name)
+    papers = f" (arXiv {', '.join(objective.papers)})" if objective.papers else ""
+    return f"{objective.title}{papers}"

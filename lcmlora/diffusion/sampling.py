@@ -6,13 +6,16 @@ Every random number belongs to a picture, by (seed, index, step), so a picture d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lcmlora.adapters.facts import LATENT_CONSISTENCY, Sampler
 from lcmlora.bases.base import Conditioning, LoadedBase
-from lcmlora.diffusion import solver
+from lcmlora.diffusion import samplers, solver
+from lcmlora.diffusion.samplers import StudentSampler
 from lcmlora.noise import generator
 
 SOLVERS = ("ddim", "dpm++", "unipc", "euler")
@@ -65,8 +68,7 @@ def sample(
     unconditional: Conditioning | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
-    grid: int = 50,
-    gamma: float | None = None,
+    sampler: Sampler = LATENT_CONSISTENCY,
     spacing: str = "trailing",
 ) -> Tensor:
     """Returns latents (B, C, h, w) fp32 on the base's device.
@@ -83,8 +85,7 @@ def sample(
         guidance_scale: the pipelines' convention, u + guidance_scale (c - u); 1 is one pass without `unconditional`.
         unconditional: one row; conditional and unconditional pass go through the network as one batch.
         seed, indices: whose noise the student adds between its steps; solvers and a single step need none.
-        grid: the student's steps are taken from this many points (`original_inference_steps` of its scheduler).
-        gamma: of a student that is drawn with by TCDScheduler; None is LCMScheduler's way.
+        sampler: of the student.
         spacing: trailing, leading or linspace, for the solvers.
 
     Raises:
@@ -101,10 +102,8 @@ def sample(
     def fresh(step: int) -> Tensor:
         return initial_noise(noise.shape[1:], seed, indices or (), step).to(base.device)
 
-    timesteps = solver.student_timesteps(len(base.schedule), grid, steps)
-    if gamma is None:
-        return _jumps_to_zero(base, predict, latents, timesteps, fresh)
-    return _jumps_along(base, predict, latents, timesteps, fresh, gamma)
+    timesteps = solver.student_timesteps(len(base.schedule), sampler.grid, steps)
+    return _draw_student(predict, latents, timesteps, samplers.make(sampler, base.schedule), fresh)
 
 
 def _check(method: str, steps: int) -> None:
@@ -131,39 +130,20 @@ def _predictor(
     return guided
 
 
-# --- the student ------------------------------------------------------------------------------------------------
-
-
-def _jumps_to_zero(
-    base: LoadedBase, predict: Predict, latents: Tensor, timesteps: list[int], fresh: Callable[[int], Tensor]
-) -> Tensor:
-    """Multistep consistency sampling (arXiv 2310.04378, Algorithm 3): jump to x0, add noise up to the next timestep."""
-    rows = [torch.tensor([t], device=base.device) for t in timesteps]
-    for step, t in enumerate(rows, start=1):
-        x0 = base.schedule.prediction(predict(latents, t), latents, t).x0
-        latents = solver.consistency(latents, x0, t)
-        if step < len(rows):
-            latents = base.schedule.state(latents, fresh(step), rows[step])
-    return latents
-
-
-def _jumps_along(
-    base: LoadedBase,
+def _draw_student(
     predict: Predict,
     latents: Tensor,
     timesteps: list[int],
+    sampler: StudentSampler,
     fresh: Callable[[int], Tensor],
-    gamma: float,
 ) -> Tensor:
-    """Strategic stochastic sampling (arXiv 2402.19159, Algorithm 4): jump to floor((1 - gamma) t'), below the next
-    timestep t', and add noise up to it. Without noise for gamma 0."""
-    for step, (start, end) in enumerate(zip(timesteps, [*timesteps[1:], 0], strict=True), start=1):
-        t, following = (torch.tensor([row], device=base.device) for row in (start, end))
-        below = ((1 - gamma) * following).long()  # in fp32, as diffusers multiplies
-        prediction = base.schedule.prediction(predict(latents, t), latents, t)
-        latents = base.schedule.state(*prediction, below)
-        if gamma and step < len(timesteps):
-            latents = base.schedule.renoise(latents, fresh(step), below, following)
+    rows = [torch.tensor([t], device=latents.device) for t in [*timesteps, 0]]
+    for step, (t, s) in enumerate(pairwise(rows), start=1):
+        prediction = sampler.schedule.prediction(predict(latents, t), latents, t)
+        if sampler.adds_noise and step < len(timesteps):
+            latents = sampler.step(latents, prediction, t, s, fresh(step))
+        else:
+            latents = sampler.jump(latents, prediction, t, s)
     return latents
 
 

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from lcmlora import stages
 from lcmlora.adapters import lora
+from lcmlora.adapters.facts import Sampler
 from lcmlora.bases.base import Conditioning, LoadedBase, unet_forward
 from lcmlora.bases.schedule import Prediction
 from lcmlora.config import Distill, check_trajectory, digest
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.diffusion import objectives, solver
+from lcmlora.diffusion import objectives, samplers, solver
 from lcmlora.diffusion.objectives import Objective, pseudo_huber
 from lcmlora.diffusion.teacher import Teacher
 from lcmlora.diffusion.teacher_cache import TeacherCache
@@ -91,7 +92,7 @@ class Distillation:
         x, row = batch.noise, torch.full_like(batch.index, len(self.teacher.t) - 1)
         for stop, fresh in zip(batch.stops, batch.fresh, strict=True):
             t, s = self.teacher.t[row], self.teacher.t[stop]
-            arrived = self.objective.travel(x, self.student(x, t, batch.conditioning), t, s, fresh)
+            arrived = self.objective.step(x, self.student(x, t, batch.conditioning), t, s, fresh)
             stays = (stop == row).view(-1, *(1,) * (x.ndim - 1))
             x, row = torch.where(stays, x, arrived), stop
         return x
@@ -186,7 +187,7 @@ def distill(
         "distill": settings.model_dump(mode="json"),
         "steps": settings.steps,
         "final_loss": state["loss"],
-        "sampler": asdict(distillation.objective.sampler) | {"grid": settings.grid},
+        "sampler": asdict(distillation.objective.sampler),
         "seed": settings.seed,
         "adapted_layers": lora.adapted_layers(base.unet),
         "lora_parameters": lora.parameters(base.unet),
@@ -223,7 +224,7 @@ def _write(base: LoadedBase, settings: Distill, out: Path, facts: dict[str, Any]
     with atomic_folder(out) as folder:
         tensors, metadata = lora.state_dict(base.unet), lora.adapter_metadata(settings.rank)
         lora.save_file(tensors, folder / lora.WEIGHTS, dtype=_file_dtype(base), metadata=metadata)
-        scheduler = scheduler_config(base, facts["sampler"]["scheduler"], settings.grid)
+        scheduler = samplers.scheduler_config(base.scheduler_config, Sampler(**facts["sampler"]))
         write_json(folder / "scheduler_config.json", scheduler)
         write_json(folder / "config.json", facts)
         _save_probe(base, probe, folder / "probe.safetensors")
@@ -270,14 +271,6 @@ def equip(base: LoadedBase, settings: Distill, ranks: Ranks | None = None) -> Op
 def versions() -> dict[str, str]:
     """Returns the versions that may decide how a run is rounded, down to the build: `2.13.0+cpu`."""
     return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "diffusers", "peft")}
-
-
-def scheduler_config(base: LoadedBase, name: str, grid: int) -> dict[str, Any]:
-    """Returns the configuration of diffusers' scheduler of this name for an adapter of this base."""
-    import diffusers
-
-    scheduler = getattr(diffusers, name).from_config(base.scheduler_config, original_inference_steps=grid)
-    return dict(scheduler.config) | {"_class_name": name}
 
 
 Probe = tuple[Tensor, Tensor, Conditioning]

@@ -135,8 +135,7 @@ class Validation:
             steps=min(STEPS, settings.grid),
             seed=settings.seed,
             indices=shown,
-            grid=settings.grid,
-            gamma=d.objective.sampler.gamma,
+            sampler=d.objective.sampler,
         )
         # One by one: a decoder at full size would need more memory than the step.
         row = torch.cat([self._decode(one)[0] for one in latents.split(1)], dim=2)

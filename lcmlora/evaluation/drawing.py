@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lcmlora.adapters.facts import LATENT_CONSISTENCY, Sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, digest
 from lcmlora.data.sources.source import Record, fit, open_picture
@@ -39,8 +40,7 @@ class Way:
     method: str
     steps: int
     guidance: float = 1.0  # the pipelines' convention; 1 is none
-    grid: int = 50
-    gamma: float | None = None
+    sampler: Sampler = LATENT_CONSISTENCY  # of the student
 
     @property
     def evaluations(self) -> int:
@@ -90,7 +90,7 @@ class Artist:
             label: what the progress bar says.
             adapter: a digest of what is active in the UNet besides the base.
         """
-        made_by = (self.identity, adapter, self.features.name, {"way": vars(way), "seed": seed, "rows": self.rows})
+        made_by = (self.identity, adapter, self.features.name, {"way": asdict(way), "seed": seed, "rows": self.rows})
         scored = [scorer.name for scorer in self.scorers]
         key = digest(*made_by, {"prompts": list(self.prompts), "batch": self.batch, "scores": scored})[:20]
         parts = []
@@ -170,8 +170,7 @@ def draw(base: LoadedBase, captions: Sequence[str], way: Way, seed: int, indices
         unconditional=unconditional,
         seed=seed,
         indices=indices,
-        grid=way.grid,
-        gamma=way.gamma,
+        sampler=way.sampler,
     )
     seconds = now(base.device) - began
     decoded = base.decode(latents)

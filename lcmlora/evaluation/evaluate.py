@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcmlora.adapters import formats, lora
+from lcmlora.adapters.facts import read_sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import compared
 from lcmlora.config import Data, Evaluation
@@ -121,10 +122,11 @@ def student_ways(adapter: Path, steps: tuple[int, ...], setting: str) -> dict[st
     Raises:
         UserError: more steps than it was distilled on.
     """
-    sampler = read_json(adapter / "config.json", "distill")["sampler"]
-    if max(steps) > sampler["grid"]:
-        raise UserError(f"{setting}: {max(steps)} is more than the {sampler['grid']} timesteps of the adapter's grid")
-    return {f"{STUDENT}@{n}": Way(sampling.STUDENT, n, grid=sampler["grid"], gamma=sampler["gamma"]) for n in steps}
+    facts = adapter / "config.json"
+    sampler = read_sampler(read_json(facts, "distill")["sampler"], f"{facts}: sampler")
+    if max(steps) > sampler.grid:
+        raise UserError(f"{setting}: {max(steps)} is more than the {sampler.grid} timesteps of the adapter's grid")
+    return {f"{STUDENT}@{n}": Way(sampling.STUDENT, n, sampler=sampler) for n in steps}
 
 
 def adapter_layers(adapter: Path) -> tuple[lora.Layers, str]:

@@ -56,7 +56,7 @@ def measure_again(
         raise UserError(f"{reference}: has features {facts['features']['name']}, this evaluation {features.name}")
     prompts = distinct_captions(read_records(pictures / "validation.jsonl"))[: evaluation.pictures]
     artist = artist_of(base, features, evaluation, prompts, evaluation.pictures, scratch)
-    way = Way(sampling.STUDENT, steps, grid=sampler.grid, gamma=sampler.gamma)
+    way = Way(sampling.STUDENT, steps, sampler=sampler)
     read = formats.read(weights, architecture.of_base(settings, base.folder))
     layers = {name: (layer.down, layer.folded.up) for name, layer in read.layers.items()}
     key, digest = f"{STUDENT}@{steps}", sha256_file(weights)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lcmlora import bases, noise
 from lcmlora.adapters import tensorfile
-from lcmlora.adapters.facts import Sampler
+from lcmlora.adapters.facts import LATENT_CONSISTENCY, Sampler
 from lcmlora.bases import architecture, fetching, folders, plain, singlefile
 from lcmlora.config import Base
 from lcmlora.diffusion import sampling
@@ -192,7 +192,7 @@ def load(
         raise UserError(f"{folder / bundle.PROVENANCE}: resolution: expected pixels, and {base_folder} does not tell")
     ready = Pipeline(
         pipeline=pipeline,
-        sampler=bundle.sampler_of(folder, provenance) or Sampler(),
+        sampler=bundle.sampler_of(folder, provenance) or LATENT_CONSISTENCY,
         provenance=provenance,
         resolution=resolution,
     )

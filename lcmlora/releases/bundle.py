@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lcmlora.adapters.facts import FACTS, SCHEDULER, WEIGHTS, AdapterFacts, Sampler
+from lcmlora.adapters.facts import FACTS, SCHEDULER, WEIGHTS, AdapterFacts, Sampler, read_sampler
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file
 from lcmlora.io.parsing import as_object, read_bytes, read_json
@@ -119,31 +118,18 @@ def sampler_of(folder: Path, facts: dict[str, Any]) -> Sampler | None:
         UserError: settings that are none of a sampler.
     """
     if "sampler" in facts:
-        return _sampler(as_object(facts["sampler"], f"{folder}: sampler"), f"{folder}: sampler")
+        return read_sampler(as_object(facts["sampler"], f"{folder}: sampler"), f"{folder}: sampler")
     path = folder / SCHEDULER
     if not path.is_file():
         return None
     settings = _read(path)
     distill = (facts.get("params") or facts).get("distill") or {}
+    # What these objectives were drawn with before their sampler was written down.
     gamma = {"tcd": distill.get("gamma"), "tdd": distill.get("gamma"), "pcm": 0.0}.get(
         str(distill.get("objective", "lcm"))
     )
     found = {"scheduler": settings.get("_class_name", "LCMScheduler"), "gamma": gamma}
-    return _sampler(found | {"grid": settings.get("original_inference_steps", 50)}, str(path))
-
-
-def _sampler(settings: dict[str, Any], place: str) -> Sampler:
-    given = {field.name: settings.get(field.name, field.default) for field in fields(Sampler)}
-    scheduler, gamma, grid = given.values()
-    if unknown := settings.keys() - given.keys():
-        raise UserError(f"{place}: does not know {ascii(min(unknown))[:80]}, which a newer lcmlora may have written")
-    if not isinstance(scheduler, str):
-        raise UserError(f"{place}: scheduler: expected a name, got {ascii(scheduler)[:80]}")
-    if gamma is not None and not (type(gamma) in (int, float) and 0 <= gamma <= 1):
-        raise UserError(f"{place}: gamma: expected 0 to 1, got {ascii(gamma)[:80]}")
-    if type(grid) is not int or not 1 <= grid <= 1000:
-        raise UserError(f"{place}: expected 1 to 1000 timesteps, got {ascii(grid)[:80]}")
-    return Sampler(scheduler, gamma, grid)
+    return read_sampler(found | {"grid": settings.get("original_inference_steps", 50)}, str(path))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,18 +11,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lcmlora.config import Base
+from lcmlora.diffusion import objectives
 from lcmlora.evaluation.gate import teacher_of, unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-_METHODS = {
-    "lcm": "Latent consistency distillation (arXiv 2310.04378, 2311.05556)",
-    "tcd": "Trajectory consistency distillation (arXiv 2402.19159)",
-    "pcm": "Phased consistency distillation (arXiv 2405.18407)",
-    "tdd": "Target-driven distillation (arXiv 2409.01347)",
-}
 
 # The identifiers that the hub knows (docs/hub/repositories-licenses.md of huggingface/hub-docs); any other is `other`
 # with a `license_name`.
@@ -63,7 +58,7 @@ def render(
         on_hub=_on_hub(base),
         listed=base.license in _LICENSES.split(),
         made=made,
-        method=_METHODS[made["distill"]["objective"]],
+        method=objectives.described(made["distill"]["objective"]),
         figures=figures,
         distance=_distance(figures),
         number=_number(figures),

@@ -88,7 +88,7 @@ def test_the_way_to_a_timestep_is_a_step_of_the_students_sampler(name: str, gamm
     eta, seeded = objective.sampler.gamma, torch.Generator().manual_seed(5)
     expected = scheduler.step(output, 999, x, eta=eta, generator=seeded).prev_sample
     alpha, sigma = (v.view(-1, 1, 1, 1) for v in NOISE.level(t))
-    arrived = objective.travel(x, Prediction((x - sigma * output) / alpha, output), t, s, noise)
+    arrived = objective.step(x, Prediction((x - sigma * output) / alpha, output), t, s, noise)
     torch.testing.assert_close(arrived, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -101,5 +101,5 @@ def test_the_way_of_lcm_leads_over_zero():
     expected = scheduler.step(output, 999, x, generator=torch.Generator().manual_seed(5)).prev_sample
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     alpha, sigma = (v.view(-1, 1, 1, 1) for v in NOISE.level(t))
-    arrived = _objective("lcm").travel(x, Prediction((x - sigma * output) / alpha, output), t, s, noise)
+    arrived = _objective("lcm").step(x, Prediction((x - sigma * output) / alpha, output), t, s, noise)
     torch.testing.assert_close(arrived, expected, atol=1e-4, rtol=1e-4)

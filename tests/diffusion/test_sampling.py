@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lcmlora.adapters.facts import Sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.diffusion import sampling
 from lcmlora.diffusion.solver import student_timesteps
@@ -94,7 +95,7 @@ def test_the_student_walks_as_diffusers_tcd_scheduler_does(
     base = replace(base, schedule=replace(base.schedule, prediction_type=prediction_type))
     conditioning = sampling.text_conditioning(base, CAPTIONS)
     options = {"method": "lcm", "steps": steps, "seed": 5, "indices": range(3)}
-    drawn = sampling.sample(base, conditioning, noise(base), gamma=gamma, **options)  # type: ignore[arg-type]
+    drawn = sampling.sample(base, conditioning, noise(base), sampler=Sampler("TCDScheduler", gamma), **options)  # type: ignore[arg-type]
 
     scheduler = TCDScheduler.from_config(base.scheduler_config, prediction_type=prediction_type)
     scheduler.set_timesteps(steps)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from lcmlora import bases
 from lcmlora import config as settings
 from lcmlora.adapters import formats
+from lcmlora.adapters.facts import Sampler
 from lcmlora.bases import architecture, fetching, folders
 from lcmlora.cli.adapters import drawing
 from lcmlora.cli.main import app
@@ -142,7 +143,8 @@ def test_gamma_comes_from_the_release(root: Path):
     lora.load(loaded.unet, Path("adapters/mini") / lora.WEIGHTS)
     conditioning = sampling.text_conditioning(loaded, [PROMPTS[0]])
     noise = sampling.initial_noise(loaded.latent_shape, 0, [0])
-    latents = sampling.sample(loaded, conditioning, noise, method="lcm", steps=4, indices=[0], gamma=0.3)
+    tcd = Sampler("TCDScheduler", 0.3)
+    latents = sampling.sample(loaded, conditioning, noise, method="lcm", steps=4, indices=[0], sampler=tcd)
     expected = loaded.decode(latents)[0].mul(255).round().permute(1, 2, 0).numpy()
     assert np.abs(pixels(after) - expected).max() <= 1 < np.abs(pixels(before) - expected).max()
 

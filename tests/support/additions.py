@@ -12,9 +12,13 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor
 
-from lcmlora.config import Publish
+from lcmlora.adapters.facts import Sampler
+from lcmlora.bases.schedule import Prediction
+from lcmlora.config import Distill, Publish
 from lcmlora.data.reading.candidates import Candidate, Rejection, clean_caption
 from lcmlora.data.sources.source import EncodedPictures
+from lcmlora.diffusion.objectives import Objective
+from lcmlora.diffusion.samplers import StudentSampler
 from lcmlora.evaluation.measures.distances import Distance
 from lcmlora.releases.stores.store import Entry, Store, write_blocks
 
@@ -108,3 +112,30 @@ class Memory(Store):
         found = sorted(key for key in self.objects if key.startswith(f"{self.uri}/{prefix}"))
         time = datetime.now(UTC)
         return [Entry(key.removeprefix(f"{self.uri}/"), len(self.objects[key]), time) for key in found]
+
+
+class Ddim(StudentSampler):
+    """From timestep to timestep without noise."""
+
+    adds_noise = False
+
+    def jump(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
+        return self.schedule.state(*prediction, s)
+
+    def step(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+        return self.jump(x, prediction, t, s)
+
+
+class Halfway(Objective):
+    """To half of where the teacher steps to."""
+
+    title = "Halfway distillation"
+    papers = ("2611.00001",)
+    least_grid = 2
+
+    @classmethod
+    def sampler_of(cls, settings: Distill) -> Sampler:
+        return Sampler("DDIMScheduler", None, settings.grid)
+
+    def destination(self, index: Tensor, u: Tensor) -> Tensor:
+        return self.lower[index] // 2

@@ -120,8 +120,7 @@ def draw(base: LoadedBase, sampler: Sampler, request: Request) -> list[Image.Ima
             unconditional=unconditional,
             seed=request.seed,
             indices=indices,
-            grid=sampler.grid,
-            gamma=sampler.gamma,
+            sampler=sampler,
         )
         decoded = base.decode(latents)
         if not decoded.isfinite().all():

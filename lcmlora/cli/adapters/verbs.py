@@ -147,7 +147,7 @@ def generate(
     """
     context = context_of(call)
     config = context.settings_if_any()
-    from lcmlora.adapters.facts import Sampler
+    from lcmlora.adapters.facts import LATENT_CONSISTENCY
     from lcmlora.cli.adapters import drawing, references
 
     drawing.check_ending(out)
@@ -159,7 +159,7 @@ def generate(
     if chosen.sampler is None:
         note(f"note: nothing beside {adapter} says how to draw with it; drawn as LCM-LoRAs are")
     request = drawing.Request(prompt, steps, seed, guidance, batch)
-    sampler = chosen.sampler or Sampler()
+    sampler = chosen.sampler or LATENT_CONSISTENCY
     drawing.check(sampler, request)
     loaded = drawing.load(
         found, chosen, styles, style_weight, device=device, other_base=other_base, unet_only=unet_only
@@ -184,7 +184,7 @@ def remeasure(
     settings, project = context.settings(), context.project
     base, evaluation = settings.base(model), project.located_evaluation(settings.evaluation_for(model))
     from lcmlora import bases
-    from lcmlora.adapters.facts import Sampler
+    from lcmlora.adapters.facts import LATENT_CONSISTENCY
     from lcmlora.cli.adapters import references
     from lcmlora.evaluation.remeasure import measure_again
     from lcmlora.io.files import write_json
@@ -200,7 +200,7 @@ def remeasure(
             chosen.shown,
             chosen.weights,
             chosen.base,
-            chosen.sampler or Sampler(),
+            chosen.sampler or LATENT_CONSISTENCY,
             evaluation,
             settings.gate.steps,
             project.pictures,
