@@ -30,14 +30,17 @@ class Project:
 
     @property
     def params_file(self) -> Path:
+        """The configuration file."""
         return self.params if self.params is not None else self.root / PARAMS
 
     @property
     def dvc_yaml(self) -> Path:
+        """The stages."""
         return self.root / "dvc.yaml"
 
     @property
     def dvc_lock(self) -> Path:
+        """What DVC found and made the last time."""
         return self.root / "dvc.lock"
 
     @property
@@ -52,13 +55,16 @@ class Project:
 
     @property
     def npm_packages(self) -> Path:
+        """The emoji artwork, where it is installed."""
         return self.root / "node_modules"
 
     @property
     def bases(self) -> Path:
+        """The bases, as `lcmlora fetch` puts them there."""
         return self.root / "bases"
 
     def base(self, model: str) -> Path:
+        """The base of a model, a diffusers folder."""
         return self.bases / model
 
     @property
@@ -67,18 +73,23 @@ class Project:
         return self.root / "data" / "pictures"
 
     def latents(self, model: str) -> Path:
+        """The latent cache of a model."""
         return self.root / "data" / "latents" / model
 
     def reference(self, model: str) -> Path:
+        """What the teacher and the solvers draw, with features."""
         return self.root / "reference" / model
 
     def adapter(self, model: str) -> Path:
+        """The adapter, as it was distilled."""
         return self.root / "adapters" / model
 
     def evaluation(self, model: str) -> Path:
+        """What the student draws, and pictures of the evaluation."""
         return self.root / "evaluation" / model
 
     def metrics(self, model: str) -> Path:
+        """The metrics of the student, the teacher and the solvers."""
         return self.root / "metrics" / f"{model}.json"
 
     def plot(self, model: str) -> Path:
@@ -103,12 +114,15 @@ class Project:
 
     @property
     def studies(self) -> Path:
+        """The studies of all models."""
         return self.root / "study"
 
     def study(self, model: str) -> Path:
+        """The study of a model: its adapter added to styles and fine-tunes."""
         return self.studies / model
 
     def release(self, model: str) -> Path:
+        """The bundle of a model, ready to be published."""
         return self.root / "release" / model
 
     def timings(self, model: str) -> Path:

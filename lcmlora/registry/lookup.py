@@ -70,6 +70,7 @@ class Version:
         return next(found, None)
 
     def plain(self) -> dict[str, Any]:
+        """Returns all that is known, as JSON can hold it."""
         return asdict(self)
 
 
