@@ -407,7 +407,7 @@ def make_case(
         place = bases.pick_device(device)
         dtype = bases.pick_dtype(distill.precision, place)
         loaded = bases.load(model, base, folder, device=place, dtype=dtype, parts=("vae", "text"))
-        encoding = settings.encode.model_copy(update={"batch": 4})
+        encoding = settings.encode_for(model).model_copy(update={"batch": 4})
         encode(loaded, source, encoding, data / "prepared", data / "scratch", data / "latents")
     return Case(model, base, folder, data, distill)
 

@@ -120,11 +120,13 @@ def main() -> None:
     options = parser.parse_args()
 
     settings, model = config.load(Path("params.yaml")), options.model
-    changes: dict[str, Any] = {"encode": settings.encode.model_dump(mode="json")}
-    changes["encode"]["rollouts"]["states"] = True
-    changes["evaluation"] = settings.evaluation.model_dump(mode="json")
-    changes["evaluation"] |= {"student_steps": [1, 2, 4, 8], "resamples": 0, "latency_repeats": 1}
-    settings = config.Config.model_validate(settings.model_dump(mode="json") | changes)
+    base = settings.base(model)
+    evaluation = base.evaluation | {"student_steps": [1, 2, 4, 8], "resamples": 0, "latency_repeats": 1}
+    rollouts = settings.encode_for(model).rollouts.model_copy(update={"states": True})
+    changed = base.model_copy(
+        update={"encode": base.encode | {"rollouts": rollouts.model_dump()}, "evaluation": evaluation}
+    )
+    settings = settings.model_copy(update={"bases": settings.bases | {model: changed}})
     real = fill(settings, model, options.scratch / f"{model}-pictures", pictures=True)
     drawn = fill(settings, model, options.scratch / f"{model}-prompts", pictures=False)
     filled = {kind: real if kind == PICTURES else drawn for kind in KINDS}

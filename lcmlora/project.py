@@ -144,7 +144,7 @@ class Project:
         """
         from lcmlora import config
 
-        settings = config.load(self.params_file)
+        settings = config.load(self.params_file, self.root)
         registry, publish = settings.registry, settings.publish
         tracking = registry.tracking_uri
         if tracking.startswith(_SQLITE):

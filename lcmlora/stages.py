@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcmlora.config import Base, Config, Data, Evaluation, Kind, Training
+from lcmlora.demo.recipe import Recipe
 from lcmlora.errors import UserError
 
 Settings = dict[str, Any]
@@ -79,7 +80,7 @@ def decisive(config: Config, run: Run) -> Settings:
 
 
 def _pretrain(config: Config, run: Run) -> Settings:
-    return {"pretrain": config.pretrain.model_dump(mode="json", exclude={"checkpoint_every"})}
+    return {"pretrain": Recipe().model_dump(mode="json", exclude={"checkpoint_every"})}
 
 
 def _prepare(config: Config, run: Run) -> Settings:
@@ -117,7 +118,7 @@ def _evaluate(config: Config, run: Run) -> Settings:
 
 
 def _tune(config: Config, run: Run) -> Settings:
-    data, training = config.variation("style" if run.stage == "style" else "finetune", _name(run))
+    data, training = config.variation(_model(run), "style" if run.stage == "style" else "finetune", _name(run))
     encode = config.encode_for(_model(run))
     return {
         "base": _base(config, run, _IDENTITY),

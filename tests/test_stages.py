@@ -12,14 +12,15 @@ from lcmlora import config, resolved, stages
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import read_yaml
 from lcmlora.stages import Run
+from tests.support import params
 
 ROOT = Path(__file__).parents[1]
-RAW = yaml.safe_load((ROOT / "params.yaml").read_text())
+RAW = params.raw()
 
 
 def load(**changes: Any) -> config.Config:
     """Returns the shipped settings with these changes of their sections."""
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw = params.raw()
     for section, values in changes.items():
         raw[section] = raw[section] | values if isinstance(values, dict) else values
     return config.Config.model_validate(raw)
@@ -60,7 +61,7 @@ def test_every_stage_of_dvc_yaml_reads_the_entry_of_its_own_run():
         ({"gate": {"min_retrieval": 0.5}}, {"package"}),
         ({"bases": {"emoji": RAW["bases"]["emoji"] | {"license": "mit"}}}, {"package"}),
         ({"bases": {"emoji": RAW["bases"]["emoji"] | {"distill": {"rank": 8}}}}, {"distill"}),
-        ({"bases": {"sdxl": RAW["bases"]["sdxl"] | {"resolution": 512}}}, set()),
+        ({"bases": RAW["bases"] | {"sdxl": {"resolution": 512}}}, set()),
     ],
 )
 def test_a_setting_decides_the_stages_that_read_it_and_no_others(changes: dict[str, Any], stale: set[str]):

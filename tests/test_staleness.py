@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from dvc.exceptions import ReproductionError
 from dvc.repo import Repo
 
@@ -125,8 +124,8 @@ def test_a_version_that_is_raised_makes_its_stage_and_all_after_it_stale(project
 
 
 def test_a_default_of_the_package_that_changes_makes_the_stages_stale_that_it_decides(project: Project):
-    assert "gamma" not in yaml.safe_load((project.root / "params.yaml").read_text())["distill"]
-    project.edit("config.py", lambda text: text.replace("gamma: Share = 0.3", "gamma: Share = 0.4"))
+    assert "gamma" not in (project.root / "params.yaml").read_text()
+    project.edit("settings/training.py", lambda text: text.replace("gamma: Share = 0.3", "gamma: Share = 0.4"))
     assert project.repro() == {"distill", "evaluate", "package"}
 
 
@@ -134,9 +133,9 @@ def test_dvc_alone_sees_a_change_of_params_yaml_and_what_decides_nothing_makes_n
     project: Project, capfd: pytest.CaptureFixture
 ):
     path = project.root / "params.yaml"
-    path.write_text(path.read_text().replace("device: auto", "device: cpu").replace("log_every: 10", "log_every: 20"))
+    path.write_text(path.read_text() + "\ndistill: {device: cpu, log_every: 20}\n")
     assert project.repro() == set()
-    path.write_text(path.read_text().replace("teacher_steps: 50", "teacher_steps: 40"))
+    path.write_text(path.read_text() + "\nevaluation: {teacher_steps: 40}\n")
     assert project.repro() == {"reference", "evaluate", "package"}
     before = (project.root / "resolved.yaml").read_text()
     path.write_text(path.read_text().replace("teacher_steps: 40", "teacher_steps: many"))

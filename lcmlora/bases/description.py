@@ -106,8 +106,8 @@ def rows(config: Config, project: Project) -> list[dict[str, Any]]:
     """
     found = []
     for name, base in config.bases.items():
-        settings = config.distill_for(name)
         try:
+            settings = config.distill_for(name)
             described = describe(name, base, project.base(name), settings.rank, settings.alpha, project.root)
             found.append(dataclasses.asdict(described) | {"rank": settings.rank})
         except UserError as error:

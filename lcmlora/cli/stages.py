@@ -52,16 +52,17 @@ def pretrain_stage(call: typer.Context) -> None:
 
     Example: dvc unfreeze pretrain && dvc repro pretrain && dvc freeze pretrain
     """
-    context = context_of(call)
-    settings, project = context.settings().pretrain, context.project
+    project = context_of(call).project
     from lcmlora import bases, stages
     from lcmlora.config import digest
     from lcmlora.demo.pretrain import pretrain
+    from lcmlora.demo.recipe import Recipe
     from lcmlora.training import checkpoint
 
-    key = digest(settings, stages.algorithms("pretrain"))[:12]
+    recipe = Recipe()
+    key = digest(recipe, stages.algorithms("pretrain"))[:12]
     with checkpoint.locked(project.scratch("pretrain", key)) as scratch:
-        pretrain(settings, project.npm_packages, scratch, project.base("emoji"), bases.pick_device("auto"))
+        pretrain(recipe, project.npm_packages, scratch, project.base("emoji"), bases.pick_device("auto"))
 
 
 def prepare_stage(call: typer.Context) -> None:
@@ -75,7 +76,7 @@ def prepare_stage(call: typer.Context) -> None:
     from lcmlora.data.prepare import prepare, print_report
 
     data = project.located_data(config.data)
-    minimum = max((config.distill_for(model).batch for model in config.models), default=config.distill.batch)
+    minimum = max((config.distill_for(model).batch for model in config.models), default=1)
     print_report(prepare(data, minimum, project.pictures))
     for model in config.models:
         enlargement.warn(data, model, config.base(model).resolution, project.pictures)
@@ -236,7 +237,7 @@ def finetune_stage(call: typer.Context, model: Model, name: Checkpoint) -> None:
 def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> None:
     config, project = context.settings(), context.project
     config.real_pictures(kind, name)
-    data, settings = config.variation(kind, name)
+    data, settings = config.variation(model, kind, name)
     from lcmlora import bases, stages
     from lcmlora.bases import folders
     from lcmlora.config import digest

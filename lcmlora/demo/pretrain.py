@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lcmlora.bases.schedule import Schedule
-from lcmlora.config import Pretrain
 from lcmlora.data.sources import emoji
+from lcmlora.demo.recipe import Recipe
 from lcmlora.io.files import atomic_folder, atomic_write, write_json
 from lcmlora.patches.torch_internals import foreach_lerp_
 from lcmlora.progress import track
@@ -34,7 +34,7 @@ from lcmlora.progress import track
 TOKENS = 24  # CLIP has 77; emoji captions are short and the UNet's cross-attention pays for every token
 
 
-def pretrain(config: Pretrain, modules: Path, scratch: Path, out: Path, device: torch.device) -> None:
+def pretrain(config: Recipe, modules: Path, scratch: Path, out: Path, device: torch.device) -> None:
     """Trains the base and writes it as a diffusers folder to `out`; a killed run continues from `scratch`.
 
     Args:
@@ -79,7 +79,7 @@ def _render_style(modules: Path, groups: tuple[str, ...], style: str, size: int,
 
 
 def _pictures(
-    config: Pretrain, modules: Path, subjects: tuple[emoji.Subject, ...], scratch: Path
+    config: Recipe, modules: Path, subjects: tuple[emoji.Subject, ...], scratch: Path
 ) -> tuple[list[emoji.Subject], np.ndarray, np.ndarray]:
     """Returns the subject, the picture (H, W, 3, uint8) and the style of every rendering of every style."""
     who: list[emoji.Subject] = []
@@ -217,7 +217,7 @@ def _generator(seed: int, step: int, device: torch.device) -> torch.Generator:
 # --- autoencoder ------------------------------------------------------------------------------------------------
 
 
-def _new_vae(config: Pretrain) -> AutoencoderKL:
+def _new_vae(config: Recipe) -> AutoencoderKL:
     widths = config.vae_channels
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -231,7 +231,7 @@ def _new_vae(config: Pretrain) -> AutoencoderKL:
     )
 
 
-def _train_vae(config: Pretrain, number: int, vae: AutoencoderKL, pictures: np.ndarray, scratch: Path) -> AutoencoderKL:
+def _train_vae(config: Recipe, number: int, vae: AutoencoderKL, pictures: np.ndarray, scratch: Path) -> AutoencoderKL:
     first = sum(r.vae_steps for r in config.rounds[:number])
     device = vae.device
 
@@ -296,7 +296,7 @@ class _Denoiser(nn.Module):
         self.text_encoder = text_encoder
 
 
-def _new_denoiser(config: Pretrain, tokenizer: CLIPTokenizer) -> _Denoiser:
+def _new_denoiser(config: Recipe, tokenizer: CLIPTokenizer) -> _Denoiser:
     widths = config.unet_channels
     levels = len(widths)
     text_encoder = CLIPTextModel(
@@ -330,7 +330,7 @@ def _new_denoiser(config: Pretrain, tokenizer: CLIPTokenizer) -> _Denoiser:
 
 
 def _train_denoiser(
-    config: Pretrain, number: int, model: _Denoiser, latents: Tensor, captions: _CaptionVariants, scratch: Path
+    config: Recipe, number: int, model: _Denoiser, latents: Tensor, captions: _CaptionVariants, scratch: Path
 ) -> _Denoiser:
     first = sum(r.unet_steps for r in config.rounds[:number])
     device = model.unet.device

@@ -44,7 +44,7 @@ def test_an_unknown_model_is_one_clear_line(project: Path, verb: str):
 
 def test_a_params_key_that_does_not_exist_is_one_clear_line(project: Path):
     raw = yaml.safe_load((project / "params.yaml").read_text())
-    raw["distill"]["stepz"] = 3
+    raw["distill"] = {"stepz": 3}
     (project / "params.yaml").write_text(yaml.safe_dump(raw))
     ended = _lcmlora(project, "check")
     assert ended.returncode == 2

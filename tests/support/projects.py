@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from tests.data.conftest import add, picture
+from tests.support import params
 from tests.support.miniature import RESOLUTION
 
 OBJECTIVES = {"sd15": "lcm", "sd2": "tcd", "sdxl": "pcm", "ssd1b": "tdd"}  # each at least once
@@ -27,7 +28,7 @@ def make(root: Path, miniatures: Callable[[str], Path], tracking_uri: str, *arch
         add(root / "pictures", f"{number}.png", f"subject {number}", picture(number))
         for copy in range(8):  # several of a caption: a study compares with those kept from training
             add(root / "ink", f"{number}-{copy}.png", f"subject {number}", picture(100 + 8 * number + copy))
-    raw: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+    raw = params.raw()
     ink = {"data": {"path": str(root / "ink")}}
     raw |= {"models": list(architectures), "styles": {"ink": ink}, "finetunes": {"clay": ink}}
     raw["study"] |= STUDY | {"models": [], "styles": ["ink"], "finetunes": ["clay"]}

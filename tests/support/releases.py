@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -17,6 +16,7 @@ from lcmlora import bases, config
 from lcmlora.adapters import lora
 from lcmlora.evaluation import timings
 from lcmlora.io.files import sha256_file, write_json
+from tests.support import params
 from tests.support.miniature import RESOLUTION
 
 METRICS: dict[str, Any] = {
@@ -37,7 +37,7 @@ METRICS: dict[str, Any] = {
 
 def settings(base_folder: Path, *, models: tuple[str, ...] = ("mini",), **changes: dict[str, Any]) -> dict[str, Any]:
     """The project's own params.yaml with the miniature as base of every model, and these changes of its sections."""
-    raw = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+    raw = params.raw()
     base = {"source": str(base_folder), "resolution": RESOLUTION, "license": "apache-2.0"}
     raw |= {"models": list(models), "bases": dict.fromkeys(models, base)}
     for section, values in changes.items():
@@ -72,7 +72,7 @@ def write_stages(
         "base": {"source": str(base.folder), "revision": None, "digest": "b" * 64},
         "data_digest": "d" * 64,
         "pictures": 100,
-        "distill": load_settings(base.folder).distill.model_dump(mode="json"),
+        "distill": load_settings(base.folder).distill_for("mini").model_dump(mode="json"),
         "steps": 600,
         "sampler": {"scheduler": "LCMScheduler", "gamma": None, "grid": 50},
         "validation": {"pictures": 24, "loss": {"300": 0.25, "600": 0.2}, "best_step": 600},

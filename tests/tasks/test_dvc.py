@@ -117,7 +117,7 @@ def test_what_dvc_reads_is_brought_up_to_date_before_it_is_asked(repository: Pat
         resolve.fn(processes)
         assert Path("dvc.lock").stat().st_mtime_ns == before
         assert stale.fn(["tried"], processes) == set()
-        Path("params.yaml").write_text(params.replace("min_side: 64", "min_side: 32"))
+        Path("params.yaml").write_text(params.replace("data:\n", "data:\n  min_side: 32\n", 1))
         resolve.fn(processes)
         assert stale.fn(["tried"], processes) == {"tried"}
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lcmlora import config
 from lcmlora.demo import pretrain
 from lcmlora.demo.pretrain import _Average, _rate
+from lcmlora.demo.recipe import Recipe, Round
 
 ROOT = Path(__file__).parents[2]
 MODULES = ROOT / "node_modules"
-TINY = config.load(ROOT / "params.yaml").pretrain.model_copy(
+TINY = Recipe().model_copy(
     update={
         "groups": ("food-drink",),
         "base_styles": ("noto",),
@@ -26,7 +26,7 @@ TINY = config.load(ROOT / "params.yaml").pretrain.model_copy(
         "text_layers": 1,
         "unet_channels": (16, 32),
         "batch": 4,
-        "rounds": (config.Round(vae_steps=3, unet_steps=4), config.Round(vae_steps=1, unet_steps=2)),
+        "rounds": (Round(vae_steps=3, unet_steps=4), Round(vae_steps=1, unet_steps=2)),
         "checkpoint_every": 2,
     }
 )

@@ -1,0 +1,71 @@
+"""Settings of the base models, and of what is trained besides: `bases`, `styles` and `finetunes`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from lcmlora.settings.data import Data, Encode
+from lcmlora.settings.evaluation import Evaluation
+from lcmlora.settings.fields import Name, Positive, Quotable, Strict
+from lcmlora.settings.layers import Changes
+from lcmlora.settings.training import Distill, Launch, Tuning
+
+
+class Merged(Strict):
+    """A LoRA that is summed into a base."""
+
+    source: Quotable
+    """A .safetensors file in any spelling, or the folder of an adapter."""
+    weight: float = 1.0
+    """Weight of the LoRA."""
+
+
+class Base(Strict):
+    """A base model, and what differs from its family's settings."""
+
+    source: Quotable
+    """A hub id, a diffusers folder, or a .safetensors file in the original layout."""
+    revision: (
+        Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")]
+        | None
+    ) = None
+    """Commit of the hub. A hub id needs it, so that a run can be repeated."""
+    config: str | None = None
+    """Of a .safetensors file: the diffusers folder or hub id with the configurations that it goes with."""
+    variant: Name | None = None
+    """Variant of the weight files, such as fp16."""
+    style: Merged | None = None
+    """A LoRA that is merged into the base before distillation."""
+    like: str | None = None
+    """Family whose settings this base gets: sd15, sd21 or sdxl. A published base, and a folder or file whose UNet has
+    the family's width, need not say it."""
+    resolution: Positive
+    """Width and height of the training pictures in pixels. By default what the folder's UNet was made for, or the
+    family's."""
+    license: Quotable
+    """License of the base, for the model card."""
+    encode: Annotated[dict[str, Any], Changes(Encode)] = {}
+    """Changes of `encode` for this base."""
+    launch: Annotated[dict[str, Any], Changes(Launch)] = {}
+    """Changes of `launch` for this base."""
+    distill: Annotated[dict[str, Any], Changes(Distill)] = {}
+    """Changes of `distill` for this base."""
+    evaluation: Annotated[dict[str, Any], Changes(Evaluation)] = {}
+    """Changes of `evaluation` for this base."""
+
+    @model_validator(mode="after")
+    def _config_of_a_file(self) -> Self:
+        if self.config is not None and not self.source.endswith(".safetensors"):
+            raise ValueError(f"config goes with a .safetensors source, and source is {self.source}")
+        return self
+
+
+class Variation(Strict):
+    """A style or a fine-tuned checkpoint: the pictures it learns from, and what differs in its training."""
+
+    data: Annotated[dict[str, Any], Changes(Data)] = {}
+    """Changes of `data`."""
+    training: Annotated[dict[str, Any], Changes(Tuning)] = {}
+    """Changes of `style` or `finetune`."""

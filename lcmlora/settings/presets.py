@@ -1,0 +1,189 @@
+"""Families of bases with their settings, the published bases, and the recognition of a base's family.
+
+A base gets the settings of its family: of the one that it names (`like`), of the published base whose name or hub id it
+has, or of the one whose UNet has the same width.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lcmlora.errors import UserError
+from lcmlora.io.parsing import Malformed, as_object, parse_json, parse_yaml, read_json
+from lcmlora.io.terminal import shown
+
+_MAX_HEADER = 100 << 20  # bytes of a safetensors file's header, by its format
+
+
+@dataclass(frozen=True)
+class Family:
+    """The settings that the size of a base decides."""
+
+    name: str
+    title: str
+    unet: dict[str, Any]  # keys of unet/config.json by which it is recognised
+    resolution: int
+    sections: dict[str, dict[str, Any]]  # by the name of the section: encode, distill, evaluation, style, finetune
+
+
+@dataclass(frozen=True)
+class Presets:
+    """All of presets.yaml."""
+
+    families: dict[str, Family]
+    bases: dict[str, dict[str, Any]]
+
+
+@functools.cache
+def load() -> Presets:
+    """Returns the presets that come with the package."""
+    text = resources.files("lcmlora.settings").joinpath("presets.yaml").read_text(encoding="utf-8")
+    raw = parse_yaml(text)
+    families = {}
+    for name, entry in raw["families"].items():
+        named = {key: entry.pop(key) for key in ("title", "unet", "resolution")}
+        families[name] = Family(name=name, sections=entry, **named)
+    return Presets(families, raw["bases"])
+
+
+def family(name: str | None) -> Family | None:
+    """Returns the family of this name."""
+    return None if name is None else load().families[name]
+
+
+@dataclass(frozen=True)
+class Completed:
+    """An entry of `bases` with what the presets and its own files know about it."""
+
+    values: dict[str, Any]
+    origins: dict[str, str] = field(default_factory=dict)  # of the keys that the person did not write
+
+
+def complete(name: str, entry: dict[str, Any], sources: Path = Path()) -> Completed:
+    """Returns an entry of `bases` with the values that it leaves out, as far as they are known.
+
+    Args:
+        sources: the folder that relative paths are relative to.
+
+    Raises:
+        UserError: `like` is no family or not this base's, or there is no resolution and nothing tells one.
+    """
+    known = load().bases
+    values, origins = dict(entry), {}
+
+    def fill(more: dict[str, Any], origin: str) -> None:
+        for key, value in more.items():
+            if key not in values:
+                values[key], origins[key] = value, origin
+
+    if "source" not in entry and name in known:
+        fill(known[name], f"preset {name}")
+    for preset, base in known.items():
+        if values.get("source") == base["source"]:
+            # Of another revision the variant may be another, too.
+            fill(base if "revision" not in values else {"like": base["like"]}, f"preset {preset}")
+    like = values.get("like")
+    if like is not None and like not in load().families:
+        if not isinstance(like, str) or like not in known:
+            raise UserError(f"like: got {shown(repr(like), 80)}: expected one of {', '.join(load().families)}")
+        values["like"] = like = known[like]["like"]
+    unet: dict[str, Any] = {}
+    if _is_path(values.get("source"), sources):
+        try:
+            unet, file = _unet(values, sources)
+            resolution = _resolution(file, unet)
+        except UserError:  # `fetch` says what is wrong with the files, and `unknown` where something is missing for it
+            pass
+        else:
+            found = recognised(unet)
+            fill({"like": found.name} if found else {}, str(file))
+            fill({"resolution": resolution} if resolution else {}, str(file))
+            if found and like is not None and found.name != like:
+                raise UserError(f"like: {like}, and {file} is of {found.name}; write `like: {found.name}`")
+    if values.get("like") is not None:
+        fill({"resolution": load().families[values["like"]].resolution}, f"preset {values['like']}")
+    if "resolution" not in values and "source" in values:
+        raise UserError(f"{unknown(values, sources)}; or write `resolution` in pixels, and the batches of each section")
+    return Completed(values, origins)
+
+
+def unknown(values: dict[str, Any], sources: Path = Path()) -> str:
+    """Returns why the family of a base is not known, and what to write."""
+    families = " or ".join(f"`like: {name}`" for name in load().families)
+    try:
+        why = f"{shown(str(values.get('source')), 200)} is none of the published bases"
+        if _is_path(values.get("source"), sources):
+            _, file = _unet(values, sources)
+            why = f"{file} has the width of no known family"
+    except UserError as error:
+        why = str(error)
+    return f"its family is not known ({why}); write {families}, whose settings it then gets"
+
+
+def recognised(unet: dict[str, Any]) -> Family | None:
+    """Returns the family whose UNet has this configuration."""
+    for found in load().families.values():
+        if all(unet.get(key) == value for key, value in found.unet.items()):
+            return found
+    return None
+
+
+def _resolution(file: Path, unet: dict[str, Any]) -> int | None:
+    """Returns the pixels for which a folder's UNet was made; None where its configuration does not say it.
+
+    Raises:
+        UserError: the configuration of the VAE is missing or damaged.
+    """
+    size = unet.get("sample_size")
+    if not isinstance(size, int):
+        return None
+    vae = file.parent.parent / "vae" / "config.json"
+    levels = as_object(read_json(vae), str(vae)).get("block_out_channels")
+    return size * 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else None
+
+
+def _is_path(source: Any, sources: Path) -> bool:
+    return isinstance(source, str) and (source.endswith(".safetensors") or (sources / source).is_dir())
+
+
+def _unet(values: dict[str, Any], sources: Path) -> tuple[dict[str, Any], Path]:
+    """Returns what is known of the UNet of a folder or single file, without torch, and the file that says it.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    source, config = sources / values["source"], values.get("config")
+    if source.suffix == ".safetensors":
+        if isinstance(config, str) and (sources / config).is_dir():
+            source = sources / config
+        elif isinstance(config, str):
+            like = next((base["like"] for base in load().bases.values() if base["source"] == config), None)
+            found = family(like)
+            return (dict(found.unet) if found else _of_weights(source)), source
+        else:
+            return _of_weights(source), source
+    path = source / "unet" / "config.json"
+    return as_object(read_json(path), str(path)), path
+
+
+def _of_weights(path: Path) -> dict[str, Any]:
+    """Returns the width of the text embeddings that a single file's UNet takes, as its header says."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER:
+                raise UserError(f"{path}: no .safetensors file: its header would have {length} bytes")
+            header = as_object(parse_json(file.read(length)), str(path))
+    except (OSError, struct.error, Malformed) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    sdxl = any(key.startswith("conditioner.embedders.1.") for key in header)
+    for key, tensor in header.items():
+        if key.startswith("model.diffusion_model.") and key.endswith(".attn2.to_k.weight"):
+            width = as_object(tensor, f"{path}: {key}").get("shape", [None])[-1]
+            return {"cross_attention_dim": width} | ({"addition_embed_type": "text_time"} if sdxl else {})
+    return {}

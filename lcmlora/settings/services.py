@@ -1,0 +1,86 @@
+"""Settings of what surrounds the stages: `registry`, `publish` and `flow`. No stage's result depends on them."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from lcmlora import names
+from lcmlora.settings.fields import Name, Positive, Strict
+
+
+class Registry(Strict):
+    """MLflow: where runs and model versions are kept."""
+
+    # It may hold a password, so that no text of settings has it.
+    tracking_uri: Annotated[str, Field(repr=False)] = "sqlite:///mlflow.db"
+    """Address of MLflow. The environment variable MLFLOW_TRACKING_URI goes before it: an address with a password does
+    not belong in a file."""
+    experiment: Annotated[
+        str, Field(max_length=256, pattern=r"^/?[A-Za-z0-9][A-Za-z0-9._@ -]*(/[A-Za-z0-9][A-Za-z0-9._@ -]*)*$")
+    ] = "lcmlora"
+    """MLflow's experiment. Where it keeps experiments in folders, as on Databricks, with the folders before it."""
+    alias: Name = "champion"
+    """Alias of the champion in the registry, and the channel of published releases."""
+    system_metrics: bool = True
+    """Record CPU, memory, GPU and network while a model is distilled."""
+
+    @field_validator("alias")
+    @classmethod
+    def _alias_of_mlflow(cls, alias: str) -> str:
+        if "." in alias or alias.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", alias):
+            raise ValueError("is no alias: MLflow takes none with '.', nor `latest`, nor `v` with a number")
+        if alias.lower() == "previous":
+            raise ValueError("is no alias of its own: `previous` is that of the champion before the present one")
+        return alias
+
+
+class Publish(Strict):
+    """Where releases are published."""
+
+    to: str = "releases"
+    """A directory, or s3://bucket/prefix. The environment variable LCMLORA_PUBLISH_TO goes before it."""
+    endpoint_url: str | None = None
+    """Address of MinIO, R2, SeaweedFS and the like. The environment variable AWS_ENDPOINT_URL does as well."""
+    region: str | None = None
+    """Region of the bucket."""
+    encryption: Literal["AES256", "aws:kms"] | None = None
+    """Encryption of every object by the server."""
+    kms_key: str | None = None
+    """Key of encryption aws:kms."""
+    tags: Annotated[dict[str, str], Field(max_length=10)] = {}
+    """Tags of every object."""
+    signing_key: str | None = None
+    """PEM file of a private key. Releases are then signed."""
+    verify_key: str | None = None
+    """PEM file of its public key. Unsigned releases are then refused."""
+
+    @model_validator(mode="after")
+    def _encrypted(self) -> Self:
+        if self.kms_key is not None and self.encryption != "aws:kms":
+            raise ValueError(f"kms_key goes with encryption aws:kms, and encryption is {self.encryption}")
+        return self
+
+
+class Flow(Strict):
+    """How the Prefect flows run the stages."""
+
+    gpu_limit: Name = "gpu"
+    """Prefect's concurrency limit for what trains or draws, one at a time. The environment variable LCMLORA_GPU_LIMIT
+    goes before it, for a worker with GPUs of its own."""
+    models_at_once: Positive = 4
+    """Models that are worked on at once."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Retries of what needs the network."""
+    retry_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds before the first retry, doubled for each further one."""
+    timeout_hours: Annotated[float, Field(gt=0)] = 72.0
+    """Hours after which a stage is stopped."""
+
+    @property
+    def limit(self) -> str:
+        """The limit's name; LCMLORA_GPU_LIMIT, which a worker with GPUs of its own sets, goes before `gpu_limit`."""
+        return names.check(os.environ.get("LCMLORA_GPU_LIMIT") or self.gpu_limit, "LCMLORA_GPU_LIMIT")

@@ -1,0 +1,225 @@
+"""Settings of training: `distill`, `style`, `finetune` and `launch`.
+
+Their defaults are the papers' and the published example's. What depends on the size of a base comes from its family
+(lcmlora/settings/presets.yaml).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lcmlora.errors import UserError
+from lcmlora.plugins import OBJECTIVES
+from lcmlora.settings.data import Rollouts
+from lcmlora.settings.fields import Device, OneOf, Positive, Seed, Share, Strict
+
+
+class Training(Strict):
+    """A run of the training loop."""
+
+    seed: Seed = 0
+    """Seed of initial weights, noise, timesteps and the order of pictures."""
+    steps: Positive
+    """Optimizer steps."""
+    batch: Positive
+    """Pictures in a step, over all processes."""
+    accumulate: Positive = 1
+    """Forward passes into which each process divides its pictures of a step. Must divide `batch`."""
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    warmup: Annotated[int, Field(ge=0)] = 20
+    """Steps over which the learning rate rises from zero."""
+    cooldown: Share = 0.5
+    """Last share of the steps, over which the learning rate falls linearly to zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of the optimizer."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Norm to which gradients are clipped."""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedule-free"] = "adamw"
+    """Optimizer. `schedule-free` needs cooldown 0."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the moving average of the weights. The average is what is validated and saved."""
+    empty_prompts: Share = 0.0
+    """Share of the samples that are given the unconditional embedding instead of their caption."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the frozen base. auto: bf16 on a GPU that has it, fp32 on a CPU."""
+    checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """Recompute activations in the backward pass, to save memory. auto: selective on a GPU, none on a CPU."""
+    compile: bool = False
+    """Compile the network by torch.compile."""
+    device: Device = "auto"
+    """auto: the GPU where there is one."""
+    checkpoint_every: Positive
+    """Steps between two checkpoints, from which a killed run continues."""
+    log_every: Positive = 10
+    """Steps between two entries of the loss in MLflow."""
+    validate_every: Positive
+    """Steps between two validations."""
+    validation_pictures: Positive
+    """Pictures for validation, kept from training by caption. At most a tenth of the cache."""
+    window: Positive = 1 << 18
+    """Pictures that are shuffled with each other. A larger data set is read window by window."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.window < self.batch:
+            raise ValueError(f"window {self.window} is less than batch {self.batch}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide batch {self.batch}")
+        if self.optimizer == "schedule-free" and self.cooldown:
+            raise ValueError(f"cooldown must be 0 with optimizer schedule-free, got {self.cooldown}")
+        return self
+
+
+class Distill(Training):
+    """Distillation of the adapter (stage `distill`)."""
+
+    steps: Positive = 1000
+    """Optimizer steps. Source: LCM-LoRA in diffusers, examples/consistency_distillation/README_sdxl.md."""
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate. Source: as for `steps`."""
+    checkpoint_every: Positive = 200
+    """Steps between two checkpoints, from which a killed run continues. Source: as for `steps`."""
+    validate_every: Positive = 100
+    """Steps between two validations."""
+    validation_pictures: Positive = 16
+    """Pictures for validation, kept from training by caption. At most a tenth of the cache."""
+    objective: Annotated[str, OneOf(OBJECTIVES)] = "lcm"
+    """Distillation objective. docs/objectives.md compares them."""
+    phases: Positive = 4
+    """pcm: phases into which the timesteps are divided, which are also the steps that the student is trained for."""
+    gamma: Share = 0.3
+    """tcd, tdd: how far a sampling step goes below the next timestep before noise takes it back up."""
+    target: Literal["stop-gradient", "ema"] = "stop-gradient"
+    """Weights that the target is computed with: the student's own without gradient, or their moving average."""
+    rank: Positive = 64
+    """Rank of the LoRA. Source: arXiv 2311.05556."""
+    alpha: Annotated[float, Field(gt=0)] = 64
+    """Scale of the LoRA: its product is multiplied by alpha / rank. Source: arXiv 2311.05556."""
+    w_min: Annotated[float, Field(ge=0)] = 7.5
+    """Lowest guidance weight of the teacher in the papers' convention, c + w (c - u). A pipeline's guidance_scale is
+    w + 1. Source of 7.5: arXiv 2311.05556."""
+    w_max: Annotated[float, Field(ge=0)] = 7.5
+    """Highest guidance weight of the teacher. Each sample's w is drawn between w_min and w_max."""
+    grid: Positive = 50
+    """Solver timesteps: N of Algorithm 1 in arXiv 2310.04378, whose number 50 is. With fewer a short run reaches far
+    steps sooner."""
+    huber_c: Annotated[float, Field(gt=0)] = 0.001
+    """c of the pseudo-Huber loss, mean(sqrt(d^2 + c^2) - c)."""
+    weighting: Literal["uniform", "snr+1"] = "uniform"
+    """Weight of a sample's loss by its timestep. Uniform is the paper's (arXiv 2310.04378). snr+1 is for short
+    runs."""
+    trajectory: Share = 0.0
+    """Share of the steps that begin at states of teacher rollouts, for which the teacher need not be run. Needs
+    data.source prompts and encode.rollouts.states."""
+    rollout: Share = 0.0
+    """Share of the steps that begin at states of student rollouts: where the student's own first one or two steps
+    lead."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.trajectory + self.rollout > 1:
+            raise ValueError(f"trajectory {self.trajectory} and rollout {self.rollout} are shares and add up to over 1")
+        if self.w_min > self.w_max:
+            raise ValueError(f"w_min {self.w_min} is above w_max {self.w_max}")
+        if self.phases > self.grid:
+            raise ValueError(f"phases {self.phases} is more than the {self.grid} timesteps of grid")
+        return self
+
+
+class Tuning(Training):
+    """A style LoRA (`style`) or a fine-tuned checkpoint (`finetune`), trained by the ordinary diffusion loss."""
+
+    steps: Positive = 400
+    """Optimizer steps."""
+    batch: Positive = 16
+    """Pictures in a step, over all processes."""
+    empty_prompts: Share = 0.1
+    """Share of the samples that are given the unconditional embedding instead of their caption, so that guidance goes
+    on working."""
+    checkpoint_every: Positive = 50
+    """Steps between two checkpoints, from which a killed run continues."""
+    validate_every: Positive = 50
+    """Steps between two validations."""
+    validation_pictures: Positive = 32
+    """Pictures for validation, kept from training by caption. At most a tenth of the cache."""
+    rank: Positive | None = None
+    """Rank of a style LoRA. A fine-tuned checkpoint has none."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale of a style LoRA: its product is multiplied by alpha / rank. null: the rank."""
+
+
+class StyleTraining(Tuning):
+    """Training of style LoRAs, to which acceleration is added (stage `style`)."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate."""
+    rank: Positive | None = 16
+    """Rank of the LoRA."""
+
+    @model_validator(mode="after")
+    def _is_a_lora(self) -> Self:
+        if self.rank is None:
+            raise ValueError("rank: a style is a LoRA and needs a rank; a whole checkpoint is made by finetune")
+        return self
+
+
+class FinetuneTraining(Tuning):
+    """Training of whole checkpoints (stage `finetune`)."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Weight decay of the optimizer."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the weights that are trained."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.rank is not None:
+            raise ValueError("rank: a whole checkpoint has no rank; a LoRA is made by style")
+        return self
+
+
+class Launch(Strict):
+    """On how many processes `encode` and `distill` run. Results do not depend on it, but for rounding."""
+
+    processes: Positive = 1
+    """Processes on each machine, one for each GPU."""
+    machines: Positive = 1
+    """Machines. Each runs the same command on the same files."""
+    rendezvous: str | None = None
+    """host:port on one of several machines, which all of them reach."""
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.machines > 1 and not self.rendezvous:
+            raise ValueError(f"rendezvous (host:port) is needed for {self.machines} machines")
+        return self
+
+
+def check_trajectory(settings: Distill, rollouts: Rollouts | None, where: str = "") -> None:
+    """Raises UserError where a distillation on the teacher's trajectories does not go with the teacher's rollouts.
+
+    Args:
+        rollouts: how they were made; None where the data are pictures.
+        where: what the message begins with.
+    """
+    if not settings.trajectory:
+        return
+    if rollouts is None or not rollouts.states:
+        raise UserError(
+            f"{where}distill.trajectory: {settings.trajectory:g} needs data.source: prompts, and "
+            "encode.rollouts.states: true"
+        )
+    if rollouts.steps != settings.grid:
+        raise UserError(
+            f"{where}encode.rollouts.steps: {rollouts.steps} is not distill.grid, {settings.grid}, whose steps count"
+        )
+    if not settings.w_min <= rollouts.w <= settings.w_max:
+        raise UserError(
+            f"{where}encode.rollouts.w: {rollouts.w:g} is not within distill.w_min {settings.w_min:g} and w_max "
+            f"{settings.w_max:g}"
+        )
