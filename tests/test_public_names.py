@@ -21,31 +21,30 @@ PUBLIC = [f"lcmlora.{name}" for name in lcmlora.__all__]
 PUBLIC += [f"lcmlora.bases.{name}" for name in bases.__all__]
 PUBLIC += [f"lcmlora.registry.{name}" for name in registry.__all__]
 
-# Each in a process of its own, forked before anything of lcmlora is imported.
-_IMPORT = """
+# Each statement in a process of its own, forked before anything of lcmlora is imported.
+_RUN = """
 import os, sys
-for public in sys.argv[1:]:
+for statement in sys.argv[1:]:
     if os.fork() == 0:
-        module, _, name = public.rpartition(".")
-        exec(f"from {module} import {name}")
+        exec(statement)
         os._exit(3 if "torch" in sys.modules else 0)
-    print(public, os.waitstatus_to_exitcode(os.wait()[1]))
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
-def imported(*names: str) -> dict[str, int]:
-    """Returns for each name 0, or 3 where importing it imports torch, or 1 where it cannot be imported."""
-    told = subprocess.run([sys.executable, "-c", _IMPORT, *names], capture_output=True, text=True, check=True).stdout
-    return {name: int(status) for name, status in (line.split() for line in told.splitlines())}
+def run(*statements: str) -> list[int]:
+    """Returns for each statement 0, or 3 where it imports torch, or 1 where it fails."""
+    command = [sys.executable, "-c", _RUN, *statements]
+    return list(map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()))
 
 
 def test_public_names_are_imported_without_torch_where_they_need_none():
-    light = [name for name in PUBLIC if name not in WITH_TORCH]
-    assert imported(*light) == dict.fromkeys(light, 0)
-    assert imported("lcmlora.bases.load", "lcmlora.no_such_name") == {
-        "lcmlora.bases.load": 3,
-        "lcmlora.no_such_name": 1,
-    }
+    light = [f"from lcmlora import {name}" for name in lcmlora.__all__]
+    for wing in (bases, registry):
+        names = [name for name in wing.__all__ if f"{wing.__name__}.{name}" not in WITH_TORCH]
+        light.append(f"from {wing.__name__} import {', '.join(names)}")
+    assert run(*light) == [0] * len(light)
+    assert run("from lcmlora.bases import load", "from lcmlora import no_such_name") == [3, 1]
 
 
 @pytest.mark.parametrize("public", PUBLIC)
