@@ -193,6 +193,10 @@ class Config(Strict):
             raise UserError(f"bases.{model}: {presets.unknown(base.model_dump(), self._sources)}; or write {keys}")
         return layers.combine(cls, found)
 
+    def section(self, section: str, model: str) -> Strict:
+        """Returns the settings of a section for a model, whichever it is."""
+        return self._settings(SECTIONS[section], self.layers_of(section, model), model)
+
     def encode_for(self, model: str) -> Encode:
         return self._settings(Encode, self.layers_of("encode", model), model)
 

@@ -15,6 +15,7 @@ from lcmlora.cli import data, registry, releases, stages
 from lcmlora.cli.adapters import verbs as adapters
 from lcmlora.cli.context import Context, context_of
 from lcmlora.cli.reporting import reporting
+from lcmlora.cli.settings import config as config_verb
 from lcmlora.cli.stages import Model, StageCommand, base_and_cache
 from lcmlora.io import faults
 from lcmlora.io.terminal import note, say
@@ -63,6 +64,9 @@ def check(call: typer.Context) -> None:
     for model in config.models:
         base = config.base(model)
         say(f"{model}: {base.source} at {base.resolution} px, {config.distill_for(model).steps} steps of distillation")
+
+
+app.command("config")(config_verb)
 
 
 @app.command("bases")

@@ -44,7 +44,7 @@ class Training(Strict):
     empty_prompts: Share = 0.0
     """Share of the samples that are given the unconditional embedding instead of their caption."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the frozen base. auto: bf16 on a GPU that has it, fp32 on a CPU."""
+    """Precision of the frozen base. auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
     checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """Recompute activations in the backward pass, to save memory. auto: selective on a GPU, none on a CPU."""
     compile: bool = False
@@ -79,9 +79,10 @@ class Distill(Training):
     steps: Positive = 1000
     """Optimizer steps. Source: LCM-LoRA in diffusers, examples/consistency_distillation/README_sdxl.md."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate. Source: as for `steps`."""
+    """Peak learning rate. Source: LCM-LoRA in diffusers, examples/consistency_distillation/README_sdxl.md."""
     checkpoint_every: Positive = 200
-    """Steps between two checkpoints, from which a killed run continues. Source: as for `steps`."""
+    """Steps between two checkpoints, from which a killed run continues. Source: LCM-LoRA in diffusers,
+    examples/consistency_distillation/README_sdxl.md."""
     validate_every: Positive = 100
     """Steps between two validations."""
     validation_pictures: Positive = 16

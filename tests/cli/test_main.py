@@ -6,7 +6,19 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("check", "bases", "pretrain", "fetch", "prepare", "encode", "reference", "distill", "evaluate", "package")
+VERBS = (
+    "check",
+    "config",
+    "bases",
+    "pretrain",
+    "fetch",
+    "prepare",
+    "encode",
+    "reference",
+    "distill",
+    "evaluate",
+    "package",
+)
 
 
 def _lcmlora(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +42,7 @@ def test_help_names_every_verb_without_heavy_imports(project: Path):
     assert loaded.stdout.strip() == "[]"
     shown = _lcmlora(project, "--help")
     assert shown.returncode == 0
-    for verb in (*VERBS, "convert", "combine", "generate"):
+    for verb in (*VERBS, "config", "convert", "combine", "generate"):
         assert verb in shown.stdout
 
 

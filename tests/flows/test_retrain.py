@@ -170,7 +170,11 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "params", "expected"),
     [
-        (["--model", "nope"], {}, "error: unknown model 'nope': params.yaml `models` has a, b; known bases: a, b\n"),
+        (
+            ["--model", "nope"],
+            {},
+            "error: unknown model 'nope': params.yaml `models` has a, b; known bases: a, b,",
+        ),
         ([], {"gate": {"steps": "many"}}, "error: params.yaml: gate.steps: got 'many':"),
         ([], {"gate": {"stops": 4}}, "error: params.yaml: gate.stops: there is no such key\n"),
     ],
