@@ -8,7 +8,6 @@ import yaml
 ROOT = Path(__file__).parents[2]
 VERBS = (
     "check",
-    "config",
     "bases",
     "pretrain",
     "fetch",
