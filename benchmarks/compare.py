@@ -171,7 +171,7 @@ class _Side:
 class _Ours(_Side):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        base = bases.load(case.model, case.base, case.folder, device=self.device, dtype=self.dtype, parts=("unet",))
+        base = bases.load(case.model, case.base, case.folder, device=self.device, dtype=self.dtype, parts=("network",))
         check = AdapterCheck(base, *_probe(base, self.batches.at(range(-2, 0), torch.zeros(2, dtype=torch.long))))
         self._optimization = equip(base, self.settings)
         if self.settings.compile:  # a step that is fast and wrong is no step
@@ -192,7 +192,7 @@ class _Recipe(_Side):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         student, teacher = (
-            bases.load(case.model, case.base, case.folder, device=self.device, parts=("unet",)) for _ in range(2)
+            bases.load(case.model, case.base, case.folder, device=self.device, parts=("network",)) for _ in range(2)
         )
         coder = bases.load(
             case.model, case.base, case.folder, device=self.device, dtype=self.dtype, parts=("vae", "text")
@@ -216,7 +216,7 @@ class _Recipe(_Side):
         return self._reference.step(batch, self._unconditional)
 
     def save(self, path: Path) -> None:
-        trained = {n: p for n, p in self._reference.base.unet.named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in self._reference.base.network.named_parameters() if p.requires_grad}
         torch.save({"adapter": trained, "optimizer": self._reference.optimizer.state_dict()}, path / "state.pt")
 
 

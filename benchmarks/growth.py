@@ -85,11 +85,11 @@ def drawing(case: Case) -> dict[str, dict[str, Any]]:
     device = bases.pick_device("auto")
     dtype = bases.pick_dtype(case.distill.precision, device)
     base = bases.load(case.model, case.base, case.folder, device=device, dtype=dtype)
-    alone = bases.load(case.model, case.base, case.folder, device=device, dtype=dtype, parts=("unet",))
-    lora.inject(alone.unet, case.distill.rank, case.distill.alpha, 0)
+    alone = bases.load(case.model, case.base, case.folder, device=device, dtype=dtype, parts=("network",))
+    lora.inject(alone.network, case.distill.rank, case.distill.alpha, 0)
     layers = {
         name: (layer.lora_A[lora.ADAPTER].weight.detach(), layer.lora_B[lora.ADAPTER].weight.detach())
-        for name, layer in lora._layers(alone.unet)
+        for name, layer in lora._layers(alone.network)
     }
     conditioning = sampling.text_conditioning(base, ["red apple"] * _DRAWN)
     noise = sampling.initial_noise(base.latent_shape, 0, range(_DRAWN))
@@ -98,7 +98,7 @@ def drawing(case: Case) -> dict[str, dict[str, Any]]:
 
     def draw(unet: Any, size: int) -> Callable[[], object]:
         def drawn() -> None:
-            base.unet = unet
+            base.network = unet
             for start in range(0, _DRAWN, size):
                 rows = slice(start, start + size)
                 part = {name: value[rows] for name, value in conditioning.items()}
@@ -110,8 +110,8 @@ def drawing(case: Case) -> dict[str, dict[str, Any]]:
 
         return drawn
 
-    bare = base.unet
-    runs = {f"beside, batch {size}": draw(alone.unet, size) for size in (1, 8, 32)}
+    bare = base.network
+    runs = {f"beside, batch {size}": draw(alone.network, size) for size in (1, 8, 32)}
     runs |= {f"merged, batch {size}": draw(bare, size) for size in (1, 8, 32)}
     with lora.applied(bare, layers, "random"):
         found = in_turns(runs)

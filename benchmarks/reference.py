@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lcmlora import bases
 from lcmlora.adapters import lora
-from lcmlora.bases.base import Conditioning
+from lcmlora.bases.families import Conditioning
 from lcmlora.bases.schedule import Prediction
 from lcmlora.config import Distill
 from lcmlora.diffusion import solver
@@ -39,10 +39,10 @@ class Reference:
         dtype: of autocast; fp32 is without.
         """
         self.base, self.teacher, self._settings, self._dtype = base, teacher, settings, dtype
-        lora.inject(base.unet, settings.rank, settings.alpha, settings.seed)
-        self._trained = [p for p in base.unet.parameters() if p.requires_grad]
+        lora.inject(base.network, settings.rank, settings.alpha, settings.seed)
+        self._trained = [p for p in base.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            base.unet.parameters(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=settings.weight_decay, eps=1e-8
+            base.network.parameters(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=settings.weight_decay, eps=1e-8
         )
         warmup = max(1, settings.warmup)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
@@ -55,7 +55,7 @@ class Reference:
         mean, logvar = self.base.encode_pictures(pictures.to(self.base.device))
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
         conditioning = self.base.encode_text(captions)
-        kept = {name: value for name, value in batch.conditioning.items() if name == "time_ids"}
+        kept = {name: value for name, value in batch.conditioning.items() if name not in conditioning}
         return Batch(batch.places, z, batch.noise, batch.index, batch.w, batch.u, conditioning | kept)
 
     def step(self, batch: Batch, unconditional: Conditioning) -> Tensor:
@@ -65,9 +65,7 @@ class Reference:
         x0, _ = self._predict(self.base, x, t, batch.conditioning)
         online = solver.consistency(x, x0, t)
         with torch.no_grad():
-            no_text = {
-                k: v if k == "time_ids" else unconditional[k].expand_as(v) for k, v in batch.conditioning.items()
-            }
+            no_text = batch.conditioning | {k: v.expand_as(batch.conditioning[k]) for k, v in unconditional.items()}
             x0, noise = self._predict(self.teacher, x, t, batch.conditioning)
             x0_without, noise_without = self._predict(self.teacher, x, t, no_text)
             x0, noise = (solver.guide(*pair, batch.w) for pair in ((x0, x0_without), (noise, noise_without)))

@@ -49,7 +49,7 @@ def make(base: bases.LoadedBase, folder: Path, pictures: int, rows: int, place: 
     manifest: dict[str, Any] = {
         "version": VERSION,
         "model": base.name,
-        "kind": base.kind,
+        "kind": base.family.name,
         "pictures": rows * len(names),
         "latent_shape": list(base.latent_shape),
         "resolution": base.resolution,
@@ -115,7 +115,7 @@ def measure(settings: config.Config, options: argparse.Namespace, work: Path, ro
         "here": LatentCache(work / "here", ram_bytes=0),
         "there": LatentCache(work / "there", shards=work / "disk", budget=budget),
     }
-    base = load("unet")
+    base = load("network")
     optimization = equip(base, distillation)
     lesson = Distillation(base, caches["here"].unconditional(), distillation)
     streams = {name: samples(cache, torch.arange(len(cache)), distillation, device) for name, cache in caches.items()}

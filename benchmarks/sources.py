@@ -58,7 +58,7 @@ def fill(settings: config.Config, model: str, work: Path, *, pictures: bool) -> 
             Path("bases", model),
             device=device,
             dtype=bases.pick_dtype("auto", device),
-            parts=("vae" if pictures else "unet", "text"),
+            parts=("vae" if pictures else "network", "text"),
         )
         began = time.monotonic()
         encode(base, data, settings.encode_for(model), work, work / "scratch", out)
@@ -82,7 +82,7 @@ def paces(
             Path("bases", model),
             device=device,
             dtype=bases.pick_dtype(distillation.precision, device),
-            parts=("unet",),
+            parts=("network",),
         )
         optimization, cache = equip(base, distillation), caches[kind]
         lesson = Distillation(base, cache.unconditional(), distillation)

@@ -29,7 +29,7 @@ from lcmlora.training.optimization import Optimization
 def _conditioning(base: bases.LoadedBase, rows: int) -> bases.Conditioning:
     captions = base.encode_text(["red apple"])
     wide = {name: value.expand(rows, *value.shape[1:]).contiguous() for name, value in captions.items()}
-    return wide | ({"time_ids": base.time_ids(rows=rows)} if base.kind == "sdxl" else {})
+    return wide | base.micro_conditioning(rows=rows)
 
 
 class _Operations(TorchDispatchMode):
@@ -64,12 +64,12 @@ def main() -> None:
         Path("bases", options.model),
         device=device,
         dtype=bases.pick_dtype(options.precision or distill.precision, device),
-        parts=("unet", "text"),
+        parts=("network", "text"),
     )
-    parameters = lora.inject(base.unet, distill.rank, distill.alpha, distill.seed)
+    parameters = lora.inject(base.network, distill.rank, distill.alpha, distill.seed)
     if not options.peft:
-        LoraForwards(merged=False if options.unmerged else None).install(base.unet)
-    execution.recompute(base.unet, distill.checkpointing)
+        LoraForwards(merged=False if options.unmerged else None).install(base.network)
+    execution.recompute(base.network, distill.checkpointing)
     optimization = Optimization(parameters, distill)
     distillation = Distillation(base, base.unconditional(), distill)
     conditioning = _conditioning(base, batch)
@@ -81,7 +81,7 @@ def main() -> None:
     t, t_prev = teacher.t[index], teacher.t_prev[index]
 
     def plain() -> None:
-        with torch.no_grad(), lora.disabled(base.unet):
+        with torch.no_grad(), lora.disabled(base.network):
             base.predict(z, t, conditioning)
 
     def adapted() -> None:

@@ -26,7 +26,7 @@ from benchmarks import tables
 from benchmarks.compare import Case, make_case
 from lcmlora import bases
 from lcmlora.adapters import lora
-from lcmlora.bases.base import Conditioning
+from lcmlora.bases.families import Conditioning
 from lcmlora.cli.reporting import reporting
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion.teacher import Teacher
@@ -70,7 +70,7 @@ class Step:
                 parameter += 0.02 * torch.randn(parameter.shape, generator=random).to(parameter.device)
         x, t = self.distillation.noisy(batch, batch.index), self.distillation.teacher.t[batch.index]
         with self.around():
-            output = bases.unet_forward(self.distillation.base.unet, x, t, batch.conditioning)
+            output = self.distillation.base.predict(x, t, batch.conditioning)
         (output.float() * torch.randn(output.shape, generator=random).to(output.device)).sum().backward()
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         with torch.no_grad():
@@ -109,15 +109,15 @@ class Build:
             self.case.folder,
             device=self.device,
             dtype=dtype or self.dtype,
-            parts=("unet",),
+            parts=("network",),
         )
-        parameters = lora.inject(base.unet, settings.rank, settings.alpha, settings.seed)
+        parameters = lora.inject(base.network, settings.rank, settings.alpha, settings.seed)
         if forwards != "peft":
-            LoraForwards({"direct": None, "merged": True, "beside": False}[forwards]).install(base.unet)
-        execution.recompute(base.unet, settings.checkpointing)
-        prepare(base.unet)
+            LoraForwards({"direct": None, "merged": True, "beside": False}[forwards]).install(base.network)
+        execution.recompute(base.network, settings.checkpointing)
+        prepare(base.network)
         if self.compiled:
-            execution.compiled(base.unet)
+            execution.compiled(base.network)
         optimizing = optimization(parameters, settings)
         distillation = Distillation(base, self.cache.unconditional(), settings, remembered)
         if teacher is not None:
@@ -130,10 +130,9 @@ class _TwoPasses(Teacher):
     """Guidance in one pass after the other."""
 
     def _outputs(self, x: Tensor, t: Tensor, conditioning: Conditioning, places: range | None) -> tuple[Tensor, Tensor]:
-        no_text = {k: v if k == "time_ids" else self._unconditional[k].expand_as(v) for k, v in conditioning.items()}
-        with lora.disabled(self._base.unet):
-            unet = self._base.unet
-            return bases.unet_forward(unet, x, t, conditioning), bases.unet_forward(unet, x, t, no_text)
+        no_text = conditioning | {k: v.expand_as(conditioning[k]) for k, v in self._unconditional.items()}
+        with lora.disabled(self._base.network):
+            return self._base.predict(x, t, conditioning), self._base.predict(x, t, no_text)
 
 
 class _Unfused:

@@ -1,4 +1,4 @@
-"""What can be added by name: image sources, distillation objectives, samplers, features, distances, scores and stores.
+"""What can be added by name: base families, sources, objectives, samplers, features, distances, scores and stores.
 
 Each table below has a class for each name. A class is imported when it is asked for, so that params.yaml can be checked
 against the names without importing torch. To add a class,
@@ -13,6 +13,7 @@ against the names without importing torch. To add a class,
 
 What a class must have is said by its base class:
 
+    FAMILIES    lcmlora.bases.families.family.Family
     SOURCES     lcmlora.data.sources.source.Source
     OBJECTIVES  lcmlora.diffusion.objectives.Objective
     SAMPLERS    lcmlora.diffusion.samplers.StudentSampler
@@ -93,6 +94,15 @@ class Table:
     def _declared(self) -> dict[str, EntryPoint]:
         return {each.name: each for each in entry_points(group=self._group)}
 
+
+FAMILIES = Table(  # a base's model_index.json names the pipeline, by which its family is found
+    "a base's family",
+    "lcmlora.families",
+    {
+        "sd": "lcmlora.bases.families.stable_diffusion:StableDiffusion",
+        "sdxl": "lcmlora.bases.families.sdxl:SDXL",
+    },
+)
 
 SOURCES = Table(
     "data.source",

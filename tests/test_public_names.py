@@ -13,9 +13,7 @@ import lcmlora
 from lcmlora import bases, registry
 
 # What reads or holds tensors. The others must do without torch.
-WITH_TORCH = {
-    f"lcmlora.bases.{name}" for name in ("Conditioning", "LoadedBase", "load", "pick_device", "pick_dtype")
-} | {"lcmlora.bases.network_forward", "lcmlora.bases.unet_forward"}
+WITH_TORCH = {f"lcmlora.bases.{name}" for name in ("Conditioning", "LoadedBase", "load", "pick_device", "pick_dtype")}
 
 PUBLIC = [f"lcmlora.{name}" for name in lcmlora.__all__]
 PUBLIC += [f"lcmlora.bases.{name}" for name in bases.__all__]

@@ -73,7 +73,7 @@ def test_an_objective_is_added_with_its_sampler(base_folder: Path, cache: Latent
     OBJECTIVES.register("halfway", additions.Halfway)
     SAMPLERS.register("DDIMScheduler", additions.Ddim)
     settings = Distill.model_validate(SETTINGS.model_dump() | {"objective": "halfway"})
-    base = load_parts(base_folder, "unet")
+    base = load_parts(base_folder, "network")
     facts = run_distill(base, cache, tmp_path, settings)
     assert facts["sampler"] == {"scheduler": "DDIMScheduler", "gamma": None, "grid": 50}
     written = json.loads((tmp_path / "adapter/scheduler_config.json").read_text())

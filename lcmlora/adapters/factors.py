@@ -30,10 +30,14 @@ class Part(NamedTuple):
 Spelled = dict[str, dict[str, Part]]  # the parts of each layer, by its name as it is spelled
 
 
-def check_model(tensors: Collection[str], shown: str) -> None:
-    """Raises UserError where the layers are those of another model, which is told before all that is wrong besides."""
+def check_model(tensors: Collection[str], own: str | None, shown: str) -> None:
+    """Raises UserError where the layers are those of another model, which is told before all that is wrong besides.
+
+    Args:
+        own: what spellings.family says of the base's layers.
+    """
     lora_like = [name for name in tensors if "lora" in name and not spellings.of_text_encoder(name)]
-    if model := spellings.family(lora_like):
+    if (model := spellings.family(lora_like)) and model != own:
         first = min(name for name in lora_like if spellings.family([name]))
         raise UserError(
             f"{shown}: its layers are those of {model}, and other models than Stable Diffusion 1, 2 and XL are not "

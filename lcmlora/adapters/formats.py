@@ -33,10 +33,6 @@ from lcmlora.io.files import atomic_write
 
 DIFFUSERS, KOHYA = "diffusers", "kohya"
 
-# What kohya and the Stability model spec call a base (library/train_util.py and library/sai_model_spec.py of
-# kohya-ss/sd-scripts); the spec tells v2's two kinds apart by what they predict.
-_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
-_ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"}
 _PREDICTS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 _MAX_PADDED = 2 << 30  # bytes that an adapter may grow to where its layers' ranks differ
@@ -113,7 +109,7 @@ def read(path: Path, base: Architecture | None = None, *, unet_only: bool = Fals
 
 def _read(path: Path, base: Architecture | None, unet_only: bool, shown: str) -> Adapter:
     tensors, header = tensorfile.read(path, shown)
-    factors.check_model(tensors, shown)
+    factors.check_model(tensors, spellings.family(base.shapes) if base else None, shown)
     text = factors.others(tensors, unet_only, shown)
     spelled = factors.by_layer({name: tensor for name, tensor in tensors.items() if name not in text}, shown)
     factors.check(spelled, shown)
@@ -138,6 +134,7 @@ def _dtype(layers: dict[str, Layer]) -> torch.dtype:
 
 def _module(name: str, parts: dict[str, Part], base: Architecture, shown: str) -> str:
     """Returns diffusers' name of the layer. Raises UserError where the base has no such layer, or one of other size."""
+    name = name.removeprefix(f"{base.prefix}.")
     module = name if name in base.shapes else base.spellings.get(name.replace(".", "_"))
     if module is None:
         raise UserError(f"{shown}: holds {name}, which this base does not have: it was made for another base")
@@ -200,7 +197,7 @@ def write(
         tensors, kept = _kohya(adapter, structure, alpha)
         metadata = _header(tensors, adapter, structure, title or path.stem, kept)
     else:
-        tensors, metadata = _diffusers(adapter)
+        tensors, metadata = _diffusers(adapter, base.prefix if base else "unet")
     _check_range(tensors, adapter)
     error = 0.0
 
@@ -269,20 +266,20 @@ def compare(meant: Adapter, found: Adapter) -> float:
     return worst
 
 
-def _diffusers(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _diffusers(adapter: Adapter, prefix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {}
     for name, layer in adapter.layers.items():
-        tensors[f"unet.{name}.lora_A.weight"] = layer.down
-        tensors[f"unet.{name}.lora_B.weight"] = layer.folded.up
+        tensors[f"{prefix}.{name}.lora_A.weight"] = layer.down
+        tensors[f"{prefix}.{name}.lora_B.weight"] = layer.folded.up
     others = {f"^{name}": layer.rank for name, layer in adapter.layers.items() if layer.rank != adapter.rank}
     settings = {
-        "unet.peft_type": "LORA",
-        "unet.r": adapter.rank,
-        "unet.lora_alpha": adapter.rank,
-        "unet.target_modules": list(adapter.layers),
+        f"{prefix}.peft_type": "LORA",
+        f"{prefix}.r": adapter.rank,
+        f"{prefix}.lora_alpha": adapter.rank,
+        f"{prefix}.target_modules": list(adapter.layers),
     }
     if others:
-        settings |= {"unet.rank_pattern": others, "unet.alpha_pattern": others}
+        settings |= {f"{prefix}.rank_pattern": others, f"{prefix}.alpha_pattern": others}
     return tensors, {"format": "pt", peft_settings.METADATA: json.dumps(settings, sort_keys=True)}
 
 
@@ -344,17 +341,16 @@ def _header(
     data = save({n: t if n.endswith(".alpha") else t.to(adapter.dtype).contiguous() for n, t in tensors.items()})
     content = data[8 + int.from_bytes(data[:8], "little") :]
     predicts = _PREDICTS.get(base.prediction_type or "")
-    model = _ARCHITECTURES[base.family]
-    version = _VERSIONS[base.family]
-    if base.family == "sd2" and predicts == "v":
-        model, version = "stable-diffusion-v2-768-v", f"{version}_v"
+    version, model = base.naming.version, base.naming.architecture
+    if predicts == "v" and base.naming.predicting_v:
+        version, model = base.naming.predicting_v
     header = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{model}/lora",
         # Whose names the tensors have.
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
-        if base.family == "sdxl"
+        if base.naming.original
         else "diffusers",
         "modelspec.title": title,
         "modelspec.hash_sha256": f"0x{hashlib.sha256(content).hexdigest()}",
@@ -362,7 +358,7 @@ def _header(
         "ss_network_dim": str(adapter.rank),
         "ss_network_alpha": str(alpha),
         "ss_base_model_version": version,
-        "ss_v2": str(base.family == "sd2"),
+        "ss_v2": str(base.naming.v2),
         "ss_output_name": title,
     }
     if base.resolution:

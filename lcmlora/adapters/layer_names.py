@@ -14,9 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lcmlora.errors import UserError
+if TYPE_CHECKING:
+    from torch import nn
 
 _RESNET = {
     "conv1": "in_layers.2",
@@ -35,18 +36,45 @@ _OUTSIDE = {
 
 
 @dataclass(frozen=True)
+class Naming:
+    """What kohya's trainer and the Stability model spec call a kind of base, and whose names its layers have there.
+
+    (library/train_util.py and library/sai_model_spec.py of kohya-ss/sd-scripts.)
+    """
+
+    name: str
+    version: str  # ss_base_model_version
+    architecture: str  # modelspec.architecture
+    v2: bool = False  # ss_v2
+    original: bool = False  # layers have the names of the original code, not diffusers'
+    predicting_v: tuple[str, str] | None = None  # version and architecture of one that predicts v, where they differ
+
+
+SD1 = Naming("sd1", "sd_v1", "stable-diffusion-v1")
+SD2 = Naming(
+    "sd2",
+    "sd_v2",
+    "stable-diffusion-v2-512",
+    v2=True,
+    predicting_v=("sd_v2_v", "stable-diffusion-v2-768-v"),
+)
+SDXL = Naming("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", original=True)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The layers of a UNet that an adapter may change: its linear ones and its convolutions."""
 
-    family: str  # sd1, sd2 or sdxl: whose structure it has, whatever its sizes
+    naming: Naming  # that of its structure, whatever its sizes
     shapes: dict[str, tuple[int, ...]]  # of the weights, (out, in) or (out, in, kh, kw), by diffusers' name
+    prefix: str = "unet"  # of its layers in diffusers' files: the network's folder in the base's
     resolution: int | None = None  # pixels
     prediction_type: str | None = None  # as the base's scheduler says it
 
     @cached_property
     def kohya(self) -> dict[str, str]:
         """The layers' names in kohya's files, without `lora_unet_`, by diffusers' name."""
-        names = _original(self.shapes) if self.family == "sdxl" else {name: name for name in self.shapes}
+        names = _original(self.shapes) if self.naming.original else {name: name for name in self.shapes}
         return {name: other.replace(".", "_") for name, other in names.items()}
 
     @cached_property
@@ -56,40 +84,48 @@ class Architecture:
         return plain | {other.replace(".", "_"): name for name, other in _original(self.shapes).items()}
 
 
-def describe(
-    config: dict[str, Any], *, resolution: int | None = None, prediction_type: str | None = None
+def of_network(
+    network: nn.Module,
+    *,
+    naming: Naming,
+    prefix: str = "unet",
+    resolution: int | None = None,
+    prediction_type: str | None = None,
 ) -> Architecture:
-    """Returns the architecture of a UNet's configuration, without its weights.
-
-    Raises:
-        UserError: diffusers cannot build a UNet from it.
-    """
-    import torch
-    from diffusers import UNet2DConditionModel
+    """Returns the architecture of a network, which may be on torch's meta device."""
     from torch import nn
 
-    with torch.device("meta"):
-        try:
-            unet = UNet2DConditionModel.from_config(config)
-        except Exception as error:  # of a foreign configuration, whatever it leads to
-            raise UserError(f"diffusers cannot build a UNet from its configuration: {error}") from error
     shapes = {
         name: tuple(module.weight.shape)
-        for name, module in unet.named_modules()
+        for name, module in network.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
+    return Architecture(naming, shapes, prefix, resolution, prediction_type)
+
+
+def naming_of_unet(config: dict[str, Any]) -> Naming:
+    """Returns how the layers of a UNet of this configuration are named in the files of kohya's trainer."""
     if config.get("addition_embed_type") == "text_time":
-        family = "sdxl"
-    else:
-        family = "sd2" if config.get("use_linear_projection") else "sd1"
-    return Architecture(family, shapes, resolution, prediction_type)
+        return SDXL
+    return SD2 if config.get("use_linear_projection") else SD1
 
 
 @cache
 def published() -> dict[str, Architecture]:
     """Returns the published architectures, by hub id."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
     configs = json.loads(resources.files("lcmlora").joinpath("architectures.json").read_text(encoding="utf-8"))
-    return {name: describe(config, resolution=8 * config["sample_size"]) for name, config in configs.items()}
+    with torch.device("meta"):
+        return {
+            name: of_network(
+                UNet2DConditionModel.from_config(config),
+                naming=naming_of_unet(config),
+                resolution=8 * config["sample_size"],
+            )
+            for name, config in configs.items()
+        }
 
 
 def _original(names: Iterable[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -45,7 +46,22 @@ TARGETS = [
 ]
 
 
-def inject(unet: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
+@dataclass(frozen=True)
+class Placement:
+    """Which layers of a network an adapter changes, and how its file names them.
+
+    targets: the ends of their modules' names, or a regular expression for whole names.
+    prefix: of the names in diffusers' files: the network's folder in the base's.
+    """
+
+    targets: list[str] | str
+    prefix: str
+
+
+UNET = Placement(TARGETS, "unet")
+
+
+def inject(unet: nn.Module, rank: int, alpha: float, seed: int, placement: Placement = UNET) -> dict[str, nn.Parameter]:
     """Adds fp32 LoRA layers to a frozen UNet and returns their parameters by name, in a fixed order.
 
     The base's weights keep their precision and storage; B is zero, so the model's output is unchanged. Only the
@@ -56,7 +72,7 @@ def inject(unet: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, nn.
     unet.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=True)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=placement.targets, init_lora_weights=True)
         inject_adapter_in_model(config, unet, adapter_name=ADAPTER)
     _adapted[unet] = [vars(layer) for _, layer in _layers(unet)]
     parameters = {name: p for name, p in unet.named_parameters() if f".{ADAPTER}." in name}
@@ -96,7 +112,7 @@ def parameters(unet: nn.Module) -> int:
     return sum(p.numel() for name, p in unet.named_parameters() if f".{ADAPTER}." in name)
 
 
-def state_dict(unet: nn.Module) -> dict[str, Tensor]:
+def state_dict(unet: nn.Module, placement: Placement = UNET) -> dict[str, Tensor]:
     """Returns the adapter in diffusers' key style with alpha / rank folded into B, fp32 on the CPU, sorted by name.
 
     Readers that know nothing of alpha then apply it at scale 1, which is what was trained; diffusers loses an alpha
@@ -105,8 +121,10 @@ def state_dict(unet: nn.Module) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in _layers(unet):
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        tensors[f"unet.{name}.lora_A.weight"] = a.detach().float().cpu().contiguous()
-        tensors[f"unet.{name}.lora_B.weight"] = (b.detach().float().cpu() * layer.scaling[ADAPTER]).contiguous()
+        tensors[f"{placement.prefix}.{name}.lora_A.weight"] = a.detach().float().cpu().contiguous()
+        tensors[f"{placement.prefix}.{name}.lora_B.weight"] = (
+            b.detach().float().cpu() * layer.scaling[ADAPTER]
+        ).contiguous()
     return dict(sorted(tensors.items()))
 
 
@@ -125,13 +143,14 @@ def _with_sorted_header(data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
-def adapter_metadata(rank: int) -> dict[str, str]:
+def adapter_metadata(rank: int, placement: Placement = UNET) -> dict[str, str]:
     """Returns the header from which diffusers rebuilds the LoRA configuration instead of guessing it."""
-    settings = {"unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": TARGETS, "unet.peft_type": "LORA"}
+    told = {"r": rank, "lora_alpha": rank, "target_modules": placement.targets, "peft_type": "LORA"}
+    settings = {f"{placement.prefix}.{key}": value for key, value in told.items()}
     return {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
 
 
-def load(unet: nn.Module, path: Path) -> None:
+def load(unet: nn.Module, path: Path, placement: Placement = UNET) -> None:
     """Adds the adapter of a diffusers-format file to a bare UNet, active and frozen.
 
     Raises:
@@ -141,7 +160,7 @@ def load(unet: nn.Module, path: Path) -> None:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: is not a readable safetensors file: {error}") from error
-    tensors = {name.removeprefix("unet."): t for name, t in tensors.items()}
+    tensors = {name.removeprefix(f"{placement.prefix}."): t for name, t in tensors.items()}
     names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     _check_names(unet, names, str(path))
     try:

@@ -7,24 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lcmlora.bases.base import (
-        Conditioning,
         LoadedBase,
         load,
         pick_device,
         pick_dtype,
-        unet_forward,
     )
     from lcmlora.bases.description import Description, describe
+    from lcmlora.bases.families import Conditioning
 
 _MODULES = {
-    "Conditioning": "base",
+    "Conditioning": "families",
     "Description": "description",
     "LoadedBase": "base",
     "describe": "description",
     "load": "base",
     "pick_device": "base",
     "pick_dtype": "base",
-    "unet_forward": "base",
 }
 
 __all__ = [
@@ -35,7 +33,6 @@ __all__ = [
     "load",
     "pick_device",
     "pick_dtype",
-    "unet_forward",
 ]
 
 

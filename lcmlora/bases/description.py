@@ -11,7 +11,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lcmlora.bases.examination import structure
 from lcmlora.bases.examination.weightfiles import json_of
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
@@ -19,8 +18,8 @@ from lcmlora.io.terminal import cell
 from lcmlora.project import Project
 
 
-def unet_config(base: Base, folder: Path, sources: Path = Path()) -> dict[str, Any]:
-    """Returns the configuration of the base's UNet, without its weights.
+def network_config(base: Base, folder: Path, sources: Path = Path()) -> dict[str, Any]:
+    """Returns the configuration of the base's network, without its weights.
 
     It is that of the base at `folder`, else that of a local source (or of the `config` that a single file goes with),
     else the one that comes with this package for the published bases, which holds what differs from diffusers'
@@ -32,8 +31,8 @@ def unet_config(base: Base, folder: Path, sources: Path = Path()) -> dict[str, A
     Raises:
         UserError: there is none of these, or a file that is not JSON.
     """
-    config = _local_json(base, folder, sources, "unet/config.json")
-    if config is not None:
+    found = [_local_json(base, folder, sources, f"{part}/config.json") for part in _network_folders()]
+    if config := next((config for config in found if config is not None), None):
         return config
     packaged = json.loads(resources.files("lcmlora").joinpath("architectures.json").read_text(encoding="utf-8"))
     for hub_id in (base.source, base.config):
@@ -51,6 +50,12 @@ def _local_json(base: Base, folder: Path, sources: Path, file: str) -> dict[str,
     return None if path is None else json_of(path)
 
 
+def _network_folders() -> list[str]:
+    from lcmlora.bases import families  # which needs torch, and `from lcmlora.bases import describe` does not
+
+    return list(dict.fromkeys(family.network.folder for family in families.known()))
+
+
 @dataclass(frozen=True)
 class Description:
     """A base by its configuration alone."""
@@ -65,36 +70,37 @@ class Description:
 
 
 def describe(name: str, base: Base, folder: Path, rank: int, alpha: float, sources: Path = Path()) -> Description:
-    """Counts the UNet of a base and an adapter of this rank on it, on torch's meta device: no weights, no memory.
+    """Counts the network of a base and an adapter of this rank on it, on torch's meta device: no weights, no memory.
 
     Raises:
-        UserError: the UNet's configuration is not at hand, or diffusers cannot build a UNet from it.
+        UserError: the network's configuration is not at hand, or diffusers cannot build a network from it.
     """
     import torch
-    from diffusers import UNet2DConditionModel
 
     from lcmlora.adapters import lora
+    from lcmlora.bases import families
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     scheduler = _local_json(base, folder, sources, "scheduler/scheduler_config.json") or {}
-    config = unet_config(base, folder, sources)
+    config = network_config(base, folder, sources)
+    family = families.of_network(config)
     with torch.device("meta"):
         try:
-            structure.check_unet(folder / "unet" / "config.json", config)
-            unet = UNet2DConditionModel.from_config(config)
+            family.check_network(folder / family.network.folder / "config.json", config)
+            network = family.build(config)
         except UserError:
             raise
         except Exception as error:  # of a foreign configuration, whatever it leads to
             raise UserError(f"bases.{name}: diffusers cannot build a UNet from its configuration: {error}") from error
-        parameters = sum(p.numel() for p in unet.parameters())
-        adapter = lora.inject(unet, rank, alpha, seed=0)
+        parameters = sum(p.numel() for p in network.parameters())
+        adapter = lora.inject(network, rank, alpha, seed=0, placement=family.placement)
     return Description(
         name=name,
         source=base.source,
         resolution=base.resolution,
         unet_parameters=parameters,
         lora_parameters=sum(p.numel() for p in adapter.values()),
-        adapted_layers=lora.adapted_layers(unet),
+        adapted_layers=lora.adapted_layers(network),
         prediction_type=scheduler.get("prediction_type"),
     )
 

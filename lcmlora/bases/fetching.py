@@ -7,9 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
-from lcmlora.bases import folders, singlefile, styled
+from lcmlora.bases import families, folders, singlefile, styled
 from lcmlora.bases.examination import examine
-from lcmlora.bases.examination.weightfiles import WEIGHTS
 from lcmlora.config import Base
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io import temporaries
@@ -137,12 +136,14 @@ def download_patterns(variant: str | None) -> list[str]:
     VAE (SDXL's vae_1_0), weights without averaging (SD-V1.5's non_ema) and pickles; together ten times the download.
     """
     patterns = ["model_index.json", "scheduler/*.json", "feature_extractor/*.json"]
-    patterns += [f"{part}/*.{kind}" for part in ("tokenizer", "tokenizer_2") for kind in ("json", "txt")]
-    for part, stem in WEIGHTS.items():
-        # Above the hub's usual size a file comes in shards, `-00001-of-00002`.
-        files = (f"{stem}.{variant}", f"{stem}.{variant}-*-of-*") if variant else (stem, f"{stem}-*-of-*")
-        patterns += [f"{part}/*.json", *(f"{part}/{file}.safetensors" for file in files)]
-    return patterns
+    for family in families.known():
+        patterns += [f"{part.folder}/*.{kind}" for part in family.tokenizers for kind in ("json", "txt")]
+        for part in (family.network, family.vae, *family.text_encoders):
+            stem = part.weights
+            # Above the hub's usual size a file comes in shards, `-00001-of-00002`.
+            files = (f"{stem}.{variant}", f"{stem}.{variant}-*-of-*") if variant else (stem, f"{stem}-*-of-*")
+            patterns += [f"{part.folder}/*.json", *(f"{part.folder}/{file}.safetensors" for file in files)]
+    return list(dict.fromkeys(patterns))
 
 
 def base_state(name: str, base: Base, sources: Path = Path()) -> str:

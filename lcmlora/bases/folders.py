@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lcmlora.bases import families
 from lcmlora.bases.examination import examine
-from lcmlora.bases.examination.weightfiles import WEIGHTS
 from lcmlora.config import Base
 from lcmlora.errors import UserError
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UserError where the folder is not a Stable Diffusion or SDXL pipeline in diffusers' layout, by names."""
+    """Raises UserError where the folder is not a pipeline of a known family in diffusers' layout, by names."""
     examine.check_parts(folder)
 
 
 def variant(folder: Path) -> str | None:
-    """Returns the variant in which a base's UNet is there, such as fp16; None where there are plain files."""
-    stem = WEIGHTS["unet"]
-    files = sorted((folder / "unet").glob(f"{stem}*.safetensors"))
+    """Returns the variant in which a base's network is there, such as fp16; None where there are plain files."""
+    network = families.of_folder(folder).network
+    stem = network.weights
+    files = sorted((folder / network.folder).glob(f"{stem}*.safetensors"))
     if any(path.name.startswith((f"{stem}.safetensors", f"{stem}-")) for path in files):
         return None
     # diffusion_pytorch_model.fp16.safetensors, or diffusion_pytorch_model.fp16-00001-of-00002.safetensors

@@ -5,11 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lcmlora.bases import families
 from lcmlora.bases.examination.weightfiles import json_of
+from lcmlora.bases.families.family import Family
 from lcmlora.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+
+def family_of(pipeline: Any) -> Family:
+    """Returns the family of a pipeline of diffusers. Raises KeyError where there is none."""
+    if (family := families.by_pipeline(type(pipeline).__name__)) is None:
+        raise KeyError(type(pipeline).__name__)
+    return family
+
+
+def network(pipeline: Any) -> Any:
+    """Returns the network of a pipeline of diffusers."""
+    return getattr(pipeline, family_of(pipeline).network.folder)
 
 
 def assemble(base: Path, scheduler: Path, variant: str | None, dtype: torch.dtype) -> Any:

@@ -87,8 +87,7 @@ class Schedule:
 
     def to(self, device: torch.device) -> Schedule:
         """Returns the same table on this device."""
-        tables = (table.to(device) for table in (self.alpha, self.sigma, self.time))
-        return replace(self, **dict(zip(("alpha", "sigma", "time"), tables, strict=True)))
+        return replace(self, alpha=self.alpha.to(device), sigma=self.sigma.to(device), time=self.time.to(device))
 
     def level(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Returns alpha_t and sigma_t, both (B,) fp32, for timesteps (B,)."""

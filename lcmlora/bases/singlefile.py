@@ -12,19 +12,15 @@ from typing import Any
 
 import torch
 
+from lcmlora.bases import families
 from lcmlora.bases.examination.weightfiles import PICKLES, Entry, header, read, some
+from lcmlora.bases.families.family import SingleFile
 from lcmlora.config import Base
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, sha256_file
 
 MARKER = ".single-file"  # in the folder: what it was made from
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-
-# What each part's tensors begin with in the layout of the original code.
-_UNET = ("model.diffusion_model.",)
-_VAE = ("first_stage_model.", "vae.")
-_TEXT_SD = ("cond_stage_model.",)
-_TEXT_SDXL = ("conditioner.embedders.",)
 
 
 def names_a_file(source: str) -> bool:
@@ -84,15 +80,17 @@ def _small_files(folder: Path) -> str:
 
 def _load(name: str, source: Path, config: str | None, revision: str | None) -> Any:
     """Returns the checkpoint as a diffusers pipeline on the CPU."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    import diffusers
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     entries = header(source)
     _check_family(source, entries)
     dtypes = {key: entry.dtype for key, entry in entries.items()}
-    sdxl = any(key.startswith(_TEXT_SDXL) for key in dtypes)
-    parts = {"UNet": _UNET, "VAE": _VAE, "text encoder": _TEXT_SDXL if sdxl else _TEXT_SD}
+    family = families.of_tensors(dtypes)
+    layout = family.single_file
+    assert layout is not None
+    parts = {"UNet": layout.network, "VAE": layout.vae, "text encoder": layout.text}
     for part, prefixes in parts.items():
         if not any(key.startswith(prefixes) for key in dtypes):
             raise UserError(
@@ -103,7 +101,7 @@ def _load(name: str, source: Path, config: str | None, revision: str | None) -> 
     weights = tuple(prefix for prefixes in parts.values() for prefix in prefixes)
     read(source, lambda key: key.startswith(weights))
     floating = {_DTYPES[dtype] for key, dtype in dtypes.items() if dtype in _DTYPES and key.startswith(weights)}
-    cls = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
+    cls = getattr(diffusers, family.pipeline)
     shown = config or "the configuration that diffusers takes by default"
     try:
         pipeline = cls.from_single_file(
@@ -123,13 +121,14 @@ def _load(name: str, source: Path, config: str | None, revision: str | None) -> 
         missing = isinstance(error, NotImplementedError | KeyError)
         reason = f"it lacks weights of this architecture ({_line(error)})" if missing else _line(error)
         raise UserError(f"bases.{name}.config: {source} does not fit {shown}: {reason}") from error
-    ours, theirs = len(pipeline.unet.state_dict()), sum(key.startswith(_UNET) for key in dtypes)
+    network = getattr(pipeline, family.network.folder)
+    ours, theirs = len(network.state_dict()), sum(key.startswith(layout.network) for key in dtypes)
     if ours != theirs:  # diffusers drops what a smaller architecture has no place for
         raise UserError(
-            f"bases.{name}.config: {source} does not fit {config}: the UNet has {theirs} tensors in the file and "
+            f"bases.{name}.config: {source} does not fit {shown}: the UNet has {theirs} tensors in the file and "
             f"{ours} by its configuration; set the key to a diffusers folder of the same architecture"
         )
-    _check_text(source, dtypes, pipeline)
+    _check_text(source, dtypes, pipeline, layout)
     _check_scheduler(name, source, set(dtypes), pipeline.scheduler.config)
     return pipeline
 
@@ -145,18 +144,19 @@ _FAMILIES = (
     (r"^text_model\.", "a text encoder alone"),
     (r"(^|\.)(transformer_blocks|blocks)\.0\.", "a checkpoint of a diffusion transformer"),
 )
+_UNET = "model.diffusion_model."
 _TAKES = {5: "depth maps", 7: "a picture to enlarge", 8: "a picture to edit", 9: "a masked picture, for inpainting"}
 
 
 def _check_family(source: Path, entries: dict[str, Entry]) -> None:
     """Raises UserError where the file is known by its tensors' names to be something else than what is distilled."""
-    ours = sum(key.startswith(f"{_UNET[0]}input_blocks.") for key in entries)
+    ours = sum(key.startswith(f"{_UNET}input_blocks.") for key in entries)
     for pattern, what in _FAMILIES if not ours else ():
         if any(re.search(pattern, key) for key in entries):
             raise UserError(f"{source}: is {what}; expected a whole checkpoint of Stable Diffusion 1, 2 or SDXL")
     if any(key.startswith("conditioner.embedders.0.model.") for key in entries):
         raise UserError(f"{source}: is SDXL's refiner, which has one text encoder; expected the base model")
-    first = entries.get(f"{_UNET[0]}input_blocks.0.0.weight")
+    first = entries.get(f"{_UNET}input_blocks.0.0.weight")
     if first and len(first.shape) == 4 and first.shape[1] in _TAKES:
         raise UserError(
             f"{source}: its UNet has {first.shape[1]} input channels and takes {_TAKES[first.shape[1]]}; expected a "
@@ -179,14 +179,10 @@ _OPEN_CLIP = {
 }
 
 
-def _check_text(source: Path, keys: Iterable[str], pipeline: Any) -> None:
+def _check_text(source: Path, keys: Iterable[str], pipeline: Any, layout: SingleFile) -> None:
     """Raises UserError where the file lacks a tensor of a text encoder, for which diffusers takes random numbers."""
     keys = list(keys)
-    for prefix, part in (
-        ("cond_stage_model.", "text_encoder"),
-        ("conditioner.embedders.0.", "text_encoder"),
-        ("conditioner.embedders.1.", "text_encoder_2"),
-    ):
+    for part, prefix in layout.text_encoders.items():
         held = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
         if not held:
             continue

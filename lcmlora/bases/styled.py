@@ -51,10 +51,10 @@ def make(name: str, base: Base, plain: Path, target: Path, sources: Path = Path(
     if target.exists() and not target.is_symlink() and not marker.is_file():
         raise UserError(f"{target} is in the way of {plain} with the style {weights}; move it or rename the base")
     style = formats.read(weights, architecture.of_folder(plain))
-    loaded = load(name, base, plain, device=torch.device("cpu"), parts=("unet",))
+    loaded = load(name, base, plain, device=torch.device("cpu"), parts=("network",))
     factors = {name: (layer.down, base.style.weight * layer.folded.up.float()) for name, layer in style.layers.items()}
-    lora.put(loaded.unet, factors, str(weights))
-    loaded.unet.to(_dtype(plain))
+    lora.put(loaded.network, factors, str(weights))
+    loaded.network.to(_dtype(plain / loaded.family.network.folder))
     with atomic_folder(target) as folder:
         write(loaded, folder)
         (folder / MARKER).write_text(wanted, encoding="utf-8")
@@ -62,9 +62,9 @@ def make(name: str, base: Base, plain: Path, target: Path, sources: Path = Path(
             target.unlink()
 
 
-def _dtype(plain: Path) -> torch.dtype:
-    """Returns the precision of the UNet's file."""
-    path = min((plain / "unet").glob("*.safetensors"))
+def _dtype(part: Path) -> torch.dtype:
+    """Returns the precision of a part's file."""
+    path = min(part.glob("*.safetensors"))
     with safe_open(path, framework="pt") as file:
         tensor: torch.Tensor = file.get_tensor(next(iter(file.keys())))
     return tensor.dtype

@@ -105,7 +105,7 @@ def _encode(project: Project, config: Config, model: str, settings: Encode, plac
 
     objectives.check(config.distill_for(model), f"{model}: ")  # here, and not hours later
     data = project.located_data(config.data)
-    parts = ("vae" if SOURCES.get(data.source).has_pictures else "unet", "text")
+    parts = ("vae" if SOURCES.get(data.source).has_pictures else "network", "text")
     base = _load(project, config, model, settings.device, parts)
     if place.first:
         enlargement.warn(data, model, base.resolution, project.pictures)
@@ -263,7 +263,7 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
             encode(base, data, encoding, work / "pictures", work / "encode", work / "latents")
         del base
         cache = LatentCache(work / "latents")
-        parts = ("unet", "text") if cache.tokenized else ("unet",)
+        parts = ("network", "text") if cache.tokenized else ("network",)
         bare = bases.load(model, entry, folder, device=device, dtype=dtype, parts=parts)
         cache.embed = bare.encode_tokens
         label = f"{model}-{kind}-{name}"
@@ -382,7 +382,7 @@ def _drawing_base(
 ) -> tuple[LoadedBase, Evaluation]:
     """Returns the base, or the fine-tuned checkpoint in `folder`, with all its parts, and how it is evaluated."""
     settings = project.located_evaluation(config.evaluation_for(model))
-    return _load(project, config, model, settings.device, ("unet", "vae", "text"), folder=folder), settings
+    return _load(project, config, model, settings.device, ("network", "vae", "text"), folder=folder), settings
 
 
 def base_and_cache(
@@ -395,7 +395,7 @@ def base_and_cache(
     bases.pick_device(settings.device)  # without a device the cache does not matter
     budget = int(config.shard_cache_gb * 1e9)
     cache = LatentCache(project.latents(model), shards=project.scratch("shards", model), budget=budget)
-    parts = ("unet", *(["vae"] if pictures else []), *(["text"] if cache.tokenized else []))
+    parts = ("network", *(["vae"] if pictures else []), *(["text"] if cache.tokenized else []))
     base = _load(project, config, model, settings.device, parts, precision=settings.precision)
     cache.embed = base.encode_tokens
     return base, cache

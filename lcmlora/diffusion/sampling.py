@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lcmlora.adapters.facts import LATENT_CONSISTENCY, Sampler
-from lcmlora.bases.base import Conditioning, LoadedBase
+from lcmlora.bases.base import LoadedBase
+from lcmlora.bases.families import Conditioning
 from lcmlora.diffusion import samplers, solver
 from lcmlora.diffusion.samplers import StudentSampler
 from lcmlora.noise import generator
@@ -41,19 +42,13 @@ def network_evaluations(method: str, steps: int, guidance_scale: float) -> int:
 
 
 def text_conditioning(base: LoadedBase, captions: Sequence[str]) -> Conditioning:
-    """Returns what `sample` needs of these captions, one row for each; with time_ids for the SDXL family."""
-    return _with_time_ids(base, base.encode_text(list(captions)))
+    """Returns what `sample` needs of these captions, one row for each, with `micro_conditioning`."""
+    return base.encode_text(list(captions)) | base.micro_conditioning(rows=len(captions))
 
 
 def unconditional(base: LoadedBase) -> Conditioning:
     """Returns the unconditional counterpart of `text_conditioning`, one row."""
-    return _with_time_ids(base, base.unconditional())
-
-
-def _with_time_ids(base: LoadedBase, conditioning: Conditioning) -> Conditioning:
-    if base.kind != "sdxl":
-        return conditioning
-    return conditioning | {"time_ids": base.time_ids(rows=len(conditioning["encoder_hidden_states"]))}
+    return base.unconditional() | base.micro_conditioning()
 
 
 @torch.no_grad()
@@ -81,7 +76,7 @@ def sample(
     Args:
         conditioning: one row for each picture, see `text_conditioning`.
         noise: (B, C, h, w) fp32 of unit variance, see `initial_noise`.
-        method: "lcm", the student (its adapter active in `base.unet`), or one of SOLVERS.
+        method: "lcm", the student (its adapter active in `base.network`), or one of SOLVERS.
         guidance_scale: the pipelines' convention, u + guidance_scale (c - u); 1 is one pass without `unconditional`.
         unconditional: one row; conditional and unconditional pass go through the network as one batch.
         seed, indices: whose noise the student adds between its steps; solvers and a single step need none.

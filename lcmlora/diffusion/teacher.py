@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lcmlora.adapters import lora
-from lcmlora.bases.base import Conditioning, LoadedBase, unet_forward
+from lcmlora.bases.base import LoadedBase
+from lcmlora.bases.families.family import Conditioning
 from lcmlora.diffusion import solver
 from lcmlora.diffusion.teacher_cache import TeacherCache
 
@@ -21,7 +22,7 @@ class Teacher:
         self, base: LoadedBase, unconditional: Conditioning, grid: int, cache: TeacherCache | None = None
     ) -> None:
         """Args:
-        unconditional: one row, without time_ids.
+        unconditional: one row, without what belongs to the picture (micro-conditioning).
         grid: points of the grid, N of arXiv 2310.04378, Algorithm 1.
         cache: what was said of samples before.
         """
@@ -56,11 +57,11 @@ class Teacher:
             return conditional, unconditional
         both = {
             # The unconditional pass keeps the picture's own micro-conditioning.
-            k: torch.cat([v, v if k == "time_ids" else self._unconditional[k].expand_as(v)])
+            k: torch.cat([v, self._unconditional[k].expand_as(v) if k in self._unconditional else v])
             for k, v in conditioning.items()
         }
-        with lora.disabled(self._base.unet):
-            output = unet_forward(self._base.unet, torch.cat([x, x]), torch.cat([t, t]), both)
+        with lora.disabled(self._base.network):
+            output = self._base.predict(torch.cat([x, x]), torch.cat([t, t]), both)
         conditional, unconditional = output.chunk(2)
         if self._cache and places:
             self._cache.write(places, conditional, unconditional)

@@ -23,7 +23,8 @@ from torch import Tensor
 from lcmlora import stages
 from lcmlora.adapters import lora
 from lcmlora.adapters.facts import Sampler
-from lcmlora.bases.base import Conditioning, LoadedBase, unet_forward
+from lcmlora.bases.base import LoadedBase
+from lcmlora.bases.families import Conditioning
 from lcmlora.bases.schedule import Prediction
 from lcmlora.config import Distill, check_trajectory, digest
 from lcmlora.data.latents.cache import LatentCache
@@ -189,8 +190,8 @@ def distill(
         "final_loss": state["loss"],
         "sampler": asdict(distillation.objective.sampler),
         "seed": settings.seed,
-        "adapted_layers": lora.adapted_layers(base.unet),
-        "lora_parameters": lora.parameters(base.unet),
+        "adapted_layers": lora.adapted_layers(base.network),
+        "lora_parameters": lora.parameters(base.network),
         # Not Python's, nor torch's build (`+cpu`): the machine's, and the adapter is the same with others.
         "versions": {name: number.partition("+")[0] for name, number in versions().items() if name != "python"},
     }
@@ -222,7 +223,8 @@ def _rows(base: LoadedBase, cache: LatentCache, settings: Distill) -> tuple[Tens
 def _write(base: LoadedBase, settings: Distill, out: Path, facts: dict[str, Any], probe: Probe) -> None:
     """Writes the adapter that the base carries, how to sample with it, and what is known of it."""
     with atomic_folder(out) as folder:
-        tensors, metadata = lora.state_dict(base.unet), lora.adapter_metadata(settings.rank)
+        placement = base.family.placement
+        tensors, metadata = lora.state_dict(base.network, placement), lora.adapter_metadata(settings.rank, placement)
         lora.save_file(tensors, folder / lora.WEIGHTS, dtype=_file_dtype(base), metadata=metadata)
         scheduler = samplers.scheduler_config(base.scheduler_config, Sampler(**facts["sampler"]))
         write_json(folder / "scheduler_config.json", scheduler)
@@ -260,11 +262,11 @@ def _file_dtype(base: LoadedBase) -> torch.dtype:
 
 def equip(base: LoadedBase, settings: Distill, ranks: Ranks | None = None) -> Optimization:
     """Gives a bare base its adapter, executed as the settings say, and returns the adapter's optimization."""
-    parameters = lora.inject(base.unet, settings.rank, settings.alpha, settings.seed)
-    LoraForwards().install(base.unet)
-    recompute(base.unet, settings.checkpointing)
+    parameters = lora.inject(base.network, settings.rank, settings.alpha, settings.seed, base.family.placement)
+    LoraForwards().install(base.network)
+    recompute(base.network, settings.checkpointing)
     if settings.compile:
-        compiled(base.unet)
+        compiled(base.network)
     return Optimization(parameters, settings, ranks=ranks, scaled=base.dtype == torch.float16)
 
 
@@ -288,9 +290,9 @@ def _save_probe(base: LoadedBase, probe: Probe, path: Path) -> None:
     """Writes one forward of the live student and of the base alone, for whoever reloads the file to compare with."""
     latents, timesteps, conditioning = probe
     with eager():
-        student = unet_forward(base.unet, *probe)
-        with lora.disabled(base.unet):
-            alone = unet_forward(base.unet, *probe)
+        student = base.predict(*probe)
+        with lora.disabled(base.network):
+            alone = base.predict(*probe)
     tensors = {"latents": latents, "timesteps": timesteps, "student": student, "base": alone} | conditioning
     from safetensors.torch import save_file
 

@@ -89,12 +89,12 @@ def examine(base: LoadedBase, cache: LatentCache, settings: Distill, launch: Lau
         }
     )
     optimization = equip(base, share)
-    patched = [str(each) for each in installed(base.unet)]
+    patched = [str(each) for each in installed(base.network)]
     distillation = Distillation(base, cache.unconditional(), share)
     trials = _trials(distillation, optimization, cache, rows, share)
     best = min((trial for trial in trials if trial.seconds), key=lambda trial: trial.seconds or 0.0)
 
-    recompute(base.unet, "none")
+    recompute(base.network, "none")
     began = _now(base.device)
     size = max(1, share.batch // settings.accumulate)
     validation = Validation(distillation, cache, held, share, size, base.decode)
@@ -103,7 +103,7 @@ def examine(base: LoadedBase, cache: LatentCache, settings: Distill, launch: Lau
     looked = _now(base.device) - drawn_up
     looks = -(-settings.steps // settings.validate_every)
     seconds = trials[0].seconds or 0.0
-    checkpoint = _BUFFERS * 4 * sum(p.numel() for p in base.unet.parameters() if p.requires_grad)
+    checkpoint = _BUFFERS * 4 * sum(p.numel() for p in base.network.parameters() if p.requires_grad)
     examination = Examination(
         device=_device_name(base.device),
         memory=torch.cuda.get_device_properties(base.device).total_memory if base.device.type == "cuda" else None,
@@ -142,7 +142,7 @@ def _trials(
 
     def attempt(trial: Trial) -> Trial:
         tried = settings.model_copy(update={"accumulate": trial.accumulate, "checkpointing": trial.checkpointing})
-        recompute(base.unet, trial.checkpointing)
+        recompute(base.network, trial.checkpointing)
         batches = samples(cache, rows, tried, device)
         _forget(device)
         try:

@@ -97,9 +97,9 @@ def tune(
     ends = torch.tensor([timesteps - 1, timesteps // 2], device=base.device)
     check = AdapterCheck(base, probe.noise, ends, probe.conditioning)
     parameters = _parameters(base, settings)
-    recompute(base.unet, settings.checkpointing)
+    recompute(base.network, settings.checkpointing)
     if settings.compile:
-        compiled(base.unet)
+        compiled(base.network)
         check.compiled(batches.size)
     optimization = Optimization(parameters, settings, ranks=ranks, scaled=base.dtype == torch.float16)
     lesson = Denoising(base)
@@ -134,7 +134,10 @@ def tune(
             if settings.rank is None:
                 write(base, folder)
             else:
-                tensors, metadata = lora.state_dict(base.unet), lora.adapter_metadata(settings.rank)
+                tensors, metadata = (
+                    lora.state_dict(base.network, base.family.placement),
+                    lora.adapter_metadata(settings.rank, base.family.placement),
+                )
                 lora.save_file(tensors, folder / lora.WEIGHTS, dtype=torch.float32, metadata=metadata)
             write_json(folder / "config.json", facts)
     ranks.wait()
@@ -143,10 +146,11 @@ def tune(
 
 def _parameters(base: LoadedBase, settings: Tuning) -> dict[str, nn.Parameter]:
     if settings.rank is not None:
-        parameters = lora.inject(base.unet, settings.rank, settings.alpha or settings.rank, settings.seed)
-        LoraForwards().install(base.unet)
+        alpha = settings.alpha or settings.rank
+        parameters = lora.inject(base.network, settings.rank, alpha, settings.seed, base.family.placement)
+        LoraForwards().install(base.network)
         return parameters
     if base.dtype != torch.float32:
         raise UserError(f"{base.name}: a whole checkpoint is trained in fp32; set precision: fp32")
-    base.unet.requires_grad_(True)
-    return dict(base.unet.named_parameters())
+    base.network.requires_grad_(True)
+    return dict(base.network.named_parameters())

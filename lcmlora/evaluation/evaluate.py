@@ -73,7 +73,7 @@ def evaluate(
     artist = artist_of(base, features, settings, prompts, settings.pictures, scratch, scorers)
 
     layers, identity = adapter_layers(adapter)
-    with lora.applied(base.unet, layers, str(adapter)):
+    with lora.applied(base.network, layers, str(adapter)):
         drawn = {key: artist.draw(key, way, settings.seed + 1, identity) for key, way in ways.items()}
         speed = latency(base, prompts, ways, settings.latency_repeats)
     # One solver stands for all: their own arithmetic is nothing beside the network's.

@@ -60,7 +60,7 @@ def measure_again(
     read = formats.read(weights, architecture.of_base(settings, base.folder))
     layers = {name: (layer.down, layer.folded.up) for name, layer in read.layers.items()}
     key, digest = f"{STUDENT}@{steps}", sha256_file(weights)
-    with lora.applied(base.unet, layers, shown):
+    with lora.applied(base.network, layers, shown):
         drawn = artist.draw(key, way, evaluation.seed + 1, digest)
     teacher = f"teacher@{facts['settings']['teacher_steps']}"
     kept = load_file(reference / "features.safetensors")

@@ -93,7 +93,7 @@ def draw_alone(
     with contextlib.ExitStack() as stack:
         if kind == "style":
             layers, identity = adapter_layers(folder)
-            stack.enter_context(lora.applied(base.unet, layers, str(folder)))
+            stack.enter_context(lora.applied(base.network, layers, str(folder)))
         else:
             identity = ""  # the checkpoint is the base
         seed = evaluation.seed + 1
@@ -192,7 +192,7 @@ class _Painter:
         parts = [(self._lcm, lcm)] + ([(self._style, style)] if self._style and style else [])
         layers = combine.combine(parts).layers
         factors = {name: (layer.down, layer.folded.up) for name, layer in layers.items()}
-        with lora.applied(self._base.unet, factors, self._variation.name):
+        with lora.applied(self._base.network, factors, self._variation.name):
             yield digest({"adapters": self._identity[: len(parts)], "weights": [weight for _, weight in parts]})
 
     def _weights(self) -> tuple[float, float]:
@@ -317,7 +317,7 @@ def _guidance(
     scales = [1.0, *settings.guidance_scales]
     ways = [Way(**vars(plain) | {"guidance": scale}) for scale in scales]
     layers, identity = adapter_layers(adapter)
-    with lora.applied(base.unet, layers, str(adapter)):
+    with lora.applied(base.network, layers, str(adapter)):
         drawn = [artist.draw(f"guidance {way.guidance:g}", way, evaluation.seed + 1, identity) for way in ways]
     teacher, kind = sets[f"teacher@{facts['settings']['teacher_steps']}"], features.distance
     floor = distance(teacher, sets[f"teacher@{facts['settings']['teacher_steps']}{AGAIN}"], kind)

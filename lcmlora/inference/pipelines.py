@@ -119,7 +119,7 @@ class Pipeline:
     ) -> Tensor:
         """Returns (B, 3, height, width) uint8."""
         factor = self.pipeline.vae_scale_factor
-        shape = (self.pipeline.unet.config.in_channels, height // factor, width // factor)
+        shape = (plain.network(self.pipeline).config.in_channels, height // factor, width // factor)
         latents = sampling.initial_noise(shape, seed, list(prompts))
         generators = [noise.generator(seed, index, 1) for index in prompts]
 
@@ -136,7 +136,7 @@ class Pipeline:
             num_inference_steps=steps,
             guidance_scale=float(guidance),
             eta=self.sampler.gamma or 0.0,  # dropped by the pipelines where the scheduler is not TCDScheduler
-            latents=latents.to(self.pipeline.device, self.pipeline.unet.dtype),
+            latents=latents.to(self.pipeline.device, plain.network(self.pipeline).dtype),
             generator=generators,
             width=width,
             height=height,
@@ -211,7 +211,7 @@ def _add(pipeline: Any, folder: Path, fuse: bool) -> None:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder / bundle.WEIGHTS}: plain diffusers cannot load it: {reason}") from error
     if fuse:
-        pipeline.fuse_lora(components=["unet"])
+        pipeline.fuse_lora(components=[plain.family_of(pipeline).network.folder])
         pipeline.unload_lora_weights()
 
 

@@ -197,7 +197,7 @@ class Witness:
         self._probe = {name: tensor.to(self._device) for name, tensor in load_file(probe).items()}
 
     def prove(self, weights: Path) -> Proof:
-        """Loads the adapter of one file, in whatever format, and compares one UNet forward with the student's.
+        """Loads the adapter of one file, in whatever format, and compares one forward with the student's.
 
         Raises:
             UserError: naming the figure that is off.
@@ -205,13 +205,13 @@ class Witness:
         import torch
         from safetensors.torch import load_file
 
-        from lcmlora.bases.base import unet_forward
+        from lcmlora.bases import plain
 
         written = load_file(weights)
         self._load(weights)
-        unet = self._pipeline.unet
+        family, network = plain.family_of(self._pipeline), plain.network(self._pipeline)
         expected = sum(not name.endswith(".alpha") for name in written)
-        loaded = sum(".lora_A." in name or ".lora_B." in name for name, _ in unet.named_parameters())
+        loaded = sum(".lora_A." in name or ".lora_B." in name for name, _ in network.named_parameters())
         if loaded != expected:
             raise UserError(
                 f"{weights}: holds {expected} LoRA tensors and plain diffusers loaded {loaded}; not released"
@@ -219,7 +219,7 @@ class Witness:
         inputs = dict(self._probe)
         student, bare = inputs.pop("student"), inputs.pop("base")
         with torch.no_grad():
-            output = unet_forward(unet, inputs.pop("latents"), inputs.pop("timesteps"), inputs)
+            output = family.forward(network, inputs.pop("latents"), inputs.pop("timesteps"), inputs)
         scale = student.abs().max()
         error, effect = (((output - student).abs().max() / scale).item(), ((student - bare).abs().max() / scale).item())
         stored = next(tensor.dtype for name, tensor in written.items() if not name.endswith(".alpha"))

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lcmlora.bases.base import Conditioning
+from lcmlora.bases.families import Conditioning
 from lcmlora.config import Training
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.plan import Plan, Shard

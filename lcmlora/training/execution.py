@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lcmlora.adapters import lora
-from lcmlora.bases.base import Conditioning, LoadedBase, unet_forward
+from lcmlora.bases.base import LoadedBase
+from lcmlora.bases.families.family import Conditioning
 from lcmlora.errors import UserError
 from lcmlora.io.private import cache_folder
 from lcmlora.patches.compilation import Compilation
@@ -105,7 +106,7 @@ class AdapterCheck:
 
     def teacher(self) -> None:
         """Raises UserError unless the base with its adapter off is the bare base, to the bit."""
-        with torch.no_grad(), lora.disabled(self._base.unet):
+        with torch.no_grad(), lora.disabled(self._base.network):
             if not torch.equal(self._eager(), self._alone):
                 raise UserError(f"{self._base.name}: with its adapter off the base does not draw as it did without one")
 
@@ -119,10 +120,10 @@ class AdapterCheck:
         """
         with torch.no_grad():
             if teacher_rows is not None:
-                with lora.disabled(self._base.unet):
+                with lora.disabled(self._base.network):
                     self._compare("the compiled teacher", self._compiled(teacher_rows), self._alone)
             self._compare("the compiled student", self._compiled(rows), self._eager())
-        trained = [parameter for parameter in self._base.unet.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self._base.network.parameters() if parameter.requires_grad]
         with _stirred(trained):
             found = _gradient(trained, self._compiled(rows).square().sum())
             times = torch.bincount(self._repeated(rows), minlength=len(self._latents))
@@ -150,11 +151,11 @@ class AdapterCheck:
         """Returns the output for the input, repeated."""
         index = self._repeated(rows)
         conditioning = {name: value[index] for name, value in self._conditioning.items()}
-        return unet_forward(self._base.unet, self._latents[index], self._timesteps[index], conditioning)
+        return self._base.predict(self._latents[index], self._timesteps[index], conditioning)
 
     def _eager(self) -> Tensor:
         with eager():
-            return unet_forward(self._base.unet, self._latents, self._timesteps, self._conditioning)
+            return self._base.predict(self._latents, self._timesteps, self._conditioning)
 
     def _compare(self, what: str, ours: Tensor, expected: Tensor) -> None:
         """Of outputs of as many rows as both have."""

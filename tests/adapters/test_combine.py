@@ -57,7 +57,7 @@ def test_one_adapter_is_what_diffusers_draws_with_both(miniatures: Miniatures, t
     pipeline.load_lora_weights(tmp_path / "one.safetensors")
     error = (adapters.forward(base, pipeline.unet) - expected).abs().max()
     assert error < 1e-5 < 1e-2 < (alone - expected).abs().max()
-    lora.attach(base.unet, {n: (layer.down, layer.up) for n, layer in whole.layers.items()}, "one")
+    lora.attach(base.network, {n: (layer.down, layer.up) for n, layer in whole.layers.items()}, "one")
     assert (adapters.forward(base) - expected).abs().max() < 1e-5
 
 
@@ -110,8 +110,8 @@ def test_the_folder_says_what_it_was_made_of_and_how_to_draw_with_it(miniatures:
     assert facts["rank"] == made["rank"] == 3 and 0 < facts["truncation"]["overall"] < 1
     assert (out / "scheduler_config.json").is_file()
     bare = adapters.load(base.folder)
-    lora.load(bare.unet, out / lora.WEIGHTS)
-    assert lora.adapted_layers(bare.unet) == len(student.layers)
+    lora.load(bare.network, out / lora.WEIGHTS)
+    assert lora.adapted_layers(bare.network) == len(student.layers)
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(miniatures: Miniatures, tmp_path: Path):

@@ -59,7 +59,7 @@ def test_diffusers_to_kohya_to_diffusers_gives_the_same_tensors(
     there = formats.convert(first, second, KOHYA, structure)
     back = formats.convert(second, third, DIFFUSERS, structure)
     assert (there.error, back.error) == (0, 0)
-    assert there.tensors == 3 * there.layers == 3 * lora.adapted_layers(base.unet)
+    assert there.tensors == 3 * there.layers == 3 * lora.adapted_layers(base.network)
     one, other = load_file(first), load_file(third)
     assert one.keys() == other.keys()
     assert max((one[n] - other[n]).abs().max().item() for n in one) == 0
@@ -78,7 +78,7 @@ def test_plain_diffusers_draws_the_same_with_either_file(miniatures: Miniatures,
         path = tmp_path / f"{style}.safetensors"
         assert formats.write(adapter, path, style, architecture.of_folder(base.folder), alpha=8) == 0
         pipeline.load_lora_weights(path)
-        assert adapters.loaded_layers(pipeline.unet) == lora.adapted_layers(base.unet)
+        assert adapters.loaded_layers(pipeline.unet) == lora.adapted_layers(base.network)
         error = (adapters.forward(base, pipeline.unet) - student).abs().max()
         assert error < 1e-5 < 1e-2 < (student - bare).abs().max()
         pipeline.unload_lora_weights()
@@ -229,7 +229,7 @@ def test_what_diffusers_and_its_converter_to_kohya_write_is_read(
 ):
     live = adapters.load(miniatures("sd15"))
     adapters.train(live, rank=4, alpha=4)
-    layers = get_peft_model_state_dict(live.unet, adapter_name=lora.ADAPTER)
+    layers = get_peft_model_state_dict(live.network, adapter_name=lora.ADAPTER)
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
     _same(formats.read(tmp_path / lora.WEIGHTS), adapters.adapter_of(live))
     kohya = convert_state_dict_to_kohya({f"unet.{n}": t for n, t in layers.items()})

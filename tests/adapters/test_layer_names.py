@@ -91,7 +91,7 @@ def test_a_bases_folder_tells_its_architecture_without_weights(
 ):
     folder = shutil.copytree(miniatures(name), tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
     base = architecture.of_folder(folder)
-    assert (base.family, base.resolution, base.prediction_type) == (family, RESOLUTION, prediction)
+    assert (base.naming.name, base.resolution, base.prediction_type) == (family, RESOLUTION, prediction)
     assert base.kohya.keys() <= _published(name).shapes.keys()
 
 

@@ -20,7 +20,7 @@ def _settings(source: str | Path, **changes: object) -> Base:
     return Base.model_validate({"source": str(source), "resolution": RESOLUTION, "license": "mit"} | changes)
 
 
-def _load(folder: Path, parts: tuple[str, ...] = ("unet", "vae", "text"), **changes: object) -> bases.LoadedBase:
+def _load(folder: Path, parts: tuple[str, ...] = ("network", "vae", "text"), **changes: object) -> bases.LoadedBase:
     return bases.load("mine", _settings(folder, **changes), folder, device=torch.device("cpu"), parts=parts)
 
 
@@ -38,9 +38,9 @@ def _encode(pipeline: Any, captions: list[str]) -> tuple[torch.Tensor, ...]:
 
 
 def test_a_loaded_base_is_frozen_and_knows_its_schedule_and_latents(base: bases.LoadedBase):
-    assert (base.kind, base.schedule.prediction_type, base.latent_shape) == ("sd", "epsilon", (4, 8, 8))
+    assert (base.family.name, base.schedule.prediction_type, base.latent_shape) == ("sd", "epsilon", (4, 8, 8))
     assert base.schedule.alpha.shape == (1000,) and base.schedule.alpha.dtype == torch.float32
-    modules = (base.unet, base.vae, *base.text_encoders)
+    modules = (base.network, base.vae, *base.text_encoders)
     assert not any(p.requires_grad for m in modules for p in m.parameters())
     assert not any(m.training for m in modules)
 
@@ -49,7 +49,7 @@ def test_the_prediction_type_is_the_bases_own(tmp_path: Path):
     folder = save_base(tmp_path / "v", prediction_type="v_prediction")
     loaded = bases.load("v", _settings(folder), folder, device=torch.device("cpu"), parts=())
     assert loaded.schedule.prediction_type == "v_prediction"
-    assert loaded.unet is None and loaded.vae is None and not loaded.text_encoders
+    assert loaded.network is None and loaded.vae is None and not loaded.text_encoders
 
 
 @pytest.mark.parametrize("architecture", ("mini", *ARCHITECTURES))
@@ -62,14 +62,14 @@ def test_text_and_forward_equal_the_diffusers_pipelines_own(miniatures: Callable
     torch.testing.assert_close(unconditional["encoder_hidden_states"], empty[:1])
     added = {}
     if architecture in SDXL_FAMILY:
-        assert (base.kind, ours["text_embeds"].shape) == ("sdxl", (2, 12))
+        assert (base.family.name, ours["text_embeds"].shape) == ("sdxl", (2, 12))
         torch.testing.assert_close(ours["text_embeds"], pooled[0])
         torch.testing.assert_close(unconditional["text_embeds"], pooled[1][:1])
         assert all(not value.any() for value in unconditional.values())
-        added = {"text_embeds": pooled[0], "time_ids": base.time_ids(rows=2)}
-        ours["time_ids"] = base.time_ids(rows=2)
+        added = {"text_embeds": pooled[0], **base.micro_conditioning(rows=2)}
+        ours |= base.micro_conditioning(rows=2)
     else:
-        assert (base.kind, ours.keys()) == ("sd", {"encoder_hidden_states"})
+        assert (base.family.name, ours.keys()) == ("sd", {"encoder_hidden_states"})
         assert unconditional["encoder_hidden_states"].any()
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
     with torch.no_grad():
@@ -163,8 +163,8 @@ def test_a_folder_of_fp16_files_loads_as_its_variant(tmp_path: Path, architectur
     base = _load(folder, variant="fp16")
     pipeline = DiffusionPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float32)
     torch.testing.assert_close(base.encode_text(CAPTIONS)["encoder_hidden_states"], _encode(pipeline, CAPTIONS)[0])
-    assert {p.dtype for p in base.unet.parameters()} == {torch.float32}
-    for ours, theirs in zip(base.unet.parameters(), pipeline.unet.parameters(), strict=True):
+    assert {p.dtype for p in base.network.parameters()} == {torch.float32}
+    for ours, theirs in zip(base.network.parameters(), pipeline.unet.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -191,15 +191,18 @@ def test_weights_that_cannot_be_read_are_refused_by_name(base_folder: Path, tmp_
     shutil.copytree(base_folder, folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"broken/unet: has no diffusion_pytorch_model.safetensors; get"):
-        bases.load("x", _settings(folder), folder, device=torch.device("cpu"), parts=("unet",))
+        bases.load("x", _settings(folder), folder, device=torch.device("cpu"), parts=("network",))
 
 
 @pytest.mark.parametrize("architecture", SDXL_FAMILY)
 def test_micro_conditioning_is_height_before_width(miniatures: Callable[[str], Path], architecture: str):
     base = _load(miniatures(architecture), parts=())
-    ours = base.time_ids(torch.tensor([[480, 640]]), torch.tensor([[0, 80]]))
+    ours = base.micro_conditioning(torch.tensor([[480, 640]]), torch.tensor([[0, 80]]))["time_ids"]
     assert ours.tolist() == [[480, 640, 0, 80, RESOLUTION, RESOLUTION]]
-    assert base.time_ids(rows=2).tolist() == [[RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]] * 2
+    assert (
+        base.micro_conditioning(rows=2)["time_ids"].tolist()
+        == [[RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]] * 2
+    )
     pipeline = DiffusionPipeline.from_pretrained(miniatures(architecture))
     height_width, top_left = (480, 640), (0, 80)
     theirs = pipeline._get_add_time_ids(height_width, top_left, (RESOLUTION, RESOLUTION), torch.float32, 12)

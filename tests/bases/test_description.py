@@ -86,13 +86,13 @@ def test_a_unets_configuration_is_the_fetched_bases_before_its_sources(
 ):
     settings = {"resolution": RESOLUTION, "license": "mit", "revision": "0" * 40}
     published = config.Base.model_validate(settings | {"source": HUB_IDS["ssd1b"]})
-    assert description.unet_config(published, tmp_path / "absent") == PUBLISHED[HUB_IDS["ssd1b"]]
-    assert description.unet_config(published, miniatures("sd2"))["cross_attention_dim"] == 16
+    assert description.network_config(published, tmp_path / "absent") == PUBLISHED[HUB_IDS["ssd1b"]]
+    assert description.network_config(published, miniatures("sd2"))["cross_attention_dim"] == 16
     file = config.Base.model_validate(settings | {"source": "my.safetensors", "config": str(miniatures("sdxl"))})
-    assert description.unet_config(file, tmp_path / "absent")["cross_attention_dim"] == 40
+    assert description.network_config(file, tmp_path / "absent")["cross_attention_dim"] == 40
     other = config.Base.model_validate(settings | {"source": "some/model"})
     with pytest.raises(UserError, match=r"absent/unet/config.json: no such file, .* run `lcmlora fetch absent`"):
-        description.unet_config(other, tmp_path / "absent")
+        description.network_config(other, tmp_path / "absent")
 
 
 def test_a_configuration_that_makes_no_unet_is_refused(tmp_path: Path):

@@ -463,8 +463,8 @@ def _old_attention(held: dict[str, torch.Tensor]) -> None:
 def test_a_base_in_another_of_the_published_shapes_is_taken_and_loads(mini: Path, change: Callable[[Path], Any]):
     change(mini)
     base = bases.load("mine", _settings(mini), mini, device=torch.device("cpu"))
-    assert base.unet is not None and base.text_encoders
-    assert all(p.isfinite().all() and not p.is_meta for m in (base.unet, base.vae) for p in m.parameters())
+    assert base.network is not None and base.text_encoders
+    assert all(p.isfinite().all() and not p.is_meta for m in (base.network, base.vae) for p in m.parameters())
 
 
 @pytest.mark.parametrize("architecture", ("mini", *ARCHITECTURES))
@@ -559,7 +559,7 @@ def test_a_fetched_base_is_read_once_and_again_when_a_file_changes(mini: Path, t
 def test_a_base_that_was_never_fetched_is_examined_too_and_leaves_nothing_behind(mini: Path):
     _tensors(TEXT, _first(float("nan")))(mini)
     with pytest.raises(UserError, match="not finite"):
-        bases.load("mine", _settings(mini), mini, device=torch.device("cpu"), parts=("unet",))
+        bases.load("mine", _settings(mini), mini, device=torch.device("cpu"), parts=("network",))
     assert [path.name for path in mini.parent.iterdir()] == ["mini"]
 
 

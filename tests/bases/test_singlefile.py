@@ -57,8 +57,7 @@ def test_a_converted_file_computes_exactly_what_the_base_does(
     embedded, expected = ours.encode_text(captions), theirs.encode_text(captions)
     assert embedded.keys() == expected.keys()
     assert all(torch.equal(embedded[name], expected[name]) for name in expected)
-    if ours.kind == "sdxl":
-        expected["time_ids"] = theirs.time_ids(rows=2)
+    expected |= theirs.micro_conditioning(rows=2)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
     with torch.no_grad():
         assert torch.equal(ours.predict(x, t, expected), theirs.predict(x, t, expected))

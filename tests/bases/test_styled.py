@@ -30,7 +30,7 @@ def _load(folder: Path, variant: str | None = None) -> bases.LoadedBase:
 
 
 def _style(base_folder: Path, folder: Path, variant: str | None = None) -> Path:
-    unet = _load(base_folder, variant).unet
+    unet = _load(base_folder, variant).network
     for name, parameter in lora.inject(unet, 4, 4.0, 0).items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
@@ -58,7 +58,7 @@ def test_a_styled_base_draws_as_the_base_with_the_lora_at_its_weight(
     lora.save_file(tensors, tmp_path / "half.safetensors", dtype=torch.float32, metadata=lora.adapter_metadata(4))
     with torch.no_grad():
         alone = base.predict(x, t, text)
-        lora.load(base.unet, tmp_path / "half.safetensors")
+        lora.load(base.network, tmp_path / "half.safetensors")
         torch.testing.assert_close(merged.predict(x, t, text), base.predict(x, t, text), atol=1e-5, rtol=1e-4)
         assert not torch.allclose(merged.predict(x, t, text), alone, atol=1e-3)
     assert torch.equal(merged.encode_text(["tree"])["encoder_hidden_states"],
@@ -121,4 +121,4 @@ def test_a_change_of_the_style_is_seen(base_folder: Path, tmp_path: Path):
 def test_a_release_of_a_styled_base_asks_for_its_folder(tmp_path: Path):
     made_for = {"source": "team/base", "revision": "0" * 40, "digest": "1" * 64, "style": "ink at 0.5"}
     with pytest.raises(UserError, match=r"made for team/base with the style ink at 0\.5 summed into it; say where"):
-        pipelines._base(tmp_path, made_for, None)
+        pipelines._base(tmp_path, made_for, None, tmp_path)

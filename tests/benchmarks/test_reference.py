@@ -12,8 +12,10 @@ from tests.support.distillation import CPU, SETTINGS, load_parts
 def test_both_compute_the_same_losses_from_the_same_samples(base_folder: Path, cache: LatentCache):
     settings = SETTINGS.model_copy(update={"cooldown": 0.0, "lr": 1e-3})
     batches = samples(cache, torch.arange(len(cache)), settings, CPU)
-    reference = Reference(load_parts(base_folder, "unet"), load_parts(base_folder, "unet"), settings, torch.float32)
-    base = load_parts(base_folder, "unet")
+    reference = Reference(
+        load_parts(base_folder, "network"), load_parts(base_folder, "network"), settings, torch.float32
+    )
+    base = load_parts(base_folder, "network")
     optimization = equip(base, settings)
     distillation = Distillation(base, cache.unconditional(), settings)
     for step in range(5):
@@ -25,9 +27,9 @@ def test_both_compute_the_same_losses_from_the_same_samples(base_folder: Path, c
 
 
 def test_the_recipe_encodes_pictures_and_captions_in_every_step(base_folder: Path, cache: LatentCache):
-    base = load_parts(base_folder, "unet", "vae", "text")
+    base = load_parts(base_folder, "network", "vae", "text")
     batch = samples(cache, torch.arange(len(cache)), SETTINGS, CPU).draw(0)
-    reference = Reference(base, load_parts(base_folder, "unet"), SETTINGS, torch.float32)
+    reference = Reference(base, load_parts(base_folder, "network"), SETTINGS, torch.float32)
     pictures = torch.rand(SETTINGS.batch, 3, 16, 16).mul(2).sub(1)
     encoded = reference.encode(batch, pictures, ["red apple"] * SETTINGS.batch)
     assert encoded.z.shape == batch.z.shape

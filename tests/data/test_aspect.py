@@ -127,7 +127,7 @@ def test_a_distillation_on_many_shapes_learns(made: Path, base_folder: Path, tmp
         def log(self, metrics: dict[str, float], step: int) -> None:
             losses.append(metrics.get("loss"))
 
-    base = load_parts(base_folder, "unet", "vae")
+    base = load_parts(base_folder, "network", "vae")
     base.resolution = 32
     changes = {"steps": 40, "batch": 8, "lr": 3e-3, "log_every": 10, "validate_every": 40, "validation_pictures": 9}
     settings = SETTINGS.model_copy(update=changes)
@@ -136,7 +136,7 @@ def test_a_distillation_on_many_shapes_learns(made: Path, base_folder: Path, tmp
     distill(base, *arguments, **told)
     found = [loss for loss in losses if loss is not None]
     assert found[-1] < 0.95 * found[0]
-    fresh = load_parts(base_folder, "unet")
+    fresh = load_parts(base_folder, "network")
     fresh.resolution = 32
     with pytest.raises(UserError, match="teacher_cache_gb: keeps what is said of one shape"):
         distill(fresh, *arguments, **told | {"teacher_cache": (tmp_path / "teacher", 1 << 20)})

@@ -121,7 +121,7 @@ def test_sdxl_conditioning_has_pooled_text_and_sizes_as_height_and_width(
     _, (top, left) = fit(open_picture(listed, record), 16)
     assert conditioning["time_ids"][1].tolist() == [record.height, record.width, top, left, 16, 16]
     sizes, crops = torch.tensor([[record.height, record.width]]), torch.tensor([[top, left]])
-    torch.testing.assert_close(conditioning["time_ids"][1:], base.time_ids(sizes, crops))
+    torch.testing.assert_close(conditioning["time_ids"][1:], base.micro_conditioning(sizes, crops)["time_ids"])
     expected = base.encode_text([records(tmp_path)[r].caption for r in rows.tolist()])
     torch.testing.assert_close(conditioning["text_embeds"], expected["text_embeds"])
     assert all(value.count_nonzero() == 0 for value in cache.unconditional().values())

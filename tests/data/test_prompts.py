@@ -40,7 +40,7 @@ def ten(root: Path, **changes: Any) -> Data:
 
 def draw(base_folder: Path, data: Data, work: Path, settings: Encode = SETTINGS) -> LatentCache:
     prepare(data, 1, work / "prompts")
-    base = load_parts(base_folder, "unet", "text")
+    base = load_parts(base_folder, "network", "text")
     encode(base, data, settings, work / "prompts", work / "scratch", work / "latents")
     return LatentCache(work / "latents")
 
@@ -192,7 +192,7 @@ def test_a_killed_run_goes_on_at_the_next_shard_with_the_same_bytes(
 
 
 def test_a_teacher_that_is_not_finite_is_told_by_the_prompt(base: bases.LoadedBase) -> None:
-    base.unet.conv_out.bias.data.fill_(float("nan"))
+    base.network.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(UserError, match="p/0/0: the teacher's latent is not finite"):
         RolloutEncoder(base, SETTINGS.rollouts)([Record("p/0/0", "a", "00", 0, 0)])
 

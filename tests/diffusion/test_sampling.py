@@ -31,7 +31,7 @@ SCHEDULERS = {
 def inputs_of_the_network(base: LoadedBase) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Yields a list that fills with the (latents, timesteps) of every forward of the UNet."""
     seen: list[tuple[Tensor, Tensor]] = []
-    hook = base.unet.register_forward_pre_hook(lambda _, args: seen.append((args[0].clone(), args[1].clone())))
+    hook = base.network.register_forward_pre_hook(lambda _, args: seen.append((args[0].clone(), args[1].clone())))
     yield seen
     hook.remove()
 

@@ -32,7 +32,7 @@ def run(base_folder: Path, cache: LatentCache, tmp_path: Path) -> Callable[..., 
     def distilled(limit: int = 10**9, settings: Distill = SETTINGS) -> tuple[list[float], int]:
         from tests.support.distillation import load_parts
 
-        base: bases.LoadedBase = load_parts(base_folder, "unet")
+        base: bases.LoadedBase = load_parts(base_folder, "network")
         rows = 0
 
         def count(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -40,7 +40,7 @@ def run(base_folder: Path, cache: LatentCache, tmp_path: Path) -> Callable[..., 
             if len(inputs[0]) == 2 * settings.batch:  # guidance is batched; nothing else has as many rows
                 rows += len(inputs[0])
 
-        base.unet.register_forward_pre_hook(count)
+        base.network.register_forward_pre_hook(count)
         losses = Losses()
         (tmp_path / "scratch").mkdir(exist_ok=True)
         distill(

@@ -28,7 +28,7 @@ def drawn(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Latent
     data = data_in(root / "prompts.txt", source="prompts", validation=0.01)
     prepare(data, 1, root / "list")
     rollouts = Rollouts(steps=50, w=5.0, states=True)
-    encode(load_parts(base_folder, "unet", "text"), data, Encode(batch=16, rollouts=rollouts), root / "list",
+    encode(load_parts(base_folder, "network", "text"), data, Encode(batch=16, rollouts=rollouts), root / "list",
            root / "scratch", root / "latents")  # fmt: skip
     return LatentCache(root / "latents")
 
@@ -36,8 +36,8 @@ def drawn(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Latent
 def _forwards(base: bases.LoadedBase) -> list[tuple[int, bool]]:
     """Notes of each forward how many rows it has, and whether the adapter is on."""
     seen: list[tuple[int, bool]] = []
-    layer = next(module for _, module in lora._layers(base.unet))
-    base.unet.register_forward_pre_hook(lambda _, args: seen.append((len(args[0]), not layer.disable_adapters)))
+    layer = next(module for _, module in lora._layers(base.network))
+    base.network.register_forward_pre_hook(lambda _, args: seen.append((len(args[0]), not layer.disable_adapters)))
     return seen
 
 
@@ -45,7 +45,7 @@ def test_on_the_teachers_own_states_a_step_takes_the_two_forwards_of_the_student
     base: bases.LoadedBase, drawn: LatentCache
 ):
     settings = SETTINGS.model_copy(update={"trajectory": 1.0})
-    for parameter in lora.inject(base.unet, 4, 4, 0).values():
+    for parameter in lora.inject(base.network, 4, 4, 0).values():
         parameter.data.normal_(std=0.1)
     distillation = Distillation(base, drawn.unconditional(), settings)
     batch, seen = draw_batch(drawn, settings), _forwards(base)
@@ -69,14 +69,16 @@ def test_every_objective_learns_from_trajectories_and_from_its_own_runs(
     logger = Recorder()
     changes = {"objective": objective, "steps": 40, "batch": 8, "lr": 3e-3, "log_every": 10}
     changes |= {"trajectory": 0.5, "rollout": 0.25}
-    facts = run_distill(load_parts(base_folder, "unet"), drawn, tmp_path, SETTINGS.model_copy(update=changes), logger)
+    facts = run_distill(
+        load_parts(base_folder, "network"), drawn, tmp_path, SETTINGS.model_copy(update=changes), logger
+    )
     assert logger.losses[-1] < 0.95 * logger.losses[0]
     assert facts["distill"]["trajectory"] == 0.5
 
 
 def test_on_policy_the_student_goes_to_its_timestep_by_itself(base: bases.LoadedBase, cache: LatentCache):
     settings = SETTINGS.model_copy(update={"rollout": 1.0, "objective": "tcd"})
-    for parameter in lora.inject(base.unet, 4, 4, 0).values():
+    for parameter in lora.inject(base.network, 4, 4, 0).values():
         parameter.data.normal_(std=0.1)
     distillation = Distillation(base, cache.unconditional(), settings)
     seen = _forwards(base)
@@ -103,11 +105,13 @@ def test_trajectories_of_another_grid_or_guidance_are_refused(
 ):
     settings = SETTINGS.model_copy(update={"trajectory": 0.5} | changes)
     with pytest.raises(UserError, match=message):
-        run_distill(load_parts(base_folder, "unet"), drawn, tmp_path, settings)
+        run_distill(load_parts(base_folder, "network"), drawn, tmp_path, settings)
 
 
 def test_pictures_have_no_trajectories(base_folder: Path, cache: LatentCache, tmp_path: Path):
     with pytest.raises(
         UserError, match=r"distill.trajectory: 0.5 needs data.source: prompts, and encode.rollouts.states"
     ):
-        run_distill(load_parts(base_folder, "unet"), cache, tmp_path, SETTINGS.model_copy(update={"trajectory": 0.5}))
+        run_distill(
+            load_parts(base_folder, "network"), cache, tmp_path, SETTINGS.model_copy(update={"trajectory": 0.5})
+        )

@@ -34,7 +34,7 @@ def test_the_teacher_takes_one_guided_ddim_step_of_the_base_alone(base: bases.Lo
     from diffusers import DDIMScheduler
 
     teacher = Teacher(base, cache.unconditional(), SETTINGS.grid)
-    parameters = lora.inject(base.unet, 4, 4, 0)
+    parameters = lora.inject(base.network, 4, 4, 0)
     for parameter in parameters.values():
         parameter.data.normal_()  # an adapter that must not be heard
     batch = draw_batch(cache)
@@ -44,7 +44,7 @@ def test_the_teacher_takes_one_guided_ddim_step_of_the_base_alone(base: bases.Lo
     scheduler = DDIMScheduler.from_config(base.scheduler_config, timestep_spacing="trailing")
     scheduler.set_timesteps(50)
     empty = {k: v.expand(1, *v.shape[1:]) for k, v in cache.unconditional().items()}
-    with torch.no_grad(), lora.disabled(base.unet):
+    with torch.no_grad(), lora.disabled(base.network):
         for i in range(SETTINGS.batch):
             x, one = batch.noise[i : i + 1], {k: v[i : i + 1] for k, v in batch.conditioning.items()}
             c, u = base.predict(x, t[i : i + 1], one), base.predict(x, t[i : i + 1], empty)
@@ -72,7 +72,7 @@ def test_the_loss_is_algorithm_1_of_the_paper(base: bases.LoadedBase, cache: Lat
     """Written out a second time, sample by sample, from arXiv 2310.04378."""
     distillation = Distillation(base, cache.unconditional(), SETTINGS.model_copy(update={"weighting": weighting}))
     teacher = distillation.teacher
-    for parameter in lora.inject(base.unet, 4, 4, 0).values():
+    for parameter in lora.inject(base.network, 4, 4, 0).values():
         parameter.data.normal_(std=0.1)
     batch = draw_batch(cache, step=1)
     losses = distillation.losses(batch)
@@ -104,7 +104,7 @@ def test_captions_kept_as_token_ids_train_alike(base_folder: Path, tmp_path: Pat
     assert tokens.tokenized and not whole.tokenized
     losses = []
     for number, cache in enumerate((whole, tokens)):
-        base = load_parts(base_folder, "unet", "text")
+        base = load_parts(base_folder, "network", "text")
         cache.embed = base.encode_tokens
         logger = Recorder()
         run_distill(base, cache, tmp_path / str(number), SETTINGS.model_copy(update={"empty_prompts": 0.3}), logger)
@@ -113,16 +113,16 @@ def test_captions_kept_as_token_ids_train_alike(base_folder: Path, tmp_path: Pat
 
 
 def test_gradients_reach_the_adapter_and_nothing_else(base: bases.LoadedBase, cache: LatentCache):
-    parameters = lora.inject(base.unet, 4, 4, 0)
+    parameters = lora.inject(base.network, 4, 4, 0)
     Distillation(base, cache.unconditional(), SETTINGS).losses(draw_batch(cache)).mean().backward()
-    with_gradient = {n for n, p in base.unet.named_parameters() if p.grad is not None}
+    with_gradient = {n for n, p in base.network.named_parameters() if p.grad is not None}
     assert with_gradient == set(parameters)
     assert all(p.grad.abs().sum() > 0 for n, p in parameters.items() if ".lora_B." in n)
 
 
 def test_a_run_writes_an_adapter_its_facts_and_a_probe(base_folder: Path, cache: LatentCache, tmp_path: Path):
     logger = Recorder()
-    base = load_parts(base_folder, "unet")
+    base = load_parts(base_folder, "network")
     facts = run_distill(base, cache, tmp_path, logger=logger)
     out = tmp_path / "adapter"
     assert {p.name for p in out.iterdir()} == {
@@ -134,11 +134,11 @@ def test_a_run_writes_an_adapter_its_facts_and_a_probe(base_folder: Path, cache:
     assert facts["final_loss"] == logger.losses[-1]
 
     probe = load_file(out / "probe.safetensors")
-    fresh = load_parts(base_folder, "unet")
+    fresh = load_parts(base_folder, "network")
     conditioning = {"encoder_hidden_states": probe["encoder_hidden_states"]}
     with torch.no_grad():
         alone = fresh.predict(probe["latents"], probe["timesteps"], conditioning)
-        lora.load(fresh.unet, out / lora.WEIGHTS)
+        lora.load(fresh.network, out / lora.WEIGHTS)
         student = fresh.predict(probe["latents"], probe["timesteps"], conditioning)
     torch.testing.assert_close(alone, probe["base"], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(student, probe["student"], atol=1e-5, rtol=1e-4)
@@ -148,14 +148,14 @@ def test_a_run_writes_an_adapter_its_facts_and_a_probe(base_folder: Path, cache:
 def test_the_loss_falls(base_folder: Path, cache: LatentCache, tmp_path: Path):
     logger = Recorder()
     settings = SETTINGS.model_copy(update={"steps": 40, "batch": 8, "lr": 3e-3, "log_every": 10})
-    run_distill(load_parts(base_folder, "unet"), cache, tmp_path, settings, logger)
+    run_distill(load_parts(base_folder, "network"), cache, tmp_path, settings, logger)
     assert logger.losses[-1] < 0.9 * logger.losses[0]
 
 
 def test_the_best_weights_by_validation_are_saved_and_config_json_says_which(
     base_folder: Path, cache: LatentCache, tmp_path: Path
 ):
-    base = load_parts(base_folder, "unet", "vae")
+    base = load_parts(base_folder, "network", "vae")
     logger = Recorder()
     # A rate at which the student gets worse and worse.
     settings = SETTINGS.model_copy(update={"lr": 0.03, "warmup": 0, "cooldown": 0.0, "ema": 0.0, "validate_every": 1})
@@ -166,7 +166,7 @@ def test_the_best_weights_by_validation_are_saved_and_config_json_says_which(
     assert {step: picture.size for step, picture in logger.pictures.items()} == dict.fromkeys(range(1, 7), (16, 16))
 
     settings = settings.model_copy(update={"steps": best})
-    run_distill(load_parts(base_folder, "unet"), cache, tmp_path / "short", settings)
+    run_distill(load_parts(base_folder, "network"), cache, tmp_path / "short", settings)
     weights = [load_file(folder / "adapter" / lora.WEIGHTS) for folder in (tmp_path, tmp_path / "short")]
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=0, rtol=0)
@@ -182,7 +182,7 @@ def test_memory_is_saved_without_changing_the_adapter(
 ):
     slow = SETTINGS.model_copy(update={"lr": 1e-4})  # Adam makes steps of a gradient's last bits
     for name, settings in (("plain", slow), ("saving", slow.model_copy(update=changes))):
-        run_distill(load_parts(base_folder, "unet"), cache, tmp_path / name, settings)
+        run_distill(load_parts(base_folder, "network"), cache, tmp_path / name, settings)
     plain, saving = (load_file(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("plain", "saving"))
     for name in plain:
         torch.testing.assert_close(saving[name], plain[name], atol=1e-5, rtol=0)
@@ -196,7 +196,7 @@ def test_over_a_half_precision_base_the_adapter_is_trained_in_fp32_and_also_afte
 ):
     def load() -> bases.LoadedBase:
         settings = Base(source=str(base_folder), resolution=RESOLUTION, license="apache-2.0")
-        return bases.load("mini", settings, base_folder, device=CPU, dtype=dtype, parts=("unet",))
+        return bases.load("mini", settings, base_folder, device=CPU, dtype=dtype, parts=("network",))
 
     class Killer(NullLogger):
         def log(self, metrics: dict[str, float], step: int) -> None:
@@ -211,8 +211,8 @@ def test_over_a_half_precision_base_the_adapter_is_trained_in_fp32_and_also_afte
     assert {t.dtype for t in (state["weights"], state["average"], moments["exp_avg"])} == {torch.float32}
     base = load()
     run_distill(base, cache, tmp_path / "killed")
-    assert base.unet.conv_in.weight.dtype == dtype
-    assert {p.dtype for n, p in base.unet.named_parameters() if ".lora_" in n} == {torch.float32}
+    assert base.network.conv_in.weight.dtype == dtype
+    assert {p.dtype for n, p in base.network.named_parameters() if ".lora_" in n} == {torch.float32}
     files = [load_file(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("whole", "killed")]
     assert {t.dtype for t in files[0].values()} == {torch.float16}  # as the published adapters are
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
@@ -223,7 +223,7 @@ def test_over_a_half_precision_base_the_adapter_is_trained_in_fp32_and_also_afte
 def test_a_compiled_run_makes_the_adapter_of_an_eager_one(base_folder: Path, cache: LatentCache, tmp_path: Path):
     slow = SETTINGS.model_copy(update={"lr": 1e-4})
     for name, settings in (("eager", slow), ("compiled", slow.model_copy(update={"compile": True}))):
-        run_distill(load_parts(base_folder, "unet"), cache, tmp_path / name, settings)
+        run_distill(load_parts(base_folder, "network"), cache, tmp_path / name, settings)
     torch._dynamo.reset()
     eager, compiled = (load_file(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("eager", "compiled"))
     for name in eager:
@@ -236,7 +236,9 @@ def test_every_objective_learns_and_names_its_scheduler(
 ):
     logger = Recorder()
     changes = {"objective": objective, "steps": 40, "batch": 8, "lr": 3e-3, "log_every": 10, "empty_prompts": 0.2}
-    facts = run_distill(load_parts(base_folder, "unet"), cache, tmp_path, SETTINGS.model_copy(update=changes), logger)
+    facts = run_distill(
+        load_parts(base_folder, "network"), cache, tmp_path, SETTINGS.model_copy(update=changes), logger
+    )
     assert logger.losses[-1] < 0.95 * logger.losses[0]
     scheduler = json.loads((tmp_path / "adapter/scheduler_config.json").read_text())
     assert scheduler["_class_name"] == facts["sampler"]["scheduler"]
@@ -245,8 +247,8 @@ def test_every_objective_learns_and_names_its_scheduler(
 
 
 def test_the_target_has_the_averaged_weights_where_that_is_asked_for(base: bases.LoadedBase, cache: LatentCache):
-    parameters = lora.inject(base.unet, 4, 4, 0)
-    LoraForwards().install(base.unet)
+    parameters = lora.inject(base.network, 4, 4, 0)
+    LoraForwards().install(base.network)
     optimization = Optimization(parameters, SETTINGS)
     averaging = SETTINGS.model_copy(update={"target": "ema"})
     distillation = Distillation(base, cache.unconditional(), averaging)
@@ -259,7 +261,7 @@ def test_the_target_has_the_averaged_weights_where_that_is_asked_for(base: bases
     x_prev = distillation.teacher.step(x, t, t_prev, batch.w, batch.conditioning)
     with torch.no_grad():
         online = solver.consistency(x, distillation.student(x, t, batch.conditioning).x0, t)
-        with lora.disabled(base.unet):
+        with lora.disabled(base.network):
             aim = solver.consistency(x_prev, distillation.student(x_prev, t_prev, batch.conditioning).x0, t_prev)
     torch.testing.assert_close(ema, pseudo_huber(online, aim, SETTINGS.huber_c), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(ema, distillation.losses(batch), rtol=1e-2)
@@ -268,12 +270,12 @@ def test_the_target_has_the_averaged_weights_where_that_is_asked_for(base: bases
 
 def test_the_target_is_computed_with_the_adapter_on(base: bases.LoadedBase, cache: LatentCache):
     """SimpleTuner computes it with the adapter off: that is the teacher."""
-    parameters = lora.inject(base.unet, 4, 4, 0)
+    parameters = lora.inject(base.network, 4, 4, 0)
     distillation = Distillation(base, cache.unconditional(), SETTINGS)
     for parameter in parameters.values():
         parameter.data.normal_(std=0.1)
     seen: list[bool] = []
-    layer = next(module for _, module in lora._layers(base.unet))
+    layer = next(module for _, module in lora._layers(base.network))
     layer.register_forward_pre_hook(lambda module, _: seen.append(module.disable_adapters))
     distillation.losses(draw_batch(cache))
     assert seen == [True, False, False]  # teacher, target, student
@@ -282,9 +284,9 @@ def test_the_target_is_computed_with_the_adapter_on(base: bases.LoadedBase, cach
 def test_the_schedule_is_fp32_under_a_half_precision_base(base_folder: Path, cache: LatentCache):
     """add_noise in bf16 makes sigma 4.8 % wrong at t = 19."""
     settings = Base(source=str(base_folder), resolution=RESOLUTION, license="apache-2.0")
-    base = bases.load("mini", settings, base_folder, device=CPU, dtype=torch.bfloat16, parts=("unet",))
-    lora.inject(base.unet, 4, 4, 0)
-    LoraForwards().install(base.unet)
+    base = bases.load("mini", settings, base_folder, device=CPU, dtype=torch.bfloat16, parts=("network",))
+    lora.inject(base.network, 4, 4, 0)
+    LoraForwards().install(base.network)
     distillation = Distillation(base, cache.unconditional(), SETTINGS)
     batch = draw_batch(cache)
     batch.index.zero_()
@@ -307,12 +309,12 @@ def test_a_killed_run_ends_with_the_same_bytes_as_an_undisturbed_one(
             if step == at + 2:
                 raise Killed
 
-    run_distill(load_parts(base_folder, "unet"), cache, tmp_path / "whole")
+    run_distill(load_parts(base_folder, "network"), cache, tmp_path / "whole")
     with pytest.raises(Killed):
-        run_distill(load_parts(base_folder, "unet"), cache, tmp_path / "killed", logger=Killer())
+        run_distill(load_parts(base_folder, "network"), cache, tmp_path / "killed", logger=Killer())
     assert not (tmp_path / "killed" / "adapter").exists()
     resumed = Recorder()
-    run_distill(load_parts(base_folder, "unet"), cache, tmp_path / "killed", logger=resumed)
+    run_distill(load_parts(base_folder, "network"), cache, tmp_path / "killed", logger=resumed)
     assert resumed.steps[0] == at + 2
     for name in (lora.WEIGHTS, "config.json", "probe.safetensors"):
         assert (tmp_path / "whole/adapter" / name).read_bytes() == (tmp_path / "killed/adapter" / name).read_bytes()
@@ -321,7 +323,7 @@ def test_a_killed_run_ends_with_the_same_bytes_as_an_undisturbed_one(
 def test_a_cache_of_another_base_and_too_small_a_cache_are_refused(
     base_folder: Path, cache: LatentCache, tmp_path: Path
 ):
-    base = load_parts(base_folder, "unet")
+    base = load_parts(base_folder, "network")
     with pytest.raises(UserError, match=r"distill\.batch: 64 is more than the"):
         run_distill(base, cache, tmp_path, SETTINGS.model_copy(update={"batch": 64}))
     base.resolution *= 2
@@ -332,7 +334,7 @@ def test_a_cache_of_another_base_and_too_small_a_cache_are_refused(
 def test_ten_losses_in_a_row_that_are_not_finite_stop_the_run_with_the_pictures(
     base_folder: Path, cache: LatentCache, tmp_path: Path
 ):
-    base = load_parts(base_folder, "unet")
+    base = load_parts(base_folder, "network")
     settings = SETTINGS.model_copy(update={"steps": 30, "log_every": 4, "checkpoint_every": 30, "validate_every": 30})
     broken = _Breaking(cache, at=range(3, 30))
     with pytest.raises(UserError, match=r"step 13: the loss is not finite, for the 10th .* so for \d\.png$"):
@@ -344,7 +346,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_told(
     base_folder: Path, cache: LatentCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     logger = Recorder()
-    run_distill(load_parts(base_folder, "unet"), _Breaking(cache, at=range(3, 4)), tmp_path, logger=logger)
+    run_distill(load_parts(base_folder, "network"), _Breaking(cache, at=range(3, 4)), tmp_path, logger=logger)
     assert logger.skipped == [0, 1, 0]
     assert "of the steps 3 to 4 1 were skipped" in capsys.readouterr().err
     weights = load_file(tmp_path / "adapter" / lora.WEIGHTS)

@@ -16,7 +16,7 @@ from tests.support.distillation import SETTINGS, load_parts
 
 
 def _examine(base_folder: Path, cache: LatentCache, scratch: Path, processes: int = 1, **changes: object):
-    base = load_parts(base_folder, "unet", "vae")
+    base = load_parts(base_folder, "network", "vae")
     settings = SETTINGS.model_copy(update=changes)
     return base, doctor.examine(base, cache, settings, Launch(processes=processes), scratch)
 
@@ -29,16 +29,16 @@ def test_the_figures_are_those_of_the_run_that_follows(base_folder: Path, cache:
     assert (trial.accumulate, trial.checkpointing) == (1, "none") and trial.seconds and trial.peak
     assert found.images_per_second == pytest.approx(SETTINGS.batch / trial.seconds)
     assert found.total == pytest.approx(6 * trial.seconds + found.targets + 2 * found.validation)
-    adapter = sum(p.numel() for p in base.unet.parameters() if p.requires_grad)
+    adapter = sum(p.numel() for p in base.network.parameters() if p.requires_grad)
     assert found.checkpoint == 5 * 4 * adapter
-    assert found.patches == [str(each) for each in patches.installed(base.unet)]
+    assert found.patches == [str(each) for each in patches.installed(base.network)]
     assert [patch.partition(":")[0] for patch in found.patches] == ["direct attention", "LoRA forwards"]
     assert json.loads(json.dumps(found.plain()))["device"].startswith("cpu")
 
 
 def test_a_checkpoint_is_as_large_as_was_said(base_folder: Path, cache: LatentCache, tmp_path: Path):
     _, found = _examine(base_folder, cache, tmp_path)
-    distill(load_parts(base_folder, "unet"), cache, SETTINGS, tmp_path, tmp_path / "out", identity={},
+    distill(load_parts(base_folder, "network"), cache, SETTINGS, tmp_path, tmp_path / "out", identity={},
             logger=NullLogger())  # fmt: skip
     size = (tmp_path / "checkpoint.pt").stat().st_size
     assert found.checkpoint <= size < 1.2 * found.checkpoint + 20_000  # besides, the views' alignment and a header

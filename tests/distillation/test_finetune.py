@@ -35,13 +35,13 @@ def _tune(
     folder: Path, cache: LatentCache, work: Path, settings: Tuning, logger: Any = None, variant: str | None = None
 ) -> dict[str, Any]:
     (work / "scratch").mkdir(parents=True, exist_ok=True)
-    base, logger = load_parts(folder, "unet", variant=variant), logger or NullLogger()
+    base, logger = load_parts(folder, "network", variant=variant), logger or NullLogger()
     return tune(base, cache, settings, work / "scratch", work / "out", identity={"digest": "0"}, logger=logger)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_the_loss_is_that_of_the_bases_own_training(cache: LatentCache, tmp_path: Path, kind: str):
-    base = load_parts(save_base(tmp_path / kind, prediction_type=kind), "unet")
+    base = load_parts(save_base(tmp_path / kind, prediction_type=kind), "network")
     batch = Batches(cache, torch.arange(len(cache)), STYLE, CPU, grid=1000).draw(0)
     assert batch.index.max() >= 500  # timesteps, not rows of a coarse grid
     losses = Denoising(base).losses(batch)
@@ -69,19 +69,21 @@ def test_what_is_tuned_gets_better_on_pictures_it_never_saw(
 
 def test_a_style_is_an_adapter_that_loads(base_folder: Path, cache: LatentCache, tmp_path: Path):
     _tune(base_folder, cache, tmp_path, STYLE)
-    base = load_parts(base_folder, "unet")
-    lora.load(base.unet, tmp_path / "out" / lora.WEIGHTS)
-    assert lora.adapted_layers(base.unet) * 2 == len(load_file(tmp_path / "out" / lora.WEIGHTS))
+    base = load_parts(base_folder, "network")
+    lora.load(base.network, tmp_path / "out" / lora.WEIGHTS)
+    assert lora.adapted_layers(base.network) * 2 == len(load_file(tmp_path / "out" / lora.WEIGHTS))
 
 
 def test_a_whole_checkpoint_is_a_base_of_its_own(base_folder: Path, cache: LatentCache, tmp_path: Path):
     _tune(base_folder, cache, tmp_path, WHOLE)
     settings = Base(source=str(tmp_path / "out"), resolution=RESOLUTION, license="apache-2.0")
     tuned = bases.load("tuned", settings, tmp_path / "out", device=CPU)
-    before = load_parts(base_folder, "unet", "vae", "text")
+    before = load_parts(base_folder, "network", "vae", "text")
     assert torch.equal(tuned.encode_text(["tree"])["encoder_hidden_states"],
                        before.encode_text(["tree"])["encoder_hidden_states"])  # fmt: skip
-    changed = [not torch.equal(a, b) for a, b in zip(tuned.unet.parameters(), before.unet.parameters(), strict=True)]
+    changed = [
+        not torch.equal(a, b) for a, b in zip(tuned.network.parameters(), before.network.parameters(), strict=True)
+    ]
     assert all(changed)
     assert folders.identity(settings, tmp_path / "out")["digest"] != folders.identity(settings, base_folder)["digest"]
 
@@ -112,7 +114,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
 def test_a_whole_checkpoint_in_half_precision_and_too_few_pictures_are_refused(
     base_folder: Path, cache: LatentCache, tmp_path: Path
 ):
-    base = load_parts(base_folder, "unet")
+    base = load_parts(base_folder, "network")
     base.dtype = torch.bfloat16
     with pytest.raises(UserError, match="a whole checkpoint is trained in fp32"):
         tune(base, cache, WHOLE, tmp_path, tmp_path / "out", identity={}, logger=NullLogger())

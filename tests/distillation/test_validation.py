@@ -23,7 +23,7 @@ def _validation(base: LoadedBase, cache: LatentCache, **changes: object) -> tupl
 def test_the_targets_are_where_the_guided_ddim_solver_ends(
     base: LoadedBase, cache: LatentCache, objective: str, ends: list[int]
 ):
-    lora.inject(base.unet, 4, 4, 0)
+    lora.inject(base.network, 4, 4, 0)
     _, validation = _validation(base, cache, objective=objective)
     assert [jump.s[0].item() for jump in validation._jumps] == ends
     scheduler = DDIMScheduler.from_config(base.scheduler_config, timestep_spacing="trailing", set_alpha_to_one=False)
@@ -43,7 +43,7 @@ def test_the_targets_are_where_the_guided_ddim_solver_ends(
 def test_the_figure_is_the_same_each_time_and_grows_as_the_student_leaves_the_teacher(
     base: LoadedBase, cache: LatentCache
 ):
-    parameters = lora.inject(base.unet, 4, 4, 0)
+    parameters = lora.inject(base.network, 4, 4, 0)
     _, validation = _validation(base, cache)
     before = validation.loss()
     assert validation.loss() == before > 0
@@ -53,7 +53,7 @@ def test_the_figure_is_the_same_each_time_and_grows_as_the_student_leaves_the_te
 
 
 def test_the_pictures_are_the_live_students(base: LoadedBase, cache: LatentCache):
-    parameters = lora.inject(base.unet, 4, 4, 0)
+    parameters = lora.inject(base.network, 4, 4, 0)
     _, validation = _validation(base, cache)
     before = validation.pictures()
     assert before is not None and before.size == (2 * 16, 16)
@@ -64,7 +64,7 @@ def test_the_pictures_are_the_live_students(base: LoadedBase, cache: LatentCache
 
 
 def test_a_loss_that_is_not_finite_is_an_error(base: LoadedBase, cache: LatentCache):
-    parameters = lora.inject(base.unet, 4, 4, 0)
+    parameters = lora.inject(base.network, 4, 4, 0)
     _, validation = _validation(base, cache)
     next(iter(parameters.values())).data.fill_(float("nan"))
     with pytest.raises(UserError, match="the validation loss is not finite"):

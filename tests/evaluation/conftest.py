@@ -88,7 +88,7 @@ def reference(
 def write_adapter(base_folder: Path, folder: Path, *, seed: int = 0, strength: float = 0.1) -> Path:
     """Writes what an evaluation reads of an adapter's folder; returns the folder."""
     folder.mkdir(parents=True)
-    unet = bases.load("mini", made_of(base_folder), base_folder, device=CPU, parts=("unet",)).unet
+    unet = bases.load("mini", made_of(base_folder), base_folder, device=CPU, parts=("network",)).network
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in lora.inject(unet, 4, 4.0, seed).items():
         if "lora_B" in name:

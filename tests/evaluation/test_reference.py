@@ -80,7 +80,7 @@ def test_all_that_is_compared_starts_from_other_noise_than_the_teacher_and_from_
     run(base, adapter, data, pictures, tmp_path / "reference", **changes)
     student = load_file(tmp_path / "evaluation" / "features.safetensors")["student@4"]
     artist = Artist(base, Quarters(base.device), facts["prompts"], 20, 8, 3)
-    lora.load(base.unet, adapter / lora.WEIGHTS)
+    lora.load(base.network, adapter / lora.WEIGHTS)
     one, other = (artist.draw("x", Way(sampling.STUDENT, 4), seed).features for seed in (1001, 1000))
     torch.testing.assert_close(student.float(), one.float(), atol=0.05, rtol=0)  # a pixel may round the other way
     assert (student - other).abs().amax(dim=1).min() > 0.05
@@ -99,14 +99,14 @@ def test_a_killed_reference_goes_on_and_draws_nothing_twice(
     base: bases.LoadedBase, data: Data, pictures: Path, reference: Path, tmp_path: Path
 ) -> None:
     rows: list[int] = []
-    hook = base.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    hook = base.network.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     needed = 20 * (12 + 12 + 2 + 4 + 2 + 4)
 
     def killed(_: Any, args: Any) -> None:
         if sum(rows) > needed / 2:
             raise KeyboardInterrupt
 
-    killer = base.unet.register_forward_pre_hook(killed)
+    killer = base.network.register_forward_pre_hook(killed)
     arguments = (base, data, settings(), pictures, tmp_path / "killed", tmp_path / "resumed", tmp_path / "timings")
     with pytest.raises(KeyboardInterrupt):
         draw_reference(*arguments)
@@ -124,7 +124,7 @@ def test_a_killed_reference_goes_on_and_draws_nothing_twice(
 def test_too_few_pictures_for_the_features_are_refused_before_anything_is_drawn(
     base: bases.LoadedBase, data: Data, pictures: Path, tmp_path: Path
 ) -> None:
-    base.unet = None
+    base.network = None
     with pytest.raises(UserError, match=r"evaluation.pictures: 12 are too few.*quarters/12.*at least 13"):
         draw_reference(
             base, data, settings(pictures=12), pictures, tmp_path / "s", tmp_path / "out", tmp_path / "timings"
@@ -134,7 +134,7 @@ def test_too_few_pictures_for_the_features_are_refused_before_anything_is_drawn(
 def test_pictures_that_are_not_finite_are_refused_and_not_measured_as_black(
     base: bases.LoadedBase, data: Data, pictures: Path, tmp_path: Path
 ) -> None:
-    base.unet.conv_out.bias.data.fill_(float("nan"))
+    base.network.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(UserError, match="mini: ddim at 6 steps drew pictures that are not finite"):
         draw_reference(base, data, settings(), pictures, *outputs(tmp_path))
 
@@ -238,13 +238,13 @@ def test_a_killed_evaluation_goes_on_and_draws_nothing_twice(
 ) -> None:
     expected = run(base, adapter, data, pictures, reference)
     rows: list[int] = []
-    hook = base.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    hook = base.network.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
 
     def killed(_: Any, args: Any) -> None:
         if sum(rows) > 20 * 7 / 2:  # of the pictures' 1 + 2 + 4 evaluations
             raise KeyboardInterrupt
 
-    killer = base.unet.register_forward_pre_hook(killed)
+    killer = base.network.register_forward_pre_hook(killed)
     with pytest.raises(KeyboardInterrupt):
         run(base, adapter, data, pictures, reference)
     killer.remove()

@@ -90,7 +90,7 @@ def test_a_style_is_drawn_alone_by_every_solver_at_equal_cost_and_beside_its_own
     base = load(None)
     artist = Artist(base, Quarters(CPU), facts["prompts"], 24, 8, 3)
     plain = artist.draw("plain", Way("ddim", 2, 4.0), facts["seed"]).features
-    lora.load(base.unet, variations[0].folder / lora.WEIGHTS)
+    lora.load(base.network, variations[0].folder / lora.WEIGHTS)
     styled = artist.draw("styled", Way("ddim", 2, 4.0), facts["seed"]).features
     torch.testing.assert_close(sets["alone/ddim@2"].float(), styled.float(), atol=0.05, rtol=0)
     assert (plain - styled).abs().max() > 0.1
@@ -108,8 +108,8 @@ def test_the_figures_of_a_style_are_those_of_the_sum_of_both_adapters(
     base = load(None)  # PEFT's own way of adding two adapters up
     for name, path in (("lcm", adapter), ("style", variations[0].folder)):
         tensors = {k.removeprefix("unet."): v for k, v in load_file(path / lora.WEIGHTS).items()}
-        base.unet.load_lora_adapter(tensors, prefix=None, adapter_name=name)
-    base.unet.set_adapters(["lcm", "style"], [1.0, 0.8])
+        base.network.load_lora_adapter(tensors, prefix=None, adapter_name=name)
+    base.network.set_adapters(["lcm", "style"], [1.0, 0.8])
     facts = json.loads((variations[0].alone / "alone.json").read_text())
     artist = Artist(base, Quarters(CPU), facts["prompts"], 24, 8, 3)
     drawn = artist.draw("both", Way(sampling.STUDENT, 4), facts["seed"]).features
@@ -132,7 +132,7 @@ def test_a_checkpoint_is_accelerated_by_the_adapter_as_it_is(
     assert set(clay["distance_real"]) == SOLVERS | STUDENTS
     assert clay["weights"] == [None, 1.0] and len(clay["claims"]) == 1
     tuned = load(variations[1].folder)
-    lora.load(tuned.unet, adapter / lora.WEIGHTS)
+    lora.load(tuned.network, adapter / lora.WEIGHTS)
     facts = json.loads((variations[1].alone / "alone.json").read_text())
     artist = Artist(tuned, Quarters(CPU), facts["prompts"], 24, 8, 3)
     drawn = artist.draw("tuned", Way(sampling.STUDENT, 4), facts["seed"]).features
@@ -175,7 +175,7 @@ def test_a_killed_study_goes_on_and_draws_nothing_twice(
             if sum(rows) > limit[0]:
                 raise KeyboardInterrupt
 
-        loaded.unet.register_forward_pre_hook(count)
+        loaded.network.register_forward_pre_hook(count)
         return loaded
 
     expected = run(counting, adapter, variations, reference)
@@ -194,9 +194,9 @@ def test_after_a_study_the_base_is_bare_again_to_the_bit(
     variations: list[Variation], load: Load, adapter: Path, reference: Path
 ) -> None:
     base = load(None)
-    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    before = {name: value.clone() for name, value in base.network.state_dict().items()}
     run(lambda folder: load(folder) if folder else base, adapter, variations, reference)
-    after = base.unet.state_dict()
+    after = base.network.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -44,7 +44,7 @@ def root(
     registry = fresh(tmp_path, tmp_path_factory).model_dump()
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(releases.settings(folder, registry=registry)))
     config = settings.load(tmp_path / "params.yaml")
-    releases.write_stages(adapters.load(folder, "unet", "vae", "text"), tmp_path)
+    releases.write_stages(adapters.load(folder, "network", "vae", "text"), tmp_path)
     facts = tmp_path / "adapters/mini/config.json"
     identity = folders.identity(config.base("mini"), folder)
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": identity}))
@@ -140,7 +140,7 @@ def test_gamma_comes_from_the_release(root: Path):
     loaded = bases.load("mini", base, Path("bases/mini"), device=torch.device("cpu"))
     from lcmlora.adapters import lora
 
-    lora.load(loaded.unet, Path("adapters/mini") / lora.WEIGHTS)
+    lora.load(loaded.network, Path("adapters/mini") / lora.WEIGHTS)
     conditioning = sampling.text_conditioning(loaded, [PROMPTS[0]])
     noise = sampling.initial_noise(loaded.latent_shape, 0, [0])
     tcd = Sampler("TCDScheduler", 0.3)
@@ -156,7 +156,7 @@ def test_an_adapter_of_another_base_is_refused_by_name_and_digest(root: Path, mi
     for part in miniatures("sd15").iterdir():
         if part.name != "unet":
             (other / part.name).symlink_to(part)
-    tuned = adapters.load(miniatures("sd15")).unet
+    tuned = adapters.load(miniatures("sd15")).network
     tuned.conv_in.weight.data += 0.01
     tuned.save_pretrained(other / "unet")
     message = rf"release/mini: was made for .*\(digest {release_of['digest'][:12]}\.\.\.\), and this base is other"

@@ -17,14 +17,13 @@ from tests.support.miniature import RESOLUTION
 def test_wide_attention_is_diffusers_own_in_fp32(miniatures: Callable[[str], Path], architecture: str):
     folder = miniatures(architecture)
     settings = Base(source=str(folder), resolution=RESOLUTION, license="mit")
-    base = bases.load("mini", settings, folder, device=CPU, parts=("unet", "text"))
+    base = bases.load("mini", settings, folder, device=CPU, parts=("network", "text"))
     conditioning = base.encode_text(["a red apple", "a tree"])
-    if base.kind == "sdxl":
-        conditioning["time_ids"] = base.time_ids(rows=2)
+    conditioning |= base.micro_conditioning(rows=2)
     x, t = torch.randn(2, *base.latent_shape), torch.tensor([999, 259])
     expected = base.predict(x, t, conditioning)
-    WideAttention().install(base.unet)
-    changed = {type(processor).__name__ for processor in base.unet.attn_processors.values()}
+    WideAttention().install(base.network)
+    changed = {type(processor).__name__ for processor in base.network.attn_processors.values()}
     assert changed == {"_WideProcessor"}
     torch.testing.assert_close(base.predict(x, t, conditioning), expected, atol=1e-6, rtol=1e-5)
 
@@ -40,6 +39,6 @@ def test_direct_attention_is_diffusers_own_to_the_bit(base_folder: Path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bases_in_half_precision_on_a_cpu_have_it(base_folder: Path, dtype: torch.dtype):
     settings = Base(source=str(base_folder), resolution=RESOLUTION, license="mit")
-    unet = bases.load("mini", settings, base_folder, device=CPU, dtype=dtype, parts=("unet",)).unet
+    unet = bases.load("mini", settings, base_folder, device=CPU, dtype=dtype, parts=("network",)).network
     plain = [isinstance(processor, AttnProcessor2_0) for processor in unet.attn_processors.values()]
     assert all(plain) if dtype == torch.float32 else not any(plain)

@@ -20,12 +20,12 @@ def test_direct_forwards_give_pefts_output_and_gradients(base: LoadedBase, merge
     results = []
     for direct in (False, True):
         if direct:
-            LoraForwards(merged).install(base.unet)
+            LoraForwards(merged).install(base.network)
         output = base.predict(x, t, conditioning)
         output.square().mean().backward()
-        gradients = {n: p.grad.clone() for n, p in base.unet.named_parameters() if p.grad is not None}
-        base.unet.zero_grad()
-        with lora.disabled(base.unet), torch.no_grad():
+        gradients = {n: p.grad.clone() for n, p in base.network.named_parameters() if p.grad is not None}
+        base.network.zero_grad()
+        with lora.disabled(base.network), torch.no_grad():
             results.append((output.detach(), base.predict(x, t, conditioning), gradients))
     (plain, alone, expected), (ours, ours_alone, gradients) = results
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
@@ -46,14 +46,14 @@ def test_in_half_precision_outputs_and_gradients_differ_by_rounding(
     results = []
     for half in (False, True):
         if half:
-            base.unet.to(dtype)
-            for name, parameter in base.unet.named_parameters():
+            base.network.to(dtype)
+            for name, parameter in base.network.named_parameters():
                 parameter.data = parameter.data.float() if ".lcm." in name else parameter.data
-        LoraForwards(merged).install(base.unet)
+        LoraForwards(merged).install(base.network)
         output = base.predict(x, t, conditioning)
         output.square().mean().backward()
-        gradients = torch.cat([p.grad.flatten() for p in base.unet.parameters() if p.grad is not None])
-        base.unet.zero_grad()
+        gradients = torch.cat([p.grad.flatten() for p in base.network.parameters() if p.grad is not None])
+        base.network.zero_grad()
         results.append((output.detach(), gradients))
     (plain, expected), (ours, gradients) = results
     assert gradients.dtype == torch.float32
@@ -63,7 +63,7 @@ def test_in_half_precision_outputs_and_gradients_differ_by_rounding(
 
 def test_the_sum_is_made_once_for_the_passes_that_share_it_and_again_when_the_adapter_changes(base: LoadedBase):
     train(base)
-    LoraForwards(merged=True).install(base.unet)
+    LoraForwards(merged=True).install(base.network)
 
     def operations() -> int:
         with FlopCounterMode(display=False) as counter:
@@ -71,22 +71,22 @@ def test_the_sum_is_made_once_for_the_passes_that_share_it_and_again_when_the_ad
         return counter.get_total_flops()
 
     first, second = operations(), operations()
-    sums = sum(2 * 4 * layer.base_layer.weight.numel() for _, layer in lora._layers(base.unet))
+    sums = sum(2 * 4 * layer.base_layer.weight.numel() for _, layer in lora._layers(base.network))
     assert first - second == sums
     with torch.no_grad():
-        next(layer for _, layer in lora._layers(base.unet)).lora_B[lora.ADAPTER].weight.mul_(2)
+        next(layer for _, layer in lora._layers(base.network)).lora_B[lora.ADAPTER].weight.mul_(2)
     assert second < operations() < first
 
 
 @pytest.mark.parametrize("merged", [True, False])
 def test_gradients_add_up_over_backward_passes(base: LoadedBase, merged: bool):
     train(base)
-    LoraForwards(merged).install(base.unet)
+    LoraForwards(merged).install(base.network)
     found = []
     for _ in range(2):
         conditioning = {"encoder_hidden_states": torch.ones(2, 5, 16)}
         base.predict(torch.ones(2, 4, 8, 8), torch.tensor([999, 259]), conditioning).square().mean().backward()
-        found.append(torch.cat([p.grad.flatten() for p in base.unet.parameters() if p.grad is not None]))
+        found.append(torch.cat([p.grad.flatten() for p in base.network.parameters() if p.grad is not None]))
     torch.testing.assert_close(found[1], 2 * found[0])
 
 

@@ -55,29 +55,29 @@ def _pass(base: LoadedBase) -> tuple[Tensor, dict[str, Tensor]]:
     x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
     output = base.predict(x, torch.tensor([999, 259]), {"encoder_hidden_states": text})
     output.square().mean().backward()
-    gradients = {name: p.grad.clone() for name, p in base.unet.named_parameters() if p.grad is not None}
-    base.unet.zero_grad()
+    gradients = {name: p.grad.clone() for name, p in base.network.named_parameters() if p.grad is not None}
+    base.network.zero_grad()
     return output.detach(), gradients
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
 def test_undo_puts_back_the_very_objects_and_the_pass_to_the_bit(base: LoadedBase, patch: Patch):
     train(base)
-    for loaded in patches.installed(base.unet):
-        loaded.patch.undo(base.unet)
-    assert patches.installed(base.unet) == []
-    before, (output, gradients) = _own_attributes(base.unet), _pass(base)
+    for loaded in patches.installed(base.network):
+        loaded.patch.undo(base.network)
+    assert patches.installed(base.network) == []
+    before, (output, gradients) = _own_attributes(base.network), _pass(base)
 
-    patch.install(base.unet)
-    (found,) = patches.installed(base.unet)
+    patch.install(base.network)
+    (found,) = patches.installed(base.network)
     assert found.patch is patch and found.modules
-    assert not _same(_own_attributes(base.unet), before)
+    assert not _same(_own_attributes(base.network), before)
     if not isinstance(patch, Compilation):  # tests/training/test_execution.py runs it
         _pass(base)
-    patch.undo(base.unet)
+    patch.undo(base.network)
 
-    assert patches.installed(base.unet) == []
-    assert _same(_own_attributes(base.unet), before)
+    assert patches.installed(base.network) == []
+    assert _same(_own_attributes(base.network), before)
     again, gradients_again = _pass(base)
     assert torch.equal(again, output)
     assert gradients_again.keys() == gradients.keys()
@@ -89,59 +89,59 @@ def _count(network: nn.Module, kind: type[Any]) -> int:
 
 
 def test_a_loaded_base_with_an_adapter_lists_exactly_what_it_has(base: LoadedBase):
-    (direct,) = patches.installed(base.unet)
-    assert str(direct) == f"direct attention: {_count(base.unet, Attention)} x diffusers Attention.forward"
+    (direct,) = patches.installed(base.network)
+    assert str(direct) == f"direct attention: {_count(base.network, Attention)} x diffusers Attention.forward"
     equip(base, SETTINGS.model_copy(update={"checkpointing": "selective"}))
-    direct, lora, recompute = patches.installed(base.unet)
+    direct, lora, recompute = patches.installed(base.network)
     assert isinstance(direct.patch, DirectAttention)
     assert isinstance(lora.patch, LoraForwards) and isinstance(recompute.patch, SelectiveRecompute)
-    layers = {name for name, module in base.unet.named_modules() if isinstance(module, LoraLayer)}
+    layers = {name for name, module in base.network.named_modules() if isinstance(module, LoraLayer)}
     assert set(lora.modules) == layers
     assert sum(lora.variants.values()) == len(layers)
     assert recompute.modules[0] == ""  # the network itself
-    execution.recompute(base.unet, "full")
-    names = [each.patch.name for each in patches.installed(base.unet)]
+    execution.recompute(base.network, "full")
+    names = [each.patch.name for each in patches.installed(base.network)]
     assert names == ["direct attention", "LoRA forwards", "full recompute"]
-    execution.recompute(base.unet, "none")
-    assert len(patches.installed(base.unet)) == 2
+    execution.recompute(base.network, "none")
+    assert len(patches.installed(base.network)) == 2
 
 
 def test_a_compiled_network_lists_its_compilation(base: LoadedBase, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(execution, "has_cpp_compiler", lambda: True)  # nothing is compiled before the first call
-    execution.compiled(base.unet)
-    names = [each.patch.name for each in patches.installed(base.unet)]
+    execution.compiled(base.network)
+    names = [each.patch.name for each in patches.installed(base.network)]
     assert names == ["direct attention", "expanding upsampling", "compilation"]
 
 
 def test_half_precision_on_a_cpu_lists_its_wide_attention(base_folder: Path):
     settings = Base(source=str(base_folder), resolution=RESOLUTION, license="mit")
-    base = bases.load("mini", settings, base_folder, device=CPU, dtype=torch.bfloat16, parts=("unet",))
-    _, wide = patches.installed(base.unet)
+    base = bases.load("mini", settings, base_folder, device=CPU, dtype=torch.bfloat16, parts=("network",))
+    _, wide = patches.installed(base.network)
     assert isinstance(wide.patch, WideAttention)
-    assert len(wide.modules) == 2 * _count(base.unet, BasicTransformerBlock)
+    assert len(wide.modules) == 2 * _count(base.network, BasicTransformerBlock)
 
 
 def test_installing_again_replaces_the_first_installation(base: LoadedBase):
     train(base)
-    LoraForwards(merged=True).install(base.unet)
-    LoraForwards(merged=False).install(base.unet)
-    _, lora = patches.installed(base.unet)
+    LoraForwards(merged=True).install(base.network)
+    LoraForwards(merged=False).install(base.network)
+    _, lora = patches.installed(base.network)
     assert list(lora.variants) == ["beside the base's weight"]
-    LoraForwards().undo(base.unet)
-    assert not any("forward" in vars(module) for module in base.unet.modules() if isinstance(module, LoraLayer))
+    LoraForwards().undo(base.network)
+    assert not any("forward" in vars(module) for module in base.network.modules() if isinstance(module, LoraLayer))
 
 
 def test_a_patch_under_another_replacement_is_not_undone_and_not_listed(base: LoadedBase):
-    attention = next(module for module in base.unet.modules() if isinstance(module, Attention))
+    attention = next(module for module in base.network.modules() if isinstance(module, Attention))
     ours = attention.forward
     vars(attention)["forward"] = partial(ours)
-    (direct,) = patches.installed(base.unet)
-    assert len(direct.modules) == _count(base.unet, Attention) - 1
+    (direct,) = patches.installed(base.network)
+    assert len(direct.modules) == _count(base.network, Attention) - 1
     with pytest.raises(RuntimeError, match=r"patch 'direct attention': Attention\.forward was replaced again"):
-        DirectAttention().undo(base.unet)
+        DirectAttention().undo(base.network)
     vars(attention)["forward"] = ours
-    DirectAttention().undo(base.unet)
-    assert patches.installed(base.unet) == []
+    DirectAttention().undo(base.network)
+    assert patches.installed(base.network) == []
 
 
 def test_every_patch_says_what_it_replaces_and_why():

@@ -15,22 +15,22 @@ def _gradients(base: LoadedBase) -> tuple[dict[str, torch.Tensor], int]:
         loss = base.predict(x, torch.tensor([999, 259]), {"encoder_hidden_states": text}).square().mean()
     events = profiler.profiler.kineto_results.events()
     loss.backward()
-    found = {n: p.grad.clone() for n, p in base.unet.named_parameters() if p.grad is not None}
-    base.unet.zero_grad()
+    found = {n: p.grad.clone() for n, p in base.network.named_parameters() if p.grad is not None}
+    base.network.zero_grad()
     return found, sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
 def test_the_backward_pass_recomputes_what_is_not_kept_to_the_bit(base: LoadedBase):
-    for parameter in lora.inject(base.unet, 4, 4, 0).values():
+    for parameter in lora.inject(base.network, 4, 4, 0).values():
         parameter.data.normal_(std=0.1)
-    LoraForwards().install(base.unet)
+    LoraForwards().install(base.network)
     expected, plain = _gradients(base)
-    SelectiveRecompute().install(base.unet)
+    SelectiveRecompute().install(base.network)
     for _ in range(2):
         found, kept = _gradients(base)
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             assert torch.equal(found[name], gradient), name
         assert 0 < kept < 0.7 * plain
-    SelectiveRecompute().undo(base.unet)
+    SelectiveRecompute().undo(base.network)
     assert _gradients(base)[1] == plain

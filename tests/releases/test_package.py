@@ -212,7 +212,7 @@ def test_the_cards_snippet_for_a_style_draws_with_both_adapters(stages: Path, ba
 
 def test_an_adapter_saved_by_diffusers_itself_is_packaged(base: LoadedBase, base_folder: Path, tmp_path: Path):
     write_stages(base, tmp_path)
-    layers = get_peft_model_state_dict(base.unet, adapter_name=lora.ADAPTER)
+    layers = get_peft_model_state_dict(base.network, adapter_name=lora.ADAPTER)
     # What diffusers writes says nothing of alpha 8 over rank 4.
     doubled = {name: 2 * t if ".lora_B." in name else t for name, t in layers.items()}
     StableDiffusionPipeline.save_lora_weights(tmp_path / "adapters/mini", unet_lora_layers=doubled)

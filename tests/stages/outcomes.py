@@ -203,7 +203,7 @@ def of_encode(inputs: Inputs, work: Path) -> Outcome:
     write_records(work / "prompts" / "train.jsonl", prompts)
     drawn = Encode(batch=2, rollouts=Rollouts(steps=4, w=4.0, states=True))
     data = inputs.data.model_copy(update={"source": "prompts"})
-    return found | {"rollouts": cached("rollouts", inputs.load("unet", "text"), data, drawn, work / "prompts")}
+    return found | {"rollouts": cached("rollouts", inputs.load("network", "text"), data, drawn, work / "prompts")}
 
 
 def of_reference(inputs: Inputs, work: Path) -> Outcome:
@@ -220,7 +220,7 @@ def of_distill(inputs: Inputs, work: Path) -> Outcome:
         scratch, out = work / f"{objective}-scratch", work / objective
         scratch.mkdir()
         cache, logger = LatentCache(inputs.latents), _Losses()
-        base = inputs.load("unet")
+        base = inputs.load("network")
         facts = distill(base, cache, settings, scratch, out, identity={}, logger=logger)
         found[objective] = {
             "losses": logger.losses,
@@ -268,7 +268,7 @@ def of_finetune(inputs: Inputs, work: Path) -> Outcome:
 def _tuned(inputs: Inputs, work: Path, settings: Any) -> Outcome:
     (work / "scratch").mkdir()
     cache, logger = LatentCache(inputs.latents), _Losses()
-    tune(inputs.load("unet"), cache, settings, work / "scratch", work / "out", identity={}, logger=logger)
+    tune(inputs.load("network"), cache, settings, work / "scratch", work / "out", identity={}, logger=logger)
     return {"losses": logger.losses}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lcmlora import stages
-from lcmlora.bases.base import LoadedBase
+from lcmlora.bases.families import Family
 from tests.stages import golden, inputs, raise_version
 from tests.stages.inputs import Inputs
 from tests.stages.outcomes import OUTCOMES, of_encode
@@ -30,8 +30,8 @@ def test_a_stage_gives_what_its_version_gave(made: Inputs, tmp_path: Path, stage
 def test_another_scaling_of_the_vae_is_noticed_and_its_version_can_be_raised(
     made: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    scale = LoadedBase.latent_scale.fget
-    monkeypatch.setattr(LoadedBase, "latent_scale", property(lambda base: 1.02 * scale(base)))
+    scale = Family.latent_scale
+    monkeypatch.setattr(Family, "latent_scale", lambda family, vae: 1.02 * scale(family, vae))
     outcome = of_encode(made, tmp_path)
     with pytest.raises(AssertionError, match=r"shard-00000\.latent_mean\.log_size: was ") as told:
         golden.check("encode", outcome)

@@ -19,22 +19,22 @@ from tests.support.miniature import RESOLUTION
 
 
 def load(folder: Path, *parts: str) -> LoadedBase:
-    """Returns the base in `folder` on the CPU, bare; its UNet alone by default."""
+    """Returns the base in `folder` on the CPU, bare; its network alone by default."""
     settings = Base(source=str(folder), resolution=RESOLUTION, license="mit")
-    return bases.load(folder.name, settings, folder, device=torch.device("cpu"), parts=parts or ("unet",))
+    return bases.load(folder.name, settings, folder, device=torch.device("cpu"), parts=parts or ("network",))
 
 
 def train(base: LoadedBase, *, rank: int = 4, alpha: float = 8, seed: int = 0, targets: str = "") -> None:
     """Gives the base's UNet an adapter with weights; those of modules whose name has no `targets` in it are zero."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in lora.inject(base.unet, rank=rank, alpha=alpha, seed=seed).items():
+    for name, parameter in lora.inject(base.network, rank=rank, alpha=alpha, seed=seed).items():
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator) * (targets in name)
 
 
 def adapter_of(base: LoadedBase, source: str = "student", targets: str = "") -> Adapter:
     """Returns the adapter in the base's UNet with its own alpha; without modules whose name has no `targets` in it."""
     layers = {}
-    for name, layer in lora._layers(base.unet):
+    for name, layer in lora._layers(base.network):
         if targets in name:
             down, up = (part[lora.ADAPTER].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
             layers[name] = Layer(down, up, layer.scaling[lora.ADAPTER] * down.shape[0])
@@ -45,15 +45,15 @@ def adapter_of(base: LoadedBase, source: str = "student", targets: str = "") -> 
 def forward(base: LoadedBase, unet: Any = None) -> Tensor:
     """Returns the output (2, 4, 8, 8) of the base's UNet, or of another one in its place, for fixed inputs."""
     generator = torch.Generator().manual_seed(1)
-    unet = unet or base.unet
+    unet = unet or base.network
     width = unet.config.cross_attention_dim
     conditioning = {"encoder_hidden_states": torch.randn(2, 5, width, generator=generator)}
-    if base.kind == "sdxl":
+    if told := base.micro_conditioning(rows=2):
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         conditioning["text_embeds"] = torch.randn(2, pooled, generator=generator)
-        conditioning["time_ids"] = base.time_ids(rows=2)
+        conditioning |= told
     latents = torch.randn(2, 4, 8, 8, generator=generator)
-    return bases.unet_forward(unet, latents, torch.tensor([999, 259]), conditioning)
+    return base.family.forward(unet, latents, torch.tensor([999, 259]), conditioning)
 
 
 def pipeline(folder: Path) -> DiffusionPipeline:

@@ -36,7 +36,7 @@ def losses(objective: str, base: Path, cache: LatentCache, work: Path) -> list[f
     settings = SETTINGS.model_copy(update=changes | {"checkpoint_every": 20, "validate_every": 20})
     logger = _Losses()
     work.mkdir(parents=True, exist_ok=True)
-    distill(load_parts(base, "unet"), cache, settings, work, work / "out", identity={}, logger=logger)
+    distill(load_parts(base, "network"), cache, settings, work, work / "out", identity={}, logger=logger)
     return logger.losses
 
 

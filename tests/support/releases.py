@@ -53,7 +53,7 @@ def write_stages(
     base: bases.LoadedBase, root: Path, *, model: str = "mini", seed: int = 0, strength: float = 0.1
 ) -> None:
     """Writes what distill and evaluate leave for `model` below `root`; `strength` 0 is an adapter without effect."""
-    parameters = lora.inject(base.unet, rank=4, alpha=8, seed=seed)
+    parameters = lora.inject(base.network, rank=4, alpha=8, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in parameters.items():
         if ".lora_B." in name:
@@ -61,7 +61,7 @@ def write_stages(
     adapter = root / "adapters" / model
     adapter.mkdir(parents=True)
     metadata = lora.adapter_metadata(4)
-    lora.save_file(lora.state_dict(base.unet), adapter / lora.WEIGHTS, dtype=torch.float32, metadata=metadata)
+    lora.save_file(lora.state_dict(base.network), adapter / lora.WEIGHTS, dtype=torch.float32, metadata=metadata)
     _save_probe(base, adapter / "probe.safetensors", generator)
     from diffusers import LCMScheduler
 
@@ -78,7 +78,7 @@ def write_stages(
         "validation": {"pictures": 24, "loss": {"300": 0.25, "600": 0.2}, "best_step": 600},
         "final_loss": 0.0123,
         "seed": 0,
-        "adapted_layers": lora.adapted_layers(base.unet),
+        "adapted_layers": lora.adapted_layers(base.network),
         "lora_parameters": sum(p.numel() for p in parameters.values()),
         "versions": {"torch": torch.__version__},
     }
@@ -101,7 +101,7 @@ def _save_probe(base: bases.LoadedBase, path: Path, generator: torch.Generator) 
     timesteps = torch.tensor([999, 499])
     conditioning = base.encode_text(["red apple", ""])
     student = base.predict(latents, timesteps, conditioning)
-    with lora.disabled(base.unet):
+    with lora.disabled(base.network):
         alone = base.predict(latents, timesteps, conditioning)
     tensors = {"latents": latents, "timesteps": timesteps, "student": student, "base": alone} | conditioning
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)

@@ -30,7 +30,7 @@ def make(base_folder: Path, folder: Path, *, gamma: float | None = None, grid: i
     base = adapters.load(base_folder)
     adapters.train(base)
     metadata = lora.adapter_metadata(4)
-    lora.save_file(lora.state_dict(base.unet), folder / WEIGHTS, dtype=torch.float32, metadata=metadata)
+    lora.save_file(lora.state_dict(base.network), folder / WEIGHTS, dtype=torch.float32, metadata=metadata)
     sampler = {"scheduler": "LCMScheduler" if gamma is None else "TCDScheduler", "gamma": gamma, "grid": grid}
     scheduler = getattr(diffusers, sampler["scheduler"]).from_config(base.scheduler_config)
     settings = dict(scheduler.config) | {"_class_name": sampler["scheduler"], "original_inference_steps": grid}
@@ -48,7 +48,7 @@ def make(base_folder: Path, folder: Path, *, gamma: float | None = None, grid: i
 
 def package(base_folder: Path, root: Path) -> Path:
     """Makes a whole release in `root`, as any other is made, and returns its folder."""
-    releases.write_stages(adapters.load(base_folder, "unet", "vae", "text"), root)
+    releases.write_stages(adapters.load(base_folder, "network", "vae", "text"), root)
     facts = root / "adapters/mini/config.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": _identity(base_folder)}))
     release.package("mini", releases.load_settings(base_folder), Project(root), base_folder)

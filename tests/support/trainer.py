@@ -43,7 +43,7 @@ def main(base: str, latents: str, work: str, kill_at: str, victim: str) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     with ranks.connected("cpu") as place, checkpoint.locked(scratch / str(place.rank)):
         distill(
-            load_parts(Path(base), "unet"),
+            load_parts(Path(base), "network"),
             LatentCache(Path(latents)),
             SLOW,
             scratch,

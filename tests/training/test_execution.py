@@ -11,7 +11,8 @@ from torch._inductor.cpp_builder import cpp_compiler_search
 from torch.nn.functional import interpolate
 
 from lcmlora.adapters import lora
-from lcmlora.bases.base import Conditioning, LoadedBase
+from lcmlora.bases.base import LoadedBase
+from lcmlora.bases.families import Conditioning
 from lcmlora.errors import UserError
 from lcmlora.patches.lora_forwards import LoraForwards
 from lcmlora.patches.upsampling import twice
@@ -26,24 +27,24 @@ def _inputs(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
 
 
 def _inject(base: LoadedBase, strength: float = 0.0, *, merged: bool | None = None) -> None:
-    for parameter in lora.inject(base.unet, 4, 4, 0).values():
+    for parameter in lora.inject(base.network, 4, 4, 0).values():
         if strength:
             parameter.data.normal_(std=strength)
-    LoraForwards(merged).install(base.unet)
+    LoraForwards(merged).install(base.network)
 
 
 def _compile(base: LoadedBase, backend: str | Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     if backend != "inductor":
         monkeypatch.setattr(execution, "has_cpp_compiler", lambda: True)  # the machine may have none, and needs none
-    monkeypatch.setattr(base.unet, "compile", partial(base.unet.compile, backend=backend))
-    execution.compiled(base.unet)
+    monkeypatch.setattr(base.network, "compile", partial(base.network.compile, backend=backend))
+    execution.compiled(base.network)
 
 
 def test_an_adapter_that_is_off_must_leave_the_base_as_it_was(base: LoadedBase):
     check = AdapterCheck(base, *_inputs())
     _inject(base, strength=0.1)
     check.teacher()
-    base.unet.conv_in.weight.data.add_(1e-4)
+    base.network.conv_in.weight.data.add_(1e-4)
     with pytest.raises(UserError, match="with its adapter off the base does not draw as it did"):
         check.teacher()
 
@@ -53,7 +54,7 @@ def test_a_student_that_training_has_not_changed_is_refused(base: LoadedBase):
     _inject(base)
     with pytest.raises(UserError, match="the adapter was trained and changes nothing"):
         check.student()
-    for _, layer in lora._layers(base.unet):
+    for _, layer in lora._layers(base.network):
         layer.lora_B[lora.ADAPTER].weight.data.fill_(0.1)
     check.student()
 
@@ -70,7 +71,7 @@ def test_a_compiled_unet_is_teacher_and_student_as_the_eager_one_is_when_the_ada
     check.compiled(3, 5)
     check.student()
     with torch.no_grad():
-        for name, parameter in base.unet.named_parameters():
+        for name, parameter in base.network.named_parameters():
             if ".lora_B." in name:
                 parameter.mul_(2)
     check.compiled(3, 5)
@@ -124,7 +125,7 @@ def test_a_compiled_unet_scatters_nothing_in_its_backward_pass(base: LoadedBase,
 
     _inject(base, strength=0.1)
     backend = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=noting)
-    base.unet.compile(backend=backend)
+    base.network.compile(backend=backend)
     assert scatters()
     _compile(base, backend, monkeypatch)
     assert not scatters()
@@ -135,7 +136,7 @@ def test_compiling_without_a_compiler_is_refused(base: LoadedBase, tmp_path: Pat
     monkeypatch.setenv("PATH", str(tmp_path))
     cpp_compiler_search.cache_clear()  # where an earlier test has found one
     with pytest.raises(UserError, match=r"compile: true needs a C\+\+ compiler"):
-        execution.compiled(base.unet)
+        execution.compiled(base.network)
 
 
 def test_where_nothing_is_said_only_a_gpu_recomputes():
@@ -158,12 +159,12 @@ def test_recomputed_activations_give_the_same_gradients_and_save_memory(base: Lo
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = base.predict(*_inputs())
         output.square().mean().backward()
-        found = {n: p.grad.clone() for n, p in base.unet.named_parameters() if p.grad is not None}
-        base.unet.zero_grad()
+        found = {n: p.grad.clone() for n, p in base.network.named_parameters() if p.grad is not None}
+        base.network.zero_grad()
         return found, sum(kept.values())
 
     expected, plain = gradients()
-    execution.recompute(base.unet, how)
+    execution.recompute(base.network, how)
     found, saved = gradients()
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():

@@ -18,8 +18,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lcmlora.bases.examination import structure, vocabulary
-from lcmlora.bases.examination.weightfiles import SHORT, WEIGHTS, Entry, find, json_of, read
+from lcmlora.bases import families
+from lcmlora.bases.examination import structure
+from lcmlora.bases.examination.weightfiles import SHORT, Entry, find, json_of, read
+from lcmlora.bases.families.family import Family, Part
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file, write_json
 from lcmlora.io.parsing import Malformed, parse_json
@@ -27,17 +29,6 @@ from lcmlora.io.parsing import Malformed, parse_json
 RECORDS = ".examined"  # beside the bases' folders
 _VERSION = 1  # of what is examined; a record of another version is made anew
 
-_SD = "StableDiffusionPipeline"
-_SDXL = "StableDiffusionXLPipeline"
-_CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
-}
-_SECOND = ("text_encoder_2", "tokenizer_2")
 # Parts that play no part in drawing as it is done here, and that a download leaves out.
 _IDLE = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
 _KINDS = {
@@ -127,40 +118,36 @@ def _examined(name: str, folder: Path, variant: str | None, place: Path, stamp: 
     pieces: dict[str, str] = {}
     dtypes: dict[str, str] = {}
     hashes: dict[str, str] = {}
-    index = _index(folder)
-    second = is_sdxl(index)
-    pieces["index"] = _digest({"second": second, "zeros": bool(index.get("force_zeros_for_empty_prompt", True))})
+    index, family = _index(folder)
+    pieces["index"] = _digest(family.digested(index))
     with noting():
-        _check_configurations(folder, second)
+        family.check(folder)
     with noting():
-        pieces["schedule"] = _digest(structure.schedule(folder / "scheduler" / "scheduler_config.json"))
+        pieces["schedule"] = _digest(family.examined_schedule(folder))
     # The small parts come first: what is wrong with them is told before gigabytes are read.
-    encoders = ("text_encoder", "text_encoder_2")[: 1 + second]
-    for part in encoders if not faults else ():
-        tokenizer = part.replace("text_encoder", "tokenizer")
+    for tokenizer, encoder in zip(family.tokenizers, family.text_encoders, strict=True) if not faults else ():
         with noting():
-            encoder = structure.text_config(folder, part)
-            made = vocabulary.examine(folder / tokenizer, encoder, pooled=part == "text_encoder_2")
-            pieces[tokenizer] = _digest(made)
-    files: dict[str, list[Path]] = {}
-    for part in ("unet", "vae", *encoders) if not faults else ():
+            pieces[tokenizer.folder] = _digest(family.examined_tokenizer(folder, tokenizer, encoder))
+    files: dict[Part, list[Path]] = {}
+    for part in (family.network, family.vae, *family.text_encoders) if not faults else ():
         with noting():
-            files[part] = find(name, folder / part, variant)
+            files[part] = find(name, folder / part.folder, part.weights, variant)
     for part, paths in files.items() if not faults else ():
+        place = folder / part.folder
         with noting():
             held, found = _weights(paths)
             hashes |= {str(path): sha256 for path, sha256 in zip(paths, found, strict=True)}
-            structure.check_weights(folder / part, _shapes(folder, part), held)
-            dtypes[part] = "+".join(sorted({SHORT[e.dtype] for e in held.values() if e.dtype in SHORT}))
-            pieces[part] = _digest({"config": _configuration(folder / part), "files": found})
+            structure.check_weights(place, family.shapes(folder, part), held, text=part in family.text_encoders)
+            dtypes[part.folder] = "+".join(sorted({SHORT[e.dtype] for e in held.values() if e.dtype in SHORT}))
+            pieces[part.folder] = _digest({"config": _configuration(place), "files": found})
     if faults:
         more = f" (and {len(faults) - 1} more faults; this one is told first)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more)
-    return Examination(_digest(pieces), _folder_digest(folder / "unet", hashes), dtypes)
+    return Examination(_digest(pieces), _folder_digest(folder / family.network.folder, hashes), dtypes)
 
 
 def check_parts(folder: Path) -> None:
-    """Raises UserError where the folder is not a Stable Diffusion or SDXL pipeline in diffusers' layout.
+    """Raises UserError where the folder is not a pipeline of a known family in diffusers' layout.
 
     Only names are looked at: what `examine` says first.
     """
@@ -168,20 +155,26 @@ def check_parts(folder: Path) -> None:
         raise UserError(f"{folder}: is a file; expected a diffusers folder, or a checkpoint that ends in .safetensors")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such base folder")
-    wanted = ["model_index.json", "unet/config.json", "vae/config.json", "scheduler", "tokenizer", "text_encoder"]
-    for part in wanted:
-        if not (folder / part).exists():
-            first = part.partition("/")[0]
-            missing = part if (folder / first).is_dir() or part == "model_index.json" else f"{first}/"
+    index = folder / "model_index.json"
+    if not index.exists():
+        raise UserError(f"{folder}: a diffusers base needs {index.name}, and there is none{_other(folder)}")
+    # Of another pipeline's folder it is told first what it lacks of the commonest.
+    family = families.of_folder(folder)
+    first = [family.network.folder, family.vae.folder, "scheduler"]
+    first += [family.tokenizers[0].folder, family.text_encoders[0].folder]
+    for part in first:
+        needed = folder / part / "config.json" if part in first[:2] else folder / part
+        if not needed.exists():
+            missing = needed.relative_to(folder) if (folder / part).is_dir() else f"{part}/"
             raise UserError(f"{folder}: a diffusers base needs {missing}, and there is none{_other(folder)}")
-    if is_sdxl(_index(folder)):
-        for part in _SECOND:
-            if not (folder / part).is_dir():
-                raise UserError(
-                    f"{folder}: model_index.json names {part}, and there is no {part}/; a base of SDXL's family needs "
-                    "it: get the base again"
-                )
-    for part in ("unet", "vae", "scheduler", "tokenizer", "text_encoder"):
+    _index(folder)
+    for each in family.parts:
+        if each.folder not in first and not (folder / each.folder).is_dir():
+            raise UserError(
+                f"{folder}: model_index.json names {each.folder}, and there is no {each.folder}/; a base of "
+                f"{family.title}'s family needs it: get the base again"
+            )
+    for part in first:
         if not (folder / part).is_dir():
             raise UserError(f"{folder / part}: is no folder; get the base again")
 
@@ -200,9 +193,21 @@ def _other(folder: Path) -> str:
     return ""
 
 
-def is_sdxl(index: dict[str, Any]) -> bool:
-    """Returns whether a model_index.json is that of SDXL's family: with two text encoders."""
-    return index.get("_class_name") == _SDXL
+def family_of(folder: Path, index: dict[str, Any]) -> Family:
+    """Returns the family that a base's model_index.json names.
+
+    Raises:
+        UserError: it is another pipeline's.
+    """
+    path = folder / "model_index.json"
+    kind = index.get("_class_name")
+    if index.get("requires_aesthetics_score"):
+        raise UserError(f"{path}: requires_aesthetics_score is set: this is SDXL's refiner; expected the base model")
+    if (family := families.by_pipeline(kind)) is None:
+        why = next((f"; {told}" for word, told in _KINDS.items() if word in str(kind)), "")
+        known = " or ".join(sorted(each.pipeline for each in families.known()))
+        raise UserError(f"{path}: _class_name is {str(kind)[:100]!r}; expected {known}{why}")
+    return family
 
 
 def _named(index: dict[str, Any], part: str) -> bool:
@@ -210,41 +215,29 @@ def _named(index: dict[str, Any], part: str) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    """Returns model_index.json. Raises UserError where it is another pipeline's, lacks a part, or has others."""
+def _index(folder: Path) -> tuple[dict[str, Any], Family]:
+    """Returns model_index.json and its family. Raises UserError where it lacks a part of that, or has others."""
     path = folder / "model_index.json"
     index = json_of(path)
-    kind = index.get("_class_name")
-    if index.get("requires_aesthetics_score"):
-        raise UserError(f"{path}: requires_aesthetics_score is set: this is SDXL's refiner; expected the base model")
-    if kind not in (_SD, _SDXL):
-        why = next((f"; {told}" for word, told in _KINDS.items() if word in str(kind)), "")
-        raise UserError(f"{path}: _class_name is {str(kind)[:100]!r}; expected {_SD} or {_SDXL}{why}")
-    second = is_sdxl(index)
-    for part, classes in _CLASSES.items():
-        if part in _SECOND and not second:
-            continue
-        if not _named(index, part):
-            told = "null" if index.get(part) in (None, [None, None]) else str(index[part])[:100]
-            raise UserError(f"{path}: {part} is {told}, and {kind} draws with it; expected {classes[0]}")
-        if index[part][1] not in classes:
-            raise UserError(f"{path}: {part} is {index[part][1][:100]!r}; expected {' or '.join(classes)}")
+    family = family_of(folder, index)
+    for part in family.parts:
+        named = index.get(part.folder)
+        if not _named(index, part.folder):
+            told = "null" if named in (None, [None, None]) else str(named)[:100]
+            raise UserError(
+                f"{path}: {part.folder} is {told}, and {family.pipeline} draws with it; expected {part.classes[0]}"
+            )
+        if index[part.folder][1] not in part.classes:
+            told = index[part.folder][1][:100]
+            raise UserError(f"{path}: {part.folder} is {told!r}; expected {' or '.join(part.classes)}")
     if not _named(index, "scheduler"):
         raise UserError(f"{path}: names no scheduler; expected its library and class")
-    for part, value in index.items():
-        known = (*_IDLE, "scheduler", *(p for p in _CLASSES if second or p not in _SECOND))
-        if part not in known and _named(index, part):
-            raise UserError(f"{path}: names the part {part[:60]} ({value[1][:60]}), which {kind} here does not have")
-    return index
-
-
-def _check_configurations(folder: Path, second: bool) -> None:
-    unet, vae = json_of(folder / "unet" / "config.json"), json_of(folder / "vae" / "config.json")
-    structure.check_class(folder / "vae" / "config.json", vae, "AutoencoderKL")
-    structure.check_latents(folder, unet, vae)
-    structure.check_unet(folder / "unet" / "config.json", unet)
-    encoders = ("text_encoder", "text_encoder_2")[: 1 + second]
-    structure.check_widths(folder, unet, [structure.text_config(folder, part) for part in encoders])
+    known = {*_IDLE, "scheduler", *(part.folder for part in family.parts)}
+    for name, value in index.items():
+        if name not in known and _named(index, name):
+            told = f"{name[:60]} ({value[1][:60]})"
+            raise UserError(f"{path}: names the part {told}, which {family.pipeline} here does not have")
+    return index, family
 
 
 def _weights(paths: list[Path]) -> tuple[dict[str, Entry], list[str]]:
@@ -256,13 +249,6 @@ def _weights(paths: list[Path]) -> tuple[dict[str, Entry], list[str]]:
         held |= entries
         hashes.append(sha256)
     return held, hashes
-
-
-def _shapes(folder: Path, part: str) -> structure.Shapes:
-    if part.startswith("text_encoder"):
-        return structure.text_shapes(folder, part)
-    path = folder / part / "config.json"
-    return structure.diffusers_shapes(path, json_of(path), _CLASSES[part][0])
 
 
 def _configuration(part: Path) -> dict[str, Any]:
@@ -290,7 +276,8 @@ def _folder_digest(folder: Path, hashes: dict[str, str]) -> str:
 
 def _stamp(folder: Path) -> Stamp:
     """Returns size, times and inode of every file of the parts that draw."""
-    parts = [folder / part for part in (*_CLASSES, "scheduler")]
+    family = families.of_folder(folder)
+    parts = [folder / part for part in (*(each.folder for each in family.parts), "scheduler")]
     paths = [folder / "model_index.json", *(path for part in parts for path in part.rglob("*") if path.is_file())]
     stamp = []
     for path in sorted(paths):
@@ -298,6 +285,3 @@ def _stamp(folder: Path) -> Stamp:
         name = path.relative_to(folder).as_posix()
         stamp.append((name, told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino))
     return tuple(stamp)
-
-
-__all__ = ["RECORDS", "WEIGHTS", "Examination", "check_parts", "examine", "is_sdxl"]

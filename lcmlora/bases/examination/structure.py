@@ -103,37 +103,6 @@ def check_latents(folder: Path, unet: dict[str, Any], vae: dict[str, Any]) -> No
             raise UserError(f"{folder}/{part}/config.json: channels and sample_size: expected whole numbers above 0")
 
 
-def check_widths(folder: Path, unet: dict[str, Any], texts: list[dict[str, Any]]) -> None:
-    """Raises UserError where the UNet does not read what the text encoders give.
-
-    Args:
-        texts: the text encoders' configurations: one, or SDXL's two.
-    """
-    path = f"{folder}/unet/config.json"
-    family = "SDXL" if len(texts) == 2 else "Stable Diffusion"
-    wanted = "text_time" if len(texts) == 2 else None
-    if (found := unet.get("addition_embed_type")) != wanted:
-        raise UserError(
-            f"{path}: addition_embed_type is {found!r}, and the base has {len(texts)} text encoder(s), with which "
-            f"{family} has {wanted!r}"
-        )
-    width = sum(int(text["hidden_size"]) for text in texts)
-    if unet.get("cross_attention_dim", 1280) != width:
-        raise UserError(
-            f"{path}: cross_attention_dim is {unet.get('cross_attention_dim', 1280)}, and the text encoders give "
-            f"{width}; expected {family}'s own text encoders"
-        )
-    if len(texts) == 2:
-        told = unet.get("projection_class_embeddings_input_dim")
-        time = unet.get("addition_time_embed_dim")
-        if not isinstance(time, int) or told != texts[1]["projection_dim"] + 6 * time:
-            raise UserError(
-                f"{path}: projection_class_embeddings_input_dim is {told}; expected the second text encoder's "
-                f"{texts[1]['projection_dim']} and 6 times addition_time_embed_dim ({time}): six numbers of size and "
-                "crop. SDXL's refiner has five"
-            )
-
-
 def diffusers_shapes(path: Path, config: dict[str, Any], kind: str) -> Shapes:
     """Returns the shapes of the weights of a UNet2DConditionModel or AutoencoderKL with this configuration."""
     import diffusers
@@ -143,8 +112,12 @@ def diffusers_shapes(path: Path, config: dict[str, Any], kind: str) -> Shapes:
     return _shapes(path, kind, lambda: cls.from_config(config))
 
 
-def text_config(folder: Path, part: str) -> dict[str, Any]:
-    """Returns the configuration of a text encoder as transformers reads it. Raises UserError."""
+def text_config(folder: Path, part: str, *, penultimate: bool = False) -> dict[str, Any]:
+    """Returns the configuration of a CLIP text encoder as transformers reads it. Raises UserError.
+
+    Args:
+        penultimate: the layer before the last is read.
+    """
     from transformers import CLIPTextConfig
 
     path = folder / part / "config.json"
@@ -162,17 +135,16 @@ def text_config(folder: Path, part: str) -> dict[str, Any]:
             raise UserError(f"{path}: {key} is {str(config.get(key))[:60]}; expected a whole number above 0")
     if config["num_hidden_layers"] > _LAYERS:
         raise UserError(f"{path}: num_hidden_layers is {config['num_hidden_layers']}; expected at most {_LAYERS}")
-    if part == "text_encoder_2" and config["num_hidden_layers"] < 2:
+    if penultimate and config["num_hidden_layers"] < 2:
         raise UserError(f"{path}: num_hidden_layers is 1, and SDXL reads the layer before the last")
     return config
 
 
-def text_shapes(folder: Path, part: str) -> Shapes:
-    """Returns the shapes of the weights of a CLIP text encoder, by names without `text_model.`."""
+def text_shapes(folder: Path, part: str, kind: str) -> Shapes:
+    """Returns the shapes of the weights of a CLIP text encoder of this class, by names without `text_model.`."""
     import transformers
     from transformers import CLIPTextConfig
 
-    kind = "CLIPTextModelWithProjection" if part == "text_encoder_2" else "CLIPTextModel"
     cls = getattr(transformers, kind)
     path = folder / part / "config.json"
     shapes = _shapes(path, kind, lambda: cls(CLIPTextConfig.from_pretrained(folder / part, local_files_only=True)))
@@ -190,15 +162,15 @@ def _shapes(path: Path, kind: str, build: Any) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def check_weights(part: Path, shapes: Shapes, held: dict[str, Entry]) -> None:
+def check_weights(part: Path, shapes: Shapes, held: dict[str, Entry], *, text: bool) -> None:
     """Raises UserError where a part's files lack weights of its configuration, or have others, or other shapes.
 
     Args:
         part: its folder, for messages.
         shapes: by its configuration.
         held: the tensors of its files.
+        text: the part is a text encoder.
     """
-    text = part.name.startswith("text_encoder")
     found = {_present_name(name, shapes, text): entry for name, entry in held.items()}
     if text:
         found = {name: e for name, e in found.items() if name in shapes or not _beside_text(name)}

@@ -16,13 +16,7 @@ from typing import Any
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import Malformed, as_object, parse_json, read_bytes
 
-# The parts with weights, and how their files are called.
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # what the libraries call files of weights
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 _HEADER_BYTES = 100 << 20  # the format's own limit
@@ -46,27 +40,28 @@ class Entry:
     end: int
 
 
-def find(name: str, part: Path, variant: str | None) -> list[Path]:
+def find(name: str, part: Path, stem: str, variant: str | None) -> list[Path]:
     """Returns the files from which a part is loaded, in the order of their names.
 
     Args:
         name: of the base, for messages about its key `variant`.
-        part: unet, vae, text_encoder or text_encoder_2 in the base's folder.
+        part: in the base's folder, such as unet.
+        stem: what its files are called: diffusion_pytorch_model, or model of a text encoder.
 
     Raises:
         UserError: there are none in this variant, with what lies there instead; or a shard is missing.
     """
-    stem, marked = WEIGHTS[part.name], f".{variant}" if variant else ""
+    marked = f".{variant}" if variant else ""
     single = part / f"{stem}{marked}.safetensors"
     index = part / f"{stem}.safetensors.index{marked}.json"
     # Where both are there, diffusers takes the shards and transformers the single file.
-    order = (index, single) if stem == WEIGHTS["unet"] else (single, index)
+    order = (index, single) if stem == DIFFUSERS else (single, index)
     for path in order:
         if path.is_symlink() and not path.exists():
             raise UserError(f"{path}: is a link to nothing; get the file again")
         if path.exists():
             return [path] if path is single else _shards(index)
-    raise UserError(_missing(name, part, variant, single.name))
+    raise UserError(_missing(name, part, stem, variant, single.name))
 
 
 def _shards(index: Path) -> list[Path]:
@@ -90,10 +85,9 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / file for file in names]
 
 
-def _missing(name: str, part: Path, variant: str | None, wanted: str) -> str:
+def _missing(name: str, part: Path, stem: str, variant: str | None, wanted: str) -> str:
     """Returns why a part has no weights to load, by what lies there instead."""
     files = sorted(path.name for path in part.iterdir())
-    stem = WEIGHTS[part.name]
     weights = [file for file in files if file.endswith(".safetensors")]
     if variant and weights:
         return f"bases.{name}.variant: {part} has no {variant} file, but {weights[0]}; remove the key or change it"

@@ -68,7 +68,7 @@ def load(
     place = bases.pick_device(device)
     dtype = bases.pick_dtype("auto", place)
     loaded = bases.load(base.name, base.settings, base.folder, device=place, dtype=dtype)
-    lora.put(loaded.unet, {name: (layer.down, layer.folded.up) for name, layer in layers.items()}, adapter.shown)
+    lora.put(loaded.network, {name: (layer.down, layer.folded.up) for name, layer in layers.items()}, adapter.shown)
     return loaded
 
 

@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lcmlora import config
-from lcmlora.bases.base import Conditioning
+from lcmlora.bases import families
+from lcmlora.bases.families import Conditioning
 from lcmlora.data.latents.plan import Plan
 from lcmlora.data.latents.shards import Shards
 from lcmlora.errors import UserError
@@ -43,7 +44,7 @@ MANIFEST = "manifest.json"
 TEXT = "text.safetensors"
 ROWS = "rows.safetensors"
 UNCONDITIONAL = "unconditional."  # begins the names of such embeddings
-TOKENS = ("token_ids", "token_ids_2")  # of each text encoder
+TOKENS = "token_ids"  # and token_ids_2 and so on, of further text encoders
 
 Tensors = dict[str, Tensor]
 Entry = dict[str, Any]  # of the manifest: name, bytes and sha256 of a file
@@ -112,6 +113,11 @@ def parse_manifest(content: bytes) -> dict[str, Any]:
     return found
 
 
+def tokens(number: int) -> str:
+    """Returns what the token ids for a text encoder are called, counted from 0."""
+    return f"{TOKENS}_{number + 1}" if number else TOKENS
+
+
 class LatentCache:
     """A cache opened for training. Rows are numbered through all shards."""
 
@@ -162,10 +168,11 @@ class LatentCache:
         self._starts = self._stops - lengths
         if self._latents and len(self.buckets) == 1 and sum(entry["bytes"] for entry in entries) <= ram_bytes:
             self._latents = {name: [torch.cat(parts)] for name, parts in self._latents.items()}
+        self._family = families.by_name(self.manifest["kind"])
         text = self._open(self.manifest["text"])
         self._unconditional = {n.removeprefix(UNCONDITIONAL): v for n, v in text.items() if n.startswith(UNCONDITIONAL)}
-        self._text = {n: v for n, v in text.items() if not n.startswith((UNCONDITIONAL, *TOKENS))}
-        self._tokens = [text[name] for name in TOKENS if name in text]
+        self._text = {n: v for n, v in text.items() if not n.startswith((UNCONDITIONAL, TOKENS))}
+        self._tokens = [text[name] for name in map(tokens, range(len(text))) if name in text]
         # Makes conditioning of token ids (B, T) int64 of each text encoder; whoever opens a tokenized cache sets it.
         self.embed: Callable[[list[Tensor]], Conditioning] | None = None
         if len(self) != self.manifest["pictures"] or len(self) != len(self._small["text_row"]):
@@ -212,21 +219,20 @@ class LatentCache:
         return pairs
 
     def conditioning(self, rows: Tensor) -> Conditioning:
-        """Returns what the UNet is given for the rows (B,) int64, fp32: encoder_hidden_states (B, T, D), and for the
-        SDXL family text_embeds (B, P) and time_ids (B, 6), (height, width) before (top, left) before the target."""
+        """Returns what the network is given for the rows (B,) int64, fp32: that of the captions, and what the base's
+        family tells it of the pictures."""
         text_rows = self._small["text_row"][rows]
         conditioning = {name: value.index_select(0, text_rows).float() for name, value in self._text.items()}
         if self._tokens:
             assert self.embed, "a cache of token ids needs text encoders"
             conditioning = self.embed([ids.index_select(0, text_rows).long() for ids in self._tokens])
-        if self.manifest["kind"] == "sdxl":
-            target = torch.tensor(self.buckets)[self.bucket(rows)]
-            parts = [self._small["orig_size"][rows], self._small["crop_tl"][rows], target]
-            conditioning["time_ids"] = torch.cat(parts, dim=1).float()
-        return conditioning
+        targets = torch.tensor(self.buckets)[self.bucket(rows)]
+        return conditioning | self._family.micro_conditioning(
+            self._small["orig_size"][rows], self._small["crop_tl"][rows], targets
+        )
 
     def unconditional(self) -> Conditioning:
-        """Returns the unconditional embedding as one row, fp32, without time_ids: those are the picture's own."""
+        """Returns the unconditional embedding as one row, fp32, without what belongs to the picture."""
         return {name: value.float() for name, value in self._unconditional.items()}
 
     def captions(self) -> Tensor:

@@ -132,7 +132,7 @@ def _finish(
     manifest: dict[str, Any] = {
         "version": VERSION,
         "model": base.name,
-        "kind": base.kind,
+        "kind": base.family.name,
         "pictures": len(listed),
         "captions": len(listed.captions),
         "latent_shape": list(base.latent_shape),
@@ -288,7 +288,7 @@ def _latents_fingerprint(base: LoadedBase, rollouts: config.Rollouts | None, tex
         vae = {"scaling": base.latent_scale, "dtype": str(base.vae.dtype), "resize": RESIZE_FILTER}
         return _fingerprint(base, "vae", **vae)
     drawn = {"dtype": str(base.dtype), "text": text, "rollouts": rollouts.model_dump()}
-    return _fingerprint(base, "unet", "scheduler", **drawn)
+    return _fingerprint(base, base.family.network.folder, "scheduler", **drawn)
 
 
 @contextmanager

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lcmlora.bases.base import Conditioning, LoadedBase
-from lcmlora.data.latents.cache import TOKENS, UNCONDITIONAL, Tensors
+from lcmlora.bases.base import LoadedBase
+from lcmlora.bases.families import Conditioning
+from lcmlora.data.latents.cache import UNCONDITIONAL, Tensors, tokens
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import note
 from lcmlora.progress import track
@@ -73,7 +74,7 @@ def _say(told: str) -> None:
 
 
 def _token_ids(base: LoadedBase, captions: list[str]) -> Tensors:
-    return {name: ids.int() for name, ids in zip(TOKENS, base.tokenize(captions), strict=False)}
+    return {tokens(number): ids.int() for number, ids in enumerate(base.tokenize(captions))}
 
 
 def _embeddings(base: LoadedBase, captions: list[str]) -> Tensors:

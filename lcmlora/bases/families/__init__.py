@@ -1,0 +1,25 @@
+"""The kinds of bases: one class for each, by name in `lcmlora.plugins.FAMILIES`."""
+
+from lcmlora.bases.families.family import (
+    COMMONEST,
+    Conditioning,
+    Family,
+    by_name,
+    by_pipeline,
+    known,
+    of_folder,
+    of_network,
+    of_tensors,
+)
+
+__all__ = [
+    "COMMONEST",
+    "Conditioning",
+    "Family",
+    "by_name",
+    "by_pipeline",
+    "known",
+    "of_folder",
+    "of_network",
+    "of_tensors",
+]

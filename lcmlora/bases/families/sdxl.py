@@ -1,0 +1,69 @@
+"""SDXL: a UNet that reads two CLIP text encoders, and is told of a picture's size and crop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcmlora.bases.examination import structure, vocabulary
+from lcmlora.bases.examination.weightfiles import TRANSFORMERS
+from lcmlora.bases.families.family import Conditioning, Part, SingleFile
+from lcmlora.bases.families.stable_diffusion import StableDiffusion
+from lcmlora.errors import UserError
+
+
+class SDXL(StableDiffusion):
+    """As Stable Diffusion, with a second text encoder, its pooled embedding and micro-conditioning."""
+
+    name = "sdxl"
+    title = "SDXL"
+    pipeline = "StableDiffusionXLPipeline"
+    text_encoders = (
+        *StableDiffusion.text_encoders,
+        Part("text_encoder_2", ("CLIPTextModelWithProjection",), TRANSFORMERS),
+    )
+    tokenizers = (*StableDiffusion.tokenizers, Part("tokenizer_2", StableDiffusion.tokenizers[0].classes))
+    single_file = SingleFile(
+        network=("model.diffusion_model.",),
+        vae=("first_stage_model.", "vae."),
+        text=("conditioner.embedders.",),
+        text_encoders={"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."},
+    )
+    _embed_type = "text_time"
+
+    def _text_config(self, folder: Path, encoder: Part) -> dict[str, Any]:
+        return structure.text_config(folder, encoder.folder, penultimate=encoder == self.text_encoders[1])
+
+    def examined_tokenizer(self, folder: Path, tokenizer: Part, encoder: Part) -> dict[str, Any]:
+        pooled = encoder == self.text_encoders[1]
+        return vocabulary.examine(folder / tokenizer.folder, self._text_config(folder, encoder), pooled=pooled)
+
+    def _check_text(self, folder: Path, unet: dict[str, Any], texts: Sequence[dict[str, Any]]) -> None:
+        super()._check_text(folder, unet, texts)
+        told = unet.get("projection_class_embeddings_input_dim")
+        time = unet.get("addition_time_embed_dim")
+        if not isinstance(time, int) or told != texts[1]["projection_dim"] + 6 * time:
+            raise UserError(
+                f"{folder}/unet/config.json: projection_class_embeddings_input_dim is {told}; expected the second text "
+                f"encoder's {texts[1]['projection_dim']} and 6 times addition_time_embed_dim ({time}): six numbers of "
+                "size and crop. SDXL's refiner has five"
+            )
+
+    def micro_conditioning(self, sizes: Tensor, crops: Tensor, targets: Tensor) -> Conditioning:
+        """`time_ids` (B, 6): original (height, width), crop (top, left), target (height, width)."""
+        return {"time_ids": torch.cat([sizes, crops, targets], dim=1).float()}
+
+    def encode_tokens(self, text_encoders: Sequence[Any], token_ids: Sequence[Tensor]) -> Conditioning:
+        hidden = []
+        for encoder, ids in zip(text_encoders, token_ids, strict=True):
+            output = encoder(ids.to(encoder.device), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2].float())  # SDXL reads the penultimate layer
+        # The pooled embedding is the second encoder's projection.
+        return {"encoder_hidden_states": torch.cat(hidden, dim=-1), "text_embeds": output[0].float()}
+
+    def empty_is_zeros(self, index: dict[str, Any]) -> bool:
+        return bool(index.get("force_zeros_for_empty_prompt", True))
