@@ -130,7 +130,7 @@ def test_paths_in_settings_are_relative_to_the_project(project: Path, elsewhere:
     assert (settings.publish.to, settings.publish.verify_key) == (f"{project}/shelf", f"{project}/key.pem")
     assert settings.publish.signing_key is None
     assert opened.located_data(settings.data).path == f"{project}/pictures"
-    sources = opened.located_evaluation(settings.evaluation).scores_source
+    sources = opened.located_evaluation(settings.evaluation_for("sd15")).scores_source
     assert sources == {"clip-score": f"{project}/here", "hps": "some/hub-id"}
     # What decides results is not touched, so that resolved.yaml and the adapter do not say where somebody stood.
     assert (settings.data.path, settings.bases["sd15"].source) == ("pictures", "./here")

@@ -11,11 +11,10 @@ from typing import Annotated
 
 import typer
 
-from lcmlora.cli import data, registry, releases, stages
-from lcmlora.cli.adapters import verbs as adapters
+from lcmlora.cli import data, registry, releases, settings, stages
+from lcmlora.cli.adapters import verbs
 from lcmlora.cli.context import Context, context_of
 from lcmlora.cli.reporting import reporting
-from lcmlora.cli.settings import config as config_verb
 from lcmlora.cli.stages import Model, StageCommand, base_and_cache
 from lcmlora.io import faults
 from lcmlora.io.terminal import note, say
@@ -66,7 +65,7 @@ def check(call: typer.Context) -> None:
         say(f"{model}: {base.source} at {base.resolution} px, {config.distill_for(model).steps} steps of distillation")
 
 
-app.command("config")(config_verb)
+app.command("config")(settings.print_settings)
 
 
 @app.command("bases")
@@ -153,7 +152,7 @@ def doctor(
         show(examination, settings, model)
 
 
-for _verb in (adapters.convert, adapters.combine, adapters.generate, adapters.remeasure):
+for _verb in (verbs.convert, verbs.combine, verbs.generate, verbs.remeasure):
     app.command()(_verb)
 app.add_typer(data.app, name="data")
 app.add_typer(registry.app, name="registry")

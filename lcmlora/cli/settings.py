@@ -33,7 +33,7 @@ class Setting:
     origin: str  # default, preset sdxl, params.yaml:12 bases.emoji.distill.lr, MLFLOW_TRACKING_URI
 
 
-def config(
+def print_settings(
     call: typer.Context,
     key: Annotated[
         str | None, typer.Argument(help="A setting or section, e.g. distill.lr or data.", show_default=False)
@@ -83,10 +83,10 @@ def listed(settings: Config, project: Project, models: list[str]) -> Iterator[Se
     Raises:
         UserError: there is no such model, or its settings do not fit.
     """
-    from lcmlora import config as configuration
+    from lcmlora import config
     from lcmlora.settings import layers, presets
 
-    raw = configuration.read(project.params_file)
+    raw = config.read(project.params_file)
     lines = _lines(project.params_file)
     name = project.params_file.name
 
@@ -95,9 +95,9 @@ def listed(settings: Config, project: Project, models: list[str]) -> Iterator[Se
         return f"{name}:{lines[key]} {'.'.join(key)}" if key in lines else None
 
     environment = {
-        (section, field): variable for section, field, variable in configuration.ENVIRONMENT if os.environ.get(variable)
+        (section, field): variable for section, field, variable in config.ENVIRONMENT if os.environ.get(variable)
     }
-    plain = settings.model_dump(mode="json", exclude={*configuration.SECTIONS, "bases"})
+    plain = settings.model_dump(mode="json", exclude={*config.SECTIONS, "bases"})
     for key, value in _leaves(plain):
         origin = environment.get((key[0], key[-1])) or written(key) or _around(key, written) or "default"
         yield _setting(None, key, value, origin)
@@ -109,13 +109,13 @@ def listed(settings: Config, project: Project, models: list[str]) -> Iterator[Se
         for key, value in _leaves(base.model_dump(mode="json", exclude=changed)):
             origin = completed.origins.get(key[0]) or written(("bases", model, *key)) or "default"
             yield _setting(model, ("bases", model, *key), value, origin)
-        for section in configuration.SECTIONS:
+        for section in config.SECTIONS:
             places = {section: (section,), f"bases.{model}.{section}": ("bases", model, section)}
             found = settings.layers_of(section, model)
             for key, value in _leaves(settings.section(section, model).model_dump(mode="json")):
                 where = layers.place(found, key) if any(layer.has(key) for layer in found) else "default"
-                origin = written((*places[where], *key)) if where in places else where
-                yield _setting(model, (section, *key), value, origin or where)
+                stands = written((*places[where], *key)) if where in places else None
+                yield _setting(model, (section, *key), value, stands or where)
 
 
 def _around(key: Key, written: Any) -> str | None:
