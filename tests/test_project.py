@@ -157,7 +157,7 @@ def test_a_project_elsewhere_is_prepared_encoded_and_looked_up_and_nothing_is_wr
     assert run("--project", project, "encode", "sd15").exit_code == 0
     assert (project / "data/latents/sd15").is_dir()
     listed = json.loads(run("--project", project, "bases", "--json").stdout)
-    assert [(row["name"], "reason" in row) for row in listed] == [("sd15", False)]
+    assert [row["source"] for row in listed if row["name"] == "sd15" and "reason" not in row] == ["./here"]
     assert run("--project", project, "registry", "list").exit_code == 0
     assert run("--project", project, "releases", "list").stdout == f"no releases at {project}/shelf\n"
     assert list(elsewhere.iterdir()) == []
