@@ -132,7 +132,7 @@ def test_a_distillation_on_many_shapes_learns(made: Path, base_folder: Path, tmp
     changes = {"steps": 40, "batch": 8, "lr": 3e-3, "log_every": 10, "validate_every": 40, "validation_pictures": 9}
     settings = SETTINGS.model_copy(update=changes)
     arguments = (cache, settings, tmp_path, tmp_path / "adapter")
-    told: dict[str, Any] = {"identity": {"digest": "0"}, "run": {}, "logger": Recorder(), "decode": base.decode}
+    told: dict[str, Any] = {"identity": {"digest": "0"}, "logger": Recorder(), "decode": base.decode}
     distill(base, *arguments, **told)
     found = [loss for loss in losses if loss is not None]
     assert found[-1] < 0.95 * found[0]
