@@ -24,6 +24,7 @@ from lcmlora.bases.folders import variant
 from lcmlora.bases.schedule import Schedule
 from lcmlora.config import Base
 from lcmlora.errors import UserError
+from lcmlora.patches import bars
 
 
 @dataclass
@@ -182,7 +183,8 @@ def load(
 
     def part(which: Part) -> Any:
         try:
-            module = family.load(which, folder, base.variant, dtype)
+            with bars.hidden():
+                module = family.load(which, folder, base.variant, dtype)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder / which.folder}: cannot be loaded: {' '.join(str(error).split())}") from error
         return module.to(device).eval().requires_grad_(False)

@@ -18,6 +18,7 @@ from lcmlora.bases.families.family import SingleFile
 from lcmlora.config import Base
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, sha256_file
+from lcmlora.patches import bars
 
 MARKER = ".single-file"  # in the folder: what it was made from
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -65,7 +66,8 @@ def convert(name: str, base: Base, target: Path, sources: Path = Path()) -> None
         raise UserError(f"{target} is in the way of the conversion of {source}; move it or rename the base")
     pipeline = _load(name, source, config, base.revision)
     with atomic_folder(target) as folder:
-        pipeline.save_pretrained(folder)
+        with bars.hidden():
+            pipeline.save_pretrained(folder)
         (folder / MARKER).write_text(wanted, encoding="utf-8")
         if target.is_symlink():  # the base was a folder before
             target.unlink()

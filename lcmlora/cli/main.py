@@ -161,6 +161,8 @@ app.add_typer(releases.app, name="releases")
 
 def main() -> None:
     """Runs the command line; a UserError is printed as it is and ends with status 2."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # read when they are imported; whoever sets them otherwise is right
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     for entry in importlib.metadata.entry_points(group="lcmlora.verbs"):
         app.command(entry.name)(entry.load())
     rank = os.environ.get("RANK", "0")

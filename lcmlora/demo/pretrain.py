@@ -28,6 +28,7 @@ from lcmlora.bases.schedule import Schedule
 from lcmlora.data.sources import emoji
 from lcmlora.demo.recipe import Recipe
 from lcmlora.io.files import atomic_folder, atomic_write, write_json
+from lcmlora.patches import bars
 from lcmlora.patches.torch_internals import foreach_lerp_
 from lcmlora.progress import track
 
@@ -424,7 +425,8 @@ def _save(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(folder)
+    with bars.hidden():
+        pipeline.save_pretrained(folder)
     # transformers loads in the precision that it saved, diffusers in fp32: plain from_pretrained would mix the two.
     text = folder / "text_encoder" / "config.json"
     write_json(text, json.loads(text.read_text()) | {"dtype": "float32"})

@@ -15,6 +15,7 @@ from torch import Tensor
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file
 from lcmlora.io.parsing import as_object, read_json
+from lcmlora.patches import bars
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the older repositories have the second only
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -80,9 +81,10 @@ class Clip:
 
         folder = find(source, setting)
         try:
-            model, report = CLIPModel.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-            )
+            with bars.hidden():
+                model, report = CLIPModel.from_pretrained(
+                    folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+                )
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise UserError(f"{folder}: is not a CLIP model: {' '.join(str(error).split())}") from error
         if report["missing_keys"]:
