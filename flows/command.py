@@ -15,6 +15,8 @@ from lcmlora.errors import UserError
 from lcmlora.io.terminal import note
 from lcmlora.project import Project
 
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 # Set before Prefect is imported; whoever sets them otherwise is right.
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
@@ -68,13 +70,16 @@ def run(
         raise UserError("--publish and --no-publish exclude each other")
     if not project.dvc_yaml.is_file():
         raise UserError(f"{project.dvc_yaml}: no such file; run in the project's folder")
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, _interrupt)  # else Python ends at once, and the trainer goes on
+    for ending in _ENDINGS:
+        if signal.getsignal(ending) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(ending, _interrupt)  # else Python ends at once, and the trainer goes on
     # Prefect's temporary server would outlive a flow that is killed.
     mark()
     print("starting Prefect ...", file=sys.stderr, flush=True)
     from flows.retrain import retrain
+    from tasks.prefect_internals import keep_temporary_server_apart
 
+    keep_temporary_server_apart()
     state = retrain(model, force, not no_publish, promote, publish, return_state=True)
     if not state.is_completed():
         note(state.message, "error: ")
@@ -82,4 +87,12 @@ def run(
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
+    for ending in _ENDINGS:
+        signal.signal(ending, _leave)
+    note("ending what runs ...")
     raise SystemExit(128 + number)
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    """Ends without waiting, for who asks twice; `mark` sees to what is left."""
+    os._exit(128 + number)

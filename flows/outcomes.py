@@ -37,6 +37,8 @@ class Outcome:
     model: str
     ran: list[StageResult] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
+    differing: list[str] | None = None  # stages whose dvc.lock is not the one that Git has; None where it has none
+    at: str | None = None  # the stage that runs now
     figures: dict[str, Any] | None = None
     champion: str | None = None  # that the gate compared with
     gate_failures: list[str] | None = None
@@ -80,6 +82,8 @@ def rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
 
     found = [("ran", ", ".join(f"{short(r.stage)} {r.seconds:.0f} s" for r in outcome.ran) or "nothing")]
     found += [("up to date", ", ".join(map(short, outcome.fresh)))] if outcome.fresh else []
+    if outcome.ran and outcome.differing is not None:
+        found.append(_compared(list(map(short, outcome.differing)), outcome.figures))
     if outcome.figures is not None:
         found += _figures(outcome.figures, gate_steps)
     if outcome.gate_failures is not None:
@@ -93,6 +97,14 @@ def rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
     elif outcome.figures is not None:
         found.append(("release", f"release/{outcome.model}, not published"))
     return found + [("error", error) for error in outcome.errors]
+
+
+def _compared(differing: list[str], figures: dict[str, Any] | None) -> tuple[str, str]:
+    """Returns whether what ran gave what Git has, so that there is nothing to commit."""
+    if differing:
+        return "new", f"{', '.join(differing)}: not as in Git, commit dvc.lock, metrics and plots"
+    digest = f", adapter {figures['adapter'][:12]}" if figures and "adapter" in figures else ""
+    return "reproduced", f"all as in Git, nothing to commit{digest}"
 
 
 def _figures(figures: dict[str, Any], gate_steps: int) -> list[tuple[str, str]]:

@@ -32,6 +32,7 @@ from flows.outcomes import Outcome
 from lcmlora import config
 from lcmlora.errors import UserError
 from lcmlora.io import faults, masking
+from lcmlora.io.terminal import note
 from tasks import dvc
 from tasks.devices import occupied
 from tasks.models import (
@@ -90,7 +91,7 @@ def retrain(
         settings = settings.model_copy(update={"publish": settings.publish.model_copy(update={"to": to})})
     workers = concurrent.futures.ThreadPoolExecutor(max_workers=settings.flow.models_at_once)
     # Left in this order: a flow that is told to end first ends the processes that its threads wait for.
-    with workers, Processes(several=len(found) > 1) as processes:
+    with _saying_where(found), workers, Processes(several=len(found) > 1) as processes:
         work = _prepare(found, settings, force, processes)
         done = []
         for outcome in found:
@@ -100,6 +101,10 @@ def retrain(
                 done.append(workers.submit(context.run, task))
         for each in done:
             each.result()
+        for outcome in found:
+            if outcome.ran:
+                with _noting(outcome):
+                    outcome.differing = dvc.differing(["prepare", *stages_of(outcome.model, settings)])
         with _noting(*found):
             if dvc.is_shared(work.remote):
                 # Also where nothing ran: the last run may have been killed before it came here.
@@ -198,8 +203,11 @@ def _run(
     name: str, outcomes: list[Outcome], settings: config.Config, force: bool, pull: bool, processes: Processes
 ) -> bool:
     """Runs a stage if DVC finds it stale, writes down what became of it, and returns whether it ran."""
+    for outcome in outcomes:
+        outcome.at = name
     result = dvc.run_stage(name, processes, settings, force, pull)
     for outcome in outcomes:
+        outcome.at = None
         if result.ran:
             outcome.ran.append(result)
         else:
@@ -232,6 +240,17 @@ def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: 
         outcome.aliases = sorted({*outcome.aliases, alias})
     if promote and alias in outcome.aliases and outcome.uri:
         networked(point_channel, settings)(model, registered.sha256, settings)
+
+
+@contextlib.contextmanager
+def _saying_where(outcomes: list[Outcome]) -> Iterator[None]:
+    """Says, where a person or a signal ends the flow, what it was at and how it goes on."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        stages = ", ".join(dict.fromkeys(outcome.at for outcome in outcomes if outcome.at))
+        note(f"ended in {stages or 'no stage'}; the same command goes on there, with all that is done so far")
+        raise
 
 
 @contextlib.contextmanager

@@ -17,15 +17,15 @@ from prefect.states import State
 from lcmlora import resolved
 from lcmlora.config import Config, Flow
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.io.parsing import Malformed, as_object, parse_json, read_yaml
+from lcmlora.io.parsing import Malformed, as_object, parse_json, parse_yaml, read_yaml
 from lcmlora.io.terminal import shown
 from lcmlora.project import Project
-from tasks import dvc_internals
+from tasks import dvc_command, dvc_internals
 from tasks.devices import held
 from tasks.leftovers import mend
 from tasks.output import told
 from tasks.prefect_internals import failure
-from tasks.processes import Command, Processes, python, reason, stream
+from tasks.processes import Command, Processes, python, reason, script, stream
 
 _RESOLVE = "resolve"  # the stage that writes resolved.yaml
 _WITHOUT_DEVICE = ("prepare", "package")  # stages that neither train nor draw
@@ -94,9 +94,7 @@ def repro(stage: str, processes: Processes, settings: Config, force: bool = Fals
     # A flow that was killed leaves a stage that is ending: DVC does not wait for it, but fails.
     with held(dvc_internals.TEMPORARY / f"lcmlora-{stage}.lock", stage, processes):
         mend()
-        status, lines = _listen(
-            processes, _dvc("repro", "--single-item", *options, stage), stage, model or None, settings.flow
-        )
+        status, lines = _listen(processes, _repro(*options, stage), stage, model or None, settings.flow)
     if status != 0:
         raise _failed(stage, status, lines)
     mend()
@@ -122,7 +120,7 @@ def resolve(processes: Processes) -> None:
     ):
         return
     mend()
-    status, lines = _listen(processes, _dvc("repro", "--single-item", _RESOLVE), _RESOLVE)
+    status, lines = _listen(processes, _repro(_RESOLVE), _RESOLVE)
     if status != 0:
         raise _failed(_RESOLVE, status, lines)
 
@@ -135,6 +133,25 @@ def stale(stages: Sequence[str], processes: Processes) -> set[str]:
         return {*as_object(parse_json(answer), "dvc status --json")} & set(stages)
     except Malformed as error:
         raise StageFailed(f"dvc status --json: {error}: {shown(answer)}") from None
+
+
+def differing(stages: Sequence[str]) -> list[str] | None:
+    """Returns those of the stages of which dvc.lock says something else than Git's last commit does: other outputs,
+    or the same ones of other inputs. None where there is no such commit.
+
+    Raises:
+        UserError: a dvc.lock that is none.
+    """
+    committed = subprocess.run(["git", "show", "HEAD:./dvc.lock"], capture_output=True)
+    if committed.returncode != 0:
+        return None
+    try:
+        then = as_object(parse_yaml(committed.stdout), "dvc.lock")
+    except Malformed as error:
+        raise UserError(f"dvc.lock of Git's last commit: {error}") from None
+    now = as_object(read_yaml(Project().dvc_lock), "dvc.lock")
+    mine, theirs = (as_object(lock.get("stages", {}), "dvc.lock: stages") for lock in (now, then))
+    return [stage for stage in stages if mine.get(stage) != theirs.get(stage)]
 
 
 def default_remote() -> str | None:
@@ -198,6 +215,10 @@ def _listen(
 def _failed(what: str, status: int, lines: Sequence[str]) -> StageFailed:
     said = any(line.startswith("error: ") for line in lines)
     return StageFailed(f"{what}: {reason(lines, status)}", resumable=not said)
+
+
+def _repro(*arguments: str) -> Command:
+    return script(dvc_command.__file__, "--wait-for-lock", "repro", "--single-item", *arguments)
 
 
 def _dvc(*arguments: str) -> Command:

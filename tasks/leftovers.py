@@ -12,11 +12,13 @@ from pathlib import Path
 
 from lcmlora.io.files import atomic_write
 from lcmlora.project import Project
+from tasks import dvc_command
 from tasks.dvc_internals import LOCK, READERS_AND_WRITERS, READERS_AND_WRITERS_LOCK, TEMPORARY, is_lock_file
 
 _PATIENCE = 60.0  # seconds to wait for a DVC that is at work on what is to be mended
 
 _LOCK_FILE = Project().dvc_lock
+_DVC = ("dvc", Path(dvc_command.__file__).name)  # in its command line
 _KEPT = TEMPORARY / "lcmlora-dvc.lock"  # the last whole dvc.lock
 
 
@@ -86,7 +88,7 @@ def _may_be_dvc(pid: int) -> bool:
     if not sys.platform.startswith("linux"):
         return True  # DVC itself sees whether it runs
     try:
-        return any(Path(word).name == "dvc" for word in Path("/proc", str(pid), "cmdline").read_text().split("\0"))
+        return any(Path(word).name in _DVC for word in Path("/proc", str(pid), "cmdline").read_text().split("\0"))
     except FileNotFoundError:
         return False
     except (OSError, UnicodeDecodeError):

@@ -5,6 +5,9 @@ tests/test_internals.py and tests/flows/test_runs.py try each.
 
 from __future__ import annotations
 
+import subprocess
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -35,3 +38,15 @@ def server() -> Any:
     from prefect.server.api.server import create_app
 
     return create_app(final=True)
+
+
+def keep_temporary_server_apart() -> None:
+    """Has the server that a run without one starts for itself be in a session of its own. To be called before a flow.
+
+    Prefect starts it in the run's own process group, where the terminal's Ctrl-C ends it before the run: that then
+    shows tracebacks, and asks for the server for minutes before it ends.
+    """
+    from prefect.server.api import server
+
+    apart = vars(subprocess) | {"Popen": partial(subprocess.Popen, start_new_session=True)}
+    server.subprocess = SimpleNamespace(**apart)  # type: ignore[assignment]

@@ -134,12 +134,21 @@ def kill_rest(process: subprocess.Popen[bytes]) -> None:
 
 def python(module: str, *arguments: str) -> Command:
     """Returns `python -m MODULE ARGUMENTS` with this interpreter and its environment's commands."""
+    return _python("-m", module, *arguments)
+
+
+def script(path: str, *arguments: str) -> Command:
+    """Returns the same for a file, whose folder is not searched for modules."""
+    return _python("-P", path, *arguments)
+
+
+def _python(*arguments: str) -> Command:
     # Stages call `lcmlora`: the one beside this interpreter, whether or not its environment is activated.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     # DVC's own choice is a folder of all users, who could exchange what it unpickles from there.
     site = {"DVC_SITE_CACHE_DIR": os.environ.get("DVC_SITE_CACHE_DIR") or str(cache_folder("dvc"))}
     return {
-        "command": [sys.executable, "-m", module, *arguments],
+        "command": [sys.executable, *arguments],
         "env": os.environ | site | {"PATH": path, "DVC_NO_ANALYTICS": "1"},
     }
 

@@ -135,16 +135,26 @@ def test_a_champion_that_a_person_rolled_back_stays_rolled_back(project: Project
     assert pointer.read_text() == "moved by hand"
 
 
-def test_without_publishing_and_promoting_there_is_a_version_only_and_force_runs_everything(project: Project):
+def test_without_publishing_and_promoting_there_is_a_version_only_and_force_runs_everything(project: Project, capfd):
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
+        return subprocess.run(["git", *identity, *arguments], check=True, capture_output=True, text=True).stdout
+
     retrain(["a"], publish=False, promote=False)
     assert project.releases() == []
     assert project.aliases("a") == {}
+    assert "as in Git" not in capfd.readouterr().out  # which has nothing yet
+    git("add", "dvc.lock", "metrics")
+    git("commit", "-qm", "first")
     state = retrain(["a"], force=True, publish=False, return_state=True)
     assert state.name == "Promoted"
     assert project.distilled() == ["a", "a"]
     assert len(project.versions("a")) == 1
     assert project.aliases("a") == {"champion": 1}
     assert not (project.root / "releases").exists()
+    sha = project.versions("a")[0].tags["sha256"]
+    assert f"all as in Git, nothing to commit, adapter {sha[:12]}" in capfd.readouterr().out
+    assert git("status", "--porcelain", "--untracked-files=no") == ""
 
 
 @pytest.mark.slow
@@ -234,22 +244,38 @@ def test_a_gpu_model_is_examined_before_it_is_trained(project: Project):
 
 
 @pytest.mark.integration
-def test_the_command_runs_without_a_server_and_a_sigterm_ends_the_trainer(project: Project):
+@pytest.mark.parametrize("ending", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_the_command_runs_without_a_server_and_ends_with_its_trainer_saying_where_it_goes_on(
+    project: Project, ending: signal.Signals
+):
+    """SIGINT as Ctrl-C sends it, to all who share the terminal; Prefect's server must not be among them."""
     (project.root / "distill.sh").write_text("echo $$ > pid.part; mv pid.part pid; sleep 300\n")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"PYTHONPATH": str(ROOT)}
+    # A runner started in the background has SIGINT ignored, and what it starts leaves it so.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
     flow = subprocess.Popen(
         [sys.executable, "-m", "flows.retrain", "--model", "a"],
         env=environment | {"PREFECT_HOME": str(project.root / "prefect")},
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
+    signal.signal(signal.SIGINT, former)
     pid = project.root / "pid"
     until = time.monotonic() + 180
     while not pid.exists() and flow.poll() is None and time.monotonic() < until:
         time.sleep(0.2)
     assert pid.exists(), flow.communicate()[0]
-    flow.send_signal(signal.SIGTERM)
-    flow.communicate(timeout=60)
-    assert flow.returncode == 128 + signal.SIGTERM
+    (os.killpg if ending == signal.SIGINT else os.kill)(flow.pid, ending)
+    out, err = flow.communicate(timeout=60)
+    assert flow.returncode == 128 + ending
+    assert out == ""
+    assert err.splitlines() == [
+        "starting Prefect ...",
+        *(f"Running stage '{stage}':" for stage in ("prepare", "encode@a", "reference@a", "distill@a")),
+        "ending what runs ...",
+        "ended in distill@a; the same command goes on there, with all that is done so far",
+    ]
     shown = subprocess.run(["ps", "-o", "stat=", "-p", pid.read_text().strip()], capture_output=True, text=True)
     assert shown.stdout.strip() in ("", "Z")

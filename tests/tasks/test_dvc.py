@@ -1,5 +1,7 @@
+import logging
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -7,10 +9,12 @@ import threading
 import time
 from pathlib import Path
 
+import dvc
 import pytest
 
 from lcmlora import config
-from tasks.dvc import NotPushed, StageFailed, default_remote, is_shared, push, repro, resolve, stale
+from tasks import dvc_command
+from tasks.dvc import NotPushed, StageFailed, default_remote, differing, is_shared, push, repro, resolve, stale
 from tasks.processes import Processes
 from tests.support.repositories import alive, make
 
@@ -196,3 +200,62 @@ def test_a_stage_sees_a_terminal_where_there_is_one(repository: Path):
     with Processes() as processes:
         repro.fn("tell", processes, SETTINGS, force=True)
     assert (repository / "told").read_text() == "none\n"
+
+
+def test_a_run_that_gave_what_git_has_is_told_from_one_that_did_not(repository: Path):
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
+        subprocess.run(["git", *identity, *arguments], check=True, capture_output=True)
+
+    with Processes() as processes:
+        repro.fn("first", processes, SETTINGS)
+        assert differing(["first"]) is None  # nothing is committed
+        git("add", ".")
+        git("commit", "-qm", "first")
+        repro.fn("first", processes, SETTINGS, force=True)
+        assert differing(["first"]) == []
+        (repository / "source").write_text("2\n")
+        repro.fn("first", processes, SETTINGS)
+        assert differing(["first", "second@a"]) == ["first"]
+
+
+def test_of_what_dvc_says_a_person_sees_what_runs_and_no_advice(
+    repository: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    def command(*arguments: str) -> None:
+        subprocess.run([sys.executable, "-m", "dvc", *arguments], check=True, capture_output=True)
+
+    command("remote", "add", "--default", "shipped", str(tmp_path / "remote"))
+    with Processes() as processes:
+        repro.fn("first", processes, SETTINGS)
+        push.fn(processes)
+        subprocess.run(["rm", "-r", ".dvc/cache", "first"], check=True)
+        capfd.readouterr()
+        repro.fn("first", processes, SETTINGS, pull=True)
+        assert capfd.readouterr().err.splitlines() == ["Stage 'first' is restored from the remote"]
+        subprocess.run(["rm", "-r", ".dvc/cache", str(tmp_path / "remote"), "first"], check=True)
+        command("freeze", "first")
+        repro.fn("first", processes, SETTINGS, pull=True)
+        assert capfd.readouterr().err.splitlines() == ["Running stage 'first':", "making first"]
+
+
+def test_what_dvc_says_in_this_version_is_what_is_looked_for():
+    """Else its advice is seen again, and that a stage ran is not."""
+    texts = "".join(path.read_text() for path in Path(dvc.__file__).parent.rglob("*.py"))
+    texts = re.sub(r'"\s*"', "", texts)
+    for message in (*dvc_command.ADVICE, *dvc_command.TOLD, dvc_command.PULLING, *dvc_command.NOT_PULLED):
+        assert f'"{message}' in texts
+
+
+@pytest.mark.parametrize(
+    ("level", "message", "told"),
+    [
+        (logging.INFO, "> lcmlora encode", False),
+        (logging.WARNING, "Some of the cache files do not exist neither locally nor on remote. Missing:\n%s", False),
+        (logging.WARNING, "corrupted cache file '%s'.", True),
+        (logging.ERROR, "failed to reproduce", True),
+    ],
+)
+def test_warnings_and_errors_come_through(level: int, message: str, told: bool):
+    record = logging.LogRecord("dvc", level, "", 0, message, ("x",), None)
+    assert dvc_command.Told()(record) is told
