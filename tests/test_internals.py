@@ -253,6 +253,17 @@ def test_prefect_server_create_app():
     assert "final" in _parameters(prefect, "server/api/server.py", "create_app")
 
 
+def test_prefect_temporary_server_is_started_with_the_subprocess_of_its_module(monkeypatch: pytest.MonkeyPatch):
+    """tests/flows/test_retrain.py interrupts one as Ctrl-C does."""
+    from prefect.server.api import server
+
+    monkeypatch.setattr(server, "subprocess", server.subprocess)  # put back afterwards
+    prefect_internals.keep_temporary_server_apart()
+    start = server.SubprocessASGIServer._run_uvicorn_command
+    assert {"subprocess", "Popen"} <= set(start.__code__.co_names)
+    assert start.__globals__["subprocess"].Popen.keywords == {"start_new_session": True}
+
+
 # --- DVC ----------------------------------------------------------------------------------------------------------
 
 _STAGES = "stages:\n  copy:\n    cmd: cp source copy\n    deps: [source]\n    outs: [copy]\n"
