@@ -234,7 +234,6 @@ def test_of_what_dvc_says_a_person_sees_what_runs_and_no_advice(
         repro.fn("first", processes, SETTINGS, pull=True)
         assert capfd.readouterr().err.splitlines() == ["Stage 'first' is restored from the remote"]
         subprocess.run(["rm", "-r", ".dvc/cache", str(tmp_path / "remote"), "first"], check=True)
-        command("freeze", "first")
         repro.fn("first", processes, SETTINGS, pull=True)
         assert capfd.readouterr().err.splitlines() == ["Running stage 'first':", "making first"]
 
