@@ -61,7 +61,7 @@ def run(settings: config.Config, model: str, changes: dict[str, Any], cache: Lat
         work / "timings",
     )
     found = {"seconds": seconds, "validation": facts["validation"], "settings": facts["distill"]}
-    found |= {name: figures[name] for name in ("features", "pictures", "seed", "floor", "excess", "retrieval")}
+    found |= {name: figures.plain()[name] for name in ("features", "pictures", "seed", "floor", "excess", "retrieval")}
     write_json(known, found)
     return found
 

@@ -28,6 +28,7 @@ import yaml
 
 from benchmarks import costs, tables
 from lcmlora import config, registry, resolved
+from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import record
 from lcmlora.io.files import write_json
 from lcmlora.project import Project
@@ -260,7 +261,7 @@ def _registry_at(uri: str, figures: dict[str, float]) -> dict[str, Any]:
 def measure_registry() -> dict[str, Any]:
     from tests.integration.tracking_servers import PostgreSQL
 
-    figures = record(json.loads(Path("metrics/emoji.json").read_text(encoding="utf-8")))
+    figures = record(Metrics.read(Path("metrics/emoji.json")))
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         found["sqlite"] = _registry_at(f"sqlite:///{folder}/mlflow.db", figures)

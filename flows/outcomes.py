@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lcmlora.config import Config
+from lcmlora.evaluation.figures import STUDENT, Key, Metrics
 from lcmlora.io.terminal import cell, shown
 from lcmlora.io.terminal import markdown as plain
 from lcmlora.project import Project
@@ -39,7 +39,7 @@ class Outcome:
     fresh: list[str] = field(default_factory=list)
     differing: list[str] | None = None  # stages whose dvc.lock is not the one that Git has; None where it has none
     at: str | None = None  # the stage that runs now
-    figures: dict[str, Any] | None = None
+    figures: Metrics | None = None
     champion: str | None = None  # that the gate compared with
     gate_failures: list[str] | None = None
     version: str | None = None  # lcm-lora-emoji/3
@@ -99,28 +99,25 @@ def rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
     return found + [("error", error) for error in outcome.errors]
 
 
-def _compared(differing: list[str], figures: dict[str, Any] | None) -> tuple[str, str]:
+def _compared(differing: list[str], figures: Metrics | None) -> tuple[str, str]:
     """Returns whether what ran gave what Git has, so that there is nothing to commit."""
     if differing:
         return "new", f"{', '.join(differing)}: not as in Git, commit dvc.lock, metrics and plots"
-    digest = f", adapter {figures['adapter'][:12]}" if figures and "adapter" in figures else ""
+    digest = f", adapter {figures.adapter[:12]}" if figures and figures.adapter else ""
     return "reproduced", f"all as in Git, nothing to commit{digest}"
 
 
-def _figures(figures: dict[str, Any], gate_steps: int) -> list[tuple[str, str]]:
+def _figures(figures: Metrics, gate_steps: int) -> list[tuple[str, str]]:
     """Returns the student's excess beside the best solver's at equal network evaluations, and the retrieval."""
     found = []
-    excess, retrieval = figures["excess"], figures["retrieval"]
+    excess, retrieval, wanted = figures.excess, figures.retrieval, Key.of(STUDENT, gate_steps)
     for steps in sorted({2, gate_steps}):
-        rivals = [n for n in excess if "@" in n and not n.startswith(("student", "teacher"))]
-        rivals = [n for n in rivals if figures["network_evaluations"][n] == steps]
-        best = min(rivals, key=excess.__getitem__, default=None)
-        if f"student@{steps}" in excess:
+        student, best = Key.of(STUDENT, steps), min(figures.solvers_at(steps), key=excess.__getitem__, default=None)
+        if student in excess:
             beside = f", best solver {excess[best]:.1f} ({best})" if best else ", no solver"
-            found.append((f"excess at {steps} evaluations", f"student {excess[f'student@{steps}']:.1f}{beside}"))
-    known = [name for name in (f"student@{gate_steps}", *retrieval) if name in retrieval]
-    shown = [name for name in dict.fromkeys(known) if name.startswith(("teacher", f"student@{gate_steps}"))]
-    return [*found, ("retrieval@1", ", ".join(f"{name} {retrieval[name]:.3f}" for name in shown))]
+            found.append((f"excess at {steps} evaluations", f"student {excess[student]:.1f}{beside}"))
+    told = [key for key in (wanted, figures.teacher) if key in retrieval]
+    return [*found, ("retrieval@1", ", ".join(f"{key} {retrieval[key]:.3f}" for key in told))]
 
 
 def _relative(uri: str) -> str:
@@ -181,20 +178,20 @@ def _embedded(path: Path, caption: str) -> str:
     return f"![{caption}](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})"
 
 
-def _methods(figures: dict[str, Any]) -> list[dict[str, str]]:
+def _methods(figures: Metrics) -> list[dict[str, str]]:
     """Returns a row for each way of drawing, the fewest network evaluations first."""
-    cost = figures["network_evaluations"]
+    cost, excess, retrieval = figures.network_evaluations, figures.excess, figures.retrieval
     return [
         {
             "drawn with": shown(name),
             "network evaluations": str(cost[name]),
-            "excess": f"{figures['excess'][name]:.1f}",
-            "retrieval@1": f"{figures['retrieval'][name]:.3f}" if name in figures["retrieval"] else "",
+            "excess": f"{excess[name]:.1f}",
+            "retrieval@1": f"{retrieval[name]:.3f}" if name in retrieval else "",
         }
-        for name in sorted(figures["excess"], key=lambda name: (cost.get(name, 0), figures["excess"][name]))
+        for name in sorted(excess, key=lambda name: (cost.get(name, 0), excess[name]))
         if name in cost
     ]
 
 
-def _counts(figures: dict[str, Any]) -> str:
-    return plain(f"{figures['features']['name']}, {figures['pictures']} pictures, seed {figures['seed']}")
+def _counts(figures: Metrics) -> str:
+    return plain(f"{figures.features.name}, {figures.pictures} pictures, seed {figures.seed}")

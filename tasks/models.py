@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from lcmlora import config, registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.evaluation import gate
+from lcmlora.evaluation.figures import Metrics
 from lcmlora.io.parsing import as_object, read_json
 from lcmlora.project import Project
 from lcmlora.registry import promotion, registration
@@ -28,7 +29,7 @@ class Champion:
     """The version that a candidate is compared with, and its figures on the candidate's own reference."""
 
     reference: str
-    figures: dict[str, Any]
+    figures: Metrics | None
     fault: str | None = None  # why there are no figures: others made it champion, or its run has gone
 
 
@@ -41,15 +42,13 @@ def fetch_base(model: str, settings: config.Config) -> Path:
 
 
 @task(task_run_name="figures {model}", cache_policy=NO_CACHE)
-def read_metrics(model: str) -> dict[str, Any]:
+def read_metrics(model: str) -> Metrics:
     """Returns the figures of the last evaluation."""
-    return _read(_PROJECT.metrics(model))
+    return Metrics.read(_PROJECT.metrics(model))
 
 
 @task(task_run_name="champion {model}", cache_policy=NO_CACHE)
-def read_champion(
-    model: str, figures: dict[str, Any], settings: config.Config, processes: Processes
-) -> Champion | None:
+def read_champion(model: str, figures: Metrics, settings: config.Config, processes: Processes) -> Champion | None:
     """Returns the champion to compare with; None where there is none, or it is this adapter, or another base's.
 
     Where data, prompts or features have changed since it was measured, it is measured again.
@@ -62,7 +61,7 @@ def read_champion(
     except Unavailable:
         raise
     except UserError as error:
-        return Champion(champion.reference, {}, str(error))
+        return Champion(champion.reference, None, str(error))
     if gate.incomparable(figures, theirs):
         from lcmlora.bases import folders
 
@@ -73,25 +72,25 @@ def read_champion(
     return Champion(champion.reference, theirs)
 
 
-def _remeasure(model: str, reference: str, settings: config.Config, processes: Processes) -> dict[str, Any]:
+def _remeasure(model: str, reference: str, settings: config.Config, processes: Processes) -> Metrics:
     out = _PROJECT.scratch("champion", f"{model}.json")
     arguments = ("remeasure", model, "--adapter", f"models:/{reference}", "--out", str(out))
     with occupied(settings.flow.limit, processes):
         status, lines = stream(processes, python("lcmlora", *arguments))
     if status != 0:
         raise StageFailed(f"remeasure {reference}: {reason(lines, status)}")
-    return _read(out)
+    return Metrics.read(out)
 
 
 @task(task_run_name="gate {model}", cache_policy=NO_CACHE)
-def pass_gate(model: str, figures: dict[str, Any], champion: Champion | None, settings: config.Config) -> list[str]:
+def pass_gate(model: str, figures: Metrics, champion: Champion | None, settings: config.Config) -> list[str]:
     """Returns why the candidate must not become champion; empty if it may."""
     failures = gate.gate(figures, settings.gate)
     if champion is not None and champion.fault is not None:
         failures.append(
             f"cannot be compared with {champion.reference}, the {settings.registry.alias}: {champion.fault}"
         )
-    elif champion is not None:
+    elif champion is not None and champion.figures is not None:
         failures += gate.against(figures, champion.figures, settings.gate, champion.reference)
     return failures
 

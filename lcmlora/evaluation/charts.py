@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
-NAMES = {"teacher": "teacher", "ddim": "DDIM", "dpm++": "DPM-Solver++", "unipc": "UniPC", "euler": "Euler"}
+from lcmlora.evaluation.figures import NAMES
+
+K = TypeVar("K", bound=str)  # the name of a set
+
 _COLOURS = {"student": "#c8322b", "teacher": "#222222", "ddim": "#4c78a8", "dpm++": "#59a14f", "unipc": "#b07aa1"}
 _INK, _SOFT, _PAPER, _ACCENT = "#222222", "#6b6b6b", "#ffffff", "#c8322b"
 _CELL_MIN, _CELL_MAX = 128, 256  # pixels of one picture in the grid
@@ -45,7 +49,7 @@ def _cell(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def grid(captions: list[str], columns: dict[str, list[Image.Image]], path: Path) -> None:
+def grid(captions: list[str], columns: Mapping[K, list[Image.Image]], path: Path) -> None:
     """Writes a PNG with a row for each caption and a column of square pictures for each key, like `dpm++@4`."""
     side = _cell(next(iter(columns.values()))[0]).width
     width = _LABEL + len(columns) * (side + _GAP) + _GAP

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +23,12 @@ from lcmlora.config import Data, digest
 from lcmlora.data.sources.source import Record, fit, open_picture
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
+from lcmlora.evaluation.figures import REAL, Key, Latency, Quantiles
 from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.scores import Scorer
 from lcmlora.io.files import atomic_write
 from lcmlora.progress import track
 
-REAL = "real"
 _SCORE = "score/"
 
 
@@ -135,7 +134,7 @@ class Artist:
     def keep(
         self,
         folder: Path,
-        drawn: Mapping[str, Drawing],
+        drawn: Mapping[Key, Drawing],
         features: dict[str, Tensor],
         data: Data,
         records: Sequence[Record],
@@ -187,25 +186,25 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def latency(base: LoadedBase, prompts: Sequence[str], ways: dict[str, Way], repeats: int) -> dict[str, Any]:
+def latency(base: LoadedBase, prompts: Sequence[str], ways: Mapping[Key, Way], repeats: int) -> Latency:
     """Returns how long one picture takes alone, from its caption to its pixels: seconds, as p50 and p95.
 
     The ways take turns, so that what else the machine does meets all of them; the first turn is not counted.
     """
-    taken: dict[str, list[float]] = {key: [] for key in ways}
+    taken: dict[Key, list[float]] = {key: [] for key in ways}
     for turn in track(range(repeats + 1), "latency"):
         for key, way in ways.items():
             began = now(base.device)
             draw(base, [prompts[turn % len(prompts)]], way, 0, range(turn, turn + 1))
             taken[key].append(now(base.device) - began)
     quantiles = {key: np.quantile(seconds[1:], (0.5, 0.95)).tolist() for key, seconds in taken.items()}
-    return {
-        "seconds": {key: {"p50": p50, "p95": p95} for key, (p50, p95) in quantiles.items()},
-        "repeats": repeats,
-        "batch": 1,
-        "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type,
-        "threads": torch.get_num_threads(),
-    }
+    return Latency(
+        seconds={key: Quantiles(p50=p50, p95=p95) for key, (p50, p95) in quantiles.items()},
+        repeats=repeats,
+        batch=1,
+        device=torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type,
+        threads=torch.get_num_threads(),
+    )
 
 
 def distinct_captions(records: Sequence[Record]) -> list[str]:

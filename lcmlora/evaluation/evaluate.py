@@ -20,17 +20,25 @@ from lcmlora.data.sources.source import read_records
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.evaluation import charts, timings
-from lcmlora.evaluation.drawing import REAL, Way, distinct_captions, latency, read_strip, save_strip, strip_path
+from lcmlora.evaluation.drawing import Way, distinct_captions, latency, read_strip, save_strip, strip_path
+from lcmlora.evaluation.figures import REAL, STUDENT, TEACHER, Advantage, Intervals, Key, Metrics
 from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
 from lcmlora.evaluation.measures.distances import distance
 from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.metrics import diversity, retrieval_hits
-from lcmlora.evaluation.reference import AGAIN, artist_of, load_features, load_scorers, mean_scores
+from lcmlora.evaluation.reference import (
+    AGAIN,
+    REFERENCE,
+    Reference,
+    artist_of,
+    load_features,
+    load_scorers,
+    mean_scores,
+)
 from lcmlora.io import parsing
 from lcmlora.io.files import atomic_folder, atomic_write, sha256_file, write_json
 from lcmlora.io.parsing import as_object
 
-STUDENT = "student"
 _GRID_STEPS = 4  # at which the grid shows the solvers: where the adapter is meant to be used
 
 
@@ -46,7 +54,7 @@ def evaluate(
     metrics_file: Path,
     plots_file: Path,
     timings_folder: Path,
-) -> dict[str, Any]:
+) -> Metrics:
     """Draws with the student, compares, and returns the metrics, which it also writes to `metrics_file`.
 
     Besides: `plots_file` (CSV, a row for each method and step count) and the folder `out` with grid.png, steps.png,
@@ -64,7 +72,7 @@ def evaluate(
             asked for more steps than it was distilled on.
     """
     features = load_features(base, settings)
-    facts = read_json(reference / "reference.json", "reference")
+    facts = read_reference(reference)
     records = read_records(pictures / "validation.jsonl")
     prompts = distinct_captions(records)[: settings.pictures]
     _check_reference(reference, facts, features, settings, prompts, adapter)
@@ -78,45 +86,44 @@ def evaluate(
         speed = latency(base, prompts, ways, settings.latency_repeats)
     # One solver stands for all: their own arithmetic is nothing beside the network's.
     scale, solver = settings.guidance_scale, settings.solvers[0]
-    plain = {f"teacher@{settings.teacher_steps}": Way("ddim", settings.teacher_steps, scale)}
+    plain = {facts.teacher: Way("ddim", settings.teacher_steps, scale)}
     comparable = [n for n in settings.solver_steps if 2 * n <= max(settings.student_steps)]
-    plain |= {f"{solver}@{n}": Way(solver, n, scale) for n in comparable}
-    speed["seconds"] |= latency(base, prompts, plain, settings.latency_repeats)["seconds"]
+    plain |= {Key.of(solver, n): Way(solver, n, scale) for n in comparable}
+    others = latency(base, prompts, plain, settings.latency_repeats)
+    speed = speed.model_copy(update={"seconds": speed.seconds | others.seconds})
 
     student = {key: drawing.features for key, drawing in drawn.items()}
-    sets = load_file(reference / "features.safetensors") | student
-    metrics = measure(facts, sets, settings.resamples)
-    measured = {"reference_digest": sha256_file(reference / "features.safetensors"), "adapter": identity}
-    metrics |= measured
-    for name, means in mean_scores(drawn).items():
-        metrics["scores"].setdefault(name, {}).update(means)
-    table = _table(metrics, settings.teacher_steps)
+    kept = load_file(reference / "features.safetensors")
+    sets = {Key(name): value for name, value in kept.items()} | student
+    digest = sha256_file(reference / "features.safetensors")
+    measured = {"reference_digest": digest, "adapter": identity, "scores": _scores(facts, mean_scores(drawn))}
+    metrics = measure(facts, sets, settings.resamples).model_copy(update=measured)
+    table = _table(metrics)
     with atomic_folder(out) as folder:
         save_file(student, folder / "features.safetensors")
         shutil.copytree(reference / "pictures", folder / "pictures")
         # Of the teacher's two sets the one that starts from the same noise as all others is shown.
-        teacher = f"teacher@{settings.teacher_steps}"
-        strip_path(folder, teacher + AGAIN).replace(strip_path(folder, teacher))
+        strip_path(folder, facts.teacher + AGAIN).replace(strip_path(folder, facts.teacher))
         for key, drawing in drawn.items():
             save_strip(drawing.strip, strip_path(folder, key))
         rows = artist.shown[: artist.rows]
         write_json(folder / "pictures" / "prompts.json", {"prompts": rows, "side": base.resolution})
         charts.grid(rows, _columns(settings, folder), folder / "grid.png")
-        charts.curves(table, metrics["floor"], folder / "steps.png")
+        charts.curves(table, metrics.floor, folder / "steps.png")
     atomic_write(plots_file, lambda path: _write_csv(path, table))
-    write_json(metrics_file, metrics)
-    seconds = timings.read(timings_folder / timings.REFERENCE, reference_digest=measured["reference_digest"])
-    timings.write(
-        timings_folder / timings.EVALUATION,
-        seconds.get(timings.SECONDS, {}) | {key: drawing.seconds for key, drawing in drawn.items()},
-        latency=speed,
-        **measured,
-    )
+    metrics.write(metrics_file)
+    seconds = timings.read(timings_folder / timings.REFERENCE, reference_digest=digest).seconds_per_picture
+    seconds = seconds | {key: drawing.seconds for key, drawing in drawn.items()}
+    timings.Timings(
+        reference_digest=digest,
+        adapter=identity,
+        measured=timings.Measured(seconds_per_picture=seconds, latency=speed),
+    ).write(timings_folder / timings.EVALUATION)
     shutil.rmtree(scratch)
     return metrics
 
 
-def student_ways(adapter: Path, steps: tuple[int, ...], setting: str) -> dict[str, Way]:
+def student_ways(adapter: Path, steps: tuple[int, ...], setting: str) -> dict[Key, Way]:
     """Returns how the student of this folder is drawn with at each number of steps.
 
     Raises:
@@ -126,7 +133,7 @@ def student_ways(adapter: Path, steps: tuple[int, ...], setting: str) -> dict[st
     sampler = read_sampler(read_json(facts, "distill")["sampler"], f"{facts}: sampler")
     if max(steps) > sampler.grid:
         raise UserError(f"{setting}: {max(steps)} is more than the {sampler.grid} timesteps of the adapter's grid")
-    return {f"{STUDENT}@{n}": Way(sampling.STUDENT, n, sampler=sampler) for n in steps}
+    return {Key.of(STUDENT, n): Way(sampling.STUDENT, n, sampler=sampler) for n in steps}
 
 
 def adapter_layers(adapter: Path) -> tuple[lora.Layers, str]:
@@ -143,87 +150,94 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
     return as_object(parsing.read_json(path), str(path))
 
 
+def read_reference(folder: Path) -> Reference:
+    """Returns reference.json of the folder. Raises UserError where it is missing or damaged."""
+    path = folder / REFERENCE
+    if not path.exists():
+        raise UserError(f"{path}: is missing; run `lcmlora reference` first")
+    return Reference.read(path)
+
+
 def _check_reference(
-    folder: Path, facts: dict[str, Any], features: Features, settings: Evaluation, prompts: list[str], adapter: Path
+    folder: Path, facts: Reference, features: Features, settings: Evaluation, prompts: list[str], adapter: Path
 ) -> None:
-    drawn_by, made_for = compared(facts["base"], read_json(adapter / "config.json", "distill")["base"])
+    drawn_by, made_for = compared(facts.base, read_json(adapter / "config.json", "distill")["base"])
     pairs = {
-        "evaluation.features": (facts["features"]["name"], features.name),
+        "evaluation.features": (facts.features.name, features.name),
         "the base's digest": (drawn_by, made_for),
-        "prompts": (facts["prompts"], prompts),
+        "prompts": (facts.prompts, prompts),
     }
     for name in ("seed", "pictures", "guidance_scale", "teacher_steps", "solvers", "solver_steps"):
-        pairs[f"evaluation.{name}"] = (facts["settings"][name], settings.model_dump(mode="json")[name])
+        pairs[f"evaluation.{name}"] = (facts.settings[name], settings.model_dump(mode="json")[name])
     for name, (there, here) in pairs.items():
         if there != here:
             shown = "other prompts" if name == "prompts" else f"{there} for {name}, and this evaluation has {here}"
-            raise UserError(f"{folder}: was drawn with {shown}; draw it again (dvc repro reference@{facts['model']})")
+            raise UserError(f"{folder}: was drawn with {shown}; draw it again (dvc repro reference@{facts.model})")
 
 
-def measure(facts: dict[str, Any], sets: dict[str, Tensor], resamples: int) -> dict[str, Any]:
-    """Returns the figures of all sets of features (N, D), by the names that metrics/MODEL.json has.
+def _scores(facts: Reference, drawn: dict[str, dict[Key, float]]) -> dict[str, dict[Key, float]]:
+    return facts.scores | {name: facts.scores.get(name, {}) | means for name, means in drawn.items()}
+
+
+def measure(facts: Reference, sets: dict[Key, Tensor], resamples: int) -> Metrics:
+    """Returns the figures of all sets of features (N, D).
 
     Args:
-        facts: reference.json.
         sets: of the reference and of the student; `gallery` among them, and `real` where there are real pictures.
         resamples: of the bootstrap; without them there are no intervals.
     """
-    settings, kind = facts["settings"], facts["features"]["distance"]
-    teacher = f"teacher@{settings['teacher_steps']}"
-    compared = {key: value for key, value in sets.items() if key not in (teacher, teacher + AGAIN, REAL, "gallery")}
+    kind, teacher, again = facts.features.distance, facts.teacher, Key(facts.teacher + AGAIN)
+    real, gallery = Key(REAL), Key("gallery")
+    compared = {key: value for key, value in sets.items() if key not in (teacher, again, real, gallery)}
     with_teacher = compared | {teacher: sets[teacher]}
-    floor = distance(sets[teacher], sets[teacher + AGAIN], kind)
-    distances = {key: distance(sets[teacher], value, kind) for key, value in compared.items()} | {"teacher": floor}
+    floor = distance(sets[teacher], sets[again], kind)
+    distances = {key: distance(sets[teacher], value, kind) for key, value in compared.items()} | {Key(TEACHER): floor}
     excess = {key: value - floor for key, value in distances.items()}
 
-    captions, missing = facts["captions"], facts["distance_real_missing"]
-    shown = [facts["prompts"][i % len(facts["prompts"])] for i in range(facts["counts"]["pictures"])]
-    hits = {
-        key: retrieval_hits(value, shown, sets["gallery"], captions["gallery"]) for key, value in with_teacher.items()
-    }
+    captions, missing = facts.captions, facts.distance_real_missing
+    shown = [facts.prompts[i % len(facts.prompts)] for i in range(facts.counts.pictures)]
+    hits = {key: retrieval_hits(value, shown, sets[gallery], captions.gallery) for key, value in with_teacher.items()}
     retrieval = {key: values.double().mean().item() for key, values in hits.items()}
-    in_gallery = set(facts["keys"]["gallery"])
-    apart = [i for i, key in enumerate(facts["keys"]["real"]) if key not in in_gallery]
+    in_gallery = set(facts.keys.gallery)
+    apart = [i for i, key in enumerate(facts.keys.real) if key not in in_gallery]
     if apart:  # a real picture that is in the gallery would find itself
-        real_captions = [captions["real"][i] for i in apart]
-        found = retrieval_hits(sets[REAL][apart], real_captions, sets["gallery"], captions["gallery"])
-        retrieval[REAL] = found.double().mean().item()
+        real_captions = [captions.real[i] for i in apart]
+        found = retrieval_hits(sets[real][apart], real_captions, sets[gallery], captions.gallery)
+        retrieval[real] = found.double().mean().item()
 
-    centre = sets.get(REAL, sets["gallery"])
+    centre = sets.get(real, sets[gallery])
     varieties = {key: variety(value, shown, centre) for key, value in with_teacher.items()}
-    if REAL in sets:
-        varieties[REAL] = variety(sets[REAL], captions["real"], centre)
-    costs = {key: value for key, value in facts["network_evaluations"].items() if not key.endswith(AGAIN)}
-    costs |= {key: int(key.partition("@")[2]) for key in compared if key.startswith(STUDENT)}
-    figures = {
-        "features": facts["features"],
-        "pictures": facts["counts"]["pictures"],
-        "real_pictures": facts["counts"]["real"],
-        "prompts": len(facts["prompts"]),
-        "seed": settings["seed"],
-        "floor": floor,
-        "distance_teacher": distances,
-        "excess": excess,
-        "distance_real": None
-        if missing
-        else {key: distance(sets[REAL], value, kind) for key, value in with_teacher.items()},
-        "distance_real_missing": missing,
-        "retrieval": retrieval,
-        "diversity": {key: value for key, value in varieties.items() if value is not None},
-        "scores": facts["scores"],
-        "network_evaluations": costs,
-    }
-    if resamples:
-        bootstrap = Bootstrap(shown, resamples=resamples, seed=settings["seed"])
-        spread = bootstrap.excess(sets[teacher], sets[teacher + AGAIN], compared, kind)
-        figures["advantage"] = _advantages(excess, costs, spread)
-        figures["intervals"] = {
-            "level": 0.95,
-            "resamples": resamples,
-            "excess": {key: interval(spread[key], excess[key]) for key in compared},
-            "retrieval": {key: interval(bootstrap.mean(values), retrieval[key]) for key, values in hits.items()},
-        }
-    return figures
+    if real in sets:
+        varieties[real] = variety(sets[real], captions.real, centre)
+    costs = {key: value for key, value in facts.network_evaluations.items() if not key.endswith(AGAIN)}
+    costs |= {key: key.steps for key in compared if key.method == STUDENT}
+    metrics = Metrics(
+        features=facts.features,
+        pictures=facts.counts.pictures,
+        real_pictures=facts.counts.real,
+        prompts=len(facts.prompts),
+        seed=facts.settings["seed"],
+        floor=floor,
+        distance_teacher=distances,
+        excess=excess,
+        distance_real=None if missing else {k: distance(sets[real], v, kind) for k, v in with_teacher.items()},
+        distance_real_missing=missing,
+        retrieval=retrieval,
+        diversity={key: value for key, value in varieties.items() if value is not None},
+        scores=facts.scores,
+        network_evaluations=costs,
+    )
+    if not resamples:
+        return metrics
+    bootstrap = Bootstrap(shown, resamples=resamples, seed=facts.settings["seed"])
+    spread = bootstrap.excess(sets[teacher], sets[again], compared, kind)
+    intervals = Intervals(
+        level=0.95,
+        resamples=resamples,
+        excess={key: interval(spread[key], excess[key]) for key in compared},
+        retrieval={key: interval(bootstrap.mean(values), retrieval[key]) for key, values in hits.items()},
+    )
+    return metrics.model_copy(update={"intervals": intervals, "advantage": _advantages(metrics, spread)})
 
 
 def variety(features: Tensor, captions: list[str], all_kinds: Tensor) -> float | None:
@@ -235,31 +249,30 @@ def variety(features: Tensor, captions: list[str], all_kinds: Tensor) -> float |
     return diversity(features, captions, all_kinds.double().mean(0)) if len(set(captions)) < len(captions) else None
 
 
-def _advantages(excess: dict[str, float], costs: dict[str, int], spread: dict[str, Tensor]) -> dict[str, Any]:
+def _advantages(metrics: Metrics, spread: dict[Key, Tensor]) -> dict[Key, Advantage]:
     """Returns the student's excess less the best solver's at as many network evaluations, with its interval."""
     found = {}
-    for key in (key for key in spread if key.startswith(STUDENT)):
-        rivals = [name for name in spread if not name.startswith(STUDENT) and costs[name] == costs[key]]
+    for key in (key for key in spread if key.method == STUDENT):
+        rivals = metrics.solvers_at(metrics.network_evaluations[key])
         if rivals:
-            rival = min(rivals, key=excess.__getitem__)
-            difference = excess[key] - excess[rival]
-            found[key] = {
-                "rival": rival,
-                "network_evaluations": costs[key],
-                "difference": difference,
-                "interval": interval(spread[key] - spread[rival], difference),
-            }
+            rival = min(rivals, key=metrics.excess.__getitem__)
+            difference = metrics.excess[key] - metrics.excess[rival]
+            found[key] = Advantage(
+                rival=rival,
+                network_evaluations=metrics.network_evaluations[key],
+                difference=difference,
+                interval=interval(spread[key] - spread[rival], difference),
+            )
     return found
 
 
-def _table(metrics: dict[str, Any], teacher_steps: int) -> list[charts.Row]:
+def _table(metrics: Metrics) -> list[charts.Row]:
     """Returns a row for every method at every step count, in order."""
     rows = []
-    for key, value in metrics["distance_teacher"].items():
-        name = f"teacher@{teacher_steps}" if key == "teacher" else key
-        method, steps = name.split("@")
-        cost, retrieval = metrics["network_evaluations"][name], metrics["retrieval"][name]
-        rows.append(charts.Row(method, int(steps), cost, value, metrics["excess"][key], retrieval))
+    for key, value in metrics.distance_teacher.items():
+        name = metrics.teacher if key == TEACHER else key
+        cost, retrieval = metrics.network_evaluations[name], metrics.retrieval[name]
+        rows.append(charts.Row(name.method, name.steps, cost, value, metrics.excess[key], retrieval))
     return sorted(rows, key=lambda row: (row.method, row.steps))
 
 
@@ -270,11 +283,11 @@ def _write_csv(path: Path, rows: list[charts.Row]) -> None:
         writer.writerows(rows)
 
 
-def _columns(settings: Evaluation, folder: Path) -> dict[str, list[Image.Image]]:
+def _columns(settings: Evaluation, folder: Path) -> dict[Key, list[Image.Image]]:
     """Returns the grid's pictures by method."""
     steps = min(settings.solver_steps, key=lambda n: abs(n - _GRID_STEPS))
-    solvers = [f"{solver}@{steps}" for solver in settings.solvers]
-    students = [f"{STUDENT}@{n}" for n in settings.student_steps]
-    keys = (REAL, f"teacher@{settings.teacher_steps}", *solvers, *students)
+    solvers = [Key.of(solver, steps) for solver in settings.solvers]
+    students = [Key.of(STUDENT, n) for n in settings.student_steps]
+    keys = (Key(REAL), Key.of(TEACHER, settings.teacher_steps), *solvers, *students)
     paths = {key: strip_path(folder, key) for key in keys}
     return {key: read_strip(path) for key, path in paths.items() if key != REAL or path.exists()}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from lcmlora.config import Gate
+from lcmlora.documents import Interval
+from lcmlora.evaluation.figures import STUDENT, Key, Metrics
 
 
-def gate(metrics: dict[str, Any], gate: Gate) -> list[str]:
+def gate(metrics: Metrics, gate: Gate) -> list[str]:
     """Returns why a candidate with these metrics must not become champion, a line for each reason; empty if it may.
 
     The student at `gate.steps` must have a smaller excess over the teacher's floor than every solver at as many network
@@ -17,12 +20,12 @@ def gate(metrics: dict[str, Any], gate: Gate) -> list[str]:
     teacher's caption retrieval, which must have been measured. How it compares with the champion is another question:
     `against`.
     """
-    student, excess, cost = f"student@{gate.steps}", metrics["excess"], metrics["network_evaluations"]
+    student, excess, cost = Key.of(STUDENT, gate.steps), metrics.excess, metrics.network_evaluations
     if student not in excess:
-        drawn = ", ".join(name for name in excess if name.startswith("student@"))
+        drawn = ", ".join(key for key in excess if key.method == STUDENT)
         return [f"{student}: was not drawn (gate.steps); evaluation.student_steps gave {drawn or 'nothing'}"]
     failures = []
-    rivals = [n for n in excess if not n.startswith(("student@", "teacher")) and cost[n] == cost[student]]
+    rivals = metrics.solvers_at(cost[student])
     if not rivals:
         failures.append(
             f"{student}: no solver was drawn at its {cost[student]} network evaluations, so nothing was beaten; "
@@ -45,42 +48,36 @@ def gate(metrics: dict[str, Any], gate: Gate) -> list[str]:
             "(data.validation), or set gate.min_retrieval to 0"
         )
         return failures
-    teacher = teacher_of(metrics)
-    reached, needed = metrics["retrieval"][student], gate.min_retrieval * metrics["retrieval"][teacher]
+    teacher, retrieval = metrics.teacher, metrics.retrieval
+    reached, needed = retrieval[student], gate.min_retrieval * retrieval[teacher]
     if not reached >= needed:
         failures.append(
             f"{student}: caption retrieval {reached:.3f} is below {needed:.3f} ({gate.min_retrieval:g} of {teacher}'s "
-            f"{metrics['retrieval'][teacher]:.3f}): {needed - reached:.3f} too low"
+            f"{retrieval[teacher]:.3f}): {needed - reached:.3f} too low"
         )
     return failures
 
 
-def teacher_of(metrics: dict[str, Any]) -> str:
-    """Returns the teacher's name among the metrics, such as teacher@50."""
-    return next(name for name in metrics["retrieval"] if name.startswith("teacher@"))
-
-
-def unmeasured_retrieval(metrics: dict[str, Any]) -> str | None:
+def unmeasured_retrieval(metrics: Metrics) -> str | None:
     """Returns why caption retrieval says nothing of a student, or None where it does: of a few captions it may not."""
-    teacher = teacher_of(metrics)
-    if not metrics["retrieval"][teacher] > 0:
-        return f"{teacher} meets none of its captions"
-    if metrics.get("prompts") == 1:
+    if not metrics.retrieval[metrics.teacher] > 0:
+        return f"{metrics.teacher} meets none of its captions"
+    if metrics.prompts == 1:
         return "there is one caption, which every picture has"
     return None
 
 
-def incomparable(metrics: dict[str, Any], champion: dict[str, Any]) -> str | None:
+def incomparable(metrics: Metrics, champion: Metrics) -> str | None:
     """Returns why two evaluations cannot be compared; None where features, prompts, seeds and teacher are the same."""
-    mine, theirs = metrics["features"]["name"], champion["features"]["name"]
+    mine, theirs = metrics.features.name, champion.features.name
     if mine != theirs:
         return f"its features are {mine}, the other's {theirs}"
-    if metrics.get("reference_digest") != champion.get("reference_digest"):
+    if metrics.reference_digest != champion.reference_digest:
         return "it was measured against other pictures of the teacher (reference_digest)"
     return None
 
 
-def against(metrics: dict[str, Any], champion: dict[str, Any], gate: Gate, name: str) -> list[str]:
+def against(metrics: Metrics, champion: Metrics, gate: Gate, name: str) -> list[str]:
     """Returns in what a candidate is worse than the champion, a line for each figure; empty if in nothing.
 
     Worse means by more than the confidence interval of the difference, whose half width is the root of the sum of both
@@ -91,14 +88,15 @@ def against(metrics: dict[str, Any], champion: dict[str, Any], gate: Gate, name:
         champion: measured on the same features, prompts and teacher; see `incomparable`.
         name: of the champion, for the messages.
     """
-    student = f"student@{gate.steps}"
-    if student not in metrics["excess"] or student not in champion["excess"]:
+    student = Key.of(STUDENT, gate.steps)
+    if student not in metrics.excess or student not in champion.excess:
         return [f"{student}: was not drawn with both candidate and {name}, so they cannot be compared (gate.steps)"]
     failures = []
+    both = (metrics, champion)
     for figure, shown, sign in (("excess", "excess distance", 1), ("retrieval", "caption retrieval", -1)):
-        mine, theirs = metrics[figure][student], champion[figure][student]
+        mine, theirs = (getattr(each, figure)[student] for each in both)
         loss = sign * (mine - theirs)
-        tolerance = math.hypot(*(_half_width(each, figure, student) for each in (metrics, champion)))
+        tolerance = math.hypot(*(_half_width(each.interval(figure, student)) for each in both))
         if not loss <= tolerance:
             failures.append(
                 f"{student}: {shown} {mine:.3f} is worse than {name}'s {theirs:.3f} by {loss:.3f}, and chance explains "
@@ -107,9 +105,8 @@ def against(metrics: dict[str, Any], champion: dict[str, Any], gate: Gate, name:
     return failures
 
 
-def _half_width(metrics: dict[str, Any], figure: str, key: str) -> float:
-    low, high = metrics.get("intervals", {}).get(figure, {}).get(key, (0.0, 0.0))
-    return float(high - low) / 2
+def _half_width(interval: Interval | None) -> float:
+    return (interval[1] - interval[0]) / 2 if interval else 0.0
 
 
 # What no features enter into.
@@ -119,15 +116,15 @@ _COUNTED = (
 )
 
 
-def record(metrics: dict[str, Any]) -> dict[str, float]:
+def record(metrics: Metrics) -> dict[str, float]:
     """Returns all numbers of the metrics flat, named as MLflow allows.
 
     Figures that come from features are named after them, `efficientnet-lite0/320_128px/excess.student_4`, so that
     runs with different features have no figure in common that could be compared.
     """
-    made_by = metrics["features"]["name"] + "/"
+    made_by = metrics.features.name + "/"
     flat: dict[str, float] = {}
-    for key, value in metrics.items():
+    for key, value in metrics.plain().items():
         flat |= _flat({key: value}, "" if key in _COUNTED else _named(made_by))
     return flat
 
@@ -136,7 +133,7 @@ def _named(key: str) -> str:
     return re.sub(r"[^\w\-./ :]", "_", key.replace("+", "p"))
 
 
-def _flat(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
+def _flat(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
     flat: dict[str, float] = {}
     for key, value in metrics.items():
         name = prefix + _named(key)

@@ -13,22 +13,70 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lcmlora import stages
 from lcmlora.bases.base import LoadedBase
+from lcmlora.bases.folders import Identity
 from lcmlora.config import Data, Evaluation
 from lcmlora.data.sources.source import Record, read_records
+from lcmlora.documents import Document, Number
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
-from lcmlora.evaluation.drawing import REAL, Artist, Drawing, Way, distinct_captions
+from lcmlora.evaluation.drawing import Artist, Drawing, Way, distinct_captions
+from lcmlora.evaluation.figures import REAL, TEACHER, FeatureSet, Key
 from lcmlora.evaluation.measures import distances, scores
 from lcmlora.evaluation.measures import features as feature_sets
 from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.scores import Scorer
-from lcmlora.io.files import atomic_folder, sha256_file, sha256_folder, write_json
+from lcmlora.io.files import atomic_folder, sha256_file, sha256_folder
 from lcmlora.plugins import SOURCES
 
 AGAIN = "/again"  # ends the key of the teacher's second set
+REFERENCE = "reference.json"
 _GALLERY = 4  # real pictures of one caption in the gallery
+
+
+class Counts(Document):
+    """How many pictures there are of each kind."""
+
+    pictures: int  # of each drawn set
+    real: int
+    gallery: int
+
+
+class Listed(Document):
+    """What is listed of the real pictures and of the gallery of retrieval, in the order of their features."""
+
+    real: list[str]
+    gallery: list[str]
+
+
+class Compared(Document):
+    """What drawn sets are compared with, and by which features."""
+
+    features: FeatureSet
+    counts: Counts
+    distance_real_missing: str | None
+    keys: Listed
+    captions: Listed
+
+
+class Reference(Compared):
+    """reference.json: what was drawn without an adapter, and how."""
+
+    model: str
+    base: Identity  # digest and unet; and dtype
+    settings: dict[str, Any]  # evaluation in params.yaml
+    seeds: dict[str, int]
+    prompts: list[str]
+    network_evaluations: dict[Key, int]
+    scores: dict[str, dict[Key, Number]]
+
+    @property
+    def teacher(self) -> Key:
+        """The name of the teacher's set."""
+        return Key.of(TEACHER, self.settings["teacher_steps"])
 
 
 def draw_reference(
@@ -39,7 +87,7 @@ def draw_reference(
     scratch: Path,
     out: Path,
     timings_folder: Path,
-) -> dict[str, Any]:
+) -> Reference:
     """Writes features.safetensors, reference.json and pictures/*.png to the folder `out`; returns reference.json.
 
     Args:
@@ -65,37 +113,39 @@ def draw_reference(
 
     jobs = _jobs(settings)
     drawn = {key: artist.draw(key, way, seed) for key, (way, seed) in jobs.items()}
-    tensors = {key: drawing.features for key, drawing in drawn.items()}
+    tensors: dict[str, Tensor] = {key: drawing.features for key, drawing in drawn.items()}
     if not SOURCES.get(data.source).has_pictures:
-        teacher, _ = jobs[f"teacher@{settings.teacher_steps}"]
+        teacher, _ = jobs[Key.of(TEACHER, settings.teacher_steps)]
         tensors["gallery"] = artist.draw("gallery", teacher, settings.seed + 2).features
-        about = about_prompts(artist.shown, settings.seed + 2, features)
+        compared = about_prompts(artist.shown, settings.seed + 2, features)
     else:
         real, gallery = choose_real(records, prompts, settings.pictures)
         tensors[REAL] = artist.real("real pictures", real, data)
         tensors["gallery"] = artist.real("gallery", gallery, data)
-        about = about_real(real, gallery, settings.pictures, features)
-    facts = {
-        "model": base.name,
-        "base": {
+        compared = about_real(real, gallery, settings.pictures, features)
+    facts = Reference(
+        model=base.name,
+        base={
             "digest": base.examined.digest,
             "unet": base.examined.unet,
             "dtype": str(base.dtype).removeprefix("torch."),
         },
-        "settings": settings.model_dump(mode="json"),
-        "seeds": {"teacher": settings.seed, "compared": settings.seed + 1},
-        "prompts": prompts,
-        "network_evaluations": {key: way.evaluations for key, (way, _) in jobs.items()},
-        "scores": mean_scores(drawn),
-    } | about
+        settings=settings.model_dump(mode="json"),
+        seeds={"teacher": settings.seed, "compared": settings.seed + 1},
+        prompts=prompts,
+        network_evaluations={key: way.evaluations for key, (way, _) in jobs.items()},
+        scores=mean_scores(drawn),
+        **dict(compared),
+    )
     with atomic_folder(out) as folder:
         artist.keep(folder, drawn, tensors, data, records)
-        write_json(folder / "reference.json", facts)
-    timings.write(
-        timings_folder / timings.REFERENCE,
-        {key: drawing.seconds for key, drawing in drawn.items() if not key.endswith(AGAIN)},
+        facts.write(folder / REFERENCE)
+    seconds = {key: drawing.seconds for key, drawing in drawn.items() if not key.endswith(AGAIN)}
+    timings.Timings(
         reference_digest=sha256_file(out / "features.safetensors"),
-    )
+        adapter=None,
+        measured=timings.Measured(seconds_per_picture=seconds),
+    ).write(timings_folder / timings.REFERENCE)
     shutil.rmtree(scratch)
     return facts
 
@@ -144,50 +194,51 @@ def artist_of(
     )
 
 
-def mean_scores(drawn: dict[str, Drawing]) -> dict[str, dict[str, float]]:
+def mean_scores(drawn: dict[Key, Drawing]) -> dict[str, dict[Key, float]]:
     """Returns the mean score of each set, by scorer."""
-    means: dict[str, dict[str, float]] = defaultdict(dict)
+    means: dict[str, dict[Key, float]] = defaultdict(dict)
     for key, drawing in drawn.items():
         for name, values in drawing.scores.items():
             means[name][key] = values.double().mean().item()
     return dict(means)
 
 
-def _jobs(settings: Evaluation) -> dict[str, tuple[Way, int]]:
+def _jobs(settings: Evaluation) -> dict[Key, tuple[Way, int]]:
     """Returns how every set is drawn, and from which seed."""
     scale, other = settings.guidance_scale, settings.seed + 1
     teacher = Way("ddim", settings.teacher_steps, scale)
-    name = f"teacher@{settings.teacher_steps}"
-    solvers = {f"{s}@{n}": (Way(s, n, scale), other) for s in settings.solvers for n in settings.solver_steps}
-    return {name: (teacher, settings.seed), name + AGAIN: (teacher, other)} | solvers
+    name = Key.of(TEACHER, settings.teacher_steps)
+    solvers = {Key.of(s, n): (Way(s, n, scale), other) for s in settings.solvers for n in settings.solver_steps}
+    return {name: (teacher, settings.seed), Key(name + AGAIN): (teacher, other)} | solvers
 
 
-def about_real(real: list[Record], gallery: list[Record], pictures: int, features: Features) -> dict[str, Any]:
+def about_real(real: list[Record], gallery: list[Record], pictures: int, features: Features) -> Compared:
     """Returns what a reference's facts say of its real pictures."""
     missing = None
     if len(real) < distances.named(features.distance).pictures_needed(features.dimensions):
         missing = f"{len(real)} real validation pictures are too few for {features.dimensions} dimensions"
-    return {
-        "features": {"name": features.name, "dimensions": features.dimensions, "distance": features.distance},
-        "counts": {"pictures": pictures, "real": len(real), "gallery": len(gallery)},
-        "distance_real_missing": missing,
-        "keys": {"real": [r.key for r in real], "gallery": [r.key for r in gallery]},
-        "captions": {"real": [r.caption for r in real], "gallery": [r.caption for r in gallery]},
-    }
+    return Compared(
+        features=FeatureSet(name=features.name, dimensions=features.dimensions, distance=features.distance),
+        counts=Counts(pictures=pictures, real=len(real), gallery=len(gallery)),
+        distance_real_missing=missing,
+        keys=Listed(real=[r.key for r in real], gallery=[r.key for r in gallery]),
+        captions=Listed(real=[r.caption for r in real], gallery=[r.caption for r in gallery]),
+    )
 
 
-def about_prompts(shown: list[str], seed: int, features: Features) -> dict[str, Any]:
+def about_prompts(shown: list[str], seed: int, features: Features) -> Compared:
     """Returns what a reference's facts say where there are no real pictures.
 
     Args:
         shown: the prompts of the gallery that the teacher drew from this seed.
     """
-    facts = about_real([], [], len(shown), features)
-    facts["counts"]["gallery"] = len(shown)
-    facts["distance_real_missing"] = "the data are prompts, without real pictures"
-    facts["keys"]["gallery"] = [f"{seed}/{i}" for i in range(len(shown))]
-    facts["captions"]["gallery"] = shown
-    return facts
+    return Compared(
+        features=FeatureSet(name=features.name, dimensions=features.dimensions, distance=features.distance),
+        counts=Counts(pictures=len(shown), real=0, gallery=len(shown)),
+        distance_real_missing="the data are prompts, without real pictures",
+        keys=Listed(real=[], gallery=[f"{seed}/{i}" for i in range(len(shown))]),
+        captions=Listed(real=[], gallery=shown),
+    )
 
 
 def choose_real(records: list[Record], prompts: Sequence[str], count: int) -> tuple[list[Record], list[Record]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 
@@ -17,8 +16,9 @@ from lcmlora.config import Base, Evaluation
 from lcmlora.data.sources.source import read_records
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
-from lcmlora.evaluation.drawing import REAL, Way, distinct_captions
-from lcmlora.evaluation.evaluate import STUDENT, measure, read_json
+from lcmlora.evaluation.drawing import Way, distinct_captions
+from lcmlora.evaluation.evaluate import measure, read_reference
+from lcmlora.evaluation.figures import REAL, STUDENT, Key, Metrics
 from lcmlora.evaluation.reference import AGAIN, artist_of, load_features
 from lcmlora.io.files import sha256_file
 
@@ -35,7 +35,7 @@ def measure_again(
     pictures: Path,
     reference: Path,
     scratch: Path,
-) -> dict[str, Any]:
+) -> Metrics:
     """Returns the figures of an adapter at `steps`, as metrics/MODEL.json has them, but for solvers, scores, latency.
 
     Args:
@@ -51,21 +51,21 @@ def measure_again(
     """
     check_same_base(shown, made_for, identity(settings, base.folder), "this base is")
     features = load_features(base, evaluation)
-    facts = read_json(reference / "reference.json", "reference")
-    if facts["features"]["name"] != features.name:
-        raise UserError(f"{reference}: has features {facts['features']['name']}, this evaluation {features.name}")
+    facts = read_reference(reference)
+    if facts.features.name != features.name:
+        raise UserError(f"{reference}: has features {facts.features.name}, this evaluation {features.name}")
     prompts = distinct_captions(read_records(pictures / "validation.jsonl"))[: evaluation.pictures]
     artist = artist_of(base, features, evaluation, prompts, evaluation.pictures, scratch)
     way = Way(sampling.STUDENT, steps, sampler=sampler)
     read = formats.read(weights, architecture.of_base(settings, base.folder))
     layers = {name: (layer.down, layer.folded.up) for name, layer in read.layers.items()}
-    key, digest = f"{STUDENT}@{steps}", sha256_file(weights)
+    key, digest = Key.of(STUDENT, steps), sha256_file(weights)
     with lora.applied(base.network, layers, shown):
         drawn = artist.draw(key, way, evaluation.seed + 1, digest)
-    teacher = f"teacher@{facts['settings']['teacher_steps']}"
     kept = load_file(reference / "features.safetensors")
-    sets = {name: kept[name] for name in (teacher, teacher + AGAIN, REAL, "gallery") if name in kept}
+    needed = (facts.teacher, Key(facts.teacher + AGAIN), Key(REAL), Key("gallery"))
+    sets = {name: kept[name] for name in needed if name in kept}
     metrics = measure(facts, sets | {key: drawn.features}, evaluation.resamples)
-    metrics |= {"reference_digest": sha256_file(reference / "features.safetensors"), "adapter": digest}
     shutil.rmtree(scratch)
-    return metrics
+    of = {"reference_digest": sha256_file(reference / "features.safetensors"), "adapter": digest}
+    return metrics.model_copy(update=of)

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -24,16 +23,19 @@ from lcmlora.config import Data, Evaluation, Kind, Study, digest
 from lcmlora.data.prepare import prepare
 from lcmlora.data.sources.source import read_records
 from lcmlora.errors import UserError
-from lcmlora.evaluation.drawing import REAL, Artist, Way, distinct_captions, save_strip, strip_path
-from lcmlora.evaluation.evaluate import STUDENT, adapter_layers, read_json, student_ways, variety
+from lcmlora.evaluation import figures
+from lcmlora.evaluation.drawing import Artist, Way, distinct_captions, save_strip, strip_path
+from lcmlora.evaluation.evaluate import adapter_layers, read_reference, student_ways, variety
+from lcmlora.evaluation.figures import REAL, STUDENT, Key
 from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
 from lcmlora.evaluation.measures.distances import distance
 from lcmlora.evaluation.measures.metrics import retrieval_at_1
-from lcmlora.evaluation.reference import AGAIN, about_real, artist_of, check_count, choose_real, load_features
+from lcmlora.evaluation.reference import AGAIN, Compared, about_real, artist_of, check_count, choose_real, load_features
 from lcmlora.io.files import atomic_folder, sha256_file, write_json
 
 STUDY = "study.json"
-ALONE, ACCELERATED, ADAPTER = "alone/", "accelerated@", "adapter@"
+ALONE, ACCELERATED, ADAPTER = "alone/", "accelerated", "adapter"
+_FACTS = "alone.json"
 _CURVE = "dpm++"  # the solver that the paper's Figure 3 draws styles with
 
 
@@ -45,6 +47,22 @@ class Variation:
     name: str
     folder: Path  # what `tune` wrote
     alone: Path  # what `draw_alone` wrote
+
+
+class Alone(Compared):
+    """alone.json: a style's or a checkpoint's own pictures, drawn without the adapter."""
+
+    kind: str  # style or finetune
+    prompts: list[str]
+    seed: int
+    network_evaluations: dict[Key, int]
+
+
+def _read_alone(folder: Path) -> Alone:
+    path = folder / _FACTS
+    if not path.exists():
+        raise UserError(f"{path}: is missing; run `lcmlora alone` first")
+    return Alone.read(path)
 
 
 # --- without the acceleration -----------------------------------------------------------------------------------
@@ -59,7 +77,7 @@ def draw_alone(
     evaluation: Evaluation,
     scratch: Path,
     out: Path,
-) -> dict[str, Any]:
+) -> Alone:
     """Draws a style or a fine-tuned checkpoint under guided solvers into the folder `out`; returns its facts.
 
     That is features.safetensors, alone.json and pictures/*.png, the features of its own real pictures among them.
@@ -80,16 +98,16 @@ def draw_alone(
         raise UserError(f"{folder}: no captions were kept from training; raise data.validation or add captions")
     prompts = distinct_captions(records)[: settings.pictures]
     real, gallery = choose_real(records, prompts, settings.pictures)
-    facts = about_real(real, gallery, settings.pictures, features)
-    if facts["distance_real_missing"]:
+    compared = about_real(real, gallery, settings.pictures, features)
+    if compared.distance_real_missing:
         raise UserError(
-            f"{folder}: {facts['distance_real_missing']}; give it more (study.real, data.validation) or take it out of "
+            f"{folder}: {compared.distance_real_missing}; give it more (study.real, data.validation) or take it out of "
             "study in params.yaml"
         )
     artist = artist_of(base, features, evaluation, prompts, settings.pictures, scratch / "drawn")
     scale, steps = evaluation.guidance_scale, settings.steps // 2
-    ways = {f"{_CURVE}@{n}": Way(_CURVE, n, scale) for n in settings.solver_steps}
-    ways |= {f"{solver}@{steps}": Way(solver, steps, scale) for solver in evaluation.solvers}
+    ways = {Key.of(_CURVE, n): Way(_CURVE, n, scale) for n in settings.solver_steps}
+    ways |= {Key.of(solver, steps): Way(solver, steps, scale) for solver in evaluation.solvers}
     with contextlib.ExitStack() as stack:
         if kind == "style":
             layers, identity = adapter_layers(folder)
@@ -97,14 +115,21 @@ def draw_alone(
         else:
             identity = ""  # the checkpoint is the base
         seed = evaluation.seed + 1
-        drawn = {ALONE + key: artist.draw(f"{folder.name} {key}", way, seed, identity) for key, way in ways.items()}
-    tensors = {key: drawing.features for key, drawing in drawn.items()}
+        drawn = {
+            Key(ALONE + key): artist.draw(f"{folder.name} {key}", way, seed, identity) for key, way in ways.items()
+        }
+    tensors: dict[str, Tensor] = {key: drawing.features for key, drawing in drawn.items()}
     tensors |= {REAL: artist.real("real pictures", real, data), "gallery": artist.real("gallery", gallery, data)}
-    facts |= {"kind": kind, "prompts": prompts, "seed": seed}
-    facts["network_evaluations"] = {ALONE + key: way.evaluations for key, way in ways.items()}
+    facts = Alone(
+        kind=kind,
+        prompts=prompts,
+        seed=seed,
+        network_evaluations={Key(ALONE + key): way.evaluations for key, way in ways.items()},
+        **dict(compared),
+    )
     with atomic_folder(out) as part:
         artist.keep(part, drawn, tensors, data, records)
-        write_json(part / "alone.json", facts)
+        facts.write(part / _FACTS)
     shutil.rmtree(scratch)
     return facts
 
@@ -121,7 +146,7 @@ def study(
     reference: Path,
     scratch: Path,
     out: Path,
-) -> dict[str, Any]:
+) -> figures.Study:
     """Adds the adapter to every variation, draws and compares; returns the figures.
 
     Writes study.json and the first pictures of every set to the folder `out`.
@@ -139,24 +164,21 @@ def study(
     base = load_base(None)
     _, identity = adapter_layers(adapter)
     with atomic_folder(out) as folder:
-        figures: dict[str, Any] = {
-            "adapter": identity,
-            "guidance": _guidance(base, adapter, settings, evaluation, reference, scratch, folder),
-            "weights": None,
-            "variations": {},
-        }
+        guidance = _guidance(base, adapter, settings, evaluation, reference, scratch, folder)
+        found, weights = {}, None
         styles = [variation for variation in variations if variation.kind == "style"]
         for variation in variations:
             whose = base if variation.kind == "style" else load_base(variation.folder)
             painter = _Painter(whose, adapter, variation, settings, evaluation, scratch)
-            figures["variations"][variation.name] = painter.compare(ways, folder / "pictures" / variation.name)
+            found[variation.name] = painter.compare(ways, folder / "pictures" / variation.name)
         if styles and settings.grid_style_weights and settings.grid_adapter_weights:
             chosen = next((s for s in styles if s.name == settings.grid_style), styles[0])
             painter = _Painter(base, adapter, chosen, settings, evaluation, scratch)
-            figures["weights"] = painter.weights_grid(ways[f"{STUDENT}@{settings.steps}"], folder)
-        write_json(folder / STUDY, figures)
+            weights = painter.weights_grid(ways[Key.of(STUDENT, settings.steps)], folder)
+        told = figures.Study(adapter=identity, guidance=guidance, weights=weights, variations=found)
+        told.write(folder / STUDY)
     shutil.rmtree(scratch)
-    return figures
+    return told
 
 
 class _Painter:
@@ -172,13 +194,13 @@ class _Painter:
         scratch: Path,
     ) -> None:
         self._base, self._variation, self._settings = base, variation, settings
-        self._facts = read_json(variation.alone / "alone.json", "alone")
+        self._facts = _read_alone(variation.alone)
         self._alone = load_file(variation.alone / "features.safetensors")
         self._features = load_features(base, evaluation)
-        there, here = self._facts["features"]["name"], self._features.name
+        there, here = self._facts.features.name, self._features.name
         if there != here:
             raise UserError(f"{variation.alone}: was drawn with {there}, and this study has {here}; draw it again")
-        prompts, self._seed = self._facts["prompts"], self._facts["seed"]
+        prompts, self._seed = self._facts.prompts, self._facts.seed
         self._artist = artist_of(base, self._features, evaluation, prompts, settings.pictures, scratch)
         self._grid_pictures, self._resamples = evaluation.pictures, evaluation.resamples
         self._lcm = formats.read(adapter / lora.WEIGHTS)
@@ -198,14 +220,14 @@ class _Painter:
     def _weights(self) -> tuple[float, float]:
         return self._settings.weights if self._style else (0.0, 1.0)
 
-    def compare(self, ways: dict[str, Way], folder: Path) -> dict[str, Any]:
+    def compare(self, ways: dict[Key, Way], folder: Path) -> figures.Variation:
         """Returns the figures of this variation and keeps its pictures in `folder`."""
         name, steps, seed = self._variation.name, self._settings.steps, self._seed
-        chosen = {ACCELERATED + key.partition("@")[2]: way for key, way in ways.items()}
+        chosen = {Key.of(ACCELERATED, key.steps): way for key, way in ways.items()}
         with self._with(*self._weights()) as identity:
             drawn = {key: self._artist.draw(f"{name} {key}", way, seed, identity) for key, way in chosen.items()}
         if self._style:
-            key, way = f"{ADAPTER}{steps}", ways[f"{STUDENT}@{steps}"]
+            key, way = Key.of(ADAPTER, steps), ways[Key.of(STUDENT, steps)]
             with self._with(0.0, 1.0) as identity:
                 drawn[key] = self._artist.draw(f"{name} {key}", way, seed, identity)
             chosen[key] = way
@@ -213,64 +235,64 @@ class _Painter:
         for key, drawing in drawn.items():
             save_strip(drawing.strip, folder / f"{key.replace('/', '-')}.png")
         write_json(folder / "prompts.json", {"prompts": self._artist.shown[: self._artist.rows]})
-        sets = {key: value for key, value in self._alone.items() if key.startswith(ALONE)}
+        sets = {Key(name): value for name, value in self._alone.items() if name.startswith(ALONE)}
         sets |= {key: drawing.features for key, drawing in drawn.items()}
-        costs = self._facts["network_evaluations"] | {key: way.evaluations for key, way in chosen.items()}
+        costs = self._facts.network_evaluations | {key: way.evaluations for key, way in chosen.items()}
         return self._figures(sets, costs)
 
-    def _figures(self, sets: dict[str, Tensor], costs: dict[str, int]) -> dict[str, Any]:
-        facts, real, kind, shown = self._facts, self._alone[REAL], self._features.distance, self._artist.shown
+    def _figures(self, sets: dict[Key, Tensor], costs: dict[Key, int]) -> figures.Variation:
+        real, kind, shown = self._alone[REAL], self._features.distance, self._artist.shown
         distances = {key: distance(real, value, kind) for key, value in sets.items()}
         compared = {key: value for key, value in sets.items() if costs[key] == self._settings.steps}
-        spread: dict[str, Tensor] = {}
+        spread: dict[Key, Tensor] = {}
         if self._resamples:
             bootstrap = Bootstrap(shown, resamples=self._resamples, seed=self._seed, device=self._base.device)
             spread = bootstrap.distance(real, compared, kind)
-        return {
-            "kind": self._variation.kind,
-            "pictures": self._artist.pictures,
-            "real_pictures": len(real),
-            "prompts": len(facts["prompts"]),
-            "seed": self._seed,
-            "weights": list(self._settings.weights) if self._style else [None, 1.0],
-            "distance_real": distances,
-            "intervals": {key: interval(samples, distances[key]) for key, samples in spread.items()},
-            "retrieval": {key: self._retrieval(value, shown) for key, value in sets.items()},
-            "network_evaluations": costs,
-            "claims": self._claims({key: distances[key] for key in compared}, spread),
-        }
+        return figures.Variation(
+            kind=self._variation.kind,
+            pictures=self._artist.pictures,
+            real_pictures=len(real),
+            prompts=len(self._facts.prompts),
+            seed=self._seed,
+            weights=list(self._settings.weights) if self._style else [None, 1.0],
+            distance_real=distances,
+            intervals={key: interval(samples, distances[key]) for key, samples in spread.items()},
+            retrieval={key: self._retrieval(value, shown) for key, value in sets.items()},
+            network_evaluations=costs,
+            claims=self._claims({key: distances[key] for key in compared}, spread),
+        )
 
     def _retrieval(self, features: Tensor, shown: list[str]) -> float:
-        return retrieval_at_1(features, shown, self._alone["gallery"], self._facts["captions"]["gallery"])
+        return retrieval_at_1(features, shown, self._alone["gallery"], self._facts.captions.gallery)
 
-    def _claims(self, distances: dict[str, float], spread: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def _claims(self, distances: dict[Key, float], spread: dict[Key, Tensor]) -> list[figures.Claim]:
         """Returns what the paper says of such a combination and whether it holds here, at equal evaluations."""
         steps = self._settings.steps
-        mine = f"{ACCELERATED}{steps}"
+        mine = Key.of(ACCELERATED, steps)
         solver = min((key for key in distances if key.startswith(ALONE)), key=distances.__getitem__)
         what = "style" if self._style else "checkpoint"
         others = {f"accelerated, the {what} is closer to its pictures than alone under its best solver": solver}
         if self._style:
             claim = "accelerated, the style is closer to its pictures than the acceleration without it"
-            others[claim] = f"{ADAPTER}{steps}"
+            others[claim] = Key.of(ADAPTER, steps)
         claims = []
         for claim, other in others.items():
             difference = distances[mine] - distances[other]
             claims.append(
-                {
-                    "claim": claim,
-                    "evaluations": steps,
-                    "accelerated": distances[mine],
-                    "other": distances[other],
-                    "other_key": other,
-                    "difference": difference,
-                    "interval": interval(spread[mine] - spread[other], difference) if spread else None,
-                    "holds": difference < 0,
-                }
+                figures.Claim(
+                    claim=claim,
+                    evaluations=steps,
+                    accelerated=distances[mine],
+                    other=distances[other],
+                    other_key=other,
+                    difference=difference,
+                    interval=interval(spread[mine] - spread[other], difference) if spread else None,
+                    holds=difference < 0,
+                )
             )
         return claims
 
-    def weights_grid(self, way: Way, folder: Path) -> dict[str, Any]:
+    def weights_grid(self, way: Way, folder: Path) -> figures.WeightsGrid:
         """Returns distance and retrieval for each pair of weights and draws the first prompt with each of them."""
         s, kind = self._settings, self._features.distance
         artist = Artist(**vars(self._artist) | {"pictures": self._grid_pictures, "rows": 1, "scorers": ()})
@@ -285,16 +307,16 @@ class _Painter:
             retrieval.append([self._retrieval(each.features, artist.shown) for each in drawn])
             rows.append(torch.cat([each.strip[0] for each in drawn], dim=2))
         save_strip(torch.cat(rows, dim=1)[None], folder / "pictures" / "weights.png")
-        return {
-            "style": self._variation.name,
-            "steps": s.steps,
-            "pictures": self._grid_pictures,
-            "prompt": artist.prompts[0],
-            "style_weights": list(s.grid_style_weights),
-            "adapter_weights": list(s.grid_adapter_weights),
-            "distance_real": distances,
-            "retrieval": retrieval,
-        }
+        return figures.WeightsGrid(
+            style=self._variation.name,
+            steps=s.steps,
+            pictures=self._grid_pictures,
+            prompt=artist.prompts[0],
+            style_weights=list(s.grid_style_weights),
+            adapter_weights=list(s.grid_adapter_weights),
+            distance_real=distances,
+            retrieval=retrieval,
+        )
 
 
 def _guidance(
@@ -305,32 +327,31 @@ def _guidance(
     reference: Path,
     scratch: Path,
     folder: Path,
-) -> dict[str, Any] | None:
+) -> figures.Guidance | None:
     """Returns what guidance on top of the adapter does, which was distilled with guidance already."""
     if not settings.guidance_scales:
         return None
-    facts = read_json(reference / "reference.json", "reference")
+    facts = read_reference(reference)
     sets = load_file(reference / "features.safetensors")
     features = load_features(base, evaluation)
-    artist = artist_of(base, features, evaluation, facts["prompts"], evaluation.pictures, scratch)
-    plain = student_ways(adapter, (settings.steps,), "study.steps")[f"{STUDENT}@{settings.steps}"]
+    artist = artist_of(base, features, evaluation, facts.prompts, evaluation.pictures, scratch)
+    plain = student_ways(adapter, (settings.steps,), "study.steps")[Key.of(STUDENT, settings.steps)]
     scales = [1.0, *settings.guidance_scales]
     ways = [Way(**vars(plain) | {"guidance": scale}) for scale in scales]
     layers, identity = adapter_layers(adapter)
     with lora.applied(base.network, layers, str(adapter)):
         drawn = [artist.draw(f"guidance {way.guidance:g}", way, evaluation.seed + 1, identity) for way in ways]
-    teacher, kind = sets[f"teacher@{facts['settings']['teacher_steps']}"], features.distance
-    floor = distance(teacher, sets[f"teacher@{facts['settings']['teacher_steps']}{AGAIN}"], kind)
+    teacher, kind = sets[facts.teacher], features.distance
+    floor = distance(teacher, sets[facts.teacher + AGAIN], kind)
     for way, drawing in zip(ways, drawn, strict=True):
         save_strip(drawing.strip, strip_path(folder, f"guidance@{way.guidance:g}"))
-    return {
-        "steps": settings.steps,
-        "scales": scales,
-        "network_evaluations": [way.evaluations for way in ways],
-        "excess": [distance(teacher, drawing.features, kind) - floor for drawing in drawn],
-        "retrieval": [
-            retrieval_at_1(drawing.features, artist.shown, sets["gallery"], facts["captions"]["gallery"])
-            for drawing in drawn
+    return figures.Guidance(
+        steps=settings.steps,
+        scales=scales,
+        network_evaluations=[way.evaluations for way in ways],
+        excess=[distance(teacher, drawing.features, kind) - floor for drawing in drawn],
+        retrieval=[
+            retrieval_at_1(drawing.features, artist.shown, sets["gallery"], facts.captions.gallery) for drawing in drawn
         ],
-        "diversity": [variety(each.features, artist.shown, sets[REAL]) for each in drawn],
-    }
+        diversity=[variety(each.features, artist.shown, sets[REAL]) for each in drawn],
+    )

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
+from lcmlora.evaluation.figures import Metrics
 from lcmlora.io import masking, terminal
 from lcmlora.io.files import make_once, temporary_folder
-from lcmlora.io.parsing import as_object, read_json
+from lcmlora.io.parsing import read_json
 from lcmlora.io.private import downloads
 from lcmlora.project import Project
 from lcmlora.registry import events
@@ -166,27 +167,21 @@ def condition(text: str) -> Callable[[Version], bool]:
     return test
 
 
-def figures(version: Version, settings: Registry) -> dict[str, Any]:
+def figures(version: Version, settings: Registry) -> Metrics:
     """Returns the release's metrics.json of a version.
 
     Raises:
-        UserError: the version has no release, or MLflow cannot be reached.
+        UserError: the version has no release or one with other contents, or MLflow cannot be reached.
     """
     _expect_ours(version)
+    place = f"{version.reference}: {bundle.METRICS} among its artifacts"
     with reaching(settings, "ask again later"), temporary_folder() as folder:
         path = _fetch(connect(settings), version, bundle.METRICS, Path(folder))
         try:
-            found = as_object(read_json(path), bundle.METRICS)
+            found = read_json(path)
         except UserError as error:
-            reason = str(error).removeprefix(f"{path}: ")
-            raise UserError(f"{version.reference}: {bundle.METRICS} among its artifacts: {reason}") from None
-    for name in ("excess", "retrieval", "network_evaluations"):
-        group = found.get(name)
-        if not isinstance(group, dict) or not all(type(value) in (int, float) for value in group.values()):
-            raise UserError(f"{version.reference}: {bundle.METRICS} among its artifacts: {name}: expected figures")
-    if not isinstance(found.get("features"), dict) or not isinstance(found["features"].get("name"), str):
-        raise UserError(f"{version.reference}: {bundle.METRICS} among its artifacts: features: expected a name")
-    return found
+            raise UserError(f"{place}: {str(error).removeprefix(f'{path}: ')}") from None
+    return Metrics.parse(found, place)
 
 
 def _expect_ours(version: Version) -> None:

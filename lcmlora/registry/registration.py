@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmlora.config import Registry
+from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import record
 from lcmlora.io.files import temporary_folder
 from lcmlora.io.parsing import as_object, read_json
@@ -58,9 +59,8 @@ def register(
     bundle.verify(folder)
     sha256 = bundle.digest(folder)
     name = f"lcm-lora-{model}"
-    provenance, figures = (
-        as_object(read_json(folder / each), str(folder / each)) for each in (bundle.PROVENANCE, bundle.METRICS)
-    )
+    provenance = as_object(read_json(folder / bundle.PROVENANCE), str(folder / bundle.PROVENANCE))
+    figures = Metrics.read(folder / bundle.METRICS)
     tags = _tags(provenance, figures, uri, gate_failures)
     with reaching(settings, f"the release is kept in {folder} and the next run registers it"):
         client = connect(settings)
@@ -106,7 +106,7 @@ def _with_release(client: Any, found: Sequence[Any]) -> list[Any]:
 
 
 def _tags(
-    provenance: dict[str, Any], figures: dict[str, Any], uri: str | None, gate_failures: Sequence[str]
+    provenance: dict[str, Any], figures: Metrics, uri: str | None, gate_failures: Sequence[str]
 ) -> dict[str, str]:
     base = provenance["base"]
     tags = {
@@ -120,7 +120,7 @@ def _tags(
         "git_commit": provenance["git"]["commit"],
         "dvc_lock": provenance.get("dvc_lock"),
         "objective": provenance["params"]["distill"]["objective"],
-        "features": figures["features"]["name"],
+        "features": figures.features.name,
         "release_uri": uri,
         "gate": REJECTED if gate_failures else PASSED,
         "gate_reason": "; ".join(gate_failures),
@@ -159,7 +159,7 @@ def _run_for(client: Any, settings: Registry, model: str, provenance: dict[str, 
     return create_run(client, settings, model, provenance["params"]["distill"], {"sha256": sha256}), False
 
 
-def _log(client: Any, run_id: str, provenance: dict[str, Any], figures: dict[str, Any], tags: dict[str, str]) -> None:
+def _log(client: Any, run_id: str, provenance: dict[str, Any], figures: Metrics, tags: dict[str, str]) -> None:
     """Logs the figures, the settings of all stages and the data as the run's input."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
     from mlflow.exceptions import MlflowException
@@ -229,19 +229,18 @@ def _create_model(client: Any, name: str) -> None:
             raise
 
 
-def _description(figures: dict[str, Any], provenance: dict[str, Any], run_id: str) -> str:
+def _description(figures: Metrics, provenance: dict[str, Any], run_id: str) -> str:
     """Returns Markdown for MLflow's page of the version: figures, and grid and report from the run's artifacts."""
     rows = []
-    students = sorted((n for n in figures["excess"] if n.startswith("student@")), key=lambda n: int(n[8:]))
-    for name in students:
-        cost, excess, retrieval = (figures[k][name] for k in ("network_evaluations", "excess", "retrieval"))
-        rows.append(f"| {name} | {cost} | {excess:.1f} | {retrieval:.3f} |")
+    for key in figures.students:
+        cost, excess, retrieval = figures.network_evaluations[key], figures.excess[key], figures.retrieval[key]
+        rows.append(f"| {key} | {cost} | {excess:.1f} | {retrieval:.3f} |")
     artifact = f"get-artifact?run_uuid={run_id}&path"
     return "\n".join(
         [
             f"Acceleration adapter of `{provenance['base']['source']}`, objective "
             f"{provenance['params']['distill']['objective']}, "
-            f"features {figures['features']['name']}, {figures['pictures']} pictures, seed {figures['seed']}.",
+            f"features {figures.features.name}, {figures.pictures} pictures, seed {figures.seed}.",
             "",
             "| drawn with | network evaluations | excess distance to the teacher | caption retrieval |",
             "|---|---|---|---|",

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lcmlora.config import Base
 from lcmlora.diffusion import objectives
-from lcmlora.evaluation.gate import teacher_of, unmeasured_retrieval
+from lcmlora.evaluation.figures import Advantage, Key, Metrics
+from lcmlora.evaluation.gate import unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
 
 if TYPE_CHECKING:
@@ -34,9 +35,7 @@ _LICENSES = """
 """
 
 
-def render(
-    model: str, base: Base, made: dict[str, Any], figures: dict[str, Any], failures: list[str], kohya: str
-) -> str:
+def render(model: str, base: Base, made: dict[str, Any], figures: Metrics, failures: list[str], kohya: str) -> str:
     """Returns the card, README.md of the release.
 
     Args:
@@ -50,7 +49,7 @@ def render(
     environment = Environment(
         loader=PackageLoader("lcmlora"), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    styles = [v for v in figures.get("variations", {}).values() if v["kind"] == "style"]
+    styles = [v for v in figures.variations.values() if v.kind == "style"]
     return environment.get_template("card.md.j2").render(
         front=_front_matter(model, base, made, figures),
         model=model,
@@ -62,19 +61,19 @@ def render(
         figures=figures,
         distance=_distance(figures),
         number=_number(figures),
-        advantages=figures.get("advantage") or _advantages(figures),
-        steps=_student_steps(figures),
+        advantages=figures.advantage or _advantages(figures),
+        steps=[key.steps for key in figures.students],
         enough=_enough_steps(figures),
-        teacher=teacher_of(figures),
+        teacher=figures.teacher,
         unmeasured=unmeasured_retrieval(figures),
-        weights=next((v["weights"] for v in styles), [0.8, 1.0]),
+        weights=next((v.weights for v in styles), [0.8, 1.0]),
         table=_table(figures),
         failures=failures,
         kohya=kohya,
     )
 
 
-def _front_matter(model: str, base: Base, made: dict[str, Any], figures: dict[str, Any]) -> str:
+def _front_matter(model: str, base: Base, made: dict[str, Any], figures: Metrics) -> str:
     from huggingface_hub import ModelCardData
 
     name = None if base.license in _LICENSES.split() else re.sub(r"[^a-z0-9.]+", "-", base.license.lower()).strip("-")
@@ -98,30 +97,32 @@ def _on_hub(base: Base) -> bool:
     return base.revision is not None and not base.source.endswith(".safetensors")
 
 
-def _results(made: dict[str, Any], figures: dict[str, Any]) -> list[EvalResult]:
+def _results(made: dict[str, Any], figures: Metrics) -> list[EvalResult]:
     """Returns the student's figures at each number of steps as the hub's results."""
     from huggingface_hub import EvalResult
 
-    data = {"data_digest": made["data_digest"], "seed": figures["seed"], "pictures": figures["pictures"]}
-    data |= {key: figures[key] for key in ("prompts", "reference_digest") if key in figures}
-    intervals, network = figures.get("intervals", {}), figures["features"]["name"]
-    excess = (f"excess-{figures['features'].get('distance', 'frechet')}", f"Excess {_distance(figures)} to the teacher")
+    data = {"data_digest": made["data_digest"], "seed": figures.seed, "pictures": figures.pictures}
+    told = {"prompts": figures.prompts, "reference_digest": figures.reference_digest}
+    data |= {key: value for key, value in told.items() if value is not None}
+    network = figures.features.name
+    excess = (f"excess-{figures.features.distance}", f"Excess {_distance(figures)} to the teacher")
     # What the hub calls it, twice; whose features it sees; what the figures call it, and its values.
     measures = [
-        (*excess, network, "excess", figures["excess"]),
-        ("caption-retrieval", "Caption retrieval@1", network, "retrieval", figures["retrieval"]),
+        (*excess, network, "excess", figures.excess),
+        ("caption-retrieval", "Caption retrieval@1", network, "retrieval", figures.retrieval),
     ]
-    for score, values in figures.get("scores", {}).items():
+    for score, values in figures.scores.items():
         metric, _, network = score.partition("/")
         measures.append((metric, metric, network or metric, score, values))
     results = []
     for metric, title, network, name, values in measures:
-        for key, steps in ((f"student@{n}", n) for n in _student_steps(figures) if f"student@{n}" in values):
-            arguments = {"steps": steps, "network_evaluations": figures["network_evaluations"][key]}
-            if interval := intervals.get(name, {}).get(key):
-                arguments |= {"interval": list(interval), "level": intervals["level"]}
+        for key in (key for key in figures.students if key in values):
+            steps = key.steps
+            arguments: dict[str, Any] = {"steps": steps, "network_evaluations": figures.network_evaluations[key]}
+            if figures.intervals and (interval := figures.interval(name, key)):
+                arguments |= {"interval": list(interval), "level": figures.intervals.level}
             if name == "excess":
-                arguments["floor"] = figures["floor"]
+                arguments["floor"] = figures.floor
             results.append(
                 EvalResult(
                     task_type="text-to-image",
@@ -139,58 +140,54 @@ def _results(made: dict[str, Any], figures: dict[str, Any]) -> list[EvalResult]:
     return results
 
 
-def _table(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _table(figures: Metrics) -> tuple[list[str], list[list[str]]]:
     """Returns the titles and the cells of the figures, the cheapest first; what was not measured is empty."""
-    latency = {key: value["p50"] for key, value in figures.get("latency", {}).get("seconds", {}).items()}
+    latency = {key: value.p50 for key, value in figures.latency.seconds.items()} if figures.latency else {}
     measures = [
-        ("excess distance", "excess", figures["excess"], _number(figures)),
-        ("retrieval@1", "retrieval", figures["retrieval"], "{:.3f}".format),
-        ("diversity", "diversity", figures.get("diversity"), "{:.3f}".format),
-        *((score, score, values, "{:.2f}".format) for score, values in figures.get("scores", {}).items()),
-        ("seconds per picture", "seconds_per_picture", figures.get("seconds_per_picture"), "{:.4f}".format),
+        ("excess distance", "excess", figures.excess, _number(figures)),
+        ("retrieval@1", "retrieval", figures.retrieval, "{:.3f}".format),
+        ("diversity", "diversity", figures.diversity, "{:.3f}".format),
+        *((score, score, values, "{:.2f}".format) for score, values in figures.scores.items()),
+        ("seconds per picture", "seconds_per_picture", figures.seconds_per_picture, "{:.4f}".format),
         ("one alone, median", "latency", latency, "{:.4f}".format),
     ]
     measures = [measure for measure in measures if measure[2]]
-    cost, rows = figures["network_evaluations"], []
+    cost, rows = figures.network_evaluations, []
     for key in sorted(cost, key=lambda key: (cost[key], key)):
         row = [key, str(cost[key])]
         for _, name, values, show in measures:
-            bounds = figures.get("intervals", {}).get(name, {}).get(key)
+            bounds = figures.interval(name, key)
             brackets = f" ({show(bounds[0])} to {show(bounds[1])})" if bounds else ""
             row.append(show(values[key]) + brackets if key in values else "")
         rows.append(row)
     return ["network evaluations", *(measure[0] for measure in measures)], rows
 
 
-def _advantages(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _advantages(figures: Metrics) -> dict[Key, Advantage]:
     """Returns `advantage` of figures that were written before there were intervals."""
-    excess, cost = figures["excess"], figures["network_evaluations"]
+    excess, cost = figures.excess, figures.network_evaluations
     found = {}
-    for student in (f"student@{steps}" for steps in _student_steps(figures)):
-        rivals = [k for k in excess if not k.startswith(("student@", "teacher")) and cost[k] == cost[student]]
-        if rivals:
+    for student in figures.students:
+        if rivals := figures.solvers_at(cost[student]):
             rival = min(rivals, key=excess.__getitem__)
             difference = excess[student] - excess[rival]
-            found[student] = {"rival": rival, "network_evaluations": cost[student], "difference": difference}
+            found[student] = Advantage(rival=rival, network_evaluations=cost[student], difference=difference)
     return found
 
 
-def _enough_steps(figures: dict[str, Any]) -> int:
+def _enough_steps(figures: Metrics) -> int:
     """Returns the fewest steps that more steps do not better, or not by more than the excess's interval."""
-    excess, low = figures["excess"], figures.get("intervals", {}).get("excess", {})
-    steps = _student_steps(figures)
-    bound = {n: low.get(f"student@{n}", [excess[f"student@{n}"]])[0] for n in steps}
-    return next(n for n in steps if all(excess[f"student@{m}"] >= bound[n] for m in steps if m > n))
+    excess, students = figures.excess, figures.students
+    low = {key: (figures.interval("excess", key) or (excess[key],))[0] for key in students}
+    return next(
+        key.steps for key in students if all(excess[more] >= low[key] for more in students if more.steps > key.steps)
+    )
 
 
-def _student_steps(figures: dict[str, Any]) -> list[int]:
-    return sorted(int(key.removeprefix("student@")) for key in figures["excess"] if key.startswith("student@"))
+def _distance(figures: Metrics) -> str:
+    return title_of(figures.features.distance)
 
 
-def _distance(figures: dict[str, Any]) -> str:
-    return title_of(figures["features"].get("distance", "frechet"))
-
-
-def _number(figures: dict[str, Any]) -> Callable[[float], str]:
+def _number(figures: Metrics) -> Callable[[float], str]:
     # Distances are hundreds with some features and thousandths with others.
-    return ("{:.2f}" if max(map(abs, figures["excess"].values())) >= 10 else "{:.4f}").format
+    return ("{:.2f}" if max(map(abs, figures.excess.values())) >= 10 else "{:.4f}").format

@@ -16,6 +16,8 @@ from lcmlora import __version__
 from lcmlora.adapters.facts import SCHEDULER, WEIGHTS
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
+from lcmlora.evaluation import timings
+from lcmlora.evaluation.figures import Metrics, Study
 from lcmlora.evaluation.gate import gate
 from lcmlora.evaluation.study import STUDY
 from lcmlora.io.files import atomic_folder, sha256_file, write_json
@@ -53,8 +55,9 @@ def package(model: str, config: Config, project: Project, base_folder: Path) -> 
     """
     base = config.base(model)
     adapter, evaluation, studied = project.adapter(model), project.evaluation(model), project.study(model)
-    figures = _read_json(project.metrics(model))
-    figures |= _timings_of(model, figures, project.timings(model)) | _study_of(adapter, studied)
+    evaluated = Metrics.read(project.metrics(model))
+    measured = _timings_of(model, evaluated, project.timings(model))
+    figures = evaluated.joined(measured, *_study_of(adapter, studied))
     made = _read_json(adapter / "config.json")
     failures = gate(figures, config.gate)
     with atomic_folder(project.release(model)) as folder:
@@ -95,7 +98,7 @@ def package(model: str, config: Config, project: Project, base_folder: Path) -> 
             "reloaded": asdict(proof),
             "kohya": {"file": kohya.name, "sha256": sha256_file(kohya), "reloaded": asdict(witness.prove(kohya))},
         }
-        write_json(folder / METRICS, figures)
+        figures.write(folder / METRICS)
         write_json(folder / PROVENANCE, provenance)
         from lcmlora.releases import report
 
@@ -103,7 +106,7 @@ def package(model: str, config: Config, project: Project, base_folder: Path) -> 
             model,
             figures,
             provenance,
-            [evaluation, studied] if "variations" in figures else [evaluation],
+            [evaluation, studied] if figures.variations or figures.guidance or figures.weights else [evaluation],
             base_license=base.license,
             kohya_file=kohya.name,
         )
@@ -131,13 +134,11 @@ def kohya_name(model: str) -> str:
     return f"lcm-lora-{model}.safetensors"
 
 
-def _timings_of(model: str, figures: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _timings_of(model: str, figures: Metrics, folder: Path) -> timings.Measured:
     """Returns what this machine measured of this very adapter, besides the figures that every machine gets."""
-    from lcmlora.evaluation import timings
-
-    of = {key: figures[key] for key in ("reference_digest", "adapter")}
-    found = timings.read(folder / timings.EVALUATION, **of)
-    if not found:
+    file = folder / timings.EVALUATION
+    found = timings.read(file, reference_digest=figures.reference_digest, adapter=figures.adapter)
+    if not found.seconds_per_picture:
         note(
             f"{folder}: has no latencies of this adapter, which was evaluated on another machine; the release has "
             f"none (`dvc repro --force --single-item evaluate@{model}` measures them here)"
@@ -145,12 +146,12 @@ def _timings_of(model: str, figures: dict[str, Any], folder: Path) -> dict[str, 
     return found
 
 
-def _study_of(adapter: Path, studied: Path) -> dict[str, Any]:
+def _study_of(adapter: Path, studied: Path) -> list[Study]:
     """Returns the figures of a study of this very adapter; none where there is no such study."""
     if not (studied / STUDY).is_file():
-        return {}
-    figures = _read_json(studied / STUDY)
-    return figures if figures["adapter"] == sha256_file(adapter / WEIGHTS) else {}
+        return []
+    found = Study.read(studied / STUDY)
+    return [found] if found.adapter == sha256_file(adapter / WEIGHTS) else []
 
 
 def _export(weights: Path, out: Path, base: Base, base_folder: Path, alpha: float) -> None:

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 
 from lcmlora.config import Gate
-from lcmlora.evaluation.gate import against, gate, incomparable, record
+from lcmlora.evaluation import gate as decisions
+from lcmlora.evaluation.figures import Metrics
 
 GATE = Gate(steps=4, min_retrieval=0.8)
 METRICS: dict[str, Any] = {
     "features": {"name": "efficientnet-lite0/320@128px", "dimensions": 320},
     "pictures": 512,
+    "seed": 1000,
+    "floor": 20.0,
     "excess": {"teacher": 0.0, "ddim@2": 60.0, "dpm++@2": 40.0, "dpm++@4": 5.0, "student@2": 30.0, "student@4": 12.0},
     "distance_real": None,
     "retrieval": {"teacher@50": 0.75, "student@2": 0.5, "student@4": 0.625, "ddim@2": 0.25},
@@ -20,6 +23,22 @@ METRICS: dict[str, Any] = {
         "teacher@50": 100, "ddim@2": 4, "dpm++@2": 4, "dpm++@4": 8, "student@2": 2, "student@4": 4,
     },
 }  # fmt: skip
+
+
+def gate(metrics: dict[str, Any], settings: Gate) -> list[str]:
+    return decisions.gate(Metrics.parse(metrics, "metrics"), settings)
+
+
+def against(metrics: dict[str, Any], champion: dict[str, Any], settings: Gate, name: str) -> list[str]:
+    return decisions.against(Metrics.parse(metrics, "metrics"), Metrics.parse(champion, "champion"), settings, name)
+
+
+def incomparable(metrics: dict[str, Any], champion: dict[str, Any]) -> str | None:
+    return decisions.incomparable(Metrics.parse(metrics, "metrics"), Metrics.parse(champion, "champion"))
+
+
+def record(metrics: dict[str, Any]) -> dict[str, float]:
+    return decisions.record(Metrics.parse(metrics, "metrics"))
 
 
 def changed(group: str, key: str, value: float) -> dict[str, Any]:
@@ -86,7 +105,12 @@ def test_an_absolute_bound_on_the_excess_names_both_numbers() -> None:
 
 
 def test_the_champion_is_met_unless_a_figure_is_worse_by_more_than_chance_explains() -> None:
-    chance = {"excess": {"student@4": [9.0, 15.0]}, "retrieval": {"student@4": [0.6, 0.65]}}
+    chance = {
+        "level": 0.95,
+        "resamples": 200,
+        "excess": {"student@4": [9.0, 15.0]},
+        "retrieval": {"student@4": [0.6, 0.65]},
+    }
     champion = METRICS | {"intervals": chance}
     name = "lcm-lora-mini/3"
     assert against(champion, champion, GATE, name) == []

@@ -38,7 +38,8 @@ def run(base: bases.LoadedBase, adapter: Path, data: Data, pictures: Path, refer
     scratch = root / "evaluating"
     scratch.mkdir(exist_ok=True)
     files = (root / "evaluation", root / "metrics" / "mini.json", root / "plots" / "mini_steps.csv", root / "timings")
-    return evaluate(base, adapter, data, settings(**changes), pictures, reference, scratch, *files)
+    found = evaluate(base, adapter, data, settings(**changes), pictures, reference, scratch, *files)
+    return json.loads(json.dumps(found.plain()))
 
 
 def outputs(root: Path) -> tuple[Path, Path, Path]:
@@ -79,7 +80,7 @@ def test_all_that_is_compared_starts_from_other_noise_than_the_teacher_and_from_
     assert (sets["teacher@6"] - sets["teacher@6/again"]).abs().amax(dim=1).min() > 0.05
     run(base, adapter, data, pictures, tmp_path / "reference", **changes)
     student = load_file(tmp_path / "evaluation" / "features.safetensors")["student@4"]
-    artist = Artist(base, Quarters(base.device), facts["prompts"], 20, 8, 3)
+    artist = Artist(base, Quarters(base.device), facts.prompts, 20, 8, 3)
     lora.load(base.network, adapter / lora.WEIGHTS)
     one, other = (artist.draw("x", Way(sampling.STUDENT, 4), seed).features for seed in (1001, 1000))
     torch.testing.assert_close(student.float(), one.float(), atol=0.05, rtol=0)  # a pixel may round the other way
@@ -199,11 +200,11 @@ def test_how_long_it_took_is_kept_apart_and_with_it_what_it_was_measured_of(
     of = {key: metrics[key] for key in ("reference_digest", "adapter")}
     found = timings.read(adapter.parent / "timings" / timings.EVALUATION, **of)
     timed = {"teacher@6", "ddim@1", "ddim@2", "student@1", "student@2", "student@4"}
-    assert set(found["latency"]["seconds"]) == timed and found["latency"]["repeats"] == 2
-    assert all(0 < each["p50"] <= each["p95"] for each in found["latency"]["seconds"].values())
-    assert set(found["seconds_per_picture"]) == set(metrics["network_evaluations"])  # the reference's among them
+    assert found.latency and set(found.latency.seconds) == timed and found.latency.repeats == 2
+    assert all(0 < each.p50 <= each.p95 for each in found.latency.seconds.values())
+    assert set(found.seconds_per_picture) == set(metrics["network_evaluations"])  # the reference's among them
     for other in ({"adapter": "0" * 64}, {"reference_digest": "0" * 64}):
-        assert timings.read(adapter.parent / "timings" / timings.EVALUATION, **(of | other)) == {}
+        assert timings.read(adapter.parent / "timings" / timings.EVALUATION, **(of | other)) == timings.Measured()
 
 
 def test_of_a_reference_that_another_machine_drew_there_are_no_seconds(
@@ -212,7 +213,7 @@ def test_of_a_reference_that_another_machine_drew_there_are_no_seconds(
     metrics = run(base, adapter, data, pictures, reference)
     of = {key: metrics[key] for key in ("reference_digest", "adapter")}
     found = timings.read(adapter.parent / "timings" / timings.EVALUATION, **of)
-    assert set(found["seconds_per_picture"]) == {"student@1", "student@2", "student@4"}
+    assert set(found.seconds_per_picture) == {"student@1", "student@2", "student@4"}
 
 
 def test_the_same_adapter_gives_the_same_bytes_of_all_that_git_and_dvc_keep(
@@ -308,7 +309,7 @@ def test_prompts_without_pictures_are_measured_against_the_teacher_alone(
     )
     sets = load_file(tmp_path / "reference" / "features.safetensors")
     assert "real" not in sets and not (tmp_path / "reference/pictures/real.png").exists()
-    assert facts["counts"] == {"pictures": 20, "real": 0, "gallery": 20}
+    assert facts.counts.plain() == {"pictures": 20, "real": 0, "gallery": 20}
     assert not any(torch.equal(sets["gallery"], other) for key, other in sets.items() if key != "gallery")
     metrics = run(base, adapter, data, tmp_path / "pictures", tmp_path / "reference")
     assert metrics["distance_real"] is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,6 +12,7 @@ from lcmlora.cli.adapters import references
 from lcmlora.config import Data, Gate
 from lcmlora.errors import UserError
 from lcmlora.evaluation.evaluate import evaluate
+from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import against, incomparable
 from lcmlora.evaluation.remeasure import measure_again
 from tests.evaluation.conftest import CPU, made_of, settings
@@ -20,7 +20,7 @@ from tests.evaluation.conftest import CPU, made_of, settings
 pytestmark = pytest.mark.usefixtures("small_features")
 
 
-def again(base_folder: Path, adapter: Path, pictures: Path, reference: Path, root: Path) -> dict[str, Any]:
+def again(base_folder: Path, adapter: Path, pictures: Path, reference: Path, root: Path) -> Metrics:
     base = bases.load("mini", made_of(base_folder), base_folder, device=CPU)
     found = references.open_adapter(str(adapter), None, root)
     assert found.sampler
@@ -37,16 +37,17 @@ def test_the_figures_are_those_of_an_evaluation_and_can_be_compared_with_it(
     reference: Path,
     tmp_path: Path,
 ) -> None:
-    figures = again(base_folder, adapter, pictures, reference, tmp_path)
+    measured = again(base_folder, adapter, pictures, reference, tmp_path)
     (tmp_path / "evaluating").mkdir()
     files = (tmp_path / "evaluation", tmp_path / "metrics.json", tmp_path / "steps.csv", tmp_path / "timings")
     whole = evaluate(base, adapter, data, settings(), pictures, reference, tmp_path / "evaluating", *files)
+    figures, expected = measured.plain(), whole.plain()
     for key in ("excess", "retrieval"):
-        assert figures[key]["student@4"] == whole[key]["student@4"]
-        assert figures["intervals"][key]["student@4"] == whole["intervals"][key]["student@4"]
-    assert figures["adapter"] == whole["adapter"]
-    assert incomparable(whole, figures) is None
-    assert against(whole, figures, Gate(steps=4, min_retrieval=0.5), "lcm-lora-mini/1") == []
+        assert figures[key]["student@4"] == expected[key]["student@4"]
+        assert figures["intervals"][key]["student@4"] == expected["intervals"][key]["student@4"]
+    assert measured.adapter == whole.adapter
+    assert incomparable(whole, measured) is None
+    assert against(whole, measured, Gate(steps=4, min_retrieval=0.5), "lcm-lora-mini/1") == []
     assert not (tmp_path / "again").exists()
 
 

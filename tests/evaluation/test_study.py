@@ -75,7 +75,8 @@ def run(load: Load, adapter: Path, variations: list[Variation], reference: Path,
     root = adapter.parent
     scratch = root / "studying"
     scratch.mkdir(exist_ok=True)
-    return study(load, adapter, variations, asked(**changes), settings(), reference, scratch, root / "study")
+    found = study(load, adapter, variations, asked(**changes), settings(), reference, scratch, root / "study")
+    return json.loads(json.dumps(found.plain()))  # type: ignore[no-any-return]
 
 
 def test_a_style_is_drawn_alone_by_every_solver_at_equal_cost_and_beside_its_own_pictures(

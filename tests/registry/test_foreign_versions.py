@@ -15,6 +15,7 @@ from lcmlora import registry
 from lcmlora.cli.main import app
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
+from lcmlora.evaluation.figures import Metrics
 from lcmlora.registry import events, promotion
 from lcmlora.registry.registration import register
 from tasks.models import pass_gate, read_champion
@@ -176,9 +177,10 @@ def test_registering_promoting_and_rolling_back_go_on(shared: tuple[Registry, Pa
     # Somebody makes a version of theirs champion: what follows is compared with nothing, and says so.
     client.set_registered_model_alias(NAME, "champion", "2")
     config = releases.load_settings(root / "base", registry=settings.model_dump())
-    champion = read_champion.fn("mini", releases.METRICS, config, None)
+    figures = Metrics.parse(releases.METRICS, "metrics.json")
+    champion = read_champion.fn("mini", figures, config, None)
     assert champion and champion.fault
-    assert pass_gate.fn("mini", releases.METRICS, champion, config)[-1].startswith(
+    assert pass_gate.fn("mini", figures, champion, config)[-1].startswith(
         f"cannot be compared with {NAME}/2, the champion: {NAME}/2: has no run"
     )
     with pytest.raises(UserError, match=rf"cannot be compared with {NAME}/2, the champion: .*--override"):

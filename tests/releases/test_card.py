@@ -6,6 +6,7 @@ from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from lcmlora.config import Base, Merged
+from lcmlora.evaluation.figures import Metrics
 from lcmlora.releases import card
 from tests.support.releases import METRICS
 
@@ -61,6 +62,12 @@ FULL: dict[str, Any] = METRICS | {
     "variations": {
         "ink": {
             "kind": "style",
+            "pictures": 512,
+            "real_pictures": 500,
+            "seed": 1001,
+            "distance_real": {"accelerated@4": 512.25, "alone/ddim@2": 830.5},
+            "retrieval": {"accelerated@4": 0.5, "alone/ddim@2": 0.25},
+            "network_evaluations": {"accelerated@4": 4, "alone/ddim@2": 4},
             "weights": [0.7, 1.0],
             "claims": [
                 {
@@ -81,7 +88,9 @@ FULL: dict[str, Any] = METRICS | {
 
 
 def render(base: Base = HUB, figures: dict[str, Any] = METRICS, failures: tuple[str, ...] = (), **made: Any) -> str:
-    return card.render("mini", base, MADE | made, figures, list(failures), "lcm-lora-mini.safetensors")
+    return card.render(
+        "mini", base, MADE | made, Metrics.parse(figures, "metrics.json"), list(failures), "lcm-lora-mini.safetensors"
+    )
 
 
 def drawn_with(objective: str, scheduler: str, gamma: float | None, prediction: str = "epsilon") -> str:

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 from lcmlora.errors import UserError
+from lcmlora.evaluation.figures import Metrics
 from lcmlora.releases import report
-from lcmlora.releases.report import Point, chart, fixed, milliseconds
+from lcmlora.releases.plots import Point, chart
+from lcmlora.releases.report import fixed, milliseconds
 
 PROMPTS = ["red apple", "<script>alert('x')</script> & \"pear\""]
 COSTS = {"teacher@50": 100, "ddim@1": 2, "ddim@2": 4, "dpm++@2": 4, "student@1": 1, "student@2": 2, "student@4": 4}
@@ -169,7 +171,7 @@ def _sheet(columns: int, rows: int, side: int, first: int) -> Image.Image:
 def render(figures: dict[str, Any], *folders: Path, **changes: Any) -> str:
     return report.render(
         "mini",
-        figures,
+        Metrics.parse(figures, "metrics.json"),
         provenance(**changes),
         folders if len(folders) > 1 else folders[0],
         base_license="apache-2.0",
@@ -376,12 +378,12 @@ def test_a_chart_has_room_for_what_is_below_zero_and_keeps_its_names_apart() -> 
         "dpm++": [Point(4, -10.0, -10.0, -10.0, "")],
     }
     drawn = chart(curves, {"teacher": 0.0}, None, 350, 340, 106)
-    left, top, right, bottom = drawn["frame"]
-    spots = [spot for line in drawn["lines"] for spot in line["spots"]]
+    left, top, right, bottom = drawn.frame
+    spots = [spot for line in drawn.lines for spot in line.spots]
     assert all(left <= x <= right and top <= high <= y <= low <= bottom for x, y, low, high, _ in spots)
-    assert [text for _, text in drawn["columns"]] == ["1", "2", "4"]
+    assert [text for _, text in drawn.columns] == ["1", "2", "4"]
     assert len({x for x, *_ in spots}) == len(spots)  # those of equal cost side by side
-    heights = sorted(y for _, _, y in drawn["names"])
+    heights = sorted(y for _, _, y in drawn.names)
     assert len(heights) == 4 and all(b - a >= 15.99 for a, b in pairwise(heights))
     assert top <= heights[0] and heights[-1] <= bottom
 

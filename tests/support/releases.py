@@ -84,8 +84,9 @@ def write_stages(
     }
     (adapter / "config.json").write_text(json.dumps(facts))
     figures = METRICS | {"adapter": sha256_file(adapter / lora.WEIGHTS)}
-    measured = {key: figures[key] for key in ("adapter", "reference_digest")}
-    timings.write(root / "timings" / model / timings.EVALUATION, figures.pop(timings.SECONDS), **measured)
+    of = {key: figures[key] for key in ("adapter", "reference_digest")}
+    measured = {"seconds_per_picture": figures.pop("seconds_per_picture")}
+    write_json(root / "timings" / model / timings.EVALUATION, of | {"measured": measured})
     write_json(root / "metrics" / f"{model}.json", figures)
     evaluation = root / "evaluation" / model
     (evaluation / "pictures").mkdir(parents=True)

@@ -186,8 +186,8 @@ def remeasure(
     from lcmlora import bases
     from lcmlora.adapters.facts import LATENT_CONSISTENCY
     from lcmlora.cli.adapters import references
+    from lcmlora.evaluation.figures import STUDENT, Key
     from lcmlora.evaluation.remeasure import measure_again
-    from lcmlora.io.files import write_json
     from lcmlora.training import checkpoint
 
     chosen = references.open_adapter(adapter, settings, _downloads(context))
@@ -207,6 +207,6 @@ def remeasure(
             project.reference(model),
             scratch,
         )
-    write_json(out, figures)
-    student = f"student@{settings.gate.steps}"
-    say(f"{adapter}: {student} excess {figures['excess'][student]:.1f}, retrieval {figures['retrieval'][student]:.3f}")
+    figures.write(out)
+    student = Key.of(STUDENT, settings.gate.steps)
+    say(f"{adapter}: {student} excess {figures.excess[student]:.1f}, retrieval {figures.retrieval[student]:.3f}")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lcmlora.evaluation.measures.distances import named
+
+K = TypeVar("K", bound=str)  # the name of a set
 
 
 class Bootstrap:
@@ -54,7 +57,7 @@ class Bootstrap:
         self._teacher = _weights(captions, resamples, generator).to(self._device)
         self._set = _weights(captions, resamples, generator).to(self._device)
 
-    def excess(self, teacher: Tensor, again: Tensor, sets: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    def excess(self, teacher: Tensor, again: Tensor, sets: Mapping[K, Tensor], kind: str) -> dict[K, Tensor]:
         """Returns d(teacher, set) - d(teacher, again) of every resample, (resamples,) fp64, for each of `sets`.
 
         Args:
@@ -66,7 +69,7 @@ class Bootstrap:
         samples = self._distances(teacher, self._teacher, everything, kind)
         return {key: samples[:, i] - samples[:, 0] for i, key in enumerate(sets, start=1)}
 
-    def distance(self, real: Tensor, sets: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    def distance(self, real: Tensor, sets: Mapping[K, Tensor], kind: str) -> dict[K, Tensor]:
         """Returns d(real, set) of every resample, (resamples,) fp64. The real pictures (M, D) are not resampled."""
         samples = self._distances(real, None, list(sets.values()), kind)
         return {key: samples[:, i] for i, key in enumerate(sets)}
@@ -86,8 +89,8 @@ class Bootstrap:
         return named(kind).resampled(fixed, weights, sets, self._set).cpu()
 
 
-def interval(samples: Tensor, estimate: float, level: float = 0.95) -> list[float]:
-    """Returns [low, high] around the estimate: the quantiles of the samples, moved so that their mean is the estimate.
+def interval(samples: Tensor, estimate: float, level: float = 0.95) -> tuple[float, float]:
+    """Returns (low, high) around the estimate: the quantiles of the samples, moved so that their mean is the estimate.
 
     Resampled sets have pictures twice and others not at all, hence covariances of less rank: their Frechet distances
     lie above the estimate as those of small sets lie above those of large ones. That is bias, not spread, and the
@@ -96,7 +99,7 @@ def interval(samples: Tensor, estimate: float, level: float = 0.95) -> list[floa
     """
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.quantile(samples.double() - samples.double().mean(), tails).tolist()
-    return [estimate + low, estimate + high]
+    return estimate + low, estimate + high
 
 
 def _weights(captions: Sequence[str], resamples: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,242 @@
+"""The figures of an evaluation: metrics/MODEL.json, metrics.json of a release, and study.json as typed documents.
+
+A drawn set is named by a `Key` such as `student@4`. metrics.json of a release has besides what every machine gets
+the seconds of the one that evaluated, and what a study found.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from lcmlora.documents import Document, Interval, Number
+from lcmlora.errors import UserError
+
+STUDENT, TEACHER, REAL = "student", "teacher", "real"
+
+NAMES = {"teacher": "teacher", "ddim": "DDIM", "dpm++": "DPM-Solver++", "unipc": "UniPC", "euler": "Euler"}
+PARTS = {"alone": "alone, best solver", "accelerated": "accelerated", "adapter": "adapter without the style"}
+
+
+class Key(str):
+    """The name of a drawn set: `student@4`, `teacher@50`, `real`, or within a study `alone/dpm++@2`.
+
+    It is the text itself, so that files, tables and plots have it as it is.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, method: str, steps: int) -> Key:
+        """Returns the name of what a method drew in so many steps."""
+        return cls(f"{method}@{steps}")
+
+    @property
+    def part(self) -> str:
+        """`alone` in `alone/dpm++@2`; empty where there is none."""
+        return self.rpartition("/")[0]
+
+    @property
+    def method(self) -> str:
+        """`student`, `teacher`, `real` or a solver."""
+        return self.rpartition("/")[2].partition("@")[0]
+
+    @property
+    def steps(self) -> int:
+        """The number of steps; 0 for what has none, like `real`."""
+        return int(self.rpartition("/")[2].partition("@")[2] or 0)
+
+    @property
+    def name(self) -> str:
+        """How a reader calls the method."""
+        return NAMES.get(self.method) or PARTS.get(self.method, self.method)
+
+    @property
+    def label(self) -> str:
+        """How a reader calls the set: `DPM-Solver++, 2 steps`."""
+        return f"{self.name}, {self.steps} step{'' if self.steps == 1 else 's'}" if self.steps else self.name
+
+    @property
+    def is_solver(self) -> bool:
+        """Whether the bare base drew it with an ordinary solver, to be compared with the student."""
+        return self.method not in (STUDENT, TEACHER, REAL)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(_key, core_schema.str_schema())
+
+
+def _key(text: str) -> Key:
+    key = Key(text)
+    if not key.rpartition("/")[2].partition("@")[2].isascii():
+        raise ValueError("expected METHOD@STEPS")
+    try:
+        _ = key.steps
+    except ValueError:
+        raise ValueError("expected METHOD@STEPS") from None
+    return key
+
+
+class FeatureSet(Document):
+    """Whose features the figures were computed with."""
+
+    name: str
+    dimensions: int = 0
+    distance: str = "frechet"  # before 2026-11 there was no other
+
+
+class Advantage(Document):
+    """A student's excess less that of the best solver at as many network evaluations."""
+
+    rival: Key
+    network_evaluations: int
+    difference: Number
+    interval: Interval | None = None
+
+
+class Intervals(Document):
+    """Bootstrap intervals."""
+
+    level: Number  # share of the resamples within
+    resamples: int
+    excess: dict[Key, Interval]
+    retrieval: dict[Key, Interval]
+
+
+class Quantiles(Document):
+    """Of seconds."""
+
+    p50: Number
+    p95: Number
+
+
+class Latency(Document):
+    """How long one picture takes alone, from its caption to its pixels."""
+
+    seconds: dict[Key, Quantiles]
+    repeats: int
+    batch: int
+    device: str
+    threads: int | None = None
+
+
+class Guidance(Document):
+    """What classifier-free guidance on top of the adapter does; lists by scale."""
+
+    steps: int
+    scales: list[Number]
+    network_evaluations: list[int]
+    excess: list[Number]
+    retrieval: list[Number]
+    diversity: list[Number | None]
+
+
+class Claim(Document):
+    """What the paper says of an accelerated style or checkpoint, and whether it holds here."""
+
+    claim: str
+    evaluations: int
+    accelerated: Number
+    other: Number
+    other_key: Key
+    difference: Number
+    interval: Interval | None = None
+    holds: bool
+
+
+class Variation(Document):
+    """A style or a fine-tuned checkpoint, alone and with the adapter."""
+
+    kind: str  # style or finetune
+    pictures: int
+    real_pictures: int
+    prompts: int | None = None
+    seed: int
+    weights: list[Number | None]  # of the style and of the adapter
+    distance_real: dict[Key, Number]
+    intervals: dict[Key, Interval] = Field(default_factory=dict)
+    retrieval: dict[Key, Number]
+    network_evaluations: dict[Key, int]
+    claims: list[Claim]
+
+
+class WeightsGrid(Document):
+    """Distance and retrieval for each pair of weights; rows by style weight."""
+
+    style: str
+    steps: int
+    pictures: int
+    prompt: str | None = None
+    style_weights: list[Number]
+    adapter_weights: list[Number]
+    distance_real: list[list[Number]]
+    retrieval: list[list[Number]]
+
+
+class Study(Document):
+    """study.json: is the acceleration universal?"""
+
+    adapter: str  # SHA-256 of its weights
+    guidance: Guidance | None = None
+    weights: WeightsGrid | None = None
+    variations: dict[str, Variation] = Field(default_factory=dict)
+
+
+class Metrics(Document):
+    """The figures of one adapter."""
+
+    features: FeatureSet
+    pictures: int  # of each set
+    real_pictures: int | None = None
+    prompts: int | None = None
+    seed: int
+    floor: Number  # the teacher's distance to itself with other seeds
+    distance_teacher: dict[Key, Number] = Field(default_factory=dict)
+    excess: dict[Key, Number]  # distance to the teacher less the floor
+    distance_real: dict[Key, Number] | None = None
+    distance_real_missing: str | None = None
+    retrieval: dict[Key, Number]  # share of pictures that find their caption
+    diversity: dict[Key, Number] = Field(default_factory=dict)
+    scores: dict[str, dict[Key, Number]] = Field(default_factory=dict)  # by scorer
+    network_evaluations: dict[Key, int]  # of one picture
+    advantage: dict[Key, Advantage] = Field(default_factory=dict)
+    intervals: Intervals | None = None
+    reference_digest: str | None = None  # SHA-256 of the reference's features
+    adapter: str | None = None  # SHA-256 of its weights
+    seconds_per_picture: dict[Key, Number] = Field(default_factory=dict)
+    latency: Latency | None = None
+    guidance: Guidance | None = None
+    weights: WeightsGrid | None = None
+    variations: dict[str, Variation] = Field(default_factory=dict)
+
+    @property
+    def teacher(self) -> Key:
+        """The teacher's name, such as teacher@50.
+
+        Raises:
+            UserError: its retrieval was not measured.
+        """
+        found = next((key for key in self.retrieval if key.method == TEACHER), None)
+        if found is None:
+            raise UserError("retrieval: has no teacher@STEPS, so there is nothing to compare with; evaluate again")
+        return found
+
+    @property
+    def students(self) -> list[Key]:
+        """The student's names, the fewest steps first."""
+        return sorted((key for key in self.excess if key.method == STUDENT), key=lambda key: key.steps)
+
+    def solvers_at(self, evaluations: int) -> list[Key]:
+        """Returns the solvers that take so many network evaluations."""
+        return [key for key in self.excess if key.is_solver and self.network_evaluations.get(key) == evaluations]
+
+    def interval(self, figure: str, key: Key) -> Interval | None:
+        """Returns the interval of an excess or a retrieval; None where there is none."""
+        groups = {} if self.intervals is None else {n: getattr(self.intervals, n) for n in ("excess", "retrieval")}
+        return groups.get(figure, {}).get(key)
+
+    def joined(self, *others: Document) -> Metrics:
+        """Returns these figures with all that the others say."""
+        return Metrics.model_validate(self.plain() | {k: v for each in others for k, v in each.plain().items()})
