@@ -31,6 +31,7 @@ from lcmlora.data.prepare import prepare
 from lcmlora.data.sources.source import Record, write_records
 from lcmlora.distillation.distill import distill
 from lcmlora.distillation.finetune import tune
+from lcmlora.documents import Document
 from lcmlora.evaluation.evaluate import evaluate
 from lcmlora.evaluation.measures import features
 from lcmlora.evaluation.reference import draw_reference
@@ -77,8 +78,10 @@ def tell_weights(tensors: dict[str, Tensor]) -> Outcome:
 
 def plain(facts: Any) -> Any:
     """Returns facts without what passes."""
+    if isinstance(facts, Document):
+        facts = facts.plain()
     if isinstance(facts, dict):
-        return {key: plain(value) for key, value in facts.items() if key not in _PASSING}
+        return {str(key): plain(value) for key, value in facts.items() if key not in _PASSING}
     return [plain(value) for value in facts] if isinstance(facts, list | tuple) else facts
 
 
