@@ -54,6 +54,10 @@ class Document(BaseModel):
         """Returns the document as it stands in its file: what was given, without the defaults of what was not."""
         return self.model_dump(exclude_unset=True)
 
+    def fields(self) -> dict[str, Any]:
+        """Returns the values by their names, for a document that has all of these and more."""
+        return dict(iter(self))
+
     def write(self, path: Path) -> None:
         """Writes the document atomically, with sorted keys."""
         write_json(path, self.plain())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lcmlora.documents import Document, Number
 from lcmlora.errors import UserError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -60,3 +61,38 @@ def read_sampler(settings: dict[str, Any], place: str) -> Sampler:
     if type(grid) is not int or not 1 <= grid <= 1000:
         raise UserError(f"{place}: expected 1 to 1000 timesteps, got {ascii(grid)[:80]}")
     return Sampler(scheduler, gamma, grid)
+
+
+class SamplerFacts(Document):
+    """How the student is drawn with, as files have it."""
+
+    scheduler: str
+    gamma: Number | None
+    grid: int
+
+
+class Validation(Document):
+    """The loss on pictures kept from training."""
+
+    pictures: int
+    loss: dict[str, Number]  # by step
+    best_step: int  # whose weights these are
+
+
+class Distilled(Document):
+    """config.json of a distilled adapter."""
+
+    model: str
+    base: dict[str, str | None]
+    prediction_type: str = "epsilon"
+    data_digest: str
+    pictures: int | None = None
+    distill: dict[str, Any]  # the settings
+    steps: int
+    final_loss: Number
+    sampler: SamplerFacts
+    seed: int
+    adapted_layers: int
+    lora_parameters: int
+    versions: dict[str, str]
+    validation: Validation

@@ -135,7 +135,7 @@ def draw_reference(
         prompts=prompts,
         network_evaluations={key: way.evaluations for key, (way, _) in jobs.items()},
         scores=mean_scores(drawn),
-        **dict(compared),
+        **compared.fields(),
     )
     with atomic_folder(out) as folder:
         artist.keep(folder, drawn, tensors, data, records)

@@ -125,7 +125,7 @@ def draw_alone(
         prompts=prompts,
         seed=seed,
         network_evaluations={Key(ALONE + key): way.evaluations for key, way in ways.items()},
-        **dict(compared),
+        **compared.fields(),
     )
     with atomic_folder(out) as part:
         artist.keep(part, drawn, tensors, data, records)

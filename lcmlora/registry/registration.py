@@ -13,7 +13,6 @@ from lcmlora.config import Registry
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import record
 from lcmlora.io.files import temporary_folder
-from lcmlora.io.parsing import as_object, read_json
 from lcmlora.registry import events
 from lcmlora.registry.lookup import MODEL, PASSED, REJECTED, RELEASE, read_aliases, with_digest
 from lcmlora.registry.tracking import connect, create_run, existing, flat, reaching
@@ -59,7 +58,7 @@ def register(
     bundle.verify(folder)
     sha256 = bundle.digest(folder)
     name = f"lcm-lora-{model}"
-    provenance = as_object(read_json(folder / bundle.PROVENANCE), str(folder / bundle.PROVENANCE))
+    provenance = bundle.Provenance.read(folder / bundle.PROVENANCE)
     figures = Metrics.read(folder / bundle.METRICS)
     tags = _tags(provenance, figures, uri, gate_failures)
     with reaching(settings, f"the release is kept in {folder} and the next run registers it"):
@@ -106,20 +105,20 @@ def _with_release(client: Any, found: Sequence[Any]) -> list[Any]:
 
 
 def _tags(
-    provenance: dict[str, Any], figures: Metrics, uri: str | None, gate_failures: Sequence[str]
+    provenance: bundle.Provenance, figures: Metrics, uri: str | None, gate_failures: Sequence[str]
 ) -> dict[str, str]:
-    base = provenance["base"]
+    base = provenance.base
     tags = {
-        "sha256": provenance["sha256"],
+        "sha256": provenance.sha256,
         "base": base["source"],
-        "base_revision": base["revision"],
+        "base_revision": base.get("revision"),
         "base_digest": base["digest"],
         "base_unet": base.get("unet"),
-        "data_digest": provenance["data_digest"],
-        "data_dvc": provenance.get("data_dvc"),
-        "git_commit": provenance["git"]["commit"],
-        "dvc_lock": provenance.get("dvc_lock"),
-        "objective": provenance["params"]["distill"]["objective"],
+        "data_digest": provenance.data_digest,
+        "data_dvc": provenance.data_dvc,
+        "git_commit": provenance.git.commit,
+        "dvc_lock": provenance.dvc_lock,
+        "objective": provenance.params["distill"]["objective"],
         "features": figures.features.name,
         "release_uri": uri,
         "gate": REJECTED if gate_failures else PASSED,
@@ -139,10 +138,10 @@ def _update(client: Any, version: Any, tags: dict[str, str]) -> None:
         client.set_model_version_tag(name, number, key, event)
 
 
-def _run_for(client: Any, settings: Registry, model: str, provenance: dict[str, Any]) -> tuple[str, bool]:
+def _run_for(client: Any, settings: Registry, model: str, provenance: bundle.Provenance) -> tuple[str, bool]:
     """Returns the adapter's run, and whether it has ended: the last distillation that gave this adapter, or what a
     killed registration left; else a new one."""
-    sha256 = provenance["sha256"]
+    sha256 = provenance.sha256
     experiment = client.get_experiment_by_name(settings.experiment)
     found = (
         client.search_runs(
@@ -156,10 +155,10 @@ def _run_for(client: Any, settings: Registry, model: str, provenance: dict[str, 
     )
     if found:
         return str(found[0].info.run_id), found[0].info.status != "RUNNING"
-    return create_run(client, settings, model, provenance["params"]["distill"], {"sha256": sha256}), False
+    return create_run(client, settings, model, provenance.params["distill"], {"sha256": sha256}), False
 
 
-def _log(client: Any, run_id: str, provenance: dict[str, Any], figures: Metrics, tags: dict[str, str]) -> None:
+def _log(client: Any, run_id: str, provenance: bundle.Provenance, figures: Metrics, tags: dict[str, str]) -> None:
     """Logs the figures, the settings of all stages and the data as the run's input."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
     from mlflow.exceptions import MlflowException
@@ -167,7 +166,7 @@ def _log(client: Any, run_id: str, provenance: dict[str, Any], figures: Metrics,
     now = int(time.time() * 1000)
     metrics = [Metric(name, value, now, 0) for name, value in record(figures).items()]
     settled = client.get_run(run_id).data.params
-    params = {key: str(value)[:6000] for key, value in flat(provenance["params"]).items()}
+    params = {key: str(value)[:6000] for key, value in flat(provenance.params).items()}
     # Those of the distillation are there without a prefix, and a param cannot be changed.
     new = [Param(k, v) for k, v in params.items() if not k.startswith("distill.") and k not in settled]
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -175,9 +174,9 @@ def _log(client: Any, run_id: str, provenance: dict[str, Any], figures: Metrics,
         client.log_batch(run_id, metrics=metrics[start : start + 1000])
     for start in range(0, len(new), 100):
         client.log_batch(run_id, params=new[start : start + 100])
-    digest = provenance.get("data_dvc") or provenance["data_digest"][:36]
-    source = json.dumps({"path": "data/pictures", "latents": provenance["data_digest"]})
-    data = Dataset("data/pictures", digest, "dvc" if provenance.get("data_dvc") else "local", source)
+    digest = provenance.data_dvc or provenance.data_digest[:36]
+    source = json.dumps({"path": "data/pictures", "latents": provenance.data_digest})
+    data = Dataset("data/pictures", digest, "dvc" if provenance.data_dvc else "local", source)
     inputs = [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
     try:
         client.log_inputs(run_id, inputs)
@@ -229,7 +228,7 @@ def _create_model(client: Any, name: str) -> None:
             raise
 
 
-def _description(figures: Metrics, provenance: dict[str, Any], run_id: str) -> str:
+def _description(figures: Metrics, provenance: bundle.Provenance, run_id: str) -> str:
     """Returns Markdown for MLflow's page of the version: figures, and grid and report from the run's artifacts."""
     rows = []
     for key in figures.students:
@@ -238,8 +237,8 @@ def _description(figures: Metrics, provenance: dict[str, Any], run_id: str) -> s
     artifact = f"get-artifact?run_uuid={run_id}&path"
     return "\n".join(
         [
-            f"Acceleration adapter of `{provenance['base']['source']}`, objective "
-            f"{provenance['params']['distill']['objective']}, "
+            f"Acceleration adapter of `{provenance.base['source']}`, objective "
+            f"{provenance.params['distill']['objective']}, "
             f"features {figures.features.name}, {figures.pictures} pictures, seed {figures.seed}.",
             "",
             "| drawn with | network evaluations | excess distance to the teacher | caption retrieval |",

@@ -7,7 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lcmlora.adapters.facts import FACTS, SCHEDULER, WEIGHTS, AdapterFacts, Sampler, read_sampler
+from lcmlora.adapters.facts import FACTS, SCHEDULER, WEIGHTS, AdapterFacts, Sampler, SamplerFacts, read_sampler
+from lcmlora.documents import Document, Number
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file
 from lcmlora.io.parsing import as_object, read_bytes, read_json
@@ -20,6 +21,57 @@ ADAPTER = (CHECKSUMS, WEIGHTS, SCHEDULER, PROVENANCE)  # what drawing takes of a
 
 _LONGEST_NAME = 200  # bytes; a file system has 255, and a download adds to it
 _ADDED = ("manifest.json", "yanked.json", "sha256sums.sig")  # in a store
+
+
+class Proof(Document):
+    """How close the reloaded adapter is to the trained one. Shares of the student's largest output."""
+
+    error: Number  # reloaded against trained student
+    effect: Number  # trained student against the bare base
+    tensors: int  # LoRA tensors that plain diffusers loaded
+
+
+class Decision(Document):
+    """What the gate said of the figures alone."""
+
+    passed: bool
+    failures: list[str]
+
+
+class Commit(Document):
+    """The code's commit, and whether tracked files differed from it; None outside a repository."""
+
+    commit: str | None
+    dirty: bool | None
+
+
+class Kohya(Document):
+    """The file for ComfyUI and A1111."""
+
+    file: str
+    sha256: str
+    reloaded: Proof
+
+
+class Provenance(Document):
+    """provenance.json: what went into a release."""
+
+    model: str
+    packaged: str | None = None  # releases from before 2026-11-28 do not say when
+    sha256: str
+    base: dict[str, str | None]
+    resolution: int | None = None
+    sampler: SamplerFacts | None = None
+    data_digest: str
+    data_dvc: str | None = None
+    seed: int | None = None
+    params: dict[str, dict[str, Any]]  # the settings, by stage
+    versions: dict[str, str] | None = None
+    git: Commit
+    dvc_lock: str | None = None
+    gate: Decision | None = None
+    reloaded: Proof | None = None
+    kohya: Kohya | None = None
 
 
 def digest(folder: Path) -> str:

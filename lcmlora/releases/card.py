@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lcmlora.adapters.facts import Distilled
 from lcmlora.config import Base
 from lcmlora.diffusion import objectives
 from lcmlora.evaluation.figures import Advantage, Key, Metrics
@@ -35,7 +36,7 @@ _LICENSES = """
 """
 
 
-def render(model: str, base: Base, made: dict[str, Any], figures: Metrics, failures: list[str], kohya: str) -> str:
+def render(model: str, base: Base, made: Distilled, figures: Metrics, failures: list[str], kohya: str) -> str:
     """Returns the card, README.md of the release.
 
     Args:
@@ -57,7 +58,7 @@ def render(model: str, base: Base, made: dict[str, Any], figures: Metrics, failu
         on_hub=_on_hub(base),
         listed=base.license in _LICENSES.split(),
         made=made,
-        method=objectives.described(made["distill"]["objective"]),
+        method=objectives.described(made.distill["objective"]),
         figures=figures,
         distance=_distance(figures),
         number=_number(figures),
@@ -73,7 +74,7 @@ def render(model: str, base: Base, made: dict[str, Any], figures: Metrics, failu
     )
 
 
-def _front_matter(model: str, base: Base, made: dict[str, Any], figures: Metrics) -> str:
+def _front_matter(model: str, base: Base, made: Distilled, figures: Metrics) -> str:
     from huggingface_hub import ModelCardData
 
     name = None if base.license in _LICENSES.split() else re.sub(r"[^a-z0-9.]+", "-", base.license.lower()).strip("-")
@@ -85,7 +86,7 @@ def _front_matter(model: str, base: Base, made: dict[str, Any], figures: Metrics
         base_model_relation="adapter" if _on_hub(base) else None,
         license="other" if name else base.license,
         license_name=name,
-        tags=["lora", "lcm", "latent-consistency", "text-to-image", "diffusers", made["distill"]["objective"]],
+        tags=["lora", "lcm", "latent-consistency", "text-to-image", "diffusers", made.distill["objective"]],
         inference=False,
         model_name=f"lcm-lora-{model}",
         eval_results=_results(made, figures),
@@ -97,11 +98,11 @@ def _on_hub(base: Base) -> bool:
     return base.revision is not None and not base.source.endswith(".safetensors")
 
 
-def _results(made: dict[str, Any], figures: Metrics) -> list[EvalResult]:
+def _results(made: Distilled, figures: Metrics) -> list[EvalResult]:
     """Returns the student's figures at each number of steps as the hub's results."""
     from huggingface_hub import EvalResult
 
-    data = {"data_digest": made["data_digest"], "seed": figures.seed, "pictures": figures.pictures}
+    data = {"data_digest": made.data_digest, "seed": figures.seed, "pictures": figures.pictures}
     told = {"prompts": figures.prompts, "reference_digest": figures.reference_digest}
     data |= {key: value for key, value in told.items() if value is not None}
     network = figures.features.name

@@ -7,41 +7,42 @@ import platform
 import re
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from lcmlora import __version__
-from lcmlora.adapters.facts import SCHEDULER, WEIGHTS
+from lcmlora.adapters.facts import FACTS, SCHEDULER, WEIGHTS, Distilled
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
 from lcmlora.evaluation.figures import Metrics, Study
 from lcmlora.evaluation.gate import gate
 from lcmlora.evaluation.study import STUDY
-from lcmlora.io.files import atomic_folder, sha256_file, write_json
-from lcmlora.io.parsing import as_object, read_json, read_yaml
+from lcmlora.io.files import atomic_folder, sha256_file
+from lcmlora.io.parsing import read_yaml
 from lcmlora.io.terminal import note
 from lcmlora.project import Project
 from lcmlora.releases import card
-from lcmlora.releases.bundle import CHECKSUMS, METRICS, PROVENANCE, REPORT, digest
+from lcmlora.releases.bundle import (
+    CHECKSUMS,
+    METRICS,
+    PROVENANCE,
+    REPORT,
+    Commit,
+    Decision,
+    Kohya,
+    Proof,
+    Provenance,
+    digest,
+)
 
 # Largest allowed difference between reloaded and trained student, as a share of the student's largest output. In fp32
 # both run the same kernels; a half-precision base may be reloaded on another device than it was trained on.
 _TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-2}
 
 
-@dataclass(frozen=True)
-class Proof:
-    """How close the reloaded adapter is to the trained one. Shares of the student's largest output."""
-
-    error: float  # reloaded against trained student
-    effect: float  # trained student against the bare base
-    tensors: int  # LoRA tensors that plain diffusers loaded
-
-
-def package(model: str, config: Config, project: Project, base_folder: Path) -> dict[str, Any]:
+def package(model: str, config: Config, project: Project, base_folder: Path) -> Provenance:
     """Makes the bundle of a model and returns its provenance. The folder appears whole or not at all.
 
     Where this machine did not measure how long drawing takes (`Project.timings`), the bundle says nothing of it.
@@ -58,7 +59,7 @@ def package(model: str, config: Config, project: Project, base_folder: Path) -> 
     evaluated = Metrics.read(project.metrics(model))
     measured = _timings_of(model, evaluated, project.timings(model))
     figures = evaluated.joined(measured, *_study_of(adapter, studied))
-    made = _read_json(adapter / "config.json")
+    made = Distilled.read(adapter / FACTS)
     failures = gate(figures, config.gate)
     with atomic_folder(project.release(model)) as folder:
         for source, name in (
@@ -73,33 +74,33 @@ def package(model: str, config: Config, project: Project, base_folder: Path) -> 
         witness = Witness(folder, base, base_folder, adapter / "probe.safetensors", config.distill_for(model).precision)
         proof = witness.prove(folder / WEIGHTS)
         kohya = folder / kohya_name(model)
-        _export(folder / WEIGHTS, kohya, base, base_folder, made["distill"]["alpha"])
-        provenance = {
-            "model": model,
-            "packaged": _now(),
-            "sha256": digest(folder),
-            "base": made["base"] | {"variant": base.variant},
-            "resolution": base.resolution,
-            "sampler": made["sampler"],
-            "data_digest": made["data_digest"],
-            "data_dvc": _dvc_digest(project),
-            "seed": made["seed"],
-            "params": {
+        _export(folder / WEIGHTS, kohya, base, base_folder, made.distill["alpha"])
+        provenance = Provenance(
+            model=model,
+            packaged=_now(),
+            sha256=digest(folder),
+            base=made.base | {"variant": base.variant},
+            resolution=base.resolution,
+            sampler=made.sampler,
+            data_digest=made.data_digest,
+            data_dvc=_dvc_digest(project),
+            seed=made.seed,
+            params={
                 "data": config.data.model_dump(mode="json"),
                 "encode": config.encode_for(model).model_dump(mode="json"),
-                "distill": made["distill"],
+                "distill": made.distill,
                 "evaluation": config.evaluation_for(model).model_dump(mode="json"),
                 "gate": config.gate.model_dump(mode="json"),
             },
-            "versions": made["versions"] | {"python": platform.python_version(), "lcmlora": __version__},
-            "git": _git(project.root),
-            "dvc_lock": sha256_file(project.dvc_lock) if project.dvc_lock.is_file() else None,
-            "gate": {"passed": not failures, "failures": failures},
-            "reloaded": asdict(proof),
-            "kohya": {"file": kohya.name, "sha256": sha256_file(kohya), "reloaded": asdict(witness.prove(kohya))},
-        }
+            versions=made.versions | {"python": platform.python_version(), "lcmlora": __version__},
+            git=_git(project.root),
+            dvc_lock=sha256_file(project.dvc_lock) if project.dvc_lock.is_file() else None,
+            gate=Decision(passed=not failures, failures=failures),
+            reloaded=proof,
+            kohya=Kohya(file=kohya.name, sha256=sha256_file(kohya), reloaded=witness.prove(kohya)),
+        )
         figures.write(folder / METRICS)
-        write_json(folder / PROVENANCE, provenance)
+        provenance.write(folder / PROVENANCE)
         from lcmlora.releases import report
 
         page = report.render(
@@ -239,7 +240,7 @@ class Witness:
             raise UserError(
                 f"{weights}: reloaded it differs by {error:.1e}, its effect is only {effect:.1e}; not released"
             )
-        return Proof(error, effect, loaded)
+        return Proof(error=error, effect=effect, tensors=loaded)
 
     def _load(self, weights: Path) -> None:
         from lcmlora.adapters import tensorfile
@@ -273,7 +274,7 @@ def _now() -> str:
     return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _git(root: Path) -> dict[str, Any]:
+def _git(root: Path) -> Commit:
     """Returns the commit of the repository that a project lies in, and whether the project's tracked files differ from
     it; both are None outside a repository."""
 
@@ -288,8 +289,4 @@ def _git(root: Path) -> dict[str, Any]:
     written = [f":(exclude){name}" for name in ("dvc.lock", "resolved.yaml", "metrics", "plots")]
     changes = ask("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     commit = ask("rev-parse", "--verify", "HEAD")
-    return {"commit": commit, "dirty": None if commit is None or changes is None else bool(changes)}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return as_object(read_json(path), str(path))
+    return Commit(commit=commit, dirty=None if commit is None or changes is None else bool(changes))

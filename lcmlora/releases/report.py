@@ -31,6 +31,7 @@ from lcmlora.evaluation.figures import (
 from lcmlora.evaluation.gate import unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
 from lcmlora.io.parsing import as_object, read_json
+from lcmlora.releases.bundle import Provenance
 from lcmlora.releases.plots import MINUS, Chart, Point, chart
 
 _LARGEST, _SMALLER, _MANY = 256, 192, 400  # pixels of an embedded picture; fewer pixels for more pictures than _MANY
@@ -118,7 +119,7 @@ class Album:
 def render(
     model: str,
     figures: Metrics,
-    provenance: dict[str, Any],
+    provenance: Provenance,
     evaluation: Path | Sequence[Path],
     *,
     base_license: str,
@@ -139,7 +140,7 @@ def render(
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     variations, guidance, weights = figures.variations, figures.guidance, figures.weights
-    steps = provenance["params"]["gate"]["steps"]
+    steps = provenance.params["gate"]["steps"]
     shown = len(figures.network_evaluations) + 1 + (len(guidance.scales) if guidance else 0) + 7 * len(variations)
     album = Album([evaluation] if isinstance(evaluation, Path) else evaluation, shown)
     environment = Environment(
@@ -169,7 +170,7 @@ def render(
         weights=_weights(weights, album) if weights else None,
         cells=_cell_sizes(album.side),
         pixelated=album.side <= _SMALL,
-        params=json.dumps(provenance["params"], indent=2, sort_keys=True, ensure_ascii=False),
+        params=json.dumps(provenance.params, indent=2, sort_keys=True, ensure_ascii=False),
     )
 
 

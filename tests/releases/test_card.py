@@ -5,6 +5,7 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
+from lcmlora.adapters.facts import Distilled
 from lcmlora.config import Base, Merged
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.releases import card
@@ -13,6 +14,9 @@ from tests.support.releases import METRICS
 HUB = Base(source="someone/base", revision="c" * 40, resolution=512, license="openrail++")
 FOLDER = Base(source="bases/mini", resolution=64, license="apache-2.0")
 MADE: dict[str, Any] = {
+    "model": "mini",
+    "base": {"source": "someone/base", "revision": "c" * 40, "digest": "b" * 64},
+    "versions": {"torch": "2.13.0"},
     "data_digest": "d" * 64,
     "pictures": 100,
     "distill": {"objective": "lcm", "batch": 16, "lr": 1e-4, "w_min": 4.0, "w_max": 4.0, "rank": 64},
@@ -89,7 +93,12 @@ FULL: dict[str, Any] = METRICS | {
 
 def render(base: Base = HUB, figures: dict[str, Any] = METRICS, failures: tuple[str, ...] = (), **made: Any) -> str:
     return card.render(
-        "mini", base, MADE | made, Metrics.parse(figures, "metrics.json"), list(failures), "lcm-lora-mini.safetensors"
+        "mini",
+        base,
+        Distilled.parse(MADE | made, "config.json"),
+        Metrics.parse(figures, "metrics.json"),
+        list(failures),
+        "lcm-lora-mini.safetensors",
     )
 
 

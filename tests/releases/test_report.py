@@ -15,6 +15,7 @@ from PIL import Image
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.releases import report
+from lcmlora.releases.bundle import Provenance
 from lcmlora.releases.plots import Point, chart
 from lcmlora.releases.report import fixed, milliseconds
 
@@ -172,7 +173,7 @@ def render(figures: dict[str, Any], *folders: Path, **changes: Any) -> str:
     return report.render(
         "mini",
         Metrics.parse(figures, "metrics.json"),
-        provenance(**changes),
+        Provenance.parse(provenance(**changes), "provenance.json"),
         folders if len(folders) > 1 else folders[0],
         base_license="apache-2.0",
         kohya_file="lcm-lora-mini.safetensors",

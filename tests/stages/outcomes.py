@@ -300,7 +300,7 @@ def of_study(inputs: Inputs, work: Path) -> Outcome:
 def of_package(inputs: Inputs, work: Path) -> Outcome:
     base = inputs.load()
     write_stages(base, work)
-    provenance = package("mini", load_settings(inputs.base), Project(work), inputs.base)
+    provenance = package("mini", load_settings(inputs.base), Project(work), inputs.base).plain()
     release = work / "release/mini"
     weights = {path.name: load_file(path) for path in sorted(release.glob("*.safetensors"))}
     steady = {key: provenance[key] for key in ("resolution", "sampler", "gate", "seed")}
