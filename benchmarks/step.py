@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcmlora import bases, config
 from lcmlora.adapters import lora
-from lcmlora.distillation.distill import Distillation
+from lcmlora.distillation.student import Distillation
 from lcmlora.patches.lora_forwards import LoraForwards
 from lcmlora.training import execution
 from lcmlora.training.batches import Batch

@@ -29,9 +29,9 @@ from pydantic import Field
 
 from flows import choose, outcomes
 from flows.outcomes import Outcome
-from lcmlora import config
+from lcmlora import config, masking
 from lcmlora.errors import UserError
-from lcmlora.io import faults, masking
+from lcmlora.io import faults
 from lcmlora.io.terminal import note
 from tasks import dvc
 from tasks.devices import occupied

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lcmlora.io import masking
+from lcmlora import masking
 
 
 class UserError(Exception):

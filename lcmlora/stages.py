@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcmlora.config import Base, Config, Data, Evaluation, Kind, Training
-from lcmlora.demo.recipe import Recipe
 from lcmlora.errors import UserError
+from lcmlora.settings.pretrain import Recipe
 
 Settings = dict[str, Any]
 

@@ -15,8 +15,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
-from lcmlora import progress
-from lcmlora.io import masking
+from lcmlora import masking, progress
 from lcmlora.io.terminal import LINE, markdown, note, shown
 
 _EVERY = 5.0  # seconds between two updates of an artifact

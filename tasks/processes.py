@@ -19,8 +19,9 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
+from lcmlora import masking
 from lcmlora.errors import UserError
-from lcmlora.io import faults, masking
+from lcmlora.io import faults
 from lcmlora.io.private import cache_folder
 from lcmlora.io.terminal import LINE, shown
 from tasks import supervisor

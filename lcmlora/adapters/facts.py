@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lcmlora.documents import Document, Number
 from lcmlora.errors import UserError
+from lcmlora.io.documents import Document, Number
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 SCHEDULER = "scheduler_config.json"

@@ -7,8 +7,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lcmlora import masking
 from lcmlora.errors import UserError
-from lcmlora.io import faults, masking
+from lcmlora.io import faults
 from lcmlora.io.terminal import note
 
 

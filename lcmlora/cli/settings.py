@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lcmlora import masking
 from lcmlora.cli.context import context_of
 from lcmlora.errors import UserError
-from lcmlora.io import masking
 from lcmlora.io.terminal import say, shown
 from lcmlora.project import Project
 
@@ -55,8 +55,8 @@ def print_settings(
 
       lcmlora config --schema > params.schema.json
     """
+    from lcmlora.cli import reference
     from lcmlora.config import Config
-    from lcmlora.settings import reference
 
     if schema:
         print(json.dumps(reference.schema(Config), indent=2))
@@ -166,8 +166,8 @@ def _selected(settings: list[Setting], key: str) -> list[Setting]:
 
 def _description(key: str) -> str:
     """Returns the description of a setting; nothing where it is a key of a free mapping."""
+    from lcmlora.cli.reference import schema
     from lcmlora.config import Config
-    from lcmlora.settings.reference import schema
 
     told = schema(Config)
     entry: dict[str, Any] = told

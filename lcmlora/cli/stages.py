@@ -56,7 +56,7 @@ def pretrain_stage(call: typer.Context) -> None:
     from lcmlora import bases, stages
     from lcmlora.config import digest
     from lcmlora.demo.pretrain import pretrain
-    from lcmlora.demo.recipe import Recipe
+    from lcmlora.settings.pretrain import Recipe
     from lcmlora.training import checkpoint
 
     recipe = Recipe()

@@ -26,11 +26,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lcmlora.bases.schedule import Schedule
 from lcmlora.data.sources import emoji
-from lcmlora.demo.recipe import Recipe
 from lcmlora.io.files import atomic_folder, atomic_write, write_json
 from lcmlora.patches import bars
 from lcmlora.patches.torch_internals import foreach_lerp_
 from lcmlora.progress import track
+from lcmlora.settings.pretrain import Recipe
 
 TOKENS = 24  # CLIP has 77; emoji captions are short and the UNet's cross-attention pays for every token
 

@@ -16,8 +16,8 @@ from lcmlora.adapters.facts import LATENT_CONSISTENCY, Sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.families import Conditioning
 from lcmlora.diffusion import samplers, solver
+from lcmlora.diffusion.noise import generator
 from lcmlora.diffusion.samplers import StudentSampler
-from lcmlora.noise import generator
 
 SOLVERS = ("ddim", "dpm++", "unipc", "euler")
 STUDENT = "lcm"

@@ -1,15 +1,11 @@
-"""Distillation of a LoRA: the teacher, what is asked of the student, and what is kept of a run.
+"""Distillation of a LoRA: a run from the latent cache to the adapter's folder.
 
-One frozen base serves as teacher (adapter off), student (adapter on, with gradients) and target (adapter on, without).
-A step costs four UNet forwards and one backward: the teacher's conditional and unconditional passes in one batch, the
-target, and the student; where it starts from a neighbouring pair of states that the teacher's own run left in the
-cache, the last two. It reads the latent cache only: there is a text encoder in memory only for a cache of token ids,
+It reads the latent cache only: there is a text encoder in memory only for a cache of token ids,
 behind its `embed`, and a VAE only where pictures are asked for, behind the `decode` that is passed in.
 """
 
 from __future__ import annotations
 
-import contextlib
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,101 +21,18 @@ from lcmlora.adapters import lora
 from lcmlora.adapters.facts import Sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.families import Conditioning
-from lcmlora.bases.schedule import Prediction
 from lcmlora.config import Distill, check_trajectory, digest
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.diffusion import objectives, samplers, solver
-from lcmlora.diffusion.objectives import Objective, pseudo_huber
-from lcmlora.diffusion.teacher import Teacher
+from lcmlora.diffusion import samplers
 from lcmlora.diffusion.teacher_cache import TeacherCache
+from lcmlora.distillation.student import Distillation, equip, samples
 from lcmlora.distillation.validation import Validation
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, write_json
 from lcmlora.parallel.ranks import Ranks
-from lcmlora.patches.lora_forwards import LoraForwards
 from lcmlora.training.batches import Batch, Batches, split
-from lcmlora.training.execution import AdapterCheck, compiled, eager, recompute
+from lcmlora.training.execution import AdapterCheck, eager
 from lcmlora.training.loop import Logger, train
-from lcmlora.training.optimization import Optimization
-
-
-def samples(
-    cache: LatentCache, rows: Tensor, settings: Distill, device: torch.device, ranks: Ranks | None = None
-) -> Batches:
-    """Returns the stream of samples that a distillation sees of these rows (N,) of the cache."""
-    guidance = (settings.w_min, settings.w_max)
-    return Batches(
-        cache,
-        rows,
-        settings,
-        device,
-        ranks,
-        grid=settings.grid,
-        guidance=guidance,
-        trajectory=settings.trajectory,
-        rollout=settings.rollout,
-    )
-
-
-class Distillation:
-    """One frozen base in its roles, and what is asked of the student."""
-
-    def __init__(
-        self,
-        base: LoadedBase,
-        unconditional: Conditioning,
-        settings: Distill,
-        teacher_cache: TeacherCache | None = None,
-    ) -> None:
-        self.base = base
-        self.teacher = Teacher(base, unconditional, settings.grid, teacher_cache)
-        self.weight = solver.loss_weights(base.schedule, self.teacher.t, settings.weighting)  # of each row
-        self.objective: Objective = objectives.make(settings, base.schedule)
-        self._huber_c = settings.huber_c
-        self._averaged_target = settings.target == "ema"
-
-    def noisy(self, batch: Batch, index: Tensor) -> Tensor:
-        """Returns z_{t_{n+k}} (B, C, h, w) at these rows of the grid (B,)."""
-        return self.base.schedule.state(batch.z, batch.noise, self.teacher.t[index])
-
-    def student(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
-        """Returns what the base with its adapter says of x (B, C, h, w) at t (B,)."""
-        return self.base.schedule.prediction(self.base.predict(x, t, conditioning), x, t)
-
-    @torch.no_grad()
-    def _travelled(self, batch: Batch) -> Tensor:
-        """Returns the states (B, C, h, w) to which the student as it is comes from pure noise, by way of the stops."""
-        assert batch.stops is not None and batch.fresh is not None
-        x, row = batch.noise, torch.full_like(batch.index, len(self.teacher.t) - 1)
-        for stop, fresh in zip(batch.stops, batch.fresh, strict=True):
-            t, s = self.teacher.t[row], self.teacher.t[stop]
-            arrived = self.objective.step(x, self.student(x, t, batch.conditioning), t, s, fresh)
-            stays = (stop == row).view(-1, *(1,) * (x.ndim - 1))
-            x, row = torch.where(stays, x, arrived), stop
-        return x
-
-    def losses(self, batch: Batch, optimization: Optimization | None = None) -> Tensor:
-        """Returns the weighted loss of each sample, (B,), with gradients to the adapter alone.
-
-        Args:
-            optimization: has the averaged weights, where the target is computed with those.
-        """
-        t, t_prev = self.teacher.t[batch.index], self.teacher.t_prev[batch.index]
-        if batch.pair is not None:
-            x, x_prev = batch.pair
-        elif batch.stops is not None:
-            x = self._travelled(batch)
-            x_prev = self.teacher.step(x, t, t_prev, batch.w, batch.conditioning)
-        else:
-            x = self.noisy(batch, batch.index)
-            x_prev = self.teacher.step(x, t, t_prev, batch.w, batch.conditioning, batch.places)
-        s = self.objective.destination(batch.index, batch.u)
-        # The target first: what the student's forward keeps for the backward pass must not change any more.
-        averaged = optimization.averaged() if optimization and self._averaged_target else contextlib.nullcontext()
-        with torch.no_grad(), averaged:
-            aim = self.objective.jump(x_prev, self.student(x_prev, t_prev, batch.conditioning), t_prev, s)
-        online = self.objective.jump(x, self.student(x, t, batch.conditioning), t, s)
-        return self.weight[batch.index] * pseudo_huber(online, aim, self._huber_c)
 
 
 def distill(
@@ -258,16 +171,6 @@ def _teacher_cache(
 def _file_dtype(base: LoadedBase) -> torch.dtype:
     """Weights of a half-precision base are released in fp16, as the published adapters are."""
     return torch.float32 if base.dtype == torch.float32 else torch.float16
-
-
-def equip(base: LoadedBase, settings: Distill, ranks: Ranks | None = None) -> Optimization:
-    """Gives a bare base its adapter, executed as the settings say, and returns the adapter's optimization."""
-    parameters = lora.inject(base.network, settings.rank, settings.alpha, settings.seed, base.family.placement)
-    LoraForwards().install(base.network)
-    recompute(base.network, settings.checkpointing)
-    if settings.compile:
-        compiled(base.network)
-    return Optimization(parameters, settings, ranks=ranks, scaled=base.dtype == torch.float16)
 
 
 def versions() -> dict[str, str]:

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from lcmlora.documents import Document, Interval, Number
 from lcmlora.errors import UserError
+from lcmlora.io.documents import Document, Interval, Number
 
 STUDENT, TEACHER, REAL = "student", "teacher", "real"
 

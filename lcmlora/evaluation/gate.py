@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lcmlora.config import Gate
-from lcmlora.documents import Interval
 from lcmlora.evaluation.figures import STUDENT, Key, Metrics
+from lcmlora.io.documents import Interval
 
 
 def gate(metrics: Metrics, gate: Gate) -> list[str]:

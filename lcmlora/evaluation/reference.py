@@ -20,7 +20,6 @@ from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import Identity
 from lcmlora.config import Data, Evaluation
 from lcmlora.data.sources.source import Record, read_records
-from lcmlora.documents import Document, Number
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
 from lcmlora.evaluation.drawing import Artist, Drawing, Way, distinct_captions
@@ -29,6 +28,7 @@ from lcmlora.evaluation.measures import distances, scores
 from lcmlora.evaluation.measures import features as feature_sets
 from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.scores import Scorer
+from lcmlora.io.documents import Document, Number
 from lcmlora.io.files import atomic_folder, sha256_file, sha256_folder
 from lcmlora.plugins import SOURCES
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lcmlora.documents import Document, Number
 from lcmlora.evaluation.figures import Key, Latency
+from lcmlora.io.documents import Document, Number
 
 REFERENCE, EVALUATION = "reference.json", "evaluation.json"  # in timings/MODEL
 

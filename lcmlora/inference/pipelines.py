@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from lcmlora import bases, noise
+from lcmlora import bases
 from lcmlora.adapters import tensorfile
 from lcmlora.adapters.facts import LATENT_CONSISTENCY, Sampler
 from lcmlora.bases import architecture, fetching, folders, plain, singlefile
 from lcmlora.config import Base
-from lcmlora.diffusion import sampling
+from lcmlora.diffusion import noise, sampling
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import as_object, read_json
 from lcmlora.io.private import downloads

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from lcmlora import masking
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Metrics
-from lcmlora.io import masking, terminal
+from lcmlora.io import terminal
 from lcmlora.io.files import make_once, temporary_folder
 from lcmlora.io.parsing import read_json
 from lcmlora.io.private import downloads

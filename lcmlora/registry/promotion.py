@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lcmlora import masking
 from lcmlora.config import Gate, Registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.evaluation import gate as gates
-from lcmlora.io import masking
 from lcmlora.registry import events
 from lcmlora.registry.events import Event
 from lcmlora.registry.lookup import PASSED, Version, figures, find, read_aliases, resolve, search

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lcmlora import masking
 from lcmlora.config import Registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.inference.mlflow_internals import start_system_monitor
-from lcmlora.io import masking
 from lcmlora.io.files import write_json
 from lcmlora.io.parsing import as_object, read_json
 from lcmlora.io.terminal import note

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lcmlora.adapters.facts import FACTS, SCHEDULER, WEIGHTS, AdapterFacts, Sampler, SamplerFacts, read_sampler
-from lcmlora.documents import Document, Number
 from lcmlora.errors import UserError
+from lcmlora.io.documents import Document, Number
 from lcmlora.io.files import sha256_file
 from lcmlora.io.parsing import as_object, read_bytes, read_json
 

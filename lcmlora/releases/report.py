@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from lcmlora.documents import Interval
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import (
     PARTS,
@@ -30,6 +29,7 @@ from lcmlora.evaluation.figures import (
 )
 from lcmlora.evaluation.gate import unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
+from lcmlora.io.documents import Interval
 from lcmlora.io.parsing import as_object, read_json
 from lcmlora.releases.bundle import Provenance
 from lcmlora.releases.plots import MINUS, Chart, Point, chart

@@ -16,7 +16,7 @@ from lcmlora.bases.families import Conditioning
 from lcmlora.config import Training
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.plan import Plan, Shard
-from lcmlora.noise import generator
+from lcmlora.diffusion.noise import generator
 from lcmlora.parallel.ranks import Ranks
 
 _GOLDEN = 0.6180339887498949

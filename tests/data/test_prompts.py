@@ -15,11 +15,11 @@ from lcmlora.data.latents.rollouts import RolloutEncoder
 from lcmlora.data.prepare import prepare
 from lcmlora.data.preview import draw_sheet
 from lcmlora.data.sources.source import Record, find, read_records
+from lcmlora.diffusion.noise import generator
 from lcmlora.diffusion.sampling import text_conditioning
 from lcmlora.diffusion.teacher import Teacher
-from lcmlora.distillation.distill import samples
+from lcmlora.distillation.student import samples
 from lcmlora.errors import UserError
-from lcmlora.noise import generator
 from tests.data.conftest import data_in
 from tests.support.distillation import CPU, load_parts
 from tests.support.distillation import SETTINGS as DISTILL

@@ -15,8 +15,8 @@ from torch import Tensor
 from lcmlora.adapters.facts import Sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.diffusion import sampling
+from lcmlora.diffusion.noise import generator
 from lcmlora.diffusion.solver import student_timesteps
-from lcmlora.noise import generator
 
 CAPTIONS = ["red apple", "green tree", "fruit"]
 SCHEDULERS = {

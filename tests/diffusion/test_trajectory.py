@@ -14,7 +14,7 @@ from lcmlora.data.latents.encode import encode
 from lcmlora.data.prepare import prepare
 from lcmlora.diffusion import solver
 from lcmlora.diffusion.objectives import pseudo_huber
-from lcmlora.distillation.distill import Distillation, samples
+from lcmlora.distillation.student import Distillation, samples
 from lcmlora.errors import UserError
 from tests.data.conftest import data_in
 from tests.support.distillation import CPU, SETTINGS, Recorder, draw_batch, load_parts, run_distill

@@ -16,7 +16,7 @@ from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion import solver
 from lcmlora.diffusion.objectives import pseudo_huber
 from lcmlora.diffusion.teacher import Teacher
-from lcmlora.distillation.distill import Distillation
+from lcmlora.distillation.student import Distillation
 from lcmlora.errors import UserError
 from lcmlora.patches.lora_forwards import LoraForwards
 from lcmlora.training.loop import NullLogger

@@ -8,8 +8,9 @@ from lcmlora import patches
 from lcmlora.config import Launch
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation import doctor
-from lcmlora.distillation.distill import Distillation, distill
+from lcmlora.distillation.distill import distill
 from lcmlora.distillation.doctor import Trial
+from lcmlora.distillation.student import Distillation
 from lcmlora.errors import UserError
 from lcmlora.training.loop import NullLogger
 from tests.support.distillation import SETTINGS, load_parts

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from lcmlora.documents import Document
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Key, Metrics, Study
 from lcmlora.evaluation.gate import record
 from lcmlora.evaluation.reference import Reference
+from lcmlora.io.documents import Document
 
 FILES = Path(__file__).parent / "files"
 OLD = FILES / "metrics-before-intervals.json"

@@ -31,11 +31,11 @@ from lcmlora.data.prepare import prepare
 from lcmlora.data.sources.source import Record, write_records
 from lcmlora.distillation.distill import distill
 from lcmlora.distillation.finetune import tune
-from lcmlora.documents import Document
 from lcmlora.evaluation.evaluate import evaluate
 from lcmlora.evaluation.measures import features
 from lcmlora.evaluation.reference import draw_reference
 from lcmlora.evaluation.study import draw_alone, study
+from lcmlora.io.documents import Document
 from lcmlora.project import Project
 from lcmlora.releases.package import package
 from lcmlora.training.loop import NullLogger

@@ -11,7 +11,8 @@ from PIL import Image
 from lcmlora import bases
 from lcmlora.config import Base, Distill
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.distill import distill, samples
+from lcmlora.distillation.distill import distill
+from lcmlora.distillation.student import samples
 from lcmlora.training.loop import NullLogger
 from tests.support.miniature import RESOLUTION
 

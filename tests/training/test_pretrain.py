@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline
 
 from lcmlora.demo import pretrain
 from lcmlora.demo.pretrain import _Average, _rate
-from lcmlora.demo.recipe import Recipe, Round
+from lcmlora.settings.pretrain import Recipe, Round
 
 ROOT = Path(__file__).parents[2]
 MODULES = ROOT / "node_modules"

@@ -13,9 +13,9 @@ from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Rollouts
 from lcmlora.data.sources.source import Record
 from lcmlora.diffusion import sampling
+from lcmlora.diffusion.noise import generator
 from lcmlora.diffusion.teacher import Teacher
 from lcmlora.errors import UserError
-from lcmlora.noise import generator
 
 MOST = 512  # rows of a shard: what a killed run has to draw again at most
 NO_SPREAD = -30.0  # log-variance, the lowest of diffusers' DiagonalGaussianDistribution

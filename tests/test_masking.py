@@ -1,9 +1,9 @@
 import pytest
 
+from lcmlora import masking
 from lcmlora.cli.reporting import reporting
 from lcmlora.config import Registry
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.io import masking
 from lcmlora.registry.tracking import reaching
 
 SECRET = "s3same-0pen"

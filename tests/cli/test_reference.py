@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from lcmlora.cli import reference
 from lcmlora.config import SECTIONS, Config
-from lcmlora.settings import bases, data, evaluation, reference, services, training
+from lcmlora.settings import bases, data, evaluation, services, training
 
 ROOT = Path(__file__).parents[2]
 
