@@ -80,21 +80,24 @@ def test_prefect_says_by_the_cause_of_its_error_whether_a_limit_is_unknown_or_ta
 
 def test_a_slot_that_another_machine_holds_is_waited_for(capfd: pytest.CaptureFixture):
     taken = threading.Event()
+    told, released = [""], list[float]()
 
     def elsewhere() -> None:
         with concurrency(LIMIT, strict=True):
             taken.set()
-            time.sleep(1)
+            until = time.monotonic() + 60
+            while "waiting" not in told[0] and time.monotonic() < until:
+                time.sleep(0.1)
+                told[0] += capfd.readouterr().err
             released.append(time.monotonic())
 
-    released: list[float] = []
     machine = threading.Thread(target=elsewhere)
     machine.start()
     taken.wait()
     with Processes() as processes, occupied(LIMIT, processes):
         assert time.monotonic() > released[0]
     machine.join()
-    assert f"waiting for a slot of Prefect's limit {LIMIT}" in capfd.readouterr().err
+    assert f"waiting for a slot of Prefect's limit {LIMIT}" in told[0]
 
 
 def test_what_was_out_of_reach_is_tried_again_and_nothing_else_is(settings: config.Config):
