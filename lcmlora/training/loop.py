@@ -48,7 +48,7 @@ class NullLogger:
         del name, picture, step
 
 
-class Lesson(Protocol):
+class Trainable(Protocol):
     """What is learned."""
 
     def losses(self, batch: Batch, optimization: Optimization) -> Tensor:
@@ -56,7 +56,7 @@ class Lesson(Protocol):
         ...
 
 
-class Examiner(Protocol):
+class Validator(Protocol):
     """How far the student has come."""
 
     def look(self, step: int, logger: Logger) -> float:
@@ -66,10 +66,10 @@ class Examiner(Protocol):
 
 def train(
     label: str,
-    lesson: Lesson,
+    trainable: Trainable,
     optimization: Optimization,
     batches: Batches,
-    examiner: Callable[[], Examiner],
+    validator: Callable[[], Validator],
     settings: Training,
     scratch: Path,
     *,
@@ -82,7 +82,7 @@ def train(
 
     Args:
         label: of the progress bar.
-        examiner: makes the validation, once the weights are those of the checkpoint that is continued.
+        validator: makes the validation, once the weights are those of the checkpoint that is continued.
         scratch: a locked folder of this configuration alone; a checkpoint in it is continued.
         check: called after steps that were looked at; raises where training has no effect.
         agree: what all processes must have in common.
@@ -95,7 +95,7 @@ def train(
     if "optimization" in state:
         optimization.restore(state["optimization"])
     ranks.agree(**agree, settings=settings, first_step=state["step"])
-    validation = examiner() if ranks.first and state["step"] < settings.steps else None
+    validation = validator() if ranks.first and state["step"] < settings.steps else None
 
     window = _Window(batches, settings, ranks)
     remaining = range(state["step"], settings.steps)
@@ -108,7 +108,7 @@ def train(
         quiet=not ranks.first,
     )
     for step in progress:
-        losses, norm = take_step(lesson, optimization, batches, settings, step)
+        losses, norm = take_step(trainable, optimization, batches, settings, step)
         window.add(step, losses)
 
         done = state["step"] = step + 1
@@ -134,12 +134,12 @@ def train(
 
 
 def take_step(
-    lesson: Lesson, optimization: Optimization, batches: Batches, settings: Training, step: int
+    trainable: Trainable, optimization: Optimization, batches: Batches, settings: Training, step: int
 ) -> tuple[Tensor, Tensor]:
     """Returns the losses of this process's samples, (accumulate, B), and the norm of the gradient over all, ()."""
     losses = []
     for part in range(settings.accumulate):
-        loss = lesson.losses(batches.draw(step, part), optimization)
+        loss = trainable.losses(batches.draw(step, part), optimization)
         optimization.backward(loss.mean() / settings.accumulate)
         losses.append(loss.detach())
     return torch.stack(losses), optimization.step(step)
