@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from pydantic import BaseModel
 
@@ -16,10 +18,14 @@ from lcmlora.settings import bases, data, evaluation, services, training
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_committed_page_and_schema_are_up_to_date():
-    """Else `lcmlora config --docs > docs/configuration.md` and `--schema > docs/params.schema.json` write them."""
-    assert (ROOT / "docs/configuration.md").read_text() == reference.document(Config)
-    assert json.loads((ROOT / "docs/params.schema.json").read_text()) == reference.schema(Config)
+@pytest.mark.parametrize(
+    ("option", "file"), [("--docs", "docs/configuration.md"), ("--schema", "docs/params.schema.json")]
+)
+def test_what_is_committed_is_up_to_date(option: str, file: str):
+    """Else `lcmlora config OPTION > FILE` writes it. In a process of its own: other tests add names to the tables."""
+    command = [sys.executable, "-m", "lcmlora", "config", option]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed == (ROOT / file).read_text()
 
 
 def test_every_setting_has_a_description():

@@ -23,6 +23,7 @@ from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
 from lcmlora.evaluation.drawing import Artist, Way
 from lcmlora.evaluation.evaluate import evaluate
+from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import record
 from lcmlora.evaluation.measures.distances import Frechet
 from lcmlora.evaluation.reference import choose_real, draw_reference
@@ -182,7 +183,7 @@ def test_the_metrics_agree_with_the_pictures_and_each_other(
     assert set(metrics["advantage"]) == {"student@2", "student@4"}  # no solver takes one evaluation
     assert set(metrics["diversity"]) == methods | {"teacher@6", "real"}
     assert set(metrics["network_evaluations"]) == methods | {"teacher@6"}
-    assert record(metrics)["quarters/12/distance_teacher.student_4"] == expected
+    assert record(Metrics.parse(metrics, "metrics"))["quarters/12/distance_teacher.student_4"] == expected
     with (root / "plots" / "mini_steps.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8

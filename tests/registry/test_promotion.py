@@ -103,7 +103,12 @@ def test_a_rejected_version_becomes_champion_only_against_the_gate_and_the_histo
 
 
 def test_a_worse_version_is_refused_with_figure_and_difference_and_a_better_one_is_not(settings: Registry):
-    chance = {"excess": {"student@4": [3.0, 6.0]}, "retrieval": {"student@4": [0.8, 0.9]}}
+    chance = {
+        "level": 0.95,
+        "resamples": 200,
+        "excess": {"student@4": [3.0, 6.0]},
+        "retrieval": {"student@4": [0.8, 0.9]},
+    }
     assign(add(settings, "one", intervals=chance), settings, reason="first")
     excess = {"student@4": 9.0}
     add(settings, "two", excess=excess, intervals=chance)
