@@ -50,7 +50,7 @@ from lcmlora.data.latents.encode import encode
 from lcmlora.data.prepare import prepare
 from lcmlora.data.sources.source import fit, open_picture, read_records
 from lcmlora.distillation.distill import _probe
-from lcmlora.distillation.student import Distillation, equip, samples
+from lcmlora.distillation.loss import Distillation, equip, samples
 from lcmlora.errors import UserError
 from lcmlora.io.files import write_json
 from lcmlora.training.checkpoint import Checkpoints

@@ -22,7 +22,7 @@ from benchmarks import tables
 from lcmlora import bases, config
 from lcmlora.data.latents.cache import MANIFEST, ROWS, TEXT, VERSION, LatentCache
 from lcmlora.data.latents.store import Store
-from lcmlora.distillation.student import Distillation, equip, samples
+from lcmlora.distillation.loss import Distillation, equip, samples
 from lcmlora.io.files import atomic_folder, write_json
 from lcmlora.training.loop import take_step
 from tests.integration.seaweed import REGION, SeaweedFS

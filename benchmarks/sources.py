@@ -24,7 +24,7 @@ from lcmlora import bases, config
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode
 from lcmlora.data.sources.source import find, read_records, write_records
-from lcmlora.distillation.student import Distillation, equip, samples
+from lcmlora.distillation.loss import Distillation, equip, samples
 from lcmlora.io.files import write_json
 from lcmlora.training.loop import take_step
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcmlora import bases, config
 from lcmlora.adapters import lora
-from lcmlora.distillation.student import Distillation
+from lcmlora.distillation.loss import Distillation
 from lcmlora.patches.lora_forwards import LoraForwards
 from lcmlora.training import execution
 from lcmlora.training.batches import Batch
@@ -93,7 +93,7 @@ def main() -> None:
         optimization.step(0)
 
     def student() -> None:
-        distillation.student(z, t, conditioning).x0.square().mean().backward()
+        distillation.loss(z, t, conditioning).x0.square().mean().backward()
 
     phases: dict[str, Callable[[], object]] = {
         "base forward (F0)": plain,

@@ -31,7 +31,7 @@ from lcmlora.cli.reporting import reporting
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion.teacher import Teacher
 from lcmlora.diffusion.teacher_cache import TeacherCache
-from lcmlora.distillation.student import Distillation, samples
+from lcmlora.distillation.loss import Distillation, samples
 from lcmlora.io.files import write_json
 from lcmlora.patches import lora_forwards
 from lcmlora.patches.attention import DirectAttention, WideAttention

@@ -94,7 +94,7 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 
 def _leave(number: int, frame: object) -> NoReturn:
-    """Ends without waiting, for who asks twice; `mark` sees to what is left."""
+    """Exits at once on a second signal; `mark` makes the processes that are left end, too."""
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
     raise SystemExit(128 + number)

@@ -140,7 +140,7 @@ def _runs() -> tuple[list[FlowRun], list[FlowRun]]:
 
 
 class _client:
-    """A client of the configured server, whose silence is one line."""
+    """Yields a client of the configured server. One that does not answer becomes a one-line error."""
 
     def __enter__(self) -> SyncPrefectClient:
         self._client = get_client(sync_client=True)

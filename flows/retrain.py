@@ -172,7 +172,7 @@ def _prepare(found: list[Outcome], settings: config.Config, force: bool, process
 def _bring_up(
     outcome: Outcome, settings: config.Config, work: _Work, publish: bool, promote: bool, processes: Processes
 ) -> None:
-    """Takes one model through its stages and out of the house."""
+    """Runs one model's stages, then registers and publishes its release."""
     with _noting(outcome):
         names = stages_of(outcome.model, settings)
         # What follows a stale stage may be stale when its turn comes; what precedes the first one is not.

@@ -31,7 +31,7 @@ Spelled = dict[str, dict[str, Part]]  # the parts of each layer, by its name as 
 
 
 def check_model(tensors: Collection[str], own: str | None, shown: str) -> None:
-    """Raises UserError where the layers are those of another model, which is told before all that is wrong besides.
+    """Raises UserError if the layers are those of another model. To be called before every other check.
 
     Args:
         own: what spellings.family says of the base's layers.

@@ -1,4 +1,4 @@
-"""What lies beside an adapter's weights: the names of these files, how it is drawn with, what it was made for."""
+"""What lies beside an adapter's weights: the names of these files, its sampler settings, and the base it is for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FACTS = "config.json"  # what distill and combine say of an adapter
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a student is drawn with; lcmlora/diffusion/samplers.py has the steps.
+    """The sampler settings of a student; lcmlora/diffusion/samplers.py has the steps.
 
     scheduler: of diffusers, which draws the same.
     gamma: how far a step goes below the next timestep before noise takes it back up, as a share; TCDScheduler's `eta`.
@@ -27,7 +27,7 @@ class Sampler:
     grid: int = 50
 
 
-LATENT_CONSISTENCY = Sampler()  # what an adapter is drawn with of which nothing else is known
+LATENT_CONSISTENCY = Sampler()  # for an adapter without sampler settings of its own
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def read_sampler(settings: dict[str, Any], place: str) -> Sampler:
 
 
 class SamplerFacts(Document):
-    """How the student is drawn with, as files have it."""
+    """The sampler settings of the student, as files have them."""
 
     scheduler: str
     gamma: Number | None

@@ -119,7 +119,7 @@ def listed(settings: Config, project: Project, models: list[str]) -> Iterator[Se
 
 
 def _around(key: Key, written: Any) -> str | None:
-    """Returns where a list or mapping stands that this is within."""
+    """Returns the key of the list or mapping that encloses this one."""
     return next((found for depth in range(len(key) - 1, 1, -1) if (found := written(key[:depth]))), None)
 
 

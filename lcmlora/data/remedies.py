@@ -43,8 +43,8 @@ _CHOICES = {  # by the parameter that a reason ends with
 
 
 def is_choice(reason: str) -> bool:
-    """Whether such pictures and prompts are no fault of the data set: the parameters ask for them to be dropped, there
-    is another of the kind, or they are no pictures to train on."""
+    """Returns whether the reason is no fault of the data: a setting asks for the rejection, the picture or prompt is a
+    duplicate, or the file is a map beside a picture."""
     return reason.endswith(tuple(_CHOICES)) or reason in (reasons.DUPLICATE, reasons.SAME_PROMPT, samples.AUXILIARY)
 
 

@@ -1,1 +1,1 @@
-"""The algebra: noise schedules, distillation objectives, samplers and the teacher."""
+"""The algebra: solver steps, distillation objectives, samplers and the teacher."""

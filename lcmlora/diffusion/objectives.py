@@ -55,7 +55,7 @@ class Objective(ABC):
     @classmethod
     @abstractmethod
     def sampler_of(cls, settings: Distill) -> Sampler:
-        """Returns how a student that was trained with these settings is drawn with."""
+        """Returns the sampler settings for a student that is trained with these settings."""
 
     @abstractmethod
     def destination(self, index: Tensor, u: Tensor) -> Tensor:

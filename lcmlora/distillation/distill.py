@@ -25,7 +25,7 @@ from lcmlora.config import Distill, check_trajectory, digest
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion import samplers
 from lcmlora.diffusion.teacher_cache import TeacherCache
-from lcmlora.distillation.student import Distillation, equip, samples
+from lcmlora.distillation.loss import Distillation, equip, samples
 from lcmlora.distillation.validation import Validation
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, write_json

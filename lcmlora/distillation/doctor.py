@@ -17,7 +17,7 @@ from torch import Tensor
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Distill, Launch
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.student import Distillation, equip, samples
+from lcmlora.distillation.loss import Distillation, equip, samples
 from lcmlora.distillation.validation import Validation
 from lcmlora.errors import UserError
 from lcmlora.patches import installed

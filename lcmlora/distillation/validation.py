@@ -25,7 +25,7 @@ from lcmlora.training.batches import Batch, Batches, chunks
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from lcmlora.distillation.student import Distillation
+    from lcmlora.distillation.loss import Distillation
     from lcmlora.training.loop import Logger
 
 STEPS = 4  # of the student whose timesteps are validated, and of the pictures it draws

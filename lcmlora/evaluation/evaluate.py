@@ -124,7 +124,7 @@ def evaluate(
 
 
 def student_ways(adapter: Path, steps: tuple[int, ...], setting: str) -> dict[Key, Way]:
-    """Returns how the student of this folder is drawn with at each number of steps.
+    """Returns the sampler settings of this folder's student for each number of steps.
 
     Raises:
         UserError: more steps than it was distilled on.

@@ -59,7 +59,7 @@ def gate(metrics: Metrics, gate: Gate) -> list[str]:
 
 
 def unmeasured_retrieval(metrics: Metrics) -> str | None:
-    """Returns why caption retrieval says nothing of a student, or None where it does: of a few captions it may not."""
+    """Returns why caption retrieval cannot judge a student (it can fail with few captions), or None if it can."""
     if not metrics.retrieval[metrics.teacher] > 0:
         return f"{metrics.teacher} meets none of its captions"
     if metrics.prompts == 1:

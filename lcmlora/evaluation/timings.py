@@ -32,8 +32,8 @@ class Timings(Document):
 
 
 def read(path: Path, *, reference_digest: str | None, adapter: str | None = None) -> Measured:
-    """Returns `seconds_per_picture` and `latency` as far as this machine measured them of this very reference and
-    adapter; nothing where it did not: the outputs of another machine were restored.
+    """Returns `seconds_per_picture` and `latency` that this machine measured for this reference and adapter;
+    empty if it measured none, since the outputs of another machine were restored.
 
     Raises:
         UserError: the file is damaged.

@@ -1,1 +1,1 @@
-"""Files, texts and processes, safely: atomic writes, bounded readers, masked secrets, isolated workers."""
+"""Files, texts and processes, safely: atomic writes, bounded readers, isolated workers."""

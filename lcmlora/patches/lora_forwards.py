@@ -102,7 +102,7 @@ class Derived:
         self._versions = version_of(self.a), version_of(self.b)
 
     def expire(self) -> None:
-        """Has it derived again at the next pass."""
+        """Marks the derived tensors as outdated; the next pass computes them again."""
         self._versions = None
 
 

@@ -136,7 +136,7 @@ class _Outputs:
         return result
 
     def _found(self, tensor: Tensor) -> _Recomputed | None:
-        """Returns what was noted of these very numbers, in whatever shape."""
+        """Returns the record for the same storage, whatever the tensor's shape."""
         if (noted := self._noted.get(tensor.data_ptr())) is None:
             return None
         alive, recomputed = noted

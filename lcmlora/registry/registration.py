@@ -94,7 +94,7 @@ def register(
 
 
 def _with_release(client: Any, found: Sequence[Any]) -> list[Any]:
-    """Returns the versions whose run is there and has a release: what others registered has not, whatever its tags."""
+    """Returns the versions whose run exists and holds a release. What other programs registered has none."""
 
     def has_release(version: Any) -> bool:
         run_id = existing(client, version.run_id or None)

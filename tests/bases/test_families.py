@@ -11,7 +11,7 @@ from lcmlora.adapters import formats, lora
 from lcmlora.bases import architecture, families, fetching
 from lcmlora.bases.schedule import PREDICTION_TYPES
 from lcmlora.config import Base
-from lcmlora.distillation.student import Distillation, equip
+from lcmlora.distillation.loss import Distillation, equip
 from lcmlora.errors import UserError
 from lcmlora.plugins import FAMILIES
 from tests.conftest import make_latents

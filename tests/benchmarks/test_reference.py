@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.reference import Reference
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.student import Distillation, equip, samples
+from lcmlora.distillation.loss import Distillation, equip, samples
 from lcmlora.training.loop import take_step
 from tests.support.distillation import CPU, SETTINGS, load_parts
 

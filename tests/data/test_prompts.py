@@ -18,7 +18,7 @@ from lcmlora.data.sources.source import Record, find, read_records
 from lcmlora.diffusion.noise import generator
 from lcmlora.diffusion.sampling import text_conditioning
 from lcmlora.diffusion.teacher import Teacher
-from lcmlora.distillation.student import samples
+from lcmlora.distillation.loss import samples
 from lcmlora.errors import UserError
 from tests.data.conftest import data_in
 from tests.support.distillation import CPU, load_parts

@@ -10,7 +10,7 @@ from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation import doctor
 from lcmlora.distillation.distill import distill
 from lcmlora.distillation.doctor import Trial
-from lcmlora.distillation.student import Distillation
+from lcmlora.distillation.loss import Distillation
 from lcmlora.errors import UserError
 from lcmlora.training.loop import NullLogger
 from tests.support.distillation import SETTINGS, load_parts

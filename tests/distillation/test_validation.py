@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler
 from lcmlora.adapters import lora
 from lcmlora.bases.base import LoadedBase
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.student import Distillation
+from lcmlora.distillation.loss import Distillation
 from lcmlora.distillation.validation import Validation
 from lcmlora.errors import UserError
 from tests.support.distillation import SETTINGS

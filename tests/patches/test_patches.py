@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lcmlora import bases, patches
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Base
-from lcmlora.distillation.student import equip
+from lcmlora.distillation.loss import equip
 from lcmlora.patches import Patch
 from lcmlora.patches.attention import DirectAttention, WideAttention
 from lcmlora.patches.compilation import Compilation

@@ -12,7 +12,7 @@ from lcmlora import bases
 from lcmlora.config import Base, Distill
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation.distill import distill
-from lcmlora.distillation.student import samples
+from lcmlora.distillation.loss import samples
 from lcmlora.training.loop import NullLogger
 from tests.support.miniature import RESOLUTION
 

@@ -1,7 +1,7 @@
 import torch
 
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.student import samples
+from lcmlora.distillation.loss import samples
 from lcmlora.parallel.ranks import Ranks
 from lcmlora.training.batches import Batch, Batches, split
 from tests.support.distillation import CPU, SETTINGS

@@ -23,7 +23,7 @@ from lcmlora import config, stages
 from lcmlora.bases.base import LoadedBase
 from lcmlora.data.latents import aspect, texts
 from lcmlora.data.latents.cache import MANIFEST, ROWS, TEXT, VERSION, Tensors, parse_manifest
-from lcmlora.data.latents.posteriors import picture_encoder
+from lcmlora.data.latents.pictures import picture_encoder
 from lcmlora.data.latents.rollouts import MOST, RolloutEncoder
 from lcmlora.data.latents.store import Store, link
 from lcmlora.data.sources.source import RESIZE_FILTER, Record
@@ -154,7 +154,7 @@ def _finish(
 
 
 def _take_over(out: Path, store: Store, made_of: dict[str, str]) -> None:
-    """Takes the shards of the cache in `out` that are made of the very same, as all are that come before new ones."""
+    """Reuses the shards of the cache in `out` whose inputs are unchanged: all that come before new pictures."""
     try:
         manifest = parse_manifest((out / MANIFEST).read_bytes())
     except (OSError, Malformed):  # nothing that can be taken over
@@ -211,7 +211,7 @@ class _List:
         return len(self._places)
 
     def sort(self, sizes: list[aspect.Size], least: int) -> None:
-        """Puts the pictures in the order of the shapes that they are cropped to, of these those that are needed.
+        """Sorts the pictures by the shape that they are cropped to, and uses only the shapes that are needed.
 
         Args:
             least: pictures of a shape, where there are so many.
@@ -237,7 +237,7 @@ class _List:
         return [range(start, end) for start, end in zip(self._starts, ends, strict=True)]
 
     def digest_of(self, rows: range, text: str) -> str:
-        """Returns a SHA-256 over what a shard of these rows is made of, but for what makes latents.
+        """Returns a SHA-256 of the pictures, captions and sizes of these rows; the VAE is not part of it.
 
         Args:
             text: a digest of the text encoders, by whose embeddings the rows are numbered.
@@ -293,7 +293,7 @@ def _latents_fingerprint(base: LoadedBase, rollouts: config.Rollouts | None, tex
 
 @contextmanager
 def _room(folder: Path, needed: int) -> Iterator[None]:
-    """Says what is missing where the disk has not the room, or has it no longer."""
+    """Raises UserError with the bytes that are missing if the disk is full or becomes so."""
 
     def full(where: Path) -> UserError:
         return UserError(

@@ -174,8 +174,10 @@ class _Other:
         self.for_some = bool(words)
 
     def belongs_to(self, picture: str) -> bool:
-        """Whether it may be the caption of this picture, if that is the only one: where what one of the two has behind
-        the first dot is nothing, or says what the member is instead of which. The 05 of 2021.05.txt says which."""
+        """Returns whether this may be the caption of the sample's only picture.
+
+        What follows the first dot in one of the two names must be empty or a kind of file. The 05 of 2021.05.txt is
+        neither: it says which of several pictures is meant."""
         bare = picture == self._key or bool(_words(picture, self._key) & _OF_PICTURES)
         return self.for_any or (self.for_some and bare)
 

@@ -105,7 +105,7 @@ class Folder(EncodedPictures):
         return content
 
     def census(self) -> Census:
-        """Returns the files of which nothing was made; of the folder of a table that is named itself none is told."""
+        """Returns the files of which nothing was made. Where `data.path` is a table, its folder is not counted."""
         found = Census()
         if self._table:
             return found

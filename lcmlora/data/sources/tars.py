@@ -155,7 +155,8 @@ class _Half(NamedTuple):
 
 
 class _Alone:
-    """What has no other half in its sample. Where that is elsewhere in the tar file, it is told so."""
+    """Pictures without a caption and captions without a picture in their sample. If the other half is in another sample
+    of the tar file, the rejection says so."""
 
     def __init__(self) -> None:
         self._pictures: list[_Half] = []

@@ -1,4 +1,4 @@
-"""The student of a distillation: one frozen base in its roles, and its adapter.
+"""The loss of a distillation: one frozen base as teacher, student and target, and its adapter.
 
 One frozen base serves as teacher (adapter off), student (adapter on, with gradients) and target (adapter on, without).
 A step costs four UNet forwards and one backward: the teacher's conditional and unconditional passes in one batch, the
@@ -75,7 +75,7 @@ class Distillation:
 
     @torch.no_grad()
     def _travelled(self, batch: Batch) -> Tensor:
-        """Returns the states (B, C, h, w) to which the student as it is comes from pure noise, by way of the stops."""
+        """Returns the states (B, C, h, w) that the current student reaches from pure noise through `batch.stops`."""
         assert batch.stops is not None and batch.fresh is not None
         x, row = batch.noise, torch.full_like(batch.index, len(self.teacher.t) - 1)
         for stop, fresh in zip(batch.stops, batch.fresh, strict=True):
