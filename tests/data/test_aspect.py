@@ -120,6 +120,7 @@ def test_a_batch_is_of_one_shape_and_all_are_seen(made: Path) -> None:
     assert all(len(cache.bucket(part).unique()) == 1 and len(part) <= 10 for part in parts)
 
 
+@pytest.mark.slow
 def test_a_distillation_on_many_shapes_learns(made: Path, base_folder: Path, tmp_path: Path) -> None:
     cache, losses = LatentCache(made / "latents"), []
 

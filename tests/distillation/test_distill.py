@@ -230,7 +230,10 @@ def test_a_compiled_run_makes_the_adapter_of_an_eager_one(base_folder: Path, cac
         torch.testing.assert_close(compiled[name], eager[name], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("objective", ["lcm", "tcd", "pcm", "tdd"])
+# The golden outcomes of the stage hold all four at every run.
+@pytest.mark.parametrize(
+    "objective", ["tcd", *(pytest.param(o, marks=pytest.mark.slow) for o in ("lcm", "pcm", "tdd"))]
+)
 def test_every_objective_learns_and_names_its_scheduler(
     base_folder: Path, cache: LatentCache, tmp_path: Path, objective: str
 ):

@@ -250,6 +250,7 @@ def test_a_process_killed_while_it_uploads_leaves_no_orphan_to_the_next_one(
     assert len(runs(settings)) == 1
 
 
+@pytest.mark.slow
 def test_mlflow_killed_at_registration_is_told_in_one_line_and_the_next_one_makes_one_version(
     settings: Registry, sealed: Path, relay: Relay, mlflow_server: MLflow
 ):
