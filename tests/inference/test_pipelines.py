@@ -79,6 +79,7 @@ def test_weights_scheduler_and_provenance_are_enough_and_warming_changes_nothing
     assert cold("tree", seed=3)[0].tobytes() == draw("tree", seed=3)[0].tobytes()
 
 
+@pytest.mark.slow
 def test_of_a_whole_release_the_same_files_are_enough(miniatures: Callable[[str], Path], tmp_path: Path):
     whole = served.package(miniatures("sd15"), tmp_path)
     part = pipelines.load(served.copy(whole, tmp_path / "part"), warm=False)
