@@ -89,7 +89,7 @@ def _python(program: str, *arguments: object) -> subprocess.Popen[str]:
 _TWENTY = """
 import sys
 from pathlib import Path
-from lcmlora import files
+from lcmlora.io import files
 out, me = Path(sys.argv[1]), sys.argv[2]
 print("ready", flush=True)
 sys.stdin.readline()
@@ -125,7 +125,7 @@ def test_twelve_processes_replace_one_folder_and_none_sees_half_of_it_or_none(tm
 _HALF = """
 import sys
 from pathlib import Path
-from lcmlora import files
+from lcmlora.io import files
 kind, out = sys.argv[1], Path(sys.argv[2])
 def wait(target):
     target.write_text("half")
@@ -238,7 +238,7 @@ def test_a_planted_link_is_not_written_through(tmp_path: Path, monkeypatch: pyte
 _LOCKED = """
 import sys
 from pathlib import Path
-from lcmlora import temporaries
+from lcmlora.io import temporaries
 place = Path(sys.argv[1])
 for _ in range(20):
     with temporaries.locked(place):
