@@ -241,7 +241,7 @@ class LatentCache:
 
     def shards(self, rows: Tensor) -> Tensor:
         """Returns the number of the shard that holds each row, (B,) int64."""
-        return torch.bucketize(rows, self._stops, right=True)
+        return torch.bucketize(rows.contiguous(), self._stops, right=True)
 
     def names(self, rows: Tensor) -> list[str]:
         """Returns the file names of the pictures in these rows (B,), for messages."""
