@@ -93,7 +93,7 @@ def main() -> None:
         optimization.step(0)
 
     def student() -> None:
-        distillation.loss(z, t, conditioning).x0.square().mean().backward()
+        distillation.student(z, t, conditioning).x0.square().mean().backward()
 
     phases: dict[str, Callable[[], object]] = {
         "base forward (F0)": plain,

@@ -56,7 +56,7 @@ def test_on_the_teachers_own_states_a_step_takes_the_two_forwards_of_the_student
     t, t_prev, w = teacher.t[batch.index], teacher.t_prev[batch.index], torch.full((4,), 5.0)
     torch.testing.assert_close(teacher.step(x, t, t_prev, w, batch.conditioning), x_prev, atol=5e-3, rtol=5e-3)
     online, aim = (
-        solver.consistency(at, distillation.loss(at, time, batch.conditioning).x0, time)
+        solver.consistency(at, distillation.student(at, time, batch.conditioning).x0, time)
         for at, time in ((x, t), (x_prev, t_prev))
     )
     torch.testing.assert_close(losses, pseudo_huber(online, aim, SETTINGS.huber_c), atol=1e-6, rtol=1e-5)

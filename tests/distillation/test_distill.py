@@ -263,9 +263,9 @@ def test_the_target_has_the_averaged_weights_where_that_is_asked_for(base: bases
     x = distillation.noisy(batch, batch.index)
     x_prev = distillation.teacher.step(x, t, t_prev, batch.w, batch.conditioning)
     with torch.no_grad():
-        online = solver.consistency(x, distillation.loss(x, t, batch.conditioning).x0, t)
+        online = solver.consistency(x, distillation.student(x, t, batch.conditioning).x0, t)
         with lora.disabled(base.network):
-            aim = solver.consistency(x_prev, distillation.loss(x_prev, t_prev, batch.conditioning).x0, t_prev)
+            aim = solver.consistency(x_prev, distillation.student(x_prev, t_prev, batch.conditioning).x0, t_prev)
     torch.testing.assert_close(ema, pseudo_huber(online, aim, SETTINGS.huber_c), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(ema, distillation.losses(batch), rtol=1e-2)
     ema.mean().backward()  # the student's forward was made with the live weights, and still is there
@@ -297,7 +297,7 @@ def test_the_schedule_is_fp32_under_a_half_precision_base(base_folder: Path, cac
     alpha, sigma = cumprod.sqrt(), (1 - cumprod).sqrt()
     x = distillation.noisy(batch, batch.index)
     torch.testing.assert_close(x, alpha * batch.z + sigma * batch.noise, atol=1e-6, rtol=1e-6)
-    prediction = distillation.loss(x, distillation.teacher.t[batch.index], batch.conditioning)
+    prediction = distillation.student(x, distillation.teacher.t[batch.index], batch.conditioning)
     assert {x.dtype, prediction.x0.dtype, prediction.noise.dtype, distillation.losses(batch).dtype} == {torch.float32}
     error = alpha * prediction.x0 + sigma * prediction.noise - x
     assert error.abs().max() < 1e-5
