@@ -1,1 +1,1 @@
-"""Prefect tasks: each calls the library, or one DVC stage, once. Order and policy are the flows' business."""
+"""Prefect tasks, which call the library or DVC, and the processes that they start. Order and policy are the flows'."""

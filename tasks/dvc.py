@@ -136,8 +136,8 @@ def stale(stages: Sequence[str], processes: Processes) -> set[str]:
 
 
 def differing(stages: Sequence[str]) -> list[str] | None:
-    """Returns the stages whose entry in dvc.lock differs from the one in Git's last commit: other outputs, or the same
-    outputs from other inputs. None if there is no such commit.
+    """Returns the stages whose entry in dvc.lock differs from the one in Git's last commit; None if there is no
+    such commit or no dvc.lock in it.
 
     Raises:
         UserError: a dvc.lock that is none.

@@ -31,10 +31,10 @@ Spelled = dict[str, dict[str, Part]]  # the parts of each layer, by its name as 
 
 
 def check_model(tensors: Collection[str], own: str | None, shown: str) -> None:
-    """Raises UserError if the layers are those of another model. To be called before every other check.
+    """Raises UserError if the layers are known to be those of another model. Call it before every other check.
 
     Args:
-        own: what spellings.family says of the base's layers.
+        own: what `spellings.family` returns for the base's layers.
     """
     lora_like = [name for name in tensors if "lora" in name and not spellings.of_text_encoder(name)]
     if (model := spellings.family(lora_like)) and model != own:

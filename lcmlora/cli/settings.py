@@ -91,7 +91,7 @@ def listed(settings: Config, project: Project, models: list[str]) -> Iterator[Se
     name = project.params_file.name
 
     def written(key: Key) -> str | None:
-        """Returns where params.yaml says this, or what the nearest mapping around it is that it says."""
+        """Returns the file, line and key where params.yaml sets this, or None if it does not."""
         return f"{name}:{lines[key]} {'.'.join(key)}" if key in lines else None
 
     environment = {
@@ -119,7 +119,7 @@ def listed(settings: Config, project: Project, models: list[str]) -> Iterator[Se
 
 
 def _around(key: Key, written: Any) -> str | None:
-    """Returns the key of the list or mapping that encloses this one."""
+    """Returns where params.yaml sets the nearest list or mapping that encloses this key, or None if it does not."""
     return next((found for depth in range(len(key) - 1, 1, -1) if (found := written(key[:depth]))), None)
 
 

@@ -32,8 +32,7 @@ class Timings(Document):
 
 
 def read(path: Path, *, reference_digest: str | None, adapter: str | None = None) -> Measured:
-    """Returns `seconds_per_picture` and `latency` that this machine measured for this reference and adapter;
-    empty if it measured none, since the outputs of another machine were restored.
+    """Returns the timings that this machine measured for this reference and adapter; empty if it measured none.
 
     Raises:
         UserError: the file is damaged.

@@ -184,7 +184,8 @@ def _probe(temporary: Path) -> int:
 
 
 def name(error: OSError, path: Path, temporary: Path | None = None) -> None:
-    """Lets the error name `path`, or what is in it, where it names the temporary one, or nothing at all."""
+    """Replaces the temporary path that the error names by `path`, or what is in it; a failed write without a name gets
+    `path`."""
     if error.filename2 is not None and error.errno in _OF_WRITES:  # of a copy, whose source comes first
         error.filename = error.filename2
         del error.filename2

@@ -140,7 +140,7 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _put_in_place(folder: Path, path: Path) -> None:
-    """Moves a folder to `path`; what was there before is then where the folder was."""
+    """Moves a folder to `path`. A folder that was there is exchanged with it, or removed where that cannot be done."""
     if path.is_symlink():
         raise UserError(f"{path}: is a link to {path.readlink()}, which stays; delete it or name another folder")
     _check_replaceable(path)

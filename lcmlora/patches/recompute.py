@@ -136,7 +136,7 @@ class _Outputs:
         return result
 
     def _found(self, tensor: Tensor) -> _Recomputed | None:
-        """Returns the record for the same storage, whatever the tensor's shape."""
+        """Returns how to compute this tensor again if it is a noted result, perhaps reshaped; None if it is not."""
         if (noted := self._noted.get(tensor.data_ptr())) is None:
             return None
         alive, recomputed = noted

@@ -36,7 +36,8 @@ def history(name: str, settings: Registry) -> list[Event]:
 
 
 def foreign_events(name: str, settings: Registry) -> list[str]:
-    """Returns VERSION: TAG of what is called like an event and was passed over, since none of ours wrote it.
+    """Returns NAME/VERSION: TAG for each tag that is named like an event but was not written by lcmlora: it is
+    passed over.
 
     Raises:
         UserError: MLflow cannot be reached.

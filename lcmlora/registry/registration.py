@@ -94,7 +94,7 @@ def register(
 
 
 def _with_release(client: Any, found: Sequence[Any]) -> list[Any]:
-    """Returns the versions whose run exists and holds a release. What other programs registered has none."""
+    """Returns the versions whose run exists and has a release; those that other programs registered have none."""
 
     def has_release(version: Any) -> bool:
         run_id = existing(client, version.run_id or None)

@@ -154,7 +154,7 @@ def _finish(
 
 
 def _take_over(out: Path, store: Store, made_of: dict[str, str]) -> None:
-    """Reuses the shards of the cache in `out` whose inputs are unchanged: all that come before new pictures."""
+    """Reuses the shards of the old cache in `out` whose inputs are unchanged."""
     try:
         manifest = parse_manifest((out / MANIFEST).read_bytes())
     except (OSError, Malformed):  # nothing that can be taken over
@@ -211,10 +211,11 @@ class _List:
         return len(self._places)
 
     def sort(self, sizes: list[aspect.Size], least: int) -> None:
-        """Sorts the pictures by the shape that they are cropped to, and uses only the shapes that are needed.
+        """Sorts the pictures by the size that they are cropped to, the nearest of those that are used.
 
         Args:
-            least: pictures of a shape, where there are so many.
+            sizes: that may be used.
+            least: pictures that a size must have to be used, unless it is the only one.
         """
         if len(sizes) == 1:
             self.sizes = sizes
@@ -293,7 +294,7 @@ def _latents_fingerprint(base: LoadedBase, rollouts: config.Rollouts | None, tex
 
 @contextmanager
 def _room(folder: Path, needed: int) -> Iterator[None]:
-    """Raises UserError with the bytes that are missing if the disk is full or becomes so."""
+    """Raises UserError with the bytes that are needed and free, if the disk is full or becomes so in the block."""
 
     def full(where: Path) -> UserError:
         return UserError(

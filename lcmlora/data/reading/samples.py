@@ -174,10 +174,10 @@ class _Other:
         self.for_some = bool(words)
 
     def belongs_to(self, picture: str) -> bool:
-        """Returns whether this may be the caption of the sample's only picture.
+        """Returns whether the caption may belong to this picture if the sample has no other.
 
-        What follows the first dot in one of the two names must be empty or a kind of file. The 05 of 2021.05.txt is
-        neither: it says which of several pictures is meant."""
+        One of the two names must have nothing, or a kind of file, after its first dot. A caption that has only a number
+        there, such as 2021.05.txt, belongs to one of several pictures."""
         bare = picture == self._key or bool(_words(picture, self._key) & _OF_PICTURES)
         return self.for_any or (self.for_some and bare)
 

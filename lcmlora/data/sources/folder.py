@@ -105,7 +105,7 @@ class Folder(EncodedPictures):
         return content
 
     def census(self) -> Census:
-        """Returns the files of which nothing was made. Where `data.path` is a table, its folder is not counted."""
+        """Returns the files of the folder that were not used; none if `data.path` is a table."""
         found = Census()
         if self._table:
             return found
