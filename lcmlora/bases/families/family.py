@@ -5,6 +5,7 @@ The methods take the parts that they work with, so that a family holds nothing a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -46,7 +47,7 @@ class SingleFile:
     text_encoders: dict[str, str]  # how those of each text encoder begin, by its folder
 
 
-class Family:
+class Family(ABC):
     """A kind of base.
 
     name: in manifests of caches, and the key of the table.
@@ -79,41 +80,41 @@ class Family:
         """Returns whether a network's configuration is of this kind."""
         return bool(config.get("_class_name") == self.network.classes[0])
 
+    @abstractmethod
     def naming(self, config: dict[str, Any]) -> Naming:
         """Returns what other programs call a network of this configuration and its layers."""
-        raise NotImplementedError
 
     def digested(self, index: dict[str, Any]) -> dict[str, Any]:
         """Returns what of model_index.json decides what is drawn, as the base's digest has it."""
         return {"family": self.name}
 
+    @abstractmethod
     def check(self, folder: Path) -> None:
         """Raises UserError where the configurations in a base's folder do not fit one another."""
-        raise NotImplementedError
 
+    @abstractmethod
     def examined_schedule(self, folder: Path) -> dict[str, Any]:
         """Returns what of a base's schedule decides what is drawn. Raises UserError where it can be no schedule."""
-        raise NotImplementedError
 
+    @abstractmethod
     def examined_tokenizer(self, folder: Path, tokenizer: Part, encoder: Part) -> dict[str, Any]:
         """Returns what a tokenizer makes of text. Raises UserError where it does not fit the encoder that reads it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shapes(self, folder: Path, part: Part) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of a part's weights by its configuration."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check_network(self, path: Path, config: dict[str, Any]) -> None:
         """Raises UserError where this configuration is not that of a network that can be distilled.
 
         Args:
             path: its file, for messages.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def size_unit(self, folder: Path) -> int:
         """Returns what the sides of a picture must be multiples of, in pixels."""
-        raise NotImplementedError
 
     def native_resolution(self, config: dict[str, Any], vae: dict[str, Any]) -> int | None:
         """Returns the side in pixels of the pictures that the network was made for; None where it does not tell.
@@ -145,6 +146,7 @@ class Family:
 
     def prepare(self, network: Any) -> None:
         """Changes how a network that was loaded computes, on its device; nothing by default."""
+        del network
 
     def load_tokenizer(self, part: Part, folder: Path) -> Any:
         """Returns a tokenizer."""
@@ -152,16 +154,17 @@ class Family:
 
         return getattr(transformers, part.classes[0]).from_pretrained(folder / part.folder)
 
+    @abstractmethod
     def schedule(self, folder: Path, resolution: int) -> tuple[Schedule, dict[str, Any]]:
         """Returns the noise schedule and diffusers' configuration of it, from which other schedulers are made.
 
         Args:
             resolution: of pictures in pixels, by which some kinds shift their noise levels.
         """
-        raise NotImplementedError
 
     # --- the network --------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def forward(self, network: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the network's raw output (B, C, h, w) fp32, computed in its own precision.
 
@@ -170,7 +173,6 @@ class Family:
             time: (B,), what the schedule tells the network.
             conditioning: a row for each latent, `micro_conditioning` included.
         """
-        raise NotImplementedError
 
     def micro_conditioning(self, sizes: Tensor, crops: Tensor, targets: Tensor) -> Conditioning:
         """Returns what the network is told of a picture besides its caption, fp32; nothing by default.
@@ -197,9 +199,9 @@ class Family:
             for tokenizer in tokenizers
         ]
 
+    @abstractmethod
     def encode_tokens(self, text_encoders: Sequence[Any], token_ids: Sequence[Tensor]) -> Conditioning:
         """Returns the conditioning of captions, fp32, of their token ids (B, T) for each text encoder."""
-        raise NotImplementedError
 
     def empty_is_zeros(self, index: dict[str, Any]) -> bool:
         """Returns whether the unconditional embedding is zeros, and not that of the empty prompt.
