@@ -7,21 +7,24 @@ has, or of the one whose UNet has the same width.
 from __future__ import annotations
 
 import functools
-import struct
+import re
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from lcmlora.errors import UserError
-from lcmlora.io.parsing import Malformed, as_object, parse_json, parse_yaml, read_json
+from lcmlora.io.parsing import as_object, parse_yaml, read_json
 from lcmlora.io.terminal import shown
 
-_MAX_HEADER = 100 << 20  # bytes of a safetensors file's header, by its format
+# A layer of a single file's UNet that reads the text embeddings; its weight is as wide as they are.
+_UNET_TEXT = re.compile(r"model\.diffusion_model\..*\.attn2\.to_k\.weight")
 
 
 @dataclass(frozen=True)
-class Family:
+class FamilySettings:
     """The settings that the size of a base decides."""
 
     name: str
@@ -35,7 +38,7 @@ class Family:
 class Presets:
     """All of presets.yaml."""
 
-    families: dict[str, Family]
+    families: dict[str, FamilySettings]
     bases: dict[str, dict[str, Any]]
 
 
@@ -47,11 +50,11 @@ def load() -> Presets:
     families = {}
     for name, entry in raw["families"].items():
         named = {key: entry.pop(key) for key in ("title", "unet", "resolution")}
-        families[name] = Family(name=name, sections=entry, **named)
+        families[name] = FamilySettings(name=name, sections=entry, **named)
     return Presets(families, raw["bases"])
 
 
-def family(name: str | None) -> Family | None:
+def family(name: str | None) -> FamilySettings | None:
     """Returns the family of this name."""
     return None if name is None else load().families[name]
 
@@ -92,7 +95,6 @@ def complete(name: str, entry: dict[str, Any], sources: Path = Path()) -> Comple
         if not isinstance(like, str) or like not in known:
             raise UserError(f"like: got {shown(repr(like), 80)}: expected one of {', '.join(load().families)}")
         values["like"] = like = known[like]["like"]
-    unet: dict[str, Any] = {}
     if _is_path(values.get("source"), sources):
         try:
             unet, file = _unet(values, sources)
@@ -125,7 +127,7 @@ def unknown(values: dict[str, Any], sources: Path = Path()) -> str:
     return f"its family is not known ({why}); write {families}, whose settings it then gets"
 
 
-def recognised(unet: dict[str, Any]) -> Family | None:
+def recognised(unet: dict[str, Any]) -> FamilySettings | None:
     """Returns the family whose UNet has this configuration."""
     for found in load().families.values():
         if all(unet.get(key) == value for key, value in found.unet.items()):
@@ -174,16 +176,13 @@ def _unet(values: dict[str, Any], sources: Path) -> tuple[dict[str, Any], Path]:
 def _of_weights(path: Path) -> dict[str, Any]:
     """Returns the width of the text embeddings that a single file's UNet takes, as its header says."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _MAX_HEADER:
-                raise UserError(f"{path}: no .safetensors file: its header would have {length} bytes")
-            header = as_object(parse_json(file.read(length)), str(path))
-    except (OSError, struct.error, Malformed) as error:
+        with safe_open(path, framework="numpy") as file:
+            names = file.keys()
+            attention = next((name for name in names if _UNET_TEXT.fullmatch(name)), None)
+            if attention is None:
+                return {}
+            width = next(reversed(file.get_slice(attention).get_shape()), None)
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    sdxl = any(key.startswith("conditioner.embedders.1.") for key in header)
-    for key, tensor in header.items():
-        if key.startswith("model.diffusion_model.") and key.endswith(".attn2.to_k.weight"):
-            width = as_object(tensor, f"{path}: {key}").get("shape", [None])[-1]
-            return {"cross_attention_dim": width} | ({"addition_embed_type": "text_time"} if sdxl else {})
-    return {}
+    sdxl = any(name.startswith("conditioner.embedders.1.") for name in names)
+    return {"cross_attention_dim": width} | ({"addition_embed_type": "text_time"} if sdxl else {})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from lcmlora import config
 from lcmlora.errors import UserError
@@ -211,14 +212,12 @@ def test_the_emoji_bases_folder_says_64_pixels_and_is_of_no_family():
 
 
 def single_file(path: Path, width: int, *, sdxl: bool) -> Path:
-    """Writes the header of a checkpoint in the original layout."""
-    entry = {"dtype": "F16", "data_offsets": [0, 0]}
+    """Writes a checkpoint in the original layout with a layer of its UNet, and one of SDXL's second text encoder."""
     block = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0"
-    header = {f"{block}.attn2.to_k.weight": entry | {"shape": [640, width]}}
+    tensors = {f"{block}.attn2.to_k.weight": np.zeros((4, width), np.float16)}
     if sdxl:
-        header["conditioner.embedders.1.model.ln_final.weight"] = entry | {"shape": [1280]}
-    content = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(content)) + content)
+        tensors["conditioner.embedders.1.model.ln_final.weight"] = np.zeros(8, np.float16)
+    save_file(tensors, path)
     return path
 
 
