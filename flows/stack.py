@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import configparser
 import contextlib
-import fcntl
 import os
 import secrets
 import shlex
@@ -31,6 +30,7 @@ from flows.services import HOST, QUIET, S3, Identity, Service
 from lcmlora import config
 from lcmlora.cli.reporting import reporting
 from lcmlora.errors import UserError
+from lcmlora.io.files import locked
 from lcmlora.project import Project
 
 BUCKET = "lcmlora"
@@ -311,11 +311,7 @@ def _locked(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder}: it belongs to another user, who would know our passwords; remove it")
     folder.chmod(0o700)
     (folder / ".gitignore").write_text("*\n")
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another `make up` or `make down` is at work; wait for it") from None
+    with locked(folder, "another `make up` or `make down` is at work; wait for it"):
         yield folder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +14,12 @@ from typer.core import TyperCommand
 from lcmlora import names
 from lcmlora.cli.context import Context, context_of
 from lcmlora.errors import UserError
+from lcmlora.io.files import discard, locked
 from lcmlora.plugins import SOURCES
 
 if TYPE_CHECKING:
     from lcmlora.bases import LoadedBase
-    from lcmlora.config import Config, Distill, Encode, Evaluation, Kind
+    from lcmlora.config import Config, Distill, Encode, Evaluation, Kind, Launch
     from lcmlora.data.latents.cache import LatentCache
     from lcmlora.parallel.ranks import Ranks
     from lcmlora.project import Project
@@ -57,11 +58,10 @@ def pretrain_stage(call: typer.Context) -> None:
     from lcmlora.config import digest
     from lcmlora.demo.pretrain import pretrain
     from lcmlora.settings.pretrain import Recipe
-    from lcmlora.training import checkpoint
 
     recipe = Recipe()
     key = digest(recipe, stages.algorithms("pretrain"))[:12]
-    with checkpoint.locked(project.scratch("pretrain", key)) as scratch:
+    with locked(project.scratch("pretrain", key)) as scratch:
         pretrain(recipe, project.npm_packages, scratch, project.base("emoji"), bases.pick_device("auto"))
 
 
@@ -90,11 +90,7 @@ def encode_stage(call: typer.Context, model: Model) -> None:
     context = context_of(call)
     config = context.settings()
     settings, launch = config.encode_for(model), config.launch_for(model)
-    from lcmlora.parallel import launcher, ranks
-
-    if launch.processes * launch.machines > 1 and not ranks.launched():
-        raise SystemExit(launcher.launch(launch, "lcmlora", sys.argv[1:]))
-    with ranks.connected(settings.device) as place:
+    with _place(launch, settings.device) as place:
         _encode(context.project, config, model, settings, place)
 
 
@@ -120,10 +116,9 @@ def reference_stage(call: typer.Context, model: Model) -> None:
     context = context_of(call)
     config, project = context.settings(), context.project
     from lcmlora.evaluation.reference import draw_reference
-    from lcmlora.training import checkpoint
 
     base, settings = _drawing_base(project, config, model)
-    with checkpoint.locked(project.scratch("reference", model)) as scratch:
+    with locked(project.scratch("reference", model)) as scratch:
         draw_reference(
             base,
             project.located_data(config.data),
@@ -143,11 +138,7 @@ def distill_stage(call: typer.Context, model: Model) -> None:
     context = context_of(call)
     config = context.settings()
     settings, launch = config.distill_for(model), config.launch_for(model)
-    from lcmlora.parallel import launcher, ranks
-
-    if launch.processes * launch.machines > 1 and not ranks.launched():
-        raise SystemExit(launcher.launch(launch, "lcmlora", sys.argv[1:]))
-    with ranks.connected(settings.device) as place:
+    with _place(launch, settings.device) as place:
         _distill(context.project, config, model, settings, place)
 
 
@@ -159,7 +150,6 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, pl
     from lcmlora.distillation.distill import distill, versions
     from lcmlora.io.files import sha256_file
     from lcmlora.registry import tracking
-    from lcmlora.training import checkpoint
 
     loaded, cache = base_and_cache(project, config, model, settings, pictures=place.first)
     identity = folders.identity(config.base(model), project.base(model))
@@ -168,7 +158,7 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, pl
     limit = int(config.teacher_cache_gb * 1e9)
     logged = config.registry if place.first else None
     with (
-        checkpoint.locked(scratch) if place.first else contextlib.nullcontext(),
+        locked(scratch) if place.first else contextlib.nullcontext(),
         tracking.tracking(logged, model, settings.model_dump(mode="json"), scratch) as run,
     ):
         distill(
@@ -186,7 +176,7 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, pl
         if place.first:
             run.made(sha256_file(project.adapter(model) / lora.WEIGHTS), versions())
     if place.first:
-        checkpoint.discard(scratch)
+        discard(scratch)
 
 
 def evaluate_stage(call: typer.Context, model: Model) -> None:
@@ -197,10 +187,9 @@ def evaluate_stage(call: typer.Context, model: Model) -> None:
     context = context_of(call)
     config, project = context.settings(), context.project
     from lcmlora.evaluation.evaluate import evaluate
-    from lcmlora.training import checkpoint
 
     base, settings = _drawing_base(project, config, model)
-    with checkpoint.locked(project.scratch("evaluate", model)) as scratch:
+    with locked(project.scratch("evaluate", model)) as scratch:
         evaluate(
             base,
             project.adapter(model),
@@ -246,7 +235,6 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
     from lcmlora.data.prepare import prepare, print_report
     from lcmlora.distillation.finetune import tune
     from lcmlora.registry import tracking
-    from lcmlora.training import checkpoint
 
     entry, folder = config.base(model), project.base(model)
     device = bases.pick_device(settings.device)
@@ -255,7 +243,7 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
     key = digest(data, settings, identity, stages.algorithms(kind))[:12]
     work = project.scratch(kind, f"{model}-{name}-{key}")
     data = project.located_data(data)
-    with checkpoint.locked(work):
+    with locked(work):
         print_report(prepare(data, settings.batch, work / "pictures"))
         base = bases.load(model, entry, folder, device=device, dtype=dtype, parts=("vae", "text"))
         if not (work / "latents" / MANIFEST).exists():
@@ -269,7 +257,7 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
         label = f"{model}-{kind}-{name}"
         with tracking.tracking(config.registry, label, settings.model_dump(mode="json"), work) as run:
             tune(bare, cache, settings, work, out, identity=identity, logger=run)
-    checkpoint.discard(work)
+    discard(work)
 
 
 def alone_stage(call: typer.Context, model: Model, name: Either) -> None:
@@ -281,13 +269,12 @@ def alone_stage(call: typer.Context, model: Model, name: Either) -> None:
     config, project = context.settings(), context.project
     from lcmlora import stages
     from lcmlora.evaluation.study import draw_alone
-    from lcmlora.training import checkpoint
 
     kind = stages.studied_kind(config, model, name)
     assert config.study is not None
     folder = _variation(project, kind, model, name)
     base, settings = _drawing_base(project, config, model, folder if kind == "finetune" else None)
-    with checkpoint.locked(project.scratch("alone", f"{model}-{name}")) as scratch:
+    with locked(project.scratch("alone", f"{model}-{name}")) as scratch:
         draw_alone(
             base,
             kind,
@@ -310,13 +297,12 @@ def study_stage(call: typer.Context, model: Model) -> None:
     if config.study is None or not config.studied(model):
         raise UserError(f"{model}: is not studied; add it to study.models in params.yaml, with styles or finetunes")
     from lcmlora.evaluation.study import Variation, study
-    from lcmlora.training import checkpoint
 
     variations = [
         Variation(kind, name, _variation(project, kind, model, name), project.alone(model, name))
         for kind, name in config.studied(model)
     ]
-    with checkpoint.locked(project.scratch("study", model)) as scratch:
+    with locked(project.scratch("study", model)) as scratch:
         study(
             lambda folder: _drawing_base(project, config, model, folder)[0],
             project.adapter(model),
@@ -354,6 +340,18 @@ VERBS: dict[str, Callable[..., None]] = {
     "study": study_stage,
     "package": package_stage,
 }
+
+
+@contextlib.contextmanager
+def _place(launch: Launch, device: str) -> Iterator[Ranks]:
+    """Yields which one of the processes this is. Where there are to be many and this is none of them, it starts them
+    with the same command, and ends with their status."""
+    from lcmlora.parallel import launcher, ranks
+
+    if launch.processes * launch.machines > 1 and not ranks.launched():
+        raise SystemExit(launcher.launch(launch, "lcmlora", sys.argv[1:]))
+    with ranks.connected(device) as place:
+        yield place
 
 
 def _variation(project: Project, kind: Kind, model: str, name: str) -> Path:

@@ -255,18 +255,18 @@ def sha256_folder(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[Path]:
-    """Holds the scratch folder for this process, made where missing.
+def locked(folder: Path, busy: str = "another run works in this folder; wait for it or end it") -> Iterator[Path]:
+    """Holds a folder for this process, made where missing.
 
     Raises:
-        UserError: another process works in it, an orphan of a killed flow perhaps.
+        UserError: another process holds it, an orphan of a killed flow perhaps; `busy` says what to do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another run works in this folder; wait for it or end it") from None
+            raise UserError(f"{folder}: {busy}") from None
         yield folder
 
 

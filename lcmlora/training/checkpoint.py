@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from lcmlora.errors import UserError
-from lcmlora.io.files import atomic_write, discard, locked
-
-__all__ = ["Checkpoints", "discard", "locked"]
+from lcmlora.io.files import atomic_write
 
 
 class Checkpoints:

@@ -24,10 +24,9 @@ from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode
 from lcmlora.data.sources.source import Record, find, fit, open_picture, read_records, write_records
 from lcmlora.errors import UserError
-from lcmlora.io.files import sha256_file
+from lcmlora.io.files import locked, sha256_file
 from lcmlora.parallel import ranks
 from lcmlora.parallel.ranks import Ranks
-from lcmlora.training import checkpoint
 from tests.data.conftest import add, data_in, load_encoders, picture
 
 SETTINGS = Encode(batch=5, shard_mb=1, device="cpu")
@@ -232,7 +231,7 @@ def test_a_second_run_on_the_same_work_is_refused(load_base: Load, listed: Data,
     with pytest.raises(KeyboardInterrupt):
         run(base, listed, tmp_path)
     (work,) = (tmp_path / "scratch").iterdir()
-    with checkpoint.locked(work), pytest.raises(UserError, match="another run"):
+    with locked(work), pytest.raises(UserError, match="another run"):
         run(base, listed, tmp_path)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from lcmlora.errors import UserError
 from lcmlora.io import files, temporaries
+from lcmlora.io.files import locked
 from lcmlora.training import checkpoint
 
 
@@ -54,7 +55,7 @@ def test_a_folders_digest_follows_names_and_contents(tmp_path: Path):
 
 
 def _hold(folder: Path, ready: "multiprocessing.Event", done: "multiprocessing.Event") -> None:  # type: ignore[name-defined]
-    with checkpoint.locked(folder):
+    with locked(folder):
         ready.set()
         done.wait(30)
 
@@ -65,11 +66,11 @@ def test_two_processes_cannot_work_in_one_scratch_folder(tmp_path: Path):
     other = context.Process(target=_hold, args=(tmp_path, ready, done))
     other.start()
     assert ready.wait(60)
-    with pytest.raises(UserError, match="another run works in this folder"), checkpoint.locked(tmp_path):
+    with pytest.raises(UserError, match="another run works in this folder"), locked(tmp_path):
         pass
     done.set()
     other.join()
-    with checkpoint.locked(tmp_path):  # free again
+    with locked(tmp_path):  # free again
         pass
 
 

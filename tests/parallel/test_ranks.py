@@ -20,11 +20,11 @@ from lcmlora.adapters import lora
 from lcmlora.config import Launch
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.errors import UserError
+from lcmlora.io.files import locked
 from lcmlora.io.parsing import Malformed
 from lcmlora.parallel import ranks
 from lcmlora.parallel.exchange import Left, SocketPairs
 from lcmlora.parallel.ranks import Ranks
-from lcmlora.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +78,7 @@ def test_a_launcher_that_is_killed_takes_its_processes_with_it(base_folder: Path
     until = time.monotonic() + 10
     for rank in ("0", "1"):
         while time.monotonic() < until:
-            with contextlib.suppress(UserError), checkpoint.locked(tmp_path / "scratch" / rank):
+            with contextlib.suppress(UserError), locked(tmp_path / "scratch" / rank):
                 break
             time.sleep(0.1)
         else:

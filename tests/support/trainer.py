@@ -16,8 +16,8 @@ import torch
 
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation.distill import distill
+from lcmlora.io.files import locked
 from lcmlora.parallel import ranks
-from lcmlora.training import checkpoint
 from lcmlora.training.loop import NullLogger
 from tests.support.distillation import SETTINGS, load_parts
 
@@ -41,7 +41,7 @@ def main(base: str, latents: str, work: str, kill_at: str, victim: str) -> None:
     torch.set_num_threads(1)
     scratch = Path(work, "scratch")
     scratch.mkdir(parents=True, exist_ok=True)
-    with ranks.connected("cpu") as place, checkpoint.locked(scratch / str(place.rank)):
+    with ranks.connected("cpu") as place, locked(scratch / str(place.rank)):
         distill(
             load_parts(Path(base), "network"),
             LatentCache(Path(latents)),

@@ -9,6 +9,7 @@ import typer
 
 from lcmlora.cli.context import Context, context_of
 from lcmlora.errors import UserError
+from lcmlora.io.files import locked
 from lcmlora.io.terminal import note, say
 
 Adapter = Annotated[
@@ -188,12 +189,11 @@ def remeasure(
     from lcmlora.cli.adapters import references
     from lcmlora.evaluation.figures import STUDENT, Key
     from lcmlora.evaluation.remeasure import measure_again
-    from lcmlora.training import checkpoint
 
     chosen = references.open_adapter(adapter, settings, _downloads(context))
     device = bases.pick_device(evaluation.device)
     loaded = bases.load(model, base, project.base(model), device=device, dtype=bases.pick_dtype("auto", device))
-    with checkpoint.locked(project.scratch("remeasure", model)) as scratch:
+    with locked(project.scratch("remeasure", model)) as scratch:
         figures = measure_again(
             loaded,
             base,
