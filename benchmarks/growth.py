@@ -26,7 +26,7 @@ from benchmarks.compare import Case, _pictures, make_case
 from benchmarks.variants import STEP, Build
 from lcmlora import bases
 from lcmlora.adapters import lora
-from lcmlora.adapters.facts import Sampler
+from lcmlora.adapters.metadata import Sampler
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion import sampling
 

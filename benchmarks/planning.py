@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from benchmarks import tables
-from lcmlora.data.latents.plan import Plan, Shard
+from lcmlora.data.latents.sampling_plan import Plan, Shard
 
 _STEPS = 100
 

@@ -211,7 +211,7 @@ def users_of(keys: Path) -> Path:
 def prefect(port: int, home: Path, login: Login, pages: bool = True) -> Service:
     """Returns a Prefect server with an sqlite database below `home`."""
     api = f"http://{HOST}:{port}/api"
-    command = module("uvicorn", "--factory", "flows.gate:prefect", "--host", HOST, "--port", str(port))
+    command = module("uvicorn", "--factory", "flows.access_guard:prefect", "--host", HOST, "--port", str(port))
     environment = {
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_API_AUTH_STRING": login.pair,

@@ -23,9 +23,9 @@ from urllib.parse import urlsplit
 import typer
 from pydantic import BaseModel
 
-from flows import credentials, parts, services
+from flows import background, credentials, services
+from flows.background import Part
 from flows.credentials import Login
-from flows.parts import Part
 from flows.services import HOST, QUIET, S3, Identity, Service
 from lcmlora import config
 from lcmlora.cli.reporting import reporting
@@ -85,14 +85,14 @@ def up() -> None:
             def inherited(name: str) -> dict[str, str]:
                 return _inherited(plan, name)
 
-            parts.start(plan.servers, folder, state.parts, inherited)
-            parts.wait(plan.servers, folder, state.parts)
+            background.start(plan.servers, folder, state.parts, inherited)
+            background.wait(plan.servers, folder, state.parts)
             _deploy(folder, plan, settings.flow.limit)
             name = f"{socket.gethostname()}:{project.name}"
             api, user = plan.exported["PREFECT_API_URL"], _login("prefect", state)
             worker = services.worker(api, user, folder / "prefect", project, name)
             worker.environment.update(plan.exported)
-            parts.wait(parts.start([worker], folder, state.parts, inherited), folder, state.parts)
+            background.wait(background.start([worker], folder, state.parts, inherited), folder, state.parts)
         finally:
             _save(folder, state)
         state.exported = plan.exported
@@ -114,11 +114,11 @@ def down() -> None:
         return
     with _locked(folder):
         state = _read(folder)
-        if len(parts.family(folder / "worker")) > 1 and "PREFECT_API_URL" in state.exported:
+        if len(background.family(folder / "worker")) > 1 and "PREFECT_API_URL" in state.exported:
             print("cancelling what runs ...", flush=True)
             _cancel(state.exported, folder)
         # The worker first, for it reports to the server.
-        ended = parts.end(folder / "worker") + parts.end(*(folder / name for name in PORTS))
+        ended = background.end(folder / "worker") + background.end(*(folder / name for name in PORTS))
         state.parts = {}
         _save(folder, state)
     print(f"ended {ended} processes; data and logs are kept in .up/" if ended else "nothing was running")
@@ -210,7 +210,7 @@ def _seaweedfs(folder: Path, state: State) -> tuple[Service, S3]:
         state.secrets.setdefault(name, secrets.token_hex(20))
     port = _port("seaweedfs", state, folder)
     others = state.ports["seaweedfs"][1:]
-    if len(others) < 7 or not (parts.family(folder / "seaweedfs") or all(map(services.is_free, others))):
+    if len(others) < 7 or not (background.family(folder / "seaweedfs") or all(map(services.is_free, others))):
         others = services.free_ports(7)
     state.ports["seaweedfs"] = [port, *others]
     s3 = S3(f"http://{HOST}:{port}", state.secrets["access"], state.secrets["secret"])
@@ -227,7 +227,7 @@ def _seaweedfs(folder: Path, state: State) -> tuple[Service, S3]:
 def _port(name: str, state: State, folder: Path) -> int:
     """Returns the port that this server had or has; else the usual one, or a free one where that is taken."""
     known = state.ports.get(name, [PORTS[name]])[0]
-    if not services.is_free(known) and not parts.family(folder / name):
+    if not services.is_free(known) and not background.family(folder / name):
         known = services.free_ports(1)[0]
     state.ports[name] = [known, *state.ports.get(name, [])[1:]]
     return known

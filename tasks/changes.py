@@ -7,13 +7,13 @@ from prefect.cache_policies import NO_CACHE
 
 from lcmlora import config
 from lcmlora.bases import fetching
-from lcmlora.data import changes
+from lcmlora.data import fingerprints
 
 
 @task(task_run_name="look at the data set", cache_policy=NO_CACHE)
 def read_data_state(settings: config.Config) -> str:
     """Returns a digest that changes with the pictures or captions."""
-    return changes.fingerprint(settings.data.path, settings.data.links)
+    return fingerprints.fingerprint(settings.data.path, settings.data.links)
 
 
 @task(task_run_name="look at the base of {model}", cache_policy=NO_CACHE)

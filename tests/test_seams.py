@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from lcmlora import config, plugins
-from lcmlora.adapters.facts import read_sampler
+from lcmlora.adapters.metadata import read_sampler
 from lcmlora.config import Distill, Publish
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.prepare import prepare

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lcmlora.adapters.facts import WEIGHTS as WEIGHTS
+from lcmlora.adapters.metadata import WEIGHTS as WEIGHTS
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write
 from lcmlora.patches.peft_internals import set_adapters_off

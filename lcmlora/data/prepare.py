@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmlora.config import Data
-from lcmlora.data import remedies
+from lcmlora.data import rejection_advice
 from lcmlora.data.duplicates import Looks
 from lcmlora.data.reading.candidates import DUPLICATE, printable, shown
 from lcmlora.data.rejections import write as write_rejections
@@ -38,7 +38,7 @@ def prepare(data: Data, minimum: int, out: Path) -> dict[str, Any]:
     rejections = found.rejections
     read = len(found.records) + len(rejections)
     if read:
-        remedies.check(data, rejections, read, found.passed_over)
+        rejection_advice.check(data, rejections, read, found.passed_over)
     kept = []
     seen: set[str] = set()
     looks = Looks(data.near_duplicates or 0)
@@ -98,7 +98,7 @@ def print_report(report: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    counted = remedies.counted(report["source"])
+    counted = rejection_advice.counted(report["source"])
     table = Table(counted, "count", "first of them", title=f"data: {report['source']}", title_justify="left")
 
     def add(what: str, found: dict[str, Any]) -> None:
@@ -165,7 +165,7 @@ def _count(records: list[Record]) -> dict[str, int]:
 def _too_few(
     data: Data, report: dict[str, Any], minimum: int, rejections: list[Rejection], passed_over: dict[str, Any]
 ) -> str:
-    counted = remedies.counted(data.source)
+    counted = rejection_advice.counted(data.source)
     if report["train"]["pictures"] >= minimum:
         return (
             f"{data.path}: all {report['kept']} {counted} that are left have one caption; data.validation holds out "
@@ -178,8 +178,8 @@ def _too_few(
     )
     most = max((dropped["count"] for dropped in report["dropped"].values()), default=0)
     if 2 * most > len(rejections) and (most >= report["kept"] or report["train"]["pictures"] + most >= minimum):
-        said = f"{remedies.worst(rejections)}{remedies.leading(rejections, passed_over)}{remedies.others(rejections)}"
-        return f"{data.path}: {left}, dropped: {said}"
+        worst, leading = rejection_advice.worst(rejections), rejection_advice.leading(rejections, passed_over)
+        return f"{data.path}: {left}, dropped: {worst}{leading}{rejection_advice.others(rejections)}"
     reasons = ", ".join(f"{d['count']} {reason}" for reason, d in report["dropped"].items()) or "none"
     return (
         f"{data.path}: {left}, dropped: {reasons}; "

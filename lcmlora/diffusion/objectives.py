@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lcmlora.adapters.facts import Sampler
+from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases.schedule import Prediction, Schedule
 from lcmlora.config import Distill
 from lcmlora.diffusion import samplers, solver

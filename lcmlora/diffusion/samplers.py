@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lcmlora.adapters.facts import Sampler
+from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases.schedule import Prediction, Schedule
 from lcmlora.diffusion import solver
 from lcmlora.plugins import SAMPLERS

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcmlora.adapters.facts import LATENT_CONSISTENCY, Sampler
+from lcmlora.adapters.metadata import LATENT_CONSISTENCY, Sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.families import Conditioning
 from lcmlora.diffusion import samplers, solver

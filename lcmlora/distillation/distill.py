@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lcmlora import stages
 from lcmlora.adapters import lora
-from lcmlora.adapters.facts import Sampler
+from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.families import Conditioning
 from lcmlora.config import Distill, check_trajectory, digest

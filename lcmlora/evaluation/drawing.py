@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcmlora.adapters.facts import LATENT_CONSISTENCY, Sampler
+from lcmlora.adapters.metadata import LATENT_CONSISTENCY, Sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, digest
 from lcmlora.data.sources.source import Record, fit, open_picture

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcmlora.adapters import formats, lora
-from lcmlora.adapters.facts import read_sampler
+from lcmlora.adapters.metadata import read_sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import compared
 from lcmlora.config import Data, Evaluation

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from lcmlora.adapters import formats, lora
-from lcmlora.adapters.facts import Sampler
+from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases import architecture
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import Identity, check_same_base, identity

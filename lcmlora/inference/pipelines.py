@@ -14,8 +14,8 @@ from PIL import Image
 
 from lcmlora import bases
 from lcmlora.adapters import tensorfile
-from lcmlora.adapters.facts import LATENT_CONSISTENCY, Sampler
-from lcmlora.bases import architecture, fetching, folders, plain, singlefile
+from lcmlora.adapters.metadata import LATENT_CONSISTENCY, Sampler
+from lcmlora.bases import architecture, diffusers_pipeline, fetching, folders, singlefile
 from lcmlora.config import Base
 from lcmlora.diffusion import noise, sampling
 from lcmlora.errors import UserError
@@ -119,7 +119,7 @@ class Pipeline:
     ) -> Tensor:
         """Returns (B, 3, height, width) uint8."""
         factor = self.pipeline.vae_scale_factor
-        shape = (plain.network(self.pipeline).config.in_channels, height // factor, width // factor)
+        shape = (diffusers_pipeline.network(self.pipeline).config.in_channels, height // factor, width // factor)
         latents = sampling.initial_noise(shape, seed, list(prompts))
         generators = [noise.generator(seed, index, 1) for index in prompts]
 
@@ -136,7 +136,7 @@ class Pipeline:
             num_inference_steps=steps,
             guidance_scale=float(guidance),
             eta=self.sampler.gamma or 0.0,  # dropped by the pipelines where the scheduler is not TCDScheduler
-            latents=latents.to(self.pipeline.device, plain.network(self.pipeline).dtype),
+            latents=latents.to(self.pipeline.device, diffusers_pipeline.network(self.pipeline).dtype),
             generator=generators,
             width=width,
             height=height,
@@ -183,7 +183,9 @@ def load(
     place = bases.pick_device(device)
     base_folder = _base(folder, provenance["base"], base, sources)
     variant = provenance["base"].get("variant") or folders.variant(base_folder)
-    pipeline = plain.assemble(base_folder, folder / bundle.SCHEDULER, variant, bases.pick_dtype("auto", place))
+    pipeline = diffusers_pipeline.assemble(
+        base_folder, folder / bundle.SCHEDULER, variant, bases.pick_dtype("auto", place)
+    )
     pipeline = pipeline.to(place)
     _add(pipeline, folder, fuse)
     pipeline.watermark = None  # SDXL's, which depends on the packages that happen to be installed
@@ -211,7 +213,7 @@ def _add(pipeline: Any, folder: Path, fuse: bool) -> None:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder / bundle.WEIGHTS}: plain diffusers cannot load it: {reason}") from error
     if fuse:
-        pipeline.fuse_lora(components=[plain.family_of(pipeline).network.folder])
+        pipeline.fuse_lora(components=[diffusers_pipeline.family_of(pipeline).network.folder])
         pipeline.unload_lora_weights()
 
 

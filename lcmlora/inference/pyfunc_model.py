@@ -28,7 +28,7 @@ class Drawer(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Raises UserError where the base is not to be had or is not the one of the release."""
-        from lcmlora.inference import pipelines, scoring
+        from lcmlora.inference import pipelines, request_guard
         from lcmlora.inference.limits import Limits
 
         self._limits = Limits.read()
@@ -44,7 +44,7 @@ class Drawer(PythonModel):
             os.environ.get("LCMLORA_DEVICE") or "auto",
             fuse=os.environ.get("LCMLORA_FUSE") == "1",
         ).result()
-        scoring.stand_before_mlflow(self._limits)
+        request_guard.stand_before_mlflow(self._limits)
 
     def predict(
         self, context: PythonModelContext, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
@@ -63,12 +63,12 @@ class Drawer(PythonModel):
         from mlflow.protos.databricks_pb2 import DEADLINE_EXCEEDED, INTERNAL_ERROR, RESOURCE_EXHAUSTED
 
         from lcmlora.errors import UserError
-        from lcmlora.inference import scoring
+        from lcmlora.inference import request_guard
         from lcmlora.inference.pipelines import Abandoned
         from lcmlora.inference.serving import DEFAULTS
 
         # Other servers than MLflow's have no door of ours.
-        request = scoring.current.get() or scoring.Request(time.monotonic() + self._limits.seconds)
+        request = request_guard.current.get() or request_guard.Request(time.monotonic() + self._limits.seconds)
         request.reached = True
         asked = DEFAULTS | {name: value for name, value in (params or {}).items() if value is not None}
         resolution = self._pipeline.resolution

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lcmlora.adapters.facts import FACTS, SCHEDULER, WEIGHTS, AdapterFacts, Sampler, SamplerFacts, read_sampler
+from lcmlora.adapters.metadata import FACTS, SCHEDULER, WEIGHTS, AdapterFacts, Sampler, SamplerFacts, read_sampler
 from lcmlora.errors import UserError
 from lcmlora.io.documents import Document, Number
 from lcmlora.io.files import sha256_file

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lcmlora.adapters.facts import Distilled
+from lcmlora.adapters.metadata import Distilled
 from lcmlora.config import Base
 from lcmlora.diffusion import objectives
 from lcmlora.evaluation.figures import Advantage, Key, Metrics

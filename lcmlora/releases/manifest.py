@@ -16,7 +16,7 @@ from lcmlora.io import terminal
 from lcmlora.io.parsing import Malformed, as_object, parse_json
 from lcmlora.releases import bundle
 from lcmlora.releases.stores.store import Store, open_store
-from lcmlora.releases.trust import records, seen, signing
+from lcmlora.releases.trust import records, rollback_protection, signing
 from lcmlora.releases.trust.signing import SIGNATURE
 
 MANIFEST = "manifest.json"
@@ -140,7 +140,7 @@ def _follow(store: Store, model: str, channel: str, settings: Publish) -> str:
                 f"{place}: is of {found.time.isoformat()}, and here it is {datetime.now(UTC).isoformat()} now; set "
                 "the clock that is wrong, and if it is the publisher's, have the pointer written anew"
             )
-        seen.pass_pointer(found, store.uri, channel, settings, place)
+        rollback_protection.pass_pointer(found, store.uri, channel, settings, place)
     # Below the pointer's own root, whatever address it holds: releases may have been moved or mirrored with it.
     return f"{store.uri}/{found.prefix}"
 
@@ -280,7 +280,9 @@ def yanked(store: Store, place: str, name: str, model: str, sha256: str, setting
             records.check(records.YANK, record, settings, place, remedy)
         except UserError as error:
             return found | {"unproven": str(error)}
-    return seen.pass_yank(found, store_of(store), model, sha256, settings) if settings.verify_key else found
+    return (
+        rollback_protection.pass_yank(found, store_of(store), model, sha256, settings) if settings.verify_key else found
+    )
 
 
 def refuse_yanked(yanked: dict[str, str] | None, uri: str, instead: str) -> None:

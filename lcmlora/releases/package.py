@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lcmlora import __version__
-from lcmlora.adapters.facts import FACTS, SCHEDULER, WEIGHTS, Distilled
+from lcmlora.adapters.metadata import FACTS, SCHEDULER, WEIGHTS, Distilled
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
@@ -188,14 +188,16 @@ class Witness:
         import torch
         from safetensors.torch import load_file
 
-        from lcmlora.bases import pick_device, pick_dtype, plain
+        from lcmlora.bases import diffusers_pipeline, pick_device, pick_dtype
 
         # An adapter of a half-precision base is saved in fp16, so its file tells how the probe was computed.
         first = next(iter(load_file(release / WEIGHTS).values()))
         self._base_folder = base_folder
         self._device = pick_device("auto")
         dtype = torch.float32 if first.dtype == torch.float32 else pick_dtype(precision, self._device)
-        self._pipeline = plain.assemble(base_folder, release / SCHEDULER, base.variant, dtype).to(self._device)
+        self._pipeline = diffusers_pipeline.assemble(base_folder, release / SCHEDULER, base.variant, dtype).to(
+            self._device
+        )
         self._probe = {name: tensor.to(self._device) for name, tensor in load_file(probe).items()}
 
     def prove(self, weights: Path) -> Proof:
@@ -207,11 +209,11 @@ class Witness:
         import torch
         from safetensors.torch import load_file
 
-        from lcmlora.bases import plain
+        from lcmlora.bases import diffusers_pipeline
 
         written = load_file(weights)
         self._load(weights)
-        family, network = plain.family_of(self._pipeline), plain.network(self._pipeline)
+        family, network = diffusers_pipeline.family_of(self._pipeline), diffusers_pipeline.network(self._pipeline)
         expected = sum(not name.endswith(".alpha") for name in written)
         loaded = sum(".lora_A." in name or ".lora_B." in name for name, _ in network.named_parameters())
         if loaded != expected:

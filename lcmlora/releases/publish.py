@@ -23,7 +23,7 @@ from lcmlora.io.parsing import as_object, read_json
 from lcmlora.releases import bundle, manifest
 from lcmlora.releases.manifest import MANIFEST, YANKED
 from lcmlora.releases.stores.store import Store, open_store
-from lcmlora.releases.trust import records, seen, signing
+from lcmlora.releases.trust import records, rollback_protection, signing
 from lcmlora.releases.trust.signing import SIGNATURE
 
 
@@ -138,7 +138,7 @@ def point(model: str, sha256: str, settings: Publish, channel: str = "champion")
     facts = {"model": model, "channel": channel, "sha256": sha256, "release": f"{store.uri}/{prefix}"}
     current = store.read(name)
     signing_too = settings.signing_key is not None
-    newest = seen.newest_pointer(model, channel, store.uri, settings) if signing_too else None
+    newest = rollback_protection.newest_pointer(model, channel, store.uri, settings) if signing_too else None
     former = _standing(current[0], place, settings) if current else None
     if former and newest and records.moment(former.get("time"), place) < newest:
         former = None  # an older one was put back, which names the same release and which readers refuse
@@ -149,7 +149,7 @@ def point(model: str, sha256: str, settings: Publish, channel: str = "champion")
         if not moved and (after is None or records.pointer(after[0], place).sha256 != sha256):
             raise UserError(f"{place}: another publisher moved it just now; look at it, then run again")
         if moved and signing_too:
-            seen.pass_pointer(records.pointer(content, place), store.uri, channel, settings, place)
+            rollback_protection.pass_pointer(records.pointer(content, place), store.uri, channel, settings, place)
     # Whoever yanks looks at the channels before; it may have been this very moment.
     _usable(store, prefix, settings)
     return place
@@ -224,7 +224,7 @@ def yank(uri: str, settings: Publish, *, reason: str, who: str, key: str = "publ
     if not store.create(YANKED, content, hashlib.sha256(content).hexdigest()):
         _yank_again(store, facts, settings)
     elif settings.signing_key is not None:
-        seen.pass_yank(facts, root, facts["model"], sha256, settings)
+        rollback_protection.pass_yank(facts, root, facts["model"], sha256, settings)
     if pointing := _pointing(channels, name):
         raise UserError(f"{store.uri}: was yanked, and {', '.join(pointing)} was pointed to it meanwhile; roll back")
     return f"{store.uri}/{YANKED}"

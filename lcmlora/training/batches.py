@@ -15,7 +15,7 @@ from torch import Tensor
 from lcmlora.bases.families import Conditioning
 from lcmlora.config import Training
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.plan import Plan, Shard
+from lcmlora.data.latents.sampling_plan import Plan, Shard
 from lcmlora.diffusion.noise import generator
 from lcmlora.parallel.ranks import Ranks
 

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from lcmlora.bases import folders, plain
+from lcmlora.bases import diffusers_pipeline, folders
 from lcmlora.cli.main import app
 from lcmlora.errors import UserError
 from lcmlora.plugins import FEATURES
@@ -42,7 +42,7 @@ def _draws_as_the_student_did(root: Path, base: Path, model: str) -> None:
     probe = load_file(root / "adapters" / model / "probe.safetensors")
     student, alone = probe.pop("student"), probe.pop("base")
     with torch.no_grad():
-        family = plain.family_of(pipeline)
+        family = diffusers_pipeline.family_of(pipeline)
         output = family.forward(pipeline.unet, probe.pop("latents"), probe.pop("timesteps"), probe)
     scale = student.abs().max()
     assert (output - student).abs().max() < 1e-4 * scale < (student - alone).abs().max()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lcmlora.adapters import combine, formats, lora
-from lcmlora.adapters.facts import Sampler
 from lcmlora.adapters.formats import DIFFUSERS, KOHYA, Adapter
+from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases import architecture
 from lcmlora.bases.base import LoadedBase
 from lcmlora.cli.adapters.combining import write_combined

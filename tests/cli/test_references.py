@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lcmlora import config as settings
-from lcmlora.adapters.facts import Sampler
+from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases import folders
 from lcmlora.cli.adapters import references
 from lcmlora.cli.adapters.references import AdapterReference

@@ -15,7 +15,7 @@ from PIL import Image
 
 from lcmlora.config import Data
 from lcmlora.data.prepare import prepare
-from lcmlora.data.reading import candidates, headers, samples
+from lcmlora.data.reading import candidates, tar_members, tar_samples
 from lcmlora.data.sources import tars
 from lcmlora.data.sources.guess import source_of
 from lcmlora.data.sources.parquet import NO_BYTES
@@ -179,7 +179,7 @@ def test_a_tar_file_that_was_cut_off_or_is_none_is_told_and_the_others_are_read(
     records, rejections = find(data)
     assert [record.key for record in records][:4] == [f"a.tar/{number:04d}.png" for number in range(4)]
     told = {rejection.name: rejection.reason for rejection in rejections}
-    assert [told[name] for name in ("b.tar", "c.tar", "d.tar")] == [headers.CUT_OFF] * 3
+    assert [told[name] for name in ("b.tar", "c.tar", "d.tar")] == [tar_members.CUT_OFF] * 3
 
 
 def test_rows_that_cannot_be_used_give_a_reason_each(tmp_path: Path):
@@ -244,7 +244,7 @@ def test_a_sample_with_several_maps_beside_its_picture_is_no_faulty_one(tmp_path
     tar(tmp_path / "in/a.tar", *members)
     report = prepare(data_in(tmp_path / "in", source="webdataset"), 1, tmp_path / "out")
     assert (report["read"], report["kept"]) == (32, 8)
-    assert {reason: dropped["count"] for reason, dropped in report["dropped"].items()} == {samples.AUXILIARY: 24}
+    assert {reason: dropped["count"] for reason, dropped in report["dropped"].items()} == {tar_samples.AUXILIARY: 24}
 
 
 def test_what_img2dataset_writes_is_read_whatever_lies_beside(tmp_path: Path):

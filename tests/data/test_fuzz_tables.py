@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lcmlora.data.reading import columns, tables
+from lcmlora.data.reading import parquet_files, tables
 from lcmlora.data.reading.candidates import Candidate, Rejection, Unusable
 from lcmlora.data.sources import parquet, prompts, tars
 from lcmlora.io.isolation import Piece
@@ -48,7 +48,7 @@ def all_of(read: Callable[[Any], Piece[Any, Any]], place: Any) -> list[Any]:
 
 def read_parquet(content: bytes) -> None:
     def use(folder: str, name: str) -> None:
-        found = all_of(lambda place: parquet._read(("score",), place), columns.Position(folder, name))
+        found = all_of(lambda place: parquet._read(("score",), place), parquet_files.Position(folder, name))
         reader = parquet.Parquet(data_in(Path(folder), source="parquet"))
         for each in found:
             if isinstance(each, Candidate):
@@ -56,7 +56,7 @@ def read_parquet(content: bytes) -> None:
                     reader.read(each.place)
                 except Unusable:
                     continue
-        all_of(lambda place: tables._read(None, place), columns.Position(folder, name))
+        all_of(lambda place: tables._read(None, place), parquet_files.Position(folder, name))
 
     in_a_file(".parquet", content, use)
 

@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from lcmlora.data.prepare import prepare
-from lcmlora.data.reading import columns
+from lcmlora.data.reading import parquet_files
 from lcmlora.data.reading.candidates import NO_CAPTION, Candidate, Unusable
-from lcmlora.data.reading.columns import Position
+from lcmlora.data.reading.parquet_files import Position
 from lcmlora.data.sources import parquet
 from lcmlora.data.sources.parquet import Parquet
 from lcmlora.errors import UserError
@@ -112,8 +112,10 @@ def test_a_damaged_page_costs_its_group_of_rows(tmp_path: Path, column: str) -> 
     pyarrow.parquet.write_table(table, path, row_group_size=3, use_dictionary=False, compression="snappy")
     damage(path, 1, column)
     found = told(tmp_path, "a.parquet")
-    assert {name: found[name] for name in found if found[name] != columns.CORRUPT} == good(range(3)) | good(range(6, 8))
-    assert sorted(name for name in found if found[name] == columns.CORRUPT) == ["000003", "000004", "000005"]
+    assert {name: found[name] for name in found if found[name] != parquet_files.CORRUPT} == good(range(3)) | good(
+        range(6, 8)
+    )
+    assert sorted(name for name in found if found[name] == parquet_files.CORRUPT) == ["000003", "000004", "000005"]
 
 
 def test_the_other_tables_are_read_and_the_report_counts_what_is_lost(tmp_path: Path) -> None:
@@ -127,7 +129,7 @@ def test_the_other_tables_are_read_and_the_report_counts_what_is_lost(tmp_path: 
     report = prepare(data_in(tmp_path / "in", source="parquet"), 1, tmp_path / "out")
     assert (report["read"], report["kept"]) == (10, 8)
     assert {reason: dropped["first"] for reason, dropped in report["dropped"].items()} == {
-        columns.NOT_PARQUET: ["1.parquet"],
+        parquet_files.NOT_PARQUET: ["1.parquet"],
         parquet.NO_COLUMN: ["4.parquet"],
     }
 
@@ -135,17 +137,17 @@ def test_the_other_tables_are_read_and_the_report_counts_what_is_lost(tmp_path: 
 def test_tables_that_say_more_than_their_bytes_can_be_are_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(columns, "_BYTES", 1 << 24)
+    monkeypatch.setattr(parquet_files, "_BYTES", 1 << 24)
     nothing = pyarrow.nulls(4_000_000, pyarrow.string())
     written(tmp_path / "rows.parquet", rows=4_000_000, caption=nothing, image=nothing.cast(pyarrow.binary()))
     assert (tmp_path / "rows.parquet").stat().st_size < 20_000
-    assert set(told(tmp_path, "rows.parquet").values()) == {columns.EXPANDS}
+    assert set(told(tmp_path, "rows.parquet").values()) == {parquet_files.EXPANDS}
     # Gigabytes of one text: a page of 60,000 times the same index of a dictionary.
     same = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 60_000, pyarrow.int32()), ["x" * 60_000])
     bomb = pyarrow.table({"caption": same, "image": pyarrow.array([b"x"] * 60_000)})
     pyarrow.parquet.write_table(bomb, tmp_path / "bytes.parquet", compression="zstd")
     assert (tmp_path / "bytes.parquet").stat().st_size < 20_000
-    assert [each.reason for each in pieces(tmp_path, "bytes.parquet")] == [columns.EXPANDS]
+    assert [each.reason for each in pieces(tmp_path, "bytes.parquet")] == [parquet_files.EXPANDS]
 
 
 def pieces(folder: Path, name: str) -> list[Any]:
@@ -162,7 +164,7 @@ def test_pictures_that_expand_to_gigabytes_cost_themselves(tmp_path: Path) -> No
     table = pyarrow.table({"caption": [f"text {n}" for n in range(100)], "image": same})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
     found = told(tmp_path, "a.parquet")
-    assert len(found) == 100 and set(found.values()) == {columns.EXPANDS}
+    assert len(found) == 100 and set(found.values()) == {parquet_files.EXPANDS}
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_pictures_are_read_in_any_order_and_few_are_kept(tmp_path: Path, monkeyp
     for row in (0, 3, 2, 7, 0, 6, 5, 7):
         assert reader.read(f"a.parquet@0+{row}") == PICTURES[row]
         assert len(reader._groups["a.parquet", 0]._kept) <= 3
-    with pytest.raises(Unusable, match=columns.CORRUPT):
+    with pytest.raises(Unusable, match=parquet_files.CORRUPT):
         reader.read("a.parquet@0+8")
-    with pytest.raises(Unusable, match=columns.CORRUPT):
+    with pytest.raises(Unusable, match=parquet_files.CORRUPT):
         reader.read("a.parquet@1+0")

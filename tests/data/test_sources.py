@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lcmlora.config import Data
-from lcmlora.data.reading import candidates, samples, tables
+from lcmlora.data.reading import candidates, tables, tar_samples
 from lcmlora.data.reading.candidates import NO_NAME
 from lcmlora.data.sources import source as sources
 from lcmlora.data.sources.source import Record, find, fit, open_picture
@@ -161,7 +161,7 @@ def test_maps_beside_their_pictures_are_not_trained_on_and_do_not_stop_the_run(f
         add(folder, name, None, picture(100 + number, (64, 48)))
     add(folder, "party-mask.png", "a mask for a party", picture(90, (64, 48)))  # a caption makes it a picture
     assert found(folder) == good | {"party-mask.png": "a mask for a party"}
-    assert rejected(folder) == dict.fromkeys(maps, samples.AUXILIARY)
+    assert rejected(folder) == dict.fromkeys(maps, tar_samples.AUXILIARY)
 
 
 def test_an_empty_or_missing_folder_is_an_error(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lcmlora.data.reading import columns, tables
+from lcmlora.data.reading import parquet_files, tables
 from lcmlora.data.reading.candidates import NOT_UTF8, UNREADABLE, Rejection
 from lcmlora.data.reading.tables import Row, read_rows
 from lcmlora.io.isolation import CRASHED, TOO_LONG
@@ -28,7 +28,9 @@ def read(folder: Path, *names: str, **options: Any) -> dict[str, Any]:
 
 def in_this_process(folder: Path, name: str) -> list[Row | Rejection]:
     place: Any = (
-        columns.Position(str(folder), name) if name.endswith(".parquet") else tables._Place(str(folder), name, None)
+        parquet_files.Position(str(folder), name)
+        if name.endswith(".parquet")
+        else tables._Place(str(folder), name, None)
     )
     found: list[Row | Rejection] = []
     while place is not None:
@@ -126,7 +128,7 @@ def test_a_damaged_line_of_jsonl_costs_itself_and_has_its_line_number(tmp_path: 
         ("a.csv", b'"file_name,text\n1.png,a\n', f"{tables.NO_HEADER}: {tables.BAD_QUOTES}"),
         ("a.csv", b"caf\xe9,text\n1.png,a\n", f"{tables.NO_HEADER}: {NOT_UTF8}"),
         ("a.csv", b"x" * 3_000_000, f"{tables.NO_HEADER}: {tables.LONG_ROW}"),
-        ("a.parquet", b"PAR1 and no more", columns.NOT_PARQUET),
+        ("a.parquet", b"PAR1 and no more", parquet_files.NOT_PARQUET),
     ],
 )
 def test_a_file_that_is_no_such_table_is_one_rejection(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
@@ -159,9 +161,9 @@ def test_a_table_is_the_same_in_pieces_of_any_size(tmp_path: Path, name: str, mo
         (tmp_path / name).write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     whole = in_this_process(tmp_path, name)
     assert len(whole) == 200 and all(isinstance(each, Row) for each in whole)
-    for module, rows in ((tables, 1), (tables, 17), (columns, 1), (columns, 64)):
+    for module, rows in ((tables, 1), (tables, 17), (parquet_files, 1), (parquet_files, 64)):
         monkeypatch.setattr(module, "PIECE_ROWS", rows)
-        monkeypatch.setattr(columns, "_BATCH", 16)
+        monkeypatch.setattr(parquet_files, "_BATCH", 16)
         monkeypatch.setattr(tables._Lines, "_BLOCK", 7)
         assert in_this_process(tmp_path, name) == whole
 
@@ -186,11 +188,11 @@ def test_a_table_that_is_garbage_throughout_is_given_up(tmp_path: Path, monkeypa
 
 def test_a_group_of_rows_whose_process_ends_costs_itself(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": list("abcdef")}), tmp_path / "a.parquet", row_group_size=2)
-    place = columns.Position(str(tmp_path), "a.parquet", group=1, number=2)
-    alone = columns.lost(place, CRASHED)
+    place = parquet_files.Position(str(tmp_path), "a.parquet", group=1, number=2)
+    alone = parquet_files.lost(place, CRASHED)
     assert not alone.results and alone.rest == place._replace(alone=True)
     assert alone.rest is not None
-    skipping = columns.lost(alone.rest, CRASHED)
+    skipping = parquet_files.lost(alone.rest, CRASHED)
     piece = tables._read(None, skipping.rest)
     assert [(each.name, each.reason) for each in piece.results if isinstance(each, Rejection)] == [
         (f"a.parquet/{row:06d}", f"its group of rows {CRASHED}") for row in (2, 3)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lcmlora.data.reading import headers, samples
+from lcmlora.data.reading import tar_members, tar_samples
 from lcmlora.data.reading.candidates import LONG_CAPTION, NO_CAPTION, NOT_UTF8, UNREADABLE, Candidate, Unusable
-from lcmlora.data.reading.headers import Member, members
+from lcmlora.data.reading.tar_members import Member, members
 from lcmlora.data.sources import tars
 from lcmlora.data.sources.tars import Tars
 from tests.data.conftest import data_in
@@ -90,7 +90,7 @@ def test_a_damaged_caption_costs_its_own_picture(tmp_path: Path) -> None:
     names = [name for n in range(1, 3) for name in (f"{n}.jpg", f"{n}.txt")]
     names += [name for n in range(3, 7) for name in (f"{n}.jpg", f"{n}.json")]
     assert of(tmp_path, *names, **contents) == {
-        "1.jpg": NOT_UTF8, "2.jpg": LONG_CAPTION, "3.jpg": samples.BAD_JSON, "4.jpg": NO_CAPTION, "5.jpg": "five",
+        "1.jpg": NOT_UTF8, "2.jpg": LONG_CAPTION, "3.jpg": tar_samples.BAD_JSON, "4.jpg": NO_CAPTION, "5.jpg": "five",
         "6.jpg": NO_CAPTION,
     }  # fmt: skip
 
@@ -118,7 +118,7 @@ def test_names_with_dots_keep_their_own_captions(tmp_path: Path) -> None:
         # What is behind the first dot says which picture it is: these are two.
         (["2021.05.png", "2021.06.txt"], {"2021.05.png": NO_CAPTION, "2021.06": tars.NO_PICTURE}),
         (["2021.png", "2021.06.txt"], {"2021.png": NO_CAPTION, "2021.06": tars.NO_PICTURE}),
-        (["1.left.jpg", "1.right.jpg", "1.txt"], {"1.left.jpg": samples.SHARED, "1.right.jpg": samples.SHARED}),
+        (["1.left.jpg", "1.right.jpg", "1.txt"], {"1.left.jpg": tar_samples.SHARED, "1.right.jpg": tar_samples.SHARED}),
         (["1.jpg", "1.jpg.txt", "1.png", "1.png.txt"], {"1.jpg": "1.jpg.txt", "1.png": "1.png.txt"}),
         (
             ["2021.05.png", "2021.05.png.txt", "2021.06.png"],
@@ -149,10 +149,10 @@ def test_maps_beside_a_picture_are_not_trained_on(tmp_path: Path) -> None:
         "conditioning_image",
     ]
     names = [f"x.{each}.png" for each in maps]
-    expected = dict.fromkeys(names, samples.AUXILIARY) | {"x.jpg": "x.txt"}
+    expected = dict.fromkeys(names, tar_samples.AUXILIARY) | {"x.jpg": "x.txt"}
     assert of(tmp_path, *names, "x.jpg", "x.txt") == expected
     assert of(tmp_path, "x.txt", "x.jpg", *names) == expected
-    assert of(tmp_path, *names) == dict.fromkeys(names, samples.AUXILIARY)
+    assert of(tmp_path, *names) == dict.fromkeys(names, tar_samples.AUXILIARY)
     # One with a caption of its own is a picture, and a name without a second dot says nothing of the kind.
     names = ["my mask.png", "my mask.txt", "v2.a mask.png", "v2.a mask.txt", "y.normal.png", "y.normal.txt"]
     assert of(tmp_path, *names) == {
@@ -186,7 +186,7 @@ def test_tar_files_one_behind_the_other_are_all_read(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(one + two + b"\0" * 20_000)
     assert told(tmp_path) == {"1.jpg": "one", "2.jpg": "two"}
     (tmp_path / "a.tar").write_bytes(one + b"\0" * 20_000 + b"else" * 200)
-    assert told(tmp_path) == {"1.jpg": "one", "a.tar": headers.BEHIND}
+    assert told(tmp_path) == {"1.jpg": "one", "a.tar": tar_members.BEHIND}
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, raw_size: bytes | None = None) -> bytes:
@@ -230,7 +230,7 @@ LIES = {
 def test_a_header_that_lies_costs_what_is_behind_it(tmp_path: Path, lie: str) -> None:
     good = packed(("1.jpg", PICTURE), ("1.txt", b"one"))[:2048]
     (tmp_path / "a.tar").write_bytes(good + LIES[lie] + packed(("2.jpg", PICTURE), ("2.txt", b"two")))
-    assert told(tmp_path) == {"1.jpg": "one", "a.tar": headers.CUT_OFF}
+    assert told(tmp_path) == {"1.jpg": "one", "a.tar": tar_members.CUT_OFF}
 
 
 def test_a_file_of_headers_alone_is_read_once(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_what_is_no_file_is_never_one(tmp_path: Path) -> None:
 def test_a_compressed_tar_file_is_told_to_be_one(tmp_path: Path, mode: str) -> None:
     with tarfile.open(tmp_path / "a.tar", mode) as tar:  # type: ignore[call-overload]
         tar.addfile(tarfile.TarInfo("1.jpg"))
-    assert told(tmp_path) == {"a.tar": headers.COMPRESSED}
+    assert told(tmp_path) == {"a.tar": tar_members.COMPRESSED}
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
@@ -290,10 +290,10 @@ def test_a_name_that_stands_twice_counts_once(tmp_path: Path) -> None:
 def test_a_sample_of_very_many_members_is_sorted_out_in_one_go(tmp_path: Path) -> None:
     pictures = [Member(f"1.{n}.jpg", 0, 0, 1, True) for n in range(20_000)]
     texts = [Member(f"1.a{n}.txt", 0, 0, 1, True) for n in range(20_000)]
-    found = samples.sort_out("1", [*pictures, *texts], lambda member: b"text", scores=False)
+    found = tar_samples.sort_out("1", [*pictures, *texts], lambda member: b"text", scores=False)
     assert len(found.refused) == len(found.unused) == 20_000
 
 
 def test_a_member_whose_headers_never_end_is_refused() -> None:
-    with pytest.raises(Unusable, match=headers.CUT_OFF):
+    with pytest.raises(Unusable, match=tar_members.CUT_OFF):
         list(members(io.BytesIO(LIES["long names for ever"])))

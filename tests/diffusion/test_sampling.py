@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcmlora.adapters.facts import Sampler
+from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.diffusion import sampling
 from lcmlora.diffusion.noise import generator

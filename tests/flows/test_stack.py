@@ -20,8 +20,8 @@ import psutil
 import pytest
 import yaml
 
-from flows import credentials, parts, services, stack
-from flows.parts import Part
+from flows import background, credentials, services, stack
+from flows.background import Part
 from flows.services import HOST, Service
 from flows.stack import BUCKET, Plan, State
 from lcmlora import config
@@ -181,58 +181,58 @@ time.sleep(600)
 
 @pytest.fixture
 def part(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Service, Path]]:
-    monkeypatch.setattr(parts, "_GRACE", 0.5)
+    monkeypatch.setattr(background, "_GRACE", 0.5)
     started = project / "started"
     command = [sys.executable, "-c", STUBBORN, str(started)]
     yield Service("mlflow", command, {}, started.exists), project / ".up"
-    parts.end(project / ".up/mlflow")
+    background.end(project / ".up/mlflow")
 
 
 def test_starting_twice_is_one_process_and_one_that_died_is_started_again(part: tuple[Service, Path]):
     service, folder = part
     state = State()
-    assert parts.start([service], folder, state.parts, inherited) == [service]
-    parts.wait([service], folder, state.parts)
+    assert background.start([service], folder, state.parts, inherited) == [service]
+    background.wait([service], folder, state.parts)
     first = state.parts["mlflow"].pid
-    assert parts.start([service], folder, state.parts, inherited) == []
+    assert background.start([service], folder, state.parts, inherited) == []
     assert state.parts["mlflow"].pid == first
     os.kill(first, signal.SIGKILL)
     os.waitpid(first, 0)
-    assert parts.start([service], folder, state.parts, inherited) == [service]
+    assert background.start([service], folder, state.parts, inherited) == [service]
     assert state.parts["mlflow"].pid != first
     changed = Service("mlflow", service.command, {"MORE": "1"}, service.answers)
-    assert parts.start([changed], folder, state.parts, inherited) == [changed]
-    leaders = [each.pid for each in parts.family(folder / "mlflow") if each.pid == os.getsid(each.pid)]
+    assert background.start([changed], folder, state.parts, inherited) == [changed]
+    leaders = [each.pid for each in background.family(folder / "mlflow") if each.pid == os.getsid(each.pid)]
     assert state.parts["mlflow"].pid in leaders
 
 
 def test_what_will_not_end_is_killed_with_all_it_started(part: tuple[Service, Path]):
     service, folder = part
     state = State()
-    parts.start([service], folder, state.parts, inherited)
-    parts.wait([service], folder, state.parts)
-    assert len(parts.family(folder / "mlflow")) == 2
-    assert parts.end(folder / "mlflow") == 2
-    assert parts.family(folder / "mlflow") == []
+    background.start([service], folder, state.parts, inherited)
+    background.wait([service], folder, state.parts)
+    assert len(background.family(folder / "mlflow")) == 2
+    assert background.end(folder / "mlflow") == 2
+    assert background.family(folder / "mlflow") == []
 
 
 def test_a_process_number_from_before_a_reboot_is_nobodys(part: tuple[Service, Path]):
     service, folder = part
     state = State()
-    parts.start([service], folder, state.parts, inherited)
+    background.start([service], folder, state.parts, inherited)
     digest = state.parts["mlflow"].digest
-    parts.end(folder / "mlflow")
+    background.end(folder / "mlflow")
     state.parts["mlflow"] = Part(pid=os.getpid(), digest=digest)  # somebody has the number now
-    assert parts.start([service], folder, state.parts, inherited) == [service]
+    assert background.start([service], folder, state.parts, inherited) == [service]
     assert psutil.pid_exists(os.getpid())
 
 
 def test_a_part_that_ends_at_once_is_told_with_the_end_of_its_log(project: Path):
     service = Service("mlflow", [sys.executable, "-c", "raise SystemExit('no such table')"], {}, lambda: False)
     state = State()
-    parts.start([service], project / ".up", state.parts, inherited)
+    background.start([service], project / ".up", state.parts, inherited)
     with pytest.raises(UserError, match=r"mlflow has ended; \.up/mlflow\.log ends with:\nno such table"):
-        parts.wait([service], project / ".up", state.parts)
+        background.wait([service], project / ".up", state.parts)
 
 
 def _run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -267,7 +267,7 @@ def _of(project: Path) -> list[str]:
 
 def _assert_nobody_else_gets_in(project: Path, state: State) -> None:
     """Tries every port that anything of ours listens on, as another user; what each asks for has tests of its own."""
-    running = {name: parts.family(project / ".up" / name) for name in state.parts}
+    running = {name: background.family(project / ".up" / name) for name in state.parts}
     known: dict[str, list[int]] = {}
     for name, family in running.items():
         sockets = [each for process in family for each in process.net_connections("tcp")]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from lcmlora import bases
 from lcmlora import config as settings
 from lcmlora.adapters import formats
-from lcmlora.adapters.facts import Sampler
+from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases import architecture, fetching, folders
 from lcmlora.cli.adapters import drawing
 from lcmlora.cli.main import app

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from lcmlora.errors import UserError
-from lcmlora.inference import pipelines, scoring, serving
+from lcmlora.inference import pipelines, request_guard, serving
 from lcmlora.inference.limits import Limits
 from tests.support import fuzzing, served
 from tests.support.miniature import RESOLUTION
@@ -163,13 +163,13 @@ def test_in_this_process_too_and_null_is_the_default(
     assert predict("tree") == [plain]
 
     # The time is over before the first step, or nobody waits.
-    for request in (scoring.Request(time.monotonic() - 1), scoring.Request(time.monotonic() + 100)):
+    for request in (request_guard.Request(time.monotonic() - 1), request_guard.Request(time.monotonic() + 100)):
         if request.deadline > time.monotonic():
             request.gone.set()
-        token = scoring.current.set(request)
+        token = request_guard.current.set(request)
         with pytest.raises(MlflowException, match=r"^the pictures were not drawn within 60 seconds") as caught:
             predict("tree")
-        scoring.current.reset(token)
+        request_guard.current.reset(token)
         assert caught.value.get_http_status_code() == 504 and request.reached
     assert predict("tree") == [plain]
 
@@ -265,7 +265,7 @@ class Served:
         import mlflow
         from mlflow.pyfunc import scoring_server
 
-        self._door = scoring.Door(scoring_server.init(mlflow.pyfunc.load_model(str(model))), limits)
+        self._door = request_guard.Door(scoring_server.init(mlflow.pyfunc.load_model(str(model))), limits)
 
     def ask(self, *pieces: bytes, kind: str = "application/json", leaves: bool = False) -> tuple[int, bytes]:
         """Returns status and body of the answer. `leaves`: the client goes as soon as it has asked."""

@@ -60,7 +60,7 @@ class SeaweedFS:
                 stderr=subprocess.STDOUT,
                 cwd=self._root,
                 env=os.environ | self._service.environment,
-                umask=0o077,  # as in flows.parts
+                umask=0o077,  # as in flows.background
             )
         self._wait(self._server)
 

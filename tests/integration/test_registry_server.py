@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lcmlora import registry
-from lcmlora.adapters.facts import WEIGHTS
+from lcmlora.adapters.metadata import WEIGHTS
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file

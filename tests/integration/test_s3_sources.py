@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from lcmlora.config import Encode, Publish
-from lcmlora.data.changes import fingerprint
+from lcmlora.data.fingerprints import fingerprint
 from lcmlora.data.latents.encode import encode
 from lcmlora.data.prepare import prepare
 from lcmlora.data.sources.guess import source_of

@@ -5,7 +5,7 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from lcmlora.adapters.facts import Distilled
+from lcmlora.adapters.metadata import Distilled
 from lcmlora.config import Base, Merged
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.releases import card

@@ -12,7 +12,7 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor
 
-from lcmlora.adapters.facts import Sampler
+from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases.schedule import Prediction
 from lcmlora.config import Distill, Publish
 from lcmlora.data.reading.candidates import Candidate, Rejection, clean_caption

@@ -9,9 +9,9 @@ from typing import Any
 
 from lcmlora.adapters import formats
 from lcmlora.adapters.combine import check_weights, combine, truncate
-from lcmlora.adapters.facts import FACTS, SCHEDULER, WEIGHTS
 from lcmlora.adapters.formats import DIFFUSERS
 from lcmlora.adapters.layer_names import Architecture
+from lcmlora.adapters.metadata import FACTS, SCHEDULER, WEIGHTS
 from lcmlora.bases import folders
 from lcmlora.cli.adapters.references import AdapterReference
 from lcmlora.errors import UserError

@@ -13,8 +13,8 @@ from PIL import Image
 from lcmlora import bases
 from lcmlora.adapters import formats, lora
 from lcmlora.adapters.combine import check_weights, combine
-from lcmlora.adapters.facts import Sampler
 from lcmlora.adapters.layer_names import Architecture
+from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases import folders
 from lcmlora.bases.base import LoadedBase
 from lcmlora.cli.adapters.references import AdapterReference, BaseReference

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcmlora.adapters import lora, tensorfile
-from lcmlora.adapters.facts import Sampler
 from lcmlora.adapters.layer_names import Architecture
+from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases import architecture, folders
 from lcmlora.config import Base, Config, Publish
 from lcmlora.errors import UserError

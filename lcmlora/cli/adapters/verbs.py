@@ -148,7 +148,7 @@ def generate(
     """
     context = context_of(call)
     config = context.settings_if_any()
-    from lcmlora.adapters.facts import LATENT_CONSISTENCY
+    from lcmlora.adapters.metadata import LATENT_CONSISTENCY
     from lcmlora.cli.adapters import drawing, references
 
     drawing.check_ending(out)
@@ -185,7 +185,7 @@ def remeasure(
     settings, project = context.settings(), context.project
     base, evaluation = settings.base(model), project.located_evaluation(settings.evaluation_for(model))
     from lcmlora import bases
-    from lcmlora.adapters.facts import LATENT_CONSISTENCY
+    from lcmlora.adapters.metadata import LATENT_CONSISTENCY
     from lcmlora.cli.adapters import references
     from lcmlora.evaluation.figures import STUDENT, Key
     from lcmlora.evaluation.remeasure import measure_again

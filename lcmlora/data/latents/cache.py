@@ -32,7 +32,7 @@ from torch import Tensor
 from lcmlora import config
 from lcmlora.bases import families
 from lcmlora.bases.families import Conditioning
-from lcmlora.data.latents.plan import Plan
+from lcmlora.data.latents.sampling_plan import Plan
 from lcmlora.data.latents.shards import Shards
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcmlora.data.latents.plan import Load, Plan
+from lcmlora.data.latents.sampling_plan import Load, Plan
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io import parsing, temporaries
 from lcmlora.io.files import atomic_write, sha256_file

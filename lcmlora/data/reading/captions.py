@@ -24,7 +24,7 @@ from lcmlora.data.reading.candidates import (
     scores_in,
 )
 from lcmlora.data.reading.file_names import Names
-from lcmlora.data.reading.places import Place
+from lcmlora.data.reading.picture_folders import Place
 from lcmlora.io.parsing import Malformed, parse_json
 
 JSON = ".json"

@@ -16,9 +16,9 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import IO, Any, NamedTuple
 
-from lcmlora.data.reading import columns
+from lcmlora.data.reading import parquet_files
 from lcmlora.data.reading.candidates import NOT_UTF8, UNREADABLE, Rejection, Unusable, printable
-from lcmlora.data.reading.columns import GIVEN_UP, MAX_REFUSED, TWO_COLUMNS
+from lcmlora.data.reading.parquet_files import GIVEN_UP, MAX_REFUSED, TWO_COLUMNS
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.isolation import Piece, in_pieces, processes
 from lcmlora.io.parsing import Malformed, parse_json
@@ -90,7 +90,7 @@ def read_rows(
         return
     names = None if wanted is None else frozenset(name.casefold() for name in wanted)
     places = [
-        columns.Position(path, table) if table.lower().endswith(".parquet") else _Place(path, table, names)
+        parquet_files.Position(path, table) if table.lower().endswith(".parquet") else _Place(path, table, names)
         for table in tables
     ]
     read = partial(_read, names)
@@ -117,9 +117,9 @@ class _Place(NamedTuple):
     refused: int = 0
 
 
-def _read(wanted: frozenset[str] | None, place: _Place | columns.Position) -> Piece[Any, Row | Rejection]:
-    if isinstance(place, columns.Position):
-        return columns.read_piece(place, partial(_columns, wanted), _of_parquet)
+def _read(wanted: frozenset[str] | None, place: _Place | parquet_files.Position) -> Piece[Any, Row | Rejection]:
+    if isinstance(place, parquet_files.Position):
+        return parquet_files.read_piece(place, partial(_columns, wanted), _of_parquet)
     try:
         with Files(place.path).open(place.table) as file:
             return _read_text(place, file)
@@ -262,12 +262,14 @@ def _shown(line: bytes) -> str:
     return printable(" ".join(line[:200].decode("utf-8", "backslashreplace").split()))
 
 
-def _columns(wanted: frozenset[str] | None, opened: columns.ParquetTable) -> list[str]:
+def _columns(wanted: frozenset[str] | None, opened: parquet_files.ParquetTable) -> list[str]:
     kinds = {name: opened.kind(name) for name in opened.names if wanted is None or name.casefold() in wanted}
-    return [name for name, kind in kinds.items() if not columns.is_bytes(kind) and not columns.has_bytes(kind)]
+    return [
+        name for name, kind in kinds.items() if not parquet_files.is_bytes(kind) and not parquet_files.has_bytes(kind)
+    ]
 
 
-def _of_parquet(at: columns.RowAt, fields: dict[str, Any]) -> Row | Rejection:
+def _of_parquet(at: parquet_files.RowAt, fields: dict[str, Any]) -> Row | Rejection:
     try:
         plain = {name: value.decode() if isinstance(value, bytes) else value for name, value in fields.items()}
     except UnicodeDecodeError:
@@ -277,9 +279,9 @@ def _of_parquet(at: columns.RowAt, fields: dict[str, Any]) -> Row | Rejection:
     return Row(at.table, at.number, plain)
 
 
-def _lost(place: _Place | columns.Position, reason: str) -> Piece[Any, Row | Rejection]:
-    if isinstance(place, columns.Position):
-        return columns.lost(place, reason)
+def _lost(place: _Place | parquet_files.Position, reason: str) -> Piece[Any, Row | Rejection]:
+    if isinstance(place, parquet_files.Position):
+        return parquet_files.lost(place, reason)
     return Piece([Rejection(row_name(place.table, place.number + 1), f"from this row on, {reason}")], None)
 
 

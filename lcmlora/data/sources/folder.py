@@ -6,8 +6,6 @@ import posixpath
 from pathlib import Path, PurePosixPath
 
 from lcmlora.config import Data
-from lcmlora.data.census import SECOND, UNUSED, Census
-from lcmlora.data.census import told as in_words
 from lcmlora.data.reading import captions
 from lcmlora.data.reading.candidates import (
     CAPTIONS,
@@ -29,12 +27,14 @@ from lcmlora.data.reading.candidates import (
 )
 from lcmlora.data.reading.captions import Beside, Told
 from lcmlora.data.reading.file_names import Names
-from lcmlora.data.reading.places import Bucket, Here, Place
-from lcmlora.data.reading.samples import AUXILIARY, maps_beside
+from lcmlora.data.reading.picture_folders import Bucket, Here, Place
 from lcmlora.data.reading.tables import read_rows
+from lcmlora.data.reading.tar_samples import AUXILIARY, maps_beside
 from lcmlora.data.sources import splits
 from lcmlora.data.sources.inputs import count_unread
 from lcmlora.data.sources.source import EncodedPictures
+from lcmlora.data.unused_files import SECOND, UNUSED, Census
+from lcmlora.data.unused_files import told as in_words
 from lcmlora.errors import UserError
 from lcmlora.io.remote import Files
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from lcmlora.data import remedies
-from lcmlora.data.census import HIDDEN, REPEATED, Census
+from lcmlora.data import rejection_advice
 from lcmlora.data.reading.candidates import Rejection, printable
-from lcmlora.data.reading.tree import Links, Tree, walk
+from lcmlora.data.reading.folder_listing import Links, Tree, walk
 from lcmlora.data.sources import splits
+from lcmlora.data.unused_files import HIDDEN, REPEATED, Census
 from lcmlora.errors import UserError
 from lcmlora.io.remote import Files
 
@@ -73,7 +73,9 @@ class Inputs(Files):
         names = [name for name in self.tree.names if _ends(name, endings)]
         refused = [rejection for rejection in self.rejections() if not rejection.name.endswith("/")]
         if refused and not names:
-            raise UserError(f"data.path: {self.path}: {remedies.worst(refused)}{remedies.leading(refused, {})}")
+            raise UserError(
+                f"data.path: {self.path}: {rejection_advice.worst(refused)}{rejection_advice.leading(refused, {})}"
+            )
         names, self.left_out = splits.choose(self.path, names, self._wanted, container=True)
         self._listed = {*names, *(name for left in self.left_out.values() for name in left)}
         return names

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from lcmlora.config import Data
-from lcmlora.data.census import Census
 from lcmlora.data.reading.candidates import (
     CAPTIONS,
     EMPTY,
@@ -27,7 +26,7 @@ from lcmlora.data.reading.candidates import (
     decoded_caption,
     scores_in,
 )
-from lcmlora.data.reading.columns import (
+from lcmlora.data.reading.parquet_files import (
     CORRUPT,
     ParquetTable,
     Position,
@@ -42,6 +41,7 @@ from lcmlora.data.reading.columns import (
 from lcmlora.data.reading.tables import PRELOAD, row_name
 from lcmlora.data.sources.inputs import Inputs
 from lcmlora.data.sources.source import EncodedPictures
+from lcmlora.data.unused_files import Census
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.isolation import Piece, in_pieces, isolated, processes
 from lcmlora.progress import track

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lcmlora.config import Data
-from lcmlora.data import remedies
-from lcmlora.data.census import Census
+from lcmlora.data import rejection_advice
 from lcmlora.data.reading.candidates import Candidate, Rejection, Unusable
 from lcmlora.data.reading.tables import PRELOAD
+from lcmlora.data.unused_files import Census
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write
 from lcmlora.io.isolation import isolated
@@ -159,7 +159,7 @@ class EncodedPictures(Source):
         candidates, rejections = self.candidates()
         passed_over = self.census().report()
         # Before hours are spent on decoding the few that have a caption.
-        remedies.check_captions(self.data, rejections, len(candidates) + len(rejections), passed_over)
+        rejection_advice.check_captions(self.data, rejections, len(candidates) + len(rejections), passed_over)
         records = self._examined(candidates, rejections)
         return Found(records, rejections, self.left_out, passed_over, self.separate_files)
 

@@ -13,7 +13,6 @@ from functools import partial
 from typing import IO, NamedTuple
 
 from lcmlora.config import Data
-from lcmlora.data.census import Census
 from lcmlora.data.reading.candidates import (
     DAMAGED,
     EMPTY,
@@ -29,13 +28,14 @@ from lcmlora.data.reading.candidates import (
     printable,
     scores_in,
 )
-from lcmlora.data.reading.columns import GIVEN_UP, MAX_REFUSED
-from lcmlora.data.reading.headers import Member, members
-from lcmlora.data.reading.samples import sample_key, sort_out, stem
+from lcmlora.data.reading.parquet_files import GIVEN_UP, MAX_REFUSED
 from lcmlora.data.reading.tables import PRELOAD
+from lcmlora.data.reading.tar_members import Member, members
+from lcmlora.data.reading.tar_samples import sample_key, sort_out, stem
 from lcmlora.data.sources import splits
 from lcmlora.data.sources.inputs import Inputs
 from lcmlora.data.sources.source import EncodedPictures
+from lcmlora.data.unused_files import Census
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.isolation import Piece, in_pieces, processes
 from lcmlora.io.remote import Files

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lcmlora.data import changes
+from lcmlora.data import fingerprints
 from lcmlora.errors import UserError
 
 
@@ -34,10 +34,10 @@ def rewrite_with_the_same_size(pictures: Path) -> None:
 
 @pytest.mark.parametrize("change", [grow, shrink, rename, rewrite_with_the_same_size])
 def test_a_change_below_the_folder_changes_the_fingerprint_and_looking_does_not(change, pictures: Path):
-    before = changes.fingerprint(pictures)
-    assert changes.fingerprint(pictures) == before
+    before = fingerprints.fingerprint(pictures)
+    assert fingerprints.fingerprint(pictures) == before
     change(pictures)
-    assert changes.fingerprint(pictures) != before
+    assert fingerprints.fingerprint(pictures) != before
 
 
 def test_what_links_lead_to_counts_where_they_are_followed(pictures: Path, tmp_path: Path):
@@ -46,23 +46,23 @@ def test_what_links_lead_to_counts_where_they_are_followed(pictures: Path, tmp_p
     (outside / "fox.txt").write_text("a fox")
     (pictures / "more").symlink_to(outside)
     (pictures / "fox.txt").symlink_to(outside / "fox.txt")
-    refused, followed = changes.fingerprint(pictures), changes.fingerprint(pictures, "follow")
+    refused, followed = fingerprints.fingerprint(pictures), fingerprints.fingerprint(pictures, "follow")
     assert refused != followed
     (outside / "fox.txt").write_text("an owl instead")
-    assert changes.fingerprint(pictures) == refused
-    assert changes.fingerprint(pictures, "follow") != followed
+    assert fingerprints.fingerprint(pictures) == refused
+    assert fingerprints.fingerprint(pictures, "follow") != followed
 
 
 def test_a_file_is_known_by_its_bytes(tmp_path: Path):
     lock = tmp_path / "package-lock.json"
     lock.write_text("{}")
-    before = changes.fingerprint(lock)
+    before = fingerprints.fingerprint(lock)
     os.utime(lock, ns=(1, 1))
-    assert changes.fingerprint(lock) == before
+    assert fingerprints.fingerprint(lock) == before
     lock.write_text("[]")
-    assert changes.fingerprint(lock) != before
+    assert fingerprints.fingerprint(lock) != before
 
 
 def test_what_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"nowhere: no such file or folder$"):
-        changes.fingerprint(tmp_path / "nowhere")
+        fingerprints.fingerprint(tmp_path / "nowhere")

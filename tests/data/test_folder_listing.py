@@ -11,7 +11,7 @@ import pytest
 
 from lcmlora.data.prepare import prepare
 from lcmlora.data.reading.candidates import LINKED, MISSING, NO_FILE
-from lcmlora.data.reading.tree import Links, walk
+from lcmlora.data.reading.folder_listing import Links, walk
 from lcmlora.data.sources.source import survey
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcmlora.data.latents.plan import Plan, Shard, permuted
+from lcmlora.data.latents.sampling_plan import Plan, Shard, permuted
 
 TABLES = st.lists(st.builds(Shard, st.integers(0, 2), st.integers(0, 30)), min_size=1, max_size=12)
 

@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from lcmlora.data.reading.tree import Links, walk
+from lcmlora.data.reading.folder_listing import Links, walk
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file
 from lcmlora.io.remote import Files

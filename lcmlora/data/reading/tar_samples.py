@@ -22,7 +22,7 @@ from lcmlora.data.reading.candidates import (
     clean_caption,
     decoded_caption,
 )
-from lcmlora.data.reading.headers import Member
+from lcmlora.data.reading.tar_members import Member
 from lcmlora.io.parsing import Malformed, parse_json
 
 ENDINGS = (".txt", ".text", ".caption")  # of captions, the first counts first; and all before .json

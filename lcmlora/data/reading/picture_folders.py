@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lcmlora.data.reading.candidates import LINKED, LONG_CAPTION, MISSING, UNREADABLE, Unusable
-from lcmlora.data.reading.tree import Links, Tree, walk
+from lcmlora.data.reading.folder_listing import Links, Tree, walk
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.remote import Files
 

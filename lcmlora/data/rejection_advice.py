@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lcmlora.config import Data
-from lcmlora.data import census
+from lcmlora.data import unused_files
 from lcmlora.data.reading import candidates as reasons
-from lcmlora.data.reading import samples
+from lcmlora.data.reading import tar_samples
 from lcmlora.data.reading.candidates import Rejection
 from lcmlora.errors import UserError
 from lcmlora.plugins import SOURCES
@@ -45,7 +45,7 @@ _CHOICES = {  # by the parameter that a reason ends with
 def is_choice(reason: str) -> bool:
     """Returns whether the reason is no fault of the data: a setting asks for the rejection, the picture or prompt is a
     duplicate, or the file is a map beside a picture."""
-    return reason.endswith(tuple(_CHOICES)) or reason in (reasons.DUPLICATE, reasons.SAME_PROMPT, samples.AUXILIARY)
+    return reason.endswith(tuple(_CHOICES)) or reason in (reasons.DUPLICATE, reasons.SAME_PROMPT, tar_samples.AUXILIARY)
 
 
 def check_captions(data: Data, rejections: Sequence[Rejection], total: int, passed_over: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ def _most(rejections: Sequence[Rejection]) -> str:
 
 def _hint(reason: str, passed_over: dict[str, Any]) -> str:
     """Returns what else lies there and may be what is missing."""
-    archives, tables = census.archives_and_tables(passed_over)
+    archives, tables = unused_files.archives_and_tables(passed_over)
     if reason == reasons.MISSING and archives:
         return f"; {reasons.shown(archives[0])} is not unpacked"
     if reason == reasons.NO_CAPTION and tables:
