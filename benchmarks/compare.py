@@ -47,7 +47,7 @@ from lcmlora.cli.reporting import reporting
 from lcmlora.config import Base, Data, Distill
 from lcmlora.data.latents import cache
 from lcmlora.data.latents.encode import encode
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.source import fit, open_picture, read_records
 from lcmlora.distillation.distill import _probe
 from lcmlora.distillation.loss import Distillation, equip, samples
@@ -404,7 +404,7 @@ def make_case(
         count = 64
         _pictures(data / "pictures", count, base.resolution)
         source = _data(data / "pictures")
-        prepare(source, 1, data / "prepared")
+        prepare_pictures(source, 1, data / "prepared")
         place = bases.pick_device(device)
         dtype = bases.pick_dtype(distill.precision, place)
         loaded = bases.load(model, base, folder, device=place, dtype=dtype, parts=("vae", "text"))

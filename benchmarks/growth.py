@@ -123,8 +123,9 @@ def preparing(work: Path, count: int = 2000) -> dict[str, dict[str, Any]]:
     _pictures(work / "many", count, 256)
     code = (
         "import os, sys; os.sched_setaffinity(0, range(int(sys.argv[2])));"
-        "from pathlib import Path; from benchmarks.compare import _data; from lcmlora.data.prepare import prepare;"
-        "prepare(_data(Path(sys.argv[1])), 1, Path(sys.argv[1] + '-out'))"
+        "from pathlib import Path; from benchmarks.compare import _data;"
+        "from lcmlora.data.prepare import prepare_pictures;"
+        "prepare_pictures(_data(Path(sys.argv[1])), 1, Path(sys.argv[1] + '-out'))"
     )
 
     def run(cores: int) -> Callable[[], object]:

@@ -143,7 +143,7 @@ def read_cache(samples: int, root: Path) -> dict[str, float]:
 
 def prepare_pictures(samples: int, root: Path) -> dict[str, float]:
     """Prepares so many distinct pictures, of 16 to 39 pixels, with a caption each."""
-    from lcmlora.data.prepare import prepare
+    from lcmlora.data.prepare import prepare_pictures
     from tests.data.conftest import add, data_in, picture
 
     for number in range(samples):
@@ -151,7 +151,7 @@ def prepare_pictures(samples: int, root: Path) -> dict[str, float]:
         add(root / "in", f"{number:06d}.png", f"subject {number}", picture(number, size))
     began = time.perf_counter()
     with _Memory() as memory:
-        prepare(data_in(root / "in", max_aspect=100.0), 4, root / "pictures")
+        prepare_pictures(data_in(root / "in", max_aspect=100.0), 4, root / "pictures")
     return {"samples": samples, "seconds": time.perf_counter() - began, "peak": memory.peak}
 
 

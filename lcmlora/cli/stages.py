@@ -73,11 +73,11 @@ def prepare_stage(call: typer.Context) -> None:
     context = context_of(call)
     config, project = context.settings(), context.project
     from lcmlora.data import enlargement
-    from lcmlora.data.prepare import prepare, print_report
+    from lcmlora.data.prepare import prepare_pictures, print_report
 
     data = project.located_data(config.data)
     minimum = max((config.distill_for(model).batch for model in config.models), default=1)
-    print_report(prepare(data, minimum, project.pictures))
+    print_report(prepare_pictures(data, minimum, project.pictures))
     for model in config.models:
         enlargement.warn(data, model, config.base(model).resolution, project.pictures)
 
@@ -232,7 +232,7 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
     from lcmlora.config import digest
     from lcmlora.data.latents.cache import MANIFEST, LatentCache
     from lcmlora.data.latents.encode import encode
-    from lcmlora.data.prepare import prepare, print_report
+    from lcmlora.data.prepare import prepare_pictures, print_report
     from lcmlora.distillation.finetune import tune
     from lcmlora.registry import tracking
 
@@ -244,7 +244,7 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
     work = project.scratch(kind, f"{model}-{name}-{key}")
     data = project.located_data(data)
     with locked(work):
-        print_report(prepare(data, settings.batch, work / "pictures"))
+        print_report(prepare_pictures(data, settings.batch, work / "pictures"))
         base = bases.load(model, entry, folder, device=device, dtype=dtype, parts=("vae", "text"))
         if not (work / "latents" / MANIFEST).exists():
             encoding = config.encode_for(model).model_copy(update={"shards": None})

@@ -20,7 +20,7 @@ from torch import Tensor
 from lcmlora.adapters import combine, formats, lora
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, Evaluation, Kind, Study, digest
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.source import read_records
 from lcmlora.errors import UserError
 from lcmlora.evaluation import figures
@@ -92,7 +92,7 @@ def draw_alone(
     """
     features = load_features(base, evaluation)
     check_count("study.pictures", settings.pictures, features)
-    prepare(data, 1, scratch / "pictures")
+    prepare_pictures(data, 1, scratch / "pictures")
     records = read_records(scratch / "pictures" / "validation.jsonl")
     if not records:
         raise UserError(f"{folder}: no captions were kept from training; raise data.validation or add captions")

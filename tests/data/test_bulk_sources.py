@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from lcmlora.config import Data
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.reading import candidates, tar_members, tar_samples
 from lcmlora.data.sources import tars
 from lcmlora.data.sources.guess import source_of
@@ -242,7 +242,7 @@ def test_a_sample_with_several_maps_beside_its_picture_is_no_faulty_one(tmp_path
         members += [(f"{number}.{each}", content) for each in ("png", "depth.png", "mask.png", "pose.png")]
         members.append((f"{number}.txt", f"subject {number}".encode()))
     tar(tmp_path / "in/a.tar", *members)
-    report = prepare(data_in(tmp_path / "in", source="webdataset"), 1, tmp_path / "out")
+    report = prepare_pictures(data_in(tmp_path / "in", source="webdataset"), 1, tmp_path / "out")
     assert (report["read"], report["kept"]) == (32, 8)
     assert {reason: dropped["count"] for reason, dropped in report["dropped"].items()} == {tar_samples.AUXILIARY: 24}
 
@@ -268,7 +268,7 @@ def test_what_img2dataset_writes_is_read_whatever_lies_beside(tmp_path: Path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "tars/00000.parquet")
     (tmp_path / "tars/00000_stats.json").write_text("{}")
     data = data_in(tmp_path / "tars", source="webdataset")
-    report = prepare(data, 1, tmp_path / "out")
+    report = prepare_pictures(data, 1, tmp_path / "out")
     kept = [r for part in ("train", "validation") for r in read_records(tmp_path / f"out/{part}.jsonl")]
     assert report["kept"] == 8 and {r.caption for r in kept} == {f"subject {number}" for number in range(8)}
     assert "00001.tar.gz" in json.dumps(report["passed_over"])
@@ -277,7 +277,7 @@ def test_what_img2dataset_writes_is_read_whatever_lies_beside(tmp_path: Path):
     rows.append(facts(9) | {"jpg": None, "status": "failed_to_download"})
     (tmp_path / "tables").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "tables/00000.parquet")
-    report = prepare(data_in(tmp_path / "tables", source="parquet"), 1, tmp_path / "again")
+    report = prepare_pictures(data_in(tmp_path / "tables", source="parquet"), 1, tmp_path / "again")
     assert report["kept"] == 8 and report["dropped"] == {NO_BYTES: {"count": 1, "first": ["00000.parquet/000008"]}}
 
 
@@ -303,7 +303,7 @@ def test_one_damaged_row_of_forty_costs_itself_in_every_layout(tmp_path: Path):
     for name, source in (
         ("jsonl", "folder"), ("csv", "folder"), ("parquet", "parquet"), ("tars", "webdataset"), ("prompts", "prompts"),
     ):  # fmt: skip
-        report = prepare(data_in(tmp_path / name, source=source), 1, tmp_path / f"out-{name}")
+        report = prepare_pictures(data_in(tmp_path / name, source=source), 1, tmp_path / f"out-{name}")
         assert report["kept"] == 39, (name, report)
 
 
@@ -313,4 +313,4 @@ def test_where_all_rows_of_metadata_have_unquoted_commas_the_line_says_so_with_a
     lines = [f"{number}.png,1girl {number}, solo, outdoors\n" for number in range(8)]
     (tmp_path / "in/metadata.csv").write_text("file_name,text\n" + "".join(lines))
     with pytest.raises(UserError, match=r"double quotes.*row 1"):
-        prepare(data_in(tmp_path / "in"), 1, tmp_path / "out")
+        prepare_pictures(data_in(tmp_path / "in"), 1, tmp_path / "out")

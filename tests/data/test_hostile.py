@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
-from lcmlora.data.prepare import DUPLICATE, prepare
+from lcmlora.data.prepare import DUPLICATE, prepare_pictures
 from lcmlora.data.reading import candidates
 from lcmlora.data.sources.folder import Folder
 from lcmlora.data.sources.source import find
@@ -159,7 +159,7 @@ def test_a_hostile_folder_costs_each_picture_alone(tmp_path: Path) -> None:
     later = (DUPLICATE, SMALL, LONG)  # found in what could be decoded
     assert {r.name: r.reason for r in rejections} == {n: r for n, r in reasons.items() if r not in later}
 
-    report = prepare(data, 4, tmp_path / "out")
+    report = prepare_pictures(data, 4, tmp_path / "out")
     assert {reason: found["count"] for reason, found in report["dropped"].items()} == Counter(reasons.values())
     assert report["kept"] == len(sizes)
     assert report["read"] == len(sizes) + len(reasons)

@@ -12,7 +12,7 @@ from lcmlora.config import Data, Encode, Rollouts
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode
 from lcmlora.data.latents.rollouts import RolloutEncoder
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.preview import draw_sheet
 from lcmlora.data.sources.source import Record, find, read_records
 from lcmlora.diffusion.noise import generator
@@ -39,7 +39,7 @@ def ten(root: Path, **changes: Any) -> Data:
 
 
 def draw(base_folder: Path, data: Data, work: Path, settings: Encode = SETTINGS) -> LatentCache:
-    prepare(data, 1, work / "prompts")
+    prepare_pictures(data, 1, work / "prompts")
     base = load_parts(base_folder, "network", "text")
     encode(base, data, settings, work / "prompts", work / "scratch", work / "latents")
     return LatentCache(work / "latents")
@@ -101,7 +101,7 @@ def test_a_file_that_is_none_of_prompts_is_refused(
 
 
 def test_copies_of_a_prompt_are_told_apart_and_fall_on_one_side(tmp_path: Path) -> None:
-    report = prepare(ten(tmp_path, copies=3), 4, tmp_path / "out")
+    report = prepare_pictures(ten(tmp_path, copies=3), 4, tmp_path / "out")
     train, held = (read_records(tmp_path / f"out/{part}.jsonl") for part in ("train", "validation"))
     assert report["kept"] == len(train) + len(held) == 30
     assert len({r.sha256 for r in train + held}) == len({r.key for r in train + held}) == 30
@@ -198,7 +198,7 @@ def test_a_teacher_that_is_not_finite_is_told_by_the_prompt(base: bases.LoadedBa
 
 
 def test_pictures_have_no_rollouts(base_folder: Path, tmp_path: Path, folder: Path) -> None:
-    prepare(data_in(folder), 1, tmp_path / "pictures")
+    prepare_pictures(data_in(folder), 1, tmp_path / "pictures")
     base = load_parts(base_folder, "vae", "text")
     encode(base, data_in(folder), SETTINGS, tmp_path / "pictures", tmp_path / "scratch", tmp_path / "latents")
     assert LatentCache(tmp_path / "latents").rollouts is None

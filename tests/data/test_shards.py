@@ -18,7 +18,7 @@ from lcmlora.data.latents import shards
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode
 from lcmlora.data.latents.shards import Shards
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.source import find, write_records
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io import temporaries
@@ -307,6 +307,6 @@ def test_prepared_pictures_of_a_growing_folder_keep_their_order(tmp_path: Path) 
     for count in (20, 30):
         for number in range(count):
             add(tmp_path / "in", f"{number:03d}.png", f"subject {number}", picture(number))
-        prepare(data_in(tmp_path / "in"), 4, tmp_path / str(count))
+        prepare_pictures(data_in(tmp_path / "in"), 4, tmp_path / str(count))
     few, many = ((tmp_path / n / "train.jsonl").read_text().splitlines() for n in ("20", "30"))
     assert many[: len(few)] == few and len(many) > len(few)

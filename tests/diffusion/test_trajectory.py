@@ -11,7 +11,7 @@ from lcmlora.adapters import lora
 from lcmlora.config import Encode, Rollouts
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import prepare_pictures
 from lcmlora.diffusion import solver
 from lcmlora.diffusion.objectives import pseudo_huber
 from lcmlora.distillation.loss import Distillation, samples
@@ -26,7 +26,7 @@ def drawn(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Latent
     root = tmp_path_factory.mktemp("drawn")
     (root / "prompts.txt").write_text("".join(f"subject {n}\n" for n in range(16)))
     data = data_in(root / "prompts.txt", source="prompts", validation=0.01)
-    prepare(data, 1, root / "list")
+    prepare_pictures(data, 1, root / "list")
     rollouts = Rollouts(steps=50, w=5.0, states=True)
     encode(load_parts(base_folder, "network", "text"), data, Encode(batch=16, rollouts=rollouts), root / "list",
            root / "scratch", root / "latents")  # fmt: skip

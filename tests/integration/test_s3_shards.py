@@ -12,7 +12,7 @@ import torch
 from lcmlora.config import Encode, Publish
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import prepare_pictures
 from tests.data.conftest import add, data_in, picture
 from tests.data.test_shards import held, stream
 from tests.integration.seaweed import SeaweedFS
@@ -31,7 +31,7 @@ def test_training_reads_a_bucket_within_its_budget_and_survives_that_it_is_cut_o
     for number in range(160):
         add(tmp_path / "in", f"{number:03d}.png", f"subject {number}", picture(number))
     data = data_in(tmp_path / "in", validation=0.01)
-    prepare(data, 4, tmp_path / "pictures")
+    prepare_pictures(data, 4, tmp_path / "pictures")
     base = load_parts(base_folder, "vae", "text")
     base.resolution = 128
     for name, shards in (("here", None), ("there", f"{bucket.to}/shards")):

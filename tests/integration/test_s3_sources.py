@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from lcmlora.config import Encode, Publish
 from lcmlora.data.fingerprints import fingerprint
 from lcmlora.data.latents.encode import encode
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.guess import source_of
 from lcmlora.data.sources.source import find, open_picture
 from lcmlora.errors import Unavailable, UserError
@@ -64,7 +64,7 @@ def test_the_same_pictures_have_the_same_latents_wherever_they_lie(
     for place in (str(tmp_path), uploaded):
         for name, source in names.items():
             data, work = data_in(f"{place}/{name}", source=source), tmp_path / f"work-{len(caches)}"
-            prepare(data, 4, work / "pictures")
+            prepare_pictures(data, 4, work / "pictures")
             encode(base, data, Encode(batch=64), work / "pictures", work / "scratch", work / "latents")
             caches[f"{place}/{name}"] = load_file(work / "latents" / "shard-00000.safetensors")
     first = caches[f"{tmp_path}/folder"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data
 from lcmlora.data.latents.aspect import Size
-from lcmlora.data.sources.source import Record, fit, opened
+from lcmlora.data.sources.source import Record, fit, open_source
 from lcmlora.errors import UserError
 
 _LOGVAR = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clamps it
@@ -40,7 +40,7 @@ def picture_encoder(
         batch: pictures in a call.
     """
 
-    source = opened(data)
+    source = open_source(data)
 
     def load(item: tuple[Record, Size]) -> Loaded:
         record, size = item
