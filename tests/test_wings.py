@@ -18,7 +18,7 @@ WINGS = (
     ("masking",),
     ("errors",),
     ("io",),
-    ("names", "plugins", "progress"),
+    ("names", "plugins", "progress", "templates"),
     ("settings",),
     ("config",),
     ("project", "stages"),

@@ -15,6 +15,7 @@ from lcmlora.data.reading.tables import PRELOAD
 from lcmlora.data.sources.source import open_source, rejected_thumbnail, workers
 from lcmlora.io.files import atomic_write
 from lcmlora.io.isolation import isolated
+from lcmlora.templates.loading import load_template
 
 TABLE, PAGE = "rejected.parquet", "rejected.html"
 
@@ -59,15 +60,6 @@ def write_rejections(folder: Path, data: Data, rejections: Sequence[Rejection]) 
 
 
 def _page(data: Data, by_reason: dict[str, list[Rejection]]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("lcmlora"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     examples = {reason: rejections[:_EXAMPLES] for reason, rejections in by_reason.items()}
     thumbnails = _thumbnails(data, [rejection for each in examples.values() for rejection in each])
     sections: list[_Section] = [
@@ -78,7 +70,7 @@ def _page(data: Data, by_reason: dict[str, list[Rejection]]) -> str:
         }
         for reason, rejections in by_reason.items()
     ]
-    template = environment.get_template("rejected.html.j2")
+    template = load_template("rejected.html.j2")
     return template.render(path=data.path, source=data.source, reasons=sections, table=TABLE)
 
 

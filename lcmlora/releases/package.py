@@ -23,7 +23,6 @@ from lcmlora.io.files import atomic_folder, sha256_file
 from lcmlora.io.parsing import read_yaml
 from lcmlora.io.terminal import note
 from lcmlora.project import Project
-from lcmlora.releases import card
 from lcmlora.releases.bundle import (
     CHECKSUMS,
     METRICS,
@@ -34,8 +33,11 @@ from lcmlora.releases.bundle import (
     Kohya,
     Proof,
     Provenance,
+    StageSettings,
     digest,
 )
+from lcmlora.releases.card import render_card
+from lcmlora.releases.report import render_report
 
 # Largest allowed difference between reloaded and trained student, as a share of the student's largest output. In fp32
 # both run the same kernels; a half-precision base may be reloaded on another device than it was trained on.
@@ -85,13 +87,7 @@ def package(model: str, config: Config, project: Project, base_folder: Path) -> 
             data_digest=made.data_digest,
             data_dvc=_dvc_digest(project),
             seed=made.seed,
-            params={
-                "data": config.data.model_dump(mode="json"),
-                "encode": config.encode_for(model).model_dump(mode="json"),
-                "distill": made.distill,
-                "evaluation": config.evaluation_for(model).model_dump(mode="json"),
-                "gate": config.gate.model_dump(mode="json"),
-            },
+            params=_stage_settings(model, config, made),
             versions=made.versions | {"python": platform.python_version(), "lcmlora": __version__},
             git=_git(project.root),
             dvc_lock=sha256_file(project.dvc_lock) if project.dvc_lock.is_file() else None,
@@ -101,9 +97,7 @@ def package(model: str, config: Config, project: Project, base_folder: Path) -> 
         )
         figures.write(folder / METRICS)
         provenance.write(folder / PROVENANCE)
-        from lcmlora.releases import report
-
-        page = report.render(
+        page = render_report(
             model,
             figures,
             provenance,
@@ -113,10 +107,21 @@ def package(model: str, config: Config, project: Project, base_folder: Path) -> 
         )
         (folder / REPORT).write_text(page, encoding="utf-8")
         (folder / "README.md").write_text(
-            card.render(model, base, made, figures, failures, kohya.name), encoding="utf-8"
+            render_card(model, base, made, figures, failures, kohya.name), encoding="utf-8"
         )
         _seal(folder)
     return provenance
+
+
+def _stage_settings(model: str, config: Config, made: Distilled) -> StageSettings:
+    settings = {
+        "data": config.data,
+        "encode": config.encode_for(model),
+        "evaluation": config.evaluation_for(model),
+        "gate": config.gate,
+    }
+    plain = {stage: each.model_dump(mode="json") for stage, each in settings.items()}
+    return StageSettings.model_validate(plain | {"distill": made.distill})
 
 
 def _check_adapter(weights: Path, base_folder: Path) -> None:
