@@ -36,6 +36,8 @@ from lcmlora.settings.training import (
     Training,
     Tuning,
     check_trajectory,
+    distill_settings,
+    extended_distill_settings,
 )
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "Variation",
     "check_trajectory",
     "digest",
+    "distill_settings",
     "load",
 ]
 
@@ -100,7 +103,7 @@ class Config(Strict):
     them. 0: no cache."""
     shard_cache_gb: Annotated[float, Field(gt=0)] = 50.0
     """Disk for shards that are read from a bucket (`encode.shards`), in gigabytes."""
-    distill: Annotated[dict[str, Any], Changes(Distill)] = {}
+    distill: Annotated[dict[str, Any], Changes(Distill, extended_distill_settings)] = {}
     """Distillation of the adapter (stage `distill`), for all models."""
     evaluation: Annotated[dict[str, Any], Changes(Evaluation)] = {}
     """What is drawn and measured (stages `reference` and `evaluate`), for all models."""
@@ -195,7 +198,8 @@ class Config(Strict):
 
     def section(self, section: str, model: str) -> Strict:
         """Returns the settings of a section for a model, whichever it is."""
-        return self._settings(SECTIONS[section], self.layers_of(section, model), model)
+        found = self.layers_of(section, model)
+        return self._settings(_class(section, found), found, model)
 
     def encode_for(self, model: str) -> Encode:
         return self._settings(Encode, self.layers_of("encode", model), model)
@@ -212,7 +216,13 @@ class Config(Strict):
         return launch
 
     def distill_for(self, model: str) -> Distill:
-        return self._settings(Distill, self.layers_of("distill", model), model)
+        """Returns the settings of the distillation, with those that its objective brings.
+
+        Raises:
+            UserError: they do not fit, or the objective cannot be imported.
+        """
+        found = self.layers_of("distill", model)
+        return self._settings(_distill_class(found), found, model)
 
     def evaluation_for(self, model: str) -> Evaluation:
         return self._settings(Evaluation, self.layers_of("evaluation", model), model)
@@ -339,14 +349,32 @@ def _kind(value: object) -> str:
     return "null" if value is None else kinds.get(type(value), type(value).__name__)
 
 
+def _distill_class(found: Sequence[Layer]) -> type[Distill]:
+    """Returns the class of `distill` for the objective that these layers name. Raises UserError."""
+    return distill_settings(layers.merged(found).get("objective", Distill.model_fields["objective"].default))
+
+
+def _class(section: str, found: Sequence[Layer]) -> type[Strict]:
+    """Returns the class of a section's settings, which for `distill` depends on these layers. Raises UserError."""
+    return _distill_class(found) if section == "distill" else SECTIONS[section]
+
+
+def _section_faults(section: str, found: Sequence[Layer]) -> str:
+    """Returns what does not fit in these layers of a section."""
+    try:
+        return layers.faults(_class(section, found), found)
+    except UserError as error:  # of an objective that cannot be imported
+        return str(error)
+
+
 def _faults(config: Config, own: Sequence[str]) -> str:
     """Returns what does not fit in a section, a base, a style or the study; here, and not hours later.
 
     Args:
         own: the bases of params.yaml. Of those that are not among `models` something may be missing.
     """
-    found = [layers.faults(cls, [Layer(name, getattr(config, name))]) for name, cls in SECTIONS.items()]
-    found += [layers.faults(SECTIONS[name], config.layers_of(name, base)) for base in own for name in _OWN]
+    found = [_section_faults(name, [Layer(name, getattr(config, name))]) for name in SECTIONS]
+    found += [_section_faults(name, config.layers_of(name, base)) for base in own for name in _OWN]
     for kind in ("style", "finetune"):
         for name, entry in (config.styles if kind == "style" else config.finetunes).items():
             training = Layer(f"{kind}s.{name}.training", entry.training)
