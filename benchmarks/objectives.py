@@ -33,8 +33,11 @@ def run(settings: config.Config, model: str, changes: dict[str, Any], cache: Lat
     known = work / "figures.json"
     if known.exists():
         return json.loads(known.read_text())
-    distillation = settings.distill_for(model)
-    distillation = type(distillation).model_validate(distillation.model_dump() | changes)
+    values = settings.distill_for(model).model_dump() | changes
+    settings_class = config.distill_settings(values["objective"])
+    distillation = settings_class.model_validate(
+        {key: value for key, value in values.items() if key in settings_class.model_fields}
+    )
     device = bases.pick_device(distillation.device)
     folder = Path("bases", model)
 

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
@@ -399,14 +400,13 @@ def measure_publish() -> dict[str, Any]:
                 "list": lambda: catalog.releases(to),
                 "download the adapter": lambda: catalog.pull("emoji@champion", to, Path(root, "out"), everything=False),
             }
-            URLLib3Session.send = counting  # type: ignore[method-assign,assignment]
-            for name, step in steps.items():
-                counted.clear()
-                step()
-                requests[name] = dict(counted)
+            with mock.patch.object(URLLib3Session, "send", counting):
+                for name, step in steps.items():
+                    counted.clear()
+                    step()
+                    requests[name] = dict(counted)
             entries = catalog.releases(to)[0]
         finally:
-            URLLib3Session.send = send  # type: ignore[method-assign,assignment]
             server.kill()
     return {"requests": requests, "objects": entries.files, "bytes": entries.bytes}
 

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class Step:
         kept = [parameter.detach().clone() for parameter in self.parameters]
         with torch.no_grad():
             for parameter in self.parameters:
-                parameter += 0.02 * torch.randn(parameter.shape, generator=random).to(parameter.device)
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=random).to(parameter.device))
         x, t = self.distillation.noisy(batch, batch.index), self.distillation.teacher.t[batch.index]
         with self.around():
             output = self.distillation.base.predict(x, t, batch.conditioning)
@@ -169,7 +170,7 @@ class _Alone(Step):
             super().__call__(number)
 
 
-def _channels_last(unet: nn.Module) -> None:
+def _channels_last(unet: Any) -> None:
     unet.to(memory_format=torch.channels_last)
     unet.register_forward_pre_hook(
         lambda module, inputs: (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
@@ -186,13 +187,8 @@ def _derived_anew(unet: nn.Module) -> None:
     unet.register_forward_pre_hook(expire)
 
 
-@contextmanager
-def _pointwise_convolutions() -> Iterator[None]:
-    own, lora_forwards._pointwise = lora_forwards._pointwise, nn.functional.conv2d
-    try:
-        yield
-    finally:
-        lora_forwards._pointwise = own
+def _pointwise_convolutions() -> AbstractContextManager[object]:
+    return mock.patch.object(lora_forwards, "_pointwise", nn.functional.conv2d)
 
 
 def _walking(unet: Any) -> None:
