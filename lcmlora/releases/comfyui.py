@@ -137,9 +137,10 @@ class _Graph:
         entering: dict[tuple[int, str], int] = {}
         leaving: dict[tuple[int, int], list[int]] = {}
         for number, node in self.nodes.items():
-            for slot, (name, output) in enumerate(node.links.items()):
+            for slot, (name, given) in enumerate(NODE_TYPES[node.type].inputs.items()):
+                output = node.links[name]
                 link, start = len(links) + 1, self._slot(output)
-                links.append([link, output.node, start, number, slot, NODE_TYPES[node.type].inputs[name]])
+                links.append([link, output.node, start, number, slot, given])
                 entering[number, name] = link
                 leaving.setdefault((output.node, start), []).append(link)
         nodes = []
