@@ -1,16 +1,17 @@
 """The figures of an evaluation: metrics/MODEL.json, metrics.json of a release, and study.json as typed documents.
 
-A drawn set is named by a `Key` such as `student@4`. metrics.json of a release has besides what every machine gets
+An image set is named by a `Key` such as `student@4`. metrics.json of a release has, besides what every machine gets,
 the seconds of the one that evaluated, and what a study found.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.io.documents import Document, Interval, Number
 
@@ -21,9 +22,12 @@ PARTS = {"alone": "alone, best solver", "accelerated": "accelerated", "adapter":
 
 
 class Key(str):
-    """The name of a drawn set: `student@4`, `teacher@50`, `real`, or within a study `alone/dpm++@2`.
+    """The name of an image set: `student@4`, `dpm++@4`, `teacher@50`, `real`, or within a study `alone/dpm++@2`.
 
-    It is the text itself, so that files, tables and plots have it as it is.
+    It is the text itself, so that files, tables and plots have it as it is. The number of a student and of a teacher is
+    its steps. The number of a solver that the student is compared with is its network evaluations for one picture;
+    `Metrics.baselines` has its steps and all other settings. In a study, and in figures without `baselines` (before
+    2026-12), the number of a solver is its steps. `Metrics.label` knows which.
     """
 
     __slots__ = ()
@@ -32,6 +36,11 @@ class Key(str):
     def of(cls, method: str, steps: int) -> Key:
         """Returns the name of what a method drew in so many steps."""
         return cls(f"{method}@{steps}")
+
+    @classmethod
+    def of_solver(cls, settings: SolverSettings) -> Key:
+        """Returns the name of what a solver drew, by its network evaluations."""
+        return cls(f"{settings.solver}@{settings.evaluations}")
 
     @property
     def part(self) -> str:
@@ -45,8 +54,13 @@ class Key(str):
 
     @property
     def steps(self) -> int:
-        """The number of steps; 0 for what has none, like `real`."""
+        """The number, where it counts steps; 0 for what has none, like `real`."""
         return int(self.rpartition("/")[2].partition("@")[2] or 0)
+
+    @property
+    def evaluations(self) -> int:
+        """The number, where it counts network evaluations: of a student, and of a solver in `Metrics.baselines`."""
+        return self.steps
 
     @property
     def name(self) -> str:
@@ -55,8 +69,8 @@ class Key(str):
 
     @property
     def label(self) -> str:
-        """How a reader calls the set: `DPM-Solver++, 2 steps`."""
-        return f"{self.name}, {self.steps} step{'' if self.steps == 1 else 's'}" if self.steps else self.name
+        """How a reader calls a set whose number counts steps: `student, 2 steps`."""
+        return f"{self.name}, {_counted(self.steps, 'step')}" if self.steps else self.name
 
     @property
     def is_solver(self) -> bool:
@@ -66,6 +80,10 @@ class Key(str):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(_key, core_schema.str_schema())
+
+
+def _counted(count: int, unit: str) -> str:
+    return f"{count} {unit}{'' if count == 1 else 's'}"
 
 
 def _key(text: str) -> Key:
@@ -88,12 +106,53 @@ class FeatureSet(Document):
 
 
 class Advantage(Document):
-    """A student's excess less that of the best solver at as many network evaluations."""
+    """A student's excess less that of the best solver at as many network evaluations, or in as many steps."""
 
     rival: Key
-    network_evaluations: int
+    network_evaluations: int  # of the rival
     difference: Number
     interval: Interval | None = None
+
+
+class Saving(Document):
+    """How many times fewer network evaluations the student takes than the best solvers for the same distance.
+
+    Read off the curve of the smallest distance of any solver at each number of evaluations (measures/savings.py).
+    relation: `equal`, or a bound: `more than` where the solvers do not come as near with the most evaluations that they
+        were drawn with, `at most` where they are nearer with the fewest.
+    interval: of the factor; a high end of None is beyond the most evaluations.
+    """
+
+    evaluations: int  # of the student
+    factor: Number  # evaluations of the solvers / evaluations of the student
+    relation: Literal["equal", "more than", "at most"]
+    interval: tuple[Number, Number | None] | None = Field(default=None, strict=False)
+
+    @property
+    def text(self) -> str:
+        """The factor as a reader sees it: `2.1 (1.9 to 2.4)`, `more than 8`."""
+        bound = "" if self.relation == "equal" else f"{self.relation} "
+        if self.interval is None:
+            return f"{bound}{self.factor:.2g}"
+        low, high = self.interval
+        return f"{bound}{self.factor:.2g} ({low:.2g} to {'more' if high is None else f'{high:.2g}'})"
+
+
+class Trial(Document):
+    """Settings that the search for the best ones tried."""
+
+    settings: SolverSettings
+    distance: Number | None  # to the teacher, of few pictures: for ranks only; None: pictures that were not finite
+
+
+class Search(Document):
+    """How the solvers' settings were chosen, on captions and seeds that no reported figure uses."""
+
+    captions: int
+    pictures: int  # of each trial
+    seeds: dict[str, int]  # of the teacher and of the solvers
+    network_evaluations: int  # of single pictures, in all
+    trials: dict[Key, list[Trial]]  # in their order
 
 
 class Intervals(Document):
@@ -201,7 +260,10 @@ class Metrics(Document):
     diversity: dict[Key, Number] = Field(default_factory=dict)
     scores: dict[str, dict[Key, Number]] = Field(default_factory=dict)  # by scorer
     network_evaluations: dict[Key, int]  # of one picture
-    advantage: dict[Key, Advantage] = Field(default_factory=dict)
+    baselines: dict[Key, SolverSettings] = Field(default_factory=dict)  # the settings that each solver was drawn with
+    advantage: dict[Key, Advantage] = Field(default_factory=dict)  # at equal network evaluations
+    advantage_at_steps: dict[Key, Advantage] = Field(default_factory=dict)  # at equal steps
+    savings: dict[Key, Saving] = Field(default_factory=dict)  # at equal distance, by the student's key
     intervals: Intervals | None = None
     reference_digest: str | None = None  # SHA-256 of the reference's features
     adapter: str | None = None  # SHA-256 of its weights
@@ -231,6 +293,16 @@ class Metrics(Document):
     def solvers_at(self, evaluations: int) -> list[Key]:
         """Returns the solvers that take so many network evaluations."""
         return [key for key in self.excess if key.is_solver and self.network_evaluations.get(key) == evaluations]
+
+    def steps(self, key: Key) -> int:
+        """Returns in how many steps a set was drawn; 0 for what has none, like `real`."""
+        return self.baselines[key].steps if key in self.baselines else key.steps
+
+    def label(self, key: Key) -> str:
+        """Returns how a reader calls a set: `DPM-Solver++, 4 evaluations (4 steps, unguided)`, `student, 4 steps`."""
+        if key not in self.baselines:
+            return key.label
+        return f"{key.name}, {_counted(key.evaluations, 'evaluation')} ({self.baselines[key].text})"
 
     def interval(self, figure: str, key: Key) -> Interval | None:
         """Returns the interval of an excess or a retrieval; None where there is none."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from torch import Tensor
 
 from lcmlora import stages
@@ -20,10 +21,11 @@ from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import Identity
 from lcmlora.config import Data, Evaluation
 from lcmlora.data.sources.source import Record, read_records
+from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
 from lcmlora.evaluation.drawing import Artist, Drawing, Way, distinct_captions
-from lcmlora.evaluation.figures import REAL, TEACHER, FeatureSet, Key
+from lcmlora.evaluation.figures import REAL, TEACHER, FeatureSet, Key, Search
 from lcmlora.evaluation.measures import distances, scores
 from lcmlora.evaluation.measures import features as feature_sets
 from lcmlora.evaluation.measures.features import Features
@@ -72,6 +74,8 @@ class Reference(Compared):
     prompts: list[str]
     network_evaluations: dict[Key, int]
     scores: dict[str, dict[Key, Number]]
+    baselines: dict[Key, SolverSettings] = Field(default_factory=dict)  # the settings that each solver was drawn with
+    search: Search | None = None  # how they were chosen; None where all are fixed by hand
 
     @property
     def teacher(self) -> Key:
