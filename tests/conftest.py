@@ -90,7 +90,7 @@ def make_latents(base_folder: Path, work: Path) -> LatentCache:
     """Returns a cache of nine pictures with a caption each, encoded by the base."""
     for number in range(10):
         add(work / "in", f"{number}.png", f"subject {number}", picture(number))
-    data = data_in(work / "in", min_side=16, validation=0.2)
+    data = data_in(work / "in", min_side=16, validation=0, test=0.2)
     prepare(data, 4, work / "pictures")
     base = load_parts(base_folder, "vae", "text")
     encode(base, data, Encode(batch=4), work / "pictures", work / "scratch", work / "latents")

@@ -16,7 +16,7 @@ from lcmlora import config, plugins
 from lcmlora.adapters.metadata import read_sampler
 from lcmlora.config import Distill, Publish
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import PARTS, prepare
 from lcmlora.data.sources.source import open_picture, read_records
 from lcmlora.diffusion import objectives, sampling
 from lcmlora.errors import UserError
@@ -62,7 +62,7 @@ def test_a_source_is_added(tmp_path: Path) -> None:
     data = data_in(tmp_path / "pictures.zip", source="zip")
     report = prepare(data, 1, tmp_path / "out")
     assert (report["source"], report["read"], report["kept"]) == ("zip", 9, 8)
-    records = [r for part in ("train", "validation") for r in read_records(tmp_path / "out" / f"{part}.jsonl")]
+    records = [r for part in PARTS for r in read_records(tmp_path / "out" / f"{part}.jsonl")]
     assert {record.caption for record in records} == {f"subject {number}" for number in range(8)}
     for record in records:
         number = int(record.caption.removeprefix("subject "))

@@ -66,7 +66,7 @@ def pretrain_stage(call: typer.Context) -> None:
 
 
 def prepare_stage(call: typer.Context) -> None:
-    """Read the captioned pictures, drop what cannot be used, and split by caption into training and validation.
+    """Read the captioned pictures, drop what cannot be used, and split by caption into train, validation and test.
 
     Example: lcmlora prepare
     """

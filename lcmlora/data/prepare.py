@@ -1,11 +1,11 @@
-"""Stage `prepare`: which pictures are kept, which captions are held out, and a report of all that was dropped."""
+"""Stage `prepare`: the pictures that are kept, split by caption into train, validation and test, and a report."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lcmlora.config import Data
 from lcmlora.data import rejection_advice
@@ -19,12 +19,14 @@ from lcmlora.plugins import SOURCES
 
 ALIKE = "looks like another picture (data.near_duplicates)"
 
+PARTS = ("train", "validation", "test")  # of the captions; each has a list of pictures, such as test.jsonl
+
 _OFFENDERS = 10  # names listed for each reason
 _KINDS = 12  # of files that are not read, in the printed table
 
 
 def prepare(data: Data, minimum: int, out: Path) -> dict[str, Any]:
-    """Writes train.jsonl, validation.jsonl and report.json to the folder `out`; returns the report.
+    """Writes train.jsonl, validation.jsonl, test.jsonl and report.json to the folder `out`; returns the report.
 
     Where something was dropped, rejected.parquet has it all, and rejected.html shows examples.
 
@@ -51,34 +53,46 @@ def prepare(data: Data, minimum: int, out: Path) -> dict[str, Any]:
         else:
             seen.add(record.sha256)
             kept.append(record)
-    held_out = choose_validation({r.caption for r in kept}, data.validation, data.seed)
-    train = [r for r in kept if r.caption not in held_out]
-    validation = [r for r in kept if r.caption in held_out]
+    held_out = hold_out({r.caption for r in kept}, data.validation, data.test, data.seed)
+    parts = {
+        "train": [r for r in kept if r.caption not in held_out.validation | held_out.test],
+        "validation": [r for r in kept if r.caption in held_out.validation],
+        "test": [r for r in kept if r.caption in held_out.test],
+    }
     report: dict[str, Any] = {
         "source": data.source,
         "read": read,
         "kept": len(kept),
         "dropped": _by_reason(rejections),
-        "train": _count(train),
-        "validation": _count(validation),
     }
+    report |= {part: _count(records) for part, records in parts.items()}
     report |= _also(found, kept)
-    if len(train) < minimum or not validation:
+    if len(parts["train"]) < minimum or not parts["test"]:
         raise UserError(_too_few(data, report, minimum, rejections, found.passed_over))
     with atomic_folder(out) as folder:
-        write_records(folder / "train.jsonl", train)
-        write_records(folder / "validation.jsonl", validation)
+        for part, records in parts.items():
+            write_records(folder / f"{part}.jsonl", records)
         write_json(folder / "report.json", report)
         if rejections:
             write_rejections(folder, data, rejections)
     return report
 
 
-def choose_validation(captions: set[str], share: float, seed: int) -> set[str]:
-    """Returns about `share` of the captions, at least one and never all; none where there are fewer than two.
+class HeldOut(NamedTuple):
+    """The captions that are kept from training."""
+
+    validation: set[str]
+    test: set[str]
+
+
+def hold_out(captions: set[str], validation: float, test: float, seed: int) -> HeldOut:
+    """Returns about these shares of the captions for validation and for test.
+
+    One caption at least is for test and one for training, so that there are none of either where there are fewer than
+    two. Of three or more, one at least is for validation, unless `validation` is 0.
 
     Apart from these bounds each caption is judged by its own hash: a data set that grows moves no caption from one
-    side to the other. Captions that differ in case only fall on the same side.
+    part to another. Captions that differ in case only belong to the same part.
     """
 
     def lot(caption: str) -> float:
@@ -87,9 +101,18 @@ def choose_validation(captions: set[str], share: float, seed: int) -> set[str]:
     lots = {caption: lot(caption) for caption in captions}
     levels = sorted(set(lots.values()))
     if len(levels) < 2:
-        return set()
-    limit = min(max(share, levels[1]), levels[-1])  # the lowest is always chosen, the highest never
-    return {caption for caption, value in lots.items() if value < limit}
+        return HeldOut(set(), set())
+    wanted = validation > 0 and len(levels) > 2
+    # The lowest hash is always for test and the highest for training; the lowest of those between for validation.
+    test_limit = min(max(test, levels[1]), levels[-2] if wanted else levels[-1])
+    limit = test_limit
+    if wanted:
+        following = next(level for level in levels if level > min(v for v in levels if v >= test_limit))
+        limit = min(max(test + validation, following), levels[-1])
+    return HeldOut(
+        validation={caption for caption, value in lots.items() if test_limit <= value < limit},
+        test={caption for caption, value in lots.items() if value < test_limit},
+    )
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -118,7 +141,7 @@ def print_report(report: dict[str, Any]) -> None:
         add(f"used, but {note}", noted)
     if "cleaned" in report:
         add("captions that lost HTML or addresses", report["cleaned"])
-    for part in ("train", "validation"):
+    for part in PARTS:
         table.add_row(part, str(report[part]["pictures"]), f"{report[part]['captions']} captions")
     Console(stderr=True).print(table)
 
@@ -168,13 +191,13 @@ def _too_few(
     counted = rejection_advice.counted(data.source)
     if report["train"]["pictures"] >= minimum:
         return (
-            f"{data.path}: all {report['kept']} {counted} that are left have one caption; data.validation holds out "
-            "whole captions, so there must be two at least"
+            f"{data.path}: all {report['kept']} {counted} that are left have one caption; data.test holds out whole "
+            "captions, so there must be two at least"
         )
-    held_out = report["validation"]["pictures"]
+    held_out = [report[part]["pictures"] for part in ("validation", "test")]
     left = (
         f"{report['train']['pictures']} training {counted} are left and one batch needs {minimum}; "
-        f"read {report['read']}, held out for validation {held_out}"
+        f"read {report['read']}, held out for validation {held_out[0]}, for test {held_out[1]}"
     )
     most = max((dropped["count"] for dropped in report["dropped"].values()), default=0)
     if 2 * most > len(rejections) and (most >= report["kept"] or report["train"]["pictures"] + most >= minimum):

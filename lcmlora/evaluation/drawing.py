@@ -5,7 +5,6 @@ Picture i of a set shows `prompts[i % len(prompts)]` and starts from noise (seed
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -205,11 +204,6 @@ def latency(base: LoadedBase, prompts: Sequence[str], ways: Mapping[Key, Way], r
         device=torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type,
         threads=torch.get_num_threads(),
     )
-
-
-def distinct_captions(records: Sequence[Record]) -> list[str]:
-    """Returns every caption once, in an order of its own: the first ones, which are shown, are a fair sample."""
-    return sorted({r.caption for r in records}, key=lambda caption: hashlib.blake2b(caption.encode()).digest())
 
 
 def square_picture(data: Data, record: Record, resolution: int) -> Image.Image:

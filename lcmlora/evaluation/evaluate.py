@@ -16,11 +16,10 @@ from lcmlora.adapters.metadata import read_sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import compared
 from lcmlora.config import Data, Evaluation
-from lcmlora.data.sources.source import read_records
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.evaluation import charts, timings
-from lcmlora.evaluation.drawing import Way, distinct_captions, latency, read_strip, save_strip, strip_path
+from lcmlora.evaluation.drawing import Way, latency, read_strip, save_strip, strip_path
 from lcmlora.evaluation.figures import REAL, STUDENT, TEACHER, Advantage, Intervals, Key, Metrics
 from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
 from lcmlora.evaluation.measures.distances import distance
@@ -35,6 +34,7 @@ from lcmlora.evaluation.reference import (
     load_scorers,
     mean_scores,
 )
+from lcmlora.evaluation.sets.captions import reporting, reporting_seeds
 from lcmlora.io import parsing
 from lcmlora.io.files import atomic_folder, atomic_write, sha256_file, write_json
 from lcmlora.io.parsing import as_object
@@ -73,16 +73,16 @@ def evaluate(
     """
     features = load_features(base, settings)
     facts = read_reference(reference)
-    records = read_records(pictures / "validation.jsonl")
-    prompts = distinct_captions(records)[: settings.pictures]
+    prompts = reporting(pictures).prompts[: settings.pictures]
     _check_reference(reference, facts, features, settings, prompts, adapter)
     ways = student_ways(adapter, settings.student_steps, "evaluation.student_steps")
     scorers = load_scorers(base, settings)
     artist = artist_of(base, features, settings, prompts, settings.pictures, scratch, scorers)
 
     layers, identity = adapter_layers(adapter)
+    seed = reporting_seeds(settings.seed).compared
     with lora.applied(base.network, layers, str(adapter)):
-        drawn = {key: artist.draw(key, way, settings.seed + 1, identity) for key, way in ways.items()}
+        drawn = {key: artist.draw(key, way, seed, identity) for key, way in ways.items()}
         speed = latency(base, prompts, ways, settings.latency_repeats)
     # One solver stands for all: their own arithmetic is nothing beside the network's.
     scale, solver = settings.guidance_scale, settings.solvers[0]

@@ -45,7 +45,7 @@ def gate(metrics: Metrics, gate: Gate) -> list[str]:
     if gate.min_retrieval and (reason := unmeasured_retrieval(metrics)):
         failures.append(
             f"{student}: caption retrieval was not measured: {reason}; keep more captions from training "
-            "(data.validation), or set gate.min_retrieval to 0"
+            "(data.test), or set gate.min_retrieval to 0"
         )
         return failures
     teacher, retrieval = metrics.teacher, metrics.retrieval

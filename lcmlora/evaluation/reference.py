@@ -20,16 +20,17 @@ from lcmlora import stages
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import Identity
 from lcmlora.config import Data, Evaluation
-from lcmlora.data.sources.source import Record, read_records
+from lcmlora.data.sources.source import Record
 from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
-from lcmlora.evaluation.drawing import Artist, Drawing, Way, distinct_captions
+from lcmlora.evaluation.drawing import Artist, Drawing, Way
 from lcmlora.evaluation.figures import REAL, TEACHER, FeatureSet, Key, Search
 from lcmlora.evaluation.measures import distances, scores
 from lcmlora.evaluation.measures import features as feature_sets
 from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.scores import Scorer
+from lcmlora.evaluation.sets.captions import distinct_captions, reporting, reporting_seeds
 from lcmlora.io.documents import Document, Number
 from lcmlora.io.files import atomic_folder, sha256_file, sha256_folder
 from lcmlora.plugins import SOURCES
@@ -101,17 +102,12 @@ def draw_reference(
         timings_folder: where it is written how long this machine took.
 
     Raises:
-        UserError: fewer pictures asked for than the features need, or no validation pictures.
+        UserError: fewer pictures asked for than the features need, or no test captions.
     """
     features = load_features(base, settings)
     check_count("evaluation.pictures", settings.pictures, features)
-    records = read_records(pictures / "validation.jsonl")
-    if not records:
-        raise UserError(
-            f"{pictures / 'validation.jsonl'}: holds no pictures to compare with; raise data.validation, or give the "
-            "set more than one caption"
-        )
-    prompts = distinct_captions(records)[: settings.pictures]
+    captions, seeds = reporting(pictures), reporting_seeds(settings.seed)
+    prompts = captions.prompts[: settings.pictures]
     scorers = load_scorers(base, settings)
     artist = artist_of(base, features, settings, prompts, settings.pictures, scratch, scorers)
 
@@ -120,10 +116,10 @@ def draw_reference(
     tensors: dict[str, Tensor] = {key: drawing.features for key, drawing in drawn.items()}
     if not SOURCES.get(data.source).has_pictures:
         teacher, _ = jobs[Key.of(TEACHER, settings.teacher_steps)]
-        tensors["gallery"] = artist.draw("gallery", teacher, settings.seed + 2).features
-        compared = about_prompts(artist.shown, settings.seed + 2, features)
+        tensors["gallery"] = artist.draw("gallery", teacher, seeds.gallery).features
+        compared = about_prompts(artist.shown, seeds.gallery, features)
     else:
-        real, gallery = choose_real(records, prompts, settings.pictures)
+        real, gallery = choose_real(captions.records, prompts, settings.pictures)
         tensors[REAL] = artist.real("real pictures", real, data)
         tensors["gallery"] = artist.real("gallery", gallery, data)
         compared = about_real(real, gallery, settings.pictures, features)
@@ -135,14 +131,14 @@ def draw_reference(
             "dtype": str(base.dtype).removeprefix("torch."),
         },
         settings=settings.model_dump(mode="json"),
-        seeds={"teacher": settings.seed, "compared": settings.seed + 1},
+        seeds={"teacher": seeds.teacher, "compared": seeds.compared},
         prompts=prompts,
         network_evaluations={key: way.evaluations for key, (way, _) in jobs.items()},
         scores=mean_scores(drawn),
         **compared.fields(),
     )
     with atomic_folder(out) as folder:
-        artist.keep(folder, drawn, tensors, data, records)
+        artist.keep(folder, drawn, tensors, data, captions.records)
         facts.write(folder / REFERENCE)
     seconds = {key: drawing.seconds for key, drawing in drawn.items() if not key.endswith(AGAIN)}
     timings.Timings(
@@ -209,18 +205,20 @@ def mean_scores(drawn: dict[Key, Drawing]) -> dict[str, dict[Key, float]]:
 
 def _jobs(settings: Evaluation) -> dict[Key, tuple[Way, int]]:
     """Returns how every set is drawn, and from which seed."""
-    scale, other = settings.guidance_scale, settings.seed + 1
+    scale, seeds = settings.guidance_scale, reporting_seeds(settings.seed)
     teacher = Way("ddim", settings.teacher_steps, scale)
     name = Key.of(TEACHER, settings.teacher_steps)
-    solvers = {Key.of(s, n): (Way(s, n, scale), other) for s in settings.solvers for n in settings.solver_steps}
-    return {name: (teacher, settings.seed), Key(name + AGAIN): (teacher, other)} | solvers
+    solvers = {
+        Key.of(s, n): (Way(s, n, scale), seeds.compared) for s in settings.solvers for n in settings.solver_steps
+    }
+    return {name: (teacher, seeds.teacher), Key(name + AGAIN): (teacher, seeds.compared)} | solvers
 
 
 def about_real(real: list[Record], gallery: list[Record], pictures: int, features: Features) -> Compared:
     """Returns what a reference's facts say of its real pictures."""
     missing = None
     if len(real) < distances.named(features.distance).pictures_needed(features.dimensions):
-        missing = f"{len(real)} real validation pictures are too few for {features.dimensions} dimensions"
+        missing = f"{len(real)} real test pictures are too few for {features.dimensions} dimensions"
     return Compared(
         features=FeatureSet(name=features.name, dimensions=features.dimensions, distance=features.distance),
         counts=Counts(pictures=pictures, real=len(real), gallery=len(gallery)),

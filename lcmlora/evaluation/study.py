@@ -21,16 +21,16 @@ from lcmlora.adapters import combine, formats, lora
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, Evaluation, Kind, Study, digest
 from lcmlora.data.prepare import prepare
-from lcmlora.data.sources.source import read_records
 from lcmlora.errors import UserError
 from lcmlora.evaluation import figures
-from lcmlora.evaluation.drawing import Artist, Way, distinct_captions, save_strip, strip_path
+from lcmlora.evaluation.drawing import Artist, Way, save_strip, strip_path
 from lcmlora.evaluation.evaluate import adapter_layers, read_reference, student_ways, variety
 from lcmlora.evaluation.figures import REAL, STUDENT, Key
 from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
 from lcmlora.evaluation.measures.distances import distance
 from lcmlora.evaluation.measures.metrics import retrieval_at_1
 from lcmlora.evaluation.reference import AGAIN, Compared, about_real, artist_of, check_count, choose_real, load_features
+from lcmlora.evaluation.sets.captions import reporting, reporting_seeds
 from lcmlora.io.files import atomic_folder, sha256_file, write_json
 
 STUDY = "study.json"
@@ -85,7 +85,7 @@ def draw_alone(
     Args:
         base: the bare base of a style, or the checkpoint.
         folder: what `tune` wrote.
-        data: the real pictures; those whose captions were kept from training are drawn and compared with.
+        data: the real pictures; those whose captions are for test are drawn and compared with.
 
     Raises:
         UserError: fewer pictures than the features need.
@@ -93,15 +93,13 @@ def draw_alone(
     features = load_features(base, evaluation)
     check_count("study.pictures", settings.pictures, features)
     prepare(data, 1, scratch / "pictures")
-    records = read_records(scratch / "pictures" / "validation.jsonl")
-    if not records:
-        raise UserError(f"{folder}: no captions were kept from training; raise data.validation or add captions")
-    prompts = distinct_captions(records)[: settings.pictures]
-    real, gallery = choose_real(records, prompts, settings.pictures)
+    captions = reporting(scratch / "pictures")
+    prompts = captions.prompts[: settings.pictures]
+    real, gallery = choose_real(captions.records, prompts, settings.pictures)
     compared = about_real(real, gallery, settings.pictures, features)
     if compared.distance_real_missing:
         raise UserError(
-            f"{folder}: {compared.distance_real_missing}; give it more (study.real, data.validation) or take it out of "
+            f"{folder}: {compared.distance_real_missing}; give it more (study.real, data.test) or take it out of "
             "study in params.yaml"
         )
     artist = artist_of(base, features, evaluation, prompts, settings.pictures, scratch / "drawn")
@@ -114,7 +112,7 @@ def draw_alone(
             stack.enter_context(lora.applied(base.network, layers, str(folder)))
         else:
             identity = ""  # the checkpoint is the base
-        seed = evaluation.seed + 1
+        seed = reporting_seeds(evaluation.seed).compared
         drawn = {
             Key(ALONE + key): artist.draw(f"{folder.name} {key}", way, seed, identity) for key, way in ways.items()
         }
@@ -128,7 +126,7 @@ def draw_alone(
         **compared.fields(),
     )
     with atomic_folder(out) as part:
-        artist.keep(part, drawn, tensors, data, records)
+        artist.keep(part, drawn, tensors, data, captions.records)
         facts.write(part / _FACTS)
     shutil.rmtree(scratch)
     return facts
@@ -339,8 +337,9 @@ def _guidance(
     scales = [1.0, *settings.guidance_scales]
     ways = [Way(**vars(plain) | {"guidance": scale}) for scale in scales]
     layers, identity = adapter_layers(adapter)
+    seed = reporting_seeds(evaluation.seed).compared
     with lora.applied(base.network, layers, str(adapter)):
-        drawn = [artist.draw(f"guidance {way.guidance:g}", way, evaluation.seed + 1, identity) for way in ways]
+        drawn = [artist.draw(f"guidance {way.guidance:g}", way, seed, identity) for way in ways]
     teacher, kind = sets[facts.teacher], features.distance
     floor = distance(teacher, sets[facts.teacher + AGAIN], kind)
     for way, drawing in zip(ways, drawn, strict=True):

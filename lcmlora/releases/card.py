@@ -129,7 +129,7 @@ def _results(made: Distilled, figures: Metrics) -> list[EvalResult]:
                     task_type="text-to-image",
                     dataset_type="captions-kept-from-training",
                     dataset_name="Captions kept from training",
-                    dataset_split="validation",
+                    dataset_split="test",
                     dataset_args=data,
                     metric_type=metric,
                     metric_name=f"{title}, {steps} step{'s' * (steps > 1)} ({network})",

@@ -18,7 +18,7 @@ NODE_MODULES = Path(__file__).parents[2] / "node_modules"
 
 
 def data_in(folder: Path, **changes: Any) -> Data:
-    plain = {"source": "folder", "path": folder, "min_side": 16, "max_aspect": 2.0, "validation": 0.25, "seed": 0}
+    plain = {"source": "folder", "path": folder, "min_side": 16, "max_aspect": 2.0, "seed": 0}
     return Data.model_validate(plain | changes)
 
 

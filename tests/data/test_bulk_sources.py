@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from lcmlora.config import Data
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import PARTS, prepare
 from lcmlora.data.reading import candidates, tar_members, tar_samples
 from lcmlora.data.sources import tars
 from lcmlora.data.sources.guess import source_of
@@ -269,7 +269,7 @@ def test_what_img2dataset_writes_is_read_whatever_lies_beside(tmp_path: Path):
     (tmp_path / "tars/00000_stats.json").write_text("{}")
     data = data_in(tmp_path / "tars", source="webdataset")
     report = prepare(data, 1, tmp_path / "out")
-    kept = [r for part in ("train", "validation") for r in read_records(tmp_path / f"out/{part}.jsonl")]
+    kept = [r for part in PARTS for r in read_records(tmp_path / f"out/{part}.jsonl")]
     assert report["kept"] == 8 and {r.caption for r in kept} == {f"subject {number}" for number in range(8)}
     assert "00001.tar.gz" in json.dumps(report["passed_over"])
 

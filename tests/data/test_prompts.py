@@ -12,7 +12,7 @@ from lcmlora.config import Data, Encode, Rollouts
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode
 from lcmlora.data.latents.rollouts import RolloutEncoder
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import PARTS, prepare
 from lcmlora.data.preview import draw_sheet
 from lcmlora.data.sources.source import Record, find, read_records
 from lcmlora.diffusion.noise import generator
@@ -102,10 +102,11 @@ def test_a_file_that_is_none_of_prompts_is_refused(
 
 def test_copies_of_a_prompt_are_told_apart_and_fall_on_one_side(tmp_path: Path) -> None:
     report = prepare(ten(tmp_path, copies=3), 4, tmp_path / "out")
-    train, held = (read_records(tmp_path / f"out/{part}.jsonl") for part in ("train", "validation"))
-    assert report["kept"] == len(train) + len(held) == 30
-    assert len({r.sha256 for r in train + held}) == len({r.key for r in train + held}) == 30
-    assert not {r.caption for r in train} & {r.caption for r in held}
+    train, validation, test = (read_records(tmp_path / f"out/{part}.jsonl") for part in PARTS)
+    everything = train + validation + test
+    assert report["kept"] == len(everything) == 30
+    assert len({r.sha256 for r in everything}) == len({r.key for r in everything}) == 30
+    assert sum(len({r.caption for r in part}) for part in (train, validation, test)) == 10
 
 
 def test_there_is_nothing_to_preview(tmp_path: Path) -> None:

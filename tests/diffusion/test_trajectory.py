@@ -25,7 +25,7 @@ def drawn(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Latent
     """Sixteen prompts with the states of the teacher's runs to their latents."""
     root = tmp_path_factory.mktemp("drawn")
     (root / "prompts.txt").write_text("".join(f"subject {n}\n" for n in range(16)))
-    data = data_in(root / "prompts.txt", source="prompts", validation=0.01)
+    data = data_in(root / "prompts.txt", source="prompts", validation=0, test=0.01)
     prepare(data, 1, root / "list")
     rollouts = Rollouts(steps=50, w=5.0, states=True)
     encode(load_parts(base_folder, "network", "text"), data, Encode(batch=16, rollouts=rollouts), root / "list",

@@ -65,7 +65,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
         pixels = torch.randint(0, 256, (3, 3, 3), generator=generator, dtype=torch.uint8).numpy()
         Image.fromarray(pixels).resize((20, 24), Image.Resampling.NEAREST).save(folder / f"{i:02d}.png")
         (folder / f"{i:02d}.txt").write_text(WORDS[i % len(WORDS)])
-    return Data(source="folder", path=folder, min_side=8, max_aspect=2.0, validation=0.4, seed=0)
+    return Data(source="folder", path=folder, min_side=8, max_aspect=2.0, validation=0.2, test=0.4)
 
 
 @pytest.fixture(scope="module")

@@ -263,12 +263,13 @@ def test_few_real_pictures_leave_the_distance_to_them_out_and_say_why(
 ) -> None:
     few = tmp_path / "few"
     few.mkdir()
-    lines = (pictures / "validation.jsonl").read_text().splitlines(keepends=True)
-    (few / "validation.jsonl").write_text("".join(lines[:5]))
+    lines = (pictures / "test.jsonl").read_text().splitlines(keepends=True)
+    (few / "test.jsonl").write_text("".join(lines[:5]))
+    shutil.copy(pictures / "validation.jsonl", few)
     draw_reference(base, data, settings(), few, tmp_path / "scratch", tmp_path / "reference", tmp_path / "timings")
     metrics = run(base, adapter, data, few, tmp_path / "reference")
     assert metrics["distance_real"] is None
-    assert metrics["distance_real_missing"] == "5 real validation pictures are too few for 12 dimensions"
+    assert metrics["distance_real_missing"] == "5 real test pictures are too few for 12 dimensions"
     assert "real" not in metrics["retrieval"]  # all five are the gallery
 
 
@@ -303,7 +304,7 @@ def test_prompts_without_pictures_are_measured_against_the_teacher_alone(
     base: bases.LoadedBase, adapter: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(WORDS))
-    data = Data(source="prompts", path=tmp_path / "prompts.txt", min_side=8, max_aspect=2.0, validation=0.4, seed=0)
+    data = Data(source="prompts", path=tmp_path / "prompts.txt", min_side=8, validation=0.2, test=0.4)
     prepare(data, 1, tmp_path / "pictures")
     facts = draw_reference(
         base, data, settings(), tmp_path / "pictures", tmp_path / "s", tmp_path / "reference", tmp_path / "timings"

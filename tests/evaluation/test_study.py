@@ -210,7 +210,7 @@ def test_too_few_real_pictures_and_other_features_are_refused_by_name(
     for path in sorted(Path(data.path).iterdir())[:32]:
         shutil.copy(path, few / path.name)
     scarce = data.model_copy(update={"path": str(few)})
-    with pytest.raises(UserError, match=r"real validation pictures are too few for 12 dimensions; give it more"):
+    with pytest.raises(UserError, match=r"real test pictures are too few for 12 dimensions; give it more"):
         draw_alone(
             load(None), "style", variations[0].folder, scarce, asked(), settings(), tmp_path / "s", tmp_path / "o"
         )

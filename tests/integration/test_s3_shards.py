@@ -30,7 +30,7 @@ def test_training_reads_a_bucket_within_its_budget_and_survives_that_it_is_cut_o
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     for number in range(160):
         add(tmp_path / "in", f"{number:03d}.png", f"subject {number}", picture(number))
-    data = data_in(tmp_path / "in", validation=0.01)
+    data = data_in(tmp_path / "in", validation=0, test=0.01)
     prepare(data, 4, tmp_path / "pictures")
     base = load_parts(base_folder, "vae", "text")
     base.resolution = 128

@@ -145,7 +145,7 @@ def test_a_result_says_how_it_was_measured():
         "level": 0.95,
         "floor": 78.0,
     }
-    assert (result.dataset_name, result.dataset_split) == ("Captions kept from training", "validation")
+    assert (result.dataset_name, result.dataset_split) == ("Captions kept from training", "test")
     assert result.dataset_args["data_digest"] == "d" * 64
     assert result.dataset_args["reference_digest"] == "e" * 64
     score = results(render(figures=FULL))["clip-score", 4]
@@ -291,7 +291,7 @@ def test_styles_have_a_table_of_claims_and_their_measured_weight_in_the_snippet(
 
 def test_a_distance_to_real_pictures_is_told_or_why_there_is_none():
     assert "to 500 real pictures is 321.50 for student@4 and 321.50 for teacher@50" in render(figures=FULL)
-    assert "no distance to real pictures: 24 real validation pictures are too few" in render()
+    assert "no distance to real pictures: 24 real test pictures are too few" in render()
 
 
 @pytest.mark.parametrize("figures", [METRICS, FULL], ids=["old figures", "full figures"])

@@ -34,6 +34,7 @@ from tests.support.miniature import save_base
 KEPT = Path(__file__).with_name("inputs")
 FEATURES.register("quarters", Quarters)  # of twelve dimensions, which need few pictures
 EVALUATION: Evaluation = settings(solvers=("ddim", "dpm++", "unipc", "euler"), resamples=8, latency_repeats=1)
+CHOSEN_BY = ("red tree", "fruit apple")  # captions for validation
 STUDY = Study(
     models=("mini",),
     styles=("ink",),
@@ -58,11 +59,14 @@ class Inputs:
 
     @property
     def data(self) -> Data:
-        return Data(source="folder", path=str(self.root / "in"), min_side=8, max_aspect=2.0, validation=0.4, seed=0)
+        return Data(source="folder", path=str(self.root / "in"), min_side=8, max_aspect=2.0, validation=0.2, test=0.4)
 
     @property
     def pictures(self) -> Path:
-        """What `prepare` might have written: twelve pictures of each of eight captions, four of them kept back."""
+        """What `prepare` might have written: twelve pictures of each of ten captions.
+
+        Four of the captions are for test and two for validation.
+        """
         return self.root / "pictures"
 
     @property
@@ -118,18 +122,19 @@ def _write_pictures(inputs: Inputs) -> None:
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     records = []
-    for number in range(96):
+    for number in range(120):
         pixels = torch.randint(0, 256, (3, 3, 3), generator=generator, dtype=torch.uint8).numpy()
         name = f"{number:02d}.png"
         # Stored, not deflated: the same bytes by every version of zlib, and these decide which pictures are chosen.
         drawn = Image.fromarray(pixels).resize((20, 24), Image.Resampling.NEAREST)
         drawn.save(folder / name, compress_level=0)
-        caption = WORDS[number % len(WORDS)]
+        caption = WORDS[number % len(WORDS)] if number < 96 else CHOSEN_BY[number % 2]
         (folder / name).with_suffix(".txt").write_text(caption)
         records.append(Record(name, caption, sha256_file(folder / name), 20, 24))
     inputs.pictures.mkdir()
     write_records(inputs.pictures / "train.jsonl", [r for r in records if r.caption in WORDS[4:]])
-    write_records(inputs.pictures / "validation.jsonl", [r for r in records if r.caption in WORDS[:4]])
+    write_records(inputs.pictures / "validation.jsonl", [r for r in records if r.caption in CHOSEN_BY])
+    write_records(inputs.pictures / "test.jsonl", [r for r in records if r.caption in WORDS[:4]])
 
 
 def _write_checkpoint(base: Path, folder: Path) -> None:

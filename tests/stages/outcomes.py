@@ -27,7 +27,7 @@ from lcmlora.adapters import lora
 from lcmlora.config import Data, Encode, Rollouts
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import PARTS, prepare
 from lcmlora.data.sources.source import Record, write_records
 from lcmlora.distillation.distill import distill
 from lcmlora.distillation.finetune import tune
@@ -125,7 +125,7 @@ def of_prepare(inputs: Inputs, work: Path) -> Outcome:
 def _prepared(data: Data, out: Path) -> Outcome:
     prepare(data, 1, out)
     told = read(out / "report.json")
-    for part in ("train", "validation"):
+    for part in PARTS:
         rows = [json.loads(line) for line in (out / f"{part}.jsonl").read_text().splitlines()]
         keys = ("key", "caption", "width", "height", "look", "raw_caption", "note")
         told[f"{part} list"] = [[row.get(key) for key in keys] for row in rows[:24]]

@@ -28,7 +28,7 @@ METRICS: dict[str, Any] = {
     "distance_teacher": {"teacher": 78.0, "student@2": 88.0, "student@4": 82.5, "ddim@1": 363.0, "dpm++@2": 171.0},
     "excess": {"teacher": 0.0, "student@2": 10.0, "student@4": 4.5, "ddim@1": 285.0, "dpm++@2": 93.0},
     "distance_real": None,
-    "distance_real_missing": "24 real validation pictures are too few for 320 dimensions",
+    "distance_real_missing": "24 real test pictures are too few for 320 dimensions",
     "retrieval": {"teacher@50": 0.9, "student@2": 0.7, "student@4": 0.85, "ddim@1": 0.1, "dpm++@2": 0.5},
     "seconds_per_picture": {"teacher@50": 0.2, "student@2": 0.01, "student@4": 0.02, "ddim@1": 0.01, "dpm++@2": 0.02},
     "network_evaluations": {"teacher@50": 100, "student@2": 2, "student@4": 4, "ddim@1": 2, "dpm++@2": 4},
