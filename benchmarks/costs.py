@@ -52,7 +52,6 @@ def count(name: str, settings: config.Config) -> Preset:
 
     from lcmlora.adapters import lora
     from lcmlora.data.latents.encode import _ROW_BYTES
-    from lcmlora.diffusion.sampling import STUDENT, network_evaluations
     from lcmlora.evaluation.reference import _jobs
 
     base, distill, evaluation = settings.base(name), settings.distill_for(name), settings.evaluation_for(name)
@@ -81,8 +80,8 @@ def count(name: str, settings: config.Config) -> Preset:
         adapted = operations(predict)
         learning = operations(lambda: predict().sum().backward())
     step = 2 * bare + adapted + learning  # the teacher is guided; the target has no gradient
-    drawn = sum(way.evaluations for way, _ in _jobs(evaluation).values())
-    student = sum(network_evaluations(STUDENT, steps, 1.0) for steps in evaluation.student_steps)
+    drawn = sum(each.evaluations for each, _ in _jobs(evaluation).values())
+    student = sum(evaluation.student_steps)
     return Preset(
         name=name,
         resolution=base.resolution,

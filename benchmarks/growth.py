@@ -103,9 +103,7 @@ def drawing(case: Case) -> dict[str, dict[str, Any]]:
                 rows = slice(start, start + size)
                 part = {name: value[rows] for name, value in conditioning.items()}
                 indices = range(start, start + size)
-                latents = sampling.sample(
-                    base, part, noise[rows], method="lcm", steps=4, indices=indices, sampler=sampler
-                )
+                latents = sampling.sample_student(base, part, noise[rows], steps=4, indices=indices, sampler=sampler)
                 base.decode(latents)
 
         return drawn

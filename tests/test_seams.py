@@ -82,7 +82,7 @@ def test_an_objective_is_added_with_its_sampler(base_folder: Path, cache: Latent
 
     conditioning, noise = draw_batch(cache, settings).conditioning, torch.randn(4, *base.latent_shape)
     sampler = read_sampler(facts["sampler"], "config.json")
-    drawn = sampling.sample(base, conditioning, noise, method="lcm", steps=2, indices=range(4), sampler=sampler)
+    drawn = sampling.sample_student(base, conditioning, noise, steps=2, indices=range(4), sampler=sampler)
     x = noise
     for t, s in ((999, 499), (499, 0)):
         with torch.no_grad():

@@ -126,10 +126,10 @@ class LoadedBase:
 
         Args:
             latents: (B, C, h, w) fp32.
-            timesteps: (B,) int64 in [0, T).
+            timesteps: (B,) in [0, T): int64, or fp32 where a solver goes between two rows of the schedule.
             conditioning: rows for each latent, with `micro_conditioning`.
         """
-        return self.family.forward(self.network, latents, self.schedule.time[timesteps], conditioning)
+        return self.family.forward(self.network, latents, self.schedule.network_time(timesteps), conditioning)
 
 
 def pick_device(wanted: str) -> torch.device:

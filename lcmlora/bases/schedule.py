@@ -85,6 +85,14 @@ class Schedule:
         """Returns T."""
         return len(self.alpha)
 
+    def network_time(self, timesteps: Tensor) -> Tensor:
+        """Returns what the network is told at these timesteps (B,); between two rows (fp32) it is interpolated."""
+        if not timesteps.is_floating_point():
+            return self.time[timesteps]
+        below = timesteps.floor().long()
+        low, high = self.time[below].float(), self.time[(below + 1).clamp(max=len(self) - 1)].float()
+        return low + (timesteps - below) * (high - low)
+
     def to(self, device: torch.device) -> Schedule:
         """Returns the same table on this device."""
         return replace(self, alpha=self.alpha.to(device), sigma=self.sigma.to(device), time=self.time.to(device))

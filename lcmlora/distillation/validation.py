@@ -127,11 +127,10 @@ class Validation:
         batch = self._jumps[0].batch
         shown = range(min(_SHOWN, len(batch.z)))
         conditioning = {name: value[: len(shown)] for name, value in batch.conditioning.items()}
-        latents = sampling.sample(
+        latents = sampling.sample_student(
             d.base,
             conditioning,
             sampling.initial_noise(batch.z.shape[1:], settings.seed, shown),
-            method=sampling.STUDENT,
             steps=min(STEPS, settings.grid),
             seed=settings.seed,
             indices=shown,

@@ -16,11 +16,17 @@ from lcmlora.adapters.metadata import read_sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import compared
 from lcmlora.config import Data, Evaluation
-from lcmlora.diffusion import sampling
+from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import charts, timings
-from lcmlora.evaluation.drawing import Way, latency, read_strip, save_strip, strip_path
 from lcmlora.evaluation.figures import REAL, STUDENT, TEACHER, Advantage, Intervals, Key, Metrics
+from lcmlora.evaluation.image_sets import (
+    StudentSettings,
+    latency,
+    read_thumbnails,
+    save_thumbnails,
+    thumbnails_path,
+)
 from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
 from lcmlora.evaluation.measures.distances import distance
 from lcmlora.evaluation.measures.features import Features
@@ -29,7 +35,7 @@ from lcmlora.evaluation.reference import (
     AGAIN,
     REFERENCE,
     Reference,
-    artist_of,
+    image_sets_of,
     load_features,
     load_scorers,
     mean_scores,
@@ -75,24 +81,24 @@ def evaluate(
     facts = read_reference(reference)
     prompts = reporting(pictures).prompts[: settings.pictures]
     _check_reference(reference, facts, features, settings, prompts, adapter)
-    ways = student_ways(adapter, settings.student_steps, "evaluation.student_steps")
+    students = student_settings(adapter, settings.student_steps, "evaluation.student_steps")
     scorers = load_scorers(base, settings)
-    artist = artist_of(base, features, settings, prompts, settings.pictures, scratch, scorers)
+    image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers)
 
     layers, identity = adapter_layers(adapter)
     seed = reporting_seeds(settings.seed).compared
     with lora.applied(base.network, layers, str(adapter)):
-        drawn = {key: artist.draw(key, way, seed, identity) for key, way in ways.items()}
-        speed = latency(base, prompts, ways, settings.latency_repeats)
+        drawn = {key: image_sets.draw(key, each, seed, identity) for key, each in students.items()}
+        speed = latency(base, prompts, students, settings.latency_repeats)
     # One solver stands for all: their own arithmetic is nothing beside the network's.
     scale, solver = settings.guidance_scale, settings.solvers[0]
-    plain = {facts.teacher: Way("ddim", settings.teacher_steps, scale)}
+    plain = {facts.teacher: SolverSettings.of("ddim", settings.teacher_steps, scale)}
     comparable = [n for n in settings.solver_steps if 2 * n <= max(settings.student_steps)]
-    plain |= {Key.of(solver, n): Way(solver, n, scale) for n in comparable}
+    plain |= {Key.of(solver, n): SolverSettings.of(solver, n, scale) for n in comparable}
     others = latency(base, prompts, plain, settings.latency_repeats)
     speed = speed.model_copy(update={"seconds": speed.seconds | others.seconds})
 
-    student = {key: drawing.features for key, drawing in drawn.items()}
+    student = {key: image_set.features for key, image_set in drawn.items()}
     kept = load_file(reference / "features.safetensors")
     sets = {Key(name): value for name, value in kept.items()} | student
     digest = sha256_file(reference / "features.safetensors")
@@ -103,17 +109,17 @@ def evaluate(
         save_file(student, folder / "features.safetensors")
         shutil.copytree(reference / "pictures", folder / "pictures")
         # Of the teacher's two sets the one that starts from the same noise as all others is shown.
-        strip_path(folder, facts.teacher + AGAIN).replace(strip_path(folder, facts.teacher))
-        for key, drawing in drawn.items():
-            save_strip(drawing.strip, strip_path(folder, key))
-        rows = artist.shown[: artist.rows]
+        thumbnails_path(folder, facts.teacher + AGAIN).replace(thumbnails_path(folder, facts.teacher))
+        for key, image_set in drawn.items():
+            save_thumbnails(image_set.thumbnails, thumbnails_path(folder, key))
+        rows = image_sets.shown[: image_sets.rows]
         write_json(folder / "pictures" / "prompts.json", {"prompts": rows, "side": base.resolution})
         charts.grid(rows, _columns(settings, folder), folder / "grid.png")
         charts.curves(table, metrics.floor, folder / "steps.png")
     atomic_write(plots_file, lambda path: _write_csv(path, table))
     metrics.write(metrics_file)
     seconds = timings.read(timings_folder / timings.REFERENCE, reference_digest=digest).seconds_per_picture
-    seconds = seconds | {key: drawing.seconds for key, drawing in drawn.items()}
+    seconds = seconds | {key: image_set.seconds for key, image_set in drawn.items()}
     timings.Timings(
         reference_digest=digest,
         adapter=identity,
@@ -123,7 +129,7 @@ def evaluate(
     return metrics
 
 
-def student_ways(adapter: Path, steps: tuple[int, ...], setting: str) -> dict[Key, Way]:
+def student_settings(adapter: Path, steps: tuple[int, ...], setting: str) -> dict[Key, StudentSettings]:
     """Returns the sampler settings of this folder's student for each number of steps.
 
     Raises:
@@ -133,7 +139,7 @@ def student_ways(adapter: Path, steps: tuple[int, ...], setting: str) -> dict[Ke
     sampler = read_sampler(read_json(facts, "distill")["sampler"], f"{facts}: sampler")
     if max(steps) > sampler.grid:
         raise UserError(f"{setting}: {max(steps)} is more than the {sampler.grid} timesteps of the adapter's grid")
-    return {Key.of(STUDENT, n): Way(sampling.STUDENT, n, sampler=sampler) for n in steps}
+    return {Key.of(STUDENT, n): StudentSettings(n, sampler) for n in steps}
 
 
 def adapter_layers(adapter: Path) -> tuple[lora.Layers, str]:
@@ -289,5 +295,5 @@ def _columns(settings: Evaluation, folder: Path) -> dict[Key, list[Image.Image]]
     solvers = [Key.of(solver, steps) for solver in settings.solvers]
     students = [Key.of(STUDENT, n) for n in settings.student_steps]
     keys = (Key(REAL), Key.of(TEACHER, settings.teacher_steps), *solvers, *students)
-    paths = {key: strip_path(folder, key) for key in keys}
-    return {key: read_strip(path) for key, path in paths.items() if key != REAL or path.exists()}
+    paths = {key: thumbnails_path(folder, key) for key in keys}
+    return {key: read_thumbnails(path) for key, path in paths.items() if key != REAL or path.exists()}

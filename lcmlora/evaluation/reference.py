@@ -24,8 +24,8 @@ from lcmlora.data.sources.source import Record
 from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
-from lcmlora.evaluation.drawing import Artist, Drawing, Way
 from lcmlora.evaluation.figures import REAL, TEACHER, FeatureSet, Key, Search
+from lcmlora.evaluation.image_sets import ImageSet, ImageSets
 from lcmlora.evaluation.measures import distances, scores
 from lcmlora.evaluation.measures import features as feature_sets
 from lcmlora.evaluation.measures.features import Features
@@ -109,19 +109,19 @@ def draw_reference(
     captions, seeds = reporting(pictures), reporting_seeds(settings.seed)
     prompts = captions.prompts[: settings.pictures]
     scorers = load_scorers(base, settings)
-    artist = artist_of(base, features, settings, prompts, settings.pictures, scratch, scorers)
+    image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers)
 
     jobs = _jobs(settings)
-    drawn = {key: artist.draw(key, way, seed) for key, (way, seed) in jobs.items()}
-    tensors: dict[str, Tensor] = {key: drawing.features for key, drawing in drawn.items()}
+    drawn = {key: image_sets.draw(key, each, seed) for key, (each, seed) in jobs.items()}
+    tensors: dict[str, Tensor] = {key: image_set.features for key, image_set in drawn.items()}
     if not SOURCES.get(data.source).has_pictures:
         teacher, _ = jobs[Key.of(TEACHER, settings.teacher_steps)]
-        tensors["gallery"] = artist.draw("gallery", teacher, seeds.gallery).features
-        compared = about_prompts(artist.shown, seeds.gallery, features)
+        tensors["gallery"] = image_sets.draw("gallery", teacher, seeds.gallery).features
+        compared = about_prompts(image_sets.shown, seeds.gallery, features)
     else:
         real, gallery = choose_real(captions.records, prompts, settings.pictures)
-        tensors[REAL] = artist.real("real pictures", real, data)
-        tensors["gallery"] = artist.real("gallery", gallery, data)
+        tensors[REAL] = image_sets.real("real pictures", real, data)
+        tensors["gallery"] = image_sets.real("gallery", gallery, data)
         compared = about_real(real, gallery, settings.pictures, features)
     facts = Reference(
         model=base.name,
@@ -133,14 +133,14 @@ def draw_reference(
         settings=settings.model_dump(mode="json"),
         seeds={"teacher": seeds.teacher, "compared": seeds.compared},
         prompts=prompts,
-        network_evaluations={key: way.evaluations for key, (way, _) in jobs.items()},
+        network_evaluations={key: each.evaluations for key, (each, _) in jobs.items()},
         scores=mean_scores(drawn),
         **compared.fields(),
     )
     with atomic_folder(out) as folder:
-        artist.keep(folder, drawn, tensors, data, captions.records)
+        image_sets.keep(folder, drawn, tensors, data, captions.records)
         facts.write(folder / REFERENCE)
-    seconds = {key: drawing.seconds for key, drawing in drawn.items() if not key.endswith(AGAIN)}
+    seconds = {key: image_set.seconds for key, image_set in drawn.items() if not key.endswith(AGAIN)}
     timings.Timings(
         reference_digest=sha256_file(out / "features.safetensors"),
         adapter=None,
@@ -168,7 +168,7 @@ def check_count(key: str, count: int, features: Features) -> None:
         )
 
 
-def artist_of(
+def image_sets_of(
     base: LoadedBase,
     features: Features,
     settings: Evaluation,
@@ -176,12 +176,12 @@ def artist_of(
     pictures: int,
     scratch: Path,
     scorers: Sequence[Scorer] = (),
-) -> Artist:
-    """Returns who draws with this base; told apart by its folder's contents, its precision and the algorithms."""
+) -> ImageSets:
+    """Returns what draws with this base. Its identity is its folder's contents, its precision and the algorithms."""
     parts = sorted(part.name for part in base.folder.iterdir() if part.is_dir() and not part.name.startswith("."))
     identity = {part: sha256_folder(base.folder / part) for part in parts}
     scratch.mkdir(parents=True, exist_ok=True)
-    return Artist(
+    return ImageSets(
         base,
         features,
         prompts,
@@ -194,22 +194,24 @@ def artist_of(
     )
 
 
-def mean_scores(drawn: dict[Key, Drawing]) -> dict[str, dict[Key, float]]:
+def mean_scores(drawn: dict[Key, ImageSet]) -> dict[str, dict[Key, float]]:
     """Returns the mean score of each set, by scorer."""
     means: dict[str, dict[Key, float]] = defaultdict(dict)
-    for key, drawing in drawn.items():
-        for name, values in drawing.scores.items():
+    for key, image_set in drawn.items():
+        for name, values in image_set.scores.items():
             means[name][key] = values.double().mean().item()
     return dict(means)
 
 
-def _jobs(settings: Evaluation) -> dict[Key, tuple[Way, int]]:
-    """Returns how every set is drawn, and from which seed."""
+def _jobs(settings: Evaluation) -> dict[Key, tuple[SolverSettings, int]]:
+    """Returns the sampler settings of every set, and its seed."""
     scale, seeds = settings.guidance_scale, reporting_seeds(settings.seed)
-    teacher = Way("ddim", settings.teacher_steps, scale)
+    teacher = SolverSettings.of("ddim", settings.teacher_steps, scale)
     name = Key.of(TEACHER, settings.teacher_steps)
     solvers = {
-        Key.of(s, n): (Way(s, n, scale), seeds.compared) for s in settings.solvers for n in settings.solver_steps
+        Key.of(s, n): (SolverSettings.of(s, n, scale), seeds.compared)
+        for s in settings.solvers
+        for n in settings.solver_steps
     }
     return {name: (teacher, seeds.teacher), Key(name + AGAIN): (teacher, seeds.compared)} | solvers
 

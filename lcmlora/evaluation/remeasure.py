@@ -13,12 +13,11 @@ from lcmlora.bases import architecture
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import Identity, check_same_base, identity
 from lcmlora.config import Base, Evaluation
-from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
-from lcmlora.evaluation.drawing import Way
 from lcmlora.evaluation.evaluate import measure, read_reference
 from lcmlora.evaluation.figures import REAL, STUDENT, Key, Metrics
-from lcmlora.evaluation.reference import AGAIN, artist_of, load_features
+from lcmlora.evaluation.image_sets import StudentSettings
+from lcmlora.evaluation.reference import AGAIN, image_sets_of, load_features
 from lcmlora.evaluation.sets.captions import reporting, reporting_seeds
 from lcmlora.io.files import sha256_file
 
@@ -55,13 +54,12 @@ def measure_again(
     if facts.features.name != features.name:
         raise UserError(f"{reference}: has features {facts.features.name}, this evaluation {features.name}")
     prompts = reporting(pictures).prompts[: evaluation.pictures]
-    artist = artist_of(base, features, evaluation, prompts, evaluation.pictures, scratch)
-    way = Way(sampling.STUDENT, steps, sampler=sampler)
+    image_sets = image_sets_of(base, features, evaluation, prompts, evaluation.pictures, scratch)
     read = formats.read(weights, architecture.of_base(settings, base.folder))
     layers = {name: (layer.down, layer.folded.up) for name, layer in read.layers.items()}
     key, digest = Key.of(STUDENT, steps), sha256_file(weights)
     with lora.applied(base.network, layers, shown):
-        drawn = artist.draw(key, way, reporting_seeds(evaluation.seed).compared, digest)
+        drawn = image_sets.draw(key, StudentSettings(steps, sampler), reporting_seeds(evaluation.seed).compared, digest)
     kept = load_file(reference / "features.safetensors")
     needed = (facts.teacher, Key(facts.teacher + AGAIN), Key(REAL), Key("gallery"))
     sets = {name: kept[name] for name in needed if name in kept}

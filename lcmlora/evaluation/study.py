@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,15 +21,24 @@ from lcmlora.adapters import combine, formats, lora
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, Evaluation, Kind, Study, digest
 from lcmlora.data.prepare import prepare
+from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import figures
-from lcmlora.evaluation.drawing import Artist, Way, save_strip, strip_path
-from lcmlora.evaluation.evaluate import adapter_layers, read_reference, student_ways, variety
+from lcmlora.evaluation.evaluate import adapter_layers, read_reference, student_settings, variety
 from lcmlora.evaluation.figures import REAL, STUDENT, Key
+from lcmlora.evaluation.image_sets import StudentSettings, save_thumbnails, thumbnails_path
 from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
 from lcmlora.evaluation.measures.distances import distance
 from lcmlora.evaluation.measures.metrics import retrieval_at_1
-from lcmlora.evaluation.reference import AGAIN, Compared, about_real, artist_of, check_count, choose_real, load_features
+from lcmlora.evaluation.reference import (
+    AGAIN,
+    Compared,
+    about_real,
+    check_count,
+    choose_real,
+    image_sets_of,
+    load_features,
+)
 from lcmlora.evaluation.sets.captions import reporting, reporting_seeds
 from lcmlora.io.files import atomic_folder, sha256_file, write_json
 
@@ -102,10 +111,10 @@ def draw_alone(
             f"{folder}: {compared.distance_real_missing}; give it more (study.real, data.test) or take it out of "
             "study in params.yaml"
         )
-    artist = artist_of(base, features, evaluation, prompts, settings.pictures, scratch / "drawn")
+    image_sets = image_sets_of(base, features, evaluation, prompts, settings.pictures, scratch / "drawn")
     scale, steps = evaluation.guidance_scale, settings.steps // 2
-    ways = {Key.of(_CURVE, n): Way(_CURVE, n, scale) for n in settings.solver_steps}
-    ways |= {Key.of(solver, steps): Way(solver, steps, scale) for solver in evaluation.solvers}
+    solvers = {Key.of(_CURVE, n): SolverSettings.of(_CURVE, n, scale) for n in settings.solver_steps}
+    solvers |= {Key.of(solver, steps): SolverSettings.of(solver, steps, scale) for solver in evaluation.solvers}
     with contextlib.ExitStack() as stack:
         if kind == "style":
             layers, identity = adapter_layers(folder)
@@ -114,19 +123,23 @@ def draw_alone(
             identity = ""  # the checkpoint is the base
         seed = reporting_seeds(evaluation.seed).compared
         drawn = {
-            Key(ALONE + key): artist.draw(f"{folder.name} {key}", way, seed, identity) for key, way in ways.items()
+            Key(ALONE + key): image_sets.draw(f"{folder.name} {key}", each, seed, identity)
+            for key, each in solvers.items()
         }
-    tensors: dict[str, Tensor] = {key: drawing.features for key, drawing in drawn.items()}
-    tensors |= {REAL: artist.real("real pictures", real, data), "gallery": artist.real("gallery", gallery, data)}
+    tensors: dict[str, Tensor] = {key: image_set.features for key, image_set in drawn.items()}
+    tensors |= {
+        REAL: image_sets.real("real pictures", real, data),
+        "gallery": image_sets.real("gallery", gallery, data),
+    }
     facts = Alone(
         kind=kind,
         prompts=prompts,
         seed=seed,
-        network_evaluations={Key(ALONE + key): way.evaluations for key, way in ways.items()},
+        network_evaluations={Key(ALONE + key): each.evaluations for key, each in solvers.items()},
         **compared.fields(),
     )
     with atomic_folder(out) as part:
-        artist.keep(part, drawn, tensors, data, captions.records)
+        image_sets.keep(part, drawn, tensors, data, captions.records)
         facts.write(part / _FACTS)
     shutil.rmtree(scratch)
     return facts
@@ -158,7 +171,7 @@ def study(
     Raises:
         UserError: a set was drawn for other settings, or an adapter does not fit.
     """
-    ways = student_ways(adapter, settings.student_steps, "study.student_steps")
+    students = student_settings(adapter, settings.student_steps, "study.student_steps")
     base = load_base(None)
     _, identity = adapter_layers(adapter)
     with atomic_folder(out) as folder:
@@ -168,11 +181,11 @@ def study(
         for variation in variations:
             whose = base if variation.kind == "style" else load_base(variation.folder)
             painter = _Painter(whose, adapter, variation, settings, evaluation, scratch)
-            found[variation.name] = painter.compare(ways, folder / "pictures" / variation.name)
+            found[variation.name] = painter.compare(students, folder / "pictures" / variation.name)
         if styles and settings.grid_style_weights and settings.grid_adapter_weights:
             chosen = next((s for s in styles if s.name == settings.grid_style), styles[0])
             painter = _Painter(base, adapter, chosen, settings, evaluation, scratch)
-            weights = painter.weights_grid(ways[Key.of(STUDENT, settings.steps)], folder)
+            weights = painter.weights_grid(students[Key.of(STUDENT, settings.steps)], folder)
         told = figures.Study(adapter=identity, guidance=guidance, weights=weights, variations=found)
         told.write(folder / STUDY)
     shutil.rmtree(scratch)
@@ -199,7 +212,7 @@ class _Painter:
         if there != here:
             raise UserError(f"{variation.alone}: was drawn with {there}, and this study has {here}; draw it again")
         prompts, self._seed = self._facts.prompts, self._facts.seed
-        self._artist = artist_of(base, self._features, evaluation, prompts, settings.pictures, scratch)
+        self._image_sets = image_sets_of(base, self._features, evaluation, prompts, settings.pictures, scratch)
         self._grid_pictures, self._resamples = evaluation.pictures, evaluation.resamples
         self._lcm = formats.read(adapter / lora.WEIGHTS)
         self._style = formats.read(variation.folder / lora.WEIGHTS) if variation.kind == "style" else None
@@ -218,28 +231,28 @@ class _Painter:
     def _weights(self) -> tuple[float, float]:
         return self._settings.weights if self._style else (0.0, 1.0)
 
-    def compare(self, ways: dict[Key, Way], folder: Path) -> figures.Variation:
+    def compare(self, students: dict[Key, StudentSettings], folder: Path) -> figures.Variation:
         """Returns the figures of this variation and keeps its pictures in `folder`."""
         name, steps, seed = self._variation.name, self._settings.steps, self._seed
-        chosen = {Key.of(ACCELERATED, key.steps): way for key, way in ways.items()}
+        chosen = {Key.of(ACCELERATED, key.steps): each for key, each in students.items()}
         with self._with(*self._weights()) as identity:
-            drawn = {key: self._artist.draw(f"{name} {key}", way, seed, identity) for key, way in chosen.items()}
+            drawn = {key: self._image_sets.draw(f"{name} {key}", each, seed, identity) for key, each in chosen.items()}
         if self._style:
-            key, way = Key.of(ADAPTER, steps), ways[Key.of(STUDENT, steps)]
+            key, student = Key.of(ADAPTER, steps), students[Key.of(STUDENT, steps)]
             with self._with(0.0, 1.0) as identity:
-                drawn[key] = self._artist.draw(f"{name} {key}", way, seed, identity)
-            chosen[key] = way
+                drawn[key] = self._image_sets.draw(f"{name} {key}", student, seed, identity)
+            chosen[key] = student
         shutil.copytree(self._variation.alone / "pictures", folder)
-        for key, drawing in drawn.items():
-            save_strip(drawing.strip, folder / f"{key.replace('/', '-')}.png")
-        write_json(folder / "prompts.json", {"prompts": self._artist.shown[: self._artist.rows]})
+        for key, image_set in drawn.items():
+            save_thumbnails(image_set.thumbnails, folder / f"{key.replace('/', '-')}.png")
+        write_json(folder / "prompts.json", {"prompts": self._image_sets.shown[: self._image_sets.rows]})
         sets = {Key(name): value for name, value in self._alone.items() if name.startswith(ALONE)}
-        sets |= {key: drawing.features for key, drawing in drawn.items()}
-        costs = self._facts.network_evaluations | {key: way.evaluations for key, way in chosen.items()}
+        sets |= {key: image_set.features for key, image_set in drawn.items()}
+        costs = self._facts.network_evaluations | {key: each.evaluations for key, each in chosen.items()}
         return self._figures(sets, costs)
 
     def _figures(self, sets: dict[Key, Tensor], costs: dict[Key, int]) -> figures.Variation:
-        real, kind, shown = self._alone[REAL], self._features.distance, self._artist.shown
+        real, kind, shown = self._alone[REAL], self._features.distance, self._image_sets.shown
         distances = {key: distance(real, value, kind) for key, value in sets.items()}
         compared = {key: value for key, value in sets.items() if costs[key] == self._settings.steps}
         spread: dict[Key, Tensor] = {}
@@ -248,7 +261,7 @@ class _Painter:
             spread = bootstrap.distance(real, compared, kind)
         return figures.Variation(
             kind=self._variation.kind,
-            pictures=self._artist.pictures,
+            pictures=self._image_sets.pictures,
             real_pictures=len(real),
             prompts=len(self._facts.prompts),
             seed=self._seed,
@@ -290,26 +303,26 @@ class _Painter:
             )
         return claims
 
-    def weights_grid(self, way: Way, folder: Path) -> figures.WeightsGrid:
+    def weights_grid(self, student: StudentSettings, folder: Path) -> figures.WeightsGrid:
         """Returns distance and retrieval for each pair of weights and draws the first prompt with each of them."""
         s, kind = self._settings, self._features.distance
-        artist = Artist(**vars(self._artist) | {"pictures": self._grid_pictures, "rows": 1, "scorers": ()})
+        image_sets = replace(self._image_sets, pictures=self._grid_pictures, rows=1, scorers=())
         distances, retrieval, rows = [], [], []
         for style in s.grid_style_weights:
             drawn = []
             for lcm in s.grid_adapter_weights:
                 with self._with(style, lcm) as identity:
                     label = f"{self._variation.name} {style:g} + {lcm:g} adapter"
-                    drawn.append(artist.draw(label, way, self._seed, identity))
+                    drawn.append(image_sets.draw(label, student, self._seed, identity))
             distances.append([distance(self._alone[REAL], each.features, kind) for each in drawn])
-            retrieval.append([self._retrieval(each.features, artist.shown) for each in drawn])
-            rows.append(torch.cat([each.strip[0] for each in drawn], dim=2))
-        save_strip(torch.cat(rows, dim=1)[None], folder / "pictures" / "weights.png")
+            retrieval.append([self._retrieval(each.features, image_sets.shown) for each in drawn])
+            rows.append(torch.cat([each.thumbnails[0] for each in drawn], dim=2))
+        save_thumbnails(torch.cat(rows, dim=1)[None], folder / "pictures" / "weights.png")
         return figures.WeightsGrid(
             style=self._variation.name,
             steps=s.steps,
             pictures=self._grid_pictures,
-            prompt=artist.prompts[0],
+            prompt=image_sets.prompts[0],
             style_weights=list(s.grid_style_weights),
             adapter_weights=list(s.grid_adapter_weights),
             distance_real=distances,
@@ -332,25 +345,25 @@ def _guidance(
     facts = read_reference(reference)
     sets = load_file(reference / "features.safetensors")
     features = load_features(base, evaluation)
-    artist = artist_of(base, features, evaluation, facts.prompts, evaluation.pictures, scratch)
-    plain = student_ways(adapter, (settings.steps,), "study.steps")[Key.of(STUDENT, settings.steps)]
+    image_sets = image_sets_of(base, features, evaluation, facts.prompts, evaluation.pictures, scratch)
+    plain = student_settings(adapter, (settings.steps,), "study.steps")[Key.of(STUDENT, settings.steps)]
     scales = [1.0, *settings.guidance_scales]
-    ways = [Way(**vars(plain) | {"guidance": scale}) for scale in scales]
+    students = [replace(plain, guidance_scale=scale) for scale in scales]
     layers, identity = adapter_layers(adapter)
     seed = reporting_seeds(evaluation.seed).compared
     with lora.applied(base.network, layers, str(adapter)):
-        drawn = [artist.draw(f"guidance {way.guidance:g}", way, seed, identity) for way in ways]
+        drawn = [image_sets.draw(f"guidance {each.guidance_scale:g}", each, seed, identity) for each in students]
     teacher, kind = sets[facts.teacher], features.distance
     floor = distance(teacher, sets[facts.teacher + AGAIN], kind)
-    for way, drawing in zip(ways, drawn, strict=True):
-        save_strip(drawing.strip, strip_path(folder, f"guidance@{way.guidance:g}"))
+    for student, image_set in zip(students, drawn, strict=True):
+        save_thumbnails(image_set.thumbnails, thumbnails_path(folder, f"guidance@{student.guidance_scale:g}"))
     return figures.Guidance(
         steps=settings.steps,
         scales=scales,
-        network_evaluations=[way.evaluations for way in ways],
-        excess=[distance(teacher, drawing.features, kind) - floor for drawing in drawn],
+        network_evaluations=[each.evaluations for each in students],
+        excess=[distance(teacher, image_set.features, kind) - floor for image_set in drawn],
         retrieval=[
-            retrieval_at_1(drawing.features, artist.shown, sets["gallery"], facts.captions.gallery) for drawing in drawn
+            retrieval_at_1(each.features, image_sets.shown, sets["gallery"], facts.captions.gallery) for each in drawn
         ],
-        diversity=[variety(each.features, artist.shown, sets[REAL]) for each in drawn],
+        diversity=[variety(each.features, image_sets.shown, sets[REAL]) for each in drawn],
     )

@@ -126,7 +126,7 @@ class Pipeline:
         def next_noise(_: Any, done: int, *__: Any) -> dict[str, Any]:
             if abandoned is not None and abandoned():
                 raise Abandoned("nobody waits for these pictures any more")
-            # As sampling.sample does it: the noise of every step has a key of its own.
+            # As sampling.sample_student does it: the noise of every step has a key of its own.
             for index, generator in zip(prompts, generators, strict=True):
                 generator.manual_seed(noise.generator(seed, index, done + 2).initial_seed())
             return {}

@@ -18,13 +18,12 @@ from lcmlora.adapters import lora
 from lcmlora.config import Data
 from lcmlora.data.prepare import prepare
 from lcmlora.data.sources.source import Record
-from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
-from lcmlora.evaluation.drawing import Artist, Way
 from lcmlora.evaluation.evaluate import evaluate
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import record
+from lcmlora.evaluation.image_sets import ImageSets, StudentSettings
 from lcmlora.evaluation.measures.distances import Frechet
 from lcmlora.evaluation.reference import choose_real, draw_reference
 from tests.evaluation.conftest import WORDS, Quarters, settings
@@ -81,9 +80,9 @@ def test_all_that_is_compared_starts_from_other_noise_than_the_teacher_and_from_
     assert (sets["teacher@6"] - sets["teacher@6/again"]).abs().amax(dim=1).min() > 0.05
     run(base, adapter, data, pictures, tmp_path / "reference", **changes)
     student = load_file(tmp_path / "evaluation" / "features.safetensors")["student@4"]
-    artist = Artist(base, Quarters(base.device), facts.prompts, 20, 8, 3)
+    image_sets = ImageSets(base, Quarters(base.device), facts.prompts, 20, 8, 3)
     lora.load(base.network, adapter / lora.WEIGHTS)
-    one, other = (artist.draw("x", Way(sampling.STUDENT, 4), seed).features for seed in (1001, 1000))
+    one, other = (image_sets.draw("x", StudentSettings(4), seed).features for seed in (1001, 1000))
     torch.testing.assert_close(student.float(), one.float(), atol=0.05, rtol=0)  # a pixel may round the other way
     assert (student - other).abs().amax(dim=1).min() > 0.05
 
@@ -137,7 +136,7 @@ def test_pictures_that_are_not_finite_are_refused_and_not_measured_as_black(
     base: bases.LoadedBase, data: Data, pictures: Path, tmp_path: Path
 ) -> None:
     base.network.conv_out.bias.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="mini: ddim at 6 steps drew pictures that are not finite"):
+    with pytest.raises(UserError, match="mini: ddim, 6 steps, guidance 4: drew pictures that are not finite"):
         draw_reference(base, data, settings(), pictures, *outputs(tmp_path))
 
 

@@ -144,7 +144,7 @@ def test_gamma_comes_from_the_release(root: Path):
     conditioning = sampling.text_conditioning(loaded, [PROMPTS[0]])
     noise = sampling.initial_noise(loaded.latent_shape, 0, [0])
     tcd = Sampler("TCDScheduler", 0.3)
-    latents = sampling.sample(loaded, conditioning, noise, method="lcm", steps=4, indices=[0], sampler=tcd)
+    latents = sampling.sample_student(loaded, conditioning, noise, steps=4, indices=[0], sampler=tcd)
     expected = loaded.decode(latents)[0].mul(255).round().permute(1, 2, 0).numpy()
     assert np.abs(pixels(after) - expected).max() <= 1 < np.abs(pixels(before) - expected).max()
 

@@ -110,11 +110,10 @@ def draw(base: LoadedBase, sampler: Sampler, request: Request) -> list[Image.Ima
     pictures: list[Image.Image] = []
     for start in track(range(0, len(request.prompts), request.batch), "draw", unit=request.batch):
         indices = range(start, min(start + request.batch, len(request.prompts)))
-        latents = sampling.sample(
+        latents = sampling.sample_student(
             base,
             sampling.text_conditioning(base, [request.prompts[i] for i in indices]),
             sampling.initial_noise(base.latent_shape, request.seed, indices),
-            method=sampling.STUDENT,
             steps=request.steps,
             guidance_scale=request.guidance,
             unconditional=unconditional,

@@ -1,4 +1,4 @@
-"""Sets of pictures, drawn with one method each and kept as features: what every figure of an evaluation is made of.
+"""Image sets, drawn with one method each and kept as features: what every figure of an evaluation is made of.
 
 Picture i of a set shows `prompts[i % len(prompts)]` and starts from noise (seed, i), whatever batch it is drawn in.
 """
@@ -21,6 +21,7 @@ from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, digest
 from lcmlora.data.sources.source import Record, fit, open_picture
 from lcmlora.diffusion import sampling
+from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import REAL, Key, Latency, Quantiles
 from lcmlora.evaluation.measures.features import Features
@@ -31,38 +32,49 @@ from lcmlora.progress import track
 _SCORE = "score/"
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a set is drawn; see `sampling.sample`."""
+class NotFinite(UserError):
+    """A picture has values that are not finite. As bytes it would be black, and a figure."""
 
-    method: str
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """How a student is drawn with, as SolverSettings are for a solver; see `sampling.sample_student`."""
+
     steps: int
-    guidance: float = 1.0  # the pipelines' convention; 1 is none
-    sampler: Sampler = LATENT_CONSISTENCY  # of the student
+    sampler: Sampler = LATENT_CONSISTENCY
+    guidance_scale: float = 1.0  # the pipelines' convention; 1 is unguided
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations for one picture."""
-        return sampling.network_evaluations(self.method, self.steps, self.guidance)
+        """Network evaluations for one picture: a guided step costs two, whatever the batching."""
+        return self.steps * (1 if self.guidance_scale == 1 else 2)
+
+    @property
+    def text(self) -> str:
+        """How a message calls it."""
+        return f"the student, {self.steps} step{'' if self.steps == 1 else 's'}"
+
+
+Settings = StudentSettings | SolverSettings
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """Pictures drawn in one way."""
+class ImageSet:
+    """Pictures drawn with the same settings."""
 
     features: Tensor  # (N, D) fp16
-    strip: Tensor  # (R, 3, H, W) uint8, the first pictures themselves
+    thumbnails: Tensor  # (R, 3, H, W) uint8, the first pictures themselves
     seconds: float  # of sampling latents, for one picture of a full batch
     scores: dict[str, Tensor]  # (N,) fp32 by scorer
 
 
 @dataclass(frozen=True)
-class Artist:
-    """Draws sets of one size with one base.
+class ImageSets:
+    """Draws image sets of one size with one base.
 
     Args:
-        rows: of how many pictures the pixels are kept.
-        scratch: folder in which a run that was killed left its batches; they are found by a digest of what made them.
+        rows: number of pictures whose pixels are kept.
+        scratch: folder with the batches of a run that was killed; a digest of what made a batch is in its name.
         identity: what else made them: the base.
     """
 
@@ -81,14 +93,18 @@ class Artist:
         """The prompt of every picture."""
         return [self.prompts[i % len(self.prompts)] for i in range(self.pictures)]
 
-    def draw(self, label: str, way: Way, seed: int, adapter: str = "") -> Drawing:
-        """Returns a set. No batch found in `scratch` is drawn again.
+    def draw(self, label: str, settings: Settings, seed: int, adapter: str = "") -> ImageSet:
+        """Returns an image set. A batch that is in `scratch` is not drawn again.
 
         Args:
-            label: what the progress bar says.
-            adapter: a digest of what is active in the UNet besides the base.
+            label: of the progress bar.
+            adapter: a digest of what is active in the network besides the base.
+
+        Raises:
+            UserError: pictures that are not finite.
         """
-        made_by = (self.identity, adapter, self.features.name, {"way": asdict(way), "seed": seed, "rows": self.rows})
+        plain = asdict(settings) if isinstance(settings, StudentSettings) else settings.plain()
+        made_by = (self.identity, adapter, self.features.name, {"settings": plain, "seed": seed, "rows": self.rows})
         scored = [scorer.name for scorer in self.scorers]
         key = digest(*made_by, {"prompts": list(self.prompts), "batch": self.batch, "scores": scored})[:20]
         parts = []
@@ -98,22 +114,22 @@ class Artist:
             if stored and stored.exists():
                 parts.append(load_file(stored))
                 continue
-            part = self._batch(indices, way, seed)
+            part = self._batch(indices, settings, seed)
             if stored:
                 atomic_write(stored, lambda path, part=part: save_file(part, path))  # type: ignore[misc]
             parts.append(part)
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         scores = {name.removeprefix(_SCORE): value for name, value in whole.items() if name.startswith(_SCORE)}
-        return Drawing(whole["features"], whole["strip"], whole["seconds"].sum().item() / self.pictures, scores)
+        return ImageSet(whole["features"], whole["thumbnails"], whole["seconds"].sum().item() / self.pictures, scores)
 
-    def _batch(self, indices: range, way: Way, seed: int) -> dict[str, Tensor]:
+    def _batch(self, indices: range, settings: Settings, seed: int) -> dict[str, Tensor]:
         base = self.base
         captions = [self.prompts[i % len(self.prompts)] for i in indices]
-        pictures, seconds = draw(base, captions, way, seed, indices)
+        pictures, seconds = draw(base, captions, settings, seed, indices)
         scored = {_SCORE + scorer.name: scorer(pictures.float() / 255, captions).cpu() for scorer in self.scorers}
         return scored | {
             "features": self.vectors(pictures),
-            "strip": pictures[: max(self.rows - indices.start, 0)].cpu().contiguous(),
+            "thumbnails": pictures[: max(self.rows - indices.start, 0)].cpu().contiguous(),
             "seconds": torch.tensor([seconds], dtype=torch.float64),
         }
 
@@ -133,68 +149,72 @@ class Artist:
     def keep(
         self,
         folder: Path,
-        drawn: Mapping[Key, Drawing],
+        drawn: Mapping[Key, ImageSet],
         features: dict[str, Tensor],
         data: Data,
         records: Sequence[Record],
     ) -> None:
-        """Writes features.safetensors and the first pictures of every set, and of reality if any, to the folder."""
+        """Writes features.safetensors and the first pictures of every set, and real ones if any, to the folder."""
         save_file(features, folder / "features.safetensors")
-        for key, drawing in drawn.items():
-            save_strip(drawing.strip, strip_path(folder, key))
+        for key, image_set in drawn.items():
+            save_thumbnails(image_set.thumbnails, thumbnails_path(folder, key))
         if REAL not in features:
             return
         shown = self.shown[: self.rows]
-        save_strip(first_pictures(data, records, shown, self.base.resolution), strip_path(folder, REAL))
+        save_thumbnails(first_pictures(data, records, shown, self.base.resolution), thumbnails_path(folder, REAL))
 
 
-def draw(base: LoadedBase, captions: Sequence[str], way: Way, seed: int, indices: range) -> tuple[Tensor, float]:
+def draw(
+    base: LoadedBase, captions: Sequence[str], settings: Settings, seed: int, indices: range
+) -> tuple[Tensor, float]:
     """Returns pictures (B, 3, H, W) uint8 on the base's device, and the seconds that sampling their latents took.
 
     Raises:
-        UserError: pictures that are not finite.
+        NotFinite: pictures that are not finite.
     """
     conditioning = sampling.text_conditioning(base, captions)
-    unconditional = sampling.unconditional(base) if way.guidance != 1 else None
+    unconditional = sampling.unconditional(base) if settings.guidance_scale != 1 else None
     noise = sampling.initial_noise(base.latent_shape, seed, indices)
     began = now(base.device)
-    latents = sampling.sample(
-        base,
-        conditioning,
-        noise,
-        method=way.method,
-        steps=way.steps,
-        guidance_scale=way.guidance,
-        unconditional=unconditional,
-        seed=seed,
-        indices=indices,
-        sampler=way.sampler,
-    )
+    if isinstance(settings, SolverSettings):
+        latents = sampling.sample_solver(base, conditioning, noise, settings, unconditional=unconditional)
+    else:
+        latents = sampling.sample_student(
+            base,
+            conditioning,
+            noise,
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            unconditional=unconditional,
+            seed=seed,
+            indices=indices,
+            sampler=settings.sampler,
+        )
     seconds = now(base.device) - began
     decoded = base.decode(latents)
-    if not decoded.isfinite().all():  # as bytes they would be black pictures, and a figure
-        how = f"{way.method} at {way.steps} steps"
-        raise UserError(f"{base.name}: {how} drew pictures that are not finite ({base.dtype})")
+    if not decoded.isfinite().all():
+        method = f"{settings.solver}, {settings.text}" if isinstance(settings, SolverSettings) else settings.text
+        raise NotFinite(f"{base.name}: {method}: drew pictures that are not finite ({base.dtype})")
     return decoded.mul(255).round().byte(), seconds  # what a file would hold, as the real ones do
 
 
 def now(device: torch.device) -> float:
-    """Returns a time in seconds, after all that was asked of the device is done."""
+    """Returns a time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def latency(base: LoadedBase, prompts: Sequence[str], ways: Mapping[Key, Way], repeats: int) -> Latency:
+def latency(base: LoadedBase, prompts: Sequence[str], settings: Mapping[Key, Settings], repeats: int) -> Latency:
     """Returns how long one picture takes alone, from its caption to its pixels: seconds, as p50 and p95.
 
-    The ways take turns, so that what else the machine does meets all of them; the first turn is not counted.
+    The settings take turns, so that other work of the machine slows all of them; the first turn is not counted.
     """
-    taken: dict[Key, list[float]] = {key: [] for key in ways}
+    taken: dict[Key, list[float]] = {key: [] for key in settings}
     for turn in track(range(repeats + 1), "latency"):
-        for key, way in ways.items():
+        for key, each in settings.items():
             began = now(base.device)
-            draw(base, [prompts[turn % len(prompts)]], way, 0, range(turn, turn + 1))
+            draw(base, [prompts[turn % len(prompts)]], each, 0, range(turn, turn + 1))
             taken[key].append(now(base.device) - began)
     quantiles = {key: np.quantile(seconds[1:], (0.5, 0.95)).tolist() for key, seconds in taken.items()}
     return Latency(
@@ -221,20 +241,20 @@ def first_pictures(data: Data, records: Sequence[Record], captions: Sequence[str
 # --- pictures in files ------------------------------------------------------------------------------------------
 
 
-def strip_path(folder: Path, key: str) -> Path:
+def thumbnails_path(folder: Path, key: str) -> Path:
     """Returns where a folder keeps the pictures of this set: `pictures/dpm++@4.png`."""
     return folder / "pictures" / f"{key.replace('/', '-')}.png"
 
 
-def save_strip(strip: Tensor, path: Path) -> None:
+def save_thumbnails(thumbnails: Tensor, path: Path) -> None:
     """Writes pictures (R, 3, H, W) uint8 below each other into one PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(strip.permute(0, 2, 3, 1).flatten(0, 1).numpy()).save(path)
+    Image.fromarray(thumbnails.permute(0, 2, 3, 1).flatten(0, 1).numpy()).save(path)
 
 
-def read_strip(path: Path) -> list[Image.Image]:
+def read_thumbnails(path: Path) -> list[Image.Image]:
     """Returns the square pictures that stand below each other in such a PNG."""
     with Image.open(path) as opened:
-        strip = opened.convert("RGB")
-    side = strip.width
-    return [strip.crop((0, top, side, top + side)) for top in range(0, strip.height, side)]
+        column = opened.convert("RGB")
+    side = column.width
+    return [column.crop((0, top, side, top + side)) for top in range(0, column.height, side)]
