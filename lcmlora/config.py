@@ -70,6 +70,7 @@ __all__ = [
 ]
 
 _MAX_BYTES = 1 << 20  # of params.yaml; ours has 3,000
+_SMALL_FEATURES, _SMALL_PICTURES = "efficientnet-lite0", 256  # features for pictures of up to so many pixels
 _LARGEST = 1 << 53  # of integers; above it neither JSON nor a float has them all
 
 # What a model has settings of its own for: by family, by section of params.yaml, and by the base's entry there.
@@ -364,7 +365,8 @@ def _faults(config: Config, own: Sequence[str]) -> str:
 def _check_models(config: Config) -> None:
     """Raises UserError where the settings of a model, a style or the study do not go together."""
     for model in config.models:
-        config.launch_for(model), config.evaluation_for(model)
+        config.launch_for(model)
+        _check_features(model, config.base(model).resolution, config.evaluation_for(model))
         encoding, batch = config.encode_for(model), config.distill_for(model).batch
         if encoding.aspect_buckets and encoding.bucket_pictures < 2 * batch:
             raise UserError(
@@ -380,6 +382,16 @@ def _check_models(config: Config) -> None:
     for model in config.study.models if config.study else ():
         for kind, name in config.studied(model):
             config.real_pictures(kind, name), config.variation(model, kind, name)
+
+
+def _check_features(model: str, resolution: int, settings: Evaluation) -> None:
+    """Raises UserError where the image features cannot see what a few-step adapter does wrong at this resolution."""
+    if settings.features == _SMALL_FEATURES and resolution > _SMALL_PICTURES:
+        raise UserError(
+            f"{model}: evaluation.features: {_SMALL_FEATURES} sees pictures at 128 pixels, where blur at {resolution} "
+            "is lost. Set clip or inception, which are downloaded (without a hub, evaluation.features_source names "
+            "their folder or file), or efficientnet-lite0-crops, which needs no download and more than 640 pictures"
+        )
 
 
 def digest(*settings: BaseModel | dict[str, Any] | str) -> str:

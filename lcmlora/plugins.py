@@ -141,8 +141,10 @@ FEATURES = Table(
     "lcmlora.features",
     {
         "efficientnet-lite0": "lcmlora.evaluation.measures.features:EfficientNetLite0",
+        "efficientnet-lite0-crops": "lcmlora.evaluation.measures.features:EfficientNetCrops",
         "inception": "lcmlora.evaluation.measures.features:Inception",
         "clip": "lcmlora.evaluation.measures.features:ClipPictures",
+        "scattering": "lcmlora.evaluation.measures.scattering:Scattering",
     },
 )
 

@@ -175,8 +175,7 @@ class Project:
         def located(source: str) -> str:
             return self.located(source) if (self.root / source).exists() else source
 
-        source = settings.features_source
+        sources = {"features_source": settings.features_source, "check_features_source": settings.check_features_source}
+        located_sources = {name: None if source is None else located(source) for name, source in sources.items()}
         scores = {name: located(place) for name, place in settings.scores_source.items()}
-        return settings.model_copy(
-            update={"features_source": None if source is None else located(source), "scores_source": scores}
-        )
+        return settings.model_copy(update=located_sources | {"scores_source": scores})

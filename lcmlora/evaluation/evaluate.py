@@ -19,8 +19,11 @@ from lcmlora.config import Data, Evaluation
 from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import charts, timings
-from lcmlora.evaluation.figures import REAL, STUDENT, TEACHER, Advantage, Intervals, Key, Metrics
+from lcmlora.evaluation.comparisons.check import measure_check
+from lcmlora.evaluation.figures import AGAIN, REAL, STUDENT, TEACHER, Advantage, Intervals, Key, Metrics
 from lcmlora.evaluation.image_sets import (
+    CHECK,
+    FEATURES,
     StudentSettings,
     latency,
     read_thumbnails,
@@ -32,10 +35,10 @@ from lcmlora.evaluation.measures.distances import distance
 from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.metrics import diversity, retrieval_hits
 from lcmlora.evaluation.reference import (
-    AGAIN,
     REFERENCE,
     Reference,
     image_sets_of,
+    load_check,
     load_features,
     load_scorers,
     mean_scores,
@@ -77,13 +80,13 @@ def evaluate(
         UserError: the reference was made for another base, with other features, prompts or settings, or the student is
             asked for more steps than it was distilled on.
     """
-    features = load_features(base, settings)
+    features, check = load_features(base, settings), load_check(base, settings)
     facts = read_reference(reference)
     prompts = reporting(pictures).prompts[: settings.pictures]
-    _check_reference(reference, facts, features, settings, prompts, adapter)
+    _check_reference(reference, facts, features, check, settings, prompts, adapter)
     students = student_settings(adapter, settings.student_steps, "evaluation.student_steps")
     scorers = load_scorers(base, settings)
-    image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers)
+    image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers, check)
 
     layers, identity = adapter_layers(adapter)
     seed = reporting_seeds(settings.seed).compared
@@ -99,14 +102,21 @@ def evaluate(
     speed = speed.model_copy(update={"seconds": speed.seconds | others.seconds})
 
     student = {key: image_set.features for key, image_set in drawn.items()}
-    kept = load_file(reference / "features.safetensors")
+    kept = load_file(reference / FEATURES)
     sets = {Key(name): value for name, value in kept.items()} | student
-    digest = sha256_file(reference / "features.safetensors")
+    digest = sha256_file(reference / FEATURES)
     measured = {"reference_digest": digest, "adapter": identity, "scores": _scores(facts, mean_scores(drawn))}
     metrics = measure(facts, sets, settings.resamples).model_copy(update=measured)
+    if facts.check:
+        second = {Key(name): value for name, value in load_file(reference / CHECK).items()}
+        second |= {key: image_set.check for key, image_set in drawn.items() if image_set.check is not None}
+        bootstrap = _bootstrap(facts, settings.resamples)
+        metrics = metrics.model_copy(update={"check": measure_check(facts.check, second, metrics, bootstrap)})
+    elif facts.check_missing:
+        metrics = metrics.model_copy(update={"check_missing": facts.check_missing})
     table = _table(metrics)
     with atomic_folder(out) as folder:
-        save_file(student, folder / "features.safetensors")
+        save_file(student, folder / FEATURES)
         shutil.copytree(reference / "pictures", folder / "pictures")
         # Of the teacher's two sets the one that starts from the same noise as all others is shown.
         thumbnails_path(folder, facts.teacher + AGAIN).replace(thumbnails_path(folder, facts.teacher))
@@ -165,11 +175,18 @@ def read_reference(folder: Path) -> Reference:
 
 
 def _check_reference(
-    folder: Path, facts: Reference, features: Features, settings: Evaluation, prompts: list[str], adapter: Path
+    folder: Path,
+    facts: Reference,
+    features: Features,
+    check: Features | None,
+    settings: Evaluation,
+    prompts: list[str],
+    adapter: Path,
 ) -> None:
     drawn_by, made_for = compared(facts.base, read_json(adapter / "config.json", "distill")["base"])
     pairs = {
         "evaluation.features": (facts.features.name, features.name),
+        "evaluation.check_features": (facts.check.name if facts.check else None, check.name if check else None),
         "the base's digest": (drawn_by, made_for),
         "prompts": (facts.prompts, prompts),
     }
@@ -233,9 +250,9 @@ def measure(facts: Reference, sets: dict[Key, Tensor], resamples: int) -> Metric
         scores=facts.scores,
         network_evaluations=costs,
     )
-    if not resamples:
+    bootstrap = _bootstrap(facts, resamples)
+    if bootstrap is None:
         return metrics
-    bootstrap = Bootstrap(shown, resamples=resamples, seed=facts.settings["seed"])
     spread = bootstrap.excess(sets[teacher], sets[again], compared, kind)
     intervals = Intervals(
         level=0.95,
@@ -244,6 +261,12 @@ def measure(facts: Reference, sets: dict[Key, Tensor], resamples: int) -> Metric
         retrieval={key: interval(bootstrap.mean(values), retrieval[key]) for key, values in hits.items()},
     )
     return metrics.model_copy(update={"intervals": intervals, "advantage": _advantages(metrics, spread)})
+
+
+def _bootstrap(facts: Reference, resamples: int) -> Bootstrap | None:
+    """Returns the resamples of the drawn pictures; None where the settings ask for none."""
+    shown = [facts.prompts[i % len(facts.prompts)] for i in range(facts.counts.pictures)]
+    return Bootstrap(shown, resamples=resamples, seed=facts.settings["seed"]) if resamples else None
 
 
 def variety(features: Tensor, captions: list[str], all_kinds: Tensor) -> float | None:

@@ -16,6 +16,7 @@ from lcmlora.errors import UserError
 from lcmlora.io.documents import Document, Interval, Number
 
 STUDENT, TEACHER, REAL = "student", "teacher", "real"
+AGAIN = "/again"  # ends the key of the teacher's second set
 
 NAMES = {"teacher": "teacher", "ddim": "DDIM", "dpm++": "DPM-Solver++", "unipc": "UniPC", "euler": "Euler"}
 PARTS = {"alone": "alone, best solver", "accelerated": "accelerated", "adapter": "adapter without the style"}
@@ -97,6 +98,9 @@ def _key(text: str) -> Key:
     return key
 
 
+Agreement = Literal["agree", "disagree", "undecided"]
+
+
 class FeatureSet(Document):
     """Whose features the figures were computed with."""
 
@@ -153,6 +157,16 @@ class Search(Document):
     seeds: dict[str, int]  # of the teacher and of the solvers
     network_evaluations: int  # of single pictures, in all
     trials: dict[Key, list[Trial]]  # in their order
+
+
+class Check(Document):
+    """The same image sets by second features: whether the student's rank hangs on the features."""
+
+    features: FeatureSet
+    floor: Number
+    excess: dict[Key, Number]
+    distance_real: dict[Key, Number] | None = None
+    advantage: dict[Key, Advantage]  # against the best solver by these features
 
 
 class Intervals(Document):
@@ -265,6 +279,8 @@ class Metrics(Document):
     advantage_at_steps: dict[Key, Advantage] = Field(default_factory=dict)  # at equal steps
     savings: dict[Key, Saving] = Field(default_factory=dict)  # at equal distance, by the student's key
     intervals: Intervals | None = None
+    check: Check | None = None
+    check_missing: str | None = None  # why there is no check
     reference_digest: str | None = None  # SHA-256 of the reference's features
     adapter: str | None = None  # SHA-256 of its weights
     seconds_per_picture: dict[Key, Number] = Field(default_factory=dict)
@@ -304,6 +320,17 @@ class Metrics(Document):
             return key.label
         return f"{key.name}, {_counted(key.evaluations, 'evaluation')} ({self.baselines[key].text})"
 
+    def agreement(self, student: Key) -> Agreement | None:
+        """Returns whether the second features rank the student against the best solver as the first do.
+
+        `undecided` where one of the two intervals includes zero; None where one of the two was not measured.
+        """
+        found = self.advantage.get(student), self.check.advantage.get(student) if self.check else None
+        if found[0] is None or found[1] is None:
+            return None
+        ranks = [_rank(each) for each in found if each]
+        return "undecided" if 0 in ranks else "agree" if ranks[0] == ranks[1] else "disagree"
+
     def interval(self, figure: str, key: Key) -> Interval | None:
         """Returns the interval of an excess or a retrieval; None where there is none."""
         groups = {} if self.intervals is None else {n: getattr(self.intervals, n) for n in ("excess", "retrieval")}
@@ -312,3 +339,9 @@ class Metrics(Document):
     def joined(self, *others: Document) -> Metrics:
         """Returns these figures with all that the others say."""
         return Metrics.model_validate(self.plain() | {k: v for each in others for k, v in each.plain().items()})
+
+
+def _rank(found: Advantage) -> int:
+    """Returns -1 where the student is nearer than its rival, 1 where it is farther, 0 where chance may be all."""
+    low, high = found.interval or (found.difference, found.difference)
+    return -1 if high < 0 else 1 if low > 0 else 0

@@ -30,6 +30,7 @@ from lcmlora.io.files import atomic_write
 from lcmlora.progress import track
 
 _SCORE = "score/"
+FEATURES, CHECK = "features.safetensors", "check.safetensors"  # of a folder with image sets
 
 
 class NotFinite(UserError):
@@ -63,6 +64,7 @@ class ImageSet:
     """Pictures drawn with the same settings."""
 
     features: Tensor  # (N, D) fp16
+    check: Tensor | None  # (N, E) fp16, by the second features
     thumbnails: Tensor  # (R, 3, H, W) uint8, the first pictures themselves
     seconds: float  # of sampling latents, for one picture of a full batch
     scores: dict[str, Tensor]  # (N,) fp32 by scorer
@@ -76,6 +78,7 @@ class ImageSets:
         rows: number of pictures whose pixels are kept.
         scratch: folder with the batches of a run that was killed; a digest of what made a batch is in its name.
         identity: what else made them: the base.
+        check: second features of the same pictures, where there are any.
     """
 
     base: LoadedBase
@@ -87,6 +90,7 @@ class ImageSets:
     scratch: Path | None = None
     identity: str = ""
     scorers: Sequence[Scorer] = ()
+    check: Features | None = None
 
     @property
     def shown(self) -> list[str]:
@@ -104,7 +108,8 @@ class ImageSets:
             UserError: pictures that are not finite.
         """
         plain = asdict(settings) if isinstance(settings, StudentSettings) else settings.plain()
-        made_by = (self.identity, adapter, self.features.name, {"settings": plain, "seed": seed, "rows": self.rows})
+        seen_by = [features.name for features in (self.features, self.check) if features]
+        made_by = (self.identity, adapter, {"settings": plain, "seed": seed, "rows": self.rows, "features": seen_by})
         scored = [scorer.name for scorer in self.scorers]
         key = digest(*made_by, {"prompts": list(self.prompts), "batch": self.batch, "scores": scored})[:20]
         parts = []
@@ -120,7 +125,8 @@ class ImageSets:
             parts.append(part)
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         scores = {name.removeprefix(_SCORE): value for name, value in whole.items() if name.startswith(_SCORE)}
-        return ImageSet(whole["features"], whole["thumbnails"], whole["seconds"].sum().item() / self.pictures, scores)
+        seconds = whole["seconds"].sum().item() / self.pictures
+        return ImageSet(whole["features"], whole.get("check"), whole["thumbnails"], seconds, scores)
 
     def _batch(self, indices: range, settings: Settings, seed: int) -> dict[str, Tensor]:
         base = self.base
@@ -128,34 +134,42 @@ class ImageSets:
         pictures, seconds = draw(base, captions, settings, seed, indices)
         scored = {_SCORE + scorer.name: scorer(pictures.float() / 255, captions).cpu() for scorer in self.scorers}
         return scored | {
-            "features": self.vectors(pictures),
+            **self.vectors(pictures),
             "thumbnails": pictures[: max(self.rows - indices.start, 0)].cpu().contiguous(),
             "seconds": torch.tensor([seconds], dtype=torch.float64),
         }
 
-    def vectors(self, pictures: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> (B, D) fp16 on the CPU."""
-        return self.features(pictures.float() / 255).half().cpu()
+    def vectors(self, pictures: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) uint8 -> `features` (B, D) and, with second features, `check` (B, E), fp16 on the CPU."""
+        seen_by = {"features": self.features} | ({"check": self.check} if self.check else {})
+        return {name: features(pictures.float() / 255).half().cpu() for name, features in seen_by.items()}
 
-    def real(self, label: str, records: Sequence[Record], data: Data) -> Tensor:
-        """Returns the features (N, D) fp16 of real pictures, as training sees them."""
+    def real(self, label: str, records: Sequence[Record], data: Data) -> dict[str, Tensor]:
+        """Returns the `vectors` of real pictures, as training sees them."""
         vectors = []
         for start in track(range(0, len(records), self.batch), label, unit=self.batch):
             rows = records[start : start + self.batch]
             pixels = np.stack([np.asarray(square_picture(data, row, self.base.resolution)) for row in rows])
             vectors.append(self.vectors(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
-        return torch.cat(vectors)
+        return {name: torch.cat([part[name] for part in vectors]) for name in vectors[0]}
 
     def keep(
         self,
         folder: Path,
         drawn: Mapping[Key, ImageSet],
         features: dict[str, Tensor],
+        check: dict[str, Tensor],
         data: Data,
         records: Sequence[Record],
     ) -> None:
-        """Writes features.safetensors and the first pictures of every set, and real ones if any, to the folder."""
-        save_file(features, folder / "features.safetensors")
+        """Writes the features and the first pictures of every set, and of the real pictures if any, to the folder.
+
+        Args:
+            check: by the second features; empty where there are none.
+        """
+        save_file(features, folder / FEATURES)
+        if check:
+            save_file(check, folder / CHECK)
         for key, image_set in drawn.items():
             save_thumbnails(image_set.thumbnails, thumbnails_path(folder, key))
         if REAL not in features:

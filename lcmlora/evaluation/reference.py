@@ -24,8 +24,8 @@ from lcmlora.data.sources.source import Record
 from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
-from lcmlora.evaluation.figures import REAL, TEACHER, FeatureSet, Key, Search
-from lcmlora.evaluation.image_sets import ImageSet, ImageSets
+from lcmlora.evaluation.figures import AGAIN, REAL, TEACHER, FeatureSet, Key, Search
+from lcmlora.evaluation.image_sets import FEATURES, ImageSet, ImageSets
 from lcmlora.evaluation.measures import distances, scores
 from lcmlora.evaluation.measures import features as feature_sets
 from lcmlora.evaluation.measures.features import Features
@@ -35,7 +35,6 @@ from lcmlora.io.documents import Document, Number
 from lcmlora.io.files import atomic_folder, sha256_file, sha256_folder
 from lcmlora.plugins import SOURCES
 
-AGAIN = "/again"  # ends the key of the teacher's second set
 REFERENCE = "reference.json"
 _GALLERY = 4  # real pictures of one caption in the gallery
 
@@ -77,6 +76,8 @@ class Reference(Compared):
     scores: dict[str, dict[Key, Number]]
     baselines: dict[Key, SolverSettings] = Field(default_factory=dict)  # the settings that each solver was drawn with
     search: Search | None = None  # how they were chosen; None where all are fixed by hand
+    check: FeatureSet | None = None  # the second features, by which every set is measured as well
+    check_missing: str | None = None  # why there are none
 
     @property
     def teacher(self) -> Key:
@@ -104,24 +105,26 @@ def draw_reference(
     Raises:
         UserError: fewer pictures asked for than the features need, or no test captions.
     """
-    features = load_features(base, settings)
+    features, check = load_features(base, settings), load_check(base, settings)
     check_count("evaluation.pictures", settings.pictures, features)
     captions, seeds = reporting(pictures), reporting_seeds(settings.seed)
     prompts = captions.prompts[: settings.pictures]
     scorers = load_scorers(base, settings)
-    image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers)
+    image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers, check)
 
     jobs = _jobs(settings)
     drawn = {key: image_sets.draw(key, each, seed) for key, (each, seed) in jobs.items()}
     tensors: dict[str, Tensor] = {key: image_set.features for key, image_set in drawn.items()}
+    second: dict[str, Tensor] = {key: each.check for key, each in drawn.items() if each.check is not None}
     if not SOURCES.get(data.source).has_pictures:
         teacher, _ = jobs[Key.of(TEACHER, settings.teacher_steps)]
         tensors["gallery"] = image_sets.draw("gallery", teacher, seeds.gallery).features
         compared = about_prompts(image_sets.shown, seeds.gallery, features)
     else:
         real, gallery = choose_real(captions.records, prompts, settings.pictures)
-        tensors[REAL] = image_sets.real("real pictures", real, data)
-        tensors["gallery"] = image_sets.real("gallery", gallery, data)
+        seen = image_sets.real("real pictures", real, data)
+        tensors[REAL], tensors["gallery"] = seen["features"], image_sets.real("gallery", gallery, data)["features"]
+        second |= {REAL: seen["check"]} if check else {}
         compared = about_real(real, gallery, settings.pictures, features)
     facts = Reference(
         model=base.name,
@@ -135,14 +138,15 @@ def draw_reference(
         prompts=prompts,
         network_evaluations={key: each.evaluations for key, (each, _) in jobs.items()},
         scores=mean_scores(drawn),
+        **({"check": feature_set(check)} if check else {"check_missing": _check_missing(settings)}),
         **compared.fields(),
     )
     with atomic_folder(out) as folder:
-        image_sets.keep(folder, drawn, tensors, data, captions.records)
+        image_sets.keep(folder, drawn, tensors, second, data, captions.records)
         facts.write(folder / REFERENCE)
     seconds = {key: image_set.seconds for key, image_set in drawn.items() if not key.endswith(AGAIN)}
     timings.Timings(
-        reference_digest=sha256_file(out / "features.safetensors"),
+        reference_digest=sha256_file(out / FEATURES),
         adapter=None,
         measured=timings.Measured(seconds_per_picture=seconds),
     ).write(timings_folder / timings.REFERENCE)
@@ -154,18 +158,37 @@ def load_features(base: LoadedBase, settings: Evaluation) -> Features:
     return feature_sets.load(settings.features, base.device, settings.features_source)
 
 
+def load_check(base: LoadedBase, settings: Evaluation) -> Features | None:
+    """Returns the second features; None where the settings have none, or too few pictures for their distance."""
+    if settings.check_features is None:
+        return None
+    check = feature_sets.load(settings.check_features, base.device, settings.check_features_source)
+    return None if settings.pictures < _pictures_needed(check) else check
+
+
+def _check_missing(settings: Evaluation) -> str:
+    """Returns why there are no second features."""
+    if settings.check_features is None:
+        return "evaluation.check_features is null"
+    return f"{settings.pictures} pictures are too few for the distance of {settings.check_features}"
+
+
 def load_scorers(base: LoadedBase, settings: Evaluation) -> list[Scorer]:
     return [scores.load(name, base.device, settings.scores_source.get(name)) for name in settings.scores]
 
 
 def check_count(key: str, count: int, features: Features) -> None:
     """Raises UserError where so few pictures, asked for under this key, have no distance."""
-    needed = distances.named(features.distance).pictures_needed(features.dimensions)
+    needed = _pictures_needed(features)
     if count < needed:
         raise UserError(
             f"{key}: {count} are too few: the distance of {features.name} needs more pictures than its "
             f"{features.dimensions} dimensions; set at least {needed}"
         )
+
+
+def _pictures_needed(features: Features) -> int:
+    return distances.named(features.distance).pictures_needed(features.dimensions)
 
 
 def image_sets_of(
@@ -176,6 +199,7 @@ def image_sets_of(
     pictures: int,
     scratch: Path,
     scorers: Sequence[Scorer] = (),
+    check: Features | None = None,
 ) -> ImageSets:
     """Returns what draws with this base. Its identity is its folder's contents, its precision and the algorithms."""
     parts = sorted(part.name for part in base.folder.iterdir() if part.is_dir() and not part.name.startswith("."))
@@ -191,6 +215,7 @@ def image_sets_of(
         scratch,
         f"{identity} {base.dtype} {stages.VERSIONS}",
         scorers,
+        check,
     )
 
 
@@ -216,13 +241,18 @@ def _jobs(settings: Evaluation) -> dict[Key, tuple[SolverSettings, int]]:
     return {name: (teacher, seeds.teacher), Key(name + AGAIN): (teacher, seeds.compared)} | solvers
 
 
+def feature_set(features: Features) -> FeatureSet:
+    """Returns the features as the figures name them."""
+    return FeatureSet(name=features.name, dimensions=features.dimensions, distance=features.distance)
+
+
 def about_real(real: list[Record], gallery: list[Record], pictures: int, features: Features) -> Compared:
     """Returns what a reference's facts say of its real pictures."""
     missing = None
     if len(real) < distances.named(features.distance).pictures_needed(features.dimensions):
         missing = f"{len(real)} real test pictures are too few for {features.dimensions} dimensions"
     return Compared(
-        features=FeatureSet(name=features.name, dimensions=features.dimensions, distance=features.distance),
+        features=feature_set(features),
         counts=Counts(pictures=pictures, real=len(real), gallery=len(gallery)),
         distance_real_missing=missing,
         keys=Listed(real=[r.key for r in real], gallery=[r.key for r in gallery]),
@@ -237,7 +267,7 @@ def about_prompts(shown: list[str], seed: int, features: Features) -> Compared:
         shown: the prompts of the gallery that the teacher drew from this seed.
     """
     return Compared(
-        features=FeatureSet(name=features.name, dimensions=features.dimensions, distance=features.distance),
+        features=feature_set(features),
         counts=Counts(pictures=len(shown), real=0, gallery=len(shown)),
         distance_real_missing="the data are prompts, without real pictures",
         keys=Listed(real=[], gallery=[f"{seed}/{i}" for i in range(len(shown))]),

@@ -15,9 +15,9 @@ from lcmlora.bases.folders import Identity, check_same_base, identity
 from lcmlora.config import Base, Evaluation
 from lcmlora.errors import UserError
 from lcmlora.evaluation.evaluate import measure, read_reference
-from lcmlora.evaluation.figures import REAL, STUDENT, Key, Metrics
+from lcmlora.evaluation.figures import AGAIN, REAL, STUDENT, Key, Metrics
 from lcmlora.evaluation.image_sets import StudentSettings
-from lcmlora.evaluation.reference import AGAIN, image_sets_of, load_features
+from lcmlora.evaluation.reference import image_sets_of, load_features
 from lcmlora.evaluation.sets.captions import reporting, reporting_seeds
 from lcmlora.io.files import sha256_file
 

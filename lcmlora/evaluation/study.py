@@ -25,13 +25,12 @@ from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import figures
 from lcmlora.evaluation.evaluate import adapter_layers, read_reference, student_settings, variety
-from lcmlora.evaluation.figures import REAL, STUDENT, Key
+from lcmlora.evaluation.figures import AGAIN, REAL, STUDENT, Key
 from lcmlora.evaluation.image_sets import StudentSettings, save_thumbnails, thumbnails_path
 from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
 from lcmlora.evaluation.measures.distances import distance
 from lcmlora.evaluation.measures.metrics import retrieval_at_1
 from lcmlora.evaluation.reference import (
-    AGAIN,
     Compared,
     about_real,
     check_count,
@@ -128,8 +127,8 @@ def draw_alone(
         }
     tensors: dict[str, Tensor] = {key: image_set.features for key, image_set in drawn.items()}
     tensors |= {
-        REAL: image_sets.real("real pictures", real, data),
-        "gallery": image_sets.real("gallery", gallery, data),
+        name: image_sets.real(label, chosen, data)["features"]
+        for name, label, chosen in ((REAL, "real pictures", real), ("gallery", "gallery", gallery))
     }
     facts = Alone(
         kind=kind,
@@ -139,7 +138,7 @@ def draw_alone(
         **compared.fields(),
     )
     with atomic_folder(out) as part:
-        image_sets.keep(part, drawn, tensors, data, captions.records)
+        image_sets.keep(part, drawn, tensors, {}, data, captions.records)
         facts.write(part / _FACTS)
     shutil.rmtree(scratch)
     return facts

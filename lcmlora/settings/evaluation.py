@@ -30,9 +30,15 @@ class Evaluation(Strict):
     batch: Positive
     """Pictures drawn at once."""
     features: Annotated[str, OneOf(FEATURES)] = "efficientnet-lite0"
-    """Image features of the Frechet distance. inception and clip are downloaded."""
+    """Image features of the distance. efficientnet-lite0 sees pictures at 128 pixels and is refused for pictures above
+    256; inception and clip are downloaded; efficientnet-lite0-crops brings its weights and sees crops at full size."""
     features_source: str | None = None
     """inception: a file of weights; clip: a hub id or a folder. null: their hubs."""
+    check_features: Annotated[str, OneOf(FEATURES)] | None = "scattering"
+    """Second features, by which all is measured once more, so that no claim hangs on one network. scattering are fixed
+    wavelets on the full-sized picture, without weights. null: none."""
+    check_features_source: str | None = None
+    """As features_source, for check_features."""
     scores: tuple[Annotated[str, OneOf(SCORES)], ...] = ()
     """Scores by models of human preference or of text and picture. They are downloaded."""
     scores_source: dict[str, str] = {}
@@ -55,6 +61,12 @@ class Evaluation(Strict):
     """Pictures drawn one by one with each method, to measure seconds per picture."""
     device: Device = "auto"
     """auto: the GPU where there is one."""
+
+    @model_validator(mode="after")
+    def _two_views(self) -> Self:
+        if self.features == self.check_features:
+            raise ValueError(f"check_features: {self.features} are the features already; set others, or null")
+        return self
 
 
 class Study(Strict):

@@ -38,16 +38,27 @@ class Quarters:
         return torch.nn.functional.adaptive_avg_pool2d(pictures, 2).flatten(1) * 10
 
 
+class Halves(Quarters):
+    """The mean colour of a picture's upper and lower half."""
+
+    name = "halves/6"
+    dimensions = 6
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(pictures, (2, 1)).flatten(1) * 10
+
+
 @pytest.fixture(scope="module")
 def small_features() -> None:
     FEATURES.register("quarters", Quarters)
+    FEATURES.register("halves", Halves)
 
 
 def settings(**changes: Any) -> Evaluation:
     values: dict[str, Any] = {
-        "seed": 1000, "pictures": 20, "batch": 8, "features": "quarters", "guidance_scale": 4.0,
-        "teacher_steps": 6, "solvers": ("ddim", "dpm++"), "solver_steps": (1, 2), "student_steps": (1, 2, 4),
-        "grid_rows": 3, "resamples": 20, "latency_repeats": 2, "device": "cpu",
+        "seed": 1000, "pictures": 20, "batch": 8, "features": "quarters", "check_features": "halves",
+        "guidance_scale": 4.0, "teacher_steps": 6, "solvers": ("ddim", "dpm++"), "solver_steps": (1, 2),
+        "student_steps": (1, 2, 4), "grid_rows": 3, "resamples": 20, "latency_repeats": 2, "device": "cpu",
     }  # fmt: skip
     return Evaluation(**values | changes)
 

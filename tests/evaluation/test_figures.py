@@ -43,6 +43,30 @@ def test_the_figures_of_the_first_versions_are_still_to_be_compared() -> None:
     assert record(old)["efficientnet-lite0/320_128px/excess.student_4"] == old.excess[Key("student@4")]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ((-5.0, (-7.0, -3.0)), (-0.5, (-0.7, -0.2)), "agree"),
+        ((5.0, (3.0, 7.0)), (0.5, None), "agree"),
+        ((-5.0, (-7.0, -3.0)), (0.5, (0.2, 0.7)), "disagree"),
+        ((-5.0, (-7.0, -3.0)), (0.5, (-0.2, 0.7)), "undecided"),
+        ((-5.0, (-7.0, 1.0)), (-0.5, (-0.7, -0.2)), "undecided"),
+    ],
+)
+def test_second_features_agree_where_they_rank_the_student_alike_beyond_chance(
+    first: tuple[float, Any], second: tuple[float, Any], expected: str
+) -> None:
+    def found(rival: str, difference: float, interval: Any) -> dict[str, Any]:
+        return {"rival": rival, "network_evaluations": 4, "difference": difference, "interval": interval}
+
+    check = {"features": {"name": "second"}, "floor": 1.0, "excess": {}}
+    check |= {"advantage": {"student@4": found("ddim@4", *second)}}
+    figures = json.loads(OLD.read_text()) | {"advantage": {"student@4": found("dpm++@4", *first)}, "check": check}
+    metrics = Metrics.parse(figures, "metrics")
+    assert metrics.agreement(Key("student@4")) == expected
+    assert metrics.agreement(Key("student@2")) is None
+
+
 def test_what_a_later_version_added_is_kept(tmp_path: Path) -> None:
     later = json.loads(OLD.read_text()) | {"sharpness": {"student@4": 0.5}}
     later["features"]["layer"] = "head"

@@ -192,6 +192,42 @@ def test_the_metrics_agree_with_the_pictures_and_each_other(
     ]
 
 
+def test_all_is_measured_once_more_by_the_second_features(
+    base: bases.LoadedBase, adapter: Path, data: Data, pictures: Path, reference: Path
+) -> None:
+    metrics = run(base, adapter, data, pictures, reference)
+    check, sets = metrics["check"], load_file(reference / "check.safetensors")
+    assert check["features"] == {"name": "halves/6", "dimensions": 6, "distance": "frechet"}
+    # The colour of a half is the mean of its two quarters.
+    quarters = load_file(reference / "features.safetensors")
+    assert set(sets) == set(quarters) - {"gallery"}
+    halves = quarters["real"].float().unflatten(1, (3, 2, 2)).mean(dim=3).flatten(1)
+    torch.testing.assert_close(sets["real"].float(), halves, atol=0.02, rtol=0)
+    floor = Frechet().between(sets["teacher@6"], sets["teacher@6/again"])
+    assert check["floor"] == floor
+    assert check["excess"]["ddim@2"] == Frechet().between(sets["teacher@6"], sets["ddim@2"]) - floor
+    assert check["excess"].keys() == metrics["excess"].keys() - {"teacher"}
+    assert check["distance_real"].keys() == metrics["distance_real"].keys()
+    assert check["advantage"].keys() == metrics["advantage"].keys()
+    for student, found in check["advantage"].items():
+        rivals = [key for key in check["excess"] if key[:7] != "student"]
+        cost = metrics["network_evaluations"]
+        best = min((k for k in rivals if cost[k] == cost[student]), key=check["excess"].__getitem__)
+        assert (found["rival"], found["difference"]) == (best, check["excess"][student] - check["excess"][best])
+        assert found["interval"][0] <= found["difference"] <= found["interval"][1]
+
+
+def test_too_few_pictures_for_the_second_features_leave_them_out_and_say_why(
+    base: bases.LoadedBase, adapter: Path, data: Data, pictures: Path, tmp_path: Path
+) -> None:
+    changes = {"check_features": "scattering", "solvers": ("ddim",), "solver_steps": (2,)}
+    draw_reference(base, data, settings(**changes), pictures, *outputs(tmp_path))
+    assert not (tmp_path / "reference" / "check.safetensors").exists()
+    metrics = run(base, adapter, data, pictures, tmp_path / "reference", **changes)
+    assert "check" not in metrics
+    assert metrics["check_missing"] == "20 pictures are too few for the distance of scattering"
+
+
 def test_how_long_it_took_is_kept_apart_and_with_it_what_it_was_measured_of(
     base: bases.LoadedBase, adapter: Path, data: Data, pictures: Path, reference: Path
 ) -> None:
@@ -290,8 +326,8 @@ def test_a_reference_that_does_not_fit_is_refused_by_what_differs(
     with pytest.raises(UserError, match=r"reference.json: is missing; run `lcmlora reference` first"):
         run(base, adapter, data, pictures, tmp_path / "nowhere")
     with monkeypatch.context() as patch:
-        patch.setattr(Quarters, "name", "halves/6")
-        with pytest.raises(UserError, match=r"quarters/12 for evaluation.features, and this evaluation has halves/6"):
+        patch.setattr(Quarters, "name", "eighths/24")
+        with pytest.raises(UserError, match=r"quarters/12 for evaluation.features, and this evaluation has eighths/24"):
             run(base, adapter, data, pictures, reference)
     (adapter / "config.json").write_text(json.dumps({"base": {"digest": "f00d"}}))
     with pytest.raises(UserError, match="for the base's digest, and this evaluation has f00d"):

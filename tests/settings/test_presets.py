@@ -66,6 +66,8 @@ SHARED: dict[str, dict[str, Any]] = {
         "pictures": 512,
         "features": "efficientnet-lite0",
         "features_source": None,
+        "check_features": "scattering",
+        "check_features_source": None,
         "scores": [],
         "scores_source": {},
         "guidance_scale": 8.5,
@@ -97,14 +99,14 @@ EMOJI = {
 }
 TODAY = {
     "emoji": (64, EMOJI),
-    "sd15": (512, {"encode": {"batch": 16}, "distill": {"batch": 16}, "evaluation": {"batch": 16}}),
-    "sd21": (768, {"encode": {"batch": 8}, "distill": {"batch": 16}, "evaluation": {"batch": 8}}),
+    "sd15": (512, {"encode": {"batch": 16}, "distill": {"batch": 16}, "evaluation": {"batch": 16, "features": "clip"}}),
+    "sd21": (768, {"encode": {"batch": 8}, "distill": {"batch": 16}, "evaluation": {"batch": 8, "features": "clip"}}),
     "sdxl": (
         1024,
         {
             "encode": {"batch": 4},
             "distill": {"batch": 8},
-            "evaluation": {"batch": 4, "solver_steps": [1, 2, 4, 8]},
+            "evaluation": {"batch": 4, "features": "clip", "solver_steps": [1, 2, 4, 8]},
         },
     ),
 }
