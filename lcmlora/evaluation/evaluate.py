@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,7 +21,17 @@ from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import charts, timings
 from lcmlora.evaluation.comparisons.check import measure_check
-from lcmlora.evaluation.figures import AGAIN, REAL, STUDENT, TEACHER, Advantage, Intervals, Key, Metrics
+from lcmlora.evaluation.figures import (
+    AGAIN,
+    REAL,
+    STUDENT,
+    TEACHER,
+    Advantage,
+    Intervals,
+    Key,
+    Metrics,
+    SeedIntervals,
+)
 from lcmlora.evaluation.image_sets import (
     CHECK,
     FEATURES,
@@ -30,7 +41,7 @@ from lcmlora.evaluation.image_sets import (
     save_thumbnails,
     thumbnails_path,
 )
-from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
+from lcmlora.evaluation.measures.bootstrap import LEVEL, Bootstrap, interval
 from lcmlora.evaluation.measures.distances import distance
 from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.metrics import diversity, retrieval_hits
@@ -106,11 +117,11 @@ def evaluate(
     sets = {Key(name): value for name, value in kept.items()} | student
     digest = sha256_file(reference / FEATURES)
     measured = {"reference_digest": digest, "adapter": identity, "scores": _scores(facts, mean_scores(drawn))}
-    metrics = measure(facts, sets, settings.resamples).model_copy(update=measured)
+    metrics = measure(facts, sets, settings.resamples, base.device).model_copy(update=measured)
     if facts.check:
         second = {Key(name): value for name, value in load_file(reference / CHECK).items()}
         second |= {key: image_set.check for key, image_set in drawn.items() if image_set.check is not None}
-        bootstrap = _bootstrap(facts, settings.resamples)
+        bootstrap = _bootstrap(facts, settings.resamples, base.device)
         metrics = metrics.model_copy(update={"check": measure_check(facts.check, second, metrics, bootstrap)})
     elif facts.check_missing:
         metrics = metrics.model_copy(update={"check_missing": facts.check_missing})
@@ -202,12 +213,13 @@ def _scores(facts: Reference, drawn: dict[str, dict[Key, float]]) -> dict[str, d
     return facts.scores | {name: facts.scores.get(name, {}) | means for name, means in drawn.items()}
 
 
-def measure(facts: Reference, sets: dict[Key, Tensor], resamples: int) -> Metrics:
+def measure(facts: Reference, sets: dict[Key, Tensor], resamples: int, device: torch.device | None = None) -> Metrics:
     """Returns the figures of all sets of features (N, D).
 
     Args:
         sets: of the reference and of the student; `gallery` among them, and `real` where there are real pictures.
         resamples: of the bootstrap; without them there are no intervals.
+        device: on which the bootstrap computes.
     """
     kind, teacher, again = facts.features.distance, facts.teacher, Key(facts.teacher + AGAIN)
     real, gallery = Key(REAL), Key("gallery")
@@ -250,23 +262,31 @@ def measure(facts: Reference, sets: dict[Key, Tensor], resamples: int) -> Metric
         scores=facts.scores,
         network_evaluations=costs,
     )
-    bootstrap = _bootstrap(facts, resamples)
+    bootstrap = _bootstrap(facts, resamples, device)
     if bootstrap is None:
         return metrics
-    spread = bootstrap.excess(sets[teacher], sets[again], compared, kind)
+    changes = bootstrap.expand_excess(sets[teacher], sets[again], compared, kind)
+    spread = {key: bootstrap.samples(change) for key, change in changes.items()}
+    to_real = {} if missing else bootstrap.distance(sets[real], with_teacher, kind, captions.real)
     intervals = Intervals(
-        level=0.95,
+        level=LEVEL,
         resamples=resamples,
+        captions=bootstrap.captions,
         excess={key: interval(spread[key], excess[key]) for key in compared},
         retrieval={key: interval(bootstrap.mean(values), retrieval[key]) for key, values in hits.items()},
+        distance_real={key: interval(values, metrics.distance_real[key]) for key, values in to_real.items()},
+        seeds=SeedIntervals(
+            excess={key: interval(bootstrap.samples(changes[key], seeds=True), excess[key]) for key in compared},
+            retrieval={k: interval(bootstrap.mean(v, seeds=True), retrieval[k]) for k, v in hits.items()},
+        ),
     )
     return metrics.model_copy(update={"intervals": intervals, "advantage": _advantages(metrics, spread)})
 
 
-def _bootstrap(facts: Reference, resamples: int) -> Bootstrap | None:
+def _bootstrap(facts: Reference, resamples: int, device: torch.device | None) -> Bootstrap | None:
     """Returns the resamples of the drawn pictures; None where the settings ask for none."""
     shown = [facts.prompts[i % len(facts.prompts)] for i in range(facts.counts.pictures)]
-    return Bootstrap(shown, resamples=resamples, seed=facts.settings["seed"]) if resamples else None
+    return Bootstrap(shown, resamples=resamples, seed=facts.settings["seed"], device=device) if resamples else None
 
 
 def variety(features: Tensor, captions: list[str], all_kinds: Tensor) -> float | None:

@@ -169,13 +169,23 @@ class Check(Document):
     advantage: dict[Key, Advantage]  # against the best solver by these features
 
 
+class SeedIntervals(Document):
+    """Bootstrap intervals of the figures that other seeds would give for the same captions."""
+
+    excess: dict[Key, Interval]
+    retrieval: dict[Key, Interval]
+
+
 class Intervals(Document):
-    """Bootstrap intervals."""
+    """Bootstrap intervals of the figures that other captions and other seeds would give."""
 
     level: Number  # share of the resamples within
     resamples: int
+    captions: int | None = None  # that were resampled; 1: seeds alone; None: seeds alone, as before 2026-12
     excess: dict[Key, Interval]
     retrieval: dict[Key, Interval]
+    distance_real: dict[Key, Interval] = Field(default_factory=dict)
+    seeds: SeedIntervals | None = None
 
 
 class Quantiles(Document):
@@ -332,9 +342,18 @@ class Metrics(Document):
         return "undecided" if 0 in ranks else "agree" if ranks[0] == ranks[1] else "disagree"
 
     def interval(self, figure: str, key: Key) -> Interval | None:
-        """Returns the interval of an excess or a retrieval; None where there is none."""
-        groups = {} if self.intervals is None else {n: getattr(self.intervals, n) for n in ("excess", "retrieval")}
-        return groups.get(figure, {}).get(key)
+        """Returns the interval of an excess, a retrieval or a distance_real; None where there is none."""
+        if self.intervals is None or figure not in ("excess", "retrieval", "distance_real"):
+            return None
+        found: dict[Key, Interval] = getattr(self.intervals, figure)
+        return found.get(key)
+
+    def interval_of_seeds(self, figure: str, key: Key) -> Interval | None:
+        """Returns the interval of an excess or a retrieval over the seeds alone; None where there is none."""
+        if self.intervals is None or (self.intervals.seeds is None and self.intervals.captions is not None):
+            return None
+        found: dict[Key, Interval] = getattr(self.intervals.seeds or self.intervals, figure)
+        return found.get(key)
 
     def joined(self, *others: Document) -> Metrics:
         """Returns these figures with all that the others say."""

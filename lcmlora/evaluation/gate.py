@@ -80,9 +80,10 @@ def incomparable(metrics: Metrics, champion: Metrics) -> str | None:
 def against(metrics: Metrics, champion: Metrics, gate: Gate, name: str) -> list[str]:
     """Returns in what a candidate is worse than the champion, a line for each figure; empty if in nothing.
 
-    Worse means by more than the confidence interval of the difference, whose half width is the root of the sum of both
-    squared half widths: as if the two were drawn from independent noise. They share it, which makes the true interval
-    narrower, so that the gate errs on the candidate's side. Without intervals (resamples: 0) any loss is too much.
+    Both were drawn for the same captions, so that only the seeds are chance between them. Worse means by more than the
+    confidence interval of the difference over other seeds, whose half width is the root of the sum of both squared half
+    widths: as if the two were drawn from independent noise. They share it, which makes the true interval narrower, so
+    that the gate errs on the candidate's side. Without intervals (resamples: 0) any loss is too much.
 
     Args:
         champion: measured on the same features, prompts and teacher; see `incomparable`.
@@ -96,7 +97,7 @@ def against(metrics: Metrics, champion: Metrics, gate: Gate, name: str) -> list[
     for figure, shown, sign in (("excess", "excess distance", 1), ("retrieval", "caption retrieval", -1)):
         mine, theirs = (getattr(each, figure)[student] for each in both)
         loss = sign * (mine - theirs)
-        tolerance = math.hypot(*(_half_width(each.interval(figure, student)) for each in both))
+        tolerance = math.hypot(*(_half_width(each.interval_of_seeds(figure, student)) for each in both))
         if not loss <= tolerance:
             failures.append(
                 f"{student}: {shown} {mine:.3f} is worse than {name}'s {theirs:.3f} by {loss:.3f}, and chance explains "

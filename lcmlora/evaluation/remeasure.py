@@ -63,7 +63,7 @@ def measure_again(
     kept = load_file(reference / "features.safetensors")
     needed = (facts.teacher, Key(facts.teacher + AGAIN), Key(REAL), Key("gallery"))
     sets = {name: kept[name] for name in needed if name in kept}
-    metrics = measure(facts, sets | {key: drawn.features}, evaluation.resamples)
+    metrics = measure(facts, sets | {key: drawn.features}, evaluation.resamples, base.device)
     shutil.rmtree(scratch)
     of = {"reference_digest": sha256_file(reference / "features.safetensors"), "adapter": digest}
     return metrics.model_copy(update=of)

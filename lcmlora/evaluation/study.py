@@ -257,7 +257,7 @@ class _Painter:
         spread: dict[Key, Tensor] = {}
         if self._resamples:
             bootstrap = Bootstrap(shown, resamples=self._resamples, seed=self._seed, device=self._base.device)
-            spread = bootstrap.distance(real, compared, kind)
+            spread = bootstrap.distance(real, compared, kind, self._facts.captions.real)
         return figures.Variation(
             kind=self._variation.kind,
             pictures=self._image_sets.pictures,

@@ -55,8 +55,8 @@ class Evaluation(Strict):
     """Steps with the student."""
     grid_rows: Positive = 8
     """Rows of the contact sheet."""
-    resamples: Annotated[int, Field(ge=0), AfterValidator(_several)] = 200
-    """Bootstrap resamples for the confidence intervals. 0: no intervals."""
+    resamples: Annotated[int, Field(ge=0), AfterValidator(_several)] = 1000
+    """Bootstrap resamples of captions and seeds for the confidence intervals. 0: no intervals."""
     latency_repeats: Positive = 20
     """Pictures drawn one by one with each method, to measure seconds per picture."""
     device: Device = "auto"
