@@ -16,6 +16,7 @@ from rich.table import Table
 
 from lcmlora.config import Config
 from lcmlora.evaluation.figures import STUDENT, Key, Metrics
+from lcmlora.evaluation.gate import unmeasured_diversity
 from lcmlora.io.terminal import cell, shown
 from lcmlora.io.terminal import markdown as plain
 from lcmlora.project import Project
@@ -86,6 +87,8 @@ def rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
         found.append(_compared(list(map(short, outcome.differing)), outcome.figures))
     if outcome.figures is not None:
         found += _figures(outcome.figures, gate_steps)
+        if reason := unmeasured_diversity(outcome.figures, Key.of(STUDENT, gate_steps)):
+            found.append(("diversity", f"not measured: {reason}"))
     if outcome.gate_failures is not None:
         passed = "passed" + (f", compared with {outcome.champion}" if outcome.champion else "")
         found += [("gate", f"failed: {line}") for line in outcome.gate_failures] or [("gate", passed)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lcmlora.config import Gate
 from lcmlora.evaluation.figures import STUDENT, Key, Metrics
@@ -16,9 +16,9 @@ def gate(metrics: Metrics, gate: Gate) -> list[str]:
     """Returns why a candidate with these metrics must not become champion, a line for each reason; empty if it may.
 
     The student at `gate.steps` must have a smaller excess over the teacher's floor than every solver at as many network
-    evaluations, an excess of at most `gate.max_excess` where one is set, and at least `gate.min_retrieval` of the
-    teacher's caption retrieval, which must have been measured. How it compares with the champion is another question:
-    `against`.
+    evaluations, an excess of at most `gate.max_excess` where one is set, at least `gate.min_diversity` of the teacher's
+    diversity of seeds where that can be measured, and at least `gate.min_retrieval` of the teacher's caption retrieval,
+    which must have been measured. How it compares with the champion is another question: `against`.
     """
     student, excess, cost = Key.of(STUDENT, gate.steps), metrics.excess, metrics.network_evaluations
     if student not in excess:
@@ -42,20 +42,29 @@ def gate(metrics: Metrics, gate: Gate) -> list[str]:
             f"{student}: excess distance {excess[student]:.2f} is above {gate.max_excess:.2f} (gate.max_excess): "
             f"{excess[student] - gate.max_excess:.2f} too high"
         )
+    if gate.min_diversity and not unmeasured_diversity(metrics, student):
+        failures += _short_of_teacher(metrics, "diversity", "diversity of seeds", student, gate.min_diversity)
     if gate.min_retrieval and (reason := unmeasured_retrieval(metrics)):
         failures.append(
             f"{student}: caption retrieval was not measured: {reason}; keep more captions from training "
             "(data.test), or set gate.min_retrieval to 0"
         )
         return failures
-    teacher, retrieval = metrics.teacher, metrics.retrieval
-    reached, needed = retrieval[student], gate.min_retrieval * retrieval[teacher]
-    if not reached >= needed:
-        failures.append(
-            f"{student}: caption retrieval {reached:.3f} is below {needed:.3f} ({gate.min_retrieval:g} of {teacher}'s "
-            f"{retrieval[teacher]:.3f}): {needed - reached:.3f} too low"
-        )
-    return failures
+    return failures + _short_of_teacher(metrics, "retrieval", "caption retrieval", student, gate.min_retrieval)
+
+
+def _short_of_teacher(
+    metrics: Metrics, figure: Literal["diversity", "retrieval"], name: str, student: Key, share: float
+) -> list[str]:
+    """Returns a line if the student's figure is below this share of the teacher's."""
+    values, teacher = getattr(metrics, figure), metrics.teacher
+    reached, needed = values[student], share * values[teacher]
+    if reached >= needed:
+        return []
+    return [
+        f"{student}: {name} {reached:.3f} is below {needed:.3f} ({share:g} of {teacher}'s {values[teacher]:.3f}): "
+        f"{needed - reached:.3f} too low"
+    ]
 
 
 def unmeasured_retrieval(metrics: Metrics) -> str | None:
@@ -64,6 +73,17 @@ def unmeasured_retrieval(metrics: Metrics) -> str | None:
         return f"{metrics.teacher} meets none of its captions"
     if metrics.prompts == 1:
         return "there is one caption, which every picture has"
+    return None
+
+
+def unmeasured_diversity(metrics: Metrics, student: Key) -> str | None:
+    """Returns why the diversity of seeds cannot judge this student, or None if it can."""
+    if not metrics.diversity.keys() >= {metrics.teacher, student}:
+        if metrics.prompts is not None and metrics.prompts >= metrics.pictures:
+            return "each caption has one picture"
+        return "the figures have none"
+    if not metrics.diversity[metrics.teacher] > 0:
+        return f"{metrics.teacher} draws the same picture from all seeds"
     return None
 
 

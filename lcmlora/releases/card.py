@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lcmlora.adapters.metadata import Distilled
 from lcmlora.config import Base
 from lcmlora.diffusion import objectives
-from lcmlora.evaluation.figures import Advantage, Key, Metrics
-from lcmlora.evaluation.gate import unmeasured_retrieval
+from lcmlora.evaluation.figures import STUDENT, Advantage, Key, Metrics
+from lcmlora.evaluation.gate import unmeasured_diversity, unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def render(model: str, base: Base, made: Distilled, figures: Metrics, failures: 
     environment = Environment(
         loader=PackageLoader("lcmlora"), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
+    enough = _enough_steps(figures)
     styles = [v for v in figures.variations.values() if v.kind == "style"]
     return environment.get_template("card.md.j2").render(
         front=_front_matter(model, base, made, figures),
@@ -64,9 +65,10 @@ def render(model: str, base: Base, made: Distilled, figures: Metrics, failures: 
         number=_number(figures),
         advantages=figures.advantage or _advantages(figures),
         steps=[key.steps for key in figures.students],
-        enough=_enough_steps(figures),
+        enough=enough,
         teacher=figures.teacher,
         unmeasured=unmeasured_retrieval(figures),
+        no_diversity=unmeasured_diversity(figures, Key.of(STUDENT, enough)),
         weights=next((v.weights for v in styles), [0.8, 1.0]),
         table=_table(figures),
         failures=failures,

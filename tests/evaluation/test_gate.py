@@ -8,7 +8,7 @@ import pytest
 
 from lcmlora.config import Gate
 from lcmlora.evaluation import gate as decisions
-from lcmlora.evaluation.figures import Metrics
+from lcmlora.evaluation.figures import Key, Metrics
 
 GATE = Gate(steps=4, min_retrieval=0.8)
 METRICS: dict[str, Any] = {
@@ -76,6 +76,32 @@ def test_retrieval_that_says_nothing_is_not_measured_and_does_not_pass(metrics: 
     assert f"student@4: caption retrieval was not measured: {reason}" in line and "gate.min_retrieval to 0" in line
     measured = metrics["retrieval"]["teacher@50"] >= 0  # a NaN never passes
     assert bool(gate(metrics, Gate(steps=4, min_retrieval=0))) != measured
+
+
+DIVERSE = METRICS | {"prompts": 32, "diversity": {"teacher@50": 0.5, "student@4": 0.44, "student@2": 0.3}}
+
+
+def test_seeds_that_draw_much_the_same_fail_with_what_was_needed() -> None:
+    assert gate(DIVERSE, GATE) == []
+    (line,) = gate(DIVERSE, Gate(steps=4, min_diversity=0.9))
+    assert "diversity of seeds 0.440 is below 0.450 (0.9 of teacher@50's 0.500): 0.010 too low" in line
+    assert gate(DIVERSE, Gate(steps=4, min_diversity=0)) == []
+    (line,) = gate(DIVERSE | {"diversity": {"teacher@50": 0.5, "student@4": float("nan")}}, GATE)
+    assert "diversity of seeds nan is below 0.425" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prompts": 512, "diversity": {}}, "each caption has one picture"),
+        ({"diversity": {}}, "the figures have none"),
+        ({"diversity": {"teacher@50": 0.0, "student@4": 0.1}}, "teacher@50 draws the same picture from all seeds"),
+    ],
+)
+def test_diversity_that_cannot_be_measured_is_not_asked_for_and_says_why(changes: dict[str, Any], reason: str) -> None:
+    assert gate(DIVERSE | changes, Gate(steps=4, min_diversity=1.0)) == []
+    figures = Metrics.parse(DIVERSE | changes, "metrics")
+    assert decisions.unmeasured_diversity(figures, Key("student@4")) == reason
 
 
 def test_nothing_to_compare_with_is_a_failure_and_not_a_pass() -> None:

@@ -272,7 +272,7 @@ def test_the_limits_say_what_was_measured_and_what_was_not():
     assert "scale 3 costs 8 evaluations and gives excess 60.25." in measured
     assert "differ by 0.250 at student@4, the teacher's by 0.375, real ones by 0.500" in measured
     assert "it was not measured for this one" in old
-    assert "**Diversity** was not measured" in old
+    assert "**Diversity** of seeds was not measured: the figures have none." in old
     assert "student@4 finds its caption 94 % as often as teacher@50" in old
 
 
