@@ -366,7 +366,12 @@ def _check_models(config: Config) -> None:
     """Raises UserError where the settings of a model, a style or the study do not go together."""
     for model in config.models:
         config.launch_for(model)
-        _check_features(model, config.base(model).resolution, config.evaluation_for(model))
+        evaluation = config.evaluation_for(model)
+        _check_features(model, config.base(model).resolution, evaluation)
+        for name in config.gate.limits:
+            if name not in evaluation.scores:
+                listed = ", ".join(evaluation.scores) or "none"
+                raise UserError(f"{model}: gate.limits: {name} is not among evaluation.scores, which has {listed}")
         encoding, batch = config.encode_for(model), config.distill_for(model).batch
         if encoding.aspect_buckets and encoding.bucket_pictures < 2 * batch:
             raise UserError(

@@ -19,7 +19,7 @@ What a class must have is said by its base class:
     SAMPLERS    lcmlora.diffusion.samplers.StudentSampler
     FEATURES    lcmlora.evaluation.measures.features.Features
     DISTANCES   lcmlora.evaluation.measures.distances.Distance
-    SCORES      lcmlora.evaluation.measures.scores.Scorer
+    SCORES      lcmlora.evaluation.measures.scores.Scorer, or a function of pictures and prompts
     STORES      lcmlora.releases.stores.store.Store
 """
 

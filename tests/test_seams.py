@@ -20,6 +20,8 @@ from lcmlora.data.prepare import PARTS, prepare
 from lcmlora.data.sources.source import open_picture, read_records
 from lcmlora.diffusion import objectives, sampling
 from lcmlora.errors import UserError
+from lcmlora.evaluation.figures import Metrics
+from lcmlora.evaluation.gate import gate
 from lcmlora.evaluation.measures import features, scores
 from lcmlora.evaluation.measures.bootstrap import Bootstrap
 from lcmlora.evaluation.measures.distances import distance, named, title_of
@@ -27,6 +29,7 @@ from lcmlora.plugins import DISTANCES, FEATURES, OBJECTIVES, SAMPLERS, SCORES, S
 from lcmlora.releases.catalog import find, links, pull, releases, verify
 from lcmlora.releases.publish import point, publish
 from tests.data.conftest import data_in, picture
+from tests.evaluation.test_gate import METRICS
 from tests.support import additions
 from tests.support.distillation import SETTINGS, draw_batch, load_parts, run_distill
 from tests.support.releases import write_sealed
@@ -113,6 +116,43 @@ def test_features_a_distance_and_a_score_are_added() -> None:
         "of a package that is not here",
     )
     assert scores.load("brightness", CPU)(light, ["a"] * 6).tolist() == pytest.approx([0.75] * 6)
+
+
+def test_a_plain_function_from_another_package_is_a_score_and_judges_at_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = tmp_path / "judges-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: judges\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[lcmlora.scores]\ncontrast = tests.support.additions:contrast\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["gate"] = {"limits": {"contrast": {"min": 0.4, "max": 0.9}}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=r"emoji: gate\.limits: contrast is not among evaluation\.scores"):
+        config.load(tmp_path / "params.yaml", ROOT)
+    raw["evaluation"] = {"scores": ["contrast"]}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    settings = config.load(tmp_path / "params.yaml", ROOT)
+
+    scorer = scores.load(settings.evaluation_for("emoji").scores[0], CPU)
+    drawn = torch.tensor([[0.0, 0.5], [0.25, 0.5]]).repeat_interleave(3, 0).reshape(2, 3, 1, 2)
+    assert (scorer.name, scorer(drawn, ["a", "b"]).tolist()) == ("contrast", [0.5, 0.25])
+    with pytest.raises(ValueError, match="2 pictures with 1"):
+        scorer(drawn, ["a"])
+    with pytest.raises(UserError, match=r"scores_source: contrast is a function, which takes no weights"):
+        scores.load("contrast", CPU, "weights.pth")
+
+    def failures(value: float) -> list[str]:
+        judged = METRICS | {"scores": {scorer.name: {"student@4": value}}}
+        return gate(Metrics.parse(judged, "metrics"), settings.gate)
+
+    assert failures(0.5) == []
+    assert failures(0.25) == ["student@4: contrast 0.25 is below 0.4 (gate.limits): 0.15 too low"]
+    assert failures(1.0) == ["student@4: contrast 1 is above 0.9 (gate.limits): 0.1 too high"]
+    assert len(failures(float("nan"))) == 2
+    (line,) = gate(Metrics.parse(METRICS, "metrics"), settings.gate)
+    assert line == "student@4: contrast was not measured (gate.limits); add it to evaluation.scores"
 
 
 def test_a_store_is_added(tmp_path: Path) -> None:

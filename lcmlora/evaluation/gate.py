@@ -18,13 +18,14 @@ def gate(metrics: Metrics, gate: Gate) -> list[str]:
     The student at `gate.steps` must have a smaller excess over the teacher's floor than every solver at as many network
     evaluations, an excess of at most `gate.max_excess` where one is set, at least `gate.min_diversity` of the teacher's
     diversity of seeds where that can be measured, and at least `gate.min_retrieval` of the teacher's caption retrieval,
-    which must have been measured. How it compares with the champion is another question: `against`.
+    which must have been measured. Its scores must lie within `gate.limits`. How it compares with the champion is
+    another question: `against`.
     """
     student, excess, cost = Key.of(STUDENT, gate.steps), metrics.excess, metrics.network_evaluations
     if student not in excess:
         drawn = ", ".join(key for key in excess if key.method == STUDENT)
         return [f"{student}: was not drawn (gate.steps); evaluation.student_steps gave {drawn or 'nothing'}"]
-    failures = []
+    failures = _beyond_limits(metrics, gate, student)
     rivals = metrics.solvers_at(cost[student])
     if not rivals:
         failures.append(
@@ -65,6 +66,24 @@ def _short_of_teacher(
         f"{student}: {name} {reached:.3f} is below {needed:.3f} ({share:g} of {teacher}'s {values[teacher]:.3f}): "
         f"{needed - reached:.3f} too low"
     ]
+
+
+def _beyond_limits(metrics: Metrics, gate: Gate, student: Key) -> list[str]:
+    """Returns a line for each score of the student that `gate.limits` does not allow, or that was not measured."""
+    failures = []
+    for name, limit in gate.limits.items():
+        values = [values for scorer, values in metrics.scores.items() if scorer.partition("/")[0] == name]
+        if not values or student not in values[0]:
+            failures.append(f"{student}: {name} was not measured (gate.limits); add it to evaluation.scores")
+            continue
+        value = values[0][student]
+        for bound, side, far in ((limit.min, "below", "low"), (limit.max, "above", "high")):
+            if bound is not None and not (value >= bound if side == "below" else value <= bound):  # a NaN fails
+                failures.append(
+                    f"{student}: {name} {value:.4g} is {side} {bound:.4g} (gate.limits): "
+                    f"{abs(value - bound):.4g} too {far}"
+                )
+    return failures
 
 
 def unmeasured_retrieval(metrics: Metrics) -> str | None:

@@ -114,6 +114,23 @@ class Study(Strict):
         return self
 
 
+class Limit(Strict):
+    """What a mean score of the student must not be below or above. At least one of the two."""
+
+    min: float | None = None
+    """Lowest mean score that may become champion. null: no limit."""
+    max: float | None = None
+    """Highest one, for scores of which less is better. null: no limit."""
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Self:
+        if self.min is None and self.max is None:
+            raise ValueError("expected min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}")
+        return self
+
+
 class Gate(Strict):
     """When a candidate may become champion."""
 
@@ -129,5 +146,8 @@ class Gate(Strict):
     (evaluation.pictures). 0: no limit."""
     max_excess: float | None = None
     """Highest Frechet distance of the student above the floor, in the units of the features. null: no limit."""
+    limits: dict[str, Limit] = {}
+    """Limits for the student's mean scores, by their names in evaluation.scores: {clip-score: {min: 24}}. Own measures
+    are added to these scores by an entry point (docs/evaluation.md)."""
     champion: bool = True
     """The candidate must not be worse than the champion by more than the confidence interval."""
