@@ -58,7 +58,8 @@ def count(name: str, settings: config.Config) -> Preset:
     base, distill, evaluation = settings.base(name), settings.distill_for(name), settings.evaluation_for(name)
     side = base.resolution // 8
     architecture = description.network_config(base, Path("bases", name))
-    width, pooled = architecture["cross_attention_dim"], 1280 if "addition_embed_type" in architecture else 0
+    width = architecture.integer("cross_attention_dim", 1280)
+    pooled = 1280 if "addition_embed_type" in architecture else 0
 
     def operations(run: Callable[[], Any]) -> float:
         with FlopCounterMode(display=False) as counter:

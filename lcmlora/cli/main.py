@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -81,11 +82,11 @@ def list_bases(
     config = context.settings()
     from lcmlora.bases import description
 
-    rows = description.rows(config, context.project)
+    described = description.describe_all(config, context.project)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([asdict(base) for base in described], indent=2))
     else:
-        description.print_table(rows)
+        description.print_table(described)
 
 
 @app.command()
@@ -116,11 +117,11 @@ def fetch(call: typer.Context, model: Model) -> None:
     context = context_of(call)
     base, project = context.settings().base(model), context.project
     from lcmlora.bases import fetching
-    from lcmlora.bases.examination.examine import examine
+    from lcmlora.bases.examination.examine import examine_base
 
     folder = fetching.fetch(model, base, project.bases, project.root)
     say(folder)
-    note(f"{model}: {examine(model, folder, base.variant)}")
+    note(f"{model}: {examine_base(model, folder, base.variant)}")
 
 
 for _name, _stage in stages.VERBS.items():

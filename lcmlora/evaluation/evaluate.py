@@ -14,7 +14,7 @@ from torch import Tensor
 from lcmlora.adapters import formats, lora
 from lcmlora.adapters.metadata import read_sampler
 from lcmlora.bases.base import LoadedBase
-from lcmlora.bases.folders import compared
+from lcmlora.bases.folders import comparable_digests
 from lcmlora.config import Data, Evaluation
 from lcmlora.data.sources.source import read_records
 from lcmlora.diffusion import sampling
@@ -161,7 +161,7 @@ def read_reference(folder: Path) -> Reference:
 def _check_reference(
     folder: Path, facts: Reference, features: Features, settings: Evaluation, prompts: list[str], adapter: Path
 ) -> None:
-    drawn_by, made_for = compared(facts.base, read_json(adapter / "config.json", "distill")["base"])
+    drawn_by, made_for = comparable_digests(facts.base, read_json(adapter / "config.json", "distill")["base"])
     pairs = {
         "evaluation.features": (facts.features.name, features.name),
         "the base's digest": (drawn_by, made_for),

@@ -200,7 +200,7 @@ class Witness:
         self._base_folder = base_folder
         self._device = pick_device("auto")
         dtype = torch.float32 if first.dtype == torch.float32 else pick_dtype(precision, self._device)
-        self._pipeline = diffusers_pipeline.assemble(base_folder, release / SCHEDULER, base.variant, dtype).to(
+        self._pipeline = diffusers_pipeline.assemble_pipeline(base_folder, release / SCHEDULER, base.variant, dtype).to(
             self._device
         )
         self._probe = {name: tensor.to(self._device) for name, tensor in load_file(probe).items()}
@@ -218,7 +218,7 @@ class Witness:
 
         written = load_file(weights)
         self._load(weights)
-        family, network = diffusers_pipeline.family_of(self._pipeline), diffusers_pipeline.network(self._pipeline)
+        family, network = diffusers_pipeline.family_of(self._pipeline), diffusers_pipeline.network_of(self._pipeline)
         expected = sum(not name.endswith(".alpha") for name in written)
         loaded = sum(".lora_A." in name or ".lora_B." in name for name, _ in network.named_parameters())
         if loaded != expected:

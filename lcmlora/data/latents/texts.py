@@ -62,7 +62,7 @@ def tensors(base: LoadedBase, captions: list[str], size: int, text: TextPlan) ->
     parts, cut = [], 0
     for batch in track(batches, label, unit=size):
         parts.append(kept(base, batch))
-        cut += base.cut(batch)
+        cut += base.count_truncated(batch)
     if cut:
         _say(f"{cut} of {len(captions)} captions have more tokens than the text encoder reads; the rest is cut off")
     whole = {name: torch.cat([rows[name] for rows in parts]) for name in parts[0]}
