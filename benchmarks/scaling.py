@@ -122,14 +122,14 @@ def read_cache(samples: int, root: Path) -> dict[str, float]:
     import torch
 
     from lcmlora.data.latents.cache import LatentCache
-    from lcmlora.training.batches import Batches, split
+    from lcmlora.training.batches import Batches, split_rows
     from tests.support.distillation import SETTINGS
 
     torch.set_num_threads(1)
 
     def run(name: str) -> LatentCache:
         cache = LatentCache(root / name / "latents", ram_bytes=0)
-        rows, _ = split(cache, SETTINGS)
+        rows, _ = split_rows(cache, SETTINGS)
         batches = Batches(cache, rows, SETTINGS.model_copy(update={"batch": 64}), torch.device("cpu"), grid=50)
         for step in range(200):
             batches.draw(step)

@@ -118,7 +118,7 @@ class Build:
         execution.recompute(base.network, settings.checkpointing)
         prepare(base.network)
         if self.compiled:
-            execution.compiled(base.network)
+            execution.compile_network(base.network)
         optimizing = optimization(parameters, settings)
         distillation = Distillation(base, self.cache.unconditional(), settings, remembered)
         if teacher is not None:
@@ -226,11 +226,11 @@ def variants(build: Build, folder: Path) -> dict[str, Callable[[], Step]]:
         "no activations recomputed": lambda: build.step(prepare=lambda unet: execution.recompute(unet, "none")),
         "bf16 by autocast": lambda: build.step(forwards="beside", around=lambda: torch.autocast(kind, torch.bfloat16)),
         "bf16 base": lambda: build.step(dtype=torch.bfloat16),
-        "bf16 base, compiled": lambda: build.step(dtype=torch.bfloat16, prepare=execution.compiled),
+        "bf16 base, compiled": lambda: build.step(dtype=torch.bfloat16, prepare=execution.compile_network),
         "bf16 base, attention in bf16": lambda: build.step(dtype=torch.bfloat16, prepare=WideAttention().undo),
         "bf16 base, adapter beside its layer": lambda: build.step(dtype=torch.bfloat16, forwards="beside"),
         "fp32 base": lambda: build.step(dtype=torch.float32),
-        "compiled": lambda: build.step(prepare=execution.compiled),
+        "compiled": lambda: build.step(prepare=execution.compile_network),
     }
     if kind == "cpu":
         found["one thread"] = lambda: _Alone(**vars(build.step()))

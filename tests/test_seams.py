@@ -90,14 +90,14 @@ def test_an_objective_is_added_with_its_sampler(base_folder: Path, cache: Latent
     settings = additions.HalfwaySettings.model_validate(SETTINGS.model_dump() | {"objective": "halfway"})
     base = load_parts(base_folder, "network")
     facts = run_distill(base, cache, tmp_path, settings)
-    assert facts["sampler"] == {"scheduler": "DDIMScheduler", "gamma": None, "grid": 50}
+    assert facts.sampler.plain() == {"scheduler": "DDIMScheduler", "gamma": None, "grid": 50}
     assert json.loads((tmp_path / "adapter/config.json").read_text())["distill"]["fraction"] == 0.5
     written = json.loads((tmp_path / "adapter/scheduler_config.json").read_text())
     assert written["_class_name"] == "DDIMScheduler"
     assert objectives.described("halfway") == "Halfway distillation (arXiv 2611.00001)"
 
     conditioning, noise = draw_batch(cache, settings).conditioning, torch.randn(4, *base.latent_shape)
-    sampler = read_sampler(facts["sampler"], "config.json")
+    sampler = read_sampler(facts.sampler.plain(), "config.json")
     drawn = sampling.sample(base, conditioning, noise, method="lcm", steps=2, indices=range(4), sampler=sampler)
     x = noise
     for t, s in ((999, 499), (499, 0)):

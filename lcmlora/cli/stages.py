@@ -147,7 +147,7 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, pl
     from lcmlora.adapters import lora
     from lcmlora.bases import folders
     from lcmlora.config import digest
-    from lcmlora.distillation.distill import distill, versions
+    from lcmlora.distillation.distill import distill_adapter, versions
     from lcmlora.io.files import sha256_file
     from lcmlora.registry import tracking
 
@@ -161,7 +161,7 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, pl
         locked(scratch) if place.first else contextlib.nullcontext(),
         tracking.tracking(logged, model, settings.model_dump(mode="json"), scratch) as run,
     ):
-        distill(
+        distill_adapter(
             loaded,
             cache,
             settings,
@@ -233,7 +233,7 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
     from lcmlora.data.latents.cache import MANIFEST, LatentCache
     from lcmlora.data.latents.encode import encode
     from lcmlora.data.prepare import prepare_pictures, print_report
-    from lcmlora.distillation.finetune import tune
+    from lcmlora.distillation.finetune import train_variation
     from lcmlora.registry import tracking
 
     entry, folder = config.base(model), project.base(model)
@@ -256,7 +256,7 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
         cache.embed = bare.encode_tokens
         label = f"{model}-{kind}-{name}"
         with tracking.tracking(config.registry, label, settings.model_dump(mode="json"), work) as run:
-            tune(bare, cache, settings, work, out, identity=identity, logger=run)
+            train_variation(bare, cache, settings, work, out, identity=identity, logger=run)
     discard(work)
 
 

@@ -21,7 +21,7 @@ from lcmlora.distillation.loss import Distillation, equip, samples
 from lcmlora.distillation.validation import Validation
 from lcmlora.errors import UserError
 from lcmlora.patches import installed
-from lcmlora.training.batches import split
+from lcmlora.training.batches import split_rows
 from lcmlora.training.execution import pick_checkpointing, recompute
 from lcmlora.training.loop import take_step
 from lcmlora.training.optimization import Optimization
@@ -75,7 +75,7 @@ def examine(base: LoadedBase, cache: LatentCache, settings: Distill, launch: Lau
     Raises:
         UserError: too few pictures, too little disk, or too little memory; in the last case with settings that fit.
     """
-    rows, held = split(cache, settings)
+    rows, held = split_rows(cache, settings)
     if len(rows) < settings.batch or not len(held):
         raise UserError(
             f"distill.batch: {settings.batch} is more than the {len(rows)} pictures to train on, or the {len(held)} to "

@@ -20,7 +20,7 @@ from lcmlora.data.latents.aspect import chosen, nearest, table
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode
 from lcmlora.data.sources.source import find, fit, open_picture, read_records, write_records
-from lcmlora.distillation.distill import distill
+from lcmlora.distillation.distill import distill_adapter
 from lcmlora.errors import UserError
 from lcmlora.training.batches import Batches, chunks
 from lcmlora.training.loop import NullLogger
@@ -109,7 +109,7 @@ def test_a_batch_is_of_one_shape_and_all_are_seen(made: Path) -> None:
     batches = Batches(cache, torch.arange(60), SETTINGS, CPU, grid=50)
     shapes, seen = Counter[tuple[int, ...]](), Counter[int]()
     for step in range(15):
-        rows = batches.rows(batches.positions(step, 0))
+        rows = batches.rows(batches.sample_indices(step, 0))
         assert len(cache.bucket(rows).unique()) == 1
         shapes[tuple(batches.draw(step).z.shape[2:])] += 1
         seen.update(rows.tolist())
@@ -134,13 +134,13 @@ def test_a_distillation_on_many_shapes_learns(made: Path, base_folder: Path, tmp
     settings = SETTINGS.model_copy(update=changes)
     arguments = (cache, settings, tmp_path, tmp_path / "adapter")
     told: dict[str, Any] = {"identity": {"digest": "0"}, "logger": Recorder(), "decode": base.decode}
-    distill(base, *arguments, **told)
+    distill_adapter(base, *arguments, **told)
     found = [loss for loss in losses if loss is not None]
     assert found[-1] < 0.95 * found[0]
     fresh = load_parts(base_folder, "network")
     fresh.resolution = 32
-    with pytest.raises(UserError, match="teacher_cache_gb: keeps what is said of one shape"):
-        distill(fresh, *arguments, **told | {"teacher_cache": (tmp_path / "teacher", 1 << 20)})
+    with pytest.raises(UserError, match="teacher_cache_gb: outputs of one shape are kept"):
+        distill_adapter(fresh, *arguments, **told | {"teacher_cache": (tmp_path / "teacher", 1 << 20)})
 
 
 def test_a_set_that_grows_keeps_its_shards_whatever_stands_before_them(base_folder: Path, tmp_path: Path) -> None:

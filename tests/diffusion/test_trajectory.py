@@ -73,7 +73,7 @@ def test_every_objective_learns_from_trajectories_and_from_its_own_runs(
         load_parts(base_folder, "network"), drawn, tmp_path, SETTINGS.model_copy(update=changes), logger
     )
     assert logger.losses[-1] < 0.95 * logger.losses[0]
-    assert facts["distill"]["trajectory"] == 0.5
+    assert facts.distill["trajectory"] == 0.5
 
 
 def test_on_policy_the_student_goes_to_its_timestep_by_itself(base: bases.LoadedBase, cache: LatentCache):
@@ -88,7 +88,7 @@ def test_on_policy_the_student_goes_to_its_timestep_by_itself(base: bases.Loaded
         batch.index[0] = batch.stops[:, 0] = 49  # from where there is no way to go
         distillation.losses(batch).mean().backward()
         assert seen == [(4, True)] * way + [(8, False), (4, True), (4, True)]
-        x = distillation._travelled(batch)
+        x = distillation._student_rollout(batch)
         assert torch.equal(x[0], batch.noise[0]) and not x.requires_grad
         assert not torch.allclose(x[1:], distillation.noisy(batch, batch.index)[1:], atol=0.1)
 

@@ -8,7 +8,7 @@ from lcmlora import patches
 from lcmlora.config import Launch
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation import doctor
-from lcmlora.distillation.distill import distill
+from lcmlora.distillation.distill import distill_adapter
 from lcmlora.distillation.doctor import Trial
 from lcmlora.distillation.loss import Distillation
 from lcmlora.errors import UserError
@@ -39,7 +39,7 @@ def test_the_figures_are_those_of_the_run_that_follows(base_folder: Path, cache:
 
 def test_a_checkpoint_is_as_large_as_was_said(base_folder: Path, cache: LatentCache, tmp_path: Path):
     _, found = _examine(base_folder, cache, tmp_path)
-    distill(load_parts(base_folder, "network"), cache, SETTINGS, tmp_path, tmp_path / "out", identity={},
+    distill_adapter(load_parts(base_folder, "network"), cache, SETTINGS, tmp_path, tmp_path / "out", identity={},
             logger=NullLogger())  # fmt: skip
     size = (tmp_path / "checkpoint.pt").stat().st_size
     assert found.checkpoint <= size < 1.2 * found.checkpoint + 20_000  # besides, the views' alignment and a header

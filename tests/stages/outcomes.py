@@ -29,8 +29,8 @@ from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode
 from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.source import Record, write_records
-from lcmlora.distillation.distill import distill
-from lcmlora.distillation.finetune import tune
+from lcmlora.distillation.distill import distill_adapter
+from lcmlora.distillation.finetune import train_variation
 from lcmlora.evaluation.evaluate import evaluate
 from lcmlora.evaluation.measures import features
 from lcmlora.evaluation.reference import draw_reference
@@ -224,10 +224,11 @@ def of_distill(inputs: Inputs, work: Path) -> Outcome:
         scratch.mkdir()
         cache, logger = LatentCache(inputs.latents), _Losses()
         base = inputs.load("network")
-        facts = distill(base, cache, settings, scratch, out, identity={}, logger=logger)
+        made = distill_adapter(base, cache, settings, scratch, out, identity={}, logger=logger)
+        assert made is not None
         found[objective] = {
             "losses": logger.losses,
-            "sampler": facts["sampler"],
+            "sampler": made.sampler.plain(),
             "weights": tell_weights(load_file(out / lora.WEIGHTS)),
         }
     return found
@@ -271,7 +272,7 @@ def of_finetune(inputs: Inputs, work: Path) -> Outcome:
 def _tuned(inputs: Inputs, work: Path, settings: Any) -> Outcome:
     (work / "scratch").mkdir()
     cache, logger = LatentCache(inputs.latents), _Losses()
-    tune(inputs.load("network"), cache, settings, work / "scratch", work / "out", identity={}, logger=logger)
+    train_variation(inputs.load("network"), cache, settings, work / "scratch", work / "out", identity={}, logger=logger)
     return {"losses": logger.losses}
 
 
