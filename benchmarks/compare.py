@@ -46,7 +46,7 @@ from lcmlora.bases import fetching
 from lcmlora.cli.reporting import reporting
 from lcmlora.config import Base, Data, Distill
 from lcmlora.data.latents import cache
-from lcmlora.data.latents.encode import encode
+from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.source import fit, open_picture, read_records
 from lcmlora.distillation.distill import probe_inputs
@@ -409,7 +409,7 @@ def make_case(
         dtype = bases.pick_dtype(distill.precision, place)
         loaded = bases.load(model, base, folder, device=place, dtype=dtype, parts=("vae", "text"))
         encoding = settings.encode_for(model).model_copy(update={"batch": 4})
-        encode(loaded, source, encoding, data / "prepared", data / "scratch", data / "latents")
+        encode_latents(loaded, source, encoding, data / "prepared", data / "scratch", data / "latents")
     return Case(model, base, folder, data, distill)
 
 

@@ -51,7 +51,7 @@ def count(name: str, settings: config.Config) -> Preset:
     from torch.utils.flop_counter import FlopCounterMode
 
     from lcmlora.adapters import lora
-    from lcmlora.data.latents.encode import _ROW_BYTES
+    from lcmlora.data.latents.encode import ROW_BYTES
     from lcmlora.diffusion.sampling import STUDENT, network_evaluations
     from lcmlora.evaluation.reference import _jobs
 
@@ -87,7 +87,7 @@ def count(name: str, settings: config.Config) -> Preset:
     return Preset(
         name=name,
         resolution=base.resolution,
-        latent=2 * 2 * 4 * side * side + _ROW_BYTES,
+        latent=2 * 2 * 4 * side * side + ROW_BYTES,
         text=2 * (77 * width + pooled),
         vae=encoding,
         forward=bare,

@@ -85,11 +85,11 @@ class _Memory:
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
 
 
-def encode_pictures(samples: int, root: Path) -> dict[str, float]:
+def measure_encode(samples: int, root: Path) -> dict[str, float]:
     """Encodes so many pictures, which are one tiny picture under 8 captions."""
     import torch
 
-    from lcmlora.data.latents.encode import encode
+    from lcmlora.data.latents.encode import encode_latents
     from lcmlora.data.sources.source import Record, write_records
     from tests.data.conftest import add, data_in, picture
     from tests.support.distillation import load_parts
@@ -106,7 +106,7 @@ def encode_pictures(samples: int, root: Path) -> dict[str, float]:
 
     def run(name: str) -> None:
         settings = config.Encode(batch=64, shard_mb=1, device="cpu")
-        encode(base, data_in(root / "in"), settings, root / name, root / "scratch", root / name / "latents")
+        encode_latents(base, data_in(root / "in"), settings, root / name, root / "scratch", root / name / "latents")
 
     make(samples, "many")
     make(_FEW, "few")
@@ -117,8 +117,8 @@ def encode_pictures(samples: int, root: Path) -> dict[str, float]:
     return {"samples": samples, "seconds": time.perf_counter() - began, "peak": memory.peak}
 
 
-def read_cache(samples: int, root: Path) -> dict[str, float]:
-    """Draws batches from the mapped cache that `encode_pictures` left."""
+def measure_reading(samples: int, root: Path) -> dict[str, float]:
+    """Draws batches from the mapped cache that `measure_encode` left."""
     import torch
 
     from lcmlora.data.latents.cache import LatentCache
@@ -137,12 +137,12 @@ def read_cache(samples: int, root: Path) -> dict[str, float]:
 
     run("few")
     with _Memory() as memory:
-        shards = run("many").manifest["shards"]
-    size = sum(entry["bytes"] for entry in shards)
+        shards = run("many").manifest.shards
+    size = sum(shard.bytes for shard in shards)
     return {"samples": samples, "shards": len(shards), "bytes": size, "peak": memory.peak}
 
 
-def prepare_pictures(samples: int, root: Path) -> dict[str, float]:
+def measure_prepare(samples: int, root: Path) -> dict[str, float]:
     """Prepares so many distinct pictures, of 16 to 39 pixels, with a caption each."""
     from lcmlora.data.prepare import prepare_pictures
     from tests.data.conftest import add, data_in, picture
@@ -156,7 +156,7 @@ def prepare_pictures(samples: int, root: Path) -> dict[str, float]:
     return {"samples": samples, "seconds": time.perf_counter() - began, "peak": memory.peak}
 
 
-_WORK = {"encode": encode_pictures, "read": read_cache, "prepare": prepare_pictures}
+_WORK = {"encode": measure_encode, "read": measure_reading, "prepare": measure_prepare}
 
 
 def _in_a_process(work: str, samples: int, root: str) -> dict[str, float]:

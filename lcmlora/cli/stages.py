@@ -96,7 +96,7 @@ def encode_stage(call: typer.Context, model: Model) -> None:
 
 def _encode(project: Project, config: Config, model: str, settings: Encode, place: Ranks) -> None:
     from lcmlora.data import enlargement
-    from lcmlora.data.latents.encode import encode
+    from lcmlora.data.latents.encode import encode_latents
     from lcmlora.diffusion import objectives
 
     objectives.check(config.distill_for(model), f"{model}: ")  # here, and not hours later
@@ -105,7 +105,7 @@ def _encode(project: Project, config: Config, model: str, settings: Encode, plac
     base = _load(project, config, model, settings.device, parts)
     if place.first:
         enlargement.warn(data, model, base.resolution, project.pictures)
-    encode(base, data, settings, project.pictures, project.scratch("encode"), project.latents(model), place)
+    encode_latents(base, data, settings, project.pictures, project.scratch("encode"), project.latents(model), place)
 
 
 def reference_stage(call: typer.Context, model: Model) -> None:
@@ -231,7 +231,7 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
     from lcmlora.bases import folders
     from lcmlora.config import digest
     from lcmlora.data.latents.cache import MANIFEST, LatentCache
-    from lcmlora.data.latents.encode import encode
+    from lcmlora.data.latents.encode import encode_latents
     from lcmlora.data.prepare import prepare_pictures, print_report
     from lcmlora.distillation.finetune import train_variation
     from lcmlora.registry import tracking
@@ -248,7 +248,7 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
         base = bases.load(model, entry, folder, device=device, dtype=dtype, parts=("vae", "text"))
         if not (work / "latents" / MANIFEST).exists():
             encoding = config.encode_for(model).model_copy(update={"shards": None})
-            encode(base, data, encoding, work / "pictures", work / "encode", work / "latents")
+            encode_latents(base, data, encoding, work / "pictures", work / "encode", work / "latents")
         del base
         cache = LatentCache(work / "latents")
         parts = ("network", "text") if cache.tokenized else ("network",)

@@ -15,7 +15,7 @@ from torch import Tensor
 from lcmlora.bases.families import Conditioning
 from lcmlora.config import Training
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.sampling_plan import Plan, Shard
+from lcmlora.data.latents.sampling_plan import SamplingPlan, Shard
 from lcmlora.diffusion.noise import generator
 from lcmlora.parallel.ranks import Ranks
 
@@ -115,8 +115,8 @@ class Batches:
         step, start = divmod(sample_indices.start, self._settings.batch)
         if step != self._step:
             plan = self._plan
-            self._cache.reach(step)
-            batch = plan.at(step)
+            self._cache.advance_to(step)
+            batch = plan.batch(step)
             first = self._counts.cumsum(0) - self._counts
             order = first[torch.from_numpy(batch.shards)] + torch.from_numpy(batch.rows)
             self._step, self._order = step, self._candidates[order]
@@ -128,11 +128,11 @@ class Batches:
         return self._cache.shards(self._candidates).bincount()
 
     @cached_property
-    def _plan(self) -> Plan:
+    def _plan(self) -> SamplingPlan:
         s = self._settings
         shards = [Shard(self._cache.bucket_of_shard(i), n) for i, n in enumerate(self._counts.tolist())]
-        plan = Plan(s.seed, shards, s.batch, window=s.window)
-        self._cache.follow(plan, s.batch, s.window)
+        plan = SamplingPlan(s.seed, shards, s.batch, window=s.window)
+        self._cache.follow_plan(plan, s.batch, s.window)
         return plan
 
     def names(self, rows: Tensor) -> list[str]:

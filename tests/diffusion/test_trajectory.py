@@ -10,7 +10,7 @@ from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.config import Encode, Rollouts
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.encode import encode
+from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import prepare_pictures
 from lcmlora.diffusion import solver
 from lcmlora.diffusion.objectives import pseudo_huber
@@ -28,7 +28,7 @@ def drawn(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Latent
     data = data_in(root / "prompts.txt", source="prompts", validation=0.01)
     prepare_pictures(data, 1, root / "list")
     rollouts = Rollouts(steps=50, w=5.0, states=True)
-    encode(load_parts(base_folder, "network", "text"), data, Encode(batch=16, rollouts=rollouts), root / "list",
+    encode_latents(load_parts(base_folder, "network", "text"), data, Encode(batch=16, rollouts=rollouts), root / "list",
            root / "scratch", root / "latents")  # fmt: skip
     return LatentCache(root / "latents")
 

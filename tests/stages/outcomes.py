@@ -26,7 +26,7 @@ from torch import Tensor
 from lcmlora.adapters import lora
 from lcmlora.config import Data, Encode, Rollouts
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.encode import encode
+from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.source import Record, write_records
 from lcmlora.distillation.distill import distill_adapter
@@ -179,7 +179,7 @@ def _prompts(path: Path) -> Data:
 
 def of_encode(inputs: Inputs, work: Path) -> Outcome:
     def cached(name: str, base: Any, data: Data, settings: Encode, pictures: Path) -> Outcome:
-        encode(base, data, settings, pictures, work / "scratch", work / name)
+        encode_latents(base, data, settings, pictures, work / "scratch", work / name)
         cache = LatentCache(work / name)
         told = {
             "pictures": len(cache),

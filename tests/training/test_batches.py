@@ -92,7 +92,7 @@ def test_at_most_a_tenth_is_kept_and_pictures_of_one_caption_can_be_told_apart(c
     assert len(split_rows(cache, many)[1]) == 1  # of nine
     same = LatentCache.__new__(LatentCache)
     vars(same).update(vars(cache))
-    same._small = cache._small | {"text_row": torch.zeros(len(cache), dtype=torch.int32)}
+    same._rows = cache._rows | {"text_row": torch.zeros(len(cache), dtype=torch.int32)}
     rows, held = split_rows(same, SETTINGS)
     assert (len(rows), len(held)) == (len(cache) - 1, 1)
 

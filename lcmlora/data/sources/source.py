@@ -223,12 +223,6 @@ def open_source(data: Data) -> Source:
     return _open_kind(SOURCES.get(data.source), _Settings.of(data))
 
 
-def find(data: Data) -> tuple[list[Record], list[Rejection]]:
-    """Returns the usable pictures and the others of what `survey` finds."""
-    found = survey(data)
-    return found.records, found.rejections
-
-
 def survey(data: Data) -> Survey:
     """Returns what lies at `data.path` now; see `Source.survey`."""
     found: Survey = SOURCES.get(data.source)(data).survey()
