@@ -109,3 +109,35 @@ class Tuned(Document):
     parameters: int  # that were trained
     final_loss: Number
     validation: Validated
+
+
+class CombinedPart(Document):
+    """One of the adapters of a combination."""
+
+    adapter: str  # as the person named it
+    sha256: str
+    weight: Number
+
+
+class Truncation(Document):
+    """What a smaller rank lost: relative Frobenius norms of the difference in effective weight."""
+
+    rank: int
+    overall: Number  # of all layers together
+    worst: Number  # of the layer that lost most
+    worst_layer: str
+
+
+class Combined(Document):
+    """config.json of adapters that were combined into one."""
+
+    combined: list[CombinedPart]
+    layers: int
+    rank: int  # the largest of a layer
+    truncation: Truncation | None
+    error: Number | None = None  # largest difference of an effective weight, by rounding
+    # Of the acceleration adapter, if its own files say them:
+    model: str | None = None
+    base: dict[str, str | None] | None = None
+    resolution: int | None = None
+    sampler: SamplerFacts | None = None
