@@ -28,7 +28,8 @@ from unittest import mock
 import yaml
 
 from benchmarks import costs, tables
-from lcmlora import config, registry, resolved
+from lcmlora import config, registry
+from lcmlora.dvc_files import resolved
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import record
 from lcmlora.io.files import write_json

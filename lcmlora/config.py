@@ -84,7 +84,7 @@ SECTIONS: dict[str, type[Strict]] = {
     "style": StyleTraining,
     "finetune": FinetuneTraining,
 }
-_OWN = ("encode", "launch", "distill", "evaluation")  # which the base's entry may change
+_OWN = ("data", "encode", "launch", "distill", "evaluation")  # which the base's entry may change
 
 
 class Config(Strict):
@@ -93,7 +93,7 @@ class Config(Strict):
     models: tuple[Name, ...]
     """Models that the pipeline makes: names of entries of `bases`, or of published bases."""
     data: Data
-    """The captioned pictures, and which of them are kept (stage `prepare`)."""
+    """The captioned pictures, and which of them are kept (stage `prepare`), for all models."""
     encode: Annotated[dict[str, Any], Changes(Encode)] = {}
     """The latent cache (stage `encode`), for all models."""
     launch: Annotated[dict[str, Any], Changes(Launch)] = {}
@@ -183,7 +183,8 @@ class Config(Strict):
         base = self.base(model)
         family = presets.family(base.like)
         found = [Layer(f"preset {family.name}", family.sections.get(section, {}))] if family else []
-        found.append(Layer(section, getattr(self, section)))
+        values = self.data.model_dump(exclude_unset=True) if section == "data" else getattr(self, section)
+        found.append(Layer(section, values))
         if section in _OWN:
             found.append(Layer(f"bases.{model}.{section}", getattr(base, section)))
         return found
@@ -200,6 +201,22 @@ class Config(Strict):
         """Returns the settings of a section for a model, whichever it is."""
         found = self.layers_of(section, model)
         return self._settings(_class(section, found), found, model)
+
+    def data_for(self, model: str) -> Data:
+        """Returns the pictures that a model learns from."""
+        return layers.combine(Data, self.layers_of("data", model)) if self.has_own_data(model) else self.data
+
+    def has_own_data(self, model: str) -> bool:
+        """Returns whether a model learns from pictures of its own, and not from those of `data`."""
+        return bool(self.base(model).data)
+
+    def models_sharing_data(self) -> list[str]:
+        """Returns the models that learn from the pictures of `data`."""
+        return [model for model in self.models if not self.has_own_data(model)]
+
+    def uses_shared_data(self) -> bool:
+        """Returns whether the pictures of `data` are prepared: not where every model has its own."""
+        return bool(self.models_sharing_data()) or not self.models
 
     def encode_for(self, model: str) -> Encode:
         return self._settings(Encode, self.layers_of("encode", model), model)
@@ -356,7 +373,9 @@ def _distill_class(found: Sequence[Layer]) -> type[Distill]:
 
 def _class(section: str, found: Sequence[Layer]) -> type[Strict]:
     """Returns the class of a section's settings, which for `distill` depends on these layers. Raises UserError."""
-    return _distill_class(found) if section == "distill" else SECTIONS[section]
+    if section == "distill":
+        return _distill_class(found)
+    return Data if section == "data" else SECTIONS[section]
 
 
 def _section_faults(section: str, found: Sequence[Layer]) -> str:
@@ -400,7 +419,7 @@ def _check_models(config: Config) -> None:
                 f"{batch}); pictures of a shape that do not fill a batch are never seen"
             )
         if (distill := config.distill_for(model)).trajectory:
-            has_pictures = SOURCES.get(config.data.source).has_pictures
+            has_pictures = SOURCES.get(config.data_for(model).source).has_pictures
             check_trajectory(distill, None if has_pictures else encoding.rollouts, f"{model}: ")
     for kind in ("style", "finetune"):
         for name in config.styles if kind == "style" else config.finetunes:

@@ -26,6 +26,7 @@ from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.source import open_picture, read_records
 from lcmlora.diffusion import objectives, sampling
 from lcmlora.distillation.loss import Distillation, equip
+from lcmlora.dvc_files.resolved import resolve
 from lcmlora.errors import UserError
 from lcmlora.evaluation.measures import features, scores
 from lcmlora.evaluation.measures.bootstrap import Bootstrap
@@ -33,7 +34,6 @@ from lcmlora.evaluation.measures.distances import distance, named, title_of
 from lcmlora.plugins import DISTANCES, FEATURES, OBJECTIVES, SAMPLERS, SCORES, SOURCES, STORES, Table
 from lcmlora.releases.catalog import find, links, pull, releases, verify
 from lcmlora.releases.publish import point, publish
-from lcmlora.resolved import resolve
 from lcmlora.stages import Run, decisive, runs
 from tests.data.conftest import data_in, picture
 from tests.support import additions

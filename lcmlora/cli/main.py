@@ -63,7 +63,9 @@ def check(call: typer.Context) -> None:
     config = context_of(call).settings()
     for model in config.models:
         base = config.base(model)
-        say(f"{model}: {base.source} at {base.resolution} px, {config.distill_for(model).steps} steps of distillation")
+        own = f", pictures of its own at {config.data_for(model).path}" if config.has_own_data(model) else ""
+        steps = config.distill_for(model).steps
+        say(f"{model}: {base.source} at {base.resolution} px, {steps} steps of distillation{own}")
 
 
 app.command("config")(settings.print_settings)
@@ -94,16 +96,21 @@ def resolve(call: typer.Context) -> None:
     """Write resolved.yaml: all settings and versions that decide a stage's result, which DVC reads as parameters.
 
     `dvc repro` and the flow do this first. A change of params.yaml, of a default or of an algorithm's version makes
-    those stages stale that it decides.
+    those stages stale that it decides. Where models have begun or ceased to learn from pictures of their own (`data`
+    of a base), the stages of dvc.yaml that read pictures are written anew, too.
 
     Example: lcmlora resolve
     """
     context = context_of(call)
-    config, path = context.settings(), context.project.resolved
-    from lcmlora import resolved
+    config, project = context.settings(), context.project
+    from lcmlora.dvc_files import dvc_yaml, resolved
 
-    changed = resolved.refresh(config, path)
-    note(f"{path}: {'is up to date now' if changed else 'was up to date'}")
+    if "DVC_STAGE" in os.environ:  # DVC has read dvc.yaml and would go on as that was
+        dvc_yaml.check(config, project)
+    elif dvc_yaml.refresh(config, project):
+        note(f"{project.dvc_yaml}: lists the pictures of each model anew")
+    changed = resolved.refresh(config, project.resolved)
+    note(f"{project.resolved}: {'is up to date now' if changed else 'was up to date'}")
 
 
 @app.command()

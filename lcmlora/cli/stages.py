@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="A name under `bases` in params.yaml, e.g. emoji.", show_default=False)]
 Style = Annotated[str, typer.Argument(help="A name under `styles` in params.yaml.", show_default=False)]
 Checkpoint = Annotated[str, typer.Argument(help="A name under `finetunes` in params.yaml.", show_default=False)]
+OwnData = Annotated[
+    str | None,
+    typer.Argument(help="A base with `data` of its own; by default the data of all others.", show_default=False),
+]
 Either = Annotated[str, typer.Argument(help="A name under `study` in params.yaml.", show_default=False)]
 
 
@@ -40,10 +45,12 @@ class StageCommand(TyperCommand):
         context = context_of(ctx)
         if context.project.params is not None:  # the settings are not those that DVC and resolved.yaml know
             return super().invoke(ctx)
-        from lcmlora import resolved
+        from lcmlora.dvc_files import dvc_yaml, resolved
         from lcmlora.stages import Run
 
         run = Run(str(self.name), ctx.params.get("model"), ctx.params.get("name"))
+        if "DVC_STAGE" in os.environ:
+            dvc_yaml.check(context.settings(), context.project)
         with resolved.running(context.settings(), run, context.project.resolved):
             return super().invoke(ctx)
 
@@ -65,21 +72,29 @@ def pretrain_stage(call: typer.Context) -> None:
         pretrain(recipe, project.npm_packages, scratch, project.base("emoji"), bases.pick_device("auto"))
 
 
-def prepare_stage(call: typer.Context) -> None:
+def prepare_stage(call: typer.Context, model: OwnData = None) -> None:
     """Read the captioned pictures, drop what cannot be used, and split by caption into training and validation.
 
-    Example: lcmlora prepare
+    Examples:
+
+      lcmlora prepare                      the pictures of `data`, from which models learn
+
+      lcmlora prepare sdxl                 those of a model that has `data` of its own
     """
     context = context_of(call)
     config, project = context.settings(), context.project
     from lcmlora.data import enlargement
     from lcmlora.data.prepare import prepare_pictures, print_report
 
-    data = project.located_data(config.data)
-    minimum = max((config.distill_for(model).batch for model in config.models), default=1)
-    print_report(prepare_pictures(data, minimum, project.pictures))
-    for model in config.models:
-        enlargement.warn(data, model, config.base(model).resolution, project.pictures)
+    if model is not None and not config.has_own_data(model):
+        raise UserError(f"bases.{model}.data: is missing; {model} learns from the pictures of `data`: lcmlora prepare")
+    models = config.models_sharing_data() if model is None else [model]
+    data = project.located_data(config.data if model is None else config.data_for(model))
+    pictures = project.pictures if model is None else project.own_pictures(model)
+    minimum = max((config.distill_for(name).batch for name in models), default=1)
+    print_report(prepare_pictures(data, minimum, pictures))
+    for name in models:
+        enlargement.warn(data, name, config.base(name).resolution, pictures)
 
 
 def encode_stage(call: typer.Context, model: Model) -> None:
@@ -100,12 +115,13 @@ def _encode(project: Project, config: Config, model: str, settings: Encode, plac
     from lcmlora.diffusion import objectives
 
     objectives.check(config.distill_for(model), f"{model}: ")  # here, and not hours later
-    data = project.located_data(config.data)
+    data = project.located_data(config.data_for(model))
     parts = ("vae" if SOURCES.get(data.source).has_pictures else "network", "text")
     base = _load(project, config, model, settings.device, parts)
+    pictures = project.pictures_of(model, config)
     if place.first:
-        enlargement.warn(data, model, base.resolution, project.pictures)
-    encode_latents(base, data, settings, project.pictures, project.scratch("encode"), project.latents(model), place)
+        enlargement.warn(data, model, base.resolution, pictures)
+    encode_latents(base, data, settings, pictures, project.scratch("encode"), project.latents(model), place)
 
 
 def reference_stage(call: typer.Context, model: Model) -> None:
@@ -121,9 +137,9 @@ def reference_stage(call: typer.Context, model: Model) -> None:
     with locked(project.scratch("reference", model)) as scratch:
         draw_reference(
             base,
-            project.located_data(config.data),
+            project.located_data(config.data_for(model)),
             settings,
-            project.pictures,
+            project.pictures_of(model, config),
             scratch,
             project.reference(model),
             project.timings(model),
@@ -193,9 +209,9 @@ def evaluate_stage(call: typer.Context, model: Model) -> None:
         evaluate(
             base,
             project.adapter(model),
-            project.located_data(config.data),
+            project.located_data(config.data_for(model)),
             settings,
-            project.pictures,
+            project.pictures_of(model, config),
             project.reference(model),
             scratch,
             project.evaluation(model),

@@ -175,8 +175,8 @@ def _log(client: Any, run_id: str, provenance: bundle.Provenance, figures: Metri
     for start in range(0, len(new), 100):
         client.log_batch(run_id, params=new[start : start + 100])
     digest = provenance.data_dvc or provenance.data_digest[:36]
-    source = json.dumps({"path": "data/pictures", "latents": provenance.data_digest})
-    data = Dataset("data/pictures", digest, "dvc" if provenance.data_dvc else "local", source)
+    source = json.dumps({"path": provenance.pictures, "latents": provenance.data_digest})
+    data = Dataset(provenance.pictures, digest, "dvc" if provenance.data_dvc else "local", source)
     inputs = [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
     try:
         client.log_inputs(run_id, inputs)

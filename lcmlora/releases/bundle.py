@@ -85,6 +85,7 @@ class Provenance(Document):
     sampler: SamplerFacts | None = None
     data_digest: str
     data_dvc: str | None = None
+    pictures: str = "data/pictures"  # where the project has the prepared pictures
     seed: int | None = None
     params: StageSettings
     versions: dict[str, str] | None = None

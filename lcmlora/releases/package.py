@@ -85,7 +85,7 @@ def package(model: str, config: Config, project: Project, base_folder: Path) -> 
             resolution=base.resolution,
             sampler=made.sampler,
             data_digest=made.data_digest,
-            data_dvc=_dvc_digest(project),
+            data_dvc=_dvc_digest(project, project.pictures_of(model, config)),
             seed=made.seed,
             params=_stage_settings(model, config, made),
             versions=made.versions | {"python": platform.python_version(), "lcmlora": __version__},
@@ -95,6 +95,9 @@ def package(model: str, config: Config, project: Project, base_folder: Path) -> 
             reloaded=proof,
             kohya=Kohya(file=kohya.name, sha256=sha256_file(kohya), reloaded=witness.prove(kohya)),
         )
+        if config.has_own_data(model):
+            pictures = project.own_pictures(model).relative_to(project.root)
+            provenance = provenance.model_copy(update={"pictures": pictures.as_posix()})
         figures.write(folder / METRICS)
         provenance.write(folder / PROVENANCE)
         page = render_report(
@@ -115,7 +118,7 @@ def package(model: str, config: Config, project: Project, base_folder: Path) -> 
 
 def _stage_settings(model: str, config: Config, made: Distilled) -> StageSettings:
     settings = {
-        "data": config.data,
+        "data": config.data_for(model),
         "encode": config.encode_for(model),
         "evaluation": config.evaluation_for(model),
         "gate": config.gate,
@@ -261,9 +264,9 @@ class Witness:
             raise UserError(f"{weights}: plain diffusers cannot load it on {self._base_folder}: {reason}") from error
 
 
-def _dvc_digest(project: Project) -> str | None:
+def _dvc_digest(project: Project, pictures: Path) -> str | None:
     """Returns the digest under which dvc.lock has the prepared pictures, None where it has not."""
-    out = project.pictures.relative_to(project.root).as_posix()
+    out = pictures.relative_to(project.root).as_posix()
     try:
         stages = read_yaml(project.dvc_lock)["stages"].values()
         found = (entry for stage in stages for entry in stage.get("outs", ()) if entry.get("path") == out)

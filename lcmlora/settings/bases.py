@@ -46,6 +46,9 @@ class Base(Strict):
     family's."""
     license: Quotable
     """License of the base, for the model card."""
+    data: Annotated[dict[str, Any], Changes(Data)] = {}
+    """Changes of `data` for this base, which then learns from pictures of its own. After a change of which bases have
+    some, run `lcmlora resolve`: it writes the stages of dvc.yaml that read pictures."""
     encode: Annotated[dict[str, Any], Changes(Encode)] = {}
     """Changes of `encode` for this base."""
     launch: Annotated[dict[str, Any], Changes(Launch)] = {}

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from lcmlora import config, resolved, stages
+from lcmlora import config, stages
+from lcmlora.dvc_files import resolved
 from lcmlora.project import Project
 from tests.stages import golden, inputs
 from tests.stages.outcomes import OUTCOMES

@@ -204,7 +204,7 @@ def remeasure(
             chosen.sampler or LATENT_CONSISTENCY,
             evaluation,
             settings.gate.steps,
-            project.pictures,
+            project.pictures_of(model, settings),
             project.reference(model),
             scratch,
         )
