@@ -147,17 +147,17 @@ def doctor(
     """
     context = context_of(call)
     config, project = context.settings(), context.project
-    from lcmlora.distillation.doctor import examine, show
+    from lcmlora.distillation.doctor import estimate_run, print_estimate
 
     settings, launch = config.distill_for(model), config.launch_for(model)
     base, cache = base_and_cache(project, config, model, settings, pictures=True)
     scratch = project.scratch("distill")
     scratch.mkdir(parents=True, exist_ok=True)
-    examination = examine(base, cache, settings, launch, scratch)
+    estimate = estimate_run(base, cache, settings, launch, scratch)
     if as_json:
-        print(json.dumps(examination.plain(), indent=2))
+        print(estimate.to_json())
     else:
-        show(examination, settings, model)
+        print_estimate(estimate, settings, model)
 
 
 for _verb in (verbs.convert, verbs.combine, verbs.generate, verbs.remeasure):
