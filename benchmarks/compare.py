@@ -46,14 +46,14 @@ from lcmlora.bases import fetching
 from lcmlora.cli.reporting import reporting
 from lcmlora.config import Base, Data, Distill
 from lcmlora.data.latents import cache
-from lcmlora.data.latents.encode import encode
-from lcmlora.data.prepare import prepare
+from lcmlora.data.latents.encode import encode_latents
+from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.source import fit, open_picture, read_records
-from lcmlora.distillation.distill import _probe
+from lcmlora.distillation.distill import probe_inputs
 from lcmlora.distillation.loss import Distillation, equip, samples
 from lcmlora.errors import UserError
 from lcmlora.io.files import write_json
-from lcmlora.training.checkpoint import Checkpoints
+from lcmlora.training.checkpoint import BestWeights, Checkpoints
 from lcmlora.training.execution import AdapterCheck
 from lcmlora.training.loop import take_step
 
@@ -173,7 +173,7 @@ class _Ours(_Side):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         base = bases.load(case.model, case.base, case.folder, device=self.device, dtype=self.dtype, parts=("network",))
-        check = AdapterCheck(base, *_probe(base, self.batches.at(range(-2, 0), torch.zeros(2, dtype=torch.long))))
+        check = AdapterCheck(base, *probe_inputs(base, self.batches.at(range(-2, 0), torch.zeros(2, dtype=torch.long))))
         self._optimization = equip(base, self.settings)
         if self.settings.compile:  # a step that is fast and wrong is no step
             check.compiled(self.batches.size, 2 * self.batches.size)
@@ -185,7 +185,7 @@ class _Ours(_Side):
 
     def save(self, path: Path) -> None:
         state = self._optimization.state()
-        best = {"step": 0, "loss": 0.0, "weights": state["average"]}
+        best: BestWeights = {"step": 0, "loss": 0.0, "weights": state["average"]}
         Checkpoints(path).save({"step": 0, "loss": 0.0, "best": best, "history": {}, "optimization": state})
 
 
@@ -212,7 +212,7 @@ class _Recipe(_Side):
     def step(self, mode: str, step: int) -> Tensor:
         batch = self.batches.draw(step)
         if mode == RECIPE:
-            rows = self.batches.rows(self.batches.positions(step, 0))
+            rows = self.batches.rows(self.batches.sample_indices(step, 0))
             batch = self._reference.encode(batch, self._pictures[rows], [self._captions[row] for row in rows.tolist()])
         return self._reference.step(batch, self._unconditional)
 
@@ -404,12 +404,12 @@ def make_case(
         count = 64
         _pictures(data / "pictures", count, base.resolution)
         source = _data(data / "pictures")
-        prepare(source, 1, data / "prepared")
+        prepare_pictures(source, 1, data / "prepared")
         place = bases.pick_device(device)
         dtype = bases.pick_dtype(distill.precision, place)
         loaded = bases.load(model, base, folder, device=place, dtype=dtype, parts=("vae", "text"))
         encoding = settings.encode_for(model).model_copy(update={"batch": 4})
-        encode(loaded, source, encoding, data / "prepared", data / "scratch", data / "latents")
+        encode_latents(loaded, source, encoding, data / "prepared", data / "scratch", data / "latents")
     return Case(model, base, folder, data, distill)
 
 

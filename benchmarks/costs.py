@@ -51,13 +51,14 @@ def count(name: str, settings: config.Config) -> Preset:
     from torch.utils.flop_counter import FlopCounterMode
 
     from lcmlora.adapters import lora
-    from lcmlora.data.latents.encode import _ROW_BYTES
+    from lcmlora.data.latents.encode import ROW_BYTES
     from lcmlora.evaluation.reference import _jobs
 
     base, distill, evaluation = settings.base(name), settings.distill_for(name), settings.evaluation_for(name)
     side = base.resolution // 8
     architecture = description.network_config(base, Path("bases", name))
-    width, pooled = architecture["cross_attention_dim"], 1280 if "addition_embed_type" in architecture else 0
+    width = architecture.integer("cross_attention_dim", 1280)
+    pooled = 1280 if "addition_embed_type" in architecture else 0
 
     def operations(run: Callable[[], Any]) -> float:
         with FlopCounterMode(display=False) as counter:
@@ -85,7 +86,7 @@ def count(name: str, settings: config.Config) -> Preset:
     return Preset(
         name=name,
         resolution=base.resolution,
-        latent=2 * 2 * 4 * side * side + _ROW_BYTES,
+        latent=2 * 2 * 4 * side * side + ROW_BYTES,
         text=2 * (77 * width + pooled),
         vae=encoding,
         forward=bare,

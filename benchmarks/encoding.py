@@ -135,8 +135,9 @@ def processes(work: Path, base: Path, files: Path, pictures: int, turns: int) ->
                 seconds.setdefault((n, whole), []).append(project.run()[0])
                 shutil.rmtree(project.latents)
     for n in (1, 2):
-        whole, start = (statistics.median(seconds[n, which]) for which in (True, False))
-        found[str(n)] = {"seconds": whole, "starting": start, "pictures/s": (pictures - 128) / (whole - start)}
+        all_pictures, start = (statistics.median(seconds[n, whole]) for whole in (True, False))
+        rate = (pictures - 128) / (all_pictures - start)
+        found[str(n)] = {"seconds": all_pictures, "starting": start, "pictures/s": rate}
     return found
 
 

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import tables
 from benchmarks.compare import Case, _pictures, make_case
-from benchmarks.variants import STEP, Build
+from benchmarks.variants import Build
 from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.adapters.metadata import Sampler
@@ -65,7 +65,7 @@ def steps(case: Case, work: Path) -> dict[str, dict[str, Any]]:
             factor = side / case.base.resolution
             for parts in cache._latents.values():  # what they show does not matter here
                 parts[0] = torch.nn.functional.interpolate(parts[0].float(), scale_factor=factor).half()
-        taken: STEP = Build(other, device, dtype, cache).step()
+        taken = Build(other, device, dtype, cache, compiled=False).step()
         return lambda: taken(0)
 
     found = {}
@@ -121,8 +121,9 @@ def preparing(work: Path, count: int = 2000) -> dict[str, dict[str, Any]]:
     _pictures(work / "many", count, 256)
     code = (
         "import os, sys; os.sched_setaffinity(0, range(int(sys.argv[2])));"
-        "from pathlib import Path; from benchmarks.compare import _data; from lcmlora.data.prepare import prepare;"
-        "prepare(_data(Path(sys.argv[1])), 1, Path(sys.argv[1] + '-out'))"
+        "from pathlib import Path; from benchmarks.compare import _data;"
+        "from lcmlora.data.prepare import prepare_pictures;"
+        "prepare_pictures(_data(Path(sys.argv[1])), 1, Path(sys.argv[1] + '-out'))"
     )
 
     def run(cores: int) -> Callable[[], object]:

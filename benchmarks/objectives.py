@@ -20,7 +20,7 @@ from benchmarks import tables
 from lcmlora import bases, config
 from lcmlora.bases import folders
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.distill import distill
+from lcmlora.distillation.distill import distill_adapter
 from lcmlora.evaluation.evaluate import evaluate
 from lcmlora.io.files import write_json
 from lcmlora.plugins import OBJECTIVES
@@ -33,8 +33,11 @@ def run(settings: config.Config, model: str, changes: dict[str, Any], cache: Lat
     known = work / "figures.json"
     if known.exists():
         return json.loads(known.read_text())
-    distillation = settings.distill_for(model)
-    distillation = type(distillation).model_validate(distillation.model_dump() | changes)
+    values = settings.distill_for(model).model_dump() | changes
+    settings_class = config.distill_settings(values["objective"])
+    distillation = settings_class.model_validate(
+        {key: value for key, value in values.items() if key in settings_class.model_fields}
+    )
     device = bases.pick_device(distillation.device)
     folder = Path("bases", model)
 
@@ -45,7 +48,9 @@ def run(settings: config.Config, model: str, changes: dict[str, Any], cache: Lat
     identity = folders.identity(settings.base(model), folder)
     work.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    facts = distill(load(), cache, distillation, work, work / "adapter", identity=identity, logger=NullLogger())
+    logger = NullLogger()
+    made = distill_adapter(load(), cache, distillation, work, work / "adapter", identity=identity, logger=logger)
+    assert made is not None
     seconds = time.monotonic() - began
     figures = evaluate(
         load(),
@@ -60,7 +65,7 @@ def run(settings: config.Config, model: str, changes: dict[str, Any], cache: Lat
         work / "steps.csv",
         work / "timings",
     )
-    found = {"seconds": seconds, "validation": facts["validation"], "settings": facts["distill"]}
+    found = {"seconds": seconds, "validation": made.validation.plain(), "settings": made.distill}
     found |= {name: figures.plain()[name] for name in ("features", "pictures", "seed", "floor", "excess", "retrieval")}
     write_json(known, found)
     return found

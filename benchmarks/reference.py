@@ -56,7 +56,7 @@ class Reference:
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
         conditioning = self.base.encode_text(captions)
         kept = {name: value for name, value in batch.conditioning.items() if name not in conditioning}
-        return Batch(batch.places, z, batch.noise, batch.index, batch.w, batch.u, conditioning | kept)
+        return Batch(batch.sample_indices, z, batch.noise, batch.index, batch.w, batch.u, conditioning | kept)
 
     def step(self, batch: Batch, unconditional: Conditioning) -> Tensor:
         """Trains on the batch and returns the loss of each sample, (B,)."""

@@ -8,7 +8,6 @@ median over the turns of how long the bucket's take, relative to the folder's, w
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ import torch
 
 from benchmarks import tables
 from lcmlora import bases, config
-from lcmlora.data.latents.cache import MANIFEST, ROWS, TEXT, VERSION, LatentCache
+from lcmlora.data.latents.cache import MANIFEST, UNCONDITIONAL, VERSION, LatentCache, Manifest
 from lcmlora.data.latents.store import Store
 from lcmlora.distillation.loss import Distillation, equip, samples
 from lcmlora.io.files import atomic_folder, write_json
@@ -45,26 +44,27 @@ def make(base: bases.LoadedBase, folder: Path, pictures: int, rows: int, place: 
         }
         store.save_shard(name, tensors, "random")
     text = base.encode_text([f"subject {number}" for number in range(20)])
-    store.save(TEXT, text | {f"unconditional.{name}": value for name, value in base.unconditional().items()})
-    manifest: dict[str, Any] = {
-        "version": VERSION,
-        "model": base.name,
-        "kind": base.family.name,
-        "pictures": rows * len(names),
-        "latent_shape": list(base.latent_shape),
-        "resolution": base.resolution,
-        "fingerprint": "random",
-        "shards": [store.done[name] for name in names],
-        "text": store.done[TEXT],
-    }
-    if place:
-        store.save(ROWS, store.small_rows(names))
-        manifest |= {"at": place, "rows": store.done[ROWS]}
+    unconditional = {f"{UNCONDITIONAL}{name}": value for name, value in base.unconditional().items()}
+    store.save_text(text | unconditional, captions=20, cut=0)
+    assert store.text is not None
+    manifest = Manifest(
+        version=VERSION,
+        model=base.name,
+        kind=base.family.name,
+        pictures=rows * len(names),
+        latent_shape=base.latent_shape,
+        resolution=base.resolution,
+        fingerprint="random",
+        shards=[store.shards[name] for name in names],
+        text=store.text,
+        rows=store.save_rows(names) if place else None,
+        at=place,
+    )
     with atomic_folder(folder) as out:
         for path in store.files.iterdir():
             path.rename(out / path.name)
-        (out / MANIFEST).write_text(json.dumps(manifest))
-    return sum(entry["bytes"] for entry in manifest["shards"])
+        manifest.write(out / MANIFEST)
+    return sum(shard.bytes for shard in manifest.shards)
 
 
 def main() -> None:

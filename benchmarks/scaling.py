@@ -23,11 +23,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
 from benchmarks import costs, tables
-from lcmlora import config, registry, resolved
+from lcmlora import config, registry
+from lcmlora.dvc_files import resolved
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import record
 from lcmlora.io.files import write_json
@@ -84,11 +86,11 @@ class _Memory:
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
 
 
-def encode_pictures(samples: int, root: Path) -> dict[str, float]:
+def measure_encode(samples: int, root: Path) -> dict[str, float]:
     """Encodes so many pictures, which are one tiny picture under 8 captions."""
     import torch
 
-    from lcmlora.data.latents.encode import encode
+    from lcmlora.data.latents.encode import encode_latents
     from lcmlora.data.sources.source import Record, write_records
     from tests.data.conftest import add, data_in, picture
     from tests.support.distillation import load_parts
@@ -105,7 +107,7 @@ def encode_pictures(samples: int, root: Path) -> dict[str, float]:
 
     def run(name: str) -> None:
         settings = config.Encode(batch=64, shard_mb=1, device="cpu")
-        encode(base, data_in(root / "in"), settings, root / name, root / "scratch", root / name / "latents")
+        encode_latents(base, data_in(root / "in"), settings, root / name, root / "scratch", root / name / "latents")
 
     make(samples, "many")
     make(_FEW, "few")
@@ -116,19 +118,19 @@ def encode_pictures(samples: int, root: Path) -> dict[str, float]:
     return {"samples": samples, "seconds": time.perf_counter() - began, "peak": memory.peak}
 
 
-def read_cache(samples: int, root: Path) -> dict[str, float]:
-    """Draws batches from the mapped cache that `encode_pictures` left."""
+def measure_reading(samples: int, root: Path) -> dict[str, float]:
+    """Draws batches from the mapped cache that `measure_encode` left."""
     import torch
 
     from lcmlora.data.latents.cache import LatentCache
-    from lcmlora.training.batches import Batches, split
+    from lcmlora.training.batches import Batches, split_rows
     from tests.support.distillation import SETTINGS
 
     torch.set_num_threads(1)
 
     def run(name: str) -> LatentCache:
         cache = LatentCache(root / name / "latents", ram_bytes=0)
-        rows, _ = split(cache, SETTINGS)
+        rows, _ = split_rows(cache, SETTINGS)
         batches = Batches(cache, rows, SETTINGS.model_copy(update={"batch": 64}), torch.device("cpu"), grid=50)
         for step in range(200):
             batches.draw(step)
@@ -136,14 +138,14 @@ def read_cache(samples: int, root: Path) -> dict[str, float]:
 
     run("few")
     with _Memory() as memory:
-        shards = run("many").manifest["shards"]
-    size = sum(entry["bytes"] for entry in shards)
+        shards = run("many").manifest.shards
+    size = sum(shard.bytes for shard in shards)
     return {"samples": samples, "shards": len(shards), "bytes": size, "peak": memory.peak}
 
 
-def prepare_pictures(samples: int, root: Path) -> dict[str, float]:
+def measure_prepare(samples: int, root: Path) -> dict[str, float]:
     """Prepares so many distinct pictures, of 16 to 39 pixels, with a caption each."""
-    from lcmlora.data.prepare import prepare
+    from lcmlora.data.prepare import prepare_pictures
     from tests.data.conftest import add, data_in, picture
 
     for number in range(samples):
@@ -151,11 +153,11 @@ def prepare_pictures(samples: int, root: Path) -> dict[str, float]:
         add(root / "in", f"{number:06d}.png", f"subject {number}", picture(number, size))
     began = time.perf_counter()
     with _Memory() as memory:
-        prepare(data_in(root / "in", max_aspect=100.0), 4, root / "pictures")
+        prepare_pictures(data_in(root / "in", max_aspect=100.0), 4, root / "pictures")
     return {"samples": samples, "seconds": time.perf_counter() - began, "peak": memory.peak}
 
 
-_WORK = {"encode": encode_pictures, "read": read_cache, "prepare": prepare_pictures}
+_WORK = {"encode": measure_encode, "read": measure_reading, "prepare": measure_prepare}
 
 
 def _in_a_process(work: str, samples: int, root: str) -> dict[str, float]:
@@ -399,14 +401,13 @@ def measure_publish() -> dict[str, Any]:
                 "list": lambda: catalog.releases(to),
                 "download the adapter": lambda: catalog.pull("emoji@champion", to, Path(root, "out"), everything=False),
             }
-            URLLib3Session.send = counting  # type: ignore[method-assign,assignment]
-            for name, step in steps.items():
-                counted.clear()
-                step()
-                requests[name] = dict(counted)
+            with mock.patch.object(URLLib3Session, "send", counting):
+                for name, step in steps.items():
+                    counted.clear()
+                    step()
+                    requests[name] = dict(counted)
             entries = catalog.releases(to)[0]
         finally:
-            URLLib3Session.send = send  # type: ignore[method-assign,assignment]
             server.kill()
     return {"requests": requests, "objects": entries.files, "bytes": entries.bytes}
 

@@ -22,8 +22,8 @@ import torch
 from benchmarks import objectives, tables
 from lcmlora import bases, config
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.encode import encode
-from lcmlora.data.sources.source import find, read_records, write_records
+from lcmlora.data.latents.encode import encode_latents
+from lcmlora.data.sources.source import read_records, survey, write_records
 from lcmlora.distillation.loss import Distillation, equip, samples
 from lcmlora.io.files import write_json
 from lcmlora.training.loop import take_step
@@ -50,7 +50,7 @@ def fill(settings: config.Config, model: str, work: Path, *, pictures: bool) -> 
             (work / "prompts.txt").write_text("\n".join(dict.fromkeys(r.caption for r in listed)) + "\n")
             changes = {"source": "prompts", "path": str(work / "prompts.txt")}
             data = type(data).model_validate(data.model_dump() | changes)
-            write_records(work / "train.jsonl", find(data)[0])
+            write_records(work / "train.jsonl", survey(data).records)
         device = bases.pick_device("auto")
         base = bases.load(
             model,
@@ -61,7 +61,7 @@ def fill(settings: config.Config, model: str, work: Path, *, pictures: bool) -> 
             parts=("vae" if pictures else "network", "text"),
         )
         began = time.monotonic()
-        encode(base, data, settings.encode_for(model), work, work / "scratch", out)
+        encode_latents(base, data, settings.encode_for(model), work, work / "scratch", out)
         write_json(known, {"seconds": time.monotonic() - began})
     return LatentCache(out), json.loads(known.read_text())["seconds"]
 

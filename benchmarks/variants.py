@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class Step:
         kept = [parameter.detach().clone() for parameter in self.parameters]
         with torch.no_grad():
             for parameter in self.parameters:
-                parameter += 0.02 * torch.randn(parameter.shape, generator=random).to(parameter.device)
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=random).to(parameter.device))
         x, t = self.distillation.noisy(batch, batch.index), self.distillation.teacher.t[batch.index]
         with self.around():
             output = self.distillation.base.predict(x, t, batch.conditioning)
@@ -117,7 +118,7 @@ class Build:
         execution.recompute(base.network, settings.checkpointing)
         prepare(base.network)
         if self.compiled:
-            execution.compiled(base.network)
+            execution.compile_network(base.network)
         optimizing = optimization(parameters, settings)
         distillation = Distillation(base, self.cache.unconditional(), settings, remembered)
         if teacher is not None:
@@ -169,7 +170,7 @@ class _Alone(Step):
             super().__call__(number)
 
 
-def _channels_last(unet: nn.Module) -> None:
+def _channels_last(unet: Any) -> None:
     unet.to(memory_format=torch.channels_last)
     unet.register_forward_pre_hook(
         lambda module, inputs: (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
@@ -186,13 +187,8 @@ def _derived_anew(unet: nn.Module) -> None:
     unet.register_forward_pre_hook(expire)
 
 
-@contextmanager
-def _pointwise_convolutions() -> Iterator[None]:
-    own, lora_forwards._pointwise = lora_forwards._pointwise, nn.functional.conv2d
-    try:
-        yield
-    finally:
-        lora_forwards._pointwise = own
+def _pointwise_convolutions() -> AbstractContextManager[object]:
+    return mock.patch.object(lora_forwards, "_pointwise", nn.functional.conv2d)
 
 
 def _walking(unet: Any) -> None:
@@ -230,11 +226,11 @@ def variants(build: Build, folder: Path) -> dict[str, Callable[[], Step]]:
         "no activations recomputed": lambda: build.step(prepare=lambda unet: execution.recompute(unet, "none")),
         "bf16 by autocast": lambda: build.step(forwards="beside", around=lambda: torch.autocast(kind, torch.bfloat16)),
         "bf16 base": lambda: build.step(dtype=torch.bfloat16),
-        "bf16 base, compiled": lambda: build.step(dtype=torch.bfloat16, prepare=execution.compiled),
+        "bf16 base, compiled": lambda: build.step(dtype=torch.bfloat16, prepare=execution.compile_network),
         "bf16 base, attention in bf16": lambda: build.step(dtype=torch.bfloat16, prepare=WideAttention().undo),
         "bf16 base, adapter beside its layer": lambda: build.step(dtype=torch.bfloat16, forwards="beside"),
         "fp32 base": lambda: build.step(dtype=torch.float32),
-        "compiled": lambda: build.step(prepare=execution.compiled),
+        "compiled": lambda: build.step(prepare=execution.compile_network),
     }
     if kind == "cpu":
         found["one thread"] = lambda: _Alone(**vars(build.step()))

@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 
 from flows import credentials, name_of
-from flows.retrain import stages_of
+from flows.retrain import prepare_of, stages_of
 from lcmlora import registry
 from lcmlora.config import Config
 from lcmlora.errors import Unavailable
@@ -66,10 +66,10 @@ def standings(settings: Config, *, server: bool) -> list[Standing]:
         Unavailable: MLflow or Prefect does not answer.
         StageFailed: DVC does not.
     """
-    names = {model: stages_of(model, settings) for model in settings.models}
+    names = {model: [prepare_of(model, settings), *stages_of(model, settings)] for model in settings.models}
     with Processes() as processes:
         dvc.resolve.fn(processes)
-        due = dvc.stale.fn(["prepare", *(name for own in names.values() for name in own)], processes)
+        due = dvc.stale.fn(list(dict.fromkeys(name for own in names.values() for name in own)), processes)
     past, coming = _runs() if server else ([], [])
     versions: dict[str, list[Version]] = {}
     for version in registry.versions(settings.registry):
@@ -89,7 +89,7 @@ def standings(settings: Config, *, server: bool) -> list[Standing]:
                 newest=own[0].reference if own else None,
                 newest_gate=own[0].gate if own else None,
                 last_run=next((_run(run) for run in past if _concerns(run, model)), None),
-                stale=[name for name in ("prepare", *names[model]) if name in due],
+                stale=[name for name in names[model] if name in due],
                 due=next((_time(run.expected_start_time) for run in coming if _concerns(run, model)), None),
             )
         )

@@ -48,7 +48,7 @@ from tasks.models import (
 from tasks.processes import Processes
 from tasks.retrying import networked
 
-STAGES = ("encode", "reference", "distill", "evaluate")  # of a model, in order; `prepare` is shared
+STAGES = ("encode", "reference", "distill", "evaluate")  # of a model, in order, after `prepare_of` it
 
 Models = Annotated[
     list[str] | None, Field(min_length=1, description="Names under `models` in params.yaml; all of them if left out.")
@@ -104,7 +104,8 @@ def retrain(
         for outcome in found:
             if outcome.ran:
                 with _noting(outcome):
-                    outcome.differing = dvc.differing(["prepare", *stages_of(outcome.model, settings)])
+                    model = outcome.model
+                    outcome.differing = dvc.differing([prepare_of(model, settings), *stages_of(model, settings)])
         with _noting(*found):
             if dvc.is_shared(work.remote):
                 # Also where nothing ran: the last run may have been killed before it came here.
@@ -120,8 +121,13 @@ def retrain(
     return Completed(name=end, message=f"{'; '.join(outcome.line for outcome in found)}; {total}")
 
 
+def prepare_of(model: str, settings: config.Config) -> str:
+    """Returns the name of the DVC stage that prepares the model's pictures, which other models may share."""
+    return f"prepare-own@{model}" if settings.has_own_data(model) else "prepare"
+
+
 def stages_of(model: str, settings: config.Config) -> list[str]:
-    """Returns the names of the model's DVC stages in their order."""
+    """Returns the names of the model's own DVC stages in their order, after that which prepares its pictures."""
     names = [f"{stage}@{model}" for stage in STAGES]
     studied = settings.studied(model)
     for kind, name in studied:
@@ -136,7 +142,7 @@ class _Work:
     due: set[str]  # stages
     force: bool
     remote: str | None  # DVC's default one
-    prepared: bool  # `prepare` ran, so that all that follows may be stale
+    prepared: set[str]  # of the stages that prepare pictures, those that ran: all that follows may be stale
 
     @property
     def pull(self) -> bool:
@@ -145,28 +151,34 @@ class _Work:
 
 
 def _prepare(found: list[Outcome], settings: config.Config, force: bool, processes: Processes) -> _Work:
-    """Asks what is stale, fetches the bases that need it, and runs the stage that all models share."""
+    """Asks what is stale, fetches the bases that need it, and runs the stages that prepare pictures."""
+    sharing: dict[str, list[Outcome]] = {}  # by the stage that prepares their pictures
+    for outcome in found:
+        sharing.setdefault(prepare_of(outcome.model, settings), []).append(outcome)
     names = {outcome.model: stages_of(outcome.model, settings) for outcome in found}
-    due: set[str] = set()
-    remote, prepared = None, False
+    work = _Work(set(), force, None, set())
     with _noting(*found):
-        everything = ["prepare", *(name for own in names.values() for name in own)]
+        everything = [*sharing, *(name for own in names.values() for name in own)]
         dvc.resolve(processes)
         due = set(everything) if force else dvc.stale(everything, processes)
-        remote = dvc.default_remote()
-    for outcome in found:
-        # A base is a dependency and its revision a parameter, so one that has to be fetched anew is among what is due.
-        if not outcome.errors and due & {"prepare", *names[outcome.model]}:
-            with _noting(outcome):
-                networked(fetch_base, settings)(outcome.model, settings)
-    going = [outcome for outcome in found if not outcome.errors]
-    with _noting(*going):
-        if going and "prepare" in due:
-            prepared = _run("prepare", going, settings, force, remote is not None, processes)
-        else:
-            for outcome in going:
-                outcome.fresh.append("prepare")
-    return _Work(due, force, remote, prepared)
+        work = _Work(due, force, dvc.default_remote(), set())
+    for stage, concerned in sharing.items():
+        for outcome in concerned:
+            # A base is a dependency and its revision a parameter, so one that is to be fetched anew is among what is
+            # due.
+            if not outcome.errors and work.due & {stage, *names[outcome.model]}:
+                with _noting(outcome):
+                    networked(fetch_base, settings)(outcome.model, settings)
+    for stage, concerned in sharing.items():
+        going = [outcome for outcome in concerned if not outcome.errors]
+        with _noting(*going):
+            if going and stage in work.due:
+                if _run(stage, going, settings, force, work.pull, processes):
+                    work.prepared.add(stage)
+            else:
+                for outcome in going:
+                    outcome.fresh.append(stage)
+    return work
 
 
 def _bring_up(
@@ -175,11 +187,12 @@ def _bring_up(
     """Runs one model's stages, then registers and publishes its release."""
     with _noting(outcome):
         names = stages_of(outcome.model, settings)
+        prepared = prepare_of(outcome.model, settings) in work.prepared
         # What follows a stale stage may be stale when its turn comes; what precedes the first one is not.
-        first = next((n for n, name in enumerate(names) if name in work.due or work.prepared), len(names))
+        first = next((n for n, name in enumerate(names) if name in work.due or prepared), len(names))
         outcome.fresh += names[:first]
         trains = [name for name in names[first:] if dvc.needs_device(name)]
-        changed = work.prepared
+        changed = prepared
         # From the first to the last: of many models one is finished before the next one starts.
         with occupied(settings.flow.limit, processes) if trains else contextlib.nullcontext():
             for name in trains:

@@ -36,18 +36,19 @@ def watch(params: str = "params.yaml") -> State:
     seen: dict[str, str] = Variable.get(memory, default={})
     now = dict(seen)
     told, errors = [], []
-    try:
-        now["dataset"] = read_data_state(settings)
-        if seen.get("dataset", now["dataset"]) != now["dataset"]:
-            path = str(settings.data.path)
-            told.append(f"the data set at {path} has changed")
+    for key, (data, models) in data_sets(settings).items():
+        try:
+            now[key] = read_data_state(data)
+        except UserError as error:
+            errors.append(str(error))
+            continue
+        if seen.get(key, now[key]) != now[key]:
+            told.append(f"the data set at {data.path} has changed")
             emit_event(
                 DATASET_CHANGED,
-                resource={"prefect.resource.id": "lcmlora.dataset"},
-                payload={"models": list(settings.models), "path": path},
+                resource={"prefect.resource.id": f"lcmlora.{key}"},
+                payload={"models": models, "path": data.path},
             )
-    except UserError as error:
-        errors.append(str(error))
     for model in settings.models:
         base, key = settings.base(model), f"base.{model}"
         try:
@@ -77,3 +78,10 @@ def watch(params: str = "params.yaml") -> State:
     if errors:
         return Failed(message="\n".join(errors))
     return Completed(name="Changed" if told else "Unchanged", message="; ".join(told) or "as it was")
+
+
+def data_sets(settings: config.Config) -> dict[str, tuple[config.Data, list[str]]]:
+    """Returns the data sets with the models that learn from each, by their names in the flow's memory."""
+    shared = {"dataset": (settings.data, settings.models_sharing_data())} if settings.uses_shared_data() else {}
+    own = [model for model in settings.models if settings.has_own_data(model)]
+    return shared | {f"dataset.{model}": (settings.data_for(model), [model]) for model in own}

@@ -36,6 +36,8 @@ from lcmlora.settings.training import (
     Training,
     Tuning,
     check_trajectory,
+    distill_settings,
+    extended_distill_settings,
 )
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "Variation",
     "check_trajectory",
     "digest",
+    "distill_settings",
     "load",
 ]
 
@@ -82,7 +85,7 @@ SECTIONS: dict[str, type[Strict]] = {
     "style": StyleTraining,
     "finetune": FinetuneTraining,
 }
-_OWN = ("encode", "launch", "distill", "evaluation")  # which the base's entry may change
+_OWN = ("data", "encode", "launch", "distill", "evaluation")  # which the base's entry may change
 
 
 class Config(Strict):
@@ -91,7 +94,7 @@ class Config(Strict):
     models: tuple[Name, ...]
     """Models that the pipeline makes: names of entries of `bases`, or of published bases."""
     data: Data
-    """The captioned pictures, and which of them are kept (stage `prepare`)."""
+    """The captioned pictures, and which of them are kept (stage `prepare`), for all models."""
     encode: Annotated[dict[str, Any], Changes(Encode)] = {}
     """The latent cache (stage `encode`), for all models."""
     launch: Annotated[dict[str, Any], Changes(Launch)] = {}
@@ -101,7 +104,7 @@ class Config(Strict):
     them. 0: no cache."""
     shard_cache_gb: Annotated[float, Field(gt=0)] = 50.0
     """Disk for shards that are read from a bucket (`encode.shards`), in gigabytes."""
-    distill: Annotated[dict[str, Any], Changes(Distill)] = {}
+    distill: Annotated[dict[str, Any], Changes(Distill, extended_distill_settings)] = {}
     """Distillation of the adapter (stage `distill`), for all models."""
     evaluation: Annotated[dict[str, Any], Changes(Evaluation)] = {}
     """What is drawn and measured (stages `reference` and `evaluate`), for all models."""
@@ -181,7 +184,8 @@ class Config(Strict):
         base = self.base(model)
         family = presets.family(base.like)
         found = [Layer(f"preset {family.name}", family.sections.get(section, {}))] if family else []
-        found.append(Layer(section, getattr(self, section)))
+        values = self.data.model_dump(exclude_unset=True) if section == "data" else getattr(self, section)
+        found.append(Layer(section, values))
         if section in _OWN:
             found.append(Layer(f"bases.{model}.{section}", getattr(base, section)))
         return found
@@ -196,7 +200,24 @@ class Config(Strict):
 
     def section(self, section: str, model: str) -> Strict:
         """Returns the settings of a section for a model, whichever it is."""
-        return self._settings(SECTIONS[section], self.layers_of(section, model), model)
+        found = self.layers_of(section, model)
+        return self._settings(_class(section, found), found, model)
+
+    def data_for(self, model: str) -> Data:
+        """Returns the pictures that a model learns from."""
+        return layers.combine(Data, self.layers_of("data", model)) if self.has_own_data(model) else self.data
+
+    def has_own_data(self, model: str) -> bool:
+        """Returns whether a model learns from pictures of its own, and not from those of `data`."""
+        return bool(self.base(model).data)
+
+    def models_sharing_data(self) -> list[str]:
+        """Returns the models that learn from the pictures of `data`."""
+        return [model for model in self.models if not self.has_own_data(model)]
+
+    def uses_shared_data(self) -> bool:
+        """Returns whether the pictures of `data` are prepared: not where every model has its own."""
+        return bool(self.models_sharing_data()) or not self.models
 
     def encode_for(self, model: str) -> Encode:
         return self._settings(Encode, self.layers_of("encode", model), model)
@@ -213,7 +234,13 @@ class Config(Strict):
         return launch
 
     def distill_for(self, model: str) -> Distill:
-        return self._settings(Distill, self.layers_of("distill", model), model)
+        """Returns the settings of the distillation, with those that its objective brings.
+
+        Raises:
+            UserError: they do not fit, or the objective cannot be imported.
+        """
+        found = self.layers_of("distill", model)
+        return self._settings(_distill_class(found), found, model)
 
     def evaluation_for(self, model: str) -> Evaluation:
         return self._settings(Evaluation, self.layers_of("evaluation", model), model)
@@ -340,14 +367,34 @@ def _kind(value: object) -> str:
     return "null" if value is None else kinds.get(type(value), type(value).__name__)
 
 
+def _distill_class(found: Sequence[Layer]) -> type[Distill]:
+    """Returns the class of `distill` for the objective that these layers name. Raises UserError."""
+    return distill_settings(layers.merged(found).get("objective", Distill.model_fields["objective"].default))
+
+
+def _class(section: str, found: Sequence[Layer]) -> type[Strict]:
+    """Returns the class of a section's settings, which for `distill` depends on these layers. Raises UserError."""
+    if section == "distill":
+        return _distill_class(found)
+    return Data if section == "data" else SECTIONS[section]
+
+
+def _section_faults(section: str, found: Sequence[Layer]) -> str:
+    """Returns what does not fit in these layers of a section."""
+    try:
+        return layers.faults(_class(section, found), found)
+    except UserError as error:  # of an objective that cannot be imported
+        return str(error)
+
+
 def _faults(config: Config, own: Sequence[str]) -> str:
     """Returns what does not fit in a section, a base, a style or the study; here, and not hours later.
 
     Args:
         own: the bases of params.yaml. Of those that are not among `models` something may be missing.
     """
-    found = [layers.faults(cls, [Layer(name, getattr(config, name))]) for name, cls in SECTIONS.items()]
-    found += [layers.faults(SECTIONS[name], config.layers_of(name, base)) for base in own for name in _OWN]
+    found = [_section_faults(name, [Layer(name, getattr(config, name))]) for name in SECTIONS]
+    found += [_section_faults(name, config.layers_of(name, base)) for base in own for name in _OWN]
     for kind in ("style", "finetune"):
         for name, entry in (config.styles if kind == "style" else config.finetunes).items():
             training = Layer(f"{kind}s.{name}.training", entry.training)
@@ -379,7 +426,7 @@ def _check_models(config: Config) -> None:
                 f"{batch}); pictures of a shape that do not fill a batch are never seen"
             )
         if (distill := config.distill_for(model)).trajectory:
-            has_pictures = SOURCES.get(config.data.source).has_pictures
+            has_pictures = SOURCES.get(config.data_for(model).source).has_pictures
             check_trajectory(distill, None if has_pictures else encoding.rollouts, f"{model}: ")
     for kind in ("style", "finetune"):
         for name in config.styles if kind == "style" else config.finetunes:

@@ -66,6 +66,10 @@ class Table:
             return name
         raise ValueError(f"expected one of {', '.join(self.names)}")
 
+    def is_built_in(self, name: str) -> bool:
+        """Returns whether the class of this name comes with this package."""
+        return name in self._places
+
     def get(self, name: str) -> Any:
         """Returns the class of this name, imported if need be.
 

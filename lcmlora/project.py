@@ -69,8 +69,16 @@ class Project:
 
     @property
     def pictures(self) -> Path:
-        """The lists of the prepared pictures, of all models."""
+        """The lists of the prepared pictures of `data`, from which all models learn that have none of their own."""
         return self.root / "data" / "pictures"
+
+    def own_pictures(self, model: str) -> Path:
+        """The lists of the prepared pictures of a model whose base has `data` of its own."""
+        return self.root / "data" / "own-pictures" / model
+
+    def pictures_of(self, model: str, config: Config) -> Path:
+        """The lists of the prepared pictures that a model learns from: its own, or else those of `data`."""
+        return self.own_pictures(model) if config.has_own_data(model) else self.pictures
 
     def latents(self, model: str) -> Path:
         """The latent cache of a model."""

@@ -1,7 +1,8 @@
 """The stages: the version of each one's algorithm, and which settings decide its result.
 
 A stage is run again when its inputs, the settings below or a version change (docs/staleness.md). Inputs are files and
-stand in dvc.yaml. Settings and versions stand in resolved.yaml (lcmlora/resolved.py), which DVC reads as parameters.
+stand in dvc.yaml. Settings and versions stand in resolved.yaml (lcmlora/dvc_files/resolved.py), which DVC reads as
+parameters.
 
 Left out of the settings is what no result depends on but for rounding: devices, processes, sizes of caches, how often
 something is saved or logged, how many pictures are drawn at once, and how often a time is taken.
@@ -60,8 +61,9 @@ def algorithms(stage: str) -> dict[str, int]:
 
 def runs(config: Config) -> list[Run]:
     """Returns all runs that dvc.yaml has with this configuration."""
-    found = [Run("pretrain"), Run("prepare")]
+    found = [Run("pretrain"), *([Run("prepare")] if config.uses_shared_data() else [])]
     for model in config.models:
+        found += [Run("prepare", model)] if config.has_own_data(model) else []
         found += [Run(stage, model) for stage in ("encode", "reference", "distill", "evaluate", "package")]
     for model in config.study.models if config.study else ():
         for kind, name in config.studied(model):
@@ -84,7 +86,8 @@ def _pretrain(config: Config, run: Run) -> Settings:
 
 
 def _prepare(config: Config, run: Run) -> Settings:
-    return {"data": config.data.model_dump(mode="json")}
+    data = config.data if run.model is None else config.data_for(run.model)
+    return {"data": data.model_dump(mode="json")}
 
 
 def _encode(config: Config, run: Run) -> Settings:
@@ -92,7 +95,7 @@ def _encode(config: Config, run: Run) -> Settings:
     return {
         "base": _base(config, run, _LOADED),
         # Which pictures there are, and their captions, is an input.
-        "data": config.data.model_dump(mode="json", include={"source", "max_aspect"}),
+        "data": config.data_for(_model(run)).model_dump(mode="json", include={"source", "max_aspect"}),
         "encode": encode.model_dump(mode="json", exclude={"device"}),
     }
 
@@ -100,7 +103,7 @@ def _encode(config: Config, run: Run) -> Settings:
 def _reference(config: Config, run: Run) -> Settings:
     return {
         "base": _base(config, run, _LOADED),
-        "data": _source(config.data),
+        "data": _source(config.data_for(_model(run))),
         "evaluation": _evaluation(config.evaluation_for(_model(run)), "student_steps", "resamples"),
     }
 
@@ -112,7 +115,7 @@ def _distill(config: Config, run: Run) -> Settings:
 def _evaluate(config: Config, run: Run) -> Settings:
     return {
         "base": _base(config, run, _LOADED),
-        "data": _source(config.data),
+        "data": _source(config.data_for(_model(run))),
         "evaluation": _evaluation(config.evaluation_for(_model(run))),
     }
 

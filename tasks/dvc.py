@@ -14,11 +14,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import State
 
-from lcmlora import resolved
 from lcmlora.config import Config, Flow
+from lcmlora.dvc_files import dvc_yaml, resolved
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.parsing import Malformed, as_object, parse_json, parse_yaml, read_yaml
-from lcmlora.io.terminal import shown
+from lcmlora.io.terminal import note, shown
 from lcmlora.project import Project
 from tasks import dvc_command, dvc_internals
 from tasks.devices import held
@@ -28,7 +28,7 @@ from tasks.prefect_internals import failure
 from tasks.processes import Command, Processes, python, reason, script, stream
 
 _RESOLVE = "resolve"  # the stage that writes resolved.yaml
-_WITHOUT_DEVICE = ("prepare", "package")  # stages that neither train nor draw
+_WITHOUT_DEVICE = ("prepare", "prepare-own", "package")  # stages that neither train nor draw
 
 
 class StageFailed(UserError):
@@ -106,18 +106,20 @@ def repro(stage: str, processes: Processes, settings: Config, force: bool = Fals
 def resolve(processes: Processes) -> None:
     """Brings resolved.yaml up to date, by which DVC sees what params.yaml and this package have changed.
 
-    To be called before DVC is asked what is stale. A project whose dvc.yaml has no such stage is left as it is.
+    So is dvc.yaml, where models have begun or ceased to learn from pictures of their own. To be called before DVC is
+    asked what is stale. A project whose dvc.yaml has no such stage is left as it is.
 
     Raises:
         UserError: params.yaml or dvc.yaml cannot be read, or the stage failed.
     """
     project = Project()
     stages = as_object(read_yaml(project.dvc_yaml), str(project.dvc_yaml)).get("stages")
-    if (
-        not isinstance(stages, dict)
-        or _RESOLVE not in stages
-        or resolved.is_current(project.settings(), project.resolved)
-    ):
+    if not isinstance(stages, dict) or _RESOLVE not in stages:
+        return
+    settings = project.settings()
+    if dvc_yaml.refresh(settings, project):
+        note(f"{project.dvc_yaml}: lists the pictures of each model anew")
+    if resolved.is_current(settings, project.resolved):
         return
     mend()
     status, lines = _listen(processes, _repro(_RESOLVE), _RESOLVE)

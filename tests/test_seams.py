@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import pytest
 import torch
 import yaml
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
 from lcmlora import config, plugins
 from lcmlora.adapters.metadata import read_sampler
+from lcmlora.cli import reference
+from lcmlora.cli.main import app
 from lcmlora.config import Distill, Publish
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.prepare import PARTS, prepare
+from lcmlora.data.prepare import PARTS, prepare_pictures
 from lcmlora.data.sources.source import open_picture, read_records
 from lcmlora.diffusion import objectives, sampling
+from lcmlora.distillation.loss import Distillation, equip
+from lcmlora.dvc_files.resolved import resolve
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import gate
@@ -28,6 +36,7 @@ from lcmlora.evaluation.measures.distances import distance, named, title_of
 from lcmlora.plugins import DISTANCES, FEATURES, OBJECTIVES, SAMPLERS, SCORES, SOURCES, STORES, Table
 from lcmlora.releases.catalog import find, links, pull, releases, verify
 from lcmlora.releases.publish import point, publish
+from lcmlora.stages import Run, decisive, runs
 from tests.data.conftest import data_in, picture
 from tests.evaluation.test_gate import METRICS
 from tests.support import additions
@@ -37,6 +46,12 @@ from tests.support.releases import write_sealed
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 TABLES = [table for table in vars(plugins).values() if isinstance(table, Table)]
+
+
+@pytest.fixture(autouse=True)
+def _registered_for_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in TABLES:
+        monkeypatch.setattr(table, "_classes", dict(table._classes))
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.key)
@@ -63,7 +78,7 @@ def test_a_source_is_added(tmp_path: Path) -> None:
             archive.writestr(f"subject {number}.png", file.getvalue())
         archive.writestr("broken.png", b"nothing of a picture")
     data = data_in(tmp_path / "pictures.zip", source="zip")
-    report = prepare(data, 1, tmp_path / "out")
+    report = prepare_pictures(data, 1, tmp_path / "out")
     assert (report["source"], report["read"], report["kept"]) == ("zip", 9, 8)
     records = [r for part in PARTS for r in read_records(tmp_path / "out" / f"{part}.jsonl")]
     assert {record.caption for record in records} == {f"subject {number}" for number in range(8)}
@@ -75,16 +90,17 @@ def test_a_source_is_added(tmp_path: Path) -> None:
 def test_an_objective_is_added_with_its_sampler(base_folder: Path, cache: LatentCache, tmp_path: Path) -> None:
     OBJECTIVES.register("halfway", additions.Halfway)
     SAMPLERS.register("DDIMScheduler", additions.Ddim)
-    settings = Distill.model_validate(SETTINGS.model_dump() | {"objective": "halfway"})
+    settings = additions.HalfwaySettings.model_validate(SETTINGS.model_dump() | {"objective": "halfway"})
     base = load_parts(base_folder, "network")
     facts = run_distill(base, cache, tmp_path, settings)
-    assert facts["sampler"] == {"scheduler": "DDIMScheduler", "gamma": None, "grid": 50}
+    assert facts.sampler.plain() == {"scheduler": "DDIMScheduler", "gamma": None, "grid": 50}
+    assert json.loads((tmp_path / "adapter/config.json").read_text())["distill"]["fraction"] == 0.5
     written = json.loads((tmp_path / "adapter/scheduler_config.json").read_text())
     assert written["_class_name"] == "DDIMScheduler"
     assert objectives.described("halfway") == "Halfway distillation (arXiv 2611.00001)"
 
     conditioning, noise = draw_batch(cache, settings).conditioning, torch.randn(4, *base.latent_shape)
-    sampler = read_sampler(facts["sampler"], "config.json")
+    sampler = read_sampler(facts.sampler.plain(), "config.json")
     drawn = sampling.sample_student(base, conditioning, noise, steps=2, indices=range(4), sampler=sampler)
     x = noise
     for t, s in ((999, 499), (499, 0)):
@@ -98,6 +114,112 @@ def test_an_objective_is_added_with_its_sampler(base_folder: Path, cache: Latent
         objectives.make(coarse, base.schedule)
     with pytest.raises(ValidationError, match=r"expected one of lcm, tcd, pcm, tdd, halfway"):
         Distill.model_validate(SETTINGS.model_dump() | {"objective": "third"})
+    with pytest.raises(UserError, match="halfway needs settings of the class HalfwaySettings, got Distill"):
+        objectives.make(SETTINGS.model_copy(update={"objective": "halfway"}), base.schedule)
+
+
+def load_halfway(folder: Path, distill: dict[str, Any], **own: Any) -> config.Config:
+    """Returns the project's settings with the outside objective and these keys of `distill`, for all bases and one."""
+    OBJECTIVES.register("halfway", additions.Halfway)
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["distill"] = distill
+    if "objective" in distill:
+        del raw["bases"]["emoji"]["distill"]["objective"]
+    raw["bases"]["emoji"]["distill"] |= own
+    (folder / "params.yaml").write_text(yaml.safe_dump(raw))
+    return config.load(folder / "params.yaml")
+
+
+def test_an_objective_brings_settings_that_stand_in_distill(tmp_path: Path, cache: LatentCache) -> None:
+    loaded = load_halfway(tmp_path, {"objective": "halfway"}, fraction=0.25)
+    settings = loaded.distill_for("emoji")
+    assert isinstance(settings, additions.HalfwaySettings) and settings.fraction == 0.25
+    by_default = load_halfway(tmp_path, {"objective": "halfway"})
+    stale = [run for run in runs(loaded) if decisive(loaded, run) != decisive(by_default, run)]
+    assert stale == [Run("distill", "emoji")]
+    assert resolve(loaded)["models"]["emoji"]["distill"]["distill"]["fraction"] == 0.25
+    assert resolve(by_default)["models"]["emoji"]["distill"]["distill"]["fraction"] == 0.5
+
+
+def test_a_setting_of_an_added_objective_changes_the_loss(base_folder: Path, cache: LatentCache) -> None:
+    OBJECTIVES.register("halfway", additions.Halfway)
+    SAMPLERS.register("DDIMScheduler", additions.Ddim)
+
+    def loss(**own: float) -> float:
+        values = SETTINGS.model_dump() | {"objective": "halfway"} | own
+        settings = additions.HalfwaySettings.model_validate(values)
+        base = load_parts(base_folder, "network")
+        equip(base, settings)
+        distillation = Distillation(base, cache.unconditional(), settings)
+        with torch.no_grad():
+            return distillation.losses(draw_batch(cache, settings)).mean().item()
+
+    assert loss() == loss(fraction=0.5) != loss(fraction=0.25)
+
+
+@pytest.mark.parametrize(
+    ("distill", "own", "message"),
+    [
+        (
+            {"objective": "halfway", "fraction": "half"},
+            {},
+            "distill.fraction: got 'half': Input should be a valid number, unable to parse string as a number",
+        ),
+        (
+            {"objective": "halfway"},
+            {"fraction": 2},
+            "bases.emoji.distill.fraction: got 2: Input should be less than or equal to 1",
+        ),
+        (
+            {"objective": "halfway", "fractoin": 0.25},
+            {},
+            "distill.fractoin: there is no such key; of its own, objective halfway has fraction",
+        ),
+        (
+            {"fraction": 0.25},
+            {"objective": "lcm"},
+            "distill.fraction: there is no such key; of its own, objective lcm has no settings",
+        ),
+        (
+            {"objective": "halfway", "fraction": 0.25},
+            {"objective": "lcm"},
+            "distill.fraction: there is no such key; of its own, objective lcm has no settings",
+        ),
+    ],
+)
+def test_a_setting_that_does_not_fit_an_added_objective_is_one_line(
+    tmp_path: Path, distill: dict[str, Any], own: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        load_halfway(tmp_path, distill, **own)
+    assert str(error.value) == f"{tmp_path / 'params.yaml'}: {message}"
+
+
+def test_the_settings_of_an_added_objective_are_in_the_schema_the_page_and_what_config_prints(tmp_path: Path) -> None:
+    load_halfway(tmp_path, {"objective": "halfway"}, fraction=0.25)
+    described = "halfway: Where the jump ends, as a share of the timestep that the teacher steps to."
+    schema = reference.schema(config.Config)
+    for distill in (schema["properties"]["distill"], schema["$defs"]["Base"]["properties"]["distill"]):
+        assert distill["properties"]["fraction"]["description"] == described
+        assert distill["properties"]["fraction"]["maximum"] == 1 and distill["additionalProperties"] is False
+    assert f"| `fraction` | number, at least 0, at most 1 | 0.5 | {described} |" in reference.document(config.Config)
+    called = ["--params", str(tmp_path / "params.yaml"), "config", "distill.fraction"]
+    told = CliRunner().invoke(app, called, catch_exceptions=False).stdout.splitlines()
+    assert told[1].split()[:2] == ["distill.fraction", "0.25"] and told[1].endswith("bases.emoji.distill.fraction")
+    assert told[2] == described
+
+
+def test_an_objective_whose_settings_are_no_settings_of_distill_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    OBJECTIVES.register("halfway", additions.Halfway)
+    monkeypatch.setattr(additions.Halfway, "settings_class", Publish)
+    with pytest.raises(UserError, match=r"halfway: its settings_class is .*Publish.*, expected a subclass of"):
+        config.distill_settings("halfway")
+
+
+def test_settings_with_an_objective_of_this_package_are_read_without_importing_it() -> None:
+    assert all(objectives.named(name).settings_class is Distill for name in ("lcm", "tcd", "pcm", "tdd"))
+    code = "import sys; from lcmlora import config; config.load(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_features_a_distance_and_a_score_are_added() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lcmlora import config, resolved, stages
+from lcmlora import config, stages
+from lcmlora.dvc_files import resolved
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import read_yaml
 from lcmlora.stages import Run

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 from lcmlora.errors import UserError
 from lcmlora.io.documents import Document, Number
+from lcmlora.io.parsing import JsonObject
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 SCHEDULER = "scheduler_config.json"
@@ -41,7 +41,7 @@ class AdapterFacts:
     kohya: str | None = None  # the name of the release's file for ComfyUI and A1111
 
 
-def read_sampler(settings: dict[str, Any], place: str) -> Sampler:
+def read_sampler(settings: JsonObject, place: str) -> Sampler:
     """Returns the sampler that a file describes; what older files lack is as it was then.
 
     Args:
@@ -71,7 +71,7 @@ class SamplerFacts(Document):
     grid: int
 
 
-class Validation(Document):
+class Validated(Document):
     """The loss on pictures kept from training."""
 
     pictures: int
@@ -87,7 +87,7 @@ class Distilled(Document):
     prediction_type: str = "epsilon"
     data_digest: str
     pictures: int | None = None
-    distill: dict[str, Any]  # the settings
+    distill: JsonObject  # the settings
     steps: int
     final_loss: Number
     sampler: SamplerFacts
@@ -95,4 +95,49 @@ class Distilled(Document):
     adapted_layers: int
     lora_parameters: int
     versions: dict[str, str]
-    validation: Validation
+    validation: Validated
+
+
+class Tuned(Document):
+    """config.json of a style LoRA or a fine-tuned checkpoint."""
+
+    model: str
+    base: dict[str, str | None]
+    data_digest: str
+    pictures: int
+    training: JsonObject  # the settings
+    parameters: int  # that were trained
+    final_loss: Number
+    validation: Validated
+
+
+class CombinedPart(Document):
+    """One of the adapters of a combination."""
+
+    adapter: str  # as the person named it
+    sha256: str
+    weight: Number
+
+
+class Truncation(Document):
+    """What a smaller rank lost: relative Frobenius norms of the difference in effective weight."""
+
+    rank: int
+    overall: Number  # of all layers together
+    worst: Number  # of the layer that lost most
+    worst_layer: str
+
+
+class Combined(Document):
+    """config.json of adapters that were combined into one."""
+
+    combined: list[CombinedPart]
+    layers: int
+    rank: int  # the largest of a layer
+    truncation: Truncation | None
+    error: Number | None = None  # largest difference of an effective weight, by rounding
+    # Of the acceleration adapter, if its own files say them:
+    model: str | None = None
+    base: dict[str, str | None] | None = None
+    resolution: int | None = None
+    sampler: SamplerFacts | None = None

@@ -33,6 +33,10 @@ def preview(
         str | None,
         typer.Option(help="folder, parquet or webdataset; guessed from the files' names.", show_default=False),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A base: the pictures that it learns from, and whether they suit it.", show_default=False),
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures on the sheet.")] = 12,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("preview.png"),
 ) -> None:
@@ -44,6 +48,8 @@ def preview(
 
       lcmlora data preview                                   the data set of params.yaml
 
+      lcmlora data preview --model sdxl                      that of a base, which may have `data` of its own
+
       lcmlora data preview ~/pictures --out look.png         a folder, before it is named there
 
       lcmlora data preview s3://bucket/laion --count 24      tables or tar files in a bucket
@@ -54,11 +60,12 @@ def preview(
     from lcmlora.data.preview import draw_sheet
     from lcmlora.data.sources.guess import source_of
 
-    data = settings.data
+    data = settings.data if model is None else settings.data_for(model)
     if source is None:
         data = context.project.located_data(data)
     else:
         data = type(data).model_validate(data.model_dump() | {"source": kind or source_of(source), "path": source})
-    resolutions = {model: settings.base(model).resolution for model in settings.models}
+    models = [model] if model else settings.models_sharing_data() if source is None else settings.models
+    resolutions = {name: settings.base(name).resolution for name in models}
     print_report(draw_sheet(data, count, out, resolutions))
     say(out)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +63,9 @@ def check(call: typer.Context) -> None:
     config = context_of(call).settings()
     for model in config.models:
         base = config.base(model)
-        say(f"{model}: {base.source} at {base.resolution} px, {config.distill_for(model).steps} steps of distillation")
+        own = f", pictures of its own at {config.data_for(model).path}" if config.has_own_data(model) else ""
+        steps = config.distill_for(model).steps
+        say(f"{model}: {base.source} at {base.resolution} px, {steps} steps of distillation{own}")
 
 
 app.command("config")(settings.print_settings)
@@ -81,11 +84,11 @@ def list_bases(
     config = context.settings()
     from lcmlora.bases import description
 
-    rows = description.rows(config, context.project)
+    described = description.describe_all(config, context.project)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([asdict(base) for base in described], indent=2))
     else:
-        description.print_table(rows)
+        description.print_table(described)
 
 
 @app.command()
@@ -93,16 +96,21 @@ def resolve(call: typer.Context) -> None:
     """Write resolved.yaml: all settings and versions that decide a stage's result, which DVC reads as parameters.
 
     `dvc repro` and the flow do this first. A change of params.yaml, of a default or of an algorithm's version makes
-    those stages stale that it decides.
+    those stages stale that it decides. Where models have begun or ceased to learn from pictures of their own (`data`
+    of a base), the stages of dvc.yaml that read pictures are written anew, too.
 
     Example: lcmlora resolve
     """
     context = context_of(call)
-    config, path = context.settings(), context.project.resolved
-    from lcmlora import resolved
+    config, project = context.settings(), context.project
+    from lcmlora.dvc_files import dvc_yaml, resolved
 
-    changed = resolved.refresh(config, path)
-    note(f"{path}: {'is up to date now' if changed else 'was up to date'}")
+    if "DVC_STAGE" in os.environ:  # DVC has read dvc.yaml and would go on as that was
+        dvc_yaml.check(config, project)
+    elif dvc_yaml.refresh(config, project):
+        note(f"{project.dvc_yaml}: lists the pictures of each model anew")
+    changed = resolved.refresh(config, project.resolved)
+    note(f"{project.resolved}: {'is up to date now' if changed else 'was up to date'}")
 
 
 @app.command()
@@ -116,11 +124,11 @@ def fetch(call: typer.Context, model: Model) -> None:
     context = context_of(call)
     base, project = context.settings().base(model), context.project
     from lcmlora.bases import fetching
-    from lcmlora.bases.examination.examine import examine
+    from lcmlora.bases.examination.examine import examine_base
 
     folder = fetching.fetch(model, base, project.bases, project.root)
     say(folder)
-    note(f"{model}: {examine(model, folder, base.variant)}")
+    note(f"{model}: {examine_base(model, folder, base.variant)}")
 
 
 for _name, _stage in stages.VERBS.items():
@@ -139,17 +147,17 @@ def doctor(
     """
     context = context_of(call)
     config, project = context.settings(), context.project
-    from lcmlora.distillation.doctor import examine, show
+    from lcmlora.distillation.doctor import estimate_run, print_estimate
 
     settings, launch = config.distill_for(model), config.launch_for(model)
     base, cache = base_and_cache(project, config, model, settings, pictures=True)
     scratch = project.scratch("distill")
     scratch.mkdir(parents=True, exist_ok=True)
-    examination = examine(base, cache, settings, launch, scratch)
+    estimate = estimate_run(base, cache, settings, launch, scratch)
     if as_json:
-        print(json.dumps(examination.plain(), indent=2))
+        print(estimate.to_json())
     else:
-        show(examination, settings, model)
+        print_estimate(estimate, settings, model)
 
 
 for _verb in (verbs.convert, verbs.combine, verbs.generate, verbs.remeasure):

@@ -105,11 +105,11 @@ def listed(settings: Config, project: Project, models: list[str]) -> Iterator[Se
         base = settings.base(model)
         entry = raw.get("bases", {}).get(model, {})
         completed = presets.complete(model, entry, project.root)
-        changed = {"encode", "launch", "distill", "evaluation"}  # which are among the sections below
+        changed = {"data", "encode", "launch", "distill", "evaluation"}  # which are among the sections below
         for key, value in _leaves(base.model_dump(mode="json", exclude=changed)):
             origin = completed.origins.get(key[0]) or written(("bases", model, *key)) or "default"
             yield _setting(model, ("bases", model, *key), value, origin)
-        for section in config.SECTIONS:
+        for section in [*(["data"] if settings.has_own_data(model) else []), *config.SECTIONS]:
             places = {section: (section,), f"bases.{model}.{section}": ("bases", model, section)}
             found = settings.layers_of(section, model)
             for key, value in _leaves(settings.section(section, model).model_dump(mode="json")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="A name under `bases` in params.yaml, e.g. emoji.", show_default=False)]
 Style = Annotated[str, typer.Argument(help="A name under `styles` in params.yaml.", show_default=False)]
 Checkpoint = Annotated[str, typer.Argument(help="A name under `finetunes` in params.yaml.", show_default=False)]
+OwnData = Annotated[
+    str | None,
+    typer.Argument(help="A base with `data` of its own; by default the data of all others.", show_default=False),
+]
 Either = Annotated[str, typer.Argument(help="A name under `study` in params.yaml.", show_default=False)]
 
 
@@ -40,10 +45,12 @@ class StageCommand(TyperCommand):
         context = context_of(ctx)
         if context.project.params is not None:  # the settings are not those that DVC and resolved.yaml know
             return super().invoke(ctx)
-        from lcmlora import resolved
+        from lcmlora.dvc_files import dvc_yaml, resolved
         from lcmlora.stages import Run
 
         run = Run(str(self.name), ctx.params.get("model"), ctx.params.get("name"))
+        if "DVC_STAGE" in os.environ:
+            dvc_yaml.check(context.settings(), context.project)
         with resolved.running(context.settings(), run, context.project.resolved):
             return super().invoke(ctx)
 
@@ -65,21 +72,29 @@ def pretrain_stage(call: typer.Context) -> None:
         pretrain(recipe, project.npm_packages, scratch, project.base("emoji"), bases.pick_device("auto"))
 
 
-def prepare_stage(call: typer.Context) -> None:
+def prepare_stage(call: typer.Context, model: OwnData = None) -> None:
     """Read the captioned pictures, drop what cannot be used, and split by caption into train, validation and test.
 
-    Example: lcmlora prepare
+    Examples:
+
+      lcmlora prepare                      the pictures of `data`, from which models learn
+
+      lcmlora prepare sdxl                 those of a model that has `data` of its own
     """
     context = context_of(call)
     config, project = context.settings(), context.project
     from lcmlora.data import enlargement
-    from lcmlora.data.prepare import prepare, print_report
+    from lcmlora.data.prepare import prepare_pictures, print_report
 
-    data = project.located_data(config.data)
-    minimum = max((config.distill_for(model).batch for model in config.models), default=1)
-    print_report(prepare(data, minimum, project.pictures))
-    for model in config.models:
-        enlargement.warn(data, model, config.base(model).resolution, project.pictures)
+    if model is not None and not config.has_own_data(model):
+        raise UserError(f"bases.{model}.data: is missing; {model} learns from the pictures of `data`: lcmlora prepare")
+    models = config.models_sharing_data() if model is None else [model]
+    data = project.located_data(config.data if model is None else config.data_for(model))
+    pictures = project.pictures if model is None else project.own_pictures(model)
+    minimum = max((config.distill_for(name).batch for name in models), default=1)
+    print_report(prepare_pictures(data, minimum, pictures))
+    for name in models:
+        enlargement.warn(data, name, config.base(name).resolution, pictures)
 
 
 def encode_stage(call: typer.Context, model: Model) -> None:
@@ -96,16 +111,17 @@ def encode_stage(call: typer.Context, model: Model) -> None:
 
 def _encode(project: Project, config: Config, model: str, settings: Encode, place: Ranks) -> None:
     from lcmlora.data import enlargement
-    from lcmlora.data.latents.encode import encode
+    from lcmlora.data.latents.encode import encode_latents
     from lcmlora.diffusion import objectives
 
     objectives.check(config.distill_for(model), f"{model}: ")  # here, and not hours later
-    data = project.located_data(config.data)
+    data = project.located_data(config.data_for(model))
     parts = ("vae" if SOURCES.get(data.source).has_pictures else "network", "text")
     base = _load(project, config, model, settings.device, parts)
+    pictures = project.pictures_of(model, config)
     if place.first:
-        enlargement.warn(data, model, base.resolution, project.pictures)
-    encode(base, data, settings, project.pictures, project.scratch("encode"), project.latents(model), place)
+        enlargement.warn(data, model, base.resolution, pictures)
+    encode_latents(base, data, settings, pictures, project.scratch("encode"), project.latents(model), place)
 
 
 def reference_stage(call: typer.Context, model: Model) -> None:
@@ -121,9 +137,9 @@ def reference_stage(call: typer.Context, model: Model) -> None:
     with locked(project.scratch("reference", model)) as scratch:
         draw_reference(
             base,
-            project.located_data(config.data),
+            project.located_data(config.data_for(model)),
             settings,
-            project.pictures,
+            project.pictures_of(model, config),
             scratch,
             project.reference(model),
             project.timings(model),
@@ -147,7 +163,7 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, pl
     from lcmlora.adapters import lora
     from lcmlora.bases import folders
     from lcmlora.config import digest
-    from lcmlora.distillation.distill import distill, versions
+    from lcmlora.distillation.distill import distill_adapter, versions
     from lcmlora.io.files import sha256_file
     from lcmlora.registry import tracking
 
@@ -161,7 +177,7 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, pl
         locked(scratch) if place.first else contextlib.nullcontext(),
         tracking.tracking(logged, model, settings.model_dump(mode="json"), scratch) as run,
     ):
-        distill(
+        distill_adapter(
             loaded,
             cache,
             settings,
@@ -193,9 +209,9 @@ def evaluate_stage(call: typer.Context, model: Model) -> None:
         evaluate(
             base,
             project.adapter(model),
-            project.located_data(config.data),
+            project.located_data(config.data_for(model)),
             settings,
-            project.pictures,
+            project.pictures_of(model, config),
             project.reference(model),
             scratch,
             project.evaluation(model),
@@ -231,9 +247,9 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
     from lcmlora.bases import folders
     from lcmlora.config import digest
     from lcmlora.data.latents.cache import MANIFEST, LatentCache
-    from lcmlora.data.latents.encode import encode
-    from lcmlora.data.prepare import prepare, print_report
-    from lcmlora.distillation.finetune import tune
+    from lcmlora.data.latents.encode import encode_latents
+    from lcmlora.data.prepare import prepare_pictures, print_report
+    from lcmlora.distillation.finetune import train_variation
     from lcmlora.registry import tracking
 
     entry, folder = config.base(model), project.base(model)
@@ -244,11 +260,11 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
     work = project.scratch(kind, f"{model}-{name}-{key}")
     data = project.located_data(data)
     with locked(work):
-        print_report(prepare(data, settings.batch, work / "pictures"))
+        print_report(prepare_pictures(data, settings.batch, work / "pictures"))
         base = bases.load(model, entry, folder, device=device, dtype=dtype, parts=("vae", "text"))
         if not (work / "latents" / MANIFEST).exists():
             encoding = config.encode_for(model).model_copy(update={"shards": None})
-            encode(base, data, encoding, work / "pictures", work / "encode", work / "latents")
+            encode_latents(base, data, encoding, work / "pictures", work / "encode", work / "latents")
         del base
         cache = LatentCache(work / "latents")
         parts = ("network", "text") if cache.tokenized else ("network",)
@@ -256,7 +272,7 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
         cache.embed = bare.encode_tokens
         label = f"{model}-{kind}-{name}"
         with tracking.tracking(config.registry, label, settings.model_dump(mode="json"), work) as run:
-            tune(bare, cache, settings, work, out, identity=identity, logger=run)
+            train_variation(bare, cache, settings, work, out, identity=identity, logger=run)
     discard(work)
 
 

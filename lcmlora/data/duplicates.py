@@ -1,4 +1,4 @@
-"""Pictures that look the same: a perceptual hash, and the pairs whose hashes are close."""
+"""Near duplicates: pictures whose perceptual hashes differ in a few bits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _SIDE, _KEPT = 32, 8  # pixels, and the lowest frequencies of them
 
 
 def perceptual_hash(picture: Image.Image) -> int:
-    """Returns 64 bits of what a picture looks like: which of its 8 x 8 lowest frequencies are above their median.
+    """Returns the picture's perceptual hash: 64 bits, which of its 8 x 8 lowest frequencies are above their median.
 
-    Resizing, compression and small changes of colour turn a few of them. Of a picture of one colour they say nothing.
+    Resizing, compression and small changes of colour flip a few bits. The hash of a picture of one colour is
+    meaningless.
     (pHash: C. Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010, section 3.2.1.)
     """
     grey = picture.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
@@ -32,11 +33,11 @@ def _cosines() -> npt.NDArray[np.float64]:
     return np.cos(np.pi * rows * (2 * columns + 1) / (2 * _SIDE))
 
 
-class Looks:
-    """The hashes of pictures seen so far.
+class NearDuplicates:
+    """The perceptual hashes of the pictures seen so far.
 
-    Two that differ in at most `bits` places are equal in one of `bits` + 1 bands of them, so only those that share a
-    band are compared, and no pair is missed.
+    Two hashes that differ in at most `bits` bits are equal in at least one of `bits` + 1 bands, so only hashes that
+    share a band are compared, and no pair is missed.
     """
 
     def __init__(self, bits: int) -> None:
@@ -45,12 +46,12 @@ class Looks:
         self._bands = [(low, (1 << (high - low)) - 1) for low, high in itertools.pairwise(edges)]
         self._seen: list[dict[int, list[int]]] = [{} for _ in self._bands]
 
-    def add(self, look: int) -> bool:
-        """Returns whether one that was added before is as close; a look that has one is not added."""
-        keys = [look >> low & mask for low, mask in self._bands]
+    def has_or_add(self, picture_hash: int) -> bool:
+        """Returns whether an earlier hash differs in at most `bits` bits; if none does, adds this one."""
+        keys = [picture_hash >> low & mask for low, mask in self._bands]
         for seen, key in zip(self._seen, keys, strict=True):
-            if any((look ^ other).bit_count() <= self._bits for other in seen.get(key, ())):
+            if any((picture_hash ^ earlier).bit_count() <= self._bits for earlier in seen.get(key, ())):
                 return True
         for seen, key in zip(self._seen, keys, strict=True):
-            seen.setdefault(key, []).append(look)
+            seen.setdefault(key, []).append(picture_hash)
         return False

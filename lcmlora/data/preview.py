@@ -1,4 +1,4 @@
-"""A look at a data set before anything is encoded: some of its pictures with their captions, on one sheet."""
+"""A contact sheet of some pictures of a data set with their captions, to look at before anything is encoded."""
 
 from __future__ import annotations
 
@@ -6,48 +6,46 @@ import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lcmlora.config import Data
 from lcmlora.data import enlargement
-from lcmlora.data.prepare import PARTS, prepare
+from lcmlora.data.prepare import PARTS, Report, prepare_pictures
 from lcmlora.data.sources.source import Record, open_picture, read_records
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write, temporary_folder
 from lcmlora.plugins import SOURCES
 
 _COLUMNS = 4
-_CELL = 2.4  # inches
+_CELL = 2.4  # inches, the side of a picture
 _DPI = 110
-_WIDTH, _LINES = 34, 3  # of a caption: letters, lines
+_LINE_LENGTH, _MAX_LINES = 34, 3  # letters in a line of a caption, and its lines
 
 
-def draw_sheet(data: Data, count: int, path: Path, resolutions: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """Reads all pictures as `prepare` would, draws `count` of those it would keep into the PNG `path`, and returns its
-    report.
+def draw_sheet(data: Data, count: int, path: Path, resolutions: Mapping[str, int] | None = None) -> Report:
+    """Draws `count` of the pictures that `prepare` would keep into the PNG `path`; returns the report of `prepare`.
 
-    They are chosen by their SHA-256: the same ones each time, from all over the data set.
+    The pictures are chosen by their SHA-256: the same ones each time, from the whole data set.
 
     Args:
-        resolutions: of the bases that are to be trained, by name; what would be enlarged for one is told.
+        resolutions: sides in pixels that the bases draw, by the base's name; warns of pictures that would be enlarged.
 
     Raises:
-        UserError: there is nothing to train on, or there are prompts without pictures.
+        UserError: there is nothing to train on, or the source has prompts and no pictures.
     """
     if not SOURCES.get(data.source).has_pictures:
         raise UserError(f"data.source: {data.source} has no pictures to look at; {data.path} is text")
     with temporary_folder() as folder:
         out = folder / "pictures"
-        report = prepare(data, 1, out)
+        report = prepare_pictures(data, 1, out)
         for base, resolution in (resolutions or {}).items():
             enlargement.warn(data, base, resolution, out)
         kept = [record for part in PARTS for record in read_records(out / f"{part}.jsonl")]
     chosen = sorted(kept, key=lambda record: record.sha256)[:count]
-    atomic_write(path, lambda place: _sheet(data, chosen, place))
+    atomic_write(path, lambda temporary: _draw(data, chosen, temporary))
     return report
 
 
-def _sheet(data: Data, records: list[Record], path: Path) -> None:
+def _draw(data: Data, records: list[Record], path: Path) -> None:
     from matplotlib.figure import Figure
 
     columns = min(_COLUMNS, len(records))
@@ -57,7 +55,7 @@ def _sheet(data: Data, records: list[Record], path: Path) -> None:
         picture = open_picture(data, record)
         picture.thumbnail((round(_CELL * _DPI), round(_CELL * _DPI)))
         axes.imshow(picture)
-        lines = textwrap.wrap(record.caption, _WIDTH, max_lines=_LINES, placeholder=" ...")
+        lines = textwrap.wrap(record.caption, _LINE_LENGTH, max_lines=_MAX_LINES, placeholder=" ...")
         axes.set_title("\n".join(lines), fontsize=7, parse_math=False)
         axes.set_xlabel(f"{record.width} x {record.height}", fontsize=6, color="#6b6b6b")
     for axes in figure.axes:

@@ -1,25 +1,26 @@
-"""What a person can do where too many pictures are rejected, in the line that stops the run."""
+"""The error of a run that stops because too many pictures are rejected: the reasons, and what to do about them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from lcmlora.config import Data
-from lcmlora.data import unused_files
 from lcmlora.data.reading import candidates as reasons
 from lcmlora.data.reading import tar_samples
-from lcmlora.data.reading.candidates import Rejection
+from lcmlora.data.reading.candidates import Rejection, display_name
+from lcmlora.data.unused_files import Tally, archives_and_tables
 from lcmlora.errors import UserError
 from lcmlora.plugins import SOURCES
 
-_SHOWN = 3  # names
+_EXAMPLES = 3  # names that an error lists for a reason
 
-_LAYOUT = "put it into a .txt file of the same name, or into metadata.jsonl or metadata.csv with file_name and text"
-_AGAIN = "copy or download them again, or remove them"
+_ADD_CAPTIONS = (
+    "put it into a .txt file of the same name, or into metadata.jsonl or metadata.csv with file_name and text"
+)
+_COPY_AGAIN = "copy or download them again, or remove them"
 _REMEDIES = {
-    reasons.NO_CAPTION: _LAYOUT,
+    reasons.NO_CAPTION: _ADD_CAPTIONS,
     reasons.NO_NAME: "each row needs file_name, and text, caption or prompt",
     reasons.MISSING: "put the files where file_name says, as a path from the folder of the metadata",
     reasons.AMBIGUOUS: "name each file as it is spelled on disk",
@@ -29,12 +30,12 @@ _REMEDIES = {
     reasons.LONG_CAPTION: "shorten the captions; a text encoder reads 77 tokens",
     reasons.NOT_A_PICTURE: "convert them to JPEG, PNG or WebP",
     reasons.LFS: "run git lfs pull where they were cloned",
-    reasons.DAMAGED: _AGAIN,
-    reasons.EMPTY: _AGAIN,
+    reasons.DAMAGED: _COPY_AGAIN,
+    reasons.EMPTY: _COPY_AGAIN,
     reasons.TOO_LARGE: "make them smaller: about 89 million pixels is the most",
     reasons.UNREADABLE: "look at the permissions of the files",
 }
-_CHOICES = {  # by the parameter that a reason ends with
+_SETTING_REMEDIES = {  # by the setting that a reason ends with
     "(data.min_side)": "take larger pictures, or lower data.min_side",
     "(data.max_aspect)": "crop them, or raise data.max_aspect",
     "(data.near_duplicates)": "lower data.near_duplicates, or set it to null",
@@ -42,82 +43,88 @@ _CHOICES = {  # by the parameter that a reason ends with
 }
 
 
-def is_choice(reason: str) -> bool:
+def is_intended(reason: str) -> bool:
     """Returns whether the reason is no fault of the data: a setting asks for the rejection, the picture or prompt is a
     duplicate, or the file is a map beside a picture."""
-    return reason.endswith(tuple(_CHOICES)) or reason in (reasons.DUPLICATE, reasons.SAME_PROMPT, tar_samples.AUXILIARY)
+    return reason.endswith(tuple(_SETTING_REMEDIES)) or reason in (
+        reasons.DUPLICATE,
+        reasons.SAME_PROMPT,
+        tar_samples.AUXILIARY,
+    )
 
 
-def check_captions(data: Data, rejections: Sequence[Rejection], total: int, passed_over: dict[str, Any]) -> None:
-    """Raises UserError where captions are files of their own and most pictures have none: the layout is another one."""
+def check_captions(data: Data, rejections: Sequence[Rejection], total: int, unused_files: dict[str, Tally]) -> None:
+    """Raises UserError if captions are files of their own and most pictures have none: the layout must be another."""
     if not SOURCES.get(data.source).separate_files:
         return
     without = [rejection for rejection in rejections if rejection.reason == reasons.NO_CAPTION]
     if 2 * len(without) > total and data.max_rejected < 1:
         raise UserError(
-            f"{data.path}: {len(without)} of {total} {counted(data.source)} have no caption"
-            f"{leading(without, passed_over)}{others(rejections, reasons.NO_CAPTION)}"
+            f"{data.path}: {len(without)} of {total} {unit_of(data.source)} have no caption"
+            f"{_examples_and_remedy(without, unused_files)}{_other_reasons(rejections, reasons.NO_CAPTION)}"
         )
 
 
-def check(data: Data, rejections: Sequence[Rejection], total: int, passed_over: dict[str, Any]) -> None:
-    """Raises UserError where the faults among the rejections are more than data.max_rejected lets pass."""
-    check_captions(data, rejections, total, passed_over)
-    faults = [rejection for rejection in rejections if not is_choice(rejection.reason)]
+def check_rejections(data: Data, rejections: Sequence[Rejection], total: int, unused_files: dict[str, Tally]) -> None:
+    """Raises UserError if the share of faulty pictures exceeds data.max_rejected."""
+    check_captions(data, rejections, total, unused_files)
+    faults = [rejection for rejection in rejections if not is_intended(rejection.reason)]
     if len(faults) > data.max_rejected * total:
         raise UserError(
-            f"{data.path}: {len(faults)} of {total} {counted(data.source)} cannot be used, more than data.max_rejected "
-            f"lets pass ({data.max_rejected:g}): {worst(faults)}{leading(faults, passed_over)}{others(faults)}"
+            f"{data.path}: {len(faults)} of {total} {unit_of(data.source)} cannot be used, more than data.max_rejected "
+            f"lets pass ({data.max_rejected:g}): {summary(faults, unused_files)}"
         )
 
 
-def worst(rejections: Sequence[Rejection]) -> str:
-    """Returns the reason that most rejections have, and their number."""
-    reason = _most(rejections)
-    return f"{sum(rejection.reason == reason for rejection in rejections)} {reason}"
-
-
-def leading(rejections: Sequence[Rejection], passed_over: dict[str, Any]) -> str:
-    """Returns the first names that have the reason of most rejections, and what to do about it."""
-    reason = _most(rejections)
-    found = [rejection for rejection in rejections if rejection.reason == reason]
-    names = ", ".join(reasons.shown(f"{r.name} ({r.detail})" if r.detail else r.name) for r in found[:_SHOWN])
-    more = ", ..." if len(found) > _SHOWN else ""
-    return f" ({names}{more}); {remedy(reason)}{_hint(reason, passed_over)}"
-
-
-def others(rejections: Sequence[Rejection], leads: str = "") -> str:
-    """Returns the reasons but the one that leads, by default the most frequent, with counts and first names."""
-    first = {rejection.reason: rejection.name for rejection in reversed(rejections)}
-    counts = Counter(rejection.reason for rejection in rejections)
-    del counts[leads or _most(rejections)]
-    told = [f"{count} {reason} ({reasons.shown(first[reason])})" for reason, count in counts.most_common()]
-    return f"; also: {', '.join(told)}" if told else ""
+def summary(rejections: Sequence[Rejection], unused_files: dict[str, Tally]) -> str:
+    """Returns the most frequent reason with its count, first names and remedy, then the other reasons."""
+    reason = _most_frequent(rejections)
+    count = sum(rejection.reason == reason for rejection in rejections)
+    return f"{count} {reason}{_examples_and_remedy(rejections, unused_files)}{_other_reasons(rejections, reason)}"
 
 
 def remedy(reason: str) -> str:
-    for ending, choice in _CHOICES.items():
+    """Returns what a person can do about a reason."""
+    for ending, by_setting in _SETTING_REMEDIES.items():
         if reason.endswith(ending):
-            return choice
+            return by_setting
     return _REMEDIES.get(reason, "mend or remove them, or raise data.max_rejected")
 
 
-def counted(source: str) -> str:
-    """Returns what is counted of this source, in words."""
+def unit_of(source: str) -> str:
+    """Returns the word for what this source consists of."""
     return "pictures" if SOURCES.get(source).has_pictures else "prompts"
 
 
-def _most(rejections: Sequence[Rejection]) -> str:
-    """Returns the most frequent reason; where several are, the one that may have led to the others."""
+def _examples_and_remedy(rejections: Sequence[Rejection], unused_files: dict[str, Tally]) -> str:
+    """Returns the first names with the most frequent reason, and its remedy."""
+    reason = _most_frequent(rejections)
+    examples = [rejection for rejection in rejections if rejection.reason == reason]
+    names = ", ".join(display_name(f"{r.name} ({r.detail})" if r.detail else r.name) for r in examples[:_EXAMPLES])
+    more = ", ..." if len(examples) > _EXAMPLES else ""
+    return f" ({names}{more}); {remedy(reason)}{_hint(reason, unused_files)}"
+
+
+def _other_reasons(rejections: Sequence[Rejection], except_reason: str) -> str:
+    """Returns all reasons but one, each with its count and first name; empty if there are no others."""
+    first = {rejection.reason: rejection.name for rejection in reversed(rejections)}
+    counts = Counter(rejection.reason for rejection in rejections)
+    del counts[except_reason]
+    parts = [f"{count} {reason} ({display_name(first[reason])})" for reason, count in counts.most_common()]
+    return f"; also: {', '.join(parts)}" if parts else ""
+
+
+def _most_frequent(rejections: Sequence[Rejection]) -> str:
+    """Returns the most frequent reason; of several, one that may have caused the others (a missing caption did not)."""
     counts = Counter(rejection.reason for rejection in rejections)
     return max(counts, key=lambda reason: (counts[reason], reason != reasons.NO_CAPTION))
 
 
-def _hint(reason: str, passed_over: dict[str, Any]) -> str:
-    """Returns what else lies there and may be what is missing."""
-    archives, tables = unused_files.archives_and_tables(passed_over)
+def _hint(reason: str, unused_files: dict[str, Tally]) -> str:
+    """Returns which unused file may hold the missing pictures or captions; empty if there is none."""
+    archives, tables = archives_and_tables(unused_files)
     if reason == reasons.MISSING and archives:
-        return f"; {reasons.shown(archives[0])} is not unpacked"
+        return f"; {display_name(archives[0])} is not unpacked"
     if reason == reasons.NO_CAPTION and tables:
-        return f"; {', '.join(map(reasons.shown, tables[:_SHOWN]))} beside them is not read"
+        return f"; {', '.join(map(display_name, tables[:_EXAMPLES]))} beside them is not read"
     return ""

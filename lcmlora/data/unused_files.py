@@ -1,64 +1,74 @@
-"""Files below `data.path` that nothing is made of, counted by what they are: none vanishes."""
+"""Files below `data.path` that the source does not use, counted by kind, so that the report has every file."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TypedDict
 
 from lcmlora.data.reading.candidates import printable
 
-_NAMED = 10  # names listed of each kind
-_KINDS = 100  # an ending may be made up for every file
+_MAX_NAMES = 10  # names that a tally lists
+_MAX_KINDS = 100  # a data set may have an ending of its own for every file
 _ENDING = re.compile(r"(?:\.tar)?\.[a-z0-9_~-]{1,12}")
 
-HIDDEN = "hidden (a name that begins with a dot)"
-REPEATED = "links to folders that are read under another name"
-UNUSED = "captions without a picture"
-SECOND = "captions of pictures that have another"
-PLAIN = "without an ending"
-OTHERS = "other endings"
+# The kinds that are no ending.
+HIDDEN_FILE = "hidden (a name that begins with a dot)"
+REPEATED_FOLDER = "links to folders that are read under another name"
+CAPTION_WITHOUT_PICTURE = "captions without a picture"
+SECOND_CAPTION = "captions of pictures that have another"
+NO_ENDING = "without an ending"
+OTHER_ENDINGS = "other endings"
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 TABLES = (".jsonl", ".csv", ".parquet", ".json", ".tsv", ".xlsx", ".txt", ".arrow")
 
 
-class Census:
-    """Names by kind: counts of all, and the first few."""
+class Tally(TypedDict):
+    """How many names there are, and the first ten of them."""
+
+    count: int
+    first: list[str]
+
+
+def tally(names: Sequence[str]) -> Tally:
+    return {"count": len(names), "first": [printable(name) for name in names[:_MAX_NAMES]]}
+
+
+class UnusedFiles:
+    """Counts names by kind, and keeps the first few names of each kind."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._first: dict[str, list[str]] = {}
+        self._tallies: dict[str, Tally] = {}
 
     def add(self, names: Iterable[str], kind: str | None = None) -> None:
-        """Counts these names under a kind, by default each under its own ending."""
+        """Counts these names under a kind; by default each under its own ending."""
         for name in names:
-            told = kind or _ending(name)
-            if told not in self._counts and len(self._counts) >= _KINDS:
-                told = OTHERS
-            self._counts[told] = self._counts.get(told, 0) + 1
-            first = self._first.setdefault(told, [])
-            if len(first) < _NAMED:
-                first.append(printable(name))
+            key = kind or _ending(name)
+            if key not in self._tallies and len(self._tallies) >= _MAX_KINDS:
+                key = OTHER_ENDINGS
+            counted = self._tallies.setdefault(key, {"count": 0, "first": []})
+            counted["count"] += 1
+            if len(counted["first"]) < _MAX_NAMES:
+                counted["first"].append(printable(name))
 
-    def report(self) -> dict[str, Any]:
-        """Returns {kind: {count, first}}, the most frequent kind first."""
-        kinds = sorted(self._counts, key=lambda kind: (-self._counts[kind], kind))
-        return {kind: {"count": self._counts[kind], "first": self._first[kind]} for kind in kinds}
+    def by_kind(self) -> dict[str, Tally]:
+        """Returns the tally of each kind, the most frequent kind first."""
+        return dict(sorted(self._tallies.items(), key=lambda item: (-item[1]["count"], item[0])))
 
 
-def archives_and_tables(report: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Returns the first names of what may be packed pictures, and of what may be captions, of a census' report."""
-    first = [name for told in report.values() for name in told["first"][:1]]
+def archives_and_tables(unused: dict[str, Tally]) -> tuple[list[str], list[str]]:
+    """Returns the first name of each kind that may be packed pictures, and of each that may be a table of captions."""
+    first = [names["first"][0] for names in unused.values() if names["first"]]
     ending = {name: PurePosixPath(name).suffix.lower() for name in first}
     return [n for n in first if ending[n] in ARCHIVES], [n for n in first if ending[n] in TABLES]
 
 
-def told(report: dict[str, Any], most: int = 5) -> str:
-    """Returns a census' report in a few words: 12 .jxl, 3 .zip."""
-    shown = [f"{found['count']} {kind}" for kind, found in list(report.items())[:most]]
-    return ", ".join(shown) + (", ..." if len(report) > most else "")
+def in_words(unused: dict[str, Tally], most: int = 5) -> str:
+    """Returns the counts of the first kinds in a few words: 12 .jxl, 3 .zip."""
+    counts = [f"{names['count']} {kind}" for kind, names in list(unused.items())[:most]]
+    return ", ".join(counts) + (", ..." if len(unused) > most else "")
 
 
 def _ending(name: str) -> str:
@@ -67,5 +77,5 @@ def _ending(name: str) -> str:
     if PurePosixPath(path.stem).suffix.lower() == ".tar":
         ending = f".tar{ending}"
     if not ending:
-        return PLAIN
-    return ending if _ENDING.fullmatch(ending) else OTHERS
+        return NO_ENDING
+    return ending if _ENDING.fullmatch(ending) else OTHER_ENDINGS

@@ -11,7 +11,7 @@ student jumps. lcmlora/plugins.py says how one is added.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,10 @@ _TDD_STEPS = range(4, 9)  # the schedules whose timesteps are TDD's targets
 _TDD_ETA = 0.3  # how far below them a target may lie, as a share
 
 
-class Objective(ABC):
+D = TypeVar("D", bound=Distill)  # the settings that an objective reads
+
+
+class Objective(ABC, Generic[D]):
     """A method of distillation.
 
     `index` (B,) int64 is a row of the solver's grid: from `upper[index]` the teacher steps to `lower[index]`, and the
@@ -35,16 +38,19 @@ class Objective(ABC):
 
     title: what model cards call it.
     papers: its numbers at arXiv.
+    settings_class: of `distill` with this objective. One of another package that has settings of its own names a
+        subclass of Distill here, and its keys then stand in `distill` of params.yaml.
     keys: of `distill`, that it reads besides those that all objectives share.
     least_grid: the coarsest grid that it is defined on.
     """
 
     title: ClassVar[str]
     papers: ClassVar[tuple[str, ...]] = ()
+    settings_class: ClassVar[type[Distill]] = Distill
     keys: ClassVar[tuple[str, ...]] = ()
     least_grid: ClassVar[int] = 1
 
-    def __init__(self, settings: Distill, schedule: Schedule) -> None:
+    def __init__(self, settings: D, schedule: Schedule) -> None:
         self.settings = settings
         self.schedule = schedule
         self.sampler = self.sampler_of(settings)
@@ -54,7 +60,7 @@ class Objective(ABC):
 
     @classmethod
     @abstractmethod
-    def sampler_of(cls, settings: Distill) -> Sampler:
+    def sampler_of(cls, settings: D) -> Sampler:
         """Returns the sampler settings for a student that is trained with these settings."""
 
     @abstractmethod
@@ -84,7 +90,7 @@ class Objective(ABC):
         return edges[torch.bucketize(self.lower, edges, right=True) - 1]
 
 
-class LatentConsistency(Objective):
+class LatentConsistency(Objective[Distill]):
     """Latent consistency distillation, arXiv 2310.04378, Algorithm 1: straight to t = 0, with c_skip and c_out."""
 
     title = "Latent consistency distillation"
@@ -99,7 +105,7 @@ class LatentConsistency(Objective):
         return torch.zeros_like(index)
 
 
-class TrajectoryConsistency(Objective):
+class TrajectoryConsistency(Objective[Distill]):
     """Trajectory consistency distillation, arXiv 2402.19159: to any point of the grid from t_n down to 0."""
 
     title = "Trajectory consistency distillation"
@@ -114,7 +120,7 @@ class TrajectoryConsistency(Objective):
         return self.lower[(u[:, 0] * (index + 1)).long().clamp(max=index)]
 
 
-class PhasedConsistency(Objective):
+class PhasedConsistency(Objective[Distill]):
     """Phased consistency, arXiv 2405.18407: to the lower edge of the phase, so that a few jumps make the whole way.
 
     The edges are the timesteps of a student of `phases` steps, which makes those steps the ones that were trained. It
@@ -141,7 +147,7 @@ class PhasedConsistency(Objective):
         return self._edge[index]
 
 
-class TargetDriven(Objective):
+class TargetDriven(Objective[Distill]):
     """Target-driven distillation, arXiv 2409.01347: to where a student of 4 to 8 steps would go, or somewhat lower."""
 
     title = "Target-driven distillation"
@@ -178,10 +184,16 @@ def named(name: str) -> type[Objective]:
 
 def check(settings: Distill, where: str = "") -> None:
     """Raises UserError where the settings do not go with their objective; `where` begins the message."""
-    least = named(settings.objective).least_grid
-    if settings.grid < least:
+    objective = named(settings.objective)
+    if settings.grid < objective.least_grid:
         raise UserError(
-            f"{where}distill.grid: {settings.grid} is too coarse for {settings.objective}, expected at least {least}"
+            f"{where}distill.grid: {settings.grid} is too coarse for {settings.objective}, expected at least "
+            f"{objective.least_grid}"
+        )
+    if not isinstance(settings, objective.settings_class):
+        raise UserError(
+            f"{where}distill.objective: {settings.objective} needs settings of the class "
+            f"{objective.settings_class.__name__}, got {type(settings).__name__}"
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lcmlora.adapters import formats, lora
 from lcmlora.adapters.metadata import read_sampler
 from lcmlora.bases.base import LoadedBase
-from lcmlora.bases.folders import compared
+from lcmlora.bases.folders import comparable_digests
 from lcmlora.config import Data, Evaluation
 from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
@@ -194,7 +194,7 @@ def _check_reference(
     prompts: list[str],
     adapter: Path,
 ) -> None:
-    drawn_by, made_for = compared(facts.base, read_json(adapter / "config.json", "distill")["base"])
+    drawn_by, made_for = comparable_digests(facts.base, read_json(adapter / "config.json", "distill")["base"])
     pairs = {
         "evaluation.features": (facts.features.name, features.name),
         "evaluation.check_features": (facts.check.name if facts.check else None, check.name if check else None),

@@ -129,8 +129,8 @@ def draw_reference(
     facts = Reference(
         model=base.name,
         base={
-            "digest": base.examined.digest,
-            "unet": base.examined.unet,
+            "digest": base.examination.digest,
+            "unet": base.examination.unet_digest,
             "dtype": str(base.dtype).removeprefix("torch."),
         },
         settings=settings.model_dump(mode="json"),

@@ -20,7 +20,7 @@ from torch import Tensor
 from lcmlora.adapters import combine, formats, lora
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, Evaluation, Kind, Study, digest
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import prepare_pictures
 from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import figures
@@ -100,7 +100,7 @@ def draw_alone(
     """
     features = load_features(base, evaluation)
     check_count("study.pictures", settings.pictures, features)
-    prepare(data, 1, scratch / "pictures")
+    prepare_pictures(data, 1, scratch / "pictures")
     captions = reporting(scratch / "pictures")
     prompts = captions.prompts[: settings.pictures]
     real, gallery = choose_real(captions.records, prompts, settings.pictures)

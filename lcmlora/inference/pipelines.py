@@ -119,7 +119,7 @@ class Pipeline:
     ) -> Tensor:
         """Returns (B, 3, height, width) uint8."""
         factor = self.pipeline.vae_scale_factor
-        shape = (diffusers_pipeline.network(self.pipeline).config.in_channels, height // factor, width // factor)
+        shape = (diffusers_pipeline.network_of(self.pipeline).config.in_channels, height // factor, width // factor)
         latents = sampling.initial_noise(shape, seed, list(prompts))
         generators = [noise.generator(seed, index, 1) for index in prompts]
 
@@ -136,7 +136,7 @@ class Pipeline:
             num_inference_steps=steps,
             guidance_scale=float(guidance),
             eta=self.sampler.gamma or 0.0,  # dropped by the pipelines where the scheduler is not TCDScheduler
-            latents=latents.to(self.pipeline.device, diffusers_pipeline.network(self.pipeline).dtype),
+            latents=latents.to(self.pipeline.device, diffusers_pipeline.network_of(self.pipeline).dtype),
             generator=generators,
             width=width,
             height=height,
@@ -183,7 +183,7 @@ def load(
     place = bases.pick_device(device)
     base_folder = _base(folder, provenance["base"], base, sources)
     variant = provenance["base"].get("variant") or folders.variant(base_folder)
-    pipeline = diffusers_pipeline.assemble(
+    pipeline = diffusers_pipeline.assemble_pipeline(
         base_folder, folder / bundle.SCHEDULER, variant, bases.pick_dtype("auto", place)
     )
     pipeline = pipeline.to(place)
@@ -242,7 +242,7 @@ def _base(folder: Path, made_for: dict[str, str | None], wanted: Path | None, so
     variant = made_for.get("variant") or folders.variant(place)
     # Resolution and licence play no part in what a base is.
     found = folders.identity(Base(source=str(place), variant=variant, resolution=1, license="unknown"), place)
-    mine, theirs = folders.compared(made_for, found)
+    mine, theirs = folders.comparable_digests(made_for, found)
     if mine != theirs:
         raise UserError(
             f"{folder}: was made for {source} (digest {str(mine)[:12]}...), and the base in {place} has digest "

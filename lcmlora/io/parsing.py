@@ -15,6 +15,8 @@ import yaml
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import joined
 
+JsonObject = dict[str, Any]  # an object of a JSON or YAML file that others wrote: any value may be of any type
+
 MAX_BYTES = 64 << 20  # of a file that is read whole; the largest of ours, a manifest of 100,000 shards, has 20 MB
 MAX_DEPTH = 64  # levels of lists and objects; Python's own limit depends on how deep the caller is
 
@@ -115,7 +117,7 @@ def read_yaml(path: Path, *, limit: int = MAX_YAML) -> Any:
         raise UserError(f"{path}: {error}") from None
 
 
-def as_object(value: Any, place: str) -> dict[str, Any]:
+def as_object(value: Any, place: str) -> JsonObject:
     """Returns the value where it is an object with texts as keys. Raises UserError, which names the place."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UserError(f"{place}: expected an object, got {joined(repr(value), _SHOWN)}")

@@ -118,7 +118,7 @@ def _tags(
         "data_dvc": provenance.data_dvc,
         "git_commit": provenance.git.commit,
         "dvc_lock": provenance.dvc_lock,
-        "objective": provenance.params["distill"]["objective"],
+        "objective": provenance.params.distill.objective,
         "features": figures.features.name,
         "release_uri": uri,
         "gate": REJECTED if gate_failures else PASSED,
@@ -155,7 +155,7 @@ def _run_for(client: Any, settings: Registry, model: str, provenance: bundle.Pro
     )
     if found:
         return str(found[0].info.run_id), found[0].info.status != "RUNNING"
-    return create_run(client, settings, model, provenance.params["distill"], {"sha256": sha256}), False
+    return create_run(client, settings, model, provenance.params.distill.plain(), {"sha256": sha256}), False
 
 
 def _log(client: Any, run_id: str, provenance: bundle.Provenance, figures: Metrics, tags: dict[str, str]) -> None:
@@ -166,7 +166,7 @@ def _log(client: Any, run_id: str, provenance: bundle.Provenance, figures: Metri
     now = int(time.time() * 1000)
     metrics = [Metric(name, value, now, 0) for name, value in record(figures).items()]
     settled = client.get_run(run_id).data.params
-    params = {key: str(value)[:6000] for key, value in flat(provenance.params).items()}
+    params = {key: str(value)[:6000] for key, value in flat(provenance.params.plain()).items()}
     # Those of the distillation are there without a prefix, and a param cannot be changed.
     new = [Param(k, v) for k, v in params.items() if not k.startswith("distill.") and k not in settled]
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -175,8 +175,8 @@ def _log(client: Any, run_id: str, provenance: bundle.Provenance, figures: Metri
     for start in range(0, len(new), 100):
         client.log_batch(run_id, params=new[start : start + 100])
     digest = provenance.data_dvc or provenance.data_digest[:36]
-    source = json.dumps({"path": "data/pictures", "latents": provenance.data_digest})
-    data = Dataset("data/pictures", digest, "dvc" if provenance.data_dvc else "local", source)
+    source = json.dumps({"path": provenance.pictures, "latents": provenance.data_digest})
+    data = Dataset(provenance.pictures, digest, "dvc" if provenance.data_dvc else "local", source)
     inputs = [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
     try:
         client.log_inputs(run_id, inputs)
@@ -238,7 +238,7 @@ def _description(figures: Metrics, provenance: bundle.Provenance, run_id: str) -
     return "\n".join(
         [
             f"Acceleration adapter of `{provenance.base['source']}`, objective "
-            f"{provenance.params['distill']['objective']}, "
+            f"{provenance.params.distill.objective}, "
             f"features {figures.features.name}, {figures.pictures} pictures, seed {figures.seed}.",
             "",
             "| drawn with | network evaluations | excess distance to the teacher | caption retrieval |",

@@ -53,6 +53,27 @@ class Kohya(Document):
     reloaded: Proof
 
 
+class DistillSettings(Document):
+    """The settings of the distillation. Those that every release can be asked for have a field; the others are kept."""
+
+    objective: str = "lcm"
+    gamma: Number | None = None
+
+
+class GateSettings(Document):
+    """The settings of the gate that the release's figures were held against."""
+
+    steps: int
+    min_retrieval: Number
+
+
+class StageSettings(Document):
+    """The settings of the stages: of these two, and of `data`, `encode` and `evaluation`, which nothing reads again."""
+
+    distill: DistillSettings
+    gate: GateSettings
+
+
 class Provenance(Document):
     """provenance.json: what went into a release."""
 
@@ -64,8 +85,9 @@ class Provenance(Document):
     sampler: SamplerFacts | None = None
     data_digest: str
     data_dvc: str | None = None
+    pictures: str = "data/pictures"  # where the project has the prepared pictures
     seed: int | None = None
-    params: dict[str, dict[str, Any]]  # the settings, by stage
+    params: StageSettings
     versions: dict[str, str] | None = None
     git: Commit
     dvc_lock: str | None = None

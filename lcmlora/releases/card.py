@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lcmlora.adapters.metadata import Distilled
 from lcmlora.config import Base
@@ -16,6 +16,7 @@ from lcmlora.diffusion import objectives
 from lcmlora.evaluation.figures import STUDENT, Advantage, Key, Metrics
 from lcmlora.evaluation.gate import unmeasured_diversity, unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
+from lcmlora.templates.loading import load_template
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -36,8 +37,8 @@ _LICENSES = """
 """
 
 
-def render(model: str, base: Base, made: Distilled, figures: Metrics, failures: list[str], kohya: str) -> str:
-    """Returns the card, README.md of the release.
+def render_card(model: str, base: Base, made: Distilled, figures: Metrics, failures: list[str], kohya: str) -> str:
+    """Returns the model card, README.md of the release.
 
     Args:
         made: the adapter's config.json.
@@ -45,14 +46,9 @@ def render(model: str, base: Base, made: Distilled, figures: Metrics, failures: 
         failures: why the gate was not passed.
         kohya: the name of the release's file for ComfyUI and A1111.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("lcmlora"), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
-    )
     enough = _enough_steps(figures)
     styles = [v for v in figures.variations.values() if v.kind == "style"]
-    return environment.get_template("card.md.j2").render(
+    return load_template("card.md.j2").render(
         front=_front_matter(model, base, made, figures),
         model=model,
         base=base,
@@ -105,11 +101,11 @@ def _results(made: Distilled, figures: Metrics) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
     data = {"data_digest": made.data_digest, "seed": figures.seed, "pictures": figures.pictures}
-    told = {"prompts": figures.prompts, "reference_digest": figures.reference_digest}
-    data |= {key: value for key, value in told.items() if value is not None}
+    measured_on = {"prompts": figures.prompts, "reference_digest": figures.reference_digest}
+    data |= {key: value for key, value in measured_on.items() if value is not None}
     network = figures.features.name
     excess = (f"excess-{figures.features.distance}", f"Excess {_distance(figures)} to the teacher")
-    # What the hub calls it, twice; whose features it sees; what the figures call it, and its values.
+    # The hub's name and title of the metric, the features' network, our name of the metric, its values.
     measures = [
         (*excess, network, "excess", figures.excess),
         ("caption-retrieval", "Caption retrieval@1", network, "retrieval", figures.retrieval),
@@ -121,7 +117,7 @@ def _results(made: Distilled, figures: Metrics) -> list[EvalResult]:
     for metric, title, network, name, values in measures:
         for key in (key for key in figures.students if key in values):
             steps = key.steps
-            arguments: dict[str, Any] = {"steps": steps, "network_evaluations": figures.network_evaluations[key]}
+            arguments: dict[str, object] = {"steps": steps, "network_evaluations": figures.network_evaluations[key]}
             if figures.intervals and (interval := figures.interval(name, key)):
                 arguments |= {"interval": list(interval), "level": figures.intervals.level}
             if name == "excess":
@@ -144,7 +140,7 @@ def _results(made: Distilled, figures: Metrics) -> list[EvalResult]:
 
 
 def _table(figures: Metrics) -> tuple[list[str], list[list[str]]]:
-    """Returns the titles and the cells of the figures, the cheapest first; what was not measured is empty."""
+    """Returns the column titles and the rows of the table, the cheapest first; unmeasured cells are empty."""
     latency = {key: value.p50 for key, value in figures.latency.seconds.items()} if figures.latency else {}
     measures = [
         ("excess distance", "excess", figures.excess, _number(figures)),
@@ -179,7 +175,7 @@ def _advantages(figures: Metrics) -> dict[Key, Advantage]:
 
 
 def _enough_steps(figures: Metrics) -> int:
-    """Returns the fewest steps that more steps do not better, or not by more than the excess's interval."""
+    """Returns the smallest number of steps that no larger number improves on by more than the excess's interval."""
     excess, students = figures.excess, figures.students
     low = {key: (figures.interval("excess", key) or (excess[key],))[0] for key in students}
     return next(

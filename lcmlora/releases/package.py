@@ -23,7 +23,6 @@ from lcmlora.io.files import atomic_folder, sha256_file
 from lcmlora.io.parsing import read_yaml
 from lcmlora.io.terminal import note
 from lcmlora.project import Project
-from lcmlora.releases import card
 from lcmlora.releases.bundle import (
     CHECKSUMS,
     METRICS,
@@ -34,8 +33,11 @@ from lcmlora.releases.bundle import (
     Kohya,
     Proof,
     Provenance,
+    StageSettings,
     digest,
 )
+from lcmlora.releases.card import render_card
+from lcmlora.releases.report import render_report
 
 # Largest allowed difference between reloaded and trained student, as a share of the student's largest output. In fp32
 # both run the same kernels; a half-precision base may be reloaded on another device than it was trained on.
@@ -83,15 +85,9 @@ def package(model: str, config: Config, project: Project, base_folder: Path) -> 
             resolution=base.resolution,
             sampler=made.sampler,
             data_digest=made.data_digest,
-            data_dvc=_dvc_digest(project),
+            data_dvc=_dvc_digest(project, project.pictures_of(model, config)),
             seed=made.seed,
-            params={
-                "data": config.data.model_dump(mode="json"),
-                "encode": config.encode_for(model).model_dump(mode="json"),
-                "distill": made.distill,
-                "evaluation": config.evaluation_for(model).model_dump(mode="json"),
-                "gate": config.gate.model_dump(mode="json"),
-            },
+            params=_stage_settings(model, config, made),
             versions=made.versions | {"python": platform.python_version(), "lcmlora": __version__},
             git=_git(project.root),
             dvc_lock=sha256_file(project.dvc_lock) if project.dvc_lock.is_file() else None,
@@ -99,11 +95,12 @@ def package(model: str, config: Config, project: Project, base_folder: Path) -> 
             reloaded=proof,
             kohya=Kohya(file=kohya.name, sha256=sha256_file(kohya), reloaded=witness.prove(kohya)),
         )
+        if config.has_own_data(model):
+            pictures = project.own_pictures(model).relative_to(project.root)
+            provenance = provenance.model_copy(update={"pictures": pictures.as_posix()})
         figures.write(folder / METRICS)
         provenance.write(folder / PROVENANCE)
-        from lcmlora.releases import report
-
-        page = report.render(
+        page = render_report(
             model,
             figures,
             provenance,
@@ -113,10 +110,21 @@ def package(model: str, config: Config, project: Project, base_folder: Path) -> 
         )
         (folder / REPORT).write_text(page, encoding="utf-8")
         (folder / "README.md").write_text(
-            card.render(model, base, made, figures, failures, kohya.name), encoding="utf-8"
+            render_card(model, base, made, figures, failures, kohya.name), encoding="utf-8"
         )
         _seal(folder)
     return provenance
+
+
+def _stage_settings(model: str, config: Config, made: Distilled) -> StageSettings:
+    settings = {
+        "data": config.data_for(model),
+        "encode": config.encode_for(model),
+        "evaluation": config.evaluation_for(model),
+        "gate": config.gate,
+    }
+    plain = {stage: each.model_dump(mode="json") for stage, each in settings.items()}
+    return StageSettings.model_validate(plain | {"distill": made.distill})
 
 
 def _check_adapter(weights: Path, base_folder: Path) -> None:
@@ -195,7 +203,7 @@ class Witness:
         self._base_folder = base_folder
         self._device = pick_device("auto")
         dtype = torch.float32 if first.dtype == torch.float32 else pick_dtype(precision, self._device)
-        self._pipeline = diffusers_pipeline.assemble(base_folder, release / SCHEDULER, base.variant, dtype).to(
+        self._pipeline = diffusers_pipeline.assemble_pipeline(base_folder, release / SCHEDULER, base.variant, dtype).to(
             self._device
         )
         self._probe = {name: tensor.to(self._device) for name, tensor in load_file(probe).items()}
@@ -213,7 +221,7 @@ class Witness:
 
         written = load_file(weights)
         self._load(weights)
-        family, network = diffusers_pipeline.family_of(self._pipeline), diffusers_pipeline.network(self._pipeline)
+        family, network = diffusers_pipeline.family_of(self._pipeline), diffusers_pipeline.network_of(self._pipeline)
         expected = sum(not name.endswith(".alpha") for name in written)
         loaded = sum(".lora_A." in name or ".lora_B." in name for name, _ in network.named_parameters())
         if loaded != expected:
@@ -256,9 +264,9 @@ class Witness:
             raise UserError(f"{weights}: plain diffusers cannot load it on {self._base_folder}: {reason}") from error
 
 
-def _dvc_digest(project: Project) -> str | None:
+def _dvc_digest(project: Project, pictures: Path) -> str | None:
     """Returns the digest under which dvc.lock has the prepared pictures, None where it has not."""
-    out = project.pictures.relative_to(project.root).as_posix()
+    out = pictures.relative_to(project.root).as_posix()
     try:
         stages = read_yaml(project.dvc_lock)["stages"].values()
         found = (entry for stage in stages for entry in stage.get("outs", ()) if entry.get("path") == out)

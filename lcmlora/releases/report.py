@@ -1,4 +1,4 @@
-"""The report of a release: one HTML page with its pictures inside, read without a script and without a network."""
+"""The report page of a release: one HTML file with its pictures embedded, which needs no script and no network."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -29,10 +29,10 @@ from lcmlora.evaluation.figures import (
 )
 from lcmlora.evaluation.gate import unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
-from lcmlora.io.documents import Interval
-from lcmlora.io.parsing import as_object, read_json
+from lcmlora.io.documents import Document, Interval
 from lcmlora.releases.bundle import Provenance
 from lcmlora.releases.plots import MINUS, Chart, Point, chart
+from lcmlora.templates.loading import load_template
 
 _LARGEST, _SMALLER, _MANY = 256, 192, 400  # pixels of an embedded picture; fewer pixels for more pictures than _MANY
 _SMALL = 128  # pixels up to which a picture is kept as it is and enlarged without smoothing
@@ -42,31 +42,47 @@ _PICTURED = 2  # numbers of network evaluations at which a variation shows pictu
 _NONE = "\N{EN DASH}"
 
 
+class PictureCaptions(Document):
+    """prompts.json in a folder of thumbnails: the captions of the pictures, in their order."""
+
+    prompts: list[str]
+
+
+class PictureFacts(PictureCaptions):
+    """prompts.json of the base's thumbnails, which also has their side in pixels."""
+
+    side: int
+
+
 class Picture(NamedTuple):
-    """One embedded picture: a data: URI, and what a person who cannot see it is told."""
+    """One embedded picture: a data: URI, and its description for people who cannot see it."""
 
     source: str
     alt: str
 
 
 class Album:
-    """The pictures in the folders of an evaluation, cut out of their strips."""
+    """The pictures in the folders of an evaluation, cut out of their rows of thumbnails."""
 
     def __init__(self, folders: Sequence[Path], count: int) -> None:
-        """Reads pictures/prompts.json. `count`: how many strips will be shown, which decides their size."""
+        """Reads pictures/prompts.json.
+
+        Args:
+            count: how many rows of thumbnails the page shows, which decides the size of each picture.
+        """
         self._folders = [folder / "pictures" for folder in folders]
-        facts = self._facts("prompts.json", "prompts", "side")
-        self.prompts: list[str] = facts["prompts"]
-        self.side: int = facts["side"]
+        facts = PictureFacts.read(self._find("prompts.json"))
+        self.prompts = facts.prompts
+        self.side = facts.side
         self._limit = _LARGEST if count * len(self.prompts) <= _MANY else _SMALLER
 
     def prompts_of(self, group: str) -> list[str]:
-        """Returns the captions of a variation's pictures, which may be other ones than the base's."""
+        """Returns the captions of a variation's pictures: its own where it has some, else the base's."""
         own = any((folder / group / "prompts.json").is_file() for folder in self._folders)
-        return self._facts(f"{group}/prompts.json", "prompts")["prompts"] if own else self.prompts
+        return PictureCaptions.read(self._find(f"{group}/prompts.json")).prompts if own else self.prompts
 
-    def strip(self, name: str, text: str, group: str = "") -> list[Picture]:
-        """Returns a picture for each prompt. Raises UserError if the strip is missing or has another size."""
+    def thumbnails(self, name: str, text: str, group: str = "") -> list[Picture]:
+        """Returns a picture for each prompt. Raises UserError if their file is missing or has another size."""
         prompts = self.prompts_of(group) if group else self.prompts
         cells = self._cells(f"{group}/{_file(name)}" if group else _file(name), len(prompts), 1)
         return [self._embed(cell, f"{text}: {prompt}") for cell, prompt in zip(cells, prompts, strict=True)]
@@ -82,14 +98,6 @@ class Album:
                 return folder / name
         places = " or ".join(str(folder / name) for folder in self._folders)
         raise UserError(f"{places}: no such file, and the report shows it; evaluate again")
-
-    def _facts(self, name: str, *keys: str) -> dict[str, Any]:
-        path = self._find(name)
-        facts = as_object(read_json(path), str(path))
-        for key in keys:
-            if key not in facts:
-                raise UserError(f"{path}: has no {key!r}; evaluate again")
-        return facts
 
     def _cells(self, name: str, rows: int, columns: int) -> Iterator[Image.Image]:
         path, side = self._find(name), self.side
@@ -116,7 +124,7 @@ class Album:
         return Picture("data:image/webp;base64," + base64.b64encode(out.getvalue()).decode(), alt)
 
 
-def render(
+def render_report(
     model: str,
     figures: Metrics,
     provenance: Provenance,
@@ -137,22 +145,18 @@ def render(
     Raises:
         UserError: a picture that the figures speak of is missing or has another size.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     variations, guidance, weights = figures.variations, figures.guidance, figures.weights
-    steps = provenance.params["gate"]["steps"]
+    steps = provenance.params.gate.steps
     shown = len(figures.network_evaluations) + 1 + (len(guidance.scales) if guidance else 0) + 7 * len(variations)
     album = Album([evaluation] if isinstance(evaluation, Path) else evaluation, shown)
-    environment = Environment(
-        loader=PackageLoader("lcmlora"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"fixed": fixed, "span": span, "milliseconds": milliseconds, "label": label, "over": over}
-    return environment.get_template("report.html.j2").render(
+    filters: dict[str, Callable[..., str]] = {
+        "fixed": fixed,
+        "span": span,
+        "milliseconds": milliseconds,
+        "label": label,
+        "over": over,
+    }
+    return load_template("report.html.j2", filters).render(
         model=model,
         figures=figures,
         provenance=provenance,
@@ -170,7 +174,7 @@ def render(
         weights=_weights(weights, album) if weights else None,
         cells=_cell_sizes(album.side),
         pixelated=album.side <= _SMALL,
-        params=json.dumps(provenance.params, indent=2, sort_keys=True, ensure_ascii=False),
+        params=json.dumps(provenance.params.plain(), indent=2, sort_keys=True, ensure_ascii=False),
     )
 
 
@@ -228,7 +232,7 @@ def _ordered(figures: Metrics) -> list[Key]:
 
 @dataclass(frozen=True)
 class Headline:
-    """What is said first."""
+    """The result that the page begins with."""
 
     key: Key
     steps: int
@@ -241,9 +245,9 @@ class Headline:
 
 
 def _headline(figures: Metrics, steps: int) -> Headline:
-    """Returns what is said of the student at the gate's steps, or at its most if it was not drawn in these."""
+    """Returns the student's result at the gate's steps, or at its largest number if it was not drawn in these."""
     drawn = [key for key in _ordered(figures) if key.method == STUDENT]
-    key = wanted if (wanted := Key.of(STUDENT, steps)) in drawn else drawn[-1]
+    key = gated if (gated := Key.of(STUDENT, steps)) in drawn else drawn[-1]
     cost, retrieval = figures.network_evaluations, figures.retrieval
     won = figures.advantage.get(key)
     low, high = won.interval if won and won.interval else (0.0, 0.0)
@@ -295,7 +299,7 @@ def _prompts(figures: Metrics, album: Album) -> Prompts:
     cost, teacher, real = figures.network_evaluations, figures.teacher, Key(REAL)
     keys = [key for key in _ordered(figures) if key != teacher]
     also = [] if figures.real_pictures == 0 else [real]
-    strips = {key: album.strip(key, key.label) for key in (*also, teacher, *keys)}
+    thumbnails = {key: album.thumbnails(key, key.label) for key in (*also, teacher, *keys)}
     steps = sorted({key.steps for key in keys})
     methods = []
     for method in dict.fromkeys(key.method for key in keys):
@@ -303,7 +307,7 @@ def _prompts(figures: Metrics, album: Album) -> Prompts:
         methods.append((method, Key(method).name, rates.pop() if len(rates) == 1 else None))
     blocks = []
     for i, prompt in enumerate(album.prompts):
-        drawn = {key: strip[i] for key, strip in strips.items()}
+        drawn = {key: row[i] for key, row in thumbnails.items()}
         rows = [(*method, [drawn.get(Key.of(method[0], n)) for n in steps]) for method in methods]
         blocks.append(Block(prompt, drawn.get(real), drawn[teacher], rows))
     return Prompts(steps, teacher.steps, blocks)
@@ -323,7 +327,9 @@ class Sweep:
 
 def _guidance(facts: Guidance, album: Album) -> Sweep:
     student = Key.of(STUDENT, facts.steps).label
-    strips = [album.strip(f"guidance@{scale:g}", f"{student}, guidance scale {scale:g}") for scale in facts.scales]
+    thumbnails = [
+        album.thumbnails(f"guidance@{scale:g}", f"{student}, guidance scale {scale:g}") for scale in facts.scales
+    ]
     columns = (facts.network_evaluations, facts.excess, facts.retrieval, facts.diversity)
     return Sweep(
         steps=facts.steps,
@@ -331,7 +337,7 @@ def _guidance(facts: Guidance, album: Album) -> Sweep:
         rows=list(zip(facts.scales, *columns, strict=True)),
         best=min(facts.excess),
         places=_places(facts.excess),
-        shown=list(zip(album.prompts, zip(*strips, strict=True), strict=True)),
+        shown=list(zip(album.prompts, zip(*thumbnails, strict=True), strict=True)),
     )
 
 
@@ -359,10 +365,10 @@ def _variation(name: str, facts: Variation, steps: int, album: Album) -> Varied:
     claimed = {claim.evaluations for claim in facts.claims} & set(rows) or set(rows)
     chosen = sorted(claimed, key=lambda count: abs(math.log2(count / steps)))[:_PICTURED]
     columns = [(count, part, rows[count][part]) for count in sorted(chosen) for part in parts if part in rows[count]]
-    strips = [album.strip(REAL, f"real, {name}", name)]
+    thumbnails = [album.thumbnails(REAL, f"real, {name}", name)]
     for _, part, key in columns:
         what = "" if part == "adapter" else f"{name} alone, " if part == "alone" else f"{name} "
-        strips.append(album.strip(key, what + key.label, name))
+        thumbnails.append(album.thumbnails(key, what + key.label, name))
     return Varied(
         name=name,
         noun="style" if facts.kind == "style" else "checkpoint",
@@ -372,7 +378,7 @@ def _variation(name: str, facts: Variation, steps: int, album: Album) -> Varied:
         best={count: min(row.values(), key=distance.__getitem__) for count, row in rows.items()},
         places=_places(distance.values()),
         columns={count: [(part, key) for n, part, key in columns if n == count] for count in sorted(chosen)},
-        shown=list(zip(album.prompts_of(name), zip(*strips, strict=True), strict=True)),
+        shown=list(zip(album.prompts_of(name), zip(*thumbnails, strict=True), strict=True)),
     )
 
 

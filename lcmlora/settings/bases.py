@@ -10,7 +10,7 @@ from lcmlora.settings.data import Data, Encode
 from lcmlora.settings.evaluation import Evaluation
 from lcmlora.settings.fields import Name, Positive, Quotable, Strict
 from lcmlora.settings.layers import Changes
-from lcmlora.settings.training import Distill, Launch, Tuning
+from lcmlora.settings.training import Distill, Launch, Tuning, extended_distill_settings
 
 
 class Merged(Strict):
@@ -46,11 +46,14 @@ class Base(Strict):
     family's."""
     license: Quotable
     """License of the base, for the model card."""
+    data: Annotated[dict[str, Any], Changes(Data)] = {}
+    """Changes of `data` for this base, which then learns from pictures of its own. After a change of which bases have
+    some, run `lcmlora resolve`: it writes the stages of dvc.yaml that read pictures."""
     encode: Annotated[dict[str, Any], Changes(Encode)] = {}
     """Changes of `encode` for this base."""
     launch: Annotated[dict[str, Any], Changes(Launch)] = {}
     """Changes of `launch` for this base."""
-    distill: Annotated[dict[str, Any], Changes(Distill)] = {}
+    distill: Annotated[dict[str, Any], Changes(Distill, extended_distill_settings)] = {}
     """Changes of `distill` for this base."""
     evaluation: Annotated[dict[str, Any], Changes(Evaluation)] = {}
     """Changes of `evaluation` for this base."""

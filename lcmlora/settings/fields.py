@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -54,6 +55,12 @@ class Strict(BaseModel):
             if {int, float} & {kind, *get_args(kind)} and bool not in (kind, *get_args(kind)):
                 raise ValueError(f"expected a number, not {str(value).lower()} (as yes, no, on and off are read)")
         return value
+
+    @classmethod
+    def advice_on_keys(cls, values: Mapping[str, Any]) -> str:
+        """Returns what the message on an unknown key among these values ends with."""
+        del values
+        return ""
 
 
 def _named(name: str) -> str:

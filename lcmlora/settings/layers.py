@@ -5,30 +5,43 @@ A later layer goes before an earlier one, key by key. Every error names the laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, GetJsonSchemaHandler, ValidationError
+from pydantic import GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema
 
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import shown
+from lcmlora.settings.fields import Strict
 
 _MOST_LINES = 20  # of a message
 
-S = TypeVar("S", bound=BaseModel)
+S = TypeVar("S", bound=Strict)
 Location = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
 class Changes:
-    """Marks a mapping as changes of settings of this class, for the JSON schema and the documentation."""
+    """Marks a mapping as changes of settings of this class, for the JSON schema and the documentation.
 
-    of: type[BaseModel]
+    extensions: returns, by name, the subclasses with keys of their own that may stand in for the class.
+    """
+
+    of: type[Strict]
+    extensions: Callable[[], Mapping[str, type[Strict]]] = dict
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return handler(self.of.__pydantic_core_schema__)
+        found = handler(self.of.__pydantic_core_schema__)
+        keys = dict(found["properties"])
+        for name, extension in self.extensions().items():
+            extended = handler(extension.__pydantic_core_schema__)["properties"]
+            for key in extension.model_fields.keys() - self.of.model_fields.keys():
+                entry = extended[key] | {"description": f"{name}: {extended[key].get('description', '')}"}
+                # Two extensions may have a key of one name, with different values.
+                keys[key] = {"anyOf": [keys[key], entry]} if key in keys else entry
+        return found | {"properties": keys}
 
 
 @dataclass(frozen=True)
@@ -71,22 +84,26 @@ def combine(cls: type[S], layers: Sequence[Layer]) -> S:
     Raises:
         UserError: a key or value does not fit, or one without a default is missing.
     """
+    values = merged(layers)
     try:
-        return cls.model_validate(merged(layers))
+        return cls.model_validate(values)
     except ValidationError as error:
-        raise UserError(explain(error, lambda location: place(layers, location))) from None
+        advice = cls.advice_on_keys(values)
+        raise UserError(explain(error, lambda location: place(layers, location), advice=advice)) from None
 
 
-def faults(cls: type[BaseModel], layers: Sequence[Layer]) -> str:
+def faults(cls: type[Strict], layers: Sequence[Layer]) -> str:
     """Returns what does not fit in these layers, as `explain` says it, though other layers may give what is missing."""
+    values = merged(layers)
     try:
-        cls.model_validate(merged(layers))
+        cls.model_validate(values)
     except ValidationError as error:
-        return explain(error, lambda location: place(layers, location), but="missing")
+        advice = cls.advice_on_keys(values)
+        return explain(error, lambda location: place(layers, location), but="missing", advice=advice)
     return ""
 
 
-def missing(cls: type[BaseModel], layers: Sequence[Layer]) -> list[str]:
+def missing(cls: type[Strict], layers: Sequence[Layer]) -> list[str]:
     """Returns the keys without a default that no layer has."""
     try:
         cls.model_validate(merged(layers))
@@ -104,12 +121,13 @@ def place(layers: Sequence[Layer], location: Location) -> str:
     return next((layer.where for layer in reversed(layers) if layer.values), layers[-1].where)
 
 
-def explain(error: ValidationError, where: Callable[[Location], str], but: str = "") -> str:
+def explain(error: ValidationError, where: Callable[[Location], str], but: str = "", advice: str = "") -> str:
     """Returns one line per error: the key, the value that stands there, and what was expected.
 
     Args:
         where: what stands before the key at this place.
         but: a type of errors that is left out.
+        advice: what is added where a key is unknown, and not within another.
     """
     lines = []
     for item in error.errors():
@@ -121,7 +139,7 @@ def explain(error: ValidationError, where: Callable[[Location], str], but: str =
         path = f"{before}.{key}" if before and key else before or key
         told = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            lines.append(f"{path}: there is no such key")
+            lines.append(f"{path}: there is no such key{advice if len(location) == 1 else ''}")
         elif item["type"] == "missing":
             lines.append(f"{path}: is missing")
         else:

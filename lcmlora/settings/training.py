@@ -6,7 +6,8 @@ Their defaults are the papers' and the published example's. What depends on the 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -74,7 +75,10 @@ class Training(Strict):
 
 
 class Distill(Training):
-    """Distillation of the adapter (stage `distill`)."""
+    """Distillation of the adapter (stage `distill`).
+
+    An objective of another package may bring settings of its own: it names a subclass of this (`distill_settings`).
+    """
 
     steps: Positive = 1000
     """Optimizer steps. Source: LCM-LoRA in diffusers, examples/consistency_distillation/README_sdxl.md."""
@@ -128,6 +132,46 @@ class Distill(Training):
         if self.phases > self.grid:
             raise ValueError(f"phases {self.phases} is more than the {self.grid} timesteps of grid")
         return self
+
+    @classmethod
+    def own_keys(cls) -> list[str]:
+        """Returns the settings that the objective brings."""
+        return [key for key in cls.model_fields if key not in Distill.model_fields]
+
+    @classmethod
+    def advice_on_keys(cls, values: Mapping[str, Any]) -> str:
+        if all(map(OBJECTIVES.is_built_in, OBJECTIVES.names)):
+            return ""
+        objective = values.get("objective", cls.model_fields["objective"].default)
+        return f"; of its own, objective {objective} has {', '.join(cls.own_keys()) or 'no settings'}"
+
+
+def distill_settings(objective: object) -> type[Distill]:
+    """Returns the class of `distill` for an objective: the one that its class names as `settings_class`.
+
+    The objectives of this package have their settings in Distill, and are not imported for this: they need torch.
+
+    Args:
+        objective: as it stands in params.yaml. What is no name gets Distill, which refuses it.
+
+    Raises:
+        UserError: another package's objective cannot be imported, or its settings are no subclass of Distill.
+    """
+    if not isinstance(objective, str) or OBJECTIVES.is_built_in(objective) or objective not in OBJECTIVES.names:
+        return Distill
+    found = OBJECTIVES.get(objective).settings_class
+    if not (isinstance(found, type) and issubclass(found, Distill)):
+        raise UserError(
+            f"{OBJECTIVES.key}: {objective}: its settings_class is {found!r}, expected a subclass of "
+            "lcmlora.config.Distill"
+        )
+    return found
+
+
+def extended_distill_settings() -> dict[str, type[Distill]]:
+    """Returns the class of `distill` for each objective that brings settings of its own. Raises UserError as above."""
+    found = {name: distill_settings(name) for name in OBJECTIVES.names}
+    return {name: cls for name, cls in found.items() if cls.own_keys()}
 
 
 class Tuning(Training):

@@ -107,7 +107,7 @@ def test_the_folder_says_what_it_was_made_of_and_how_to_draw_with_it(miniatures:
     assert [part["weight"] for part in facts["combined"]] == [0.8, 1.0]
     assert facts["combined"][0]["adapter"] == "style.safetensors"
     assert facts["base"]["digest"] == "a" * 64 and facts["sampler"]["gamma"] == 0.3
-    assert facts["rank"] == made["rank"] == 3 and 0 < facts["truncation"]["overall"] < 1
+    assert facts["rank"] == made.facts.rank == 3 and 0 < facts["truncation"]["overall"] < 1
     assert (out / "scheduler_config.json").is_file()
     bare = adapters.load(base.folder)
     lora.load(bare.network, out / lora.WEIGHTS)
@@ -138,4 +138,4 @@ def test_adapters_of_different_bases_are_refused_by_name(miniatures: Miniatures,
         UserError, match=r"lcm.* was made for bases/b+ \(digest b{12}\.\.\.\), and style.* for bases/a+ "
     ):
         write_combined(one, two, (0.8, 1.0), out)
-    assert write_combined(one, two, (0.8, 1.0), out, other_base=True)["rank"] == 6
+    assert write_combined(one, two, (0.8, 1.0), out, other_base=True).facts.rank == 6

@@ -343,7 +343,7 @@ def test_combine_leaves_text_encoders_out_on_demand(sd15: Architecture, tmp_path
     with pytest.raises(UserError, match=r"1 of 4 tensors are for a text encoder.*--unet-only"):
         write_combined(style, lcm, (0.8, 1.0), tmp_path / "b.safetensors", sd15)
     made = write_combined(style, lcm, (0.8, 1.0), tmp_path / "b.safetensors", sd15, unet_only=True)
-    assert (made["layers"], made["left_out"]) == (1, 1)
+    assert (made.facts.layers, made.left_out) == (1, 1)
 
 
 # --- settings that PEFT writes ------------------------------------------------------------------------------------

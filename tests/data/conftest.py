@@ -12,6 +12,7 @@ from PIL import Image
 
 from lcmlora import bases
 from lcmlora.config import Base, Data
+from lcmlora.data.sources.source import survey, write_records
 from tests.support.miniature import save_base
 
 NODE_MODULES = Path(__file__).parents[2] / "node_modules"
@@ -49,6 +50,16 @@ def folder(tmp_path: Path) -> Path:
     for number in range(8):
         add(tmp_path / "in", f"{number}.png", f"subject {number}", picture(number))
     return tmp_path / "in"
+
+
+@pytest.fixture
+def listed(folder: Path, tmp_path: Path) -> Data:
+    """Forty pictures of various shapes under eight captions, all of them for training."""
+    for number in range(8, 40):
+        add(folder, f"{number:02d}.png", f"subject {number % 8}", picture(number, (40 + number % 7, 40 + number % 5)))
+    data = data_in(folder)
+    write_records(tmp_path / "pictures" / "train.jsonl", survey(data).records)
+    return data
 
 
 @pytest.fixture

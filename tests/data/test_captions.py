@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lcmlora.data.prepare import prepare, print_report
+from lcmlora.data.prepare import prepare_pictures, print_report
 from lcmlora.data.reading.candidates import AMBIGUOUS, NO_CAPTION, NOT_UTF8, clean_caption
 from lcmlora.data.reading.captions import BAD_JSON
 from lcmlora.data.sources.folder import Folder
@@ -27,10 +27,10 @@ def reasons(folder: Path) -> dict[str, tuple[str, str]]:
     return {r.name: (r.reason, r.detail) for r in Folder(data_in(folder)).candidates()[1]}
 
 
-def census(folder: Path) -> dict[str, int]:
+def unused_files(folder: Path) -> dict[str, int]:
     read = Folder(data_in(folder))
     read.candidates()
-    return {kind: found["count"] for kind, found in read.census().report().items()}
+    return {kind: found["count"] for kind, found in read.unused_files().by_kind().items()}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_caption_is_read_whatever_its_ending_and_its_case(
     text = json.dumps({"caption": "words"}) if caption_name.endswith("json") else "words"
     (tmp_path / caption_name).write_text(text)
     assert list(captions(tmp_path).values()) == ["words"]
-    assert census(tmp_path) == {}
+    assert unused_files(tmp_path) == {}
 
 
 def test_of_several_captions_the_first_that_says_something_counts_and_the_others_are_told(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_of_several_captions_the_first_that_says_something_counts_and_the_others
         (tmp_path / f"a.{ending}").write_text(f"from {ending}")
     (tmp_path / "a.json").write_text('{"caption": "from json", "aesthetic": 7}')
     assert captions(tmp_path) == {"a.png": "from txt"}
-    assert census(tmp_path) == {"captions of pictures that have another": 2, ".json": 1}
+    assert unused_files(tmp_path) == {"captions of pictures that have another": 2, ".json": 1}
     (tmp_path / "a.txt").write_text(" \n")
     assert captions(tmp_path) == {"a.png": "from caption"}
     (found,), _ = Folder(data_in(tmp_path, scores={"aesthetic": {}})).candidates()
@@ -99,14 +99,14 @@ def test_every_file_that_nothing_is_made_of_is_counted_by_its_ending(tmp_path: P
     for name in (*strangers, "orphan.txt", "orphan.caption", "sub/._a.png", ".DS_Store", "h.tar", "x.verylongending99"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert census(tmp_path) == {
+    assert unused_files(tmp_path) == {
         "captions without a picture": 2, "hidden (a name that begins with a dot)": 2, ".heif": 2, ".jxl": 1,
         ".npz": 1, ".tar.gz": 1, ".zip": 1, ".parquet": 1, ".jsonl": 1, ".tar": 1, "without an ending": 1,
         "other endings": 1,
     }  # fmt: skip
 
 
-def test_tables_tar_files_and_prompts_have_a_census_too(tmp_path: Path) -> None:
+def test_tables_tar_files_and_prompts_count_their_unused_files_too(tmp_path: Path) -> None:
     tar(tmp_path / "tars/a.tar", *sample(0), *sample(1))
     table(tmp_path / "tables/a.parquet", image=[png(0), png(1)], text=["one", "two"])
     (tmp_path / "prompts").mkdir()
@@ -118,10 +118,10 @@ def test_tables_tar_files_and_prompts_have_a_census_too(tmp_path: Path) -> None:
             (tmp_path / name / stranger).write_bytes(b"x")
         found = survey(data_in(tmp_path / name, source=kind))
         assert len(found.records) == 2
-        assert {k: v["first"] for k, v in found.passed_over.items()} == {
+        assert {k: v["first"] for k, v in found.unused_files.items()} == {
             ".json": ["more/d.json"], ".md": ["README.md"], ".tar.gz": ["b.tar.gz"], ".tgz": ["c.tgz"],
         }  # fmt: skip
-    assert survey(data_in(tmp_path / "tars/a.tar", source="webdataset")).passed_over == {}
+    assert survey(data_in(tmp_path / "tars/a.tar", source="webdataset")).unused_files == {}
 
 
 def test_the_report_and_the_table_tell_what_was_not_read_and_what_was_cleaned(
@@ -131,7 +131,7 @@ def test_the_report_and_the_table_tell_what_was_not_read_and_what_was_cleaned(
         (folder / f"{number}.jxl").write_bytes(b"x")
     add(folder, "9.png", "a <b>bold</b> fox", picture(9))
     (folder / "\x1b[31mred.npz").write_bytes(b"x")
-    report = prepare(data_in(folder), 2, tmp_path / "out")
+    report = prepare_pictures(data_in(folder), 2, tmp_path / "out")
     assert report["passed_over"][".jxl"] == {"count": 3, "first": ["0.jxl", "1.jxl", "2.jxl"]}
     assert report["cleaned"] == {"count": 1, "first": ["9.png"]}
     assert json.loads((tmp_path / "out/report.json").read_text()) == report
@@ -142,7 +142,7 @@ def test_the_report_and_the_table_tell_what_was_not_read_and_what_was_cleaned(
 
 
 def test_a_set_without_anything_else_has_no_further_keys(folder: Path, tmp_path: Path) -> None:
-    assert sorted(prepare(data_in(folder), 2, tmp_path / "out")) == [
+    assert sorted(prepare_pictures(data_in(folder), 2, tmp_path / "out")) == [
         "dropped", "kept", "read", "source", "test", "train", "validation",
     ]  # fmt: skip
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from lcmlora.data.duplicates import Looks, perceptual_hash
-from lcmlora.data.prepare import ALIKE, PARTS, prepare
+from lcmlora.data.duplicates import NearDuplicates, perceptual_hash
+from lcmlora.data.prepare import NEAR_DUPLICATE, PARTS, prepare_pictures
 from lcmlora.data.sources.source import read_records
 from tests.data.conftest import add, data_in
 
@@ -39,27 +39,27 @@ def test_what_was_resized_compressed_or_lightened_is_close_and_other_pictures_ar
 def test_no_close_pair_is_missed_and_no_other_one_is_taken_for_one() -> None:
     numbers = random.Random(0)
     for bits in (0, 3, 8):
-        looks = Looks(bits)
-        known: list[int] = []
+        hashes = NearDuplicates(bits)
+        earlier: list[int] = []
         for _ in range(300):
-            look = numbers.getrandbits(64)
-            if known and numbers.random() < 0.5:
-                look = numbers.choice(known)
-                for place in numbers.sample(range(64), numbers.randrange(2 * bits + 2)):
-                    look ^= 1 << place
-            close = any((look ^ other).bit_count() <= bits for other in known)
-            assert looks.add(look) == close
+            picture_hash = numbers.getrandbits(64)
+            if earlier and numbers.random() < 0.5:
+                picture_hash = numbers.choice(earlier)
+                for bit in numbers.sample(range(64), numbers.randrange(2 * bits + 2)):
+                    picture_hash ^= 1 << bit
+            close = any((picture_hash ^ other).bit_count() <= bits for other in earlier)
+            assert hashes.has_or_add(picture_hash) == close
             if not close:
-                known.append(look)
+                earlier.append(picture_hash)
 
 
 def test_of_pictures_that_look_the_same_the_first_is_kept_if_that_is_asked_for(tmp_path: Path) -> None:
     for number in range(6):
         add(tmp_path / "in", f"{number}.png", f"subject {number}", scene(number))
         add(tmp_path / "in", f"{number}-again.jpg", f"subject {number} again", scene(number), quality=60)
-    assert prepare(data_in(tmp_path / "in"), 2, tmp_path / "all")["kept"] == 12
-    report = prepare(data_in(tmp_path / "in", near_duplicates=6), 2, tmp_path / "out")
-    assert report["dropped"] == {ALIKE: {"count": 6, "first": [f"{number}.png" for number in range(6)]}}
+    assert prepare_pictures(data_in(tmp_path / "in"), 2, tmp_path / "all")["kept"] == 12
+    report = prepare_pictures(data_in(tmp_path / "in", near_duplicates=6), 2, tmp_path / "out")
+    assert report["dropped"] == {NEAR_DUPLICATE: {"count": 6, "first": [f"{number}.png" for number in range(6)]}}
     kept = [r for part in PARTS for r in read_records(tmp_path / f"out/{part}.jsonl")]
     assert {r.key for r in kept} == {f"{number}-again.jpg" for number in range(6)}
     assert all(r.look is not None and len(r.look) == 16 for r in kept)

@@ -1,4 +1,4 @@
-"""Links in a folder, the census of its files, and DVC's own cache."""
+"""Links in a folder, its unused files, and DVC's own cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.reading.candidates import LINKED, MISSING, NO_FILE
 from lcmlora.data.reading.folder_listing import Links, walk
 from lcmlora.data.sources.source import survey
@@ -148,7 +148,7 @@ def test_the_rule_is_one_for_pictures_tables_and_tar_files(tmp_path: Path) -> No
         followed = survey(data_in(folder, source=kind, links="follow"))
         assert followed.records and not followed.rejections, kind
         with pytest.raises(UserError, match=r"1 link that leads out.*data\.links: follow") as error:
-            prepare(data_in(folder, source=kind, links="refuse"), 1, tmp_path / "out")
+            prepare_pictures(data_in(folder, source=kind, links="refuse"), 1, tmp_path / "out")
         assert name in str(error.value)
 
 

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.reading import parquet_files
 from lcmlora.data.reading.candidates import NO_CAPTION, Candidate, Unusable
 from lcmlora.data.reading.parquet_files import Position
@@ -126,7 +126,7 @@ def test_the_other_tables_are_read_and_the_report_counts_what_is_lost(tmp_path: 
     cut.write_bytes(cut.read_bytes()[:-300])
     written(tmp_path / "in/3.parquet", caption=pyarrow.array([], pyarrow.string()), image=pyarrow.array([], "binary"))
     written(tmp_path / "in/4.parquet", label=["x"], image=[png(99)])
-    report = prepare(data_in(tmp_path / "in", source="parquet"), 1, tmp_path / "out")
+    report = prepare_pictures(data_in(tmp_path / "in", source="parquet"), 1, tmp_path / "out")
     assert (report["read"], report["kept"]) == (10, 8)
     assert {reason: dropped["first"] for reason, dropped in report["dropped"].items()} == {
         parquet_files.NOT_PARQUET: ["1.parquet"],

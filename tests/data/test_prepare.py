@@ -8,7 +8,7 @@ import pytest
 
 from lcmlora.config import Data
 from lcmlora.data.decoding import BAD_PROFILE
-from lcmlora.data.prepare import DUPLICATE, PARTS, hold_out, prepare, print_report
+from lcmlora.data.prepare import DUPLICATE, PARTS, hold_out, prepare_pictures, print_report
 from lcmlora.data.reading.candidates import DAMAGED
 from lcmlora.data.sources.source import read_records
 from lcmlora.errors import UserError
@@ -26,7 +26,7 @@ def test_the_report_counts_what_was_read_kept_and_dropped(folder: Path, tmp_path
     add(folder, "small.png", "small", picture(51, (32, 15)))
     add(folder, "long.png", "long", picture(52, (33, 16)))
     add(folder, "just-fits.png", "fits", picture(53, (32, 16)))
-    report = prepare(data_in(folder), 4, tmp_path / "out")
+    report = prepare_pictures(data_in(folder), 4, tmp_path / "out")
     small, long = (
         "shorter side under 16 pixels (data.min_side)",
         "longer side over 2 times the shorter (data.max_aspect)",
@@ -55,14 +55,14 @@ def test_the_report_counts_what_was_read_kept_and_dropped(folder: Path, tmp_path
 def test_only_the_first_ten_offenders_are_named(folder: Path, tmp_path: Path) -> None:
     for number in range(12):
         add(folder, f"z{number:02d}.png", "x", b"not a picture")
-    dropped = prepare(data_in(folder), 4, tmp_path / "out")["dropped"]
+    dropped = prepare_pictures(data_in(folder), 4, tmp_path / "out")["dropped"]
     assert [(d["count"], len(d["first"]), d["first"][0]) for d in dropped.values()] == [(12, 10, "z00.png")]
 
 
 def test_no_caption_is_in_two_parts(folder: Path, tmp_path: Path) -> None:
     for number in range(40):
         add(folder, f"more{number:02d}.png", f"subject {number % 10}", picture(100 + number, (32, 32 + number % 20)))
-    report = prepare(data_in(folder), 4, tmp_path / "out")
+    report = prepare_pictures(data_in(folder), 4, tmp_path / "out")
     parts = {part: captions(tmp_path / "out" / f"{part}.jsonl") for part in PARTS}
     assert all(parts.values())
     assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == 10
@@ -71,7 +71,7 @@ def test_no_caption_is_in_two_parts(folder: Path, tmp_path: Path) -> None:
 
 def test_the_same_input_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     for out in ("a", "b"):
-        prepare(data_in(folder), 4, tmp_path / out)
+        prepare_pictures(data_in(folder), 4, tmp_path / out)
     for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "report.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -128,11 +128,11 @@ def test_shares_that_leave_nothing_for_training_are_refused(tmp_path: Path) -> N
 def test_less_than_a_batch_is_an_error_with_the_reasons_and_leaves_the_former_result(
     folder: Path, tmp_path: Path
 ) -> None:
-    prepare(data_in(folder), 4, tmp_path / "out")
+    prepare_pictures(data_in(folder), 4, tmp_path / "out")
     before = (tmp_path / "out" / "train.jsonl").read_bytes()
     add(folder, "small.png", "small", picture(51, (15, 15)))
     with pytest.raises(UserError, match=r"training pictures are left and one batch needs 64; read 9.*1 shorter side"):
-        prepare(data_in(folder), 64, tmp_path / "out")
+        prepare_pictures(data_in(folder), 64, tmp_path / "out")
     assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
@@ -141,11 +141,11 @@ def test_one_caption_for_all_is_an_error(tmp_path: Path) -> None:
     for number in range(5):
         add(tmp_path / "in", f"{number}.png", "sks dog", picture(number))
     with pytest.raises(UserError, match="all 5 pictures that are left have one caption"):
-        prepare(data_in(tmp_path / "in"), 2, tmp_path / "out")
+        prepare_pictures(data_in(tmp_path / "in"), 2, tmp_path / "out")
 
 
 def test_emoji_are_all_kept_whatever_the_smallest_side(emoji_data: Data, tmp_path: Path) -> None:
-    report = prepare(emoji_data.model_copy(update={"min_side": 512}), 32, tmp_path / "out")
+    report = prepare_pictures(emoji_data.model_copy(update={"min_side": 512}), 32, tmp_path / "out")
     assert report["dropped"] == {}
     assert report["read"] == sum(report[part]["pictures"] for part in PARTS) > 400
 
@@ -154,7 +154,7 @@ def test_the_printed_report_names_counts_and_offenders(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     add(folder, "odd [red] name.png", "small", picture(51, (15, 15)))
-    print_report(prepare(data_in(folder), 4, tmp_path / "out"))
+    print_report(prepare_pictures(data_in(folder), 4, tmp_path / "out"))
     printed = capsys.readouterr()
     assert printed.out == ""
     text = " ".join(printed.err.replace("│", " ").split())
@@ -169,7 +169,7 @@ def test_the_reason_of_most_rejections_and_what_to_do_is_the_error(folder: Path,
     for number in range(20):
         add(folder, f"small-{number:02d}.png", f"small {number}", picture(60 + number, (15, 15)))
     with pytest.raises(UserError) as error:
-        prepare(data_in(folder), 16, tmp_path / "out")
+        prepare_pictures(data_in(folder), 16, tmp_path / "out")
     assert "dropped: 20 shorter side under 16 pixels (data.min_side) (small-00.png, small-01.png" in str(error.value)
     assert "take larger pictures, or lower data.min_side" in str(error.value)
     assert "add pictures" not in str(error.value)
@@ -180,9 +180,9 @@ def test_a_run_stops_above_a_share_of_rejections_and_not_for_what_was_asked_for(
         add(folder, f"text-{number}.png", "c", b"no picture")
     for number in range(30):
         add(folder, f"small-{number}.png", "c", picture(60 + number, (15, 15)))
-    assert prepare(data_in(folder, max_rejected=0.1), 2, tmp_path / "out")["kept"] == 8
+    assert prepare_pictures(data_in(folder, max_rejected=0.1), 2, tmp_path / "out")["kept"] == 8
     with pytest.raises(UserError, match=r"4 of 42 pictures cannot be used, .*\(0\.09\): 4 not a JPEG.*convert"):
-        prepare(data_in(folder, max_rejected=0.09), 2, tmp_path / "out")
+        prepare_pictures(data_in(folder, max_rejected=0.09), 2, tmp_path / "out")
 
 
 def test_names_that_miss_their_files_tell_of_what_is_not_unpacked(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_names_that_miss_their_files_tell_of_what_is_not_unpacked(tmp_path: Path
     (tmp_path / "metadata.jsonl").write_text("".join(rows))
     (tmp_path / "images.zip").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"8 of 8 .* 8 no such file \(0\.png, .*images\.zip is not unpacked"):
-        prepare(data_in(tmp_path), 2, tmp_path / "out")
+        prepare_pictures(data_in(tmp_path), 2, tmp_path / "out")
 
 
 def test_captions_under_another_name_are_named(folder: Path, tmp_path: Path) -> None:
@@ -198,10 +198,10 @@ def test_captions_under_another_name_are_named(folder: Path, tmp_path: Path) -> 
         (folder / f"{number}.txt").rename(folder / f"{number}.words")
     (folder / "metadata1000.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"8 of 8 pictures have no caption .*metadata1000\.jsonl beside them"):
-        prepare(data_in(folder), 2, tmp_path / "out")
+        prepare_pictures(data_in(folder), 2, tmp_path / "out")
 
 
 def test_a_broken_profile_is_told(folder: Path, tmp_path: Path) -> None:
     add(folder, "8.png", "a fox", picture(8), icc_profile=b"broken")
-    report = prepare(data_in(folder), 2, tmp_path / "out")
+    report = prepare_pictures(data_in(folder), 2, tmp_path / "out")
     assert report["noted"] == {BAD_PROFILE: {"count": 1, "first": ["8.png"]}}

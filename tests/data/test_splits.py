@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lcmlora.config import Data
-from lcmlora.data.prepare import prepare, print_report
+from lcmlora.data.prepare import prepare_pictures, print_report
 from lcmlora.data.sources import splits
 from lcmlora.data.sources.source import survey
 from lcmlora.errors import UserError
@@ -62,12 +62,12 @@ def test_what_is_called_test_is_not_trained_on_and_told(tmp_path: Path, capsys: 
     data = data_in(parts(tmp_path / "in", "train", "test", "val"))
     rows = [json.dumps({"file_name": f"{number}.png", "text": f"row {number}"}) + "\n" for number in (4, 99)]
     (tmp_path / "in/test/metadata.jsonl").write_text("".join(rows))
-    report = prepare(data, 2, tmp_path / "out")
+    report = prepare_pictures(data, 2, tmp_path / "out")
     assert (report["read"], report["kept"]) == (4, 4)
     first = [f"test/{number}.png" for number in range(4, 8)]
     assert report["left_out"]["test"] == {"of": "pictures", "count": 4, "first": first}
     assert report["left_out"]["validation"]["count"] == 4
-    assert "passed_over" not in report  # captions and metadata of these pictures are no strangers
+    assert "passed_over" not in report  # captions and metadata of these pictures are not unused files
     print_report(report)
     assert "left out: test (data.split) 4 test/4.png" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 

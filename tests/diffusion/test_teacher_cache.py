@@ -10,7 +10,7 @@ from lcmlora import bases
 from lcmlora.config import Distill
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion.teacher_cache import TeacherCache
-from lcmlora.distillation.distill import distill
+from lcmlora.distillation.distill import distill_adapter
 from lcmlora.training.loop import NullLogger
 from tests.support.distillation import SETTINGS
 
@@ -43,7 +43,7 @@ def run(base_folder: Path, cache: LatentCache, tmp_path: Path) -> Callable[..., 
         base.network.register_forward_pre_hook(count)
         losses = Losses()
         (tmp_path / "scratch").mkdir(exist_ok=True)
-        distill(
+        distill_adapter(
             base,
             cache,
             settings,

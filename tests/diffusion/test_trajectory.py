@@ -10,8 +10,8 @@ from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.config import Encode, Rollouts
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.encode import encode
-from lcmlora.data.prepare import prepare
+from lcmlora.data.latents.encode import encode_latents
+from lcmlora.data.prepare import prepare_pictures
 from lcmlora.diffusion import solver
 from lcmlora.diffusion.objectives import pseudo_huber
 from lcmlora.distillation.loss import Distillation, samples
@@ -26,9 +26,9 @@ def drawn(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Latent
     root = tmp_path_factory.mktemp("drawn")
     (root / "prompts.txt").write_text("".join(f"subject {n}\n" for n in range(16)))
     data = data_in(root / "prompts.txt", source="prompts", validation=0, test=0.01)
-    prepare(data, 1, root / "list")
+    prepare_pictures(data, 1, root / "list")
     rollouts = Rollouts(steps=50, w=5.0, states=True)
-    encode(load_parts(base_folder, "network", "text"), data, Encode(batch=16, rollouts=rollouts), root / "list",
+    encode_latents(load_parts(base_folder, "network", "text"), data, Encode(batch=16, rollouts=rollouts), root / "list",
            root / "scratch", root / "latents")  # fmt: skip
     return LatentCache(root / "latents")
 
@@ -73,7 +73,7 @@ def test_every_objective_learns_from_trajectories_and_from_its_own_runs(
         load_parts(base_folder, "network"), drawn, tmp_path, SETTINGS.model_copy(update=changes), logger
     )
     assert logger.losses[-1] < 0.95 * logger.losses[0]
-    assert facts["distill"]["trajectory"] == 0.5
+    assert facts.distill["trajectory"] == 0.5
 
 
 def test_on_policy_the_student_goes_to_its_timestep_by_itself(base: bases.LoadedBase, cache: LatentCache):
@@ -88,7 +88,7 @@ def test_on_policy_the_student_goes_to_its_timestep_by_itself(base: bases.Loaded
         batch.index[0] = batch.stops[:, 0] = 49  # from where there is no way to go
         distillation.losses(batch).mean().backward()
         assert seen == [(4, True)] * way + [(8, False), (4, True), (4, True)]
-        x = distillation._travelled(batch)
+        x = distillation._student_rollout(batch)
         assert torch.equal(x[0], batch.noise[0]) and not x.requires_grad
         assert not torch.allclose(x[1:], distillation.noisy(batch, batch.index)[1:], atol=0.1)
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from lcmlora import bases
 from lcmlora.adapters import lora
+from lcmlora.adapters.metadata import Distilled
 from lcmlora.bases.schedule import add_noise
 from lcmlora.config import Base
 from lcmlora.data.latents import texts
@@ -129,9 +130,9 @@ def test_a_run_writes_an_adapter_its_facts_and_a_probe(base_folder: Path, cache:
         lora.WEIGHTS, "scheduler_config.json", "config.json", "probe.safetensors",
     }  # fmt: skip
     assert logger.steps == [2, 4, 6]
-    assert facts == json.loads((out / "config.json").read_text())
-    assert facts["adapted_layers"] * 2 == len(load_file(out / lora.WEIGHTS))
-    assert facts["final_loss"] == logger.losses[-1]
+    assert facts == Distilled.read(out / "config.json")
+    assert facts.adapted_layers * 2 == len(load_file(out / lora.WEIGHTS))
+    assert facts.final_loss == logger.losses[-1]
 
     probe = load_file(out / "probe.safetensors")
     fresh = load_parts(base_folder, "network")
@@ -160,8 +161,8 @@ def test_the_best_weights_by_validation_are_saved_and_config_json_says_which(
     # A rate at which the student gets worse and worse.
     settings = SETTINGS.model_copy(update={"lr": 0.03, "warmup": 0, "cooldown": 0.0, "ema": 0.0, "validate_every": 1})
     facts = run_distill(base, cache, tmp_path, settings, logger, decode=base.decode)
-    best = facts["validation"]["best_step"]
-    assert logger.validation == {int(step): loss for step, loss in facts["validation"]["loss"].items()}
+    best = facts.validation.best_step
+    assert logger.validation == {int(step): loss for step, loss in facts.validation.loss.items()}
     assert logger.validation[best] == min(logger.validation.values()) < logger.validation[6]
     assert {step: picture.size for step, picture in logger.pictures.items()} == dict.fromkeys(range(1, 7), (16, 16))
 
@@ -244,9 +245,9 @@ def test_every_objective_learns_and_names_its_scheduler(
     )
     assert logger.losses[-1] < 0.95 * logger.losses[0]
     scheduler = json.loads((tmp_path / "adapter/scheduler_config.json").read_text())
-    assert scheduler["_class_name"] == facts["sampler"]["scheduler"]
-    assert scheduler["original_inference_steps"] == facts["sampler"]["grid"] == 50
-    assert facts["sampler"]["gamma"] == {"lcm": None, "pcm": 0.0, "tcd": 0.3, "tdd": 0.3}[objective]
+    assert scheduler["_class_name"] == facts.sampler.scheduler
+    assert scheduler["original_inference_steps"] == facts.sampler.grid == 50
+    assert facts.sampler.gamma == {"lcm": None, "pcm": 0.0, "tcd": 0.3, "tdd": 0.3}[objective]
 
 
 def test_the_target_has_the_averaged_weights_where_that_is_asked_for(base: bases.LoadedBase, cache: LatentCache):

@@ -15,7 +15,7 @@ from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.bases import folders
 from lcmlora.config import Base, Data, Evaluation
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import prepare_pictures
 from lcmlora.evaluation.reference import draw_reference
 from lcmlora.plugins import FEATURES
 from tests.support.miniature import RESOLUTION
@@ -82,7 +82,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 @pytest.fixture(scope="module")
 def pictures(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "pictures"
-    prepare(data, 1, out)
+    prepare_pictures(data, 1, out)
     return out
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.config import Data
-from lcmlora.data.prepare import prepare
+from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.source import Record
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
@@ -340,7 +340,7 @@ def test_prompts_without_pictures_are_measured_against_the_teacher_alone(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(WORDS))
     data = Data(source="prompts", path=tmp_path / "prompts.txt", min_side=8, validation=0.2, test=0.4)
-    prepare(data, 1, tmp_path / "pictures")
+    prepare_pictures(data, 1, tmp_path / "pictures")
     facts = draw_reference(
         base, data, settings(), tmp_path / "pictures", tmp_path / "s", tmp_path / "reference", tmp_path / "timings"
     )

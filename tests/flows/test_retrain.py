@@ -227,6 +227,35 @@ def test_every_stage_that_the_flow_names_is_in_dvc_yaml_and_the_other_way_round(
     assert sorted(listed) == sorted(["resolve", "pretrain", "prepare", *named])
 
 
+@pytest.mark.slow
+def test_of_models_with_different_pictures_those_run_whose_pictures_have_changed(project: Project):
+    raw = yaml.safe_load((project.root / "dvc.yaml").read_text())
+    prepare = "mkdir -p data/own-pictures/${key} && cp ${item} data/own-pictures/${key}/train.jsonl"
+    outs = ["data/own-pictures/${key}"]
+    raw["stages"]["prepare-own"] = {"foreach": {"b": "own"}, "do": {"cmd": prepare, "deps": ["${item}"], "outs": outs}}
+    folders = dict.fromkeys("abc", "data/pictures") | {"b": "data/own-pictures/b"}
+    for name in ("encode", "reference"):
+        stage = {key: value for key, value in raw["stages"][name].items() if key != "matrix"}
+        text = json.dumps(stage).replace("data/pictures", "${item}").replace("${item.model}", "${key}")
+        raw["stages"][name] = {"foreach": folders, "do": json.loads(text)}
+    (project.root / "dvc.yaml").write_text(yaml.safe_dump(raw))
+    (project.root / "own").write_text('{"own": 1}\n')
+    project.change(lambda raw: raw["bases"].update(b=raw["bases"]["b"] | {"data": {"path": "own"}}))
+
+    def ran() -> dict[str, list[str]]:
+        """Runs the flow and returns the stages that ran for each model."""
+        state = retrain(publish=False, promote=False, return_state=True)
+        assert state.is_completed(), state.message
+        rows = [line.strip("| ").split(" | ") for line in artifacts("retrain")[-1].data.splitlines()]
+        return {row[0]: [each.split()[0] for each in row[2].split(", ")] for row in rows if row[1:2] == ["ran"]}
+
+    assert [found[:2] for found in ran().values()] == [["prepare", "encode"], ["prepare-own", "encode"]]
+    (project.root / "own").write_text('{"own": 2}\n')
+    assert ran() == {"a": ["nothing"], "b": ["prepare-own", "encode", "reference", "distill", "evaluate"]}
+    (project.root / "pictures").write_text('{"more": 1}\n')
+    assert ran() == {"a": ["prepare", "encode", "reference", "distill", "evaluate"], "b": ["nothing"]}
+
+
 def test_help_shows_examples_without_importing_prefect():
     script = "import sys; sys.argv[1:] = ['--help']\ntry:\n    from flows.command import main; main()\nfinally:\n"
     script += "    assert not {'prefect', 'torch', 'mlflow', 'pydantic'} & set(sys.modules), 'heavy'\n"

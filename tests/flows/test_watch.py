@@ -7,7 +7,8 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.events.filters import EventFilter, EventNameFilter
 
-from flows.watch import watch
+from flows.watch import data_sets, watch
+from lcmlora import config
 from tests.flows.conftest import Project
 
 
@@ -41,6 +42,20 @@ def test_the_first_look_remembers_and_each_change_is_told_once(watched: Project)
     assert name == "Changed"
     assert message.startswith("the base of b, sources/b, is at ")
     assert look() == ("Unchanged", "as it was")
+
+
+def test_a_model_with_pictures_of_its_own_is_told_of_by_itself(watched: Project):
+    (watched.root / "data/own").mkdir()
+    (watched.root / "data/own/fox.txt").write_text("fox")
+    watched.change(lambda raw: raw["bases"]["b"].update(data={"path": "data/own"}))
+    settings = config.load(watched.root / "params.yaml")
+    assert {key: (data.path, models) for key, (data, models) in data_sets(settings).items()} == {
+        "dataset": ("data/in", ["a"]),
+        "dataset.b": ("data/own", ["b"]),
+    }
+    assert watch(return_state=True).name == "Unchanged"
+    (watched.root / "data/own/owl.txt").write_text("owl")
+    assert watch(return_state=True).message == "the data set at data/own has changed"
 
 
 def test_what_cannot_be_looked_at_fails_the_watch_and_the_rest_is_told(watched: Project):

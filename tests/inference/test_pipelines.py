@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lcmlora.bases.examination.examine import examine
+from lcmlora.bases.examination.examine import examine_base
 from lcmlora.cli.adapters import drawing, references
 from lcmlora.errors import UserError
 from lcmlora.inference import pipelines
@@ -156,7 +156,7 @@ def test_gamma_and_grid_are_those_of_the_release(made: Path, draw: Pipeline, tmp
 
 
 def test_another_base_is_refused_by_both_digests(made: Path, miniatures: Callable[[str], Path], tmp_path: Path):
-    mine, theirs = (examine(name, miniatures(name)).digest[:12] for name in ("sd15", "sd2"))
+    mine, theirs = (examine_base(name, miniatures(name)).digest[:12] for name in ("sd15", "sd2"))
     message = rf"made: was made for .*sd15 \(digest {mine}\.\.\.\), and the base in .*sd2 has digest {theirs}\.\.\.;"
     folder = served.copy(made, tmp_path / "made")
     with pytest.raises(UserError, match=message):

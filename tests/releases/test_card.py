@@ -8,7 +8,7 @@ from huggingface_hub.utils import validate_repo_id
 from lcmlora.adapters.metadata import Distilled
 from lcmlora.config import Base, Merged
 from lcmlora.evaluation.figures import Metrics
-from lcmlora.releases import card
+from lcmlora.releases.card import render_card
 from tests.support.releases import METRICS
 
 HUB = Base(source="someone/base", revision="c" * 40, resolution=512, license="openrail++")
@@ -92,7 +92,7 @@ FULL: dict[str, Any] = METRICS | {
 
 
 def render(base: Base = HUB, figures: dict[str, Any] = METRICS, failures: tuple[str, ...] = (), **made: Any) -> str:
-    return card.render(
+    return render_card(
         "mini",
         base,
         Distilled.parse(MADE | made, "config.json"),

@@ -148,7 +148,7 @@ def provenance(**changes: Any) -> dict[str, Any]:
 
 
 def write_pictures(folder: Path, side: int = 16) -> Path:
-    """Writes all strips that `whole` speaks of: each picture has a colour of its own."""
+    """Writes all rows of thumbnails that `whole` speaks of: each picture has a colour of its own."""
     pictures = folder / "pictures"
     pictures.mkdir(parents=True)
     (pictures / "prompts.json").write_text(json.dumps({"prompts": PROMPTS, "side": side}))
@@ -170,7 +170,7 @@ def _sheet(columns: int, rows: int, side: int, first: int) -> Image.Image:
 
 
 def render(figures: dict[str, Any], *folders: Path, **changes: Any) -> str:
-    return report.render(
+    return report.render_report(
         "mini",
         Metrics.parse(figures, "metrics.json"),
         Provenance.parse(provenance(**changes), "provenance.json"),
@@ -346,14 +346,14 @@ def test_tables_have_captions_and_header_cells_with_a_scope(evaluation: Path) ->
     assert sum(tag == "caption" for tag, _ in seen.tags) == len(tables) - below_a_heading
 
 
-def test_a_missing_strip_is_named(evaluation: Path) -> None:
+def test_a_missing_row_of_thumbnails_is_named(evaluation: Path) -> None:
     missing = evaluation / "pictures" / "student@2.png"
     missing.unlink()
     with pytest.raises(UserError, match=re.escape(f"{missing}: no such file")):
         render(minimal(), evaluation)
 
 
-def test_a_strip_of_another_size_is_named_with_both_sizes(evaluation: Path) -> None:
+def test_a_row_of_thumbnails_of_another_size_is_named_with_both_sizes(evaluation: Path) -> None:
     _sheet(1, 3, 16, 0).save(evaluation / "pictures" / "ddim@2.png")
     with pytest.raises(UserError, match=r"ddim@2\.png: is 16 x 48 pixels, expected 1 x 2 pictures of 16"):
         render(minimal(), evaluation)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from lcmlora import bases
 from lcmlora.bases import folders
 from lcmlora.config import Base, Data, Encode, Evaluation, Study
-from lcmlora.data.latents.encode import encode
+from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.sources.source import Record, write_records
 from lcmlora.evaluation.reference import draw_reference
 from lcmlora.evaluation.study import Variation, draw_alone
@@ -153,7 +153,7 @@ def main() -> None:
         root = Path(work)
         inputs = make(root, save_base(root / "mini"), anew=True)
         shutil.rmtree(KEPT, ignore_errors=True)
-        encode(
+        encode_latents(
             inputs.load("vae", "text"), inputs.data, Encode(batch=8), inputs.pictures, root / "scratch", inputs.latents
         )
         base: Any = inputs.load()

@@ -26,11 +26,11 @@ from torch import Tensor
 from lcmlora.adapters import lora
 from lcmlora.config import Data, Encode, Rollouts
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.encode import encode
-from lcmlora.data.prepare import PARTS, prepare
+from lcmlora.data.latents.encode import encode_latents
+from lcmlora.data.prepare import PARTS, prepare_pictures
 from lcmlora.data.sources.source import Record, write_records
-from lcmlora.distillation.distill import distill
-from lcmlora.distillation.finetune import tune
+from lcmlora.distillation.distill import distill_adapter
+from lcmlora.distillation.finetune import train_variation
 from lcmlora.evaluation.evaluate import evaluate
 from lcmlora.evaluation.measures import features
 from lcmlora.evaluation.reference import draw_reference
@@ -123,7 +123,7 @@ def of_prepare(inputs: Inputs, work: Path) -> Outcome:
 
 
 def _prepared(data: Data, out: Path) -> Outcome:
-    prepare(data, 1, out)
+    prepare_pictures(data, 1, out)
     told = read(out / "report.json")
     for part in PARTS:
         rows = [json.loads(line) for line in (out / f"{part}.jsonl").read_text().splitlines()]
@@ -179,7 +179,7 @@ def _prompts(path: Path) -> Data:
 
 def of_encode(inputs: Inputs, work: Path) -> Outcome:
     def cached(name: str, base: Any, data: Data, settings: Encode, pictures: Path) -> Outcome:
-        encode(base, data, settings, pictures, work / "scratch", work / name)
+        encode_latents(base, data, settings, pictures, work / "scratch", work / name)
         cache = LatentCache(work / name)
         told = {
             "pictures": len(cache),
@@ -224,10 +224,11 @@ def of_distill(inputs: Inputs, work: Path) -> Outcome:
         scratch.mkdir()
         cache, logger = LatentCache(inputs.latents), _Losses()
         base = inputs.load("network")
-        facts = distill(base, cache, settings, scratch, out, identity={}, logger=logger)
+        made = distill_adapter(base, cache, settings, scratch, out, identity={}, logger=logger)
+        assert made is not None
         found[objective] = {
             "losses": logger.losses,
-            "sampler": facts["sampler"],
+            "sampler": made.sampler.plain(),
             "weights": tell_weights(load_file(out / lora.WEIGHTS)),
         }
     return found
@@ -271,7 +272,7 @@ def of_finetune(inputs: Inputs, work: Path) -> Outcome:
 def _tuned(inputs: Inputs, work: Path, settings: Any) -> Outcome:
     (work / "scratch").mkdir()
     cache, logger = LatentCache(inputs.latents), _Losses()
-    tune(inputs.load("network"), cache, settings, work / "scratch", work / "out", identity={}, logger=logger)
+    train_variation(inputs.load("network"), cache, settings, work / "scratch", work / "out", identity={}, logger=logger)
     return {"losses": logger.losses}
 
 

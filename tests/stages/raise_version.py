@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
-from lcmlora import config, resolved, stages
+from lcmlora import config, stages
+from lcmlora.dvc_files import resolved
+from lcmlora.project import Project
 from tests.stages import golden, inputs
 from tests.stages.outcomes import OUTCOMES
 from tests.support.miniature import save_base
@@ -52,7 +54,7 @@ def main() -> None:
         for stage in arguments.stages:
             (work / stage).mkdir()
             print(raise_version(stage, OUTCOMES[stage](made, work / stage), keep=arguments.keep))
-    if resolved.refresh(config.load(ROOT / "params.yaml"), ROOT / resolved.FILE):
+    if resolved.refresh(config.load(ROOT / "params.yaml"), Project(ROOT).resolved):
         print("resolved.yaml: is up to date now; `dvc status` says what is stale", file=sys.stderr)
 
 

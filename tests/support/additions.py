@@ -21,6 +21,7 @@ from lcmlora.diffusion.objectives import Objective
 from lcmlora.diffusion.samplers import StudentSampler
 from lcmlora.evaluation.measures.distances import Distance
 from lcmlora.releases.stores.store import Entry, Store, write_blocks
+from lcmlora.settings.fields import Share
 
 
 class Zip(EncodedPictures):
@@ -132,16 +133,24 @@ class Ddim(StudentSampler):
         return self.jump(x, prediction, t, s)
 
 
-class Halfway(Objective):
-    """To half of where the teacher steps to."""
+class HalfwaySettings(Distill):
+    """`distill` with the objective `halfway`."""
+
+    fraction: Share = 0.5
+    """Where the jump ends, as a share of the timestep that the teacher steps to."""
+
+
+class Halfway(Objective[HalfwaySettings]):
+    """To a fraction of where the teacher steps to, by default half."""
 
     title = "Halfway distillation"
     papers = ("2611.00001",)
+    settings_class = HalfwaySettings
     least_grid = 2
 
     @classmethod
-    def sampler_of(cls, settings: Distill) -> Sampler:
+    def sampler_of(cls, settings: HalfwaySettings) -> Sampler:
         return Sampler("DDIMScheduler", None, settings.grid)
 
     def destination(self, index: Tensor, u: Tensor) -> Tensor:
-        return self.lower[index] // 2
+        return (self.lower[index] * self.settings.fraction).long()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.distill import distill
+from lcmlora.distillation.distill import distill_adapter
 from lcmlora.training.loop import NullLogger
 from tests.conftest import make_latents
 from tests.support.distillation import SETTINGS, load_parts
@@ -36,7 +36,7 @@ def losses(objective: str, base: Path, cache: LatentCache, work: Path) -> list[f
     settings = SETTINGS.model_copy(update=changes | {"checkpoint_every": 20, "validate_every": 20})
     logger = _Losses()
     work.mkdir(parents=True, exist_ok=True)
-    distill(load_parts(base, "network"), cache, settings, work, work / "out", identity={}, logger=logger)
+    distill_adapter(load_parts(base, "network"), cache, settings, work, work / "out", identity={}, logger=logger)
     return logger.losses
 
 

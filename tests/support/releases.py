@@ -138,7 +138,7 @@ def write_sealed(
         "base": {"source": "bases/mini", "revision": None, "digest": "b" * 64},
         "data_digest": "d" * 64,
         "git": {"commit": "c" * 40, "dirty": False},
-        "params": {"distill": {"objective": "lcm", "steps": 600}},
+        "params": {"distill": {"objective": "lcm", "steps": 600}, "gate": {"steps": 4, "min_retrieval": 0.8}},
     }
     contents = {
         "pytorch_lora_weights.safetensors": weights,

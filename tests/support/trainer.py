@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.distill import distill
+from lcmlora.distillation.distill import distill_adapter
 from lcmlora.io.files import locked
 from lcmlora.parallel import ranks
 from lcmlora.training.loop import NullLogger
@@ -42,7 +42,7 @@ def main(base: str, latents: str, work: str, kill_at: str, victim: str) -> None:
     scratch = Path(work, "scratch")
     scratch.mkdir(parents=True, exist_ok=True)
     with ranks.connected("cpu") as place, locked(scratch / str(place.rank)):
-        distill(
+        distill_adapter(
             load_parts(Path(base), "network"),
             LatentCache(Path(latents)),
             SLOW,

@@ -3,7 +3,7 @@ import torch
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation.loss import samples
 from lcmlora.parallel.ranks import Ranks
-from lcmlora.training.batches import Batch, Batches, split
+from lcmlora.training.batches import Batch, Batches, split_rows
 from tests.support.distillation import CPU, SETTINGS
 
 NAMES = ("z", "noise", "index", "w", "u")
@@ -21,7 +21,7 @@ def _at(batches: Batches, cache: LatentCache, count: int, first: int = 0) -> Bat
 
 def test_every_picture_is_seen_once_in_an_epoch(cache: LatentCache):
     batches = _batches(cache, batch=len(cache))
-    orders = [batches.rows(batches.positions(step, 0)).tolist() for step in range(3)]
+    orders = [batches.rows(batches.sample_indices(step, 0)).tolist() for step in range(3)]
     assert all(sorted(order) == list(range(len(cache))) for order in orders)
     assert orders[0] != orders[1] != orders[2]
 
@@ -79,21 +79,21 @@ def test_the_share_of_empty_prompts_gets_the_unconditional_embedding(cache: Late
 
 
 def test_validation_takes_whole_captions_and_the_rest_is_trained_on(cache: LatentCache):
-    rows, held = split(cache, SETTINGS)
+    rows, held = split_rows(cache, SETTINGS)
     assert sorted([*rows.tolist(), *held.tolist()]) == list(range(len(cache)))
     captions = cache.captions()
     assert not set(captions[rows].tolist()) & set(captions[held].tolist())
     assert len(held) == 1
-    assert not torch.equal(split(cache, SETTINGS.model_copy(update={"seed": 5}))[1], held)
+    assert not torch.equal(split_rows(cache, SETTINGS.model_copy(update={"seed": 5}))[1], held)
 
 
 def test_at_most_a_tenth_is_kept_and_pictures_of_one_caption_can_be_told_apart(cache: LatentCache):
     many = SETTINGS.model_copy(update={"validation_pictures": 1000})
-    assert len(split(cache, many)[1]) == 1  # of nine
+    assert len(split_rows(cache, many)[1]) == 1  # of nine
     same = LatentCache.__new__(LatentCache)
     vars(same).update(vars(cache))
-    same._small = cache._small | {"text_row": torch.zeros(len(cache), dtype=torch.int32)}
-    rows, held = split(same, SETTINGS)
+    same._rows = cache._rows | {"text_row": torch.zeros(len(cache), dtype=torch.int32)}
+    rows, held = split_rows(same, SETTINGS)
     assert (len(rows), len(held)) == (len(cache) - 1, 1)
 
 

@@ -120,7 +120,7 @@ def test_a_layer_follows_every_change_of_its_adapter(merged: bool, dtype: torch.
     with optimization.averaged() as average:
         seen.append(follows())
     torch.testing.assert_close(follows(), seen[-2])
-    optimization.use(2 * average, torch.float32)
+    optimization.load_weights(2 * average, torch.float32)
     seen.append(follows())
     optimization.restore(optimization.state() | before)
     torch.testing.assert_close(follows(), seen[0])

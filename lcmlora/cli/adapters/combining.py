@@ -5,18 +5,34 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from lcmlora.adapters import formats
 from lcmlora.adapters.combine import check_weights, combine, truncate
 from lcmlora.adapters.formats import DIFFUSERS
 from lcmlora.adapters.layer_names import Architecture
-from lcmlora.adapters.metadata import FACTS, SCHEDULER, WEIGHTS
+from lcmlora.adapters.metadata import (
+    FACTS,
+    SCHEDULER,
+    WEIGHTS,
+    Combined,
+    CombinedPart,
+    SamplerFacts,
+    Truncation,
+)
 from lcmlora.bases import folders
 from lcmlora.cli.adapters.references import AdapterReference
 from lcmlora.errors import UserError
-from lcmlora.io.files import atomic_folder, sha256_file, write_json
+from lcmlora.io.files import atomic_folder, sha256_file
 from lcmlora.io.parsing import as_object, read_json
+
+
+class Combination(NamedTuple):
+    """A combination that was written."""
+
+    facts: Combined
+    error: float  # largest difference of an effective weight, by rounding
+    left_out: int  # tensors of text encoders and trained tokens that the parts have and it has not
 
 
 def write_combined(
@@ -29,8 +45,8 @@ def write_combined(
     *,
     other_base: bool = False,
     unet_only: bool = False,
-) -> dict[str, Any]:
-    """Writes the combination as a diffusers adapter and returns what became of it.
+) -> Combination:
+    """Writes the combination as a diffusers adapter and returns its facts.
 
     Args:
         out: a .safetensors file, or a folder, which also gets the scheduler of `lcm` and config.json, so that it can be
@@ -55,31 +71,36 @@ def write_combined(
     loss = None
     if rank is not None:
         adapter, loss = truncate(adapter, rank)
-    facts = {
-        "combined": [
-            {"adapter": reference.shown, "sha256": sha256_file(reference.weights), "weight": weight}
+    facts = Combined(
+        combined=[
+            CombinedPart(adapter=reference.shown, sha256=sha256_file(reference.weights), weight=weight)
             for reference, weight in chosen
         ],
-        "layers": len(adapter.layers),
-        "rank": adapter.rank,
-        "truncation": asdict(loss) if loss else None,
-    }
-    left_out = {"left_out": sum(part.left_out for part, _ in parts)}
+        layers=len(adapter.layers),
+        rank=adapter.rank,
+        truncation=Truncation(**asdict(loss)) if loss else None,
+    )
+    left_out = sum(part.left_out for part, _ in parts)
     if out.suffix == ".safetensors":
-        return facts | left_out | {"error": formats.write(adapter, out, DIFFUSERS, base)}
+        return Combination(facts, formats.write(adapter, out, DIFFUSERS, base), left_out)
     with atomic_folder(out) as folder:
-        facts["error"] = formats.write(adapter, folder / WEIGHTS, DIFFUSERS, base)
-        known = {
-            "model": lcm.model,
-            "base": lcm.base or style.base,
-            "resolution": lcm.resolution,
-            "sampler": asdict(lcm.sampler) if lcm.sampler else None,
-        }
-        write_json(folder / FACTS, facts | {key: value for key, value in known.items() if value is not None})
+        error = formats.write(adapter, folder / WEIGHTS, DIFFUSERS, base)
+        facts.model_copy(update={"error": error} | _known(style, lcm)).write(folder / FACTS)
         scheduler = lcm.weights.with_name(SCHEDULER)
         if lcm.sampler and scheduler.is_file():
             shutil.copyfile(scheduler, folder / SCHEDULER)
-    return facts | left_out
+    return Combination(facts, error, left_out)
+
+
+def _known(style: AdapterReference, lcm: AdapterReference) -> dict[str, object]:
+    """Returns the facts of a combination that the files of its parts say, by the field of Combined."""
+    known = {
+        "model": lcm.model,
+        "base": lcm.base or style.base,
+        "resolution": lcm.resolution,
+        "sampler": SamplerFacts(**asdict(lcm.sampler)) if lcm.sampler else None,
+    }
+    return {field: value for field, value in known.items() if value is not None}
 
 
 def _check_free(out: Path) -> None:

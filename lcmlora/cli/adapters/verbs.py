@@ -115,13 +115,14 @@ def combine(
         other_base=other_base,
         unet_only=unet_only,
     )
-    if made["left_out"]:
-        print(f"left out: {made['left_out']} tensors of text encoders or trained tokens")
-    say(f"{out}: {made['layers']} layers, rank {made['rank']}, rounding of an effective weight {made['error']:.1e}")
-    if lost := made["truncation"]:
+    if made.left_out:
+        print(f"left out: {made.left_out} tensors of text encoders or trained tokens")
+    facts = made.facts
+    say(f"{out}: {facts.layers} layers, rank {facts.rank}, rounding of an effective weight {made.error:.1e}")
+    if lost := facts.truncation:
         say(
-            f"lost by rank {rank} (relative Frobenius norm of effective weights): {lost['overall']:.2e} overall, at "
-            f"worst {lost['worst']:.2e} in {lost['worst_layer']}"
+            f"lost by rank {rank} (relative Frobenius norm of effective weights): {lost.overall:.2e} overall, at "
+            f"worst {lost.worst:.2e} in {lost.worst_layer}"
         )
 
 
@@ -203,7 +204,7 @@ def remeasure(
             chosen.sampler or LATENT_CONSISTENCY,
             evaluation,
             settings.gate.steps,
-            project.pictures,
+            project.pictures_of(model, settings),
             project.reference(model),
             scratch,
         )

@@ -22,7 +22,7 @@ MAX_CAPTION = 1 << 16  # bytes; text encoders read 77 tokens of it
 
 CAPTIONS = ("caption", "text", "TEXT", "prompt")  # by which tables, JSON and metadata name it
 
-_SHOWN = 200  # characters of a name
+_MAX_NAME = 200  # characters of a displayed name
 
 NOT_A_PICTURE = "not a JPEG, PNG or WebP picture, or its header is broken"
 LFS = "a pointer of Git LFS instead of a picture"
@@ -140,12 +140,13 @@ def scores_in(told: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]
 
 
 def printable(name: str) -> str:
+    """Returns a file's name as valid text: the bytes of it that are not UTF-8 are escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def shown(name: str) -> str:
-    """Returns a name for a line that people read."""
-    return terminal.shown(name, _SHOWN)
+def display_name(name: str) -> str:
+    """Returns a name, shortened and escaped, for a line that people read."""
+    return terminal.shown(name, _MAX_NAME)
 
 
 def decoded_caption(content: bytes) -> Caption:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from lcmlora.config import Data
 from lcmlora.data.reading.candidates import clean_caption
-from lcmlora.data.sources.source import Found, Record, Source
+from lcmlora.data.sources.source import Record, Source, Survey
 from lcmlora.errors import UserError
 
 SIDE = 128  # pixels of a drawing that nobody asked for in another size
@@ -166,7 +166,7 @@ class Emoji(Source):
         super().__init__(data)
         self._modules = Path(data.path).parent / "node_modules"
 
-    def survey(self) -> Found:
+    def survey(self) -> Survey:
         data = self.data
         side = max(SIDE, data.min_side)  # drawings have no size of their own, so min_side drops none
         records = []
@@ -180,7 +180,7 @@ class Emoji(Source):
                     records.append(Record(key, clean_caption(subject.label).text, digest, side, side))
         if not records:
             raise UserError("data: source emoji needs data.styles and data.groups; with these there is not one picture")
-        return Found(records, [])
+        return Survey(records, [])
 
     def picture(self, record: Record, size: int | None = None) -> Image.Image:
         style, code, _ = record.key.split("/")

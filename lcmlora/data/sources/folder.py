@@ -33,8 +33,7 @@ from lcmlora.data.reading.tar_samples import AUXILIARY, maps_beside
 from lcmlora.data.sources import splits
 from lcmlora.data.sources.inputs import count_unread
 from lcmlora.data.sources.source import EncodedPictures
-from lcmlora.data.unused_files import SECOND, UNUSED, Census
-from lcmlora.data.unused_files import told as in_words
+from lcmlora.data.unused_files import CAPTION_WITHOUT_PICTURE, SECOND_CAPTION, UnusedFiles, in_words
 from lcmlora.errors import UserError
 from lcmlora.io.remote import Files
 
@@ -104,17 +103,17 @@ class Folder(EncodedPictures):
             raise Unusable(TOO_LARGE if content else EMPTY)
         return content
 
-    def census(self) -> Census:
+    def unused_files(self) -> UnusedFiles:
         """Returns the files of the folder that were not used; none if `data.path` is a table."""
-        found = Census()
+        found = UnusedFiles()
         if self._table:
             return found
         tree = self._place.tree
         with_pictures = Beside([*tree.names, *tree.refused])
         beside = {name for picture in self._read if _is_picture(picture) for name in with_pictures.all_of(picture)}
         texts = {n for n in tree.names if PurePosixPath(n).suffix.lower() in TEXTS and n not in self._read}
-        found.add(sorted(texts - beside), UNUSED)
-        found.add(sorted(texts & beside - self._unread_texts()), SECOND)
+        found.add(sorted(texts - beside), CAPTION_WITHOUT_PICTURE)
+        found.add(sorted(texts & beside - self._unread_texts()), SECOND_CAPTION)
         count_unread(found, tree, self._read | texts)
         return found
 
@@ -127,7 +126,7 @@ class Folder(EncodedPictures):
         return splits.of(name) or splits.TRAIN
 
     def _nothing(self) -> str:
-        there = self.census().report()
+        there = self.unused_files().by_kind()
         has = f"; there are {in_words(there)}" if there else ""
         return f"{self._path}: no pictures (JPEG, PNG or WebP) in this folder or below it{has}"
 

@@ -9,7 +9,7 @@ from lcmlora.data import rejection_advice
 from lcmlora.data.reading.candidates import Rejection, printable
 from lcmlora.data.reading.folder_listing import Links, Tree, walk
 from lcmlora.data.sources import splits
-from lcmlora.data.unused_files import HIDDEN, REPEATED, Census
+from lcmlora.data.unused_files import HIDDEN_FILE, REPEATED_FOLDER, UnusedFiles
 from lcmlora.errors import UserError
 from lcmlora.io.remote import Files
 
@@ -52,9 +52,9 @@ class Inputs(Files):
         refused = self.tree.refused.items()
         return [Rejection(printable(n), why) for n, why in refused if n.endswith("/") or _ends(n, self._endings)]
 
-    def census(self) -> Census:
+    def unused_files(self) -> UnusedFiles:
         """Returns the files that were not asked for."""
-        found = Census()
+        found = UnusedFiles()
         if not self.only:
             count_unread(found, self.tree, self._listed | {rejection.name for rejection in self.rejections()})
         return found
@@ -73,20 +73,18 @@ class Inputs(Files):
         names = [name for name in self.tree.names if _ends(name, endings)]
         refused = [rejection for rejection in self.rejections() if not rejection.name.endswith("/")]
         if refused and not names:
-            raise UserError(
-                f"data.path: {self.path}: {rejection_advice.worst(refused)}{rejection_advice.leading(refused, {})}"
-            )
+            raise UserError(f"data.path: {self.path}: {rejection_advice.summary(refused, {})}")
         names, self.left_out = splits.choose(self.path, names, self._wanted, container=True)
         self._listed = {*names, *(name for left in self.left_out.values() for name in left)}
         return names
 
 
-def count_unread(census: Census, tree: Tree, read: set[str]) -> None:
-    """Adds all that lies in this tree but the names that are read, or rejected."""
-    census.add(name for name in tree.names if name not in read)
-    census.add(name for name in tree.refused if not name.endswith("/") and name not in read)
-    census.add(tree.hidden, HIDDEN)
-    census.add(tree.repeated, REPEATED)
+def count_unread(unused: UnusedFiles, tree: Tree, read: set[str]) -> None:
+    """Adds all files of the tree except those that are read or rejected."""
+    unused.add(name for name in tree.names if name not in read)
+    unused.add(name for name in tree.refused if not name.endswith("/") and name not in read)
+    unused.add(tree.hidden, HIDDEN_FILE)
+    unused.add(tree.repeated, REPEATED_FOLDER)
 
 
 def _ends(name: str, endings: Sequence[str]) -> bool:

@@ -41,7 +41,7 @@ from lcmlora.data.reading.parquet_files import (
 from lcmlora.data.reading.tables import PRELOAD, row_name
 from lcmlora.data.sources.inputs import Inputs
 from lcmlora.data.sources.source import EncodedPictures
-from lcmlora.data.unused_files import Census
+from lcmlora.data.unused_files import UnusedFiles
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.isolation import Piece, in_pieces, isolated, processes
 from lcmlora.progress import track
@@ -87,8 +87,8 @@ class Parquet(EncodedPictures):
         self.left_out = self._files.left_out
         return found, rejections + self._files.rejections()
 
-    def census(self) -> Census:
-        return self._files.census()
+    def unused_files(self) -> UnusedFiles:
+        return self._files.unused_files()
 
     def read(self, place: str) -> bytes:
         table, _, where = place.rpartition("@")

@@ -16,7 +16,7 @@ from lcmlora.data.reading.candidates import (
 )
 from lcmlora.data.reading.tables import Row, read_rows
 from lcmlora.data.sources.inputs import Inputs
-from lcmlora.data.sources.source import Found, Record, Source
+from lcmlora.data.sources.source import Record, Source, Survey
 from lcmlora.errors import UserError
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
@@ -32,13 +32,13 @@ class Prompts(Source):
     has_pictures = False
     has_sizes = False
 
-    def survey(self) -> Found:
+    def survey(self) -> Survey:
         data = self.data
         files = Inputs(data.path, data.links, data.split)
         prompts, rejections = _read(data.path, files)
         rejections += files.rejections()
         records = [_record(prompt, copy) for copy in range(data.copies) for prompt in prompts]
-        return Found(records, rejections, files.left_out, files.census().report())
+        return Survey(records, rejections, files.left_out, files.unused_files().by_kind())
 
 
 def _record(prompt: Candidate, copy: int) -> Record:

@@ -24,7 +24,7 @@ from lcmlora.config import Data
 from lcmlora.data import rejection_advice
 from lcmlora.data.reading.candidates import Candidate, Rejection, Unusable
 from lcmlora.data.reading.tables import PRELOAD
-from lcmlora.data.unused_files import Census
+from lcmlora.data.unused_files import Tally, UnusedFiles
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write
 from lcmlora.io.isolation import isolated
@@ -63,19 +63,19 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What lies at `data.path`.
+class Survey:
+    """What a source has at `data.path`.
 
     records: the usable pictures, in a stable order.
     left_out: names that belong to a split which is not wanted, by split.
     of_pictures: whether these are names of pictures; else they are of files with many.
-    passed_over: files that nothing is made of, as `census.Census.report` has them.
+    unused_files: files that the source does not use, by kind.
     """
 
     records: list[Record]
     rejections: list[Rejection]
     left_out: dict[str, list[str]] = field(default_factory=dict)
-    passed_over: dict[str, Any] = field(default_factory=dict)
+    unused_files: dict[str, Tally] = field(default_factory=dict)
     of_pictures: bool = False
 
 
@@ -96,7 +96,7 @@ class Source(ABC):
         self.data = data
 
     @abstractmethod
-    def survey(self) -> Found:
+    def survey(self) -> Survey:
         """Returns what lies at `data.path`, down to the last file. Reads each picture once.
 
         Raises:
@@ -124,7 +124,7 @@ class Source(ABC):
         return workers()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened, (type(self), _Settings.of(self.data))
+        return _open_kind, (type(self), _Settings.of(self.data))
 
 
 class EncodedPictures(Source):
@@ -151,17 +151,17 @@ class EncodedPictures(Source):
     def read(self, place: str) -> bytes:
         """Returns the bytes of a candidate's picture, from any thread. Raises Unusable."""
 
-    def census(self) -> Census:
-        """Returns the files that nothing is made of; asked after `candidates`."""
-        return Census()
+    def unused_files(self) -> UnusedFiles:
+        """Returns the files that the source does not use; call it after `candidates`."""
+        return UnusedFiles()
 
-    def survey(self) -> Found:
+    def survey(self) -> Survey:
         candidates, rejections = self.candidates()
-        passed_over = self.census().report()
+        unused = self.unused_files().by_kind()
         # Before hours are spent on decoding the few that have a caption.
-        rejection_advice.check_captions(self.data, rejections, len(candidates) + len(rejections), passed_over)
+        rejection_advice.check_captions(self.data, rejections, len(candidates) + len(rejections), unused)
         records = self._examined(candidates, rejections)
-        return Found(records, rejections, self.left_out, passed_over, self.separate_files)
+        return Survey(records, rejections, self.left_out, unused, self.separate_files)
 
     def picture(self, record: Record, size: int | None = None) -> Image.Image:
         from lcmlora.data.decoding import decode
@@ -214,30 +214,24 @@ class _Settings:
 
 
 @lru_cache(1)  # with what it has read already: files that were opened, groups of rows
-def _opened(kind: type[Source], settings: _Settings) -> Source:
+def _open_kind(kind: type[Source], settings: _Settings) -> Source:
     return kind(settings.data)
 
 
-def opened(data: Data) -> Source:
+def open_source(data: Data) -> Source:
     """Returns the source that `data.source` names, ready to read. Raises UserError where it is not there."""
-    return _opened(SOURCES.get(data.source), _Settings.of(data))
+    return _open_kind(SOURCES.get(data.source), _Settings.of(data))
 
 
-def find(data: Data) -> tuple[list[Record], list[Rejection]]:
-    """Returns the usable pictures and the others of what `survey` finds."""
-    found = survey(data)
-    return found.records, found.rejections
-
-
-def survey(data: Data) -> Found:
+def survey(data: Data) -> Survey:
     """Returns what lies at `data.path` now; see `Source.survey`."""
-    found: Found = SOURCES.get(data.source)(data).survey()
+    found: Survey = SOURCES.get(data.source)(data).survey()
     return found
 
 
 def open_picture(data: Data, record: Record, *, size: int | None = None) -> Image.Image:
     """Returns the picture of a record; see `Source.picture`."""
-    return opened(data).picture(record, size)
+    return open_source(data).picture(record, size)
 
 
 def workers() -> int:
@@ -284,7 +278,7 @@ def _examine(source: EncodedPictures, candidate: Candidate) -> Record | Rejectio
     )
 
 
-def glimpse(source: Source, side: int, place: str) -> bytes | None:
+def rejected_thumbnail(source: Source, side: int, place: str) -> bytes | None:
     """Returns a rejected picture as a JPEG of at most `side` pixels; None where it cannot be decoded."""
     picture = source.rejected(place)
     if picture is None:

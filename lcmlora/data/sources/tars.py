@@ -35,7 +35,7 @@ from lcmlora.data.reading.tar_samples import sample_key, sort_out, stem
 from lcmlora.data.sources import splits
 from lcmlora.data.sources.inputs import Inputs
 from lcmlora.data.sources.source import EncodedPictures
-from lcmlora.data.unused_files import Census
+from lcmlora.data.unused_files import UnusedFiles
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.isolation import Piece, in_pieces, processes
 from lcmlora.io.remote import Files
@@ -74,8 +74,8 @@ class Tars(EncodedPictures):
         found = [candidate for candidate in candidates if inside[candidate.key] in wanted]
         return found, rejections + self._files.rejections()
 
-    def census(self) -> Census:
-        return self._files.census()
+    def unused_files(self) -> UnusedFiles:
+        return self._files.unused_files()
 
     def _members(self) -> tuple[list[Candidate], list[Rejection]]:
         tars = self._files.list(".tar")
