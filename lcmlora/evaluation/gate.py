@@ -104,11 +104,10 @@ def _within_chance(metrics: Metrics, student: Key) -> str | None:
     low, high = lead.interval
     if high < 0:
         return None
-    drawn = f"{metrics.pictures} pictures" + (f" of {metrics.prompts} captions" if metrics.prompts else "")
     return (
         f"its lead of {-lead.difference:.2f} over {lead.rival} may be chance: the difference is between {low:.2f} and "
-        f"{high:.2f} ({metrics.intervals.level:.0%} interval, {drawn}); draw more pictures (evaluation.pictures), or "
-        "keep more captions from training (data.test)"
+        f"{high:.2f} ({metrics.intervals.level:.0%} interval, {metrics.drawn}); draw more pictures "
+        "(evaluation.pictures), or keep more captions from training (data.test)"
     )
 
 

@@ -27,7 +27,7 @@ from lcmlora.evaluation.figures import (
     Variation,
     WeightsGrid,
 )
-from lcmlora.evaluation.gate import unmeasured_retrieval
+from lcmlora.evaluation.gate import unmeasured_diversity, unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
 from lcmlora.io.documents import Interval
 from lcmlora.io.parsing import as_object, read_json
@@ -141,6 +141,7 @@ def render(
 
     variations, guidance, weights = figures.variations, figures.guidance, figures.weights
     steps = provenance.params["gate"]["steps"]
+    headline = _headline(figures, steps)
     shown = len(figures.network_evaluations) + 1 + (len(guidance.scales) if guidance else 0) + 7 * len(variations)
     album = Album([evaluation] if isinstance(evaluation, Path) else evaluation, shown)
     environment = Environment(
@@ -162,7 +163,8 @@ def render(
         places=_places(figures.excess.values()),
         keys=_ordered(figures),
         teacher=figures.teacher,
-        headline=_headline(figures, steps),
+        headline=headline,
+        no_diversity=unmeasured_diversity(figures, headline.key),
         charts=_charts(figures),
         prompts=_prompts(figures, album),
         guidance=_guidance(guidance, album) if guidance else None,
