@@ -125,7 +125,7 @@ def evaluate(
         metrics = metrics.model_copy(update={"check": measure_check(facts.check, second, metrics, bootstrap)})
     elif facts.check_missing:
         metrics = metrics.model_copy(update={"check_missing": facts.check_missing})
-    table = _table(metrics)
+    table = plot_rows(metrics)
     with atomic_folder(out) as folder:
         save_file(student, folder / FEATURES)
         shutil.copytree(reference / "pictures", folder / "pictures")
@@ -315,7 +315,7 @@ def _advantages(metrics: Metrics, spread: dict[Key, Tensor]) -> dict[Key, Advant
     return found
 
 
-def _table(metrics: Metrics) -> list[charts.Row]:
+def plot_rows(metrics: Metrics) -> list[charts.Row]:
     """Returns a row for every method at every step count, in order."""
     rows = []
     for key, value in metrics.distance_teacher.items():

@@ -187,6 +187,13 @@ class Intervals(Document):
     distance_real: dict[Key, Interval] = Field(default_factory=dict)
     seeds: SeedIntervals | None = None
 
+    @property
+    def resampled(self) -> str:
+        """What was resampled: `captions and seeds`."""
+        if self.captions is None:
+            return "seeds alone"
+        return "captions and seeds" if self.captions > 1 else "seeds alone, since there is one caption"
+
 
 class Quantiles(Document):
     """Of seconds."""
@@ -310,6 +317,12 @@ class Metrics(Document):
         if found is None:
             raise UserError("retrieval: has no teacher@STEPS, so there is nothing to compare with; evaluate again")
         return found
+
+    @property
+    def drawn(self) -> str:
+        """What each set is made of: `512 pictures of 32 captions`. Old figures have no number of captions."""
+        captions = "" if self.prompts is None else f" of {self.prompts} caption{'' if self.prompts == 1 else 's'}"
+        return f"{self.pictures} pictures{captions}"
 
     @property
     def students(self) -> list[Key]:

@@ -16,10 +16,11 @@ def gate(metrics: Metrics, gate: Gate) -> list[str]:
     """Returns why a candidate with these metrics must not become champion, a line for each reason; empty if it may.
 
     The student at `gate.steps` must have a smaller excess over the teacher's floor than every solver at as many network
-    evaluations, an excess of at most `gate.max_excess` where one is set, at least `gate.min_diversity` of the teacher's
-    diversity of seeds where that can be measured, and at least `gate.min_retrieval` of the teacher's caption retrieval,
-    which must have been measured. Its scores must lie within `gate.limits`. How it compares with the champion is
-    another question: `against`.
+    evaluations, by more than chance where `gate.beyond_chance` asks for it and there are intervals; an excess of at
+    most `gate.max_excess` where one is set; at least `gate.min_diversity` of the teacher's diversity of seeds where
+    that can be measured; and at least `gate.min_retrieval` of the teacher's caption retrieval, which must have been
+    measured. Its scores must lie within `gate.limits`. How it compares with the champion is another question:
+    `against`.
     """
     student, excess, cost = Key.of(STUDENT, gate.steps), metrics.excess, metrics.network_evaluations
     if student not in excess:
@@ -38,6 +39,9 @@ def gate(metrics: Metrics, gate: Gate) -> list[str]:
                 f"{student}: excess Frechet distance {excess[student]:.2f} is not below {rival}'s {excess[rival]:.2f} "
                 f"at {cost[student]} network evaluations: {excess[student] - excess[rival]:.2f} too high"
             )
+    ahead = rivals and all(excess[student] < excess[rival] for rival in rivals)
+    if gate.beyond_chance and ahead and (reason := _within_chance(metrics, student)):
+        failures.append(f"{student}: {reason} (gate.beyond_chance)")
     if gate.max_excess is not None and not excess[student] <= gate.max_excess:
         failures.append(
             f"{student}: excess distance {excess[student]:.2f} is above {gate.max_excess:.2f} (gate.max_excess): "
@@ -84,6 +88,27 @@ def _beyond_limits(metrics: Metrics, gate: Gate, student: Key) -> list[str]:
                     f"{abs(value - bound):.4g} too {far}"
                 )
     return failures
+
+
+def _within_chance(metrics: Metrics, student: Key) -> str | None:
+    """Returns why other captions or seeds may undo the student's lead over the best solver; None if they may not, or if
+    there are no intervals."""
+    lead = metrics.advantage.get(student)
+    if metrics.intervals is None or lead is None or lead.interval is None:
+        return None
+    if metrics.intervals.captions == 1:
+        return (
+            "it was compared on one caption, which says nothing of others; add captions, or keep more of them from "
+            "training (data.test)"
+        )
+    low, high = lead.interval
+    if high < 0:
+        return None
+    return (
+        f"its lead of {-lead.difference:.2f} over {lead.rival} may be chance: the difference is between {low:.2f} and "
+        f"{high:.2f} ({metrics.intervals.level:.0%} interval, {metrics.drawn}); draw more pictures "
+        "(evaluation.pictures), or keep more captions from training (data.test)"
+    )
 
 
 def unmeasured_retrieval(metrics: Metrics) -> str | None:

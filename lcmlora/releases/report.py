@@ -27,7 +27,7 @@ from lcmlora.evaluation.figures import (
     Variation,
     WeightsGrid,
 )
-from lcmlora.evaluation.gate import unmeasured_retrieval
+from lcmlora.evaluation.gate import unmeasured_diversity, unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
 from lcmlora.io.documents import Document, Interval
 from lcmlora.releases.bundle import Provenance
@@ -147,6 +147,7 @@ def render_report(
     """
     variations, guidance, weights = figures.variations, figures.guidance, figures.weights
     steps = provenance.params.gate.steps
+    headline = _headline(figures, steps)
     shown = len(figures.network_evaluations) + 1 + (len(guidance.scales) if guidance else 0) + 7 * len(variations)
     album = Album([evaluation] if isinstance(evaluation, Path) else evaluation, shown)
     filters: dict[str, Callable[..., str]] = {
@@ -166,7 +167,8 @@ def render_report(
         places=_places(figures.excess.values()),
         keys=_ordered(figures),
         teacher=figures.teacher,
-        headline=_headline(figures, steps),
+        headline=headline,
+        no_diversity=unmeasured_diversity(figures, headline.key),
         charts=_charts(figures),
         prompts=_prompts(figures, album),
         guidance=_guidance(guidance, album) if guidance else None,

@@ -137,6 +137,9 @@ class Gate(Strict):
     steps: Positive = 4
     """The student at this many steps must be nearer to the teacher than every solver at as many network
     evaluations."""
+    beyond_chance: bool = True
+    """The confidence interval of its lead over the best of these solvers must not include zero, as it does where there
+    are few captions. Without intervals (evaluation.resamples: 0) the figures alone decide."""
     min_retrieval: Share = 0.8
     """Lowest caption retrieval@1 of the student, as a share of the teacher's."""
     min_diversity: Share = 0.85

@@ -46,8 +46,8 @@ def excess(teacher: Tensor, again: Tensor, sets: dict[str, Tensor], kind: str) -
 
 @pytest.mark.parametrize("kind", ["frechet", "cmmd"])
 def test_nearly_all_intervals_hold_the_expected_excess_and_the_expected_difference(kind: str) -> None:
-    world, draws = World(), 200
-    many = [excess(*world.draw(), kind) for _ in range(1500)]
+    world, draws = World(), 120
+    many = [excess(*world.draw(), kind) for _ in range(1000)]
     expected = {key: sum(figures[key] for figures in many) / len(many) for key in ("near", "far")}
     held = {"near": 0, "far": 0, "difference": 0}
     for seed in range(draws):
@@ -64,7 +64,7 @@ def test_nearly_all_intervals_hold_the_expected_excess_and_the_expected_differen
 
 def spreads(world: World, kind: str, *, seeds: bool) -> float:
     """Returns how far resamples spread, as a multiple of how far the figure moves from draw to draw."""
-    figures = torch.tensor([excess(*world.draw(), kind)["near"] for _ in range(1000)])
+    figures = torch.tensor([excess(*world.draw(), kind)["near"] for _ in range(500)])
     found = []
     for seed in range(40):
         bootstrap = Bootstrap(CAPTIONS, resamples=200, seed=seed)
@@ -78,7 +78,7 @@ def test_resamples_of_captions_spread_as_far_as_new_captions_and_seeds_move_the_
 
 
 def test_resamples_of_seeds_spread_as_far_as_new_seeds_move_the_figure_of_the_same_captions() -> None:
-    assert 0.9 < spreads(World(fixed=True), "frechet", seeds=True) < 1.3
+    assert 0.9 < spreads(World(fixed=True), "frechet", seeds=True) < 1.4
 
 
 def test_seeds_alone_do_not_tell_how_far_captions_move_the_figure() -> None:

@@ -78,6 +78,28 @@ def test_retrieval_that_says_nothing_is_not_measured_and_does_not_pass(metrics: 
     assert bool(gate(metrics, Gate(steps=4, min_retrieval=0))) != measured
 
 
+def led(interval: list[float] | None, captions: int | None = 32) -> dict[str, Any]:
+    """Returns the figures with an interval of the student's lead over the best solver."""
+    intervals = {"level": 0.95, "resamples": 1000, "captions": captions, "excess": {}, "retrieval": {}}
+    lead = {"rival": "dpm++@2", "network_evaluations": 4, "difference": -28.0, "interval": interval}
+    return METRICS | {"prompts": captions, "intervals": intervals, "advantage": {"student@4": lead}}
+
+
+def test_a_lead_that_other_captions_or_seeds_may_undo_fails_unless_chance_is_allowed() -> None:
+    assert gate(led([-50.0, -6.0]), GATE) == [] == gate(led(None), GATE)
+    (line,) = gate(led([-60.0, 4.0]), GATE)
+    assert "lead of 28.00 over dpm++@2 may be chance: the difference is between -60.00 and 4.00" in line
+    assert "(95% interval, 512 pictures of 32 captions)" in line
+    assert gate(led([-60.0, 4.0]), Gate(steps=4, beyond_chance=False)) == []
+    (line,) = gate(led([-60.0, 4.0]) | {"excess": METRICS["excess"] | {"student@4": 43.5}}, GATE)
+    assert "is not below dpm++@2's 40.00" in line  # said once
+
+
+def test_a_lead_on_one_caption_says_nothing_of_others() -> None:
+    (line,) = gate(led([-50.0, -6.0], captions=1), Gate(steps=4, min_retrieval=0))
+    assert "it was compared on one caption, which says nothing of others" in line
+
+
 DIVERSE = METRICS | {"prompts": 32, "diversity": {"teacher@50": 0.5, "student@4": 0.44, "student@2": 0.3}}
 
 

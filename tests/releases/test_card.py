@@ -134,6 +134,18 @@ def test_the_hubs_parser_finds_every_figure_of_the_student_without_a_network(fig
     assert {result.task_type for result in found.values()} == {"text-to-image"}
 
 
+@pytest.mark.parametrize(
+    ("captions", "text"),
+    [(None, "seeds alone"), (1, "seeds alone, since there is one caption"), (45, "captions and seeds")],
+)
+def test_the_card_says_how_many_captions_there_were_and_whether_they_were_resampled(captions: int | None, text: str):
+    intervals = FULL["intervals"] | {"captions": captions}
+    card = render(figures=FULL | {"prompts": captions, "intervals": intervals})
+    drawn = {None: "512 pictures for", 1: "512 pictures of 1 caption for", 45: "512 pictures of 45 captions for"}
+    assert f"\n{drawn[captions]} each row; training never saw the captions." in card
+    assert f"95 % intervals, from 200 bootstrap resamples of {text}." in card
+
+
 def test_a_result_says_how_it_was_measured():
     result = results(render(figures=FULL))["excess-frechet", 4]
     assert result.metric_name == "Excess Fréchet distance to the teacher, 4 steps (efficientnet-lite0)"
