@@ -338,9 +338,9 @@ def package_stage(call: typer.Context, model: Model) -> None:
     """
     context = context_of(call)
     config, project = context.settings(), context.project
-    from lcmlora.releases.package import package
+    from lcmlora.releases.package import package_release
 
-    package(model, config, project, project.base(model))
+    package_release(model, config, project, project.base(model))
 
 
 VERBS: dict[str, Callable[..., None]] = {

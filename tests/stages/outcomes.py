@@ -37,7 +37,7 @@ from lcmlora.evaluation.reference import draw_reference
 from lcmlora.evaluation.study import draw_alone, study
 from lcmlora.io.documents import Document
 from lcmlora.project import Project
-from lcmlora.releases.package import package
+from lcmlora.releases.package import package_release
 from lcmlora.training.loop import NullLogger
 from tests.data.conftest import add, data_in, picture
 from tests.distillation.test_finetune import STYLE, WHOLE
@@ -301,7 +301,7 @@ def of_study(inputs: Inputs, work: Path) -> Outcome:
 def of_package(inputs: Inputs, work: Path) -> Outcome:
     base = inputs.load()
     write_stages(base, work)
-    provenance = package("mini", load_settings(inputs.base), Project(work), inputs.base).plain()
+    provenance = package_release("mini", load_settings(inputs.base), Project(work), inputs.base).plain()
     release = work / "release/mini"
     weights = {path.name: load_file(path) for path in sorted(release.glob("*.safetensors"))}
     steady = {key: provenance[key] for key in ("resolution", "sampler", "gate", "seed")}

@@ -51,7 +51,7 @@ def package(base_folder: Path, root: Path) -> Path:
     releases.write_stages(adapters.load(base_folder, "network", "vae", "text"), root)
     facts = root / "adapters/mini/config.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": _identity(base_folder)}))
-    release.package("mini", releases.load_settings(base_folder), Project(root), base_folder)
+    release.package_release("mini", releases.load_settings(base_folder), Project(root), base_folder)
     return root / "release/mini"
 
 
