@@ -40,11 +40,11 @@ from lcmlora.project import Project
 from lcmlora.releases.package import package_release
 from lcmlora.training.loop import NullLogger
 from tests.data.conftest import add, data_in, picture
+from tests.demo.test_pretrain import MODULES, TINY
 from tests.distillation.test_finetune import STYLE, WHOLE
 from tests.stages.inputs import EVALUATION, STUDY, Inputs
 from tests.support.distillation import SETTINGS
 from tests.support.releases import load_settings, write_stages
-from tests.training.test_pretrain import MODULES, TINY
 
 Outcome = dict[str, Any]
 
@@ -97,7 +97,7 @@ def of_pretrain(inputs: Inputs, work: Path) -> Outcome:
 
     settings = TINY.model_copy(update={"lr": 1e-2, "vae_lr": 1e-2, "vae_styles": ("noto",), "vae_groups": TINY.groups})
     base = work / "base"
-    pretrain.pretrain(settings, MODULES, work / "scratch", base, torch.device("cpu"))
+    pretrain.pretrain_base(settings, MODULES, work / "scratch", base, torch.device("cpu"))
     parts = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
     found = {
         part: tell_weights(load_file(work / "base" / part / f"{name}.safetensors")) for part, name in parts.items()
