@@ -393,20 +393,22 @@ def measure_publish() -> dict[str, Any]:
             to = config.Publish(to="s3://releases/team", endpoint_url=server.endpoint, region=REGION)
             sha256 = bundle.digest(folder)
             steps: dict[str, Callable[[], object]] = {
-                "publish": lambda: publish.publish(folder, "emoji", to),
-                "point a channel": lambda: publish.point("emoji", sha256, to),
-                "publish again": lambda: publish.publish(folder, "emoji", to),
-                "point again": lambda: publish.point("emoji", sha256, to),
-                "find": lambda: catalog.find("emoji@champion", to),
-                "list": lambda: catalog.releases(to),
-                "download the adapter": lambda: catalog.pull("emoji@champion", to, Path(root, "out"), everything=False),
+                "publish": lambda: publish.publish_release(folder, "emoji", to),
+                "point a channel": lambda: publish.point_channel("emoji", sha256, to),
+                "publish again": lambda: publish.publish_release(folder, "emoji", to),
+                "point again": lambda: publish.point_channel("emoji", sha256, to),
+                "find": lambda: catalog.find_release("emoji@champion", to),
+                "list": lambda: catalog.list_releases(to),
+                "download the adapter": lambda: catalog.pull_release(
+                    "emoji@champion", to, Path(root, "out"), everything=False
+                ),
             }
             with mock.patch.object(URLLib3Session, "send", counting):
                 for name, step in steps.items():
                     counted.clear()
                     step()
                     requests[name] = dict(counted)
-            entries = catalog.releases(to)[0]
+            entries = catalog.list_releases(to)[0]
         finally:
             server.kill()
     return {"requests": requests, "objects": entries.files, "bytes": entries.bytes}

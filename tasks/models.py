@@ -98,7 +98,7 @@ def pass_gate(model: str, figures: Metrics, champion: Champion | None, settings:
 @task(task_run_name="publish {model}", cache_policy=NO_CACHE)
 def publish_release(model: str, settings: config.Config) -> str:
     """Returns the release's address; idempotent."""
-    return publish.publish(_PROJECT.release(model), model, settings.publish)
+    return publish.publish_release(_PROJECT.release(model), model, settings.publish)
 
 
 @task(task_run_name="register {model}", cache_policy=NO_CACHE)
@@ -118,7 +118,7 @@ def promote_version(model: str, version: registration.Registered, settings: conf
 @task(task_run_name="point channel {model}", cache_policy=NO_CACHE)
 def point_channel(model: str, sha256: str, settings: config.Config) -> str:
     """Points the published channel of the alias's name at the release and returns the pointer's address."""
-    return publish.point(model, sha256, settings.publish, settings.registry.alias)
+    return publish.point_channel(model, sha256, settings.publish, settings.registry.alias)
 
 
 def _read(path: Path, *keys: str) -> dict[str, Any]:

@@ -34,8 +34,8 @@ from lcmlora.evaluation.measures import features, scores
 from lcmlora.evaluation.measures.bootstrap import Bootstrap
 from lcmlora.evaluation.measures.distances import distance, named, title_of
 from lcmlora.plugins import DISTANCES, FEATURES, OBJECTIVES, SAMPLERS, SCORES, SOURCES, STORES, Table
-from lcmlora.releases.catalog import find, links, pull, releases, verify
-from lcmlora.releases.publish import point, publish
+from lcmlora.releases.catalog import find_release, list_releases, presigned_links, pull_release, verify_release
+from lcmlora.releases.publish import point_channel, publish_release
 from lcmlora.stages import Run, decisive, runs
 from tests.data.conftest import data_in, picture
 from tests.evaluation.test_gate import METRICS
@@ -280,21 +280,21 @@ def test_a_plain_function_from_another_package_is_a_score_and_judges_at_the_gate
 def test_a_store_is_added(tmp_path: Path) -> None:
     STORES.register("memory", additions.Memory)
     settings, bundle = Publish(to="memory://shelf/models"), write_sealed(tmp_path / "bundle")
-    uri = publish(bundle, "mini", settings)
-    assert publish(bundle, "mini", settings) == uri and uri.startswith("memory://shelf/models/mini/sha256-")
-    _, sha256 = find(uri, settings)
-    assert point("mini", sha256, settings) == "memory://shelf/models/mini/channels/champion.json"
-    assert [(found.uri, found.channels) for found in releases(settings)] == [(uri, ("champion",))]
-    assert verify("mini@champion", settings).sha256 == sha256
-    pull("mini@champion", settings, tmp_path / "pulled", everything=True)
+    uri = publish_release(bundle, "mini", settings)
+    assert publish_release(bundle, "mini", settings) == uri and uri.startswith("memory://shelf/models/mini/sha256-")
+    _, sha256 = find_release(uri, settings)
+    assert point_channel("mini", sha256, settings) == "memory://shelf/models/mini/channels/champion.json"
+    assert [(found.uri, found.channels) for found in list_releases(settings)] == [(uri, ("champion",))]
+    assert verify_release("mini@champion", settings).sha256 == sha256
+    pull_release("mini@champion", settings, tmp_path / "pulled", everything=True)
     for path in bundle.iterdir():
         assert (tmp_path / "pulled" / path.name).read_bytes() == path.read_bytes()
     with pytest.raises(UserError, match=r"memory://prefix gives no links; they need a release at s3://bucket/prefix"):
-        links(uri, settings, 60)
+        presigned_links(uri, settings, 60)
     with pytest.raises(
         UserError, match=r"expected a directory or s3://bucket/prefix or memory://prefix, got 'ftp://x'"
     ):
-        releases(Publish(to="ftp://x"))
+        list_releases(Publish(to="ftp://x"))
 
 
 def test_an_unknown_name_is_an_error_when_the_settings_are_read_and_says_which_there_are(tmp_path: Path) -> None:

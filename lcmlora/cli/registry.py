@@ -216,7 +216,7 @@ def _tell(config: Config, version: Version, as_json: bool) -> None:
     if version.release_uri is None:
         note(f"note: {version.reference} was never published, so no channel was moved")
     else:
-        channel = publish.follow(model, version.sha256, version.release_uri, config.publish, alias)
+        channel = publish.point_channel_of(model, version.sha256, version.release_uri, config.publish, alias)
     if as_json:
         print(json.dumps(version.plain() | {"channel": channel}, indent=2))
     else:

@@ -63,13 +63,13 @@ def pretrain_stage(call: typer.Context) -> None:
     project = context_of(call).project
     from lcmlora import bases, stages
     from lcmlora.config import digest
-    from lcmlora.demo.pretrain import pretrain
+    from lcmlora.demo.pretrain import pretrain_base
     from lcmlora.settings.pretrain import Recipe
 
     recipe = Recipe()
     key = digest(recipe, stages.algorithms("pretrain"))[:12]
     with locked(project.scratch("pretrain", key)) as scratch:
-        pretrain(recipe, project.npm_packages, scratch, project.base("emoji"), bases.pick_device("auto"))
+        pretrain_base(recipe, project.npm_packages, scratch, project.base("emoji"), bases.pick_device("auto"))
 
 
 def prepare_stage(call: typer.Context, model: OwnData = None) -> None:
@@ -338,9 +338,9 @@ def package_stage(call: typer.Context, model: Model) -> None:
     """
     context = context_of(call)
     config, project = context.settings(), context.project
-    from lcmlora.releases.package import package
+    from lcmlora.releases.package import package_release
 
-    package(model, config, project, project.base(model))
+    package_release(model, config, project, project.base(model))
 
 
 VERBS: dict[str, Callable[..., None]] = {

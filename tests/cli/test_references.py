@@ -131,23 +131,23 @@ def test_a_registered_release_that_was_changed_is_not_kept(config: Config, bundl
 def test_a_published_release_is_downloaded_file_by_file_as_its_manifest_lists_them(bundle: Path, tmp_path: Path):
     """In a directory; tests/integration has the same from S3."""
     store = settings.Publish(to=str(tmp_path / "store"))
-    publish.publish(bundle, "mini", store)
+    publish.publish_release(bundle, "mini", store)
     place = str(tmp_path / "store" / "mini" / f"sha256-{digest(bundle)[:12]}")
-    assert catalog.find(place, store) == (Path(place).as_uri(), digest(bundle))
+    assert catalog.find_release(place, store) == (Path(place).as_uri(), digest(bundle))
     (tmp_path / "out").mkdir()
-    catalog.download(place, store, tmp_path / "out")
+    catalog.download_release(place, store, tmp_path / "out")
     verify(tmp_path / "out")
     Path(place, "grid.png").write_bytes(b"pnG")
     with pytest.raises(UserError, match=r"grid\.png: has 3 bytes, and 73 are listed"):
-        catalog.download(place, store, tmp_path / "out")
+        catalog.download_release(place, store, tmp_path / "out")
     Path(place, "grid.png").unlink()
     with pytest.raises(UserError, match=r"grid\.png: is listed in manifest\.json and missing"):
-        catalog.download(place, store, tmp_path / "out")
+        catalog.download_release(place, store, tmp_path / "out")
     _change(Path(place, "manifest.json"), files=[{"name": "../evil", "bytes": 1, "sha256": "0" * 64}])
     with pytest.raises(UserError, match=r"'\.\./evil' is not the name of a file"):
-        catalog.download(place, store, tmp_path / "out")
+        catalog.download_release(place, store, tmp_path / "out")
     with pytest.raises(UserError, match=r"store: holds no manifest\.json, so no release"):
-        catalog.find(str(tmp_path / "store"), store)
+        catalog.find_release(str(tmp_path / "store"), store)
 
 
 # --- bases --------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from lcmlora.config import load
 from lcmlora.errors import UserError
 from lcmlora.registry.promotion import assign
 from lcmlora.registry.registration import register
-from lcmlora.releases.catalog import find
-from lcmlora.releases.publish import point, publish
+from lcmlora.releases.catalog import find_release
+from lcmlora.releases.publish import point_channel, publish_release
 from tests.support import releases
 from tests.support.registries import fresh
 
@@ -31,11 +31,11 @@ def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatc
     settings = load()
     for weights in ("one", "two"):
         folder = releases.write_sealed(tmp_path / weights, weights=weights.encode())
-        uri = publish(folder, "mini", settings.publish)
+        uri = publish_release(folder, "mini", settings.publish)
         registered = register("mini", settings.registry, folder, uri=uri)
         if weights == "one":
             assign(registered, settings.registry, reason="first")
-            point("mini", registered.sha256, settings.publish)
+            point_channel("mini", registered.sha256, settings.publish)
     return tmp_path
 
 
@@ -121,10 +121,10 @@ def test_promoting_the_champion_again_signs_the_pointer_of_an_older_version(proj
     raw = yaml.safe_load((project / "params.yaml").read_text())
     raw["publish"] |= {"signing_key": private}
     (project / "params.yaml").write_text(yaml.safe_dump(raw))
-    publish(project / "one", "mini", load().publish)  # which stands, and is signed now
+    publish_release(project / "one", "mini", load().publish)  # which stands, and is signed now
     raw["publish"] |= {"verify_key": public}
     (project / "params.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(UserError, match=rf"is not signed.*run `lcmlora registry promote {NAME}@champion`"):
-        find("mini@champion", load().publish)
+        find_release("mini@champion", load().publish)
     assert f"{NAME}@champion is {NAME}/1" in told("promote", f"{NAME}@champion")
-    assert find("mini@champion", load().publish)[0] == channel(project)
+    assert find_release("mini@champion", load().publish)[0] == channel(project)

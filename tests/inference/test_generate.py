@@ -49,7 +49,7 @@ def root(
     identity = folders.identity(config.base("mini"), folder)
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": identity}))
     fetching.fetch("mini", config.base("mini"), Path("bases"))
-    package.package("mini", config, Project(), Path("bases/mini"))
+    package.package_release("mini", config, Project(), Path("bases/mini"))
     return tmp_path
 
 

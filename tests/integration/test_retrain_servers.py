@@ -117,7 +117,7 @@ def stock(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts["base"]["digest"] = sha256_folder(base_folder / "unet")
     made.write_text(json.dumps(facts))
     settings = load_settings(base_folder, models=("a",))
-    package.package("a", settings, Project(root), base_folder)
+    package.package_release("a", settings, Project(root), base_folder)
     (root / "a").write_text("a")
     return root
 

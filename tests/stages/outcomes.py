@@ -37,14 +37,14 @@ from lcmlora.evaluation.reference import draw_reference
 from lcmlora.evaluation.study import draw_alone, study
 from lcmlora.io.documents import Document
 from lcmlora.project import Project
-from lcmlora.releases.package import package
+from lcmlora.releases.package import package_release
 from lcmlora.training.loop import NullLogger
 from tests.data.conftest import add, data_in, picture
+from tests.demo.test_pretrain import MODULES, TINY
 from tests.distillation.test_finetune import STYLE, WHOLE
 from tests.stages.inputs import EVALUATION, STUDY, Inputs
 from tests.support.distillation import SETTINGS
 from tests.support.releases import load_settings, write_stages
-from tests.training.test_pretrain import MODULES, TINY
 
 Outcome = dict[str, Any]
 
@@ -97,7 +97,7 @@ def of_pretrain(inputs: Inputs, work: Path) -> Outcome:
 
     settings = TINY.model_copy(update={"lr": 1e-2, "vae_lr": 1e-2, "vae_styles": ("noto",), "vae_groups": TINY.groups})
     base = work / "base"
-    pretrain.pretrain(settings, MODULES, work / "scratch", base, torch.device("cpu"))
+    pretrain.pretrain_base(settings, MODULES, work / "scratch", base, torch.device("cpu"))
     parts = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
     found = {
         part: tell_weights(load_file(work / "base" / part / f"{name}.safetensors")) for part, name in parts.items()
@@ -301,7 +301,7 @@ def of_study(inputs: Inputs, work: Path) -> Outcome:
 def of_package(inputs: Inputs, work: Path) -> Outcome:
     base = inputs.load()
     write_stages(base, work)
-    provenance = package("mini", load_settings(inputs.base), Project(work), inputs.base).plain()
+    provenance = package_release("mini", load_settings(inputs.base), Project(work), inputs.base).plain()
     release = work / "release/mini"
     weights = {path.name: load_file(path) for path in sorted(release.glob("*.safetensors"))}
     steady = {key: provenance[key] for key in ("resolution", "sampler", "gate", "seed")}

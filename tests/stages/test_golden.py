@@ -9,10 +9,10 @@ import pytest
 
 from lcmlora import stages
 from lcmlora.bases.families import Family
+from tests.demo.test_pretrain import MODULES
 from tests.stages import golden, inputs, raise_version
 from tests.stages.inputs import Inputs
 from tests.stages.outcomes import OUTCOMES, of_encode
-from tests.training.test_pretrain import MODULES
 
 
 @pytest.fixture(scope="module")

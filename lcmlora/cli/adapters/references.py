@@ -85,8 +85,8 @@ def _published(reference: str, config: Config | None, cache: Path) -> Path:
     from lcmlora.releases import catalog
 
     settings = config.publish if config else Publish(to=reference)
-    uri, sha256 = catalog.find(reference, settings)
-    return _cached(cache, sha256, lambda folder: catalog.download(uri, settings, folder))
+    uri, sha256 = catalog.find_release(reference, settings)
+    return _cached(cache, sha256, lambda folder: catalog.download_release(uri, settings, folder))
 
 
 def _cached(cache: Path, sha256: str, download: Callable[[Path], None]) -> Path:
