@@ -40,9 +40,9 @@ class Bootstrap:
     Captions are resampled with all their pictures: of C captions, C - 1 are drawn with replacement and count
     C / (C - 1) each (Rao and Wu, JASA 83, 1988). That carries what captions do to a figure and what seeds do. To
     resample the pictures of a resampled caption once more would count the seeds twice (Davison and Hinkley, Bootstrap
-    Methods, 1997, section 3.8; `python -m benchmarks.intervals` shows it). With few captions the normal quantiles are
-    too near, so the samples are spread by those of Student's t of C - 1 degrees of freedom. Where there is one caption
-    it cannot be resampled, and its pictures are.
+    Methods, 1997, section 3.8; `python -m benchmarks.intervals` compares the ways). With few captions the normal
+    quantiles are too near, so the samples are spread by those of Student's t of C - 1 degrees of freedom. Where there
+    is one caption it cannot be resampled, and its pictures are.
 
     `seeds=True` resamples pictures within their caption instead: the captions stay, the seeds vary. That is chance
     between two adapters that drew the same captions. Of n pictures of a caption n - 1 are drawn and count n / (n - 1)
@@ -56,6 +56,9 @@ class Bootstrap:
     taken to that order (infinitesimal jackknife, Efron 1982): one matrix product for all resamples, and one
     eigendecomposition for each set instead of one for each set and resample. A Frechet distance of resampled pictures
     itself is biased and spreads too far, since resampled covariances lack rank.
+
+    captions: how many there are.
+    widening: of the samples, from the normal distribution's quantiles to those of Student's t.
     """
 
     def __init__(
@@ -82,11 +85,11 @@ class Bootstrap:
         self._shown = list(captions)
         self._numbers = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
         self.captions = len(self._numbers)
-        self._seeds_of_teacher = _weights_of_seeds(captions, resamples, generator)
-        self._seeds = _weights_of_seeds(captions, resamples, generator)
-        self._times = _weights(self.captions, resamples, generator) if self.captions > 1 else None
+        self._seeds_of_teacher = weights_of_seeds(captions, resamples, generator)
+        self._seeds = weights_of_seeds(captions, resamples, generator)
+        self._times = weights_of(self.captions, resamples, generator) if self.captions > 1 else None
         freedom = self.captions - 1 if self.captions > 1 else len(captions) - 1
-        self._widening = student_t(LEVEL, freedom) / _NORMAL
+        self.widening = student_t(LEVEL, freedom) / _NORMAL
 
     def excess(self, teacher: Tensor, again: Tensor, sets: Mapping[K, Tensor], kind: str) -> dict[K, Tensor]:
         """Returns d(teacher, set) - d(teacher, again) of every resample, (resamples,) fp64, for each of `sets`.
@@ -150,7 +153,7 @@ class Bootstrap:
             if figure.real is not None:
                 by_caption = by_caption + self._by_caption(figure.real, figure.real_captions)
             change = (self._times - 1) @ by_caption
-        return figure.estimate + change * (1.0 if seeds else self._widening)
+        return figure.estimate + change * (1.0 if seeds else self.widening)
 
     def _by_caption(self, changes: Tensor, captions: Sequence[str]) -> Tensor:
         """Returns the sums (C,) over the pictures of each drawn caption; other captions are not resampled."""
@@ -187,7 +190,7 @@ def student_t(level: float, freedom: int) -> float:
     return float(np.tan(np.interp(level, share / share[-1], angle)) * freedom**0.5)
 
 
-def _weights(count: int, resamples: int, generator: torch.Generator) -> Tensor:
+def weights_of(count: int, resamples: int, generator: torch.Generator) -> Tensor:
     """Returns how often each of `count` units counts, (resamples, count) fp64, each row summing to `count`."""
     drawn = torch.randint(count, (resamples, count - 1), generator=generator)
     times = torch.zeros(resamples, count, dtype=torch.float64)
@@ -195,7 +198,7 @@ def _weights(count: int, resamples: int, generator: torch.Generator) -> Tensor:
     return times * (count / (count - 1))
 
 
-def _weights_of_seeds(captions: Sequence[str], resamples: int, generator: torch.Generator) -> Tensor:
+def weights_of_seeds(captions: Sequence[str], resamples: int, generator: torch.Generator) -> Tensor:
     """Returns (resamples, N) fp64, not negative; each row sums to N, and to n within a caption of n pictures."""
     groups: dict[str, list[int]] = defaultdict(list)
     for i, caption in enumerate(captions):
@@ -204,5 +207,5 @@ def _weights_of_seeds(captions: Sequence[str], resamples: int, generator: torch.
     single = [indices[0] for indices in groups.values() if len(indices) == 1]
     weights = torch.ones(resamples, len(captions), dtype=torch.float64)
     for indices in [*strata, single] if len(single) > 1 else strata:
-        weights[:, indices] = _weights(len(indices), resamples, generator)
+        weights[:, indices] = weights_of(len(indices), resamples, generator)
     return weights
