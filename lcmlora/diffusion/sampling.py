@@ -1,6 +1,6 @@
-"""Drawing latents: the student's few steps, and the solvers it is compared with, behind one function.
+"""Drawing of latents by the student's sampler, and by the solvers that it is compared with, in one function.
 
-Every random number belongs to a picture, by (seed, index, step), so a picture does not depend on the batch it is in.
+Random numbers depend on (seed, index of the picture, step) alone, so a picture does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # (B, C, h, w) latents and a times
 
 
 def initial_noise(shape: Sequence[int], seed: int, indices: Sequence[int], step: int = 0) -> Tensor:
-    """Returns the noise (N, C, h, w) fp32 on the CPU of the pictures `indices`, each drawn from a generator of its own.
+    """Returns noise (N, C, h, w) fp32 on the CPU for the pictures `indices`, from a generator for each.
 
     Args:
         shape: (C, h, w).
-        step: 0 for what a picture starts from; the n-th step of the student ends by adding that of step n.
+        step: 0 for the initial noise; n for the noise that the student's n-th step adds.
     """
     return torch.stack([torch.randn(tuple(shape), generator=generator(seed, i, step)) for i in indices])
 
 
 def network_evaluations(method: str, steps: int, guidance_scale: float) -> int:
-    """Returns how often the network is evaluated for one picture: a guided step costs two, whatever the batching."""
+    """Returns the number of network evaluations for one picture: a guided step costs two, whatever the batching."""
     _check(method, steps)
     return steps * (1 if guidance_scale == 1 else 2)
 
 
 def text_conditioning(base: LoadedBase, captions: Sequence[str]) -> Conditioning:
-    """Returns what `sample` needs of these captions, one row for each, with `micro_conditioning`."""
+    """Returns the conditioning on these captions for `sample`, a row for each, with `micro_conditioning`."""
     return base.encode_text(list(captions)) | base.micro_conditioning(rows=len(captions))
 
 
@@ -68,18 +68,18 @@ def sample(
 ) -> Tensor:
     """Returns latents (B, C, h, w) fp32 on the base's device.
 
-    The solvers take `trailing` timesteps (arXiv 2305.08891): they start at T - 1, where noise alone is the right input,
-    while `leading`, the default of many a base, starts 4 steps at t = 751 and 1 step at t = 1 with pure noise. At 50
-    steps trailing is 19, 39, ..., 999, the grid on which the student was distilled. DPM-Solver++ is its multistep
-    second-order form; it and UniPC end with a first-order step, which is their stable choice below 15 steps.
+    The solvers take `trailing` timesteps (arXiv 2305.08891), which start at T - 1, where the input is noise alone.
+    `leading`, the default of many bases, gives them pure noise at t = 751 for 4 steps and at t = 1 for 1 step. The 50
+    trailing timesteps are 19, 39, ..., 999, the solver timesteps of the distillation. DPM-Solver++ is its multistep
+    second-order form; it and UniPC end with a first-order step, which is stable below 15 steps.
 
     Args:
-        conditioning: one row for each picture, see `text_conditioning`.
+        conditioning: a row for each picture, see `text_conditioning`.
         noise: (B, C, h, w) fp32 of unit variance, see `initial_noise`.
         method: "lcm", the student (its adapter active in `base.network`), or one of SOLVERS.
-        guidance_scale: the pipelines' convention, u + guidance_scale (c - u); 1 is one pass without `unconditional`.
-        unconditional: one row; conditional and unconditional pass go through the network as one batch.
-        seed, indices: whose noise the student adds between its steps; solvers and a single step need none.
+        guidance_scale: in the pipelines' convention, u + guidance_scale (c - u); 1 is one pass without `unconditional`.
+        unconditional: one row; the conditional and the unconditional pass are one batch.
+        seed, indices: the keys of the noise that the student adds between its steps; solvers and one step need none.
         sampler: of the student.
         spacing: trailing, leading or linspace, for the solvers.
 
