@@ -130,7 +130,9 @@ class Build:
 class _TwoPasses(Teacher):
     """Guidance in one pass after the other."""
 
-    def _outputs(self, x: Tensor, t: Tensor, conditioning: Conditioning, places: range | None) -> tuple[Tensor, Tensor]:
+    def _outputs(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, samples: range | None
+    ) -> tuple[Tensor, Tensor]:
         no_text = conditioning | {k: v.expand_as(conditioning[k]) for k, v in self._unconditional.items()}
         with lora.disabled(self._base.network):
             return self._base.predict(x, t, conditioning), self._base.predict(x, t, no_text)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationI
 
 from lcmlora import names
 from lcmlora.errors import UserError
-from lcmlora.io.parsing import Malformed, parse_yaml, read_bytes
+from lcmlora.io.parsing import JsonObject, Malformed, parse_yaml, read_bytes
 from lcmlora.io.terminal import shown
 from lcmlora.plugins import SOURCES
 from lcmlora.settings import layers, presets
@@ -95,18 +95,18 @@ class Config(Strict):
     """Models that the pipeline makes: names of entries of `bases`, or of published bases."""
     data: Data
     """The captioned pictures, and which of them are kept (stage `prepare`), for all models."""
-    encode: Annotated[dict[str, Any], Changes(Encode)] = {}
+    encode: Annotated[JsonObject, Changes(Encode)] = {}
     """The latent cache (stage `encode`), for all models."""
-    launch: Annotated[dict[str, Any], Changes(Launch)] = {}
+    launch: Annotated[JsonObject, Changes(Launch)] = {}
     """On how many processes `encode` and `distill` run, for all models."""
     teacher_cache_gb: Annotated[float, Field(ge=0)] = 0.0
     """Disk for the teacher's predictions of each model, in gigabytes. A later run on the same samples need not compute
     them. 0: no cache."""
     shard_cache_gb: Annotated[float, Field(gt=0)] = 50.0
     """Disk for shards that are read from a bucket (`encode.shards`), in gigabytes."""
-    distill: Annotated[dict[str, Any], Changes(Distill, extended_distill_settings)] = {}
+    distill: Annotated[JsonObject, Changes(Distill, extended_distill_settings)] = {}
     """Distillation of the adapter (stage `distill`), for all models."""
-    evaluation: Annotated[dict[str, Any], Changes(Evaluation)] = {}
+    evaluation: Annotated[JsonObject, Changes(Evaluation)] = {}
     """What is drawn and measured (stages `reference` and `evaluate`), for all models."""
     gate: Gate = Gate()
     """When a candidate may become champion."""
@@ -119,11 +119,11 @@ class Config(Strict):
     bases: dict[Name, Base]
     """Base models by name. The published bases sd15, sd21, sdxl and ssd1b need no entry; one under their name changes
     them."""
-    style: Annotated[dict[str, Any], Changes(StyleTraining)] = {}
+    style: Annotated[JsonObject, Changes(StyleTraining)] = {}
     """Training of style LoRAs (stage `style`), for all models."""
     styles: dict[Name, Variation] = {}
     """Styles by name, to which acceleration is added."""
-    finetune: Annotated[dict[str, Any], Changes(FinetuneTraining)] = {}
+    finetune: Annotated[JsonObject, Changes(FinetuneTraining)] = {}
     """Training of whole checkpoints (stage `finetune`), for all models."""
     finetunes: dict[Name, Variation] = {}
     """Fine-tuned checkpoints by name, to which acceleration is added."""
@@ -319,7 +319,7 @@ def load(path: Path = Path("params.yaml"), sources: Path = Path()) -> Config:
 ENVIRONMENT = (("registry", "tracking_uri", "MLFLOW_TRACKING_URI"), ("publish", "to", "LCMLORA_PUBLISH_TO"))
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> JsonObject:
     """Returns what is in the file, with values that can stand in settings. Raises UserError."""
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such file; run in the project's folder or name it with --params")
@@ -446,7 +446,7 @@ def _check_features(model: str, resolution: int, settings: Evaluation) -> None:
         )
 
 
-def digest(*settings: BaseModel | dict[str, Any] | str) -> str:
+def digest(*settings: BaseModel | JsonObject | str) -> str:
     """Returns a SHA-256 over settings, equal for equal settings whatever their order of keys."""
     plain = [s.model_dump(mode="json") if isinstance(s, BaseModel) else s for s in settings]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

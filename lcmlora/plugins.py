@@ -46,14 +46,14 @@ class Table:
         self.key = key
         self._group = group
         self._places = dict(places)
-        self._classes: dict[str, Any] = {}
+        self._classes: dict[str, type[Any]] = {}
 
     @property
     def names(self) -> list[str]:
         """All names: this package's own, then those of other packages, then those that were registered."""
         return list(dict.fromkeys([*self._places, *self._declared(), *self._classes]))
 
-    def register(self, name: str, added: Any) -> None:
+    def register(self, name: str, added: type[Any]) -> None:
         """Adds a class in this process. Raises ValueError where the name is taken by another one."""
         if name in self.names and self._classes.get(name) is not added:
             raise ValueError(f"{self.key}: there is a {name} already")
@@ -84,13 +84,15 @@ class Table:
             self._classes[name] = self._imported(name)
         return self._classes[name]
 
-    def _imported(self, name: str) -> Any:
+    def _imported(self, name: str) -> type[Any]:
         if name in self._places:
             module, _, attribute = self._places[name].partition(":")
-            return getattr(import_module(module), attribute)
+            found: type[Any] = getattr(import_module(module), attribute)
+            return found
         declared = self._declared()[name]
         try:
-            return declared.load()
+            loaded: type[Any] = declared.load()
+            return loaded
         except (ImportError, AttributeError) as error:
             package = declared.dist.name if declared.dist else declared.module
             raise UserError(f"{self.key}: {name}: {package} declares {declared.value}, and {error}") from error

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from lcmlora.config import Base, Config, Data, Evaluation, Kind, Training
 from lcmlora.errors import UserError
+from lcmlora.io.parsing import JsonObject
 from lcmlora.settings.pretrain import Recipe
 
-Settings = dict[str, Any]
+Settings = dict[str, JsonObject]  # of a stage, by section: base, data, encode, ...
 
 # Raise a version where the same inputs and settings give another result, and only there, by
 # `python -m tests.stages.raise_version STAGE`. tests/stages notices that it is due.
@@ -199,18 +199,18 @@ def _name(run: Run) -> str:
     return run.name
 
 
-def _base(config: Config, run: Run, fields: tuple[str, ...]) -> Settings:
+def _base(config: Config, run: Run, fields: tuple[str, ...]) -> JsonObject:
     base: Base = config.base(_model(run))
     return base.model_dump(mode="json", include=set(fields))
 
 
-def _source(data: Data) -> Settings:
+def _source(data: Data) -> JsonObject:
     return data.model_dump(mode="json", include={"source"})
 
 
-def _training(training: Training) -> Settings:
+def _training(training: Training) -> JsonObject:
     return training.model_dump(mode="json", exclude=set(_TRAINING))
 
 
-def _evaluation(evaluation: Evaluation, *unused: str) -> Settings:
+def _evaluation(evaluation: Evaluation, *unused: str) -> JsonObject:
     return evaluation.model_dump(mode="json", exclude={*_DRAWING, *unused})

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from lcmlora import config, plugins
 from lcmlora.adapters.metadata import read_sampler
-from lcmlora.cli import reference
+from lcmlora.cli import settings_reference
 from lcmlora.cli.main import app
 from lcmlora.config import Distill, Publish
 from lcmlora.data.latents.cache import LatentCache
@@ -198,11 +198,12 @@ def test_a_setting_that_does_not_fit_an_added_objective_is_one_line(
 def test_the_settings_of_an_added_objective_are_in_the_schema_the_page_and_what_config_prints(tmp_path: Path) -> None:
     load_halfway(tmp_path, {"objective": "halfway"}, fraction=0.25)
     described = "halfway: Where the jump ends, as a share of the timestep that the teacher steps to."
-    schema = reference.schema(config.Config)
+    schema = settings_reference.json_schema(config.Config)
     for distill in (schema["properties"]["distill"], schema["$defs"]["Base"]["properties"]["distill"]):
         assert distill["properties"]["fraction"]["description"] == described
         assert distill["properties"]["fraction"]["maximum"] == 1 and distill["additionalProperties"] is False
-    assert f"| `fraction` | number, at least 0, at most 1 | 0.5 | {described} |" in reference.document(config.Config)
+    page = settings_reference.configuration_page(config.Config)
+    assert f"| `fraction` | number, at least 0, at most 1 | 0.5 | {described} |" in page
     called = ["--params", str(tmp_path / "params.yaml"), "config", "distill.fraction"]
     told = CliRunner().invoke(app, called, catch_exceptions=False).stdout.splitlines()
     assert told[1].split()[:2] == ["distill.fraction", "0.25"] and told[1].endswith("bases.emoji.distill.fraction")

@@ -162,15 +162,15 @@ def _original(names: Iterable[str]) -> dict[str, str]:
                 place += 1
             attends = bool(_numbers(inside, r".*\.attentions\.(\d+)\."))
             places[side, block, "upsamplers", "0"] = f"{blocks}.{place - 1}.{1 + attends}"
-    found = {name: _OUTSIDE[name] for name in names if name in _OUTSIDE}
+    original = {name: _OUTSIDE[name] for name in names if name in _OUTSIDE}
     for name in names:
         if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name):
             *place_of, rest = match.groups()
-            found[name] = f"{places[tuple(place_of)]}.{_part(match[3], rest)}"
+            original[name] = f"{places[tuple(place_of)]}.{_part(match[3], rest)}"
         elif match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name):
             middle = 1 if match[1] == "attentions" else 2 * int(match[2])
-            found[name] = f"middle_block.{middle}.{_part(match[1], match[3])}"
-    return found
+            original[name] = f"middle_block.{middle}.{_part(match[1], match[3])}"
+    return original
 
 
 def _part(kind: str, name: str) -> str:
@@ -181,5 +181,5 @@ def _part(kind: str, name: str) -> str:
 
 def _numbers(names: Iterable[str], pattern: str) -> list[str]:
     """Returns the different numbers that the pattern's group matches at the start of names, ascending."""
-    found = {match[1] for name in names if (match := re.match(pattern, name))}
-    return sorted(found, key=int)
+    numbers = {match[1] for name in names if (match := re.match(pattern, name))}
+    return sorted(numbers, key=int)

@@ -54,7 +54,7 @@ def make_styled_base(name: str, base: Base, plain: Path, target: Path, sources: 
     style = formats.read(weights, architecture.of_folder(plain))
     loaded = load(name, base, plain, device=torch.device("cpu"), parts=("network",))
     factors = {name: (layer.down, base.style.weight * layer.folded.up.float()) for name, layer in style.layers.items()}
-    lora.put(loaded.network, factors, str(weights))
+    lora.apply(loaded.network, factors, str(weights))
     loaded.network.to(_stored_dtype(plain / loaded.family.network.folder))
     with atomic_folder(target) as folder:
         write(loaded, folder)

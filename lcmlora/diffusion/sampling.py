@@ -1,6 +1,6 @@
-"""Drawing latents: in the student's few steps, and with the solvers that it is compared with.
+"""Drawing of latents by the student's sampler, and by the solvers that it is compared with.
 
-Every random number belongs to a picture, by (seed, index, step), so a picture does not depend on the batch it is in.
+Random numbers depend on (seed, index of the picture, step) alone, so a picture does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # (B, C, h, w) latents and a times
 
 
 def initial_noise(shape: Sequence[int], seed: int, indices: Sequence[int], step: int = 0) -> Tensor:
-    """Returns the noise (N, C, h, w) fp32 on the CPU of the pictures `indices`, each drawn from a generator of its own.
+    """Returns noise (N, C, h, w) fp32 on the CPU for the pictures `indices`, from a generator for each.
 
     Args:
         shape: (C, h, w).
-        step: 0 for what a picture starts from; the n-th step of the student ends by adding that of step n.
+        step: 0 for the initial noise; n for the noise that the student's n-th step adds.
     """
     return torch.stack([torch.randn(tuple(shape), generator=generator(seed, i, step)) for i in indices])
 
 
 def text_conditioning(base: LoadedBase, captions: Sequence[str]) -> Conditioning:
-    """Returns the conditioning for these captions, one row for each, with `micro_conditioning`."""
+    """Returns the conditioning on these captions, a row for each, with `micro_conditioning`."""
     return base.encode_text(list(captions)) | base.micro_conditioning(rows=len(captions))
 
 
@@ -59,11 +59,11 @@ def sample_student(
     """Returns latents (B, C, h, w) fp32 on the base's device, drawn by the student, whose adapter is active.
 
     Args:
-        conditioning: one row for each picture, see `text_conditioning`.
+        conditioning: a row for each picture, see `text_conditioning`.
         noise: (B, C, h, w) fp32 of unit variance, see `initial_noise`.
-        guidance_scale: the pipelines' convention, u + guidance_scale (c - u); 1 is one pass without `unconditional`.
-        unconditional: one row; conditional and unconditional pass go through the network as one batch.
-        seed, indices: whose noise the student adds between its steps; a single step needs none.
+        guidance_scale: in the pipelines' convention, u + guidance_scale (c - u); 1 is one pass without `unconditional`.
+        unconditional: one row; the conditional and the unconditional pass are one batch.
+        seed, indices: the keys of the noise that the student adds between its steps; a single step needs none.
 
     Raises:
         ValueError: no steps, more than the sampler's grid has, guidance without `unconditional`, or no `indices`.

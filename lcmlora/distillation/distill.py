@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lcmlora import stages
 from lcmlora.adapters import lora
-from lcmlora.adapters.metadata import FACTS, SCHEDULER, Distilled, SamplerFacts, Validated
+from lcmlora.adapters.metadata import FACTS, SCHEDULER, Distilled, DistillSettings, SamplerFacts, Validated
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.families import Conditioning
 from lcmlora.bases.folders import Identity
@@ -174,7 +174,7 @@ def _facts(
         prediction_type=base.schedule.prediction_type,
         data_digest=cache.digest,
         pictures=pictures,
-        distill=settings.model_dump(mode="json"),
+        distill=DistillSettings.model_validate(settings.model_dump(mode="json")),
         steps=settings.steps,
         final_loss=state.loss,
         sampler=SamplerFacts(**asdict(distillation.objective.sampler)),

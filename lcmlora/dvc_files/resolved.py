@@ -19,9 +19,9 @@ from lcmlora.config import Config
 from lcmlora.errors import UserError
 from lcmlora.io import temporaries
 from lcmlora.io.files import atomic_write
-from lcmlora.io.parsing import read_yaml
+from lcmlora.io.parsing import JsonObject, read_yaml
 from lcmlora.io.terminal import note
-from lcmlora.stages import Run
+from lcmlora.stages import Run, Settings
 
 _HEADER = """\
 # Written by `lcmlora resolve`; do not edit. What decides the result of each stage: its settings, as params.yaml and the
@@ -29,13 +29,13 @@ _HEADER = """\
 """
 
 
-def resolve(config: Config) -> dict[str, Any]:
+def resolve(config: Config) -> JsonObject:
     """Returns what resolved.yaml is to hold.
 
     Raises:
         UserError: two names would be one entry.
     """
-    tree: dict[str, Any] = {}
+    tree: JsonObject = {}
     for run in stages.runs(config):
         _put(tree, run, _entry(config, run))
     return tree
@@ -89,7 +89,7 @@ def running(config: Config, run: Run, path: Path) -> Iterator[None]:
             note(f"{path}: was changed while the stage ran; what changed counts from the next run on", "warning: ")
 
 
-def _entry(config: Config, run: Run) -> dict[str, Any]:
+def _entry(config: Config, run: Run) -> Settings:
     return {"algorithms": stages.algorithms(run.stage)} | stages.decisive(config, run)
 
 
@@ -109,7 +109,7 @@ def _get(tree: Any, run: Run) -> Any:
     return tree
 
 
-def _put(tree: dict[str, Any], run: Run, entry: dict[str, Any]) -> None:
+def _put(tree: JsonObject, run: Run, entry: Settings) -> None:
     *above, last = _keys(run)
     for depth, key in enumerate(above):
         tree = tree.setdefault(key, {})
@@ -127,11 +127,11 @@ def _twofold(keys: list[str]) -> UserError:
     )
 
 
-def _text(tree: dict[str, Any]) -> str:
+def _text(tree: JsonObject) -> str:
     return _HEADER + yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _write(tree: dict[str, Any], path: Path) -> None:
+def _write(tree: JsonObject, path: Path) -> None:
     atomic_write(path, lambda part: part.write_text(_text(tree), encoding="utf-8"))
 
 

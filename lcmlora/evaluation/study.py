@@ -222,7 +222,7 @@ class _Painter:
     def _with(self, style: float, lcm: float) -> Iterator[str]:
         """Within the block style and adapter have these weights in the UNet; yields a digest of that."""
         parts = [(self._lcm, lcm)] + ([(self._style, style)] if self._style and style else [])
-        layers = combine.combine(parts).layers
+        layers = combine.combine_adapters(parts).layers
         factors = {name: (layer.down, layer.folded.up) for name, layer in layers.items()}
         with lora.applied(self._base.network, factors, self._variation.name):
             yield digest({"adapters": self._identity[: len(parts)], "weights": [weight for _, weight in parts]})

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 
 from lcmlora.errors import UserError
 from lcmlora.io.files import write_json
-from lcmlora.io.parsing import as_object, read_json
+from lcmlora.io.parsing import JsonObject, as_object, read_json
 from lcmlora.io.terminal import shown
 
 
@@ -50,7 +50,7 @@ class Document(BaseModel):
         """Returns the document in a file. Raises UserError where it is missing, damaged or does not fit."""
         return cls.parse(read_json(path), str(path))
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> JsonObject:
         """Returns the document as it stands in its file: what was given, without the defaults of what was not."""
         return self.model_dump(exclude_unset=True)
 

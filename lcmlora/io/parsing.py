@@ -189,7 +189,7 @@ def _size(node: yaml.Node, level: int, known: dict[int, int]) -> int:
     return size
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> JsonObject:
     made = dict(pairs)
     if len(made) < len(pairs):
         seen: set[str] = set()

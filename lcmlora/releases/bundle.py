@@ -6,7 +6,16 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from lcmlora.adapters.metadata import FACTS, SCHEDULER, WEIGHTS, AdapterFacts, Sampler, SamplerFacts, read_sampler
+from lcmlora.adapters.metadata import (
+    FACTS,
+    SCHEDULER,
+    WEIGHTS,
+    AdapterFacts,
+    DistillSettings,
+    Sampler,
+    SamplerFacts,
+    read_sampler,
+)
 from lcmlora.errors import UserError
 from lcmlora.io.documents import Document, Number
 from lcmlora.io.files import sha256_file
@@ -50,13 +59,6 @@ class Kohya(Document):
     file: str
     sha256: str
     reloaded: Proof
-
-
-class DistillSettings(Document):
-    """The settings of the distillation. Those that this package reads again have a field; the others are kept."""
-
-    objective: str = "lcm"
-    gamma: Number | None = None
 
 
 class GateSettings(Document):

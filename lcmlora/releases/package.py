@@ -66,7 +66,7 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
         precision = config.distill_for(model).precision
         check = ReloadCheck(folder, base, base_folder, adapter / "probe.safetensors", precision)
         reloaded = check.run(folder / WEIGHTS)
-        kohya = _write_kohya(folder, model, base, base_folder, distilled.distill["alpha"])
+        kohya = _write_kohya(folder, model, base, base_folder, distilled.distill.alpha)
         provenance = Provenance(
             model=model,
             packaged=_now(),
@@ -169,7 +169,7 @@ def _study_of(adapter: Path, studied: Path) -> list[Study]:
     return [study] if study.adapter == sha256_file(adapter / WEIGHTS) else []
 
 
-def _write_kohya(folder: Path, model: str, base: Base, base_folder: Path, alpha: float) -> Path:
+def _write_kohya(folder: Path, model: str, base: Base, base_folder: Path, alpha: float | None) -> Path:
     """Writes the kohya file and returns it. Raises UserError where its effect is not exactly the diffusers file's."""
     from lcmlora.adapters import formats
     from lcmlora.bases import architecture

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from lcmlora.io.parsing import JsonObject
 from lcmlora.plugins import FEATURES, SCORES
 from lcmlora.settings.data import Data
 from lcmlora.settings.fields import Device, Name, OneOf, Positive, Seed, Share, Strict
@@ -80,7 +81,7 @@ class Study(Strict):
     """Entries of `finetunes`. A whole checkpoint of each is trained for each of the studied models."""
     pictures: Annotated[int, Field(ge=2)] = 1024
     """Pictures of each style with each method."""
-    real: Annotated[dict[str, Any], Changes(Data)] = {}
+    real: Annotated[JsonObject, Changes(Data)] = {}
     """Changes of a style's `data` for the real pictures that it is measured against."""
     weights: tuple[float, float] = (0.8, 1.0)
     """Weights of the style and of the acceleration: lambda1 and lambda2 of equation (3) in arXiv 2311.05556, whose

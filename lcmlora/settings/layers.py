@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import GetJsonSchemaHandler, ValidationError
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from lcmlora.errors import UserError
+from lcmlora.io.parsing import JsonObject
 from lcmlora.io.terminal import shown
 from lcmlora.settings.fields import Strict
 
@@ -32,7 +34,7 @@ class Changes:
     of: type[Strict]
     extensions: Callable[[], Mapping[str, type[Strict]]] = dict
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         found = handler(self.of.__pydantic_core_schema__)
         keys = dict(found["properties"])
         for name, extension in self.extensions().items():
@@ -49,7 +51,7 @@ class Layer:
     """Some settings, and where they stand."""
 
     where: str  # distill, bases.emoji.distill, preset sdxl
-    values: dict[str, Any]
+    values: JsonObject
 
     def has(self, location: Location) -> bool:
         """Returns whether it says anything about this key."""
@@ -61,15 +63,15 @@ class Layer:
         return bool(location)
 
 
-def merged(layers: Sequence[Layer]) -> dict[str, Any]:
+def merged(layers: Sequence[Layer]) -> JsonObject:
     """Returns the settings of all layers; of settings within settings, each key from the last layer that has it."""
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     for layer in layers:
         found = _merge(found, layer.values)
     return found
 
 
-def _merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _merge(settings: JsonObject, changes: JsonObject) -> JsonObject:
     within = {
         key: _merge(settings[key], value)
         for key, value in changes.items()

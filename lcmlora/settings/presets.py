@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lcmlora.errors import UserError
-from lcmlora.io.parsing import as_object, parse_yaml, read_json
+from lcmlora.io.parsing import JsonObject, as_object, parse_yaml, read_json
 from lcmlora.io.terminal import shown
 
 # A layer of a single file's UNet that reads the text embeddings; its weight is as wide as they are.
@@ -29,9 +29,9 @@ class FamilySettings:
 
     name: str
     title: str
-    unet: dict[str, Any]  # keys of unet/config.json by which it is recognised
+    unet: JsonObject  # keys of unet/config.json by which it is recognised
     resolution: int
-    sections: dict[str, dict[str, Any]]  # by the name of the section: encode, distill, evaluation, style, finetune
+    sections: dict[str, JsonObject]  # by the name of the section: encode, distill, evaluation, style, finetune
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Presets:
     """All of presets.yaml."""
 
     families: dict[str, FamilySettings]
-    bases: dict[str, dict[str, Any]]
+    bases: dict[str, JsonObject]
 
 
 @functools.cache
@@ -63,11 +63,11 @@ def family(name: str | None) -> FamilySettings | None:
 class Completed:
     """An entry of `bases` with what the presets and its own files know about it."""
 
-    values: dict[str, Any]
+    values: JsonObject
     origins: dict[str, str] = field(default_factory=dict)  # of the keys that the person did not write
 
 
-def complete(name: str, entry: dict[str, Any], sources: Path = Path()) -> Completed:
+def complete(name: str, entry: JsonObject, sources: Path = Path()) -> Completed:
     """Returns an entry of `bases` with the values that it leaves out, as far as they are known.
 
     Args:
@@ -79,7 +79,7 @@ def complete(name: str, entry: dict[str, Any], sources: Path = Path()) -> Comple
     known = load().bases
     values, origins = dict(entry), {}
 
-    def fill(more: dict[str, Any], origin: str) -> None:
+    def fill(more: JsonObject, origin: str) -> None:
         for key, value in more.items():
             if key not in values:
                 values[key], origins[key] = value, origin
@@ -114,7 +114,7 @@ def complete(name: str, entry: dict[str, Any], sources: Path = Path()) -> Comple
     return Completed(values, origins)
 
 
-def unknown(values: dict[str, Any], sources: Path = Path()) -> str:
+def unknown(values: JsonObject, sources: Path = Path()) -> str:
     """Returns why the family of a base is not known, and what to write."""
     families = " or ".join(f"`like: {name}`" for name in load().families)
     try:
@@ -127,7 +127,7 @@ def unknown(values: dict[str, Any], sources: Path = Path()) -> str:
     return f"its family is not known ({why}); write {families}, whose settings it then gets"
 
 
-def recognised(unet: dict[str, Any]) -> FamilySettings | None:
+def recognised(unet: JsonObject) -> FamilySettings | None:
     """Returns the family whose UNet has this configuration."""
     for found in load().families.values():
         if all(unet.get(key) == value for key, value in found.unet.items()):
@@ -135,7 +135,7 @@ def recognised(unet: dict[str, Any]) -> FamilySettings | None:
     return None
 
 
-def _resolution(file: Path, unet: dict[str, Any]) -> int | None:
+def _resolution(file: Path, unet: JsonObject) -> int | None:
     """Returns the pixels for which a folder's UNet was made; None where its configuration does not say it.
 
     Raises:
@@ -153,7 +153,7 @@ def _is_path(source: Any, sources: Path) -> bool:
     return isinstance(source, str) and (source.endswith(".safetensors") or (sources / source).is_dir())
 
 
-def _unet(values: dict[str, Any], sources: Path) -> tuple[dict[str, Any], Path]:
+def _unet(values: JsonObject, sources: Path) -> tuple[JsonObject, Path]:
     """Returns what is known of the UNet of a folder or single file, without torch, and the file that says it.
 
     Raises:
@@ -173,7 +173,7 @@ def _unet(values: dict[str, Any], sources: Path) -> tuple[dict[str, Any], Path]:
     return as_object(read_json(path), str(path)), path
 
 
-def _of_weights(path: Path) -> dict[str, Any]:
+def _of_weights(path: Path) -> JsonObject:
     """Returns the width of the text embeddings that a single file's UNet takes, as its header says."""
     try:
         with safe_open(path, framework="numpy") as file:

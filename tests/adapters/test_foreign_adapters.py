@@ -454,7 +454,9 @@ def test_every_layer_of_the_published_bases_is_named_as_diffusers_names_it():
             assert spellings.Name(name, "down").is_diffusers, name
         stems = [*base.shapes, *layer_names._original(base.shapes).values()]
         assert (
-            spellings.family([f"{prefix}{stem}" for stem in stems for prefix in ("", "unet.", "diffusion_model.")])
+            spellings.foreign_model(
+                [f"{prefix}{stem}" for stem in stems for prefix in ("", "unet.", "diffusion_model.")]
+            )
             is None
         )
-        assert spellings.family([_flat(stem) for stem in stems]) is None
+        assert spellings.foreign_model([_flat(stem) for stem in stems]) is None

@@ -87,7 +87,7 @@ def test_metadata_rows_without_a_file_or_out_of_the_folder_or_twice_are_reported
         "gone.png": candidates.MISSING,
         "../secret.png": candidates.OUTSIDE,
         str(tmp_path / "secret.png"): candidates.OUTSIDE,
-        "a.png": candidates.TWICE,
+        "a.png": candidates.NAMED_TWICE,
         "x" * 5000: candidates.MISSING,
         "nul\0.png": candidates.MISSING,
     }

@@ -73,7 +73,7 @@ def test_every_objective_learns_from_trajectories_and_from_its_own_runs(
         load_parts(base_folder, "network"), drawn, tmp_path, SETTINGS.model_copy(update=changes), logger
     )
     assert logger.losses[-1] < 0.95 * logger.losses[0]
-    assert facts.distill["trajectory"] == 0.5
+    assert facts.distill.plain()["trajectory"] == 0.5
 
 
 def test_on_policy_the_student_goes_to_its_timestep_by_itself(base: bases.LoadedBase, cache: LatentCache):

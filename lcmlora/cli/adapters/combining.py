@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lcmlora.adapters import formats
-from lcmlora.adapters.combine import check_weights, combine, truncate
+from lcmlora.adapters.combine import check_weights, combine_adapters, truncate
 from lcmlora.adapters.formats import DIFFUSERS
 from lcmlora.adapters.layer_names import Architecture
 from lcmlora.adapters.metadata import (
@@ -18,7 +18,6 @@ from lcmlora.adapters.metadata import (
     Combined,
     CombinedPart,
     SamplerFacts,
-    Truncation,
 )
 from lcmlora.bases import folders
 from lcmlora.cli.adapters.references import AdapterReference
@@ -67,10 +66,10 @@ def write_combined(
         folders.check_same_base(lcm.shown, lcm.base, style.base, f"{style.shown} for")
     chosen = list(zip((style, lcm), weights, strict=True))
     parts = [(formats.read(reference.weights, base, unet_only=unet_only), weight) for reference, weight in chosen]
-    adapter = combine(parts)
-    loss = None
+    adapter = combine_adapters(parts)
+    truncation = None
     if rank is not None:
-        adapter, loss = truncate(adapter, rank)
+        adapter, truncation = truncate(adapter, rank)
     facts = Combined(
         combined=[
             CombinedPart(adapter=reference.shown, sha256=sha256_file(reference.weights), weight=weight)
@@ -78,7 +77,7 @@ def write_combined(
         ],
         layers=len(adapter.layers),
         rank=adapter.rank,
-        truncation=Truncation(**asdict(loss)) if loss else None,
+        truncation=truncation,
     )
     left_out = sum(part.left_out for part, _ in parts)
     if out.suffix == ".safetensors":

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lcmlora import bases
 from lcmlora.adapters import formats, lora
-from lcmlora.adapters.combine import check_weights, combine
+from lcmlora.adapters.combine import check_weights, combine_adapters
 from lcmlora.adapters.layer_names import Architecture
 from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases import folders
@@ -68,7 +68,7 @@ def load(
     place = bases.pick_device(device)
     dtype = bases.pick_dtype("auto", place)
     loaded = bases.load(base.name, base.settings, base.folder, device=place, dtype=dtype)
-    lora.put(loaded.network, {name: (layer.down, layer.folded.up) for name, layer in layers.items()}, adapter.shown)
+    lora.apply(loaded.network, {name: (layer.down, layer.folded.up) for name, layer in layers.items()}, adapter.shown)
     return loaded
 
 
@@ -79,7 +79,7 @@ def _layers(
     if style is None:
         return student.layers
     check_weights("--style-weight", weight)
-    return combine([(formats.read(style.weights, base, unet_only=unet_only), weight), (student, 1.0)]).layers
+    return combine_adapters([(formats.read(style.weights, base, unet_only=unet_only), weight), (student, 1.0)]).layers
 
 
 def check(sampler: Sampler, request: Request) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from lcmlora.data.reading.candidates import SUFFIXES
-from lcmlora.data.sources.inputs import Inputs
+from lcmlora.data.sources.inputs import InputFiles
 from lcmlora.data.sources.parquet import with_pictures
 
 _TRIED = 3  # tables; those of one data set have the same columns
@@ -22,7 +22,7 @@ def source_of(path: str, links: str = "project") -> str:
         UserError: there is no such path.
         Unavailable: it cannot be reached.
     """
-    files = Inputs(path, links, ("train", "validation", "test"))
+    files = InputFiles(path, links, ("train", "validation", "test"))
     tables = [name for name in files.list(".parquet") if PurePosixPath(name).name.lower() != _METADATA]
     if tables and with_pictures(path, tables[:_TRIED]):
         return "parquet"

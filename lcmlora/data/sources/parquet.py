@@ -39,7 +39,7 @@ from lcmlora.data.reading.parquet_files import (
     undecoded,
 )
 from lcmlora.data.reading.tables import PRELOAD, row_name
-from lcmlora.data.sources.inputs import Inputs
+from lcmlora.data.sources.inputs import InputFiles
 from lcmlora.data.sources.source import EncodedPictures
 from lcmlora.data.unused_files import UnusedFiles
 from lcmlora.errors import Unavailable, UserError
@@ -62,7 +62,7 @@ class Parquet(EncodedPictures):
     def __init__(self, data: Data) -> None:
         super().__init__(data)
         self._path = data.path
-        self._files = Inputs(data.path, data.links, data.split)
+        self._files = InputFiles(data.path, data.links, data.split)
         self._lock = threading.Lock()
         self._groups: OrderedDict[tuple[str, int], _Pictures] = OrderedDict()
 

@@ -15,7 +15,7 @@ from lcmlora.data.reading.candidates import (
     decoded_caption,
 )
 from lcmlora.data.reading.tables import Row, read_rows
-from lcmlora.data.sources.inputs import Inputs
+from lcmlora.data.sources.inputs import InputFiles
 from lcmlora.data.sources.source import Record, Source, Survey
 from lcmlora.errors import UserError
 
@@ -34,7 +34,7 @@ class Prompts(Source):
 
     def survey(self) -> Survey:
         data = self.data
-        files = Inputs(data.path, data.links, data.split)
+        files = InputFiles(data.path, data.links, data.split)
         prompts, rejections = _read(data.path, files)
         rejections += files.rejections()
         records = [_record(prompt, copy) for copy in range(data.copies) for prompt in prompts]
@@ -47,7 +47,7 @@ def _record(prompt: Candidate, copy: int) -> Record:
     return Record(f"{prompt.key}/{copy}", text, digest, 0, 0, raw_caption=raw)
 
 
-def _read(path: str, files: Inputs) -> tuple[list[Candidate], list[Rejection]]:
+def _read(path: str, files: InputFiles) -> tuple[list[Candidate], list[Rejection]]:
     """Returns every prompt once, in the order of the files, with its file and line as key; and the refused ones.
 
     Raises:

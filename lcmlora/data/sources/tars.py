@@ -33,7 +33,7 @@ from lcmlora.data.reading.tables import PRELOAD
 from lcmlora.data.reading.tar_members import Member, members
 from lcmlora.data.reading.tar_samples import sample_key, sort_out, stem
 from lcmlora.data.sources import splits
-from lcmlora.data.sources.inputs import Inputs
+from lcmlora.data.sources.inputs import InputFiles
 from lcmlora.data.sources.source import EncodedPictures
 from lcmlora.data.unused_files import UnusedFiles
 from lcmlora.errors import Unavailable, UserError
@@ -59,7 +59,7 @@ class Tars(EncodedPictures):
     def __init__(self, data: Data) -> None:
         super().__init__(data)
         self._path = data.path
-        self._files = Inputs(data.path, data.links, data.split)
+        self._files = InputFiles(data.path, data.links, data.split)
 
     def candidates(self) -> tuple[list[Candidate], list[Rejection]]:
         candidates, rejections = self._members()
