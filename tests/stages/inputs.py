@@ -28,11 +28,12 @@ from lcmlora.evaluation.reference import draw_reference
 from lcmlora.evaluation.study import Variation, draw_alone
 from lcmlora.io.files import sha256_file
 from lcmlora.plugins import FEATURES
-from tests.evaluation.conftest import WORDS, Quarters, made_of, settings, write_adapter
+from tests.evaluation.conftest import WORDS, Halves, Quarters, made_of, settings, write_adapter
 from tests.support.miniature import save_base
 
 KEPT = Path(__file__).with_name("inputs")
 FEATURES.register("quarters", Quarters)  # of twelve dimensions, which need few pictures
+FEATURES.register("halves", Halves)
 EVALUATION: Evaluation = settings(solvers=("ddim", "dpm++", "unipc", "euler"), resamples=8, latency_repeats=1)
 CHOSEN_BY = ("red tree", "fruit apple")  # captions for validation
 STUDY = Study(
