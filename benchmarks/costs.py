@@ -39,7 +39,7 @@ class Preset:
     forward: float  # operations of the bare UNet, F0
     step: float  # operations of a distillation step, for one picture
     distill: float  # operations of all steps
-    reference: float  # operations to draw the teacher's and the solvers' sets, without decoding
+    reference: float  # operations to choose the solvers' settings and draw the sets, at most and without decoding
     evaluate: float  # likewise the student's
     adapter: int  # bytes, in 16 bits
 
@@ -52,7 +52,6 @@ def count(name: str, settings: config.Config) -> Preset:
 
     from lcmlora.adapters import lora
     from lcmlora.data.latents.encode import ROW_BYTES
-    from lcmlora.evaluation.reference import _jobs
 
     base, distill, evaluation = settings.base(name), settings.distill_for(name), settings.evaluation_for(name)
     side = base.resolution // 8
@@ -81,7 +80,7 @@ def count(name: str, settings: config.Config) -> Preset:
         adapted = operations(predict)
         learning = operations(lambda: predict().sum().backward())
     step = 2 * bare + adapted + learning  # the teacher is guided; the target has no gradient
-    drawn = sum(each.evaluations for each, _ in _jobs(evaluation).values())
+    drawn = _drawn(evaluation)
     student = sum(evaluation.student_steps)
     return Preset(
         name=name,
@@ -92,10 +91,19 @@ def count(name: str, settings: config.Config) -> Preset:
         forward=bare,
         step=step,
         distill=step * distill.batch * distill.steps,
-        reference=bare * drawn * evaluation.pictures,
+        reference=bare * drawn,
         evaluate=adapted * student * evaluation.pictures,
         adapter=2 * sum(p.numel() for p in parameters.values()),
     )
+
+
+def _drawn(evaluation: config.Evaluation) -> int:
+    """Returns how many network evaluations of single pictures a reference takes at most."""
+    from lcmlora.evaluation.sets.baselines import most_evaluations
+
+    teacher = 2 * 2 * evaluation.teacher_steps  # two sets, guided
+    solvers = len(evaluation.solvers) * sum(evaluation.solver_evaluations)
+    return most_evaluations(evaluation) + (teacher + solvers) * evaluation.pictures
 
 
 def measure() -> dict[str, Any]:

@@ -88,7 +88,7 @@ class Project:
         # better than the solver, and is promoted.
         save_clip(root / "clip")
         raw["evaluation"] |= {"features": "clip", "features_source": "clip", "pictures": 24, "batch": 24}
-        raw["evaluation"] |= {"solver_steps": [1], "student_steps": [2, 4]}
+        raw["evaluation"] |= {"solver_evaluations": [2], "student_steps": [2, 4]}
         raw["gate"] |= {"steps": 2, "min_retrieval": 0.0}
         raw["publish"] = {"to": "releases"}
         raw["flow"] = {"retry_seconds": 0.5}

@@ -24,7 +24,7 @@ from lcmlora.plugins import SOURCES
 from lcmlora.settings import layers, presets
 from lcmlora.settings.bases import Base, Merged, Variation
 from lcmlora.settings.data import Data, Encode, Range, Rollouts, Split
-from lcmlora.settings.evaluation import Evaluation, Gate, Solver, Study
+from lcmlora.settings.evaluation import Evaluation, FixedSolver, Gate, Solver, Study
 from lcmlora.settings.fields import Kind, Name, Positive, Quotable, Strict
 from lcmlora.settings.layers import Changes, Layer, S
 from lcmlora.settings.services import Flow, Publish, Registry
@@ -47,6 +47,7 @@ __all__ = [
     "Distill",
     "Encode",
     "Evaluation",
+    "FixedSolver",
     "Flow",
     "Gate",
     "Kind",

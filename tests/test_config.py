@@ -57,6 +57,20 @@ def test_the_shipped_params_load_and_hold_presets_for_the_papers_bases(tmp_path:
             {"bases__emoji__evaluation": {"batch": 4, "check_features": "efficientnet-lite0"}},
             r"evaluation: .*check_features: efficientnet-lite0 are the features already",
         ),
+        (
+            {"evaluation": {"solver_steps": [1, 2]}},
+            r"evaluation: .*solver_steps was replaced by solver_evaluations, which counts network evaluations",
+        ),
+        ({"evaluation": {"solvers": ["plms"]}}, r"evaluation.solvers.0: got 'plms': .*'ddim'"),
+        (
+            {"evaluation": {"solvers": [{"solver": "ddim", "guidance_scale": 4, "karras": True}]}},
+            r"evaluation.solvers.0: got .*ddim has no Karras sigmas; dpm\+\+, unipc, euler have",
+        ),
+        ({"evaluation": {"solvers": [{"solver": "ddim"}]}}, r"evaluation.solvers.0.guidance_scale: is missing"),
+        (
+            {"bases__emoji__evaluation": {"batch": 4, "solvers": ["ddim", {"solver": "ddim", "guidance_scale": 4}]}},
+            r"evaluation: .*solvers: ddim stands there twice",
+        ),
         ({"bases__emoji__config": "my/base"}, r"bases.emoji: .*config goes with a .safetensors source"),
     ],
 )

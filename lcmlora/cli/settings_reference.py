@@ -158,8 +158,8 @@ def _value(value: Any) -> str:
 
 def _type(entry: JsonSchemaValue) -> str:
     """Returns in words which values fit."""
-    if "anyOf" in entry:
-        return " or ".join(dict.fromkeys(_type(option) for option in entry["anyOf"]))
+    if options := entry.get("anyOf") or entry.get("oneOf"):
+        return " or ".join(dict.fromkeys(_type(option) for option in options))
     if "enum" in entry:
         return ", ".join(f"`{value}`" for value in entry["enum"])
     if "examples" in entry:

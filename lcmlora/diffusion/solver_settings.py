@@ -5,19 +5,15 @@ The options are those of diffusers' schedulers, under the names that diffusers h
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self, get_args
 
 from pydantic import Field, model_validator
 
 from lcmlora.io.documents import Document, Number
+from lcmlora.settings.evaluation import Final, Solver, Spacing, check_options
 
-SOLVERS = ("ddim", "dpm++", "unipc", "euler")
-SPACINGS = ("trailing", "leading", "linspace")
-KARRAS = ("dpm++", "unipc", "euler")  # solvers that can take Karras sigmas (arXiv 2206.00364, eq. 5)
-FINALS = ("zero", "sigma_min", "euler_at_final")  # of dpm++, see SolverSettings
-
-Spacing = Literal["trailing", "leading", "linspace"]
-Final = Literal["zero", "sigma_min", "euler_at_final"]
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
+SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
 # From so many steps on dpm++ ends with a second-order step, unless it is told otherwise (`lower_order_final`).
 _SECOND_ORDER_FROM = 15
@@ -77,16 +73,8 @@ class SolverSettings(Document):
         return ", ".join(parts)
 
     def changed(self, **changes: object) -> Self:
-        """Returns the settings with these fields changed."""
+        """Returns the settings with these fields changed. Raises ValueError where this solver has no such option."""
         return self.model_validate(self.plain() | changes)
-
-
-def check_options(solver: str, karras: bool, final: str) -> None:
-    """Raises ValueError where this solver has no such option."""
-    if karras and solver not in KARRAS:
-        raise ValueError(f"{solver} has no Karras sigmas; {', '.join(KARRAS)} have")
-    if final != "zero" and solver != "dpm++":
-        raise ValueError(f"final is an option of dpm++, not of {solver}")
 
 
 def finals(solver: str, steps: int) -> tuple[Final, ...]:

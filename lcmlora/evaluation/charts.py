@@ -20,11 +20,15 @@ _GAP, _LABEL, _HEADER = 6, 150, 48
 
 
 class Row(NamedTuple):
-    """One method at one step count, as the table for plots has it."""
+    """One method at one number of network evaluations, as the table for plots has it; empty where it has no setting."""
 
     method: str
-    steps: int
     network_evaluations: int
+    steps: int
+    guidance_scale: float
+    spacing: str
+    karras: bool | str
+    final: str
     distance_teacher: float
     excess: float
     retrieval: float
@@ -49,20 +53,22 @@ def _cell(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def grid(captions: list[str], columns: Mapping[K, list[Image.Image]], path: Path) -> None:
-    """Writes a PNG with a row for each caption and a column of square pictures for each key, like `dpm++@4`."""
+def grid(captions: list[str], columns: Mapping[K, list[Image.Image]], counts: Mapping[K, str], path: Path) -> None:
+    """Writes a PNG with a row for each caption and a column of square pictures for each key, like `dpm++@4`.
+
+    Args:
+        counts: what stands below the method's name: `4 evaluations`, or nothing.
+    """
     side = _cell(next(iter(columns.values()))[0]).width
     width = _LABEL + len(columns) * (side + _GAP) + _GAP
     sheet = Image.new("RGB", (width, _HEADER + len(captions) * (side + _GAP)), _PAPER)
     pen = ImageDraw.Draw(sheet)
     for column, (key, pictures) in enumerate(columns.items()):
         left = _LABEL + column * (side + _GAP)
-        method, _, steps = key.partition("@")
+        method = key.partition("@")[0]
         ink = _ACCENT if method == "student" else _INK
         pen.text((left + side / 2, 16), NAMES.get(method, method), ink, _font(14, bold=True), anchor="mm")
-        if steps:
-            unit = "step" if steps == "1" else "steps"
-            pen.text((left + side / 2, 34), f"{steps} {unit}", _SOFT, _font(12), anchor="mm")
+        pen.text((left + side / 2, 34), counts[key], _SOFT, _font(12), anchor="mm")
         for row, picture in enumerate(pictures[: len(captions)]):
             sheet.paste(_cell(picture), (left, _HEADER + row * (side + _GAP)))
     for row, caption in enumerate(captions):

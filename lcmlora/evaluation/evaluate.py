@@ -21,12 +21,12 @@ from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import charts, timings
 from lcmlora.evaluation.comparisons.check import measure_check
+from lcmlora.evaluation.comparisons.costs import compare_costs
 from lcmlora.evaluation.figures import (
     AGAIN,
     REAL,
     STUDENT,
     TEACHER,
-    Advantage,
     Intervals,
     Key,
     Metrics,
@@ -59,7 +59,12 @@ from lcmlora.io import parsing
 from lcmlora.io.files import atomic_folder, atomic_write, sha256_file, write_json
 from lcmlora.io.parsing import as_object
 
-_GRID_STEPS = 4  # at which the grid shows the solvers: where the adapter is meant to be used
+_SHOWN = 4  # network evaluations at which the contact sheet shows the solvers: where the adapter is meant to be used
+# Settings of `evaluation` that decide what is in a reference.
+_DRAWN = (
+    *("seed", "pictures", "guidance_scale", "teacher_steps"),
+    *("solvers", "solver_evaluations", "guidance_scales", "choosing_pictures"),
+)
 
 
 def evaluate(
@@ -104,14 +109,6 @@ def evaluate(
     with lora.applied(base.network, layers, str(adapter)):
         drawn = {key: image_sets.draw(key, each, seed, identity) for key, each in students.items()}
         speed = latency(base, prompts, students, settings.latency_repeats)
-    # One solver stands for all: their own arithmetic is nothing beside the network's.
-    scale, solver = settings.guidance_scale, settings.solvers[0]
-    plain = {facts.teacher: SolverSettings.of("ddim", settings.teacher_steps, scale)}
-    comparable = [n for n in settings.solver_steps if 2 * n <= max(settings.student_steps)]
-    plain |= {Key.of(solver, n): SolverSettings.of(solver, n, scale) for n in comparable}
-    others = latency(base, prompts, plain, settings.latency_repeats)
-    speed = speed.model_copy(update={"seconds": speed.seconds | others.seconds})
-
     student = {key: image_set.features for key, image_set in drawn.items()}
     kept = load_file(reference / FEATURES)
     sets = {Key(name): value for name, value in kept.items()} | student
@@ -125,7 +122,9 @@ def evaluate(
         metrics = metrics.model_copy(update={"check": measure_check(facts.check, second, metrics, bootstrap)})
     elif facts.check_missing:
         metrics = metrics.model_copy(update={"check_missing": facts.check_missing})
-    table = plot_rows(metrics)
+    others = latency(base, prompts, _timed(metrics, settings), settings.latency_repeats)
+    speed = speed.model_copy(update={"seconds": speed.seconds | others.seconds})
+    table = plot_rows(metrics, settings.guidance_scale)
     with atomic_folder(out) as folder:
         save_file(student, folder / FEATURES)
         shutil.copytree(reference / "pictures", folder / "pictures")
@@ -135,7 +134,9 @@ def evaluate(
             save_thumbnails(image_set.thumbnails, thumbnails_path(folder, key))
         rows = image_sets.shown[: image_sets.rows]
         write_json(folder / "pictures" / "prompts.json", {"prompts": rows, "side": base.resolution})
-        charts.grid(rows, _columns(settings, folder), folder / "grid.png")
+        columns = _columns(metrics, folder)
+        counts = {key: metrics.count_label(key) for key in columns}
+        charts.grid(rows, columns, counts, folder / "grid.png")
         charts.curves(table, metrics.floor, folder / "steps.png")
     atomic_write(plots_file, lambda path: _write_csv(path, table))
     metrics.write(metrics_file)
@@ -201,8 +202,8 @@ def _check_reference(
         "the base's digest": (drawn_by, made_for),
         "prompts": (facts.prompts, prompts),
     }
-    for name in ("seed", "pictures", "guidance_scale", "teacher_steps", "solvers", "solver_steps"):
-        pairs[f"evaluation.{name}"] = (facts.settings[name], settings.model_dump(mode="json")[name])
+    for name in _DRAWN:
+        pairs[f"evaluation.{name}"] = (facts.settings.get(name), settings.model_dump(mode="json")[name])
     for name, (there, here) in pairs.items():
         if there != here:
             shown = "other prompts" if name == "prompts" else f"{there} for {name}, and this evaluation has {here}"
@@ -261,7 +262,9 @@ def measure(facts: Reference, sets: dict[Key, Tensor], resamples: int, device: t
         diversity={key: value for key, value in varieties.items() if value is not None},
         scores=facts.scores,
         network_evaluations=costs,
+        baselines={key: value for key, value in facts.baselines.items() if key in compared},
     )
+    metrics = metrics.model_copy(update=compare_costs(metrics, {}))
     bootstrap = _bootstrap(facts, resamples, device)
     if bootstrap is None:
         return metrics
@@ -280,7 +283,7 @@ def measure(facts: Reference, sets: dict[Key, Tensor], resamples: int, device: t
             retrieval={k: interval(bootstrap.mean(v, seeds=True), retrieval[k]) for k, v in hits.items()},
         ),
     )
-    return metrics.model_copy(update={"intervals": intervals, "advantage": _advantages(metrics, spread)})
+    return metrics.model_copy(update={"intervals": intervals, **compare_costs(metrics, spread)})
 
 
 def _bootstrap(facts: Reference, resamples: int, device: torch.device | None) -> Bootstrap | None:
@@ -298,31 +301,46 @@ def variety(features: Tensor, captions: list[str], all_kinds: Tensor) -> float |
     return diversity(features, captions, all_kinds.double().mean(0)) if len(set(captions)) < len(captions) else None
 
 
-def _advantages(metrics: Metrics, spread: dict[Key, Tensor]) -> dict[Key, Advantage]:
-    """Returns the student's excess less the best solver's at as many network evaluations, with its interval."""
-    found = {}
-    for key in (key for key in spread if key.method == STUDENT):
-        rivals = metrics.solvers_at(metrics.network_evaluations[key])
-        if rivals:
-            rival = min(rivals, key=metrics.excess.__getitem__)
-            difference = metrics.excess[key] - metrics.excess[rival]
-            found[key] = Advantage(
-                rival=rival,
-                network_evaluations=metrics.network_evaluations[key],
-                difference=difference,
-                interval=interval(spread[key] - spread[rival], difference),
-            )
+def _timed(metrics: Metrics, settings: Evaluation) -> dict[Key, SolverSettings]:
+    """Returns the teacher, and the best solver at each number of evaluations that a student takes, to be timed.
+
+    One solver stands for all: their own arithmetic is nothing beside the network's.
+    """
+    found = {metrics.teacher: SolverSettings.of("ddim", settings.teacher_steps, settings.guidance_scale)}
+    for key in metrics.students:
+        solvers = metrics.solvers_at(metrics.network_evaluations[key])
+        if solvers:
+            best = min(solvers, key=metrics.excess.__getitem__)
+            found[best] = metrics.baselines[best]
     return found
 
 
-def plot_rows(metrics: Metrics) -> list[charts.Row]:
-    """Returns a row for every method at every step count, in order."""
+def plot_rows(metrics: Metrics, guidance_scale: float) -> list[charts.Row]:
+    """Returns a row for every method at every number of evaluations, in order.
+
+    Args:
+        guidance_scale: of the teacher.
+    """
     rows = []
     for key, value in metrics.distance_teacher.items():
         name = metrics.teacher if key == TEACHER else key
-        cost, retrieval = metrics.network_evaluations[name], metrics.retrieval[name]
-        rows.append(charts.Row(name.method, name.steps, cost, value, metrics.excess[key], retrieval))
-    return sorted(rows, key=lambda row: (row.method, row.steps))
+        baseline = metrics.baselines.get(name)
+        plain = guidance_scale if key == TEACHER else 1.0
+        rows.append(
+            charts.Row(
+                method=name.method,
+                network_evaluations=metrics.network_evaluations[name],
+                steps=metrics.steps(name),
+                guidance_scale=baseline.guidance_scale if baseline else plain,
+                spacing=baseline.spacing if baseline else "",
+                karras=baseline.karras if baseline else "",
+                final=baseline.final if baseline else "",
+                distance_teacher=value,
+                excess=metrics.excess[key],
+                retrieval=metrics.retrieval[name],
+            )
+        )
+    return sorted(rows, key=lambda row: (row.method, row.network_evaluations))
 
 
 def _write_csv(path: Path, rows: list[charts.Row]) -> None:
@@ -332,11 +350,11 @@ def _write_csv(path: Path, rows: list[charts.Row]) -> None:
         writer.writerows(rows)
 
 
-def _columns(settings: Evaluation, folder: Path) -> dict[Key, list[Image.Image]]:
-    """Returns the grid's pictures by method."""
-    steps = min(settings.solver_steps, key=lambda n: abs(n - _GRID_STEPS))
-    solvers = [Key.of(solver, steps) for solver in settings.solvers]
-    students = [Key.of(STUDENT, n) for n in settings.student_steps]
-    keys = (Key(REAL), Key.of(TEACHER, settings.teacher_steps), *solvers, *students)
+def _columns(metrics: Metrics, folder: Path) -> dict[Key, list[Image.Image]]:
+    """Returns the contact sheet's pictures by method."""
+    costs = {key: metrics.network_evaluations[key] for key in metrics.excess if key.is_solver}
+    shown = min(costs.values(), key=lambda n: abs(n - _SHOWN), default=None)
+    solvers = [key for key, cost in costs.items() if cost == shown]
+    keys = (Key(REAL), metrics.teacher, *solvers, *metrics.students)
     paths = {key: thumbnails_path(folder, key) for key in keys}
     return {key: read_thumbnails(path) for key, path in paths.items() if key != REAL or path.exists()}

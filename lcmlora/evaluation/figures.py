@@ -121,7 +121,7 @@ class Advantage(Document):
 class Saving(Document):
     """How many times fewer network evaluations the student takes than the best solvers for the same distance.
 
-    Read off the curve of the smallest distance of any solver at each number of evaluations (measures/savings.py).
+    Read off the curve of the smallest distance of any solver at each number of evaluations (comparisons/costs.py).
     relation: `equal`, or a bound: `more than` where the solvers do not come as near with the most evaluations that they
         were drawn with, `at most` where they are nearer with the fewest.
     interval: of the factor; a high end of None is beyond the most evaluations.
@@ -150,8 +150,9 @@ class Trial(Document):
 
 
 class Search(Document):
-    """How the solvers' settings were chosen, on captions and seeds that no reported figure uses."""
+    """How the solvers' settings were chosen: on seeds that no figure is reported on, nor are validation captions."""
 
+    split: str  # of the captions: validation, or test if there are no others
     captions: int
     pictures: int  # of each trial
     seeds: dict[str, int]  # of the teacher and of the solvers
@@ -341,7 +342,17 @@ class Metrics(Document):
         """Returns how a reader calls a set: `DPM-Solver++, 4 evaluations (4 steps, unguided)`, `student, 4 steps`."""
         if key not in self.baselines:
             return key.label
-        return f"{key.name}, {_counted(key.evaluations, 'evaluation')} ({self.baselines[key].text})"
+        return f"{key.name}, {self.count_label(key)} ({self.baselines[key].text})"
+
+    def named(self, key: Key) -> str:
+        """Returns the key, and for a solver its settings: `dpm++@4 (4 steps, unguided)`."""
+        return f"{key} ({self.baselines[key].text})" if key in self.baselines else key
+
+    def count_label(self, key: Key) -> str:
+        """Returns what the number of a key counts: `4 evaluations`, `4 steps`; nothing for what has none."""
+        if key in self.baselines:
+            return _counted(key.evaluations, "evaluation")
+        return _counted(key.steps, "step") if key.steps else ""
 
     def agreement(self, student: Key) -> Agreement | None:
         """Returns whether the second features rank the student against the best solver as the first do.

@@ -31,13 +31,14 @@ def gate(metrics: Metrics, gate: Gate) -> list[str]:
     if not rivals:
         failures.append(
             f"{student}: no solver was drawn at its {cost[student]} network evaluations, so nothing was beaten; "
-            f"add {cost[student] / 2:g} to evaluation.solver_steps or change gate.steps"
+            f"add {cost[student]} to evaluation.solver_evaluations or change gate.steps"
         )
     for rival in rivals:
         if not excess[student] < excess[rival]:  # written so that a NaN fails
             failures.append(
-                f"{student}: excess Frechet distance {excess[student]:.2f} is not below {rival}'s {excess[rival]:.2f} "
-                f"at {cost[student]} network evaluations: {excess[student] - excess[rival]:.2f} too high"
+                f"{student}: excess Frechet distance {excess[student]:.2f} is not below {metrics.named(rival)}'s "
+                f"{excess[rival]:.2f} at {cost[student]} network evaluations: "
+                f"{excess[student] - excess[rival]:.2f} too high"
             )
     ahead = rivals and all(excess[student] < excess[rival] for rival in rivals)
     if gate.beyond_chance and ahead and (reason := _within_chance(metrics, student)):
@@ -177,7 +178,7 @@ def _half_width(interval: Interval | None) -> float:
 # What no features enter into.
 _COUNTED = (
     *("features", "pictures", "real_pictures", "prompts", "seed", "scores"),
-    *("network_evaluations", "seconds_per_picture", "latency"),
+    *("network_evaluations", "baselines", "seconds_per_picture", "latency"),
 )
 
 

@@ -97,15 +97,16 @@ class ImageSets:
         """The prompt of every picture."""
         return [self.prompts[i % len(self.prompts)] for i in range(self.pictures)]
 
-    def draw(self, label: str, settings: Settings, seed: int, adapter: str = "") -> ImageSet:
+    def draw(self, label: str, settings: Settings, seed: int, adapter: str = "", *, quiet: bool = False) -> ImageSet:
         """Returns an image set. A batch that is in `scratch` is not drawn again.
 
         Args:
             label: of the progress bar.
             adapter: a digest of what is active in the network besides the base.
+            quiet: show no progress.
 
         Raises:
-            UserError: pictures that are not finite.
+            NotFinite: pictures that are not finite.
         """
         plain = asdict(settings) if isinstance(settings, StudentSettings) else settings.plain()
         seen_by = [features.name for features in (self.features, self.check) if features]
@@ -113,7 +114,7 @@ class ImageSets:
         scored = [scorer.name for scorer in self.scorers]
         key = digest(*made_by, {"prompts": list(self.prompts), "batch": self.batch, "scores": scored})[:20]
         parts = []
-        for start in track(range(0, self.pictures, self.batch), label, unit=self.batch):
+        for start in track(range(0, self.pictures, self.batch), label, unit=self.batch, quiet=quiet):
             indices = range(start, min(start + self.batch, self.pictures))
             stored = self.scratch and self.scratch / f"{key}-{indices.start:06d}-{indices.stop:06d}.safetensors"
             if stored and stored.exists():

@@ -30,7 +30,8 @@ from lcmlora.evaluation.measures import distances, scores
 from lcmlora.evaluation.measures import features as feature_sets
 from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.scores import Scorer
-from lcmlora.evaluation.sets.captions import distinct_captions, reporting, reporting_seeds
+from lcmlora.evaluation.sets.baselines import choose_baselines
+from lcmlora.evaluation.sets.captions import choosing, distinct_captions, reporting, reporting_seeds
 from lcmlora.io.documents import Document, Number
 from lcmlora.io.files import atomic_folder, sha256_file, sha256_folder
 from lcmlora.plugins import SOURCES
@@ -112,7 +113,8 @@ def draw_reference(
     scorers = load_scorers(base, settings)
     image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers, check)
 
-    jobs = _jobs(settings)
+    baselines, search = choose_baselines(image_sets, settings, choosing(pictures), captions)
+    jobs = _jobs(settings, baselines)
     drawn = {key: image_sets.draw(key, each, seed) for key, (each, seed) in jobs.items()}
     tensors: dict[str, Tensor] = {key: image_set.features for key, image_set in drawn.items()}
     second: dict[str, Tensor] = {key: each.check for key, each in drawn.items() if each.check is not None}
@@ -139,6 +141,8 @@ def draw_reference(
         network_evaluations={key: each.evaluations for key, (each, _) in jobs.items()},
         scores=mean_scores(drawn),
         **({"check": feature_set(check)} if check else {"check_missing": _check_missing(settings)}),
+        baselines=baselines,
+        search=search,
         **compared.fields(),
     )
     with atomic_folder(out) as folder:
@@ -228,16 +232,12 @@ def mean_scores(drawn: dict[Key, ImageSet]) -> dict[str, dict[Key, float]]:
     return dict(means)
 
 
-def _jobs(settings: Evaluation) -> dict[Key, tuple[SolverSettings, int]]:
+def _jobs(settings: Evaluation, baselines: dict[Key, SolverSettings]) -> dict[Key, tuple[SolverSettings, int]]:
     """Returns the sampler settings of every set, and its seed."""
-    scale, seeds = settings.guidance_scale, reporting_seeds(settings.seed)
-    teacher = SolverSettings.of("ddim", settings.teacher_steps, scale)
+    seeds = reporting_seeds(settings.seed)
+    teacher = SolverSettings.of("ddim", settings.teacher_steps, settings.guidance_scale)
     name = Key.of(TEACHER, settings.teacher_steps)
-    solvers = {
-        Key.of(s, n): (SolverSettings.of(s, n, scale), seeds.compared)
-        for s in settings.solvers
-        for n in settings.solver_steps
-    }
+    solvers = {key: (baseline, seeds.compared) for key, baseline in baselines.items()}
     return {name: (teacher, seeds.teacher), Key(name + AGAIN): (teacher, seeds.compared)} | solvers
 
 

@@ -113,7 +113,7 @@ def draw_alone(
     image_sets = image_sets_of(base, features, evaluation, prompts, settings.pictures, scratch / "drawn")
     scale, steps = evaluation.guidance_scale, settings.steps // 2
     solvers = {Key.of(_CURVE, n): SolverSettings.of(_CURVE, n, scale) for n in settings.solver_steps}
-    solvers |= {Key.of(solver, steps): SolverSettings.of(solver, steps, scale) for solver in evaluation.solvers}
+    solvers |= {Key.of(solver, steps): SolverSettings.of(solver, steps, scale) for solver in evaluation.solver_names}
     with contextlib.ExitStack() as stack:
         if kind == "style":
             layers, identity = adapter_layers(folder)

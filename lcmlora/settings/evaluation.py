@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from lcmlora.io.parsing import JsonObject
 from lcmlora.plugins import FEATURES, SCORES
@@ -13,6 +13,47 @@ from lcmlora.settings.fields import Device, Name, OneOf, Positive, Seed, Share, 
 from lcmlora.settings.layers import Changes
 
 Solver = Literal["ddim", "dpm++", "unipc", "euler"]
+Spacing = Literal["trailing", "leading", "linspace"]
+Final = Literal["zero", "sigma_min", "euler_at_final"]
+KARRAS: tuple[Solver, ...] = ("dpm++", "unipc", "euler")  # which can take Karras sigmas (arXiv 2206.00364, eq. 5)
+
+
+def check_options(solver: str, karras: bool, final: str) -> None:
+    """Raises ValueError where this solver has no such option."""
+    if karras and solver not in KARRAS:
+        raise ValueError(f"{solver} has no Karras sigmas; {', '.join(KARRAS)} have")
+    if final != "zero" and solver != "dpm++":
+        raise ValueError(f"final is an option of dpm++, not of {solver}")
+
+
+class FixedSolver(Strict):
+    """A solver with settings fixed by hand."""
+
+    solver: Solver
+    """Which solver."""
+    guidance_scale: Annotated[float, Field(ge=1)]
+    """guidance_scale in the pipelines' convention. 1: unguided, in twice the steps."""
+    spacing: Spacing = "trailing"
+    """timestep_spacing of diffusers."""
+    karras: bool = False
+    """use_karras_sigmas of diffusers."""
+    final: Final = "zero"
+    """Last step of dpm++: final_sigmas_type, or euler_at_final, which goes to sigma_min too."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        check_options(self.solver, self.karras, self.final)
+        return self
+
+
+def _kind_of_entry(entry: object) -> str:
+    return "[fixed]" if isinstance(entry, dict | FixedSolver) else "[name]"
+
+
+# One kind is tried, so that a wrong entry has one error and not one for each kind.
+SolverEntry = Annotated[
+    Annotated[Solver, Tag("[name]")] | Annotated[FixedSolver, Tag("[fixed]")], Discriminator(_kind_of_entry)
+]
 
 
 def _several(count: int) -> int:
@@ -45,13 +86,21 @@ class Evaluation(Strict):
     scores_source: dict[str, str] = {}
     """Hub id or folder for each score. Without one, its own hub."""
     guidance_scale: Annotated[float, Field(ge=1)] = 8.5
-    """guidance_scale of the teacher and of the solvers in the pipelines' convention: w + 1 of distill's w."""
+    """guidance_scale of the teacher in the pipelines' convention: w + 1 of distill's w."""
     teacher_steps: Positive = 50
     """DDIM steps of the teacher's pictures, which all else is compared with."""
-    solvers: Annotated[tuple[Solver, ...], Field(min_length=1)] = ("ddim", "dpm++", "unipc", "euler")
-    """Solvers that the student is compared with."""
-    solver_steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8, 16, 32)
-    """Steps with each solver."""
+    solvers: Annotated[tuple[SolverEntry, ...], Field(min_length=1)] = ("ddim", "dpm++", "unipc", "euler")
+    """Solvers that the student is compared with. A name: its best settings are searched on validation captions. An
+    object: they are fixed by hand, such as {solver: dpm++, guidance_scale: 4, spacing: trailing, karras: true}."""
+    solver_evaluations: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8, 16, 32)
+    """Network evaluations for one picture with each solver. A guided step costs two, an unguided one costs one."""
+    guidance_scales: Annotated[tuple[Annotated[float, Field(ge=1)], ...], Field(min_length=1)] = (
+        *(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
+    )
+    """Guidance scales that are searched for the solvers."""
+    choosing_pictures: Annotated[int, Field(ge=2)] = 128
+    """Pictures by which the search compares two settings of a solver. It ranks them only, so they may be fewer than
+    the features have dimensions."""
     student_steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8, 16)
     """Steps with the student."""
     grid_rows: Positive = 8
@@ -68,6 +117,28 @@ class Evaluation(Strict):
         if self.features == self.check_features:
             raise ValueError(f"check_features: {self.features} are the features already; set others, or null")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replaced(cls, raw: object) -> object:
+        if isinstance(raw, dict) and "solver_steps" in raw:
+            raise ValueError(
+                "solver_steps was replaced by solver_evaluations, which counts network evaluations: a guided step "
+                "costs two of them, an unguided one costs one"
+            )
+        return raw
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = self.solver_names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"solvers: {twice[0]} stands there twice")
+        return self
+
+    @property
+    def solver_names(self) -> tuple[Solver, ...]:
+        """The names of the solvers, whether their settings are searched or fixed by hand."""
+        return tuple(entry.solver if isinstance(entry, FixedSolver) else entry for entry in self.solvers)
 
 
 class Study(Strict):

@@ -35,7 +35,7 @@ class Changes:
     extensions: Callable[[], Mapping[str, type[Strict]]] = dict
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        found = handler(self.of.__pydantic_core_schema__)
+        found = dict(handler.resolve_ref_schema(handler(self.of.__pydantic_core_schema__)))
         keys = dict(found["properties"])
         for name, extension in self.extensions().items():
             extended = handler(extension.__pydantic_core_schema__)["properties"]
@@ -133,9 +133,11 @@ def explain(error: ValidationError, where: Callable[[Location], str], but: str =
     """
     lines = []
     for item in error.errors():
-        if item["type"] == but:
+        # Entries of a list come from one place, so that no other layer gives what is missing in one.
+        if item["type"] == but and not any(isinstance(part, int) for part in item["loc"]):
             continue
-        location = tuple(part for part in item["loc"] if part != "[key]")
+        # [key], and the names of alternatives, are no keys of the file.
+        location = tuple(part for part in item["loc"] if not str(part).startswith("["))
         key = ".".join(shown(part, 80) for part in location)
         before = where(location)
         path = f"{before}.{key}" if before and key else before or key

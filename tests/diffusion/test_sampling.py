@@ -17,8 +17,9 @@ from lcmlora.bases.base import LoadedBase
 from lcmlora.diffusion import sampling
 from lcmlora.diffusion.noise import generator
 from lcmlora.diffusion.solver import student_timesteps
-from lcmlora.diffusion.solver_settings import FINALS, KARRAS, SOLVERS, SPACINGS, Final, SolverSettings, Spacing, finals
+from lcmlora.diffusion.solver_settings import SOLVERS, SPACINGS, SolverSettings, finals
 from lcmlora.evaluation.image_sets import StudentSettings
+from lcmlora.settings.evaluation import KARRAS, Final, Spacing
 
 CAPTIONS = ["red apple", "green tree", "fruit"]
 SCHEDULERS = {
@@ -212,7 +213,7 @@ def test_every_combination_of_options_draws_finite_pictures_that_differ(base: Lo
     if steps > 2:  # the first and the last noise level are the same
         assert not torch.equal(drawn["dpm++", "trailing", True, "zero"], plain)
     if steps == 16:
-        ends = [drawn["dpm++", "trailing", False, final] for final in FINALS]
+        ends = [drawn["dpm++", "trailing", False, final] for final in finals("dpm++", steps)]
         assert not torch.equal(ends[1], ends[2])
 
 

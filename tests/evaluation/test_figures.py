@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from lcmlora.config import Gate
+from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Key, Metrics, Study
-from lcmlora.evaluation.gate import record
+from lcmlora.evaluation.gate import gate, record
 from lcmlora.evaluation.reference import Reference
 from lcmlora.io.documents import Document
 
@@ -65,6 +67,23 @@ def test_second_features_agree_where_they_rank_the_student_alike_beyond_chance(
     metrics = Metrics.parse(figures, "metrics")
     assert metrics.agreement(Key("student@4")) == expected
     assert metrics.agreement(Key("student@2")) is None
+
+
+def test_the_number_of_a_solver_is_its_steps_in_old_figures_and_its_evaluations_in_those_with_baselines() -> None:
+    old = Metrics.read(OLD)
+    assert old.baselines == {} == old.savings
+    assert old.label(Key("dpm++@2")) == "DPM-Solver++, 2 steps" and old.steps(Key("dpm++@2")) == 2
+    assert old.named(Key("dpm++@2")) == "dpm++@2" and old.network_evaluations[Key("dpm++@2")] == 4
+    baseline = SolverSettings.of("dpm++", 1, 3.0, spacing="leading", karras=True, final="sigma_min")
+    new = Metrics.parse(old.plain() | {"baselines": {"dpm++@2": baseline.plain()}}, "metrics.json")
+    assert new.label(Key("dpm++@2")) == (
+        "DPM-Solver++, 2 evaluations (1 step, guidance 3, leading, Karras sigmas, to sigma_min)"
+    )
+    assert new.steps(Key("dpm++@2")) == 1 and new.label(Key("student@4")) == "student, 4 steps"
+    assert [new.count_label(Key(key)) for key in ("dpm++@2", "student@1", "real")] == ["2 evaluations", "1 step", ""]
+    assert gate(old, Gate(steps=4, min_retrieval=0.5, min_diversity=0)) == []
+    with pytest.raises(UserError, match=r"metrics.json: baselines.dpm\+\+@2.solver: is missing"):
+        Metrics.parse(old.plain() | {"baselines": {"dpm++@2": {"steps": 1}}}, "metrics.json")
 
 
 def test_what_a_later_version_added_is_kept(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_diversity_that_cannot_be_measured_is_not_asked_for_and_says_why(changes
 
 def test_nothing_to_compare_with_is_a_failure_and_not_a_pass() -> None:
     (line,) = gate(changed("network_evaluations", "student@4", 6), GATE)
-    assert "no solver" in line and "add 3 to evaluation.solver_steps" in line
+    assert "no solver" in line and "add 6 to evaluation.solver_evaluations" in line
     (line,) = gate(METRICS, Gate(steps=8, min_retrieval=0.8))
     assert line.startswith("student@8: was not drawn") and "student@2, student@4" in line
 

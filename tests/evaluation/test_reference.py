@@ -26,7 +26,7 @@ from lcmlora.evaluation.gate import record
 from lcmlora.evaluation.image_sets import ImageSets, StudentSettings
 from lcmlora.evaluation.measures.distances import Frechet
 from lcmlora.evaluation.reference import choose_real, draw_reference
-from tests.evaluation.conftest import WORDS, Quarters, settings
+from tests.evaluation.conftest import FIXED, WORDS, Quarters, settings
 from tests.support.miniature import RESOLUTION
 
 pytestmark = pytest.mark.usefixtures("small_features")
@@ -50,7 +50,7 @@ def outputs(root: Path) -> tuple[Path, Path, Path]:
 def test_the_reference_holds_every_set_with_its_count_and_cost(reference: Path) -> None:
     facts = json.loads((reference / "reference.json").read_text())
     sets = load_file(reference / "features.safetensors")
-    drawn = {"teacher@6", "teacher@6/again", "ddim@1", "ddim@2", "dpm++@1", "dpm++@2"}
+    drawn = {"teacher@6", "teacher@6/again", "ddim@2", "ddim@4", "dpm++@2", "dpm++@4"}
     assert set(sets) == drawn | {"real", "gallery"}
     assert all(sets[key].shape == (20, 12) and sets[key].dtype == torch.float16 for key in drawn)
     assert "seconds_per_picture" not in facts
@@ -58,25 +58,25 @@ def test_the_reference_holds_every_set_with_its_count_and_cost(reference: Path) 
     assert set(seconds["seconds_per_picture"]) == drawn - {"teacher@6/again"}
     assert min(seconds["seconds_per_picture"].values()) > 0
     assert facts["network_evaluations"] == {
-        "teacher@6": 12, "teacher@6/again": 12, "ddim@1": 2, "ddim@2": 4, "dpm++@1": 2, "dpm++@2": 4,
+        "teacher@6": 12, "teacher@6/again": 12, "ddim@2": 2, "ddim@4": 4, "dpm++@2": 2, "dpm++@4": 4,
     }  # fmt: skip
     assert facts["features"] == {"name": "quarters/12", "dimensions": 12, "distance": "frechet"}
     assert facts["counts"] == {"pictures": 20, "real": 20, "gallery": len(facts["captions"]["gallery"])}
     assert set(facts["prompts"]) == set(facts["captions"]["gallery"]) < set(WORDS)
     assert not set(facts["keys"]["real"]) & set(facts["keys"]["gallery"])
-    with Image.open(reference / "pictures" / "dpm++@2.png") as strip:
+    with Image.open(reference / "pictures" / "dpm++@4.png") as strip:
         assert strip.size == (RESOLUTION, 3 * RESOLUTION)
 
 
 def test_all_that_is_compared_starts_from_other_noise_than_the_teacher_and_from_the_same(
     base: bases.LoadedBase, adapter: Path, data: Data, pictures: Path, tmp_path: Path
 ) -> None:
-    changes = {"solvers": ("ddim",), "solver_steps": (6,)}
+    changes = {"solvers": (FIXED,), "solver_evaluations": (12,)}
     facts = draw_reference(
         base, data, settings(**changes), pictures, tmp_path / "s", tmp_path / "reference", tmp_path / "timings"
     )
     sets = load_file(tmp_path / "reference" / "features.safetensors")
-    assert torch.equal(sets["ddim@6"], sets["teacher@6/again"])  # the same method, steps and noise
+    assert torch.equal(sets["ddim@12"], sets["teacher@6/again"])  # the same method, steps and noise
     assert (sets["teacher@6"] - sets["teacher@6/again"]).abs().amax(dim=1).min() > 0.05
     run(base, adapter, data, pictures, tmp_path / "reference", **changes)
     student = load_file(tmp_path / "evaluation" / "features.safetensors")["student@4"]
@@ -117,7 +117,7 @@ def test_a_killed_reference_goes_on_and_draws_nothing_twice(
     hook.remove()
     # Only the batch in which it was killed is begun again: at most 8 pictures at 12 evaluations.
     assert needed <= sum(rows) <= needed + 8 * 12
-    for file in ("features.safetensors", "pictures/ddim@1.png"):
+    for file in ("features.safetensors", "pictures/ddim@2.png"):
         assert (tmp_path / "resumed" / file).read_bytes() == (reference / file).read_bytes()
     assert not (tmp_path / "killed").exists()
 
@@ -161,7 +161,7 @@ def test_the_metrics_agree_with_the_pictures_and_each_other(
     sets = load_file(reference / "features.safetensors")
     student = load_file(root / "evaluation" / "features.safetensors")
     floor = Frechet().between(sets["teacher@6"], sets["teacher@6/again"])
-    methods = {"ddim@1", "ddim@2", "dpm++@1", "dpm++@2", "student@1", "student@2", "student@4"}
+    methods = {"ddim@2", "ddim@4", "dpm++@2", "dpm++@4", "student@1", "student@2", "student@4"}
     assert metrics["floor"] == metrics["distance_teacher"]["teacher"] == floor
     assert set(metrics["distance_teacher"]) == set(metrics["excess"]) == methods | {"teacher"}
     assert metrics["excess"]["teacher"] == 0
@@ -171,11 +171,11 @@ def test_the_metrics_agree_with_the_pictures_and_each_other(
     assert set(metrics["distance_real"]) == methods | {"teacher@6"}
     assert set(metrics["retrieval"]) == methods | {"teacher@6", "real"}
     assert all(0 <= share <= 1 for share in metrics["retrieval"].values())
-    assert metrics["network_evaluations"]["student@4"] == 4 == metrics["network_evaluations"]["dpm++@2"]
+    assert metrics["network_evaluations"]["student@4"] == 4 == metrics["network_evaluations"]["dpm++@4"]
     for key in methods:
         low, high = metrics["intervals"]["excess"][key]
         assert low < metrics["excess"][key] < high
-    rivals = {name: metrics["excess"][name] for name in ("ddim@2", "dpm++@2")}
+    rivals = {name: metrics["excess"][name] for name in ("ddim@4", "dpm++@4")}
     won = metrics["advantage"]["student@4"]
     assert won["rival"] == min(rivals, key=rivals.__getitem__) and won["network_evaluations"] == 4
     assert won["difference"] == metrics["excess"]["student@4"] - min(rivals.values())
@@ -186,7 +186,11 @@ def test_the_metrics_agree_with_the_pictures_and_each_other(
     with (root / "plots" / "mini_steps.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8
-    assert list(rows[0]) == ["method", "steps", "network_evaluations", "distance_teacher", "excess", "retrieval"]
+    settings_of = ["guidance_scale", "spacing", "karras", "final"]
+    figures = ["distance_teacher", "excess", "retrieval"]
+    assert list(rows[0]) == ["method", "network_evaluations", "steps", *settings_of, *figures]
+    (solver,) = [row for row in rows if (row["method"], row["network_evaluations"]) == ("dpm++", "4")]
+    assert [solver[name] for name in ("steps", *settings_of)] == ["2", "4.0", "trailing", "False", "zero"]
     assert [float(row["excess"]) for row in rows if (row["method"], row["steps"]) == ("student", "4")] == [
         expected - floor
     ]
@@ -205,7 +209,7 @@ def test_all_is_measured_once_more_by_the_second_features(
     torch.testing.assert_close(sets["real"].float(), halves, atol=0.02, rtol=0)
     floor = Frechet().between(sets["teacher@6"], sets["teacher@6/again"])
     assert check["floor"] == floor
-    assert check["excess"]["ddim@2"] == Frechet().between(sets["teacher@6"], sets["ddim@2"]) - floor
+    assert check["excess"]["ddim@4"] == Frechet().between(sets["teacher@6"], sets["ddim@4"]) - floor
     assert check["excess"].keys() == metrics["excess"].keys() - {"teacher"}
     assert check["distance_real"].keys() == metrics["distance_real"].keys()
     assert check["advantage"].keys() == metrics["advantage"].keys()
@@ -220,7 +224,7 @@ def test_all_is_measured_once_more_by_the_second_features(
 def test_too_few_pictures_for_the_second_features_leave_them_out_and_say_why(
     base: bases.LoadedBase, adapter: Path, data: Data, pictures: Path, tmp_path: Path
 ) -> None:
-    changes = {"check_features": "scattering", "solvers": ("ddim",), "solver_steps": (2,)}
+    changes = {"check_features": "scattering", "solvers": (FIXED,), "solver_evaluations": (4,)}
     draw_reference(base, data, settings(**changes), pictures, *outputs(tmp_path))
     assert not (tmp_path / "reference" / "check.safetensors").exists()
     metrics = run(base, adapter, data, pictures, tmp_path / "reference", **changes)
@@ -235,8 +239,9 @@ def test_how_long_it_took_is_kept_apart_and_with_it_what_it_was_measured_of(
     metrics = run(base, adapter, data, pictures, reference)
     of = {key: metrics[key] for key in ("reference_digest", "adapter")}
     found = timings.read(adapter.parent / "timings" / timings.EVALUATION, **of)
-    timed = {"teacher@6", "ddim@1", "ddim@2", "student@1", "student@2", "student@4"}
-    assert found.latency and set(found.latency.seconds) == timed and found.latency.repeats == 2
+    best = {won["rival"] for won in metrics["advantage"].values()}  # one solver at each number of evaluations
+    timed = {"teacher@6", "student@1", "student@2", "student@4"} | best
+    assert len(best) == 2 and found.latency and set(found.latency.seconds) == timed and found.latency.repeats == 2
     assert all(0 < each.p50 <= each.p95 for each in found.latency.seconds.values())
     assert set(found.seconds_per_picture) == set(metrics["network_evaluations"])  # the reference's among them
     for other in ({"adapter": "0" * 64}, {"reference_digest": "0" * 64}):
@@ -262,7 +267,7 @@ def test_the_same_adapter_gives_the_same_bytes_of_all_that_git_and_dvc_keep(
 
     run(base, adapter, data, pictures, reference)
     first = outputs()
-    names = {f"pictures/{m}@{n}.png" for m in ("ddim", "dpm++") for n in (1, 2)}
+    names = {f"pictures/{m}@{n}.png" for m in ("ddim", "dpm++") for n in (2, 4)}
     names |= {f"pictures/{name}.png" for name in ("real", "teacher@6", "student@1", "student@2", "student@4")}
     names |= {"features.safetensors", "grid.png", "steps.png", "pictures/prompts.json"}
     assert set(first) == {f"evaluation/{name}" for name in names} | {"metrics/mini.json", "plots/mini_steps.csv"}
@@ -352,6 +357,6 @@ def test_prompts_without_pictures_are_measured_against_the_teacher_alone(
     assert metrics["distance_real"] is None
     assert metrics["distance_real_missing"] == "the data are prompts, without real pictures"
     assert "real" not in metrics["retrieval"] and "real" not in metrics["diversity"]
-    assert metrics["excess"].keys() >= {"student@4", "ddim@2"}
+    assert metrics["excess"].keys() >= {"student@4", "ddim@4"}
     with Image.open(tmp_path / "evaluation/grid.png") as grid:
         assert grid.size[0] > 0

@@ -123,5 +123,5 @@ def test_a_lead_by_chance_seldom_passes_the_gate(kind: str, captions: int, pictu
 @pytest.mark.parametrize("alike", [False, True])
 def test_one_step_alone_has_charts(alike: bool, tmp_path: Path) -> None:
     metrics = measure(*evaluation("frechet", 2, 2, 2, steps=(1,), real=0, alike=alike), resamples=0)
-    charts.curves(plot_rows(metrics), metrics.floor, tmp_path / "steps.png")
+    charts.curves(plot_rows(metrics, 4.0), metrics.floor, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").stat().st_size > 0

@@ -60,6 +60,13 @@ class Distance(ABC):
         Raises:
             ValueError: one has fewer than `pictures_needed`.
         """
+        return self.between_few(a, b)
+
+    def between_few(self, a: Tensor, b: Tensor) -> float:
+        """Returns the distance of sets that may have fewer than `pictures_needed`.
+
+        It is biased by the number of pictures, but ranks sets of as many pictures by their distance to one set.
+        """
         a, b = a.double(), b.double()
         return self.weighted(a, torch.ones_like(a[:, 0]), b, torch.ones_like(b[:, 0])).item()
 
@@ -106,6 +113,12 @@ class Frechet(Distance):
     title = "Fréchet distance"
 
     def between(self, a: Tensor, b: Tensor) -> float:
+        count, dimensions = min(len(a), len(b)), a.shape[1]
+        if count < self.pictures_needed(dimensions):
+            raise ValueError(f"a Frechet distance needs more pictures than dimensions: {count} pictures, {dimensions}")
+        return self.between_few(a, b)
+
+    def between_few(self, a: Tensor, b: Tensor) -> float:
         mean_a, root_a = _moments(a)
         mean_b, root_b = _moments(b)
         cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
@@ -192,10 +205,8 @@ def _quadratic(centred: Tensor, there: Tensor) -> Tensor:
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the mean (D,) and a root R (D, D) of the covariance, R^T R, both fp64."""
-    count, dimensions = features.shape
-    if count < dimensions + 1:
-        raise ValueError(f"a Frechet distance needs more pictures than dimensions: {count} pictures, {dimensions}")
+    """Returns the mean (D,) and a root R of the covariance, R^T R, both fp64; R is (D, D), of few pictures (N, D)."""
+    count = len(features)
     x = features.double()
     mean = x.mean(dim=0)
     return mean, torch.linalg.qr((x - mean) / (count - 1) ** 0.5, mode="r").R
