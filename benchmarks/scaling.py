@@ -53,9 +53,6 @@ def _median(action: Callable[[], object], repeats: int = _REPEATS) -> float:
     return statistics.median(seconds)
 
 
-# --- the cache ----------------------------------------------------------------------------------------------------
-
-
 class _Memory:
     """The peak of this process's own memory, pages of files not counted, in bytes above what it had at first."""
 
@@ -207,9 +204,6 @@ def show_cache(found: dict[str, Any]) -> str:
     )
 
 
-# --- the registry -------------------------------------------------------------------------------------------------
-
-
 def _fill(settings: config.Registry, figures: dict[str, float]) -> float:
     """Registers versions as `registration` does, without artifacts; returns the seconds that it took."""
     from mlflow.entities import Metric
@@ -292,9 +286,6 @@ def show_registry(found: dict[str, Any]) -> str:
     )
 
 
-# --- DVC ----------------------------------------------------------------------------------------------------------
-
-
 def _run_dvc(root: Path, *arguments: str) -> float:
     """Returns the processor time that it took, which other work on the machine hardly changes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -363,9 +354,6 @@ def show_dvc(found: dict[str, Any]) -> str:
         f"{tables.markdown(head, rows)}\n"
         f"{tables.markdown(['models in dvc.yaml', 'status of a stage', 'status of all'], models)}"
     )
-
-
-# --- releases -----------------------------------------------------------------------------------------------------
 
 
 def measure_publish() -> dict[str, Any]:
