@@ -268,7 +268,7 @@ def test_help_shows_examples_without_importing_prefect():
 def test_a_gpu_model_is_examined_before_it_is_trained(project: Project):
     project.change(lambda raw: raw["bases"].update(a=raw["bases"]["a"] | {"distill": {"device": "cuda"}}))
     state = retrain(["a"], return_state=True)
-    assert state.message == "a: doctor a: device: cuda was asked for and this machine has no usable GPU"
+    assert state.message == "a: doctor a: device: cuda, and this machine has no usable GPU"
     assert not (project.root / "distilled").exists()
 
 
