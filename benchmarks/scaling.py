@@ -219,11 +219,11 @@ def _fill(settings: config.Registry, figures: dict[str, float]) -> float:
             client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in figures.items()])
             facts = {"base": "bases/emoji", "gate": "passed", "features": "efficientnet-lite0", "data_digest": "d" * 64}
             facts |= {"sha256": _digest(model, number), "objective": "tcd" if model % 2 else "lcm"}
-            tags = facts | dict([events.tag("registered"), events.tag("passed")])
+            tags = facts | dict([events.event_tag("registered"), events.event_tag("passed")])
             client.create_model_version(name, f"runs:/{run_id}/model", run_id, tags=tags)
         found = registry.versions(settings, name)
         for version in reversed(found[:2]):
-            promotion.assign(version, settings, reason="passed the gate")
+            promotion.promote_passed(version, settings, reason="passed the gate")
     return time.perf_counter() - began
 
 

@@ -106,13 +106,13 @@ def register_release(
     model: str, settings: config.Config, uri: str | None, gate_failures: list[str]
 ) -> registration.Registered:
     """Returns the version of the release in the registry; idempotent."""
-    return registration.register(model, settings.registry, _PROJECT.release(model), uri, gate_failures)
+    return registration.register_release(model, settings.registry, _PROJECT.release(model), uri, gate_failures)
 
 
 @task(task_run_name="promote {model}", cache_policy=NO_CACHE)
 def promote_version(model: str, version: registration.Registered, settings: config.Config) -> str:
     """Moves the configured alias to this version and returns the reference by which it is now found."""
-    return promotion.assign(version, settings.registry, reason="passed the gate")
+    return promotion.promote_passed(version, settings.registry, reason="passed the gate")
 
 
 @task(task_run_name="point channel {model}", cache_policy=NO_CACHE)

@@ -126,8 +126,8 @@ def test_a_champion_that_a_person_rolled_back_stays_rolled_back(project: Project
     retrain(["a"])
     name = "lcm-lora-a"
     settings = load().registry
-    older = registration.register("a", settings, write_sealed(project.root / "older"))
-    promotion.assign(registry.resolve(f"{name}/{older.version}", settings), settings, reason="blurred")
+    older = registration.register_release("a", settings, write_sealed(project.root / "older"))
+    promotion.promote_passed(registry.resolve(f"{name}/{older.version}", settings), settings, reason="blurred")
     pointer = project.root / "releases/a/channels/champion.json"
     pointer.write_text("moved by hand")
     retrain(["a"])
