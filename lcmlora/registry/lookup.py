@@ -120,7 +120,7 @@ def versions(settings: Registry, name: str | None = None) -> list[Version]:
     """
     with reaching(settings, "ask again later"):
         client = connect(settings)
-        found = search_all(client.search_model_versions, f"name = '{name}'" if name else None)
+        found: list[ModelVersion] = search_all(client.search_model_versions, f"name = '{name}'" if name else None)
         if name and not found:
             raise UserError(f"{name}: not registered at {masking.address(settings.tracking_uri)}")
         found.sort(key=lambda version: (version.name, -int(version.version)))
@@ -377,7 +377,8 @@ def _described(client: MlflowClient, found: Sequence[ModelVersion], settings: Re
     """Returns the versions with aliases and figures, by one request for 1,000 models and one for 100 runs."""
     names = {version.name for version in found}
     if len(names) > 1:  # one request for all models: one for each model would take most of the time
-        aliases = {model.name: _aliases(model) for model in search_all(client.search_registered_models)}
+        models: list[RegisteredModel] = search_all(client.search_registered_models)
+        aliases = {model.name: _aliases(model) for model in models}
     else:
         aliases = {name: read_aliases(client, name) for name in names}
     # Other programs may have registered a version with any text as its run.

@@ -79,7 +79,7 @@ class Run:
 
     def picture(self, name: str, picture: Image, step: int) -> None:
         """Logs a picture at a step under a name."""
-        if self._given_up:
+        if self._given_up or self._client is None:
             return
         with self._tolerating_failure():
             self._client.log_image(self.id, picture, key=name, step=step)
@@ -107,6 +107,7 @@ class Run:
             self._send(status)
 
     def _send(self, status: str | None = None) -> None:
+        assert self._client is not None
         with self._tolerating_failure():
             for start in range(0, len(self._waiting), 1000):  # MLflow's limit for one request
                 self._client.log_batch(self.id, metrics=self._waiting[start : start + 1000])

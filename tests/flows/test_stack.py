@@ -125,7 +125,7 @@ def test_a_folder_that_another_user_has_put_there_is_not_used(project: Path):
     os.chown(project / ".up", 65534, 65534)
     refused = _run(project, "up")
     assert refused.returncode == 2
-    assert "it belongs to another user, who would know our passwords; remove it" in refused.stderr
+    assert "belongs to another user, who would know our passwords; remove it" in refused.stderr
 
 
 def test_releases_that_go_to_s3_need_no_bucket_here(project: Path):
