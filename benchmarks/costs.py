@@ -1,4 +1,4 @@
-"""What the presets of params.yaml cost, by arithmetic: bytes, operations, GPU hours. Part of benchmarks.scaling."""
+"""The costs of the presets of params.yaml, by arithmetic: bytes, operations, GPU hours. Part of benchmarks.scaling."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from lcmlora.bases import description
 
 PRESETS = ("sd15", "sd21", "sdxl", "ssd1b")
 PICTURES = (10_000, 1_000_000, 12_000_000)
-TERAFLOPS = 250e12  # that a GPU sustains: an assumption, a quarter of an H100's dense bf16 peak (989 by its data sheet)
-DISK = 1e9  # bytes/s read from disk or network file system: an assumption
+# Assumptions: operations/s of a GPU in training, a quarter of an H100's dense bf16 peak (989e12 by its data sheet), and
+# bytes/s read from a disk or network file system.
+TERAFLOPS = 250e12
+DISK = 1e9
 
-NIGHT = 8  # hours in which all models are to be made anew
+NIGHT = 8  # hours for making all models again
 
 _BASES = (1, 10, 100)
 _COPIES = 3  # of the weights that DVC keeps: adapters/MODEL, and two formats in release/MODEL

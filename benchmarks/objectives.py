@@ -28,11 +28,10 @@ from lcmlora.training.loop import NullLogger
 
 
 def run(settings: config.Config, model: str, changes: dict[str, Any], cache: LatentCache, work: Path) -> dict[str, Any]:
-    """Distils with some settings changed and evaluates, once, and returns the figures, from `work` where they are
-    known."""
-    known = work / "figures.json"
-    if known.exists():
-        return json.loads(known.read_text())
+    """Distils with some settings changed, evaluates and returns the figures; if `work` has them already, just these."""
+    path = work / "figures.json"
+    if path.exists():
+        return json.loads(path.read_text())
     values = settings.distill_for(model).model_dump() | changes
     settings_class = config.distill_settings(values["objective"])
     distillation = settings_class.model_validate(
@@ -67,15 +66,15 @@ def run(settings: config.Config, model: str, changes: dict[str, Any], cache: Lat
     )
     found = {"seconds": seconds, "validation": made.validation.plain(), "settings": made.distill}
     found |= {name: figures.plain()[name] for name in ("features", "pictures", "seed", "floor", "excess", "retrieval")}
-    write_json(known, found)
+    write_json(path, found)
     return found
 
 
-def table(runs: dict[str, list[dict[str, Any]]], steps: tuple[int, ...], what: str = "objective") -> str:
-    """Returns a row for each entry: means over the seeds, and how far the seeds lie apart.
+def table(runs: dict[str, list[dict[str, Any]]], steps: tuple[int, ...], title: str = "objective") -> str:
+    """Returns a row for each entry: the mean, the lowest and the highest over the seeds.
 
     Args:
-        what: the entries are.
+        title: of the first column.
     """
 
     def cell(figures: list[dict[str, Any]], name: str, key: str, form: str) -> str:
@@ -83,7 +82,7 @@ def table(runs: dict[str, list[dict[str, Any]]], steps: tuple[int, ...], what: s
         spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
         return f"{statistics.mean(values):{form}}{spread}"
 
-    head = [what, *(f"excess@{n}" for n in steps), *(f"retrieval@{n}" for n in steps)]
+    head = [title, *(f"excess@{n}" for n in steps), *(f"retrieval@{n}" for n in steps)]
     rows = []
     for name, figures in runs.items():
         cells = [cell(figures, "excess", f"student@{n}", ".0f") for n in steps]

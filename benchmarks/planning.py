@@ -1,4 +1,4 @@
-"""What the sampling plan costs: python -m benchmarks.planning [--samples N] [--shards N] [--buckets N]
+"""The time of the sampling plan: python -m benchmarks.planning [--samples N] [--shards N] [--buckets N]
 
 The first batch of a plan (its shards' order, its batches' order) and the mean of those after it, for a table of shards
 of uneven sizes; figures are medians over repeats.

@@ -53,9 +53,6 @@ def _median(action: Callable[[], object], repeats: int = _REPEATS) -> float:
     return statistics.median(seconds)
 
 
-# --- the cache ----------------------------------------------------------------------------------------------------
-
-
 class _Memory:
     """The peak of this process's own memory, pages of files not counted, in bytes above what it had at first."""
 
@@ -207,9 +204,6 @@ def show_cache(found: dict[str, Any]) -> str:
     )
 
 
-# --- the registry -------------------------------------------------------------------------------------------------
-
-
 def _fill(settings: config.Registry, figures: dict[str, float]) -> float:
     """Registers versions as `registration` does, without artifacts; returns the seconds that it took."""
     from mlflow.entities import Metric
@@ -225,11 +219,11 @@ def _fill(settings: config.Registry, figures: dict[str, float]) -> float:
             client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in figures.items()])
             facts = {"base": "bases/emoji", "gate": "passed", "features": "efficientnet-lite0", "data_digest": "d" * 64}
             facts |= {"sha256": _digest(model, number), "objective": "tcd" if model % 2 else "lcm"}
-            tags = facts | dict([events.tag("registered"), events.tag("passed")])
+            tags = facts | dict([events.event_tag("registered"), events.event_tag("passed")])
             client.create_model_version(name, f"runs:/{run_id}/model", run_id, tags=tags)
         found = registry.versions(settings, name)
         for version in reversed(found[:2]):
-            promotion.assign(version, settings, reason="passed the gate")
+            promotion.promote_passed(version, settings, reason="passed the gate")
     return time.perf_counter() - began
 
 
@@ -290,9 +284,6 @@ def show_registry(found: dict[str, Any]) -> str:
         f"Lookups among {found['versions']:,} versions of {found['models']} models, with {found['figures']} figures "
         f"each, in ms (a version takes {size / 1e3:.0f} KB in sqlite).\n\n{tables.markdown(['', *places], rows)}"
     )
-
-
-# --- DVC ----------------------------------------------------------------------------------------------------------
 
 
 def _run_dvc(root: Path, *arguments: str) -> float:
@@ -363,9 +354,6 @@ def show_dvc(found: dict[str, Any]) -> str:
         f"{tables.markdown(head, rows)}\n"
         f"{tables.markdown(['models in dvc.yaml', 'status of a stage', 'status of all'], models)}"
     )
-
-
-# --- releases -----------------------------------------------------------------------------------------------------
 
 
 def measure_publish() -> dict[str, Any]:

@@ -62,7 +62,7 @@ def run(
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    from tasks.processes import mark
+    from tasks.processes import end_children_with_this_process
 
     project = Project()
     choose(project.settings(), model)
@@ -74,7 +74,7 @@ def run(
         if signal.getsignal(ending) != signal.SIG_IGN:  # as nohup has it
             signal.signal(ending, _interrupt)  # else Python ends at once, and the trainer goes on
     # Prefect's temporary server would outlive a flow that is killed.
-    mark()
+    end_children_with_this_process()
     print("starting Prefect ...", file=sys.stderr, flush=True)
     from flows.retrain import retrain
     from tasks.prefect_internals import keep_temporary_server_apart

@@ -155,7 +155,7 @@ def leave_artifacts(outcomes: Sequence[Outcome], settings: Config, total: str) -
         if ((release := Project().release(outcome.model)) / _CARD).is_file():
             text = card(release)
             create_markdown_artifact(text, key=f"card-{key}", description=f"Model card of {outcome.model}'s release")
-        page = tracking.page(settings.registry, outcome.run_id) if outcome.run_id else None
+        page = tracking.run_page(settings.registry, outcome.run_id) if outcome.run_id else None
         if page:
             create_link_artifact(page, link_text=f"MLflow run of {shown(outcome.version)}", key=f"mlflow-{key}")
         if outcome.uri:

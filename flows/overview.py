@@ -152,7 +152,7 @@ class _client:
         self._client.__exit__(kind, error, at)
         api = str(os.environ.get("PREFECT_API_URL"))
         if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
-            raise credentials.missing(api) from error
+            raise credentials.missing_password(api) from error
         if isinstance(error, httpx.HTTPError):
             raise Unavailable(f"Prefect at {api}: {error}") from error
 

@@ -52,7 +52,7 @@ def serve(
     except httpx.HTTPStatusError as error:
         if error.response.status_code != httpx.codes.UNAUTHORIZED:
             raise
-        raise credentials.missing(api) from error
+        raise credentials.missing_password(api) from error
 
 
 def _require_no_pool(deployments: list[RunnerDeployment]) -> None:

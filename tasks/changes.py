@@ -1,4 +1,4 @@
-"""Looking at what a run depends on."""
+"""Reading the state of a run's inputs, by which the `watch` flow notices changes."""
 
 from __future__ import annotations
 

@@ -239,7 +239,7 @@ def verify(
     if stored != expected:
         missing, extra = sorted(expected - stored), sorted(stored - expected)
         lost = f"{len(missing)} tensors were lost, the first is {missing[0]}" if missing else ""
-        added = f"{len(extra)} were not asked for, the first is {extra[0]}" if extra else ""
+        added = f"{len(extra)} tensors are superfluous, the first is {extra[0]}" if extra else ""
         raise UserError(f"{shown}: {'; '.join(filter(None, (lost, added)))}")
     return compare(adapter, _read(path, base, False, shown))
 
@@ -251,7 +251,7 @@ def compare(expected: Adapter, written: Adapter) -> float:
         UserError: a layer is only in one of the adapters, or differs by more than rounding; the error names it.
     """
     for name in expected.layers.keys() ^ written.layers.keys():
-        raise UserError(f"{written.source}: {name} {'was lost' if name in expected.layers else 'was not asked for'}")
+        raise UserError(f"{written.source}: {name} {'was lost' if name in expected.layers else 'is superfluous'}")
     worst = 0.0
     for name, layer in expected.layers.items():
         rank = max(layer.rank, written.layers[name].rank)

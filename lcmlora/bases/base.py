@@ -142,7 +142,7 @@ def pick_device(device: str) -> torch.device:
         UserError: the setting is `cuda`, and the machine has no usable GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda was asked for and this machine has no usable GPU")
+        raise UserError("device: cuda, and this machine has no usable GPU")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -168,7 +168,8 @@ def _type(entry: JsonSchemaValue) -> str:
         items = entry.get("items") or (entry.get("prefixItems") or [{}])[0]
         return f"list of {_type(items)}"
     names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
-    name = names.get(entry.get("type", ""), entry.get("type", "mapping")).replace("object", "mapping")
+    kind = str(entry.get("type", "mapping"))
+    name = names.get(kind, kind).replace("object", "mapping")
     words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     limits = [f"{word} {_value(entry[key])}" for key, word in words.items() if key in entry]
     return ", ".join([name, *limits])

@@ -175,7 +175,7 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, pl
     logged = config.registry if place.first else None
     with (
         locked(scratch) if place.first else contextlib.nullcontext(),
-        tracking.tracking(logged, model, settings.model_dump(mode="json"), scratch) as run,
+        tracking.log_run(logged, model, settings.model_dump(mode="json"), scratch) as run,
     ):
         distill_adapter(
             loaded,
@@ -190,7 +190,7 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, pl
             teacher_cache=(project.scratch("teacher"), limit) if limit else None,
         )
         if place.first:
-            run.made(sha256_file(project.adapter(model) / lora.WEIGHTS), versions())
+            run.tag_adapter(sha256_file(project.adapter(model) / lora.WEIGHTS), versions())
     if place.first:
         discard(scratch)
 
@@ -271,7 +271,7 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
         bare = bases.load(model, entry, folder, device=device, dtype=dtype, parts=parts)
         cache.embed = bare.encode_tokens
         label = f"{model}-{kind}-{name}"
-        with tracking.tracking(config.registry, label, settings.model_dump(mode="json"), work) as run:
+        with tracking.log_run(config.registry, label, settings.model_dump(mode="json"), work) as run:
             train_variation(bare, cache, settings, work, out, identity=identity, logger=run)
     discard(work)
 

@@ -61,7 +61,7 @@ def test_one_adapter_is_what_diffusers_draws_with_both(miniatures: Miniatures, t
     assert (adapters.forward(base) - expected).abs().max() < 1e-5
 
 
-def test_a_rank_that_is_large_enough_loses_nothing_and_a_smaller_one_says_what_it_lost(miniatures: Miniatures):
+def test_a_rank_that_is_large_enough_has_no_error_and_a_smaller_one_has_the_reported_error(miniatures: Miniatures):
     _, style, student = _two(miniatures, "sd15")
     whole = combine.combine_adapters([(style, 0.8), (student, 1.0)])
     same, loss = combine.truncate(whole, 6)
@@ -92,7 +92,7 @@ def test_half_precision_parts_make_a_half_precision_sum(miniatures: Miniatures, 
     assert combine.combine_adapters([(half[0], 0.8), (student, 1.0)]).dtype == torch.float32
 
 
-def test_the_folder_says_what_it_was_made_of_and_how_to_draw_with_it(miniatures: Miniatures, tmp_path: Path):
+def test_the_folder_of_a_combination_has_its_parts_and_its_sampler(miniatures: Miniatures, tmp_path: Path):
     base, style, student = _two(miniatures, "sdxl")
     structure = architecture.of_folder(base.folder)
     formats.write(style, tmp_path / "style.safetensors", KOHYA, structure)

@@ -141,7 +141,7 @@ def test_a_half_precision_file_is_folded_within_its_rounding(miniatures: Miniatu
     ("alpha", "dtype", "kept"),
     [(8.0, "float32", 8.0), (0.5, "float16", 0.5), (3.0, "float32", 3.0), (3.0, "float16", 4.0)],
 )
-def test_a_kohya_file_gets_the_trainings_alpha_back_where_no_bit_is_lost(
+def test_a_kohya_file_has_the_trainings_alpha_if_no_bit_is_lost(
     student: Adapter, base: layer_names.Architecture, tmp_path: Path, alpha: float, dtype: str, kept: float
 ):
     trained = replace(student, layers={n: replace(layer, alpha=alpha) for n, layer in student.layers.items()})
@@ -166,7 +166,7 @@ def test_kohya_to_kohya_keeps_an_alpha_that_could_not_be_folded(
     _same(formats.read(tmp_path / "b.safetensors", base), odd)
 
 
-def test_layers_of_different_ranks_are_one_rank_and_one_alpha_to_kohya_and_the_same_to_diffusers(
+def test_layers_of_different_ranks_have_one_rank_and_one_alpha_in_kohyas_file_and_the_same_effect(
     miniatures: Miniatures, tmp_path: Path
 ):
     base = adapters.load(miniatures("sdxl"))
@@ -304,7 +304,7 @@ def test_a_lost_and_an_extra_tensor_are_errors_by_name(student: Adapter, base: l
         formats.compare(student, formats.read(written, base))
 
     save_file(tensors | {"lora_unet_conv_in.alpha": torch.tensor(1.0)}, written)
-    with pytest.raises(UserError, match=r"1 were not asked for, the first is lora_unet_conv_in\.alpha"):
+    with pytest.raises(UserError, match=r"1 tensors are superfluous, the first is lora_unet_conv_in\.alpha"):
         formats.verify(written, student, names, base)
 
     save_file({n: t for n, t in tensors.items() if n != f"{stem}.lora_up.weight"}, written)
@@ -381,7 +381,7 @@ def test_a_published_base_is_recognised_by_its_layers(tmp_path: Path):
         ),
     ],
 )
-def test_kohyas_header_says_what_programs_ask(
+def test_kohyas_header_has_the_keys_that_programs_read(
     miniatures: Miniatures, tmp_path: Path, name: str, model: str, version: str, implementation: str
 ):
     live = adapters.load(miniatures(name))

@@ -39,21 +39,21 @@ Miniatures = Callable[[str], Path]
 
 
 def _unused(folder: Path) -> None:
-    """What lies in repositories of the hub besides what is loaded."""
+    """Adds files that repositories of the hub have and that are not loaded."""
     (folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"\x80\x02")
     (folder / "unet/diffusion_pytorch_model.non_ema.safetensors").write_bytes(b"")
     (folder / "safety_checker").mkdir()
 
 
 def _positions(held: dict[str, torch.Tensor]) -> None:
-    """Names and tensors of the published SD-V1.5, which transformers wrote before 4.31."""
+    """Gives the tensors the names that transformers wrote before 4.31, with its buffer, as in the published SD-V1.5."""
     old = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in held.items()}
     held.clear()
     held.update(old | {"text_model.embeddings.position_ids": torch.arange(24)[None]})
 
 
 def _old_attention(held: dict[str, torch.Tensor]) -> None:
-    """Names of diffusers before 0.15, which the published VAEs have."""
+    """Gives the tensors the names that diffusers wrote before 0.15, as in the published VAEs."""
     for name in [name for name in held if ".attentions.0." in name]:
         new = name.replace("to_q", "query").replace("to_k", "key").replace("to_v", "value")
         held[new.replace("to_out.0", "proj_attn")] = held.pop(name)
@@ -75,7 +75,7 @@ def _old_attention(held: dict[str, torch.Tensor]) -> None:
         change_tensors(VAE, lambda held: held.update({n: t.double() for n, t in held.items() if n.endswith("bias")})),
     ],
 )
-def test_a_base_in_another_of_the_published_shapes_is_taken_and_loads(mini: Path, change: Callable[[Path], Any]):
+def test_the_other_forms_of_published_bases_are_accepted_and_load(mini: Path, change: Callable[[Path], Any]):
     change(mini)
     base = bases.load("mine", settings_of(mini), mini, device=torch.device("cpu"))
     assert base.network is not None and base.text_encoders
@@ -83,7 +83,7 @@ def test_a_base_in_another_of_the_published_shapes_is_taken_and_loads(mini: Path
 
 
 @pytest.mark.parametrize("architecture", ("mini", *ARCHITECTURES))
-def test_every_architecture_is_taken_and_its_precision_told(miniatures: Miniatures, architecture: str):
+def test_every_architecture_is_accepted_with_its_precision(miniatures: Miniatures, architecture: str):
     folder = miniatures(architecture)
     found = examine_base("mine", folder)
     assert found.unet_digest == sha256_folder(folder / "unet")
@@ -92,14 +92,14 @@ def test_every_architecture_is_taken_and_its_precision_told(miniatures: Miniatur
     assert str(found) == f"{', '.join(f'{part} fp32' for part in parts)}; digest {found.digest[:12]}"
 
 
-def test_of_several_precisions_each_is_told(mini: Path):
+def test_a_part_of_several_precisions_has_all_of_them(mini: Path):
     change_tensors(UNET, lambda held: held.update({n: t.half() for n, t in held.items() if n.endswith("weight")}))(mini)
     assert examine_base("mine", mini).dtypes["unet"] == "fp16+fp32"
 
 
-def test_the_first_fault_is_told_with_how_many_more_there_are(mini: Path):
+def test_the_error_is_the_first_fault_with_the_number_of_the_others(mini: Path):
     remove(VAE, TEXT)(mini)
-    with pytest.raises(UserError, match=r"vae: has no .*\(and 1 more faults; this one is told first\)$"):
+    with pytest.raises(UserError, match=r"vae: has no .*\(and 1 more faults; this is the first\)$"):
         examine_base("mine", mini)
 
 
@@ -171,7 +171,7 @@ def test_a_fetched_base_is_read_once_and_again_when_a_file_changes(mini: Path, t
         bases.load("mine", settings_of(mini), folder, device=torch.device("cpu"), parts=())
 
 
-def test_a_base_that_was_never_fetched_is_examined_too_and_leaves_nothing_behind(mini: Path):
+def test_a_base_that_was_never_fetched_is_examined_without_a_record(mini: Path):
     change_tensors(TEXT, set_last_number(float("nan")))(mini)
     with pytest.raises(UserError, match="not finite"):
         bases.load("mine", settings_of(mini), mini, device=torch.device("cpu"), parts=("network",))
@@ -185,7 +185,7 @@ def test_a_faulty_base_is_not_linked(mini: Path, tmp_path: Path):
     assert not (tmp_path / "bases" / "mine").exists()
 
 
-def test_what_is_no_base_folder_says_what_it_seems_to_be(mini: Path, tmp_path: Path):
+def test_the_error_about_a_folder_that_is_no_base_says_what_it_seems_to_be(mini: Path, tmp_path: Path):
     (tmp_path / "base.gguf").write_bytes(b"GGUF")
     (tmp_path / "hub" / "snapshots").mkdir(parents=True)
     (tmp_path / "whole").mkdir()
@@ -217,7 +217,7 @@ def test_a_variant_is_examined_in_its_own_files(mini: Path, tmp_path: Path):
         examine_base("mine", half)
 
 
-def test_shards_of_a_variant_are_asked_for_by_the_key(mini: Path):
+def test_shards_of_a_variant_need_the_key(mini: Path):
     split_unet(mini, "fp16")
     with pytest.raises(UserError, match=r"bases.mine.variant: .*/unet has .*fp16-0.* alone; set the key"):
         examine_base("mine", mini)

@@ -1,4 +1,4 @@
-"""Bases with mutated files."""
+"""Bases with mutated files: each is refused in one line, or loads."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ Miniatures = Callable[[str], Path]
 
 
 def _inputs(folder: Path, count: int) -> Iterator[bytes]:
-    """Yields the name of a file of the base, a zero, and what it holds instead; or the name of one that is missing."""
+    """Yields the name of a file of the base, a zero byte and the mutated content; only the name if it is removed."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for number in range(count):
         path = files[number % len(files)]
@@ -36,7 +36,7 @@ def _inputs(folder: Path, count: int) -> Iterator[bytes]:
 
 
 def _use(content: bytes) -> None:
-    """Loads a base one of whose files is another."""
+    """Loads the base with the file that an input replaces or removes."""
     name, there, changed = content.partition(b"\0")
     folder = Path(os.environ["LCMLORA_FUZZED_BASE"])
     copy = folder.with_name(f"copy-{os.getpid()}")

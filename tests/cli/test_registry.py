@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from lcmlora.cli.main import app
 from lcmlora.config import load
 from lcmlora.errors import UserError
-from lcmlora.registry.promotion import assign
-from lcmlora.registry.registration import register
+from lcmlora.registry.promotion import promote_passed
+from lcmlora.registry.registration import register_release
 from lcmlora.releases.catalog import find_release
 from lcmlora.releases.publish import point_channel, publish_release
 from tests.support import releases
@@ -32,9 +32,9 @@ def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatc
     for weights in ("one", "two"):
         folder = releases.write_sealed(tmp_path / weights, weights=weights.encode())
         uri = publish_release(folder, "mini", settings.publish)
-        registered = register("mini", settings.registry, folder, uri=uri)
+        registered = register_release("mini", settings.registry, folder, uri=uri)
         if weights == "one":
-            assign(registered, settings.registry, reason="first")
+            promote_passed(registered, settings.registry, reason="first")
             point_channel("mini", registered.sha256, settings.publish)
     return tmp_path
 
@@ -93,7 +93,7 @@ def test_promoting_and_rolling_back_move_alias_and_channel_and_are_told_in_order
 
 def test_a_rejected_version_needs_override_and_override_needs_a_reason(project: Path):
     folder = releases.write_sealed(project / "three", weights=b"three")
-    register("mini", load().registry, folder, gate_failures=["student@4: caption retrieval 0.1 is below 0.2"])
+    register_release("mini", load().registry, folder, gate_failures=["student@4: caption retrieval 0.1 is below 0.2"])
     assert "caption retrieval 0.1 is below 0.2" in refused("promote", f"{NAME}/3")
     assert "--override: needs --reason" in refused("promote", f"{NAME}/3", "--override")
     result = run("promote", f"{NAME}/3", "--override", "--reason", "agreed with design")
@@ -105,7 +105,7 @@ def test_an_adapter_is_pulled_and_checked():
     answer = json.loads(told("pull", f"{NAME}/1", "--out", "here", "--json"))
     assert Path("here/pytorch_lora_weights.safetensors").read_bytes() == b"one"
     assert answer["sha256"] == json.loads(told("show", f"{NAME}/1", "--json"))["sha256"]
-    assert "here: is in the way" in refused("pull", f"{NAME}/2", "--out", "here")
+    assert "here: exists" in refused("pull", f"{NAME}/2", "--out", "here")
 
 
 @pytest.mark.parametrize("verb", ["list", "show", "compare", "history", "promote", "rollback", "pull"])

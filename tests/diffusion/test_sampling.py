@@ -66,7 +66,7 @@ def draw(
     return sampling.sample_solver(base, conditioning, start, solver, unconditional=unconditional), solver.evaluations
 
 
-def test_noise_belongs_to_seed_and_picture_and_step_whatever_the_batch() -> None:
+def test_noise_depends_on_seed_picture_and_step_and_not_on_the_batch() -> None:
     whole = sampling.initial_noise((4, 8, 8), 7, range(6))
     assert torch.equal(whole[4:], sampling.initial_noise((4, 8, 8), 7, [4, 5]))
     others = [sampling.initial_noise((4, 8, 8), seed, [i], step) for seed, i, step in [(8, 3, 0), (7, 4, 0), (7, 3, 1)]]
@@ -87,7 +87,9 @@ def test_the_students_timesteps_are_those_of_diffusers_for_every_step_count() ->
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_the_student_walks_as_diffusers_lcm_scheduler_does(base: LoadedBase, prediction_type: str, steps: int) -> None:
+def test_the_students_steps_are_those_of_diffusers_lcm_scheduler(
+    base: LoadedBase, prediction_type: str, steps: int
+) -> None:
     from diffusers import LCMScheduler
 
     base = replace(base, schedule=replace(base.schedule, prediction_type=prediction_type))
@@ -113,7 +115,7 @@ def test_the_student_walks_as_diffusers_lcm_scheduler_does(base: LoadedBase, pre
 @pytest.mark.parametrize("steps", [1, 2, 4, 7])
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_the_student_walks_as_diffusers_tcd_scheduler_does(
+def test_the_students_steps_are_those_of_diffusers_tcd_scheduler(
     base: LoadedBase, prediction_type: str, gamma: float, steps: int
 ) -> None:
     from diffusers import TCDScheduler
@@ -224,7 +226,7 @@ def test_a_picture_does_not_depend_on_its_batch(base: LoadedBase, method: str) -
     torch.testing.assert_close(whole[2:], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_wrong_requests_are_refused_with_the_value(base: LoadedBase) -> None:
+def test_wrong_arguments_are_refused_with_their_value(base: LoadedBase) -> None:
     conditioning = sampling.text_conditioning(base, CAPTIONS)
     for options, message in [
         ({"steps": 0}, "at least 1 step, got 0"),

@@ -1,4 +1,4 @@
-"""Steps that start from states of the teacher's runs, or of the student's own."""
+"""Training steps that start from states of teacher rollouts or of student rollouts."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tests.support.distillation import CPU, SETTINGS, Recorder, draw_batch, load
 
 @pytest.fixture(scope="module")
 def drawn(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
-    """Sixteen prompts with the states of the teacher's runs to their latents."""
+    """The latents of sixteen prompts, with the states of the teacher rollouts."""
     root = tmp_path_factory.mktemp("drawn")
     (root / "prompts.txt").write_text("".join(f"subject {n}\n" for n in range(16)))
     data = data_in(root / "prompts.txt", source="prompts", validation=0, test=0.01)
@@ -34,7 +34,7 @@ def drawn(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Latent
 
 
 def _forwards(base: bases.LoadedBase) -> list[tuple[int, bool]]:
-    """Notes of each forward how many rows it has, and whether the adapter is on."""
+    """Returns a list that fills with the number of rows of each forward, and whether the adapter is on."""
     seen: list[tuple[int, bool]] = []
     layer = next(module for _, module in lora._layers(base.network))
     base.network.register_forward_pre_hook(lambda _, args: seen.append((len(args[0]), not layer.disable_adapters)))
@@ -76,7 +76,7 @@ def test_every_objective_learns_from_trajectories_and_from_its_own_runs(
     assert facts.distill.plain()["trajectory"] == 0.5
 
 
-def test_on_policy_the_student_goes_to_its_timestep_by_itself(base: bases.LoadedBase, cache: LatentCache):
+def test_a_student_rollout_leads_to_the_timestep_of_the_step(base: bases.LoadedBase, cache: LatentCache):
     settings = SETTINGS.model_copy(update={"rollout": 1.0, "objective": "tcd"})
     for parameter in lora.inject(base.network, 4, 4, 0).values():
         parameter.data.normal_(std=0.1)

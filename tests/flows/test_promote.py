@@ -12,7 +12,7 @@ def register_another(project: Project) -> int:
     """Registers a version that was never published and fails the gate, and returns its number."""
     folder = write_sealed(project.root / "another")
     failures = ["student@4: blurred"]
-    return registration.register("a", load().registry, folder, gate_failures=failures).version
+    return registration.register_release("a", load().registry, folder, gate_failures=failures).version
 
 
 def test_a_person_promotes_against_the_gate_and_rolls_back_and_the_history_is_left_as_an_artifact(project: Project):
@@ -22,7 +22,7 @@ def test_a_person_promotes_against_the_gate_and_rolls_back_and_the_history_is_le
 
     state = promote("lcm-lora-a/2", "looks better", return_state=True)
     assert state.is_failed()
-    assert state.message.startswith("lcm-lora-a/2: student@4: blurred; to make it champion all the same")
+    assert state.message.startswith("lcm-lora-a/2: student@4: blurred; to make it champion anyway")
     assert project.aliases("a") == {"champion": 1}
 
     state = promote("lcm-lora-a/2", "looks better", override=True, who="ada", return_state=True)

@@ -126,8 +126,8 @@ def test_a_champion_that_a_person_rolled_back_stays_rolled_back(project: Project
     retrain(["a"])
     name = "lcm-lora-a"
     settings = load().registry
-    older = registration.register("a", settings, write_sealed(project.root / "older"))
-    promotion.assign(registry.resolve(f"{name}/{older.version}", settings), settings, reason="blurred")
+    older = registration.register_release("a", settings, write_sealed(project.root / "older"))
+    promotion.promote_passed(registry.resolve(f"{name}/{older.version}", settings), settings, reason="blurred")
     pointer = project.root / "releases/a/channels/champion.json"
     pointer.write_text("moved by hand")
     retrain(["a"])
@@ -268,7 +268,7 @@ def test_help_shows_examples_without_importing_prefect():
 def test_a_gpu_model_is_examined_before_it_is_trained(project: Project):
     project.change(lambda raw: raw["bases"].update(a=raw["bases"]["a"] | {"distill": {"device": "cuda"}}))
     state = retrain(["a"], return_state=True)
-    assert state.message == "a: doctor a: device: cuda was asked for and this machine has no usable GPU"
+    assert state.message == "a: doctor a: device: cuda, and this machine has no usable GPU"
     assert not (project.root / "distilled").exists()
 
 

@@ -21,8 +21,8 @@ from lcmlora.config import Base
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.project import Project
-from lcmlora.registry.promotion import assign
-from lcmlora.registry.registration import register
+from lcmlora.registry.promotion import promote_passed
+from lcmlora.registry.registration import register_release
 from lcmlora.releases import bundle, package
 from tests.support import adapters, releases
 from tests.support.miniature import RESOLUTION
@@ -70,7 +70,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_a_folder_a_release_its_files_and_its_alias_draw_the_same_picture(root: Path):
     registry = settings.load(root / "params.yaml").registry
-    assign(register("mini", registry, root / "release/mini"), registry, reason="first")
+    promote_passed(register_release("mini", registry, root / "release/mini"), registry, reason="first")
     names = (
         "adapters/mini",
         "release/mini",

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 TO = "s3://team/releases"
 CHAMPION = "lcm-lora-a@champion"
-HEADERS = {"Content-Type": "application/json", "Authorization": services.basic(PREFECT)}
+HEADERS = {"Content-Type": "application/json", "Authorization": services.basic_authorization(PREFECT)}
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,6 @@ def read(path: Path) -> Any:
     return plain(json.loads(path.read_text()))
 
 
-# --- the stages -------------------------------------------------------------------------------------------------
-
-
 def of_pretrain(inputs: Inputs, work: Path) -> Outcome:
     from lcmlora.demo import pretrain
 
@@ -328,9 +325,6 @@ OUTCOMES: dict[str, Callable[[Inputs, Path], Outcome]] = {
     "study": of_study,
     "package": of_package,
 }
-
-
-# --- helpers ----------------------------------------------------------------------------------------------------
 
 
 class _Losses(NullLogger):

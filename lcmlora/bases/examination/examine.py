@@ -37,8 +37,8 @@ _OTHER_PIPELINES = {
     "Img2Img": "this one goes from picture to picture, as SDXL's refiner does",
     "Pix2Pix": "this one is for editing",
     "Upscale": "this one is an upscaler",
-    "Depth2Img": "this one wants depth maps",
-    "ControlNet": "this one wants control pictures",
+    "Depth2Img": "this one takes depth maps",
+    "ControlNet": "this one takes control pictures",
     "LatentConsistency": "this one is distilled already",
 }
 # Keys that describe the library that wrote a configuration, not the base.
@@ -133,7 +133,7 @@ class _Faults(list[str]):
         if len(self) == 1:
             raise UserError(self[0])
         if self:
-            raise UserError(f"{self[0]} (and {len(self) - 1} more faults; this one is told first)")
+            raise UserError(f"{self[0]} (and {len(self) - 1} more faults; this is the first)")
 
 
 @lru_cache(maxsize=32)
@@ -159,15 +159,15 @@ def _examine(name: str, folder: Path, variant: str | None, resolved: Path, stamp
     hashes: dict[Path, str] = {}
     for part, paths in files.items() if not faults else ():
         with faults.collected():
-            entries, found = _read_files(paths)
-            hashes |= found
+            entries, file_hashes = _read_files(paths)
+            hashes |= file_hashes
             text = part in family.text_encoders
             structure.check_weights(folder / part.folder, family.shapes(folder, part), entries, text=text)
             dtypes[part.folder] = "+".join(
                 sorted({PRECISIONS[entry.dtype] for entry in entries.values() if entry.dtype in PRECISIONS})
             )
             settings = _drawing_settings(folder / part.folder / "config.json")
-            digested[part.folder] = _digest({"config": settings, "files": list(found.values())})
+            digested[part.folder] = _digest({"config": settings, "files": list(file_hashes.values())})
     faults.check()
     return Examination(_digest(digested), _folder_digest(folder / family.network.folder, hashes), dtypes)
 

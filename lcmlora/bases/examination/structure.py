@@ -54,7 +54,7 @@ def check_unet(config: LibraryConfig) -> None:
     check_class(config, "UNet2DConditionModel")
     for key, meaning in _FOREIGN_INPUTS.items():
         if config.get(key) is not None:
-            raise UserError(f"{config.place}: {key} is {config[key]!r}: the UNet wants {meaning}; expected none")
+            raise UserError(f"{config.place}: {key} is {config[key]!r}: the UNet takes {meaning}; expected none")
     if config.get("addition_embed_type") not in (None, "text_time"):
         raise UserError(
             f"{config.place}: addition_embed_type is {config['addition_embed_type']!r}; expected null, or text_time "
@@ -87,7 +87,7 @@ def _check_plain(config: LibraryConfig) -> None:
         )
     for key, value in _leaves(config):
         if isinstance(value, int) and abs(value) > _MAX_INTEGER:
-            raise UserError(f"{config.place}: {key} is {str(value)[:30]}, out of all reason")
+            raise UserError(f"{config.place}: {key} is {str(value)[:30]}; expected at most {_MAX_INTEGER}")
 
 
 def _leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
