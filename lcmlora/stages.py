@@ -24,9 +24,9 @@ Settings = dict[str, JsonObject]  # of a stage, by section: base, data, encode, 
 # `python -m tests.stages.raise_version STAGE`. tests/stages notices that it is due.
 VERSIONS = {
     "pretrain": 1,  # the embedded base: how its VAE, text encoder and UNet are trained
-    "prepare": 1,  # which pictures are kept, their captions, how they are split
+    "prepare": 2,  # which pictures are kept, their captions, how they are split
     "encode": 1,  # latents and embeddings: resizing, the VAE's scaling, teacher rollouts, the layout of the cache
-    "reference": 1,  # what the teacher and the solvers draw, image features, scores
+    "reference": 2,  # what the teacher and the solvers draw, image features, scores
     "distill": 1,  # objectives, teacher, samples, optimization, which weights are saved
     "evaluate": 1,  # how the student draws, and the metrics
     "style": 1,  # training of style LoRAs

@@ -28,6 +28,7 @@ from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.scores import Scorer
 from lcmlora.io.files import atomic_write
 from lcmlora.progress import track
+from lcmlora.stages import VERSIONS
 
 _SCORE = "score/"
 FEATURES, CHECK = "features.safetensors", "check.safetensors"  # of a folder with image sets
@@ -108,7 +109,10 @@ class ImageSets:
         Raises:
             NotFinite: pictures that are not finite.
         """
-        plain = asdict(settings) if isinstance(settings, StudentSettings) else settings.plain()
+        if isinstance(settings, StudentSettings):
+            plain = asdict(settings) | {"evaluate": VERSIONS["evaluate"]}
+        else:
+            plain = settings.plain()
         seen_by = [features.name for features in (self.features, self.check) if features]
         made_by = (self.identity, adapter, {"settings": plain, "seed": seed, "rows": self.rows, "features": seen_by})
         scored = [scorer.name for scorer in self.scorers]
