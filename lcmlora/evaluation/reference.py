@@ -205,7 +205,7 @@ def image_sets_of(
     scorers: Sequence[Scorer] = (),
     check: Features | None = None,
 ) -> ImageSets:
-    """Returns what draws with this base. Its identity is its folder's contents, its precision and the stage's version."""
+    """Returns what draws with this base. Its identity is its folder, its precision and the version of `reference`."""
     parts = sorted(part.name for part in base.folder.iterdir() if part.is_dir() and not part.name.startswith("."))
     identity = {part: sha256_folder(base.folder / part) for part in parts}
     scratch.mkdir(parents=True, exist_ok=True)
