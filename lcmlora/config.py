@@ -246,6 +246,20 @@ class Config(Strict):
     def evaluation_for(self, model: str) -> Evaluation:
         return self._settings(Evaluation, self.layers_of("evaluation", model), model)
 
+    def prompts_digest(self, model: str) -> str | None:
+        """Returns the SHA-256 of the model's file of own prompts; None where there is none.
+
+        Raises:
+            UserError: the file is missing or cannot be read.
+        """
+        prompts = self.evaluation_for(model).prompts
+        if prompts is None:
+            return None
+        try:
+            return hashlib.sha256(read_bytes(self._sources / prompts)).hexdigest()
+        except UserError as error:
+            raise UserError(f"evaluation.prompts: {error}") from None
+
     def variation(self, model: str, kind: Kind, name: str) -> tuple[Data, Tuning]:
         """Returns the pictures and the training that an entry of `styles` or `finetunes` asks for with this model.
 

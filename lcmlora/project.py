@@ -186,4 +186,5 @@ class Project:
         sources = {"features_source": settings.features_source, "check_features_source": settings.check_features_source}
         located_sources = {name: None if source is None else located(source) for name, source in sources.items()}
         scores = {name: located(place) for name, place in settings.scores_source.items()}
-        return settings.model_copy(update=located_sources | {"scores_source": scores})
+        prompts = None if settings.prompts is None else self.located(settings.prompts)
+        return settings.model_copy(update=located_sources | {"scores_source": scores, "prompts": prompts})

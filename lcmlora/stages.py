@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lcmlora.config import Base, Config, Data, Evaluation, Kind, Training
+from lcmlora.config import Base, Config, Data, Kind, Training
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import JsonObject
 from lcmlora.settings.pretrain import Recipe
@@ -104,7 +104,7 @@ def _reference(config: Config, run: Run) -> Settings:
     return {
         "base": _base(config, run, _LOADED),
         "data": _source(config.data_for(_model(run))),
-        "evaluation": _evaluation(config.evaluation_for(_model(run)), "student_steps", "resamples"),
+        "evaluation": _evaluation(config, run, "student_steps", "resamples", "worst_captions"),
     }
 
 
@@ -116,7 +116,8 @@ def _evaluate(config: Config, run: Run) -> Settings:
     return {
         "base": _base(config, run, _LOADED),
         "data": _source(config.data_for(_model(run))),
-        "evaluation": _evaluation(config.evaluation_for(_model(run))),
+        "evaluation": _evaluation(config, run),
+        "gate": config.gate.model_dump(mode="json", include={"steps"}),  # at which the worst captions are shown
     }
 
 
@@ -150,7 +151,7 @@ def _study(config: Config, run: Run) -> Settings:
         raise UserError("params.yaml: study: is missing")
     return {
         "base": _base(config, run, _LOADED),
-        "evaluation": _evaluation(config.evaluation_for(_model(run))),
+        "evaluation": _evaluation(config, run, "worst_captions", "check_features", "check_features_source"),
         # Which other models are studied, and with what real pictures, decides nothing here: those are inputs.
         "study": study.model_dump(mode="json", exclude={"models", "real"}),
     }
@@ -212,5 +213,7 @@ def _training(training: Training) -> JsonObject:
     return training.model_dump(mode="json", exclude=set(_TRAINING))
 
 
-def _evaluation(evaluation: Evaluation, *unused: str) -> JsonObject:
-    return evaluation.model_dump(mode="json", exclude={*_DRAWING, *unused})
+def _evaluation(config: Config, run: Run, *unused: str) -> JsonObject:
+    """Returns the decisive settings of an evaluation. Of the file of own prompts its content decides, not its name."""
+    evaluation = config.evaluation_for(_model(run)).model_dump(mode="json", exclude={*_DRAWING, *unused})
+    return evaluation | {"prompts": config.prompts_digest(_model(run))}

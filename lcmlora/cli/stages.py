@@ -218,6 +218,7 @@ def evaluate_stage(call: typer.Context, model: Model) -> None:
             project.metrics(model),
             project.plot(model),
             project.timings(model),
+            config.gate.steps,
         )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from lcmlora.errors import UserError
 from lcmlora.evaluation import charts, timings
 from lcmlora.evaluation.comparisons.check import measure_check
 from lcmlora.evaluation.comparisons.costs import compare_costs
+from lcmlora.evaluation.comparisons.worst import draw_worst, keep_worst, worst_captions
 from lcmlora.evaluation.figures import (
     AGAIN,
     REAL,
@@ -31,11 +32,16 @@ from lcmlora.evaluation.figures import (
     Key,
     Metrics,
     SeedIntervals,
+    WorstCaptions,
 )
 from lcmlora.evaluation.image_sets import (
     CHECK,
     FEATURES,
+    ImageSet,
+    ImageSets,
+    Settings,
     StudentSettings,
+    first_pictures,
     latency,
     read_thumbnails,
     save_thumbnails,
@@ -55,11 +61,11 @@ from lcmlora.evaluation.reference import (
     mean_scores,
 )
 from lcmlora.evaluation.sets.captions import reporting, reporting_seeds
+from lcmlora.evaluation.sets.own_prompts import OWN_PICTURES, OWN_PROMPTS, read_own_prompts
 from lcmlora.io import parsing
 from lcmlora.io.files import atomic_folder, atomic_write, sha256_file, write_json
 from lcmlora.io.parsing import as_object
 
-_SHOWN = 4  # network evaluations at which the contact sheet shows the solvers: where the adapter is meant to be used
 # Settings of `evaluation` that decide what is in a reference.
 _DRAWN = (
     *("seed", "pictures", "guidance_scale", "teacher_steps"),
@@ -79,6 +85,7 @@ def evaluate(
     metrics_file: Path,
     plots_file: Path,
     timings_folder: Path,
+    gate_steps: int = 4,
 ) -> Metrics:
     """Draws with the student, compares, and returns the metrics, which it also writes to `metrics_file`.
 
@@ -91,6 +98,7 @@ def evaluate(
         adapter: the folder that `distill` wrote.
         reference: the folder that `draw_reference` wrote.
         scratch: folder in which a run that was killed left its batches.
+        gate_steps: the student's steps at which its worst captions are shown (`gate.steps`).
 
     Raises:
         UserError: the reference was made for another base, with other features, prompts or settings, or the student is
@@ -98,48 +106,60 @@ def evaluate(
     """
     features, check = load_features(base, settings), load_check(base, settings)
     facts = read_reference(reference)
-    prompts = reporting(pictures).prompts[: settings.pictures]
+    captions = reporting(pictures)
+    prompts = captions.prompts[: settings.pictures]
     _check_reference(reference, facts, features, check, settings, prompts, adapter)
     students = student_settings(adapter, settings.student_steps, "evaluation.student_steps")
     scorers = load_scorers(base, settings)
     image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers, check)
+    own = own_reference(reference, settings)
+    own_sets = replace(image_sets, prompts=own.prompts) if own else None
 
     layers, identity = adapter_layers(adapter)
     seed = reporting_seeds(settings.seed).compared
     with lora.applied(base.network, layers, str(adapter)):
         drawn = {key: image_sets.draw(key, each, seed, identity) for key, each in students.items()}
+        own_drawn = {
+            key: own_sets.draw(f"own prompts, {key}", each, seed, identity)
+            for key, each in (students.items() if own_sets else ())
+        }
         speed = latency(base, prompts, students, settings.latency_repeats)
-    student = {key: image_set.features for key, image_set in drawn.items()}
-    kept = load_file(reference / FEATURES)
-    sets = {Key(name): value for name, value in kept.items()} | student
-    digest = sha256_file(reference / FEATURES)
-    measured = {"reference_digest": digest, "adapter": identity, "scores": _scores(facts, mean_scores(drawn))}
-    metrics = measure(facts, sets, settings.resamples, base.device).model_copy(update=measured)
-    if facts.check:
-        second = {Key(name): value for name, value in load_file(reference / CHECK).items()}
-        second |= {key: image_set.check for key, image_set in drawn.items() if image_set.check is not None}
-        bootstrap = _bootstrap(facts, settings.resamples, base.device)
-        metrics = metrics.model_copy(update={"check": measure_check(facts.check, second, metrics, bootstrap)})
-    elif facts.check_missing:
-        metrics = metrics.model_copy(update={"check_missing": facts.check_missing})
+    metrics = _measured(facts, reference, drawn, settings, base.device).model_copy(update={"adapter": identity})
+    if own:
+        about_own = _measured(own, reference / OWN_PROMPTS, own_drawn, settings, base.device)
+        metrics = metrics.model_copy(update={"own_prompts": about_own})
+    worst = worst_captions(
+        metrics,
+        _sets(reference, drawn),
+        image_sets.shown,
+        facts.captions.gallery,
+        Key.of(STUDENT, gate_steps),
+        settings.worst_captions,
+    )
+    metrics = metrics.model_copy(update={"worst": worst}) if worst else metrics
     others = latency(base, prompts, _timed(metrics, settings), settings.latency_repeats)
     speed = speed.model_copy(update={"seconds": speed.seconds | others.seconds})
     table = plot_rows(metrics, settings.guidance_scale)
     with atomic_folder(out) as folder:
-        save_file(student, folder / FEATURES)
-        shutil.copytree(reference / "pictures", folder / "pictures")
-        # Of the teacher's two sets the one that starts from the same noise as all others is shown.
-        thumbnails_path(folder, facts.teacher + AGAIN).replace(thumbnails_path(folder, facts.teacher))
-        for key, image_set in drawn.items():
-            save_thumbnails(image_set.thumbnails, thumbnails_path(folder, key))
-        rows = image_sets.shown[: image_sets.rows]
-        write_json(folder / "pictures" / "prompts.json", {"prompts": rows, "side": base.resolution})
-        columns = _columns(metrics, folder)
-        counts = {key: metrics.count_label(key) for key in columns}
-        charts.grid(rows, columns, counts, folder / "grid.png")
+        save_file({key: image_set.features for key, image_set in drawn.items()}, folder / FEATURES)
+        _keep_pictures(reference, facts, image_sets, drawn, folder)
+        if own_sets and own:
+            _keep_pictures(reference / OWN_PROMPTS, own, own_sets, own_drawn, folder, OWN_PICTURES)
+        if worst:
+            bare: dict[Key, Settings] = _bare(metrics, settings, worst)
+            with lora.applied(base.network, layers, str(adapter)):
+                shown = draw_worst(image_sets, worst, {worst.student: students[worst.student]}, seed)
+            shown |= draw_worst(image_sets, worst, bare, seed)
+            if facts.counts.real:
+                listed = [each.caption for each in worst.captions]
+                shown[Key(REAL)] = first_pictures(data, captions.records, listed, base.resolution)
+            keep_worst(worst, shown, folder)
+        charts.contact_sheet(image_sets.shown[: image_sets.rows], _columns(metrics, folder), folder / "grid.png")
         charts.curves(table, metrics.floor, folder / "steps.png")
     atomic_write(plots_file, lambda path: _write_csv(path, table))
     metrics.write(metrics_file)
+    digest = metrics.reference_digest
+    assert digest is not None
     seconds = timings.read(timings_folder / timings.REFERENCE, reference_digest=digest).seconds_per_picture
     seconds = seconds | {key: image_set.seconds for key, image_set in drawn.items()}
     timings.Timings(
@@ -149,6 +169,61 @@ def evaluate(
     ).write(timings_folder / timings.EVALUATION)
     shutil.rmtree(scratch)
     return metrics
+
+
+def _sets(reference: Path, drawn: dict[Key, ImageSet]) -> dict[Key, Tensor]:
+    """Returns the features of the reference's sets and of the student's."""
+    kept = {Key(name): value for name, value in load_file(reference / FEATURES).items()}
+    return kept | {key: image_set.features for key, image_set in drawn.items()}
+
+
+def _measured(
+    facts: Reference, reference: Path, drawn: dict[Key, ImageSet], settings: Evaluation, device: torch.device
+) -> Metrics:
+    """Returns the figures of a reference's sets and the student's: by both features, and the scores.
+
+    Args:
+        reference: the folder of `facts`.
+        drawn: by the student, on the reference's prompts.
+    """
+    measured = {"reference_digest": sha256_file(reference / FEATURES), "scores": _scores(facts, mean_scores(drawn))}
+    metrics = measure(facts, _sets(reference, drawn), settings.resamples, device).model_copy(update=measured)
+    if facts.check:
+        second = {Key(name): value for name, value in load_file(reference / CHECK).items()}
+        second |= {key: image_set.check for key, image_set in drawn.items() if image_set.check is not None}
+        bootstrap = _bootstrap(facts, settings.resamples, device)
+        return metrics.model_copy(update={"check": measure_check(facts.check, second, metrics, bootstrap)})
+    return metrics.model_copy(update={"check_missing": facts.check_missing}) if facts.check_missing else metrics
+
+
+def _keep_pictures(
+    reference: Path,
+    facts: Reference,
+    image_sets: ImageSets,
+    drawn: dict[Key, ImageSet],
+    folder: Path,
+    group: str = "",
+) -> None:
+    """Writes the first pictures of the reference's sets and of the student's to pictures/ of the folder.
+
+    Args:
+        group: a folder within pictures/.
+    """
+    target = folder / "pictures" / group
+    shutil.copytree(reference / "pictures", target)
+    # Of the teacher's two sets the one that starts from the same noise as all others is shown.
+    again = thumbnails_path(folder, f"{facts.teacher}{AGAIN}", group)
+    again.replace(thumbnails_path(folder, facts.teacher, group))
+    for key, image_set in drawn.items():
+        save_thumbnails(image_set.thumbnails, thumbnails_path(folder, key, group))
+    rows = image_sets.shown[: image_sets.rows]
+    write_json(target / "prompts.json", {"prompts": rows, "side": image_sets.base.resolution})
+
+
+def _bare(metrics: Metrics, settings: Evaluation, worst: WorstCaptions) -> dict[Key, Settings]:
+    """Returns the settings of the sets beside the student's worst captions: the teacher's and the best solver's."""
+    teacher = SolverSettings.of("ddim", settings.teacher_steps, settings.guidance_scale)
+    return {metrics.teacher: teacher} | ({worst.rival: metrics.baselines[worst.rival]} if worst.rival else {})
 
 
 def student_settings(adapter: Path, steps: tuple[int, ...], setting: str) -> dict[Key, StudentSettings]:
@@ -176,6 +251,22 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path}: is missing; run `lcmlora {stage}` first")
     return as_object(parsing.read_json(path), str(path))
+
+
+def own_reference(reference: Path, settings: Evaluation) -> Reference | None:
+    """Returns what was drawn for `evaluation.prompts`; None where there are none.
+
+    Raises:
+        UserError: the reference has none, or has other prompts.
+    """
+    if settings.prompts is None:
+        return None
+    folder, prompts = reference / OWN_PROMPTS, read_own_prompts(settings.prompts)[: settings.pictures]
+    facts = read_reference(folder) if (folder / REFERENCE).exists() else None
+    if facts is None or facts.prompts != prompts:
+        has = "other own prompts" if facts else "no own prompts"
+        raise UserError(f"{reference}: was drawn with {has} (evaluation.prompts); draw it again (`lcmlora reference`)")
+    return facts
 
 
 def read_reference(folder: Path) -> Reference:
@@ -263,6 +354,7 @@ def measure(facts: Reference, sets: dict[Key, Tensor], resamples: int, device: t
         scores=facts.scores,
         network_evaluations=costs,
         baselines={key: value for key, value in facts.baselines.items() if key in compared},
+        solvers_chosen_on=facts.search.split if facts.search else None,
     )
     metrics = metrics.model_copy(update=compare_costs(metrics, {}))
     bootstrap = _bootstrap(facts, resamples, device)
@@ -350,11 +442,19 @@ def _write_csv(path: Path, rows: list[charts.Row]) -> None:
         writer.writerows(rows)
 
 
-def _columns(metrics: Metrics, folder: Path) -> dict[Key, list[Image.Image]]:
-    """Returns the contact sheet's pictures by method."""
-    costs = {key: metrics.network_evaluations[key] for key in metrics.excess if key.is_solver}
-    shown = min(costs.values(), key=lambda n: abs(n - _SHOWN), default=None)
-    solvers = [key for key, cost in costs.items() if cost == shown]
-    keys = (Key(REAL), metrics.teacher, *solvers, *metrics.students)
-    paths = {key: thumbnails_path(folder, key) for key in keys}
-    return {key: read_thumbnails(path) for key, path in paths.items() if key != REAL or path.exists()}
+def _columns(metrics: Metrics, folder: Path) -> list[charts.Column]:
+    """Returns the contact sheet's columns: real, teacher, then the best solver beside the student at equal cost."""
+    teacher = metrics.teacher
+    columns = [
+        charts.Column(read_thumbnails(thumbnails_path(folder, teacher)), "teacher", metrics.count_label(teacher))
+    ]
+    if (real := thumbnails_path(folder, REAL)).exists():
+        columns.insert(0, charts.Column(read_thumbnails(real), "real"))
+    for rival, student in metrics.pairs:
+        count = metrics.network_evaluations[student]
+        group = f"{count} network evaluation{'' if count == 1 else 's'}"
+        for key in filter(None, (rival, student)):
+            details = metrics.baselines[key].text if key in metrics.baselines else metrics.count_label(key)
+            pictures = read_thumbnails(thumbnails_path(folder, key))
+            columns.append(charts.Column(pictures, key.name, details, group, key == student))
+    return columns

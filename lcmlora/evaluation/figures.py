@@ -16,6 +16,7 @@ from lcmlora.errors import UserError
 from lcmlora.io.documents import Document, Interval, Number
 
 STUDENT, TEACHER, REAL = "student", "teacher", "real"
+SHOWN = (2, 4, 8)  # network evaluations at which pictures are shown side by side
 AGAIN = "/again"  # ends the key of the teacher's second set
 
 NAMES = {"teacher": "teacher", "ddim": "DDIM", "dpm++": "DPM-Solver++", "unipc": "UniPC", "euler": "Euler"}
@@ -177,6 +178,27 @@ class SeedIntervals(Document):
     retrieval: dict[Key, Interval]
 
 
+class CaptionFigures(Document):
+    """A caption's distances to the teacher's pictures of it, by the means of features; comparisons/worst.py."""
+
+    caption: str
+    pictures: int  # of each set
+    student: Number
+    rival: Number | None = None
+    teacher: Number  # of one of its sets to both
+    retrieval: Number
+    teacher_retrieval: Number
+
+
+class WorstCaptions(Document):
+    """The captions at which a student is farthest from the teacher, the worst first."""
+
+    student: Key
+    rival: Key | None = None  # the best solver at as many network evaluations
+    of: int  # captions in all
+    captions: list[CaptionFigures]
+
+
 class Intervals(Document):
     """Bootstrap intervals of the figures that other captions and other seeds would give."""
 
@@ -293,12 +315,15 @@ class Metrics(Document):
     scores: dict[str, dict[Key, Number]] = Field(default_factory=dict)  # by scorer
     network_evaluations: dict[Key, int]  # of one picture
     baselines: dict[Key, SolverSettings] = Field(default_factory=dict)  # the settings that each solver was drawn with
+    solvers_chosen_on: str | None = None  # captions that these were searched on: validation, or test; None: fixed
     advantage: dict[Key, Advantage] = Field(default_factory=dict)  # at equal network evaluations
     advantage_at_steps: dict[Key, Advantage] = Field(default_factory=dict)  # at equal steps
     savings: dict[Key, Saving] = Field(default_factory=dict)  # at equal distance, by the student's key
     intervals: Intervals | None = None
     check: Check | None = None
     check_missing: str | None = None  # why there is no check
+    worst: WorstCaptions | None = None
+    own_prompts: Metrics | None = None  # the figures of evaluation.prompts
     reference_digest: str | None = None  # SHA-256 of the reference's features
     adapter: str | None = None  # SHA-256 of its weights
     seconds_per_picture: dict[Key, Number] = Field(default_factory=dict)
@@ -333,6 +358,21 @@ class Metrics(Document):
     def solvers_at(self, evaluations: int) -> list[Key]:
         """Returns the solvers that take so many network evaluations."""
         return [key for key in self.excess if key.is_solver and self.network_evaluations.get(key) == evaluations]
+
+    def best_solver(self, evaluations: int) -> Key | None:
+        """Returns the solver that is nearest to the teacher at so many network evaluations; None if there is none."""
+        return min(self.solvers_at(evaluations), key=self.excess.__getitem__, default=None)
+
+    @property
+    def pairs(self) -> list[tuple[Key | None, Key]]:
+        """The best solver and the student at equal network evaluations, for pictures side by side.
+
+        At 2, 4 and 8 evaluations, as far as the student was drawn at these and a solver too; else at all of the
+        student's, with None where no solver was drawn.
+        """
+        found = [(self.best_solver(self.network_evaluations[key]), key) for key in self.students]
+        shown = [(rival, key) for rival, key in found if rival and self.network_evaluations[key] in SHOWN]
+        return shown or found
 
     def steps(self, key: Key) -> int:
         """Returns in how many steps a set was drawn; 0 for what has none, like `real`."""

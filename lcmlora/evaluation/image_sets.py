@@ -260,9 +260,9 @@ def first_pictures(data: Data, records: Sequence[Record], captions: Sequence[str
 # --- pictures in files ------------------------------------------------------------------------------------------
 
 
-def thumbnails_path(folder: Path, key: str) -> Path:
-    """Returns where a folder keeps the pictures of this set: `pictures/dpm++@4.png`."""
-    return folder / "pictures" / f"{key.replace('/', '-')}.png"
+def thumbnails_path(folder: Path, key: str, group: str = "") -> Path:
+    """Returns where a folder keeps the pictures of a set: `pictures/dpm++@4.png`, or `pictures/GROUP/dpm++@4.png`."""
+    return folder / "pictures" / group / f"{key.replace('/', '-')}.png"
 
 
 def save_thumbnails(thumbnails: Tensor, path: Path) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 from torch import Tensor
@@ -32,6 +33,7 @@ from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.scores import Scorer
 from lcmlora.evaluation.sets.baselines import choose_baselines
 from lcmlora.evaluation.sets.captions import choosing, distinct_captions, reporting, reporting_seeds
+from lcmlora.evaluation.sets.own_prompts import OWN_PROMPTS, read_own_prompts
 from lcmlora.io.documents import Document, Number
 from lcmlora.io.files import atomic_folder, sha256_file, sha256_folder
 from lcmlora.plugins import SOURCES
@@ -116,8 +118,7 @@ def draw_reference(
     baselines, search = choose_baselines(image_sets, settings, choosing(pictures), captions)
     jobs = _jobs(settings, baselines)
     drawn = {key: image_sets.draw(key, each, seed) for key, (each, seed) in jobs.items()}
-    tensors: dict[str, Tensor] = {key: image_set.features for key, image_set in drawn.items()}
-    second: dict[str, Tensor] = {key: each.check for key, each in drawn.items() if each.check is not None}
+    tensors, second = _vectors(drawn)
     if not SOURCES.get(data.source).has_pictures:
         teacher, _ = jobs[Key.of(TEACHER, settings.teacher_steps)]
         tensors["gallery"] = image_sets.draw("gallery", teacher, seeds.gallery).features
@@ -145,9 +146,12 @@ def draw_reference(
         search=search,
         **compared.fields(),
     )
+    own = _draw_own_prompts(image_sets, settings, jobs, facts)
     with atomic_folder(out) as folder:
         image_sets.keep(folder, drawn, tensors, second, data, captions.records)
         facts.write(folder / REFERENCE)
+        if own:
+            own.keep(folder / OWN_PROMPTS, data)
     seconds = {key: image_set.seconds for key, image_set in drawn.items() if not key.endswith(AGAIN)}
     timings.Timings(
         reference_digest=sha256_file(out / FEATURES),
@@ -156,6 +160,44 @@ def draw_reference(
     ).write(timings_folder / timings.REFERENCE)
     shutil.rmtree(scratch)
     return facts
+
+
+Jobs = dict[Key, tuple[SolverSettings, int]]  # the sampler settings of every set, and its seed
+
+
+class _OwnPrompts(NamedTuple):
+    """What was drawn for `evaluation.prompts`: a reference of its own, without real pictures."""
+
+    image_sets: ImageSets
+    drawn: dict[Key, ImageSet]
+    gallery: Tensor
+    facts: Reference
+
+    def keep(self, folder: Path, data: Data) -> None:
+        """Writes it to a folder, as `draw_reference` does."""
+        folder.mkdir()
+        features, check = _vectors(self.drawn)
+        self.image_sets.keep(folder, self.drawn, features | {"gallery": self.gallery}, check, data, [])
+        self.facts.write(folder / REFERENCE)
+
+
+def _draw_own_prompts(image_sets: ImageSets, settings: Evaluation, jobs: Jobs, facts: Reference) -> _OwnPrompts | None:
+    """Draws for the prompts of `evaluation.prompts` what is drawn for the test captions; None where there are none."""
+    if settings.prompts is None:
+        return None
+    own = replace(image_sets, prompts=read_own_prompts(settings.prompts)[: settings.pictures])
+    drawn = {key: own.draw(f"own prompts, {key}", each, seed) for key, (each, seed) in jobs.items()}
+    seed = reporting_seeds(settings.seed).gallery
+    gallery = own.draw("own prompts, gallery", jobs[facts.teacher][0], seed).features
+    compared = about_prompts(own.shown, seed, own.features)
+    about = {"prompts": list(own.prompts), "scores": mean_scores(drawn), **compared.fields()}
+    return _OwnPrompts(own, drawn, gallery, facts.model_copy(update=about))
+
+
+def _vectors(drawn: dict[Key, ImageSet]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns the vectors of every set by the first features, and by the second ones where there are any."""
+    check = {str(key): image_set.check for key, image_set in drawn.items() if image_set.check is not None}
+    return {str(key): image_set.features for key, image_set in drawn.items()}, check
 
 
 def load_features(base: LoadedBase, settings: Evaluation) -> Features:
@@ -233,8 +275,7 @@ def mean_scores(drawn: dict[Key, ImageSet]) -> dict[str, dict[Key, float]]:
     return dict(means)
 
 
-def _jobs(settings: Evaluation, baselines: dict[Key, SolverSettings]) -> dict[Key, tuple[SolverSettings, int]]:
-    """Returns the sampler settings of every set, and its seed."""
+def _jobs(settings: Evaluation, baselines: dict[Key, SolverSettings]) -> Jobs:
     seeds = reporting_seeds(settings.seed)
     teacher = SolverSettings.of("ddim", settings.teacher_steps, settings.guidance_scale)
     name = Key.of(TEACHER, settings.teacher_steps)

@@ -103,6 +103,11 @@ class Evaluation(Strict):
     the features have dimensions."""
     student_steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8, 16)
     """Steps with the student."""
+    prompts: str | None = None
+    """A file of your own prompts (.txt with one in each line, .jsonl, .csv or .parquet). They are drawn and compared as
+    the test captions are, and reported in a section of their own. null: none."""
+    worst_captions: Annotated[int, Field(ge=0)] = 10
+    """The captions at which the student is farthest from the teacher, which the report shows."""
     grid_rows: Positive = 8
     """Rows of the contact sheet."""
     resamples: Annotated[int, Field(ge=0), AfterValidator(_several)] = 1000

@@ -62,7 +62,8 @@ def settings(**changes: Any) -> Evaluation:
         "seed": 1000, "pictures": 20, "batch": 8, "features": "quarters", "check_features": "halves",
         "guidance_scale": 4.0, "teacher_steps": 6, "solvers": (FIXED, FIXED | {"solver": "dpm++"}),
         "solver_evaluations": (2, 4),
-        "student_steps": (1, 2, 4), "grid_rows": 3, "resamples": 20, "latency_repeats": 2, "device": "cpu",
+        "student_steps": (1, 2, 4), "grid_rows": 3, "resamples": 20, "worst_captions": 2,
+        "latency_repeats": 2, "device": "cpu",
     }  # fmt: skip
     return Evaluation(**values | changes)
 

@@ -270,6 +270,10 @@ def test_the_same_adapter_gives_the_same_bytes_of_all_that_git_and_dvc_keep(
     names = {f"pictures/{m}@{n}.png" for m in ("ddim", "dpm++") for n in (2, 4)}
     names |= {f"pictures/{name}.png" for name in ("real", "teacher@6", "student@1", "student@2", "student@4")}
     names |= {"features.safetensors", "grid.png", "steps.png", "pictures/prompts.json"}
+    worst = Metrics.read(adapter.parent / "metrics/mini.json").worst
+    assert worst and worst.rival
+    names |= {f"pictures/@worst/{n}" for n in ("prompts.json", "real.png", "teacher@6.png", "student@4.png")}
+    names.add(f"pictures/@worst/{worst.rival}.png")
     assert set(first) == {f"evaluation/{name}" for name in names} | {"metrics/mini.json", "plots/mini_steps.csv"}
     run(base, adapter, data, pictures, reference)
     assert outputs() == first
@@ -293,7 +297,8 @@ def test_a_killed_evaluation_goes_on_and_draws_nothing_twice(
     metrics = run(base, adapter, data, pictures, reference)
     hook.remove()
     latency = 3 * (1 + 2 + 4 + 2 * (6 + 1 + 2))  # rows of three turns, of which the first is not counted
-    assert 20 * 7 + latency <= sum(rows) <= (20 + 8) * 7 + latency
+    worst = 2 * (4 + 4 + 2 * 6)  # of two captions by the student, the best solver and the teacher
+    assert 20 * 7 + latency + worst <= sum(rows) <= (20 + 8) * 7 + latency + worst
     for key in ("excess", "retrieval", "intervals", "diversity"):
         assert metrics[key] == expected[key]
 
