@@ -144,6 +144,7 @@ def _table(figures: Metrics) -> tuple[list[str], list[list[str]]]:
     latency = {key: value.p50 for key, value in figures.latency.seconds.items()} if figures.latency else {}
     measures = [
         ("excess distance", "excess", figures.excess, _number(figures)),
+        ("distance to real pictures", "distance_real", figures.distance_real or {}, _number(figures)),
         ("retrieval@1", "retrieval", figures.retrieval, "{:.3f}".format),
         ("diversity", "diversity", figures.diversity, "{:.3f}".format),
         *((score, score, values, "{:.2f}".format) for score, values in figures.scores.items()),
@@ -151,15 +152,16 @@ def _table(figures: Metrics) -> tuple[list[str], list[list[str]]]:
         ("one alone, median", "latency", latency, "{:.4f}".format),
     ]
     measures = [measure for measure in measures if measure[2]]
-    cost, rows = figures.network_evaluations, []
+    cost, rows, baselines = figures.network_evaluations, [], figures.baselines
     for key in sorted(cost, key=lambda key: (cost[key], key)):
-        row = [key, str(cost[key])]
+        settings = [baselines[key].text if key in baselines else figures.count_label(key)] if baselines else []
+        row = [key, *settings, str(cost[key])]
         for _, name, values, show in measures:
             bounds = figures.interval(name, key)
             brackets = f" ({show(bounds[0])} to {show(bounds[1])})" if bounds else ""
             row.append(show(values[key]) + brackets if key in values else "")
         rows.append(row)
-    return ["network evaluations", *(measure[0] for measure in measures)], rows
+    return [*(["settings"] if baselines else []), "network evaluations", *(measure[0] for measure in measures)], rows
 
 
 def _advantages(figures: Metrics) -> dict[Key, Advantage]:

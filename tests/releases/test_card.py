@@ -9,6 +9,7 @@ from lcmlora.adapters.metadata import Distilled
 from lcmlora.config import Base, Merged
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.releases.card import render_card
+from tests.releases.test_report import searched
 from tests.support.releases import METRICS
 
 HUB = Base(source="someone/base", revision="c" * 40, resolution=512, license="openrail++")
@@ -239,18 +240,39 @@ def test_the_table_has_a_column_for_everything_that_was_measured():
     body = section(render(figures=FULL), "Figures")
     rows = [line for line in body.splitlines() if line.startswith("| ")]
     assert rows[0] == (
-        "| | network evaluations | excess distance | retrieval@1 | diversity | clip-score/ViT-L-14 | "
-        "seconds per picture | one alone, median |"
+        "| | network evaluations | excess distance | distance to real pictures | retrieval@1 | diversity | "
+        "clip-score/ViT-L-14 | seconds per picture | one alone, median |"
     )
-    student = "| student@4 | 4 | 4.50 (4.00 to 5.00) | 0.850 (0.800 to 0.900) | 0.250 | 21.50 | 0.0200 | 0.0625 |"
+    student = (
+        "| student@4 | 4 | 4.50 (4.00 to 5.00) | 321.50 | 0.850 (0.800 to 0.900) | 0.250 | 21.50 | 0.0200 | 0.0625 |"
+    )
     assert student in rows
-    assert {line.count("|") for line in rows} == {9}
+    assert {line.count("|") for line in rows} == {10}
 
 
 def test_the_advantage_is_said_with_its_interval_and_doubted_where_that_holds_zero():
     body = section(render(figures=FULL), "Figures")
     assert "* student@2 against ddim@1, 2 evaluations: excess lower by 275.00 (difference -300.00 to -250.00)\n" in body
     assert "excess lower by 88.50 (difference -90.00 to 1.00; it may be none)\n" in body
+
+
+def test_solvers_stand_with_their_settings_and_all_comparisons_are_told():
+    body = section(render(figures=searched()), "Figures")
+    rows = [line for line in body.splitlines() if line.startswith("| ")]
+    assert rows[0].startswith("| | settings | network evaluations | excess distance | distance to real pictures |")
+    assert "| dpm++@4 | 4 steps, unguided | 4 | 290.00 | 790.00 |" in "\n".join(rows)
+    assert "| student@4 | 4 steps | 4 | 81.00 (70.00 to 92.00) | 610.00 (580.00 to 640.00) |" in "\n".join(rows)
+    assert len({line.count("|") for line in rows}) == 1
+    assert "validation captions and other seeds." in body
+    assert "* student@4 against dpm++@4 (4 steps, unguided), 4 evaluations: excess lower by 209.00" in body
+    assert "* student@4 against dpm++@4 (4 steps, unguided): excess lower by 200.00" in body
+    assert "2.1 (1.9 to 2.4) for student@4. Below 1 the solvers are nearer" in body
+    assert "* student@4: ranked against the best solver as by the first features (excess 0.75, best solver 3, " in body
+    assert "Of 29 captions, student@4 is farthest from the teacher at wombat; report.html shows them." in body
+    assert (
+        "(`evaluation.prompts`, 512 pictures of 2 captions), the excess is 66.00 for student@4 (best solver 99.00)."
+        in body
+    )
 
 
 def test_the_advantage_of_old_figures_is_that_over_the_best_solver_at_as_many_evaluations():
