@@ -117,8 +117,14 @@ def _figures(figures: Metrics, gate_steps: int) -> list[tuple[str, str]]:
     for steps in sorted({2, gate_steps}):
         student, best = Key.of(STUDENT, steps), min(figures.solvers_at(steps), key=excess.__getitem__, default=None)
         if student in excess:
-            beside = f", best solver {excess[best]:.1f} ({best})" if best else ", no solver"
+            settings = f": {figures.baselines[best].text}" if best in figures.baselines else ""
+            beside = f", best solver {excess[best]:.1f} ({best}{settings})" if best else ", no solver"
             found.append((f"excess at {steps} evaluations", f"student {excess[student]:.1f}{beside}"))
+    if wanted in figures.savings:
+        found.append(("the same distance", f"takes solvers {figures.savings[wanted].text} times as many evaluations"))
+    if agreement := figures.agreement(wanted):
+        ranks = {"agree": "rank both alike", "disagree": "rank both the other way round", "undecided": "within chance"}
+        found.append(("second features", ranks[agreement]))
     told = [key for key in (wanted, figures.teacher) if key in retrieval]
     return [*found, ("retrieval@1", ", ".join(f"{key} {retrieval[key]:.3f}" for key in told))]
 
