@@ -143,9 +143,9 @@ def test_both_ways_to_deploy_find_the_same(entries: list[dict[str, Any]], deploy
 
 
 def test_a_mistake_in_a_definition_is_told_with_the_deployment(tmp_path: Path):
-    entry = {"entrypoint": "flows/report.py:report", "name": "weekly", "schedules": [{"cron": "0 7 * * mondays"}]}
+    entry = {"entrypoint": "flows/report.py:leave_digest", "name": "weekly", "schedules": [{"cron": "0 7 * * mondays"}]}
     (tmp_path / "prefect.yaml").write_text(yaml.safe_dump({"deployments": [entry]}))
-    with pytest.raises(UserError, match=r"flows/report\.py:report, weekly: .*mondays"):
+    with pytest.raises(UserError, match=r"flows/report\.py:leave_digest, weekly: .*mondays"):
         read_deployments(tmp_path / "prefect.yaml")
 
 
