@@ -68,10 +68,10 @@ def _require_no_pool(deployments: list[RunnerDeployment]) -> None:
             except ObjectNotFound:
                 continue
             if deployed.work_pool_name:
+                name = f"{each.flow_name}/{each.name}"
                 raise UserError(
-                    f"{each.flow_name}/{each.name} is deployed to the work pool {deployed.work_pool_name}, whose "
-                    f"workers run it; to serve it instead: `prefect deployment delete {each.flow_name}/{each.name}`, and so "
-                    "on for the others"
+                    f"{name} is deployed to the work pool {deployed.work_pool_name}, whose workers run it; to serve it "
+                    f"instead: `prefect deployment delete {name}`, and so on for the others"
                 )
 
 
