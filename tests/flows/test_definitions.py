@@ -301,7 +301,7 @@ def test_the_notices_have_the_licences_of_what_is_installed():
 def _prepared(kind: type[BaseJobConfiguration], pool: str, flow: str, entries: list[dict[str, Any]]) -> Any:
     """Returns what a worker of this pool would start for a run of this flow's deployment."""
     template = json.loads((ROOT / "deploy" / pool / "base-job-template.json").read_text())
-    entry = next(each for each in entries if each["entrypoint"].endswith(f":{flow}"))
+    entry = next(each for each in entries if each["entrypoint"].startswith(f"flows/{flow}.py:"))
     # Nothing of the template is on a server, and so nothing is asked of this one.
     client = PrefectClient("http://prefect.example.org/api")
     variables = entry["work_pool"].get("job_variables", {})
