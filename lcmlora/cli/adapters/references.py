@@ -137,28 +137,28 @@ class BaseReference:
 
 
 def find_base(
-    wanted: str | None, adapter: AdapterReference, config: Config | None, project: Project
+    name: str | None, adapter: AdapterReference, config: Config | None, project: Project
 ) -> BaseReference | None:
     """Returns the named base, else the adapter's own. Returns None if the adapter does not name its base.
 
     Args:
-        wanted: a name under `bases` in params.yaml, or a diffusers folder; None for the adapter's own base.
+        name: a name under `bases` in params.yaml, or a diffusers folder; None for the adapter's own base.
         project: the adapter's own base may be named by a path in it.
 
     Raises:
         UserError: there is no such base.
     """
-    if wanted is None:
+    if name is None:
         source = (adapter.base or {}).get("source") or ""
         if config and adapter.model in config.bases and config.bases[adapter.model].source == source:
             return _in_project(adapter.model, config, project)
         return _at(project.root / source, adapter) if source and (project.root / source).is_dir() else None
-    if config and wanted in config.bases:
-        return _in_project(wanted, config, project)
-    if not Path(wanted).is_dir():
+    if config and name in config.bases:
+        return _in_project(name, config, project)
+    if not Path(name).is_dir():
         known = f"params.yaml has {', '.join(config.bases)}" if config else "there is no params.yaml here"
-        raise UserError(f"--base: {wanted}: no such folder and no such base; {known}")
-    return _at(Path(wanted), adapter)
+        raise UserError(f"--base: {name}: no such folder and no such base; {known}")
+    return _at(Path(name), adapter)
 
 
 def _in_project(name: str, config: Config, project: Project) -> BaseReference:
