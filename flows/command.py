@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from flows import choose
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import note
 from lcmlora.project import Project
@@ -32,7 +32,7 @@ def main() -> NoReturn:
     """Runs the command line and ends the process with 0, with 1 if a model failed, with 2 if nothing was started."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(run)
-    with reporting():
+    with reporting_errors():
         app(prog_name="python -m flows.retrain")
     raise SystemExit(0)
 

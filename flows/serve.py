@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import JsonObject, as_object, read_yaml
 from lcmlora.project import Project
@@ -120,7 +120,7 @@ def _deployment(entry: JsonObject) -> RunnerDeployment:
 def main() -> NoReturn:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(serve_deployments)
-    with reporting():
+    with reporting_errors():
         app(prog_name="python -m flows.serve")
     raise SystemExit(0)
 

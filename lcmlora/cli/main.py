@@ -15,7 +15,7 @@ import typer
 from lcmlora.cli import data, registry, releases, settings, stages
 from lcmlora.cli.adapters import verbs
 from lcmlora.cli.context import Context, context_of
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.cli.stages import Model, StageCommand, base_and_cache
 from lcmlora.io import faults
 from lcmlora.io.terminal import note, say
@@ -184,7 +184,7 @@ def main() -> None:
     for entry in importlib.metadata.entry_points(group="lcmlora.verbs"):
         app.command(entry.name)(entry.load())
     rank = os.environ.get("RANK", "0")
-    with reporting("" if rank == "0" else f"process {rank}: ", faults.verb_of(sys.argv[1:])):
+    with reporting_errors("" if rank == "0" else f"process {rank}: ", faults.verb_of(sys.argv[1:])):
         app()
 
 

@@ -14,7 +14,7 @@ from lcmlora.io.terminal import note
 
 
 @contextmanager
-def reporting(prefix: str = "", verb: str = "") -> Iterator[None]:
+def reporting_errors(prefix: str = "", verb: str = "") -> Iterator[None]:
     """Prints a UserError that is raised in the block, each line after `prefix`, and ends the process with status 2.
 
     An error of the machine, such as a full disk, a read-only folder or too little memory, is printed in one line, too.
