@@ -65,17 +65,17 @@ def test_what_cannot_be_looked_at_fails_the_watch_and_the_rest_is_told(watched: 
     state = watch_inputs(return_state=True)
     assert state.is_failed()
     assert state.message == "data/in: no such file or folder"
-    assert "lcmlora.base.a" in told("lcmlora.base.changed")
+    assert "lcmlora.base.a" in changed_resources("lcmlora.base.changed")
 
 
-def told(event: str) -> set[str]:
-    """Returns the resources of the events of this name, once there are any: they reach the server by and by."""
-    wanted = EventFilter(event=EventNameFilter(name=[event])).model_dump(mode="json")
+def changed_resources(event: str) -> set[str]:
+    """Returns the resources of the events of this name, waiting until the server has them."""
+    event_filter = EventFilter(event=EventNameFilter(name=[event])).model_dump(mode="json")
     until = time.monotonic() + 30
     resources: set[str] = set()
     with get_client(sync_client=True) as client:
         while "lcmlora.base.a" not in resources and time.monotonic() < until:
             time.sleep(0.2)
-            found = client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"]
+            found = client.request("POST", "/events/filter", json={"filter": event_filter}).json()["events"]
             resources = {each["resource"]["prefect.resource.id"] for each in found}
     return resources
