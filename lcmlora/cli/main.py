@@ -26,8 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Distil latent diffusion models into LCM-LoRA adapters that draw in 1 to 8 steps; evaluate and release them.
 
-    A verb works in a project, which is a folder with a params.yaml: the current folder, or that of --project or
-    --params. Most verbs are stages of dvc.yaml. `dvc repro` runs the stages whose inputs have changed;
+    A verb works in a project, which is a folder with a params.yaml: the
+    current folder, or that of --project or --params. Most verbs are stages of
+    dvc.yaml. `dvc repro` runs the stages whose inputs have changed;
     `python -m flows.retrain` also registers and publishes the adapters.
 
     Examples:

@@ -22,8 +22,9 @@ app = typer.Typer(
     no_args_is_help=True,
     help="""Look up, compare, promote, roll back and download the adapters in MLflow's registry.
 
-    A registered model such as lcm-lora-emoji has numbered versions; each is one adapter. The alias @champion names the
-    version that production uses. registry.tracking_uri in params.yaml names the registry.
+    A registered model such as lcm-lora-emoji has numbered versions; each is
+    one adapter. The alias @champion names the version that production uses.
+    registry.tracking_uri in params.yaml names the registry.
 
     Examples:
 

@@ -77,7 +77,7 @@ def pretrain_stage(call: typer.Context) -> None:
 def prepare_stage(call: typer.Context, model: OwnData = None) -> None:
     """Read the captioned pictures, drop unusable ones, and split them by caption into training and validation.
 
-    data/pictures gets the pictures' list and a report of what was dropped and why.
+    The output has the list of pictures, and a report of the dropped ones with the reasons.
 
     Examples:
 
@@ -157,7 +157,7 @@ def reference_stage(call: typer.Context, model: Model) -> None:
 def distill_stage(call: typer.Context, model: Model) -> None:
     """Distil the base into an adapter. A run that was killed goes on from its last checkpoint.
 
-    The adapter is written to adapters/MODEL. If registry is set in params.yaml, losses are logged to MLflow.
+    The adapter is written to adapters/MODEL, and the losses to MLflow at registry.tracking_uri.
 
     Example: lcmlora distill emoji
     """

@@ -12,13 +12,9 @@ from lcmlora.errors import UserError
 from lcmlora.io.files import locked
 from lcmlora.io.terminal import note, say
 
-Adapter = Annotated[
-    str,
-    typer.Option(
-        help="An adapter: a folder, a .safetensors file, models:/NAME@ALIAS or s3://bucket/.../MODEL/sha256-...",
-        show_default=False,
-    ),
-]
+_FORMS = "a folder, a .safetensors file, models:/NAME@ALIAS or s3://bucket/.../MODEL/sha256-..."
+
+Adapter = Annotated[str, typer.Option(help=f"The adapter: {_FORMS}", show_default=False)]
 UnetOnly = Annotated[bool, typer.Option("--unet-only", help="Leave out the text encoders' tensors.")]
 AnyBase = Annotated[
     str | None,
@@ -46,7 +42,7 @@ def convert(
         str,
         typer.Argument(
             metavar="IN",
-            help="An adapter: a folder, a .safetensors file, models:/NAME@ALIAS or s3://bucket/.../MODEL/sha256-...",
+            help=f"The adapter: {_FORMS}",
         ),
     ],
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write.", show_default=False)],
@@ -96,8 +92,8 @@ def convert(
 
 def combine(
     call: typer.Context,
-    style: Adapter,
-    lcm: Adapter,
+    style: Annotated[str, typer.Option(help=f"The style LoRA: {_FORMS}", show_default=False)],
+    lcm: Annotated[str, typer.Option(help=f"The acceleration adapter: {_FORMS}", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder or .safetensors file to write.", show_default=False)],
     weights: Annotated[
         tuple[float, float], typer.Option(help="The weights of the style and of the acceleration adapter.")
