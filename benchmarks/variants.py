@@ -28,7 +28,7 @@ from benchmarks.compare import Case, make_case
 from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.bases.families import Conditioning
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion.teacher import Teacher
 from lcmlora.diffusion.teacher_cache import TeacherCache
@@ -332,5 +332,5 @@ def _table(figures: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    with reporting():
+    with reporting_errors():
         main()

@@ -1,4 +1,4 @@
-"""Where every model stands: champion, last run, what is stale, when it is due; by MLflow, DVC and Prefect."""
+"""The standing of every model, from MLflow, DVC and Prefect: champion, last run, stale stages, next run."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from lcmlora.registry.lookup import Version
 from tasks import dvc
 from tasks.processes import Processes
 
-_PAGE = 200  # Prefect's most runs in one answer
+_PAGE = 200  # runs; Prefect returns no more in one answer
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the retrain flow, as far as one model goes."""
+    """A run of the `retrain` flow."""
 
     end: str  # the flow's state: Promoted, UpToDate, Failed, Running, ...
     time: str  # ISO 8601, UTC
@@ -43,7 +43,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where one model stands."""
+    """The standing of one model."""
 
     model: str
     champion: str | None  # lcm-lora-emoji/3
@@ -52,19 +52,19 @@ class Standing:
     newest: str | None
     newest_gate: str | None
     last_run: Run | None
-    stale: list[str]  # stages that the next run begins with
+    stale: list[str]  # stages
     due: str | None  # the next scheduled run, ISO 8601, UTC
 
 
 def standings(settings: Config, *, server: bool) -> list[Standing]:
-    """Returns where each model of params.yaml stands.
+    """Returns the standing of each model of params.yaml.
 
     Args:
-        server: ask Prefect for runs and schedules; they are None without.
+        server: ask Prefect's server for runs and schedules. Otherwise they are None.
 
     Raises:
         Unavailable: MLflow or Prefect does not answer.
-        StageFailed: DVC does not.
+        StageFailed: DVC fails.
     """
     names = {model: [prepare_of(model, settings), *stages_of(model, settings)] for model in settings.models}
     with Processes() as processes:
@@ -100,19 +100,19 @@ FIGURES = ("excess", "retrieval")
 
 
 def has_server() -> bool:
-    """Returns whether a Prefect server is configured; the temporary one of a single run knows no schedule."""
+    """Returns whether a Prefect server is configured. The temporary server of a single run has no schedules."""
     from prefect.settings import PREFECT_API_URL
 
     return bool(PREFECT_API_URL.value())
 
 
 def runs_since(began: datetime) -> list[Run]:
-    """Returns the runs of the retrain flow that started since then, the newest first.
+    """Returns the runs of the `retrain` flow that started since then, the newest first.
 
     Raises:
         Unavailable: Prefect does not answer.
     """
-    with _client() as client:
+    with _Client() as client:
         started = FlowRunFilter(start_time=FlowRunFilterStartTime.model_validate({"after_": began}))
         found = client.read_flow_runs(flow_filter=_RETRAIN, flow_run_filter=started, sort=_NEWEST, limit=_PAGE)
     return [_run(run) for run in found]
@@ -123,10 +123,10 @@ _NEWEST = FlowRunSort.START_TIME_DESC
 
 
 def _runs() -> tuple[list[FlowRun], list[FlowRun]]:
-    """Returns the runs that have started, the newest first, and those to come, the next first."""
+    """Returns the runs that have started, the newest first, and the scheduled ones, the next first."""
     scheduled = FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING])
     started = FlowRunFilterStateType(not_any_=[StateType.SCHEDULED, StateType.PENDING])
-    with _client() as client:
+    with _Client() as client:
         past, coming = (
             client.read_flow_runs(
                 flow_filter=_RETRAIN,
@@ -139,8 +139,8 @@ def _runs() -> tuple[list[FlowRun], list[FlowRun]]:
     return past, coming
 
 
-class _client:
-    """Yields a client of the configured server. One that does not answer becomes a one-line error."""
+class _Client:
+    """A client of the configured server in a `with` block. If the server does not answer, the error is one line."""
 
     def __enter__(self) -> SyncPrefectClient:
         self._client = get_client(sync_client=True)

@@ -28,7 +28,7 @@ from flows.background import StartedProcess
 from flows.credentials import Login
 from flows.services import HOST, NO_TELEMETRY, S3, Identity, Service
 from lcmlora import config
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
 from lcmlora.io.files import locked
 from lcmlora.project import Project
@@ -350,7 +350,7 @@ def _print_addresses(plan: Plan, folder: Path) -> None:
 
 
 def main() -> NoReturn:
-    with reporting():
+    with reporting_errors():
         app(prog_name="python -m flows.stack")
     raise SystemExit(0)
 

@@ -121,7 +121,7 @@ def resolve(processes: Processes) -> None:
         return
     settings = project.settings()
     if dvc_yaml.refresh(settings, project):
-        note(f"{project.dvc_yaml}: lists the pictures of each model anew")
+        note(f"{project.dvc_yaml}: the stages that read pictures are updated")
     if resolved.is_current(settings, project.resolved):
         return
     repair()

@@ -133,7 +133,7 @@ def _dtype(layers: dict[str, Layer]) -> torch.dtype:
 
 
 def _module(name: str, parts: dict[str, Part], base: Architecture, shown: str) -> str:
-    """Returns diffusers' name of the layer. Raises UserError where the base has no such layer, or one of other size."""
+    """Returns diffusers' name of the layer. Raises UserError if the base lacks the layer, or has it in another size."""
     name = name.removeprefix(f"{base.prefix}.")
     module = name if name in base.shapes else base.spellings.get(name.replace(".", "_"))
     if module is None:
@@ -173,7 +173,7 @@ def _recognise(spelled: Spelled, shown: str) -> Architecture:
 def write(
     adapter: Adapter,
     path: Path,
-    style: str,
+    spelling: str,
     base: Architecture | None = None,
     *,
     title: str | None = None,
@@ -185,7 +185,7 @@ def write(
     adapter gives the same bytes. A file that differs by more than rounding is removed.
 
     Args:
-        style: DIFFUSERS or KOHYA.
+        spelling: DIFFUSERS or KOHYA.
         base: the base's architecture; without it, a kohya file's is looked up in the published architectures.
         title: the title in kohya's header, which programs show; the file's name by default.
         alpha: of a kohya file, if it can be exact, see the module; by default the adapter's own.
@@ -193,7 +193,7 @@ def write(
     Raises:
         UserError: a tensor is missing or superfluous, or a weight differs by more than rounding.
     """
-    if style == KOHYA:
+    if spelling == KOHYA:
         structure = base or _recognise(_spelled(adapter.layers), adapter.source)
         tensors, kept = _kohya(adapter, structure, alpha)
         metadata = _header(tensors, adapter, structure, title or path.stem, kept)
@@ -398,18 +398,18 @@ class Conversion:
 def convert(
     source: Path,
     out: Path,
-    style: str,
+    spelling: str,
     base: Architecture | None = None,
     *,
     unet_only: bool = False,
     dtype: torch.dtype | None = None,
     title: str | None = None,
 ) -> Conversion:
-    """Writes the adapter in `source` to `out` in another style.
+    """Writes the adapter in `source` to `out` in another spelling.
 
     Args:
         dtype: of the weights in `out`; the source's by default.
-        style, base, unet_only, title: see `read` and `write`.
+        spelling, base, unet_only, title: see `read` and `write`.
 
     Raises:
         UserError: see `read` and `write`.
@@ -418,10 +418,10 @@ def convert(
     if base is None:
         base = _recognise(_spelled(adapter.layers), str(source))
     adapter = replace(adapter, dtype=dtype or adapter.dtype)
-    error = write(adapter, out, style, base, title=title)
+    error = write(adapter, out, spelling, base, title=title)
     return Conversion(
         layers=len(adapter.layers),
-        tensors=(3 if style == KOHYA else 2) * len(adapter.layers),
+        tensors=(3 if spelling == KOHYA else 2) * len(adapter.layers),
         rank=adapter.rank,
         alpha=tuple(sorted({layer.alpha for layer in adapter.layers.values()})),
         left_out=adapter.left_out,

@@ -18,7 +18,7 @@ from lcmlora.io.parsing import JsonObject, Malformed, as_object, parse_json, rea
 
 METADATA = "lora_adapter_metadata"  # diffusers' own key in the header
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"  # PEFT's own name, beside which CONFIG lies
+WEIGHTS = "adapter_model.safetensors"  # PEFT's own name; CONFIG is beside it
 
 # Settings that make the adapter another kind than plain LoRA.
 _OTHER_KINDS = {"use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "lora_bias": "LoRA with biases"}

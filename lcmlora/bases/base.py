@@ -211,7 +211,7 @@ def load(
     return loaded
 
 
-def write(base: LoadedBase, folder: Path) -> None:
+def save_base(base: LoadedBase, folder: Path) -> None:
     """Writes a base into an empty folder: its network as it is in memory, everything else as in its own folder."""
     for path in sorted(base.folder.iterdir()):
         if path.name.startswith("."):  # markers of where the base came from

@@ -118,7 +118,7 @@ def describe(name: str, base: Base, folder: Path, rank: int, alpha: float, sourc
 
 
 def describe_all(config: Config, project: Project) -> list[Description | Undescribed]:
-    """Returns a description of every base of the settings, or the reason why there is none."""
+    """Returns a description of every base of the settings, or the reason why it cannot be described."""
     described: list[Description | Undescribed] = []
     for name, base in config.bases.items():
         try:
@@ -130,7 +130,7 @@ def describe_all(config: Config, project: Project) -> list[Description | Undescr
 
 
 def print_table(bases: Sequence[Description | Undescribed]) -> None:
-    """Prints descriptions for a person to read; a reason stands below the source of its base."""
+    """Prints descriptions as a table, or the reason below the source of a base that has none."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from lcmlora.adapters import formats, lora, tensorfile
 from lcmlora.bases import architecture
-from lcmlora.bases.base import load, write
+from lcmlora.bases.base import load, save_base
 from lcmlora.bases.examination.examine import examine_base
 from lcmlora.config import Base
 from lcmlora.errors import UserError
@@ -57,7 +57,7 @@ def make_styled_base(name: str, base: Base, plain: Path, target: Path, sources: 
     lora.apply(loaded.network, factors, str(weights))
     loaded.network.to(_stored_dtype(plain / loaded.family.network.folder))
     with atomic_folder(target) as folder:
-        write(loaded, folder)
+        save_base(loaded, folder)
         (folder / MARKER).write_text(content, encoding="utf-8")
         if target.is_symlink():  # the base was a linked folder before
             target.unlink()

@@ -21,10 +21,11 @@ app = typer.Typer(
     no_args_is_help=True,
     help="""List, verify, download and yank published releases in a directory or on S3.
 
-    A release is the published bundle of one adapter: weights, scheduler, card, report, checksums. The store is
-    `publish.to` of params.yaml, or the one that --to names. REF names a release in it: MODEL@CHANNEL, such as
-    emoji@champion, or MODEL/sha256-DIGITS. It can also be an address: s3://bucket/.../MODEL/sha256-..., a folder, or a
-    channel's pointer.
+    A release is the published bundle of one adapter: weights, scheduler,
+    card, report, checksums. The store is `publish.to` of params.yaml, or the
+    one that --to names. REF names a release in it: MODEL@CHANNEL, such as
+    emoji@champion, or MODEL/sha256-DIGITS. It can also be an address:
+    s3://bucket/.../MODEL/sha256-..., a folder, or a channel's pointer.
 
     Examples:
 

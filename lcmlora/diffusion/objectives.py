@@ -77,7 +77,7 @@ class Objective(ABC, Generic[D]):
         return torch.zeros_like(index)
 
     def jump(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
-        """Returns the state (B, C, h, w) fp32 at s to which the student jumps from x at t; x itself where s = t."""
+        """Returns the state (B, C, h, w) fp32 at s to which the student jumps from x at t; x itself if s = t."""
         return self._sampling.jump(x, prediction, t, s)
 
     def step(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class StudentSampler(ABC):
 
     @abstractmethod
     def jump(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
-        """Returns the state at s to which the student jumps from x at t; x itself where s = t."""
+        """Returns the state at s to which the student jumps from x at t; x itself if s = t."""
 
     @abstractmethod
     def step(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lcmlora.adapters import lora
 from lcmlora.adapters.metadata import FACTS, Tuned, Validated
-from lcmlora.bases.base import LoadedBase, write
+from lcmlora.bases.base import LoadedBase, save_base
 from lcmlora.bases.folders import Identity
 from lcmlora.config import Tuning
 from lcmlora.data.latents.cache import LatentCache
@@ -172,7 +172,7 @@ def _write(base: LoadedBase, settings: Tuning, out: Path, made: Tuned) -> None:
     """Writes the adapter or the checkpoint that the base has now, with its facts."""
     with atomic_folder(out) as folder:
         if settings.rank is None:
-            write(base, folder)
+            save_base(base, folder)
         else:
             placement = base.family.placement
             tensors = lora.state_dict(base.network, placement)

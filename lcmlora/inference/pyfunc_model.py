@@ -10,13 +10,18 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas  # type: ignore[import-untyped]
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class Drawer(PythonModel):
@@ -68,36 +73,18 @@ class Drawer(PythonModel):
         from lcmlora.errors import UserError
         from lcmlora.inference import request_guard
         from lcmlora.inference.pipelines import Abandoned
-        from lcmlora.inference.serving import DEFAULTS
 
         # Without the guard in front of MLflow's server, the model sets the deadline itself.
         request = request_guard.current.get() or request_guard.Request(time.monotonic() + self._limits.seconds)
         request.reached_model = True
-        given = DEFAULTS | {name: value for name, value in (params or {}).items() if value is not None}
-        resolution = self._pipeline.resolution
         try:
-            if "prompt" not in model_input:
-                raise UserError("prompt: expected a column of this name")
-            prompts = list(model_input["prompt"])
-            self._limits.check(prompts, {name: _plain(value) for name, value in given.items()}, resolution)
-            steps, guidance = int(given["steps"]), float(given["guidance"])
-            width, height = (int(given[name]) or resolution for name in ("width", "height"))
-            self._pipeline.check(prompts, steps=steps, guidance=guidance, width=width, height=height)
+            draw = self._drawing(model_input, params or {}, request.abandoned)
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
         if not self._queue.acquire(blocking=False):
             raise MlflowException("too many requests wait already; ask again later", RESOURCE_EXHAUSTED)
         try:
-            pictures = self._worker.submit(
-                self._pipeline,
-                prompts,
-                steps=steps,
-                guidance=guidance,
-                seed=int(given["seed"]),
-                width=width,
-                height=height,
-                abandoned=request.abandoned,
-            ).result()
+            pictures = self._worker.submit(draw).result()
         except Abandoned:
             late = f"the pictures were not drawn within {self._limits.seconds} seconds (LCMLORA_MAX_SECONDS)"
             raise MlflowException(late, DEADLINE_EXCEEDED) from None
@@ -109,13 +96,40 @@ class Drawer(PythonModel):
             self._queue.release()
         return pandas.DataFrame({"png": [_png(picture) for picture in pictures]})
 
+    def _drawing(
+        self, model_input: pandas.DataFrame, params: dict[str, int | float | None], abandoned: Callable[[], bool]
+    ) -> Callable[[], list[Image]]:
+        """Returns the function that draws the pictures of a request. Raises UserError where it is over a limit."""
+        from lcmlora.errors import UserError
+        from lcmlora.inference.serving import DEFAULTS
+
+        values = DEFAULTS | {name: value for name, value in params.items() if value is not None}
+        resolution = self._pipeline.resolution
+        if "prompt" not in model_input:
+            raise UserError("prompt: expected a column of this name")
+        prompts = list(model_input["prompt"])
+        self._limits.check(prompts, {name: _plain(value) for name, value in values.items()}, resolution)
+        steps, guidance, seed = int(values["steps"]), float(values["guidance"]), int(values["seed"])
+        width, height = (int(values[name]) or resolution for name in ("width", "height"))
+        self._pipeline.check(prompts, steps=steps, guidance=guidance, width=width, height=height)
+        return partial(
+            self._pipeline,
+            prompts,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            width=width,
+            height=height,
+            abandoned=abandoned,
+        )
+
 
 def _plain(value: Any) -> Any:
     """Returns a Python number for a numpy scalar; anything else as it is."""
     return value.item() if hasattr(value, "item") else value
 
 
-def _png(picture: Any) -> bytes:
+def _png(picture: Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return buffer.getvalue()

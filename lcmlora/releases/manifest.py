@@ -137,7 +137,7 @@ def _follow(store: Store, model: str, channel: str, settings: Publish) -> str:
     if settings.verify_key:
         remedy = (
             f"run `lcmlora registry promote lcm-lora-{model}@{channel}` where publish.signing_key is set, which writes "
-            "it anew"
+            "it again"
         )
         records.check_signature(record, settings, place, remedy)
         if pointer.channel is None or pointer.time is None:
@@ -145,7 +145,7 @@ def _follow(store: Store, model: str, channel: str, settings: Publish) -> str:
         if records.is_future(pointer.time):
             raise UserError(
                 f"{place}: is of {pointer.time.isoformat()}, and here it is {datetime.now(UTC).isoformat()} now; set "
-                "the clock that is wrong, and if it is the publisher's, have the pointer written anew"
+                "the clock that is wrong, and if it is the publisher's, let it write the pointer again"
             )
         rollback_protection.accept_pointer(pointer, store.uri, channel, settings, place)
     # The release lies in the pointer's own store, whatever address it holds: stores may be moved or mirrored.

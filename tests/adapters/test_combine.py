@@ -118,7 +118,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(miniatures: Miniatures
     _, style, _ = _two(miniatures, "sd15")
     formats.write(style, tmp_path / "a.safetensors", DIFFUSERS)
     part = _reference(tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="is in the way and is no earlier combination"):
+    with pytest.raises(UserError, match="exists and is no earlier combination"):
         write_combined(part, part, (0.8, 1.0), tmp_path)
     assert (tmp_path / "a.safetensors").is_file()
 

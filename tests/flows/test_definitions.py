@@ -143,9 +143,9 @@ def test_both_ways_to_deploy_find_the_same(entries: list[dict[str, Any]], deploy
 
 
 def test_a_mistake_in_a_definition_is_told_with_the_deployment(tmp_path: Path):
-    entry = {"entrypoint": "flows/report.py:report", "name": "weekly", "schedules": [{"cron": "0 7 * * mondays"}]}
+    entry = {"entrypoint": "flows/report.py:leave_digest", "name": "weekly", "schedules": [{"cron": "0 7 * * mondays"}]}
     (tmp_path / "prefect.yaml").write_text(yaml.safe_dump({"deployments": [entry]}))
-    with pytest.raises(UserError, match=r"flows/report\.py:report, weekly: .*mondays"):
+    with pytest.raises(UserError, match=r"flows/report\.py:leave_digest, weekly: .*mondays"):
         read_deployments(tmp_path / "prefect.yaml")
 
 
@@ -301,7 +301,7 @@ def test_the_notices_have_the_licences_of_what_is_installed():
 def _prepared(kind: type[BaseJobConfiguration], pool: str, flow: str, entries: list[dict[str, Any]]) -> Any:
     """Returns what a worker of this pool would start for a run of this flow's deployment."""
     template = json.loads((ROOT / "deploy" / pool / "base-job-template.json").read_text())
-    entry = next(each for each in entries if each["entrypoint"].endswith(f":{flow}"))
+    entry = next(each for each in entries if each["entrypoint"].startswith(f"flows/{flow}.py:"))
     # Nothing of the template is on a server, and so nothing is asked of this one.
     client = PrefectClient("http://prefect.example.org/api")
     variables = entry["work_pool"].get("job_variables", {})

@@ -125,7 +125,7 @@ def test_a_folder_that_another_user_has_put_there_is_not_used(project: Path):
     os.chown(project / ".up", 65534, 65534)
     refused = _run(project, "up")
     assert refused.returncode == 2
-    assert "belongs to another user, who would know our passwords; remove it" in refused.stderr
+    assert "belongs to another user, who could read the passwords in it; remove it" in refused.stderr
 
 
 def test_releases_that_go_to_s3_need_no_bucket_here(project: Path):
@@ -343,3 +343,9 @@ def test_a_run_goes_through_the_worker_and_nothing_is_left_after_down(project: P
     assert ended.returncode == 0, ended.stderr
     assert _of(project) == []
     assert (project / ".up/prefect/prefect.db").exists()
+
+
+def test_the_state_that_an_earlier_version_wrote_is_read():
+    state = State.model_validate_json('{"ports": {"mlflow": [5000]}, "parts": {"mlflow": {"pid": 7, "digest": "a"}}}')
+    assert state.started == {"mlflow": StartedProcess(pid=7, digest="a")}
+    assert State.model_validate_json(state.model_dump_json()) == state

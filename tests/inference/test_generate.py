@@ -184,13 +184,15 @@ def test_a_file_without_facts_needs_a_base_and_is_drawn_with_as_lcm_loras_are(ro
     (expected,) = draw("a.png", "--adapter", "release/mini")
     Path("loras").mkdir()
     Path("release/mini/lcm-lora-mini.safetensors").rename("loras/found.safetensors")
-    with pytest.raises(UserError, match=r"found\.safetensors: does not say where its base is; name it with --base"):
+    with pytest.raises(
+        UserError, match=r"found\.safetensors: does not say where its base is; name the base with --base"
+    ):
         draw("b.png", "--adapter", "loras/found.safetensors")
     for base in ("mini", "bases/mini"):
         result = run(
             *("--adapter", "loras/found.safetensors", "--base", base, "--prompt", PROMPTS[0], "--out", "b.png")
         )
-        assert "note: nothing beside loras/found.safetensors says how to draw with it" in result.stderr
+        assert "note: loras/found.safetensors has no sampler settings" in result.stderr
         assert Path("b.png").read_bytes() == expected.read_bytes()
 
 

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
 from lcmlora.io import faults, files
 from lcmlora.training import checkpoint
@@ -36,7 +36,7 @@ def line_of(action: Callable[[], object], verb: str = "") -> str:
     """Returns the one line that a person is told."""
     told = None
     try:
-        with reporting(verb=verb):
+        with reporting_errors(verb=verb):
             try:
                 action()
             except Exception as error:
@@ -150,8 +150,8 @@ _OTHER = """
 import sys
 from pathlib import Path
 from lcmlora.io import files
-from lcmlora.cli.reporting import reporting
-with reporting():
+from lcmlora.cli.reporting import reporting_errors
+with reporting_errors():
     if sys.argv[1] == "folder":
         with files.atomic_folder(Path(sys.argv[2])) as folder:
             (folder / "a").write_text("1")
@@ -298,7 +298,7 @@ def test_a_database_on_a_full_disk(full: Path):
 
 
 def test_other_errors_keep_their_traceback_and_lose_secrets(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as caught, reporting():
+    with pytest.raises(SystemExit) as caught, reporting_errors():
         raise ValueError("a fault of ours, at http://me:sesame@h/x")
     assert caught.value.code == 1
     told = capsys.readouterr().err

@@ -36,7 +36,7 @@ def aliases(settings: Registry) -> dict[str, int]:
     return {alias: int(number) for alias, number in client.get_registered_model(NAME).aliases.items()}
 
 
-def told(settings: Registry) -> list[tuple[str, int, int | None]]:
+def promotions(settings: Registry) -> list[tuple[str, int, int | None]]:
     return [(e.action, e.version, e.former) for e in history(NAME, settings) if e.alias]
 
 
@@ -76,7 +76,7 @@ def test_rolling_back_goes_further_back_each_time_and_never_forth(settings: Regi
         rollback(NAME, settings, reason="no", to=3)
     with pytest.raises(UserError, match="lcm-lora-mini/9: not registered"):
         rollback(NAME, settings, reason="no", to=9)
-    assert told(settings)[3:] == [("rolled back", 2, 3), ("rolled back", 1, 2), ("rolled back", 3, 1)]
+    assert promotions(settings)[3:] == [("rolled back", 2, 3), ("rolled back", 1, 2), ("rolled back", 3, 1)]
     assert register_release("mini", settings, Path("two")).promoted  # so that no flow promotes it again
 
 
@@ -133,7 +133,7 @@ def test_a_promotion_killed_before_its_event_is_completed_by_the_next_call(setti
     client = MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=settings.tracking_uri)
     client.set_registered_model_alias(NAME, "champion", "2")
     promote_passed(second, settings, reason="second")
-    assert told(settings) == [("promoted", 1, None), ("promoted", 2, 1)]
+    assert promotions(settings) == [("promoted", 1, None), ("promoted", 2, 1)]
     assert aliases(settings) == {"champion": 2, "previous": 1}
 
 

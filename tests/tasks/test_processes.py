@@ -140,7 +140,9 @@ def test_a_command_that_takes_too_long_is_ended():
 @pytest.mark.skipif(sys.platform != "linux", reason="others hide the environment of processes")
 def test_what_is_not_started_here_ends_with_a_marked_process_that_is_killed():
     server = ["sh", "-c", "echo $$ > server.part; mv server.part server; exec sleep 60"]
-    flow = run_flow(f"mark()\nsubprocess.Popen({server}, start_new_session=True)\ntime.sleep(60)\n")
+    flow = run_flow(
+        f"end_children_with_this_process()\nsubprocess.Popen({server}, start_new_session=True)\ntime.sleep(60)\n"
+    )
     started = pid("server")
     flow.kill()
     flow.wait()

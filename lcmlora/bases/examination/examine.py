@@ -130,10 +130,8 @@ class _Faults(list[str]):
 
     def check(self) -> None:
         """Raises UserError if there is a fault."""
-        if len(self) == 1:
-            raise UserError(self[0])
         if self:
-            raise UserError(f"{self[0]} (and {len(self) - 1} more faults; this is the first)")
+            raise UserError(self[0] if len(self) == 1 else f"{self[0]} (the first of {len(self)} faults)")
 
 
 @lru_cache(maxsize=32)

@@ -16,7 +16,7 @@ from lcmlora.bases.examination.library_config import LFS_POINTER, read_object
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import Malformed, as_object, parse_json
 
-DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # what the libraries call files of weights
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # the libraries' names of files of weights
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 _HEADER_BYTES = 100 << 20  # the format's own limit

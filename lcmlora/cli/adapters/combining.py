@@ -1,4 +1,4 @@
-"""Two adapters of any spelling written as one, with what is known of it."""
+"""Writing the combination of two adapters of any file spelling, with its facts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Combination(NamedTuple):
 
     facts: Combined
     error: float  # largest difference of an effective weight, by rounding
-    left_out: int  # tensors of text encoders and trained tokens that the parts have and it has not
+    left_out: int  # tensors of text encoders and trained tokens that were left out
 
 
 def write_combined(
@@ -48,16 +48,16 @@ def write_combined(
     """Writes the combination as a diffusers adapter and returns its facts.
 
     Args:
-        out: a .safetensors file, or a folder, which also gets the scheduler of `lcm` and config.json, so that it can be
-            drawn with; a folder that holds anything but an earlier combination is left alone.
-        base: whose layers they are, where one is in kohya's format.
-        rank: cut the sum down to this rank; None keeps it whole.
-        other_base: combine adapters though they were made for bases with different digests.
-        unet_only: leave tensors of text encoders out.
+        out: a .safetensors file, or a folder. The folder also gets the scheduler of `lcm` and a config.json, so that
+            one can draw with it.
+        base: the base's layers, needed if an adapter is in kohya's format.
+        rank: reduce the sum to this rank; None keeps it whole.
+        other_base: combine adapters although they were made for bases with different digests.
+        unet_only: leave out the tensors of text encoders.
 
     Raises:
-        UserError: an adapter cannot be read, the two are not of one base, a weight is not finite, or the folder is
-            taken.
+        UserError: an adapter cannot be read, the two are of different bases, a weight is not finite, or the folder has
+            other files than an earlier combination.
     """
     check_weights("--weights", *weights)
     if out.suffix != ".safetensors":
@@ -92,7 +92,7 @@ def write_combined(
 
 
 def _known(style: AdapterReference, lcm: AdapterReference) -> dict[str, object]:
-    """Returns the facts of a combination that the files of its parts say, by the field of Combined."""
+    """Returns the facts that a combination takes over from its parts, by the field of Combined."""
     known = {
         "model": lcm.model,
         "base": lcm.base or style.base,
@@ -103,11 +103,9 @@ def _known(style: AdapterReference, lcm: AdapterReference) -> dict[str, object]:
 
 
 def _check_free(out: Path) -> None:
-    """Raises UserError where writing the folder would do away with something else."""
+    """Raises UserError where writing the folder would replace other files than an earlier combination."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     facts = out / FACTS
     if not facts.is_file() or "combined" not in as_object(read_json(facts), str(facts)):
-        raise UserError(
-            f"{out}: is in the way and is no earlier combination; name another folder or a .safetensors file"
-        )
+        raise UserError(f"{out}: exists and is no earlier combination; name another folder or a .safetensors file")
