@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lcmlora.data.reading.tables import read_rows
-from lcmlora.data.sources.prompts import KINDS, NAMES, distinct
+from lcmlora.data.sources.prompts import KINDS, NAMES, distinct_prompts
 from lcmlora.errors import UserError
 from lcmlora.io.remote import Files
 from lcmlora.io.terminal import note
@@ -25,7 +25,7 @@ def read_own_prompts(path: str) -> list[str]:
     names = Files(path).list(*KINDS)
     if not names:
         raise UserError(f"evaluation.prompts: {path}: expected a file that ends in {', '.join(KINDS)}")
-    found, rejections = distinct(read_rows(path, names, wanted=("", *NAMES)))
+    found, rejections = distinct_prompts(read_rows(path, names, wanted=("", *NAMES)))
     if not found:
         raise UserError(f"evaluation.prompts: {path}: has no prompt; expected one in each line or row")
     if rejections:
