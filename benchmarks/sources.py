@@ -2,9 +2,9 @@
 
 The same captions come with real pictures, and as prompts alone. The time that filling the latent cache takes, by the
 VAE or by teacher rollouts, is part of the seconds; the rest is for steps, whose time is measured first, in turns. All
-other settings are those of params.yaml. The evaluation is that of `evaluate`, on captions that no run has trained on. A
-finished run is kept in --scratch and not repeated. Writes docs/sources.json and the tables in docs/sources.md. Run `dvc
-repro encode@MODEL reference@MODEL` first.
+other settings are those of params.yaml. The evaluation is that of `evaluate`, on captions that no run has trained on:
+validation captions to choose by, test captions to report on. A finished run is kept in --scratch and not repeated.
+Writes docs/sources.json and the tables in docs/sources.md. Run `dvc repro encode@MODEL reference@MODEL` first.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def main() -> None:
             for kind in KINDS
         ],
     )
-    text += "\n" + objectives.table(runs, (1, 2, 4, 8), "learned from")
+    text += "\n" + objectives.report(runs, (1, 2, 4, 8), "learned from", settings.gate.steps)
     print(text)
     facts = {"seconds": options.seconds, "paces": pace, "filled": {kind: filled[kind][1] for kind in KINDS}}
     write_json(options.docs / "sources.json", facts | {"latents": {k: len(filled[k][0]) for k in KINDS}, "runs": runs})

@@ -66,7 +66,7 @@ class Data(Strict):
     half in any case, unless this is 1: then the data set has another layout."""
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.09
     """Share of the captions that are kept from training to choose by: `reference` searches the solvers' settings on
-    these. 0: none, and the solvers are drawn with fixed settings."""
+    these. 0: none, and they are searched on the test captions, to the solvers' advantage."""
     test: Annotated[float, Field(gt=0, lt=1)] = 0.16
     """Share of the captions that are kept from training and from every choice. `evaluate` reports on these."""
     seed: Seed = 0
