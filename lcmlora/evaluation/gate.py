@@ -25,13 +25,18 @@ def gate(metrics: Metrics, gate: Gate) -> list[str]:
     student, excess, cost = Key.of(STUDENT, gate.steps), metrics.excess, metrics.network_evaluations
     if student not in excess:
         drawn = ", ".join(key for key in excess if key.method == STUDENT)
-        return [f"{student}: was not drawn (gate.steps); evaluation.student_steps gave {drawn or 'nothing'}"]
+        return [
+            f"{student}: was not drawn (gate.steps); evaluation.student_steps gave {drawn or 'nothing'}; add "
+            f"{gate.steps} to them, or change gate.steps"
+        ]
     failures = _beyond_limits(metrics, gate, student)
     rivals = metrics.solvers_at(cost[student])
     if not rivals:
+        odd = cost[student] % 2 == 1  # a solver that is searched is then unguided
+        unguided = " (with a solver of guidance scale 1, since a guided step costs two)" if odd else ""
         failures.append(
             f"{student}: no solver was drawn at its {cost[student]} network evaluations, so nothing was beaten; "
-            f"add {cost[student]} to evaluation.solver_evaluations or change gate.steps"
+            f"add {cost[student]} to evaluation.solver_evaluations{unguided}, or change gate.steps"
         )
     for rival in rivals:
         if not excess[student] < excess[rival]:  # written so that a NaN fails

@@ -130,7 +130,18 @@ def test_nothing_to_compare_with_is_a_failure_and_not_a_pass() -> None:
     (line,) = gate(changed("network_evaluations", "student@4", 6), GATE)
     assert "no solver" in line and "add 6 to evaluation.solver_evaluations" in line
     (line,) = gate(METRICS, Gate(steps=8, min_retrieval=0.8))
-    assert line.startswith("student@8: was not drawn") and "student@2, student@4" in line
+    assert line.startswith("student@8: was not drawn") and "gave student@2, student@4; add 8 to them" in line
+
+
+def test_at_one_step_a_guided_solver_cannot_be_met_and_the_advice_says_so() -> None:
+    one = {group: METRICS[group] | {"student@1": value} for group, value in (("excess", 20.0), ("retrieval", 0.7))}
+    costs = METRICS["network_evaluations"] | {"student@1": 1}
+    (line,) = gate(METRICS | one | {"network_evaluations": costs}, Gate(steps=1))
+    assert line.endswith(
+        "no solver was drawn at its 1 network evaluations, so nothing was beaten; add 1 to "
+        "evaluation.solver_evaluations (with a solver of guidance scale 1, since a guided step costs two), or change "
+        "gate.steps"
+    )
 
 
 def test_recorded_names_are_those_that_mlflow_takes() -> None:
