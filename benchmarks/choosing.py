@@ -14,7 +14,7 @@ from typing import Any
 from lcmlora import bases, config
 from lcmlora.data.sources.source import write_records
 from lcmlora.errors import UserError
-from lcmlora.evaluation.evaluate import evaluate
+from lcmlora.evaluation.evaluate import evaluate_student
 from lcmlora.evaluation.reference import draw_reference
 from lcmlora.evaluation.sets.captions import TEST, VALIDATION, choosing, choosing_seeds
 from lcmlora.io.files import sha256_file
@@ -54,7 +54,7 @@ class Judge:
     ) -> dict[str, Any]:
         out = work / "evaluation"
         places = (work / "drawn", out, work / "metrics.json", work / "steps.csv", work / "timings")
-        found = evaluate(self.load(), adapter, self.data, settings, pictures, reference, *places).plain()
+        found = evaluate_student(self.load(), adapter, self.data, settings, pictures, reference, *places).plain()
         return {name: found[name] for name in _FIGURES}
 
     def _choosing(self) -> tuple[Path, Path, config.Evaluation]:

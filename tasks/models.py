@@ -84,7 +84,7 @@ def _remeasure(model: str, reference: str, settings: config.Config, processes: P
 @task(task_run_name="gate {model}", cache_policy=NO_CACHE)
 def pass_gate(model: str, figures: Metrics, champion: Champion | None, settings: config.Config) -> list[str]:
     """Returns why the candidate must not become champion; empty if it may."""
-    failures = gate.gate(figures, settings.gate)
+    failures = gate.gate_failures(figures, settings.gate)
     if champion is not None and champion.fault is not None:
         failures.append(
             f"cannot be compared with {champion.reference}, the {settings.registry.alias}: {champion.fault}"

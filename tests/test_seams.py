@@ -29,7 +29,7 @@ from lcmlora.distillation.loss import Distillation, equip
 from lcmlora.dvc_files.resolved import resolve
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Metrics
-from lcmlora.evaluation.gate import gate
+from lcmlora.evaluation.gate import gate_failures
 from lcmlora.evaluation.measures import features, scores
 from lcmlora.evaluation.measures.bootstrap import Bootstrap
 from lcmlora.evaluation.measures.distances import distance, named, title_of
@@ -268,13 +268,13 @@ def test_a_plain_function_from_another_package_is_a_score_and_judges_at_the_gate
 
     def failures(value: float) -> list[str]:
         judged = METRICS | {"scores": {scorer.name: {"student@4": value}}}
-        return gate(Metrics.parse(judged, "metrics"), settings.gate)
+        return gate_failures(Metrics.parse(judged, "metrics"), settings.gate)
 
     assert failures(0.5) == []
     assert failures(0.25) == ["student@4: contrast 0.25 is below 0.4 (gate.limits): 0.15 too low"]
     assert failures(1.0) == ["student@4: contrast 1 is above 0.9 (gate.limits): 0.1 too high"]
     assert len(failures(float("nan"))) == 2
-    (line,) = gate(Metrics.parse(METRICS, "metrics"), settings.gate)
+    (line,) = gate_failures(Metrics.parse(METRICS, "metrics"), settings.gate)
     assert line == "student@4: contrast was not measured (gate.limits); add it to evaluation.scores"
 
 

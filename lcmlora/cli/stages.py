@@ -214,11 +214,11 @@ def evaluate_stage(call: typer.Context, model: Model) -> None:
     """
     context = context_of(call)
     config, project = context.settings(), context.project
-    from lcmlora.evaluation.evaluate import evaluate
+    from lcmlora.evaluation.evaluate import evaluate_student
 
     base, settings = _drawing_base(project, config, model)
     with locked(project.scratch("evaluate", model)) as scratch:
-        evaluate(
+        evaluate_student(
             base,
             project.adapter(model),
             project.located_data(config.data_for(model)),
@@ -325,14 +325,14 @@ def study_stage(call: typer.Context, model: Model) -> None:
     config, project = context.settings(), context.project
     if config.study is None or not config.studied(model):
         raise UserError(f"{model}: is not studied; add it to study.models in params.yaml, with styles or finetunes")
-    from lcmlora.evaluation.study import Variation, study
+    from lcmlora.evaluation.study import Variation, run_study
 
     variations = [
         Variation(kind, name, _variation(project, kind, model, name), project.alone(model, name))
         for kind, name in config.studied(model)
     ]
     with locked(project.scratch("study", model)) as scratch:
-        study(
+        run_study(
             lambda folder: _drawing_base(project, config, model, folder)[0],
             project.adapter(model),
             variations,

@@ -73,7 +73,7 @@ _DRAWN = (
 )
 
 
-def evaluate(
+def evaluate_student(
     base: LoadedBase,
     adapter: Path,
     data: Data,

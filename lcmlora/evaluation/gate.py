@@ -12,7 +12,7 @@ from lcmlora.evaluation.figures import STUDENT, Key, Metrics
 from lcmlora.io.documents import Interval
 
 
-def gate(metrics: Metrics, gate: Gate) -> list[str]:
+def gate_failures(metrics: Metrics, gate: Gate) -> list[str]:
     """Returns why a candidate with these metrics must not become champion, a line for each reason; empty if it may.
 
     The student at `gate.steps` must have a smaller excess over the teacher's floor than every solver at as many network

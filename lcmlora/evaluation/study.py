@@ -147,7 +147,7 @@ def draw_alone(
 # --- with it ----------------------------------------------------------------------------------------------------
 
 
-def study(
+def run_study(
     load_base: Callable[[Path | None], LoadedBase],
     adapter: Path,
     variations: list[Variation],

@@ -17,7 +17,7 @@ from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
 from lcmlora.evaluation.figures import Metrics, Study
-from lcmlora.evaluation.gate import gate
+from lcmlora.evaluation.gate import gate_failures
 from lcmlora.evaluation.study import STUDY
 from lcmlora.io.files import atomic_folder, sha256_file
 from lcmlora.io.parsing import read_yaml
@@ -59,7 +59,7 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
     base, adapter = config.base(model), project.adapter(model)
     distilled = Distilled.read(adapter / FACTS)
     figures = _figures(model, project)
-    failures = gate(figures, config.gate)
+    failures = gate_failures(figures, config.gate)
     with atomic_folder(project.release(model)) as folder:
         _copy_inputs(model, project, folder)
         _check_adapter(folder / WEIGHTS, base_folder)

@@ -18,9 +18,9 @@ from lcmlora import bases, config
 from lcmlora.config import Data, Evaluation, Gate
 from lcmlora.diffusion import sampling
 from lcmlora.diffusion.solver_settings import SolverSettings
-from lcmlora.evaluation.evaluate import evaluate
+from lcmlora.evaluation.evaluate import evaluate_student
 from lcmlora.evaluation.figures import Key, Metrics
-from lcmlora.evaluation.gate import gate
+from lcmlora.evaluation.gate import gate_failures
 from lcmlora.evaluation.image_sets import ImageSets
 from lcmlora.evaluation.measures.distances import distance, named
 from lcmlora.evaluation.reference import Reference, draw_reference
@@ -229,13 +229,13 @@ def test_the_gate_meets_a_solver_that_is_better_at_another_guidance_scale(
         (root / "evaluating").mkdir()
         where = (root / "evaluating", root / "evaluation", root / "metrics.json", root / "steps.csv", root / "timings")
         used = settings(**SEARCHED | changes)
-        found[name] = evaluate(base, adapter, data, used, pictures, root / "reference", *where)
+        found[name] = evaluate_student(base, adapter, data, used, pictures, root / "reference", *where)
     student, solver = Key("student@4"), Key("ddim@4")
     fixed, searched = found["fixed"], found["searched"]
     assert fixed.excess[student] == searched.excess[student] < fixed.excess[solver] - 0.1
-    assert gate(fixed, asked) == []
+    assert gate_failures(fixed, asked) == []
     assert searched.baselines[solver] == SolverSettings.of("ddim", 4, 1.0)
-    (line,) = gate(searched, asked)
+    (line,) = gate_failures(searched, asked)
     assert "is not below ddim@4 (4 steps, unguided)'s" in line
     assert searched.advantage[student].rival == solver and searched.advantage[student].difference > 0
     assert searched.label(solver) == "DDIM, 4 evaluations (4 steps, unguided)"

@@ -14,7 +14,7 @@ from lcmlora import bases
 from lcmlora.config import Data
 from lcmlora.data.sources.source import Record, write_records
 from lcmlora.errors import UserError
-from lcmlora.evaluation.evaluate import evaluate
+from lcmlora.evaluation.evaluate import evaluate_student
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.reference import Reference, draw_reference
 from lcmlora.evaluation.sets.captions import choosing, choosing_seeds, reporting, reporting_seeds
@@ -62,7 +62,7 @@ def measured(
     facts = draw_reference(base, data, searched, pictures, root / "drawn", root / "reference", root / "timings")
     files = (root / "evaluation", root / "metrics.json", root / "steps.csv", root / "timings")
     (root / "evaluating").mkdir()
-    metrics = evaluate(base, adapter, data, searched, pictures, root / "reference", root / "evaluating", *files)
+    metrics = evaluate_student(base, adapter, data, searched, pictures, root / "reference", root / "evaluating", *files)
     return facts, (root / "reference" / "features.safetensors").read_bytes(), metrics
 
 

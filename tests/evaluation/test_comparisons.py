@@ -14,7 +14,7 @@ from lcmlora.config import Data
 from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation.comparisons.worst import worst_captions
-from lcmlora.evaluation.evaluate import evaluate
+from lcmlora.evaluation.evaluate import evaluate_student
 from lcmlora.evaluation.figures import Key, Metrics
 from lcmlora.evaluation.image_sets import draw, read_thumbnails, thumbnails_path
 from lcmlora.evaluation.reference import draw_reference
@@ -31,7 +31,7 @@ def run(
     root = adapter.parent
     (root / "evaluating").mkdir(exist_ok=True)
     places = (root / "evaluating", root / "evaluation", root / "metrics.json", root / "steps.csv", root / "timings")
-    return evaluate(base, adapter, data, settings(**changes), pictures, reference, *places), root / "evaluation"
+    return evaluate_student(base, adapter, data, settings(**changes), pictures, reference, *places), root / "evaluation"
 
 
 def test_the_worst_captions_are_those_whose_pictures_moved_and_are_told_with_the_rivals() -> None:

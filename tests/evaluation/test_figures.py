@@ -12,7 +12,7 @@ from lcmlora.config import Gate
 from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Key, Metrics, Study
-from lcmlora.evaluation.gate import gate, record
+from lcmlora.evaluation.gate import gate_failures, record
 from lcmlora.evaluation.reference import Reference
 from lcmlora.io.documents import Document
 
@@ -81,7 +81,7 @@ def test_the_number_of_a_solver_is_its_steps_in_old_figures_and_its_evaluations_
     )
     assert new.steps(Key("dpm++@2")) == 1 and new.label(Key("student@4")) == "student, 4 steps"
     assert [new.count_label(Key(key)) for key in ("dpm++@2", "student@1", "real")] == ["2 evaluations", "1 step", ""]
-    assert gate(old, Gate(steps=4, min_retrieval=0.5, min_diversity=0)) == []
+    assert gate_failures(old, Gate(steps=4, min_retrieval=0.5, min_diversity=0)) == []
     with pytest.raises(UserError, match=r"metrics.json: baselines.dpm\+\+@2.solver: is missing"):
         Metrics.parse(old.plain() | {"baselines": {"dpm++@2": {"steps": 1}}}, "metrics.json")
 

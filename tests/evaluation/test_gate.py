@@ -26,7 +26,7 @@ METRICS: dict[str, Any] = {
 
 
 def gate(metrics: dict[str, Any], settings: Gate) -> list[str]:
-    return decisions.gate(Metrics.parse(metrics, "metrics"), settings)
+    return decisions.gate_failures(Metrics.parse(metrics, "metrics"), settings)
 
 
 def against(metrics: dict[str, Any], champion: dict[str, Any], settings: Gate, name: str) -> list[str]:

@@ -20,7 +20,7 @@ from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.source import Record
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
-from lcmlora.evaluation.evaluate import evaluate
+from lcmlora.evaluation.evaluate import evaluate_student
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import record
 from lcmlora.evaluation.image_sets import ImageSets, StudentSettings
@@ -38,7 +38,7 @@ def run(base: bases.LoadedBase, adapter: Path, data: Data, pictures: Path, refer
     scratch = root / "evaluating"
     scratch.mkdir(exist_ok=True)
     files = (root / "evaluation", root / "metrics" / "mini.json", root / "plots" / "mini_steps.csv", root / "timings")
-    found = evaluate(base, adapter, data, settings(**changes), pictures, reference, scratch, *files)
+    found = evaluate_student(base, adapter, data, settings(**changes), pictures, reference, scratch, *files)
     return json.loads(json.dumps(found.plain()))
 
 

@@ -17,7 +17,7 @@ from lcmlora.config import Gate
 from lcmlora.evaluation import charts
 from lcmlora.evaluation.evaluate import measure, plot_rows
 from lcmlora.evaluation.figures import AGAIN, REAL, STUDENT, FeatureSet, Key, Metrics
-from lcmlora.evaluation.gate import against, gate
+from lcmlora.evaluation.gate import against, gate_failures
 from lcmlora.evaluation.measures.distances import named
 from lcmlora.evaluation.reference import Counts, Listed, Reference
 from tests.releases.test_card import render
@@ -101,7 +101,7 @@ def test_few_captions_and_pictures_give_figures_a_verdict_and_a_card(
     assert (metrics.prompts, metrics.pictures) == (captions, captions * pictures)
     assert (TEACHER in metrics.diversity) == (pictures > 1)
     if captions == 1 or alike:
-        assert gate(metrics, Gate(steps=1)) and gate(metrics, Gate(steps=4))
+        assert gate_failures(metrics, Gate(steps=1)) and gate_failures(metrics, Gate(steps=4))
     assert against(metrics, metrics, Gate(steps=1), "itself") == []
     if dimensions == 1:  # the card knows nothing of the dimensions
         assert not re.search(r"\b(nan|inf)\b", render(figures=metrics.plain()))
@@ -116,7 +116,9 @@ def test_a_lead_by_chance_seldom_passes_the_gate(kind: str, captions: int, pictu
         sets = evaluation(kind, captions, pictures, 1, steps=(1,), real=0, seed=seed)
         metrics = measure(*sets, resamples=100)
         for beyond_chance in passed:
-            passed[beyond_chance] += not gate(metrics, undemanding.model_copy(update={"beyond_chance": beyond_chance}))
+            passed[beyond_chance] += not gate_failures(
+                metrics, undemanding.model_copy(update={"beyond_chance": beyond_chance})
+            )
     assert passed[True] <= 4 and passed[False] >= 12, passed
 
 

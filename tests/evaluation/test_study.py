@@ -20,7 +20,7 @@ from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation.image_sets import ImageSets, StudentSettings
 from lcmlora.evaluation.measures.distances import Frechet
-from lcmlora.evaluation.study import Variation, draw_alone, study
+from lcmlora.evaluation.study import Variation, draw_alone, run_study
 from lcmlora.io.files import sha256_file
 from tests.evaluation.conftest import CPU, Quarters, made_of, settings, write_adapter
 from tests.support.miniature import RESOLUTION
@@ -75,7 +75,7 @@ def run(load: Load, adapter: Path, variations: list[Variation], reference: Path,
     root = adapter.parent
     scratch = root / "studying"
     scratch.mkdir(exist_ok=True)
-    found = study(load, adapter, variations, asked(**changes), settings(), reference, scratch, root / "study")
+    found = run_study(load, adapter, variations, asked(**changes), settings(), reference, scratch, root / "study")
     return json.loads(json.dumps(found.plain()))  # type: ignore[no-any-return]
 
 

@@ -31,10 +31,10 @@ from lcmlora.data.prepare import PARTS, prepare_pictures
 from lcmlora.data.sources.source import Record, write_records
 from lcmlora.distillation.distill import distill_adapter
 from lcmlora.distillation.finetune import train_variation
-from lcmlora.evaluation.evaluate import evaluate
+from lcmlora.evaluation.evaluate import evaluate_student
 from lcmlora.evaluation.measures import features
 from lcmlora.evaluation.reference import draw_reference
-from lcmlora.evaluation.study import draw_alone, study
+from lcmlora.evaluation.study import draw_alone, run_study
 from lcmlora.io.documents import Document
 from lcmlora.project import Project
 from lcmlora.releases.package import package_release
@@ -232,7 +232,7 @@ def of_distill(inputs: Inputs, work: Path) -> Outcome:
 
 
 def of_evaluate(inputs: Inputs, work: Path) -> Outcome:
-    metrics = evaluate(
+    metrics = evaluate_student(
         inputs.load(),
         inputs.adapter,
         inputs.data,
@@ -282,7 +282,7 @@ def of_alone(inputs: Inputs, work: Path) -> Outcome:
 
 def of_study(inputs: Inputs, work: Path) -> Outcome:
     (work / "scratch").mkdir()
-    figures = study(
+    figures = run_study(
         lambda folder: inputs.load(folder=folder),
         inputs.adapter,
         inputs.variations,
