@@ -73,9 +73,6 @@ def _read_alone(folder: Path) -> Alone:
     return Alone.read(path)
 
 
-# --- without the acceleration -----------------------------------------------------------------------------------
-
-
 def draw_alone(
     base: LoadedBase,
     kind: Kind,
@@ -144,9 +141,6 @@ def draw_alone(
     return facts
 
 
-# --- with it ----------------------------------------------------------------------------------------------------
-
-
 def run_study(
     load_base: Callable[[Path | None], LoadedBase],
     adapter: Path,
@@ -178,21 +172,21 @@ def run_study(
         found, weights = {}, None
         styles = [variation for variation in variations if variation.kind == "style"]
         for variation in variations:
-            whose = base if variation.kind == "style" else load_base(variation.folder)
-            painter = _Painter(whose, adapter, variation, settings, evaluation, scratch)
-            found[variation.name] = painter.compare(students, folder / "pictures" / variation.name)
+            loaded = base if variation.kind == "style" else load_base(variation.folder)
+            accelerated = _AcceleratedVariation(loaded, adapter, variation, settings, evaluation, scratch)
+            found[variation.name] = accelerated.compare(students, folder / "pictures" / variation.name)
         if styles and settings.grid_style_weights and settings.grid_adapter_weights:
             chosen = next((s for s in styles if s.name == settings.grid_style), styles[0])
-            painter = _Painter(base, adapter, chosen, settings, evaluation, scratch)
-            weights = painter.weights_grid(students[Key.of(STUDENT, settings.steps)], folder)
-        told = figures.Study(adapter=identity, guidance=guidance, weights=weights, variations=found)
-        told.write(folder / STUDY)
+            accelerated = _AcceleratedVariation(base, adapter, chosen, settings, evaluation, scratch)
+            weights = accelerated.weights_grid(students[Key.of(STUDENT, settings.steps)], folder)
+        result = figures.Study(adapter=identity, guidance=guidance, weights=weights, variations=found)
+        result.write(folder / STUDY)
     shutil.rmtree(scratch)
-    return told
+    return result
 
 
-class _Painter:
-    """One variation, accelerated."""
+class _AcceleratedVariation:
+    """A variation with the adapter added, and how it is drawn and measured."""
 
     def __init__(
         self,
@@ -207,9 +201,11 @@ class _Painter:
         self._facts = _read_alone(variation.alone)
         self._alone = load_file(variation.alone / "features.safetensors")
         self._features = load_features(base, evaluation)
-        there, here = self._facts.features.name, self._features.name
-        if there != here:
-            raise UserError(f"{variation.alone}: was drawn with {there}, and this study has {here}; draw it again")
+        drawn_with, wanted = self._facts.features.name, self._features.name
+        if drawn_with != wanted:
+            raise UserError(
+                f"{variation.alone}: was drawn with {drawn_with}, and this study has {wanted}; draw it again"
+            )
         prompts, self._seed = self._facts.prompts, self._facts.seed
         self._image_sets = image_sets_of(base, self._features, evaluation, prompts, settings.pictures, scratch)
         self._grid_pictures, self._resamples = evaluation.pictures, evaluation.resamples
