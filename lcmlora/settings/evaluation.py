@@ -221,8 +221,8 @@ class Gate(Strict):
     """Lowest caption retrieval@1 of the student, as a share of the teacher's."""
     min_diversity: Share = 0.85
     """Lowest diversity of the student's pictures of one caption, as a share of the teacher's: below it, seeds draw
-    much the same. On the emoji base students of 1 to 16 steps reach 0.94 to 1.05 of it, and solvers in one step, whose
-    pictures of a caption are much the same blur, 0.79. Not asked for where each caption has one picture
+    much the same. On the emoji base students of 1 to 16 steps had 0.94 to 1.05 of it, and guided solvers in one step,
+    whose pictures of a caption are much the same blur, 0.79. Not asked for where each caption has one picture
     (evaluation.pictures). 0: no limit."""
     max_excess: float | None = None
     """Highest Frechet distance of the student above the floor, in the units of the features. null: no limit."""
