@@ -85,9 +85,6 @@ class Adapter:
         return max(layer.rank for layer in self.layers.values())
 
 
-# --- reading ------------------------------------------------------------------------------------------------------
-
-
 def read(path: Path, base: Architecture | None = None, *, unet_only: bool = False) -> Adapter:
     """Returns the adapter in a file of any spelling; see `spellings`.
 
@@ -165,9 +162,6 @@ def _recognise(spelled: Spelled, shown: str) -> Architecture:
         f"{shown}: its layers are those of none of {', '.join(layer_names.published())}; name the base that it was "
         "made for (--base, a name in params.yaml or a diffusers folder)"
     )
-
-
-# --- writing ------------------------------------------------------------------------------------------------------
 
 
 def write(
@@ -378,9 +372,6 @@ def _header(
 
 def _spelled(layers: dict[str, Layer]) -> Spelled:
     return {name: {DOWN: Part(name, layer.down), UP: Part(name, layer.up)} for name, layer in layers.items()}
-
-
-# --- converting -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

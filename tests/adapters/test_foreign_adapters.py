@@ -73,9 +73,6 @@ def _refused(path: Path, tensors: dict[str, Tensor], base: Architecture | None, 
     return line
 
 
-# --- spellings ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("stem", "original"),
     [
@@ -179,8 +176,6 @@ def test_other_kinds_of_adapters_are_named_after_what_they_are(
     assert not any(other in line for other in others)
 
 
-# --- other models -------------------------------------------------------------------------------------------------
-
 FAMILIES = {
     "transformer.single_transformer_blocks.0.attn.to_k": "Flux",
     "lora_unet_double_blocks_0_img_attn_proj": "Flux",
@@ -271,9 +266,6 @@ def test_whole_weights_are_not_taken_for_an_adapter(sd15: Architecture, tmp_path
         assert "the file has a model's whole weights, and is no adapter" in line
 
 
-# --- numbers ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
@@ -344,9 +336,6 @@ def test_combine_leaves_text_encoders_out_on_demand(sd15: Architecture, tmp_path
         write_combined(style, lcm, (0.8, 1.0), tmp_path / "b.safetensors", sd15)
     made = write_combined(style, lcm, (0.8, 1.0), tmp_path / "b.safetensors", sd15, unet_only=True)
     assert (made.facts.layers, made.left_out) == (1, 1)
-
-
-# --- settings that PEFT writes ------------------------------------------------------------------------------------
 
 
 def _peft(prefix: str = "unet.") -> dict[str, Tensor]:

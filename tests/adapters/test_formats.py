@@ -43,9 +43,6 @@ def base(miniatures: Miniatures) -> layer_names.Architecture:
     return architecture.of_folder(miniatures("sd15"))
 
 
-# --- round trips ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("alpha", [8, 4, 3, 0.5])
 def test_diffusers_to_kohya_to_diffusers_gives_the_same_tensors(
@@ -134,9 +131,6 @@ def test_a_half_precision_file_is_folded_within_its_rounding(miniatures: Miniatu
     assert {t.dtype for t in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
 
 
-# --- alpha ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("alpha", "dtype", "kept"),
     [(8.0, "float32", 8.0), (0.5, "float16", 0.5), (3.0, "float32", 3.0), (3.0, "float16", 4.0)],
@@ -189,9 +183,6 @@ def test_layers_of_different_ranks_have_one_rank_and_one_alpha_in_kohyas_file_an
     assert ranks == {4}
     ranks = {t.shape[0] for n, t in load_file(tmp_path / "diffusers.safetensors").items() if "lora_A" in n}
     assert ranks == {2, 4}
-
-
-# --- other people's files -----------------------------------------------------------------------------------------
 
 
 def _peft(student: Adapter, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -282,9 +273,6 @@ def test_pickles_and_other_kinds_of_adapters_are_refused_by_name(student: Adapte
         formats.read(path)
 
 
-# --- what is lost, extra, or another base's -----------------------------------------------------------------------
-
-
 @pytest.fixture
 def written(student: Adapter, base: layer_names.Architecture, tmp_path: Path) -> Path:
     formats.write(student, tmp_path / "kohya.safetensors", KOHYA, base, alpha=8)
@@ -363,9 +351,6 @@ def test_a_published_base_is_recognised_by_its_layers(tmp_path: Path):
             assert formats.read(tmp_path / f"{style}.safetensors").layers.keys() == layers.keys()
         version = {"sd15": "sd_v1", "sd2": "sd_v2"}.get(name, "sdxl_base_v1-0")
         assert adapters.header(tmp_path / "kohya.safetensors")["ss_base_model_version"] == version
-
-
-# --- the header and the bytes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

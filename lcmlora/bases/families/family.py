@@ -71,8 +71,6 @@ class Family(ABC):
     placement: ClassVar[Placement]
     single_file: ClassVar[SingleFile | None] = None
 
-    # --- the folder ---------------------------------------------------------------------------------------------
-
     @property
     def parts(self) -> tuple[Part, ...]:
         """All parts but the scheduler."""
@@ -123,8 +121,6 @@ class Family(ABC):
         size = config.get("sample_size")
         return size * self.latent_factor(vae) if isinstance(size, int) else None
 
-    # --- loading ------------------------------------------------------------------------------------------------
-
     def build(self, config: LibraryConfig) -> nn.Module:
         """Returns a network of this configuration without its weights, on torch's default device.
 
@@ -163,8 +159,6 @@ class Family(ABC):
             resolution: the pictures' side in pixels, by which some families shift their noise levels.
         """
 
-    # --- the network --------------------------------------------------------------------------------------------
-
     @abstractmethod
     def forward(self, network: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the network's raw output (B, C, h, w) fp32, computed in its own precision.
@@ -184,8 +178,6 @@ class Family(ABC):
             targets: (B, 2) of the pictures that are trained on or drawn, height before width, in pixels.
         """
         return {}
-
-    # --- text ---------------------------------------------------------------------------------------------------
 
     def tokenize(self, tokenizers: Sequence[Any], captions: list[str]) -> list[Tensor]:
         """Returns one tensor of token ids (B, T) int64 for each text encoder, padded and truncated to its length."""
@@ -207,8 +199,6 @@ class Family(ABC):
     def empty_is_zeros(self, index: LibraryConfig) -> bool:
         """Returns whether the unconditional embedding is zeros, by model_index.json; else it is the empty prompt's."""
         return False
-
-    # --- latents ------------------------------------------------------------------------------------------------
 
     def latent_factor(self, vae: LibraryConfig) -> int:
         """Returns the number of a picture's pixels in a row for one of the latent, by the VAE's configuration."""
