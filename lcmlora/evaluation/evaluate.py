@@ -21,17 +21,15 @@ from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import charts, timings
 from lcmlora.evaluation.comparisons.check import measure_check
-from lcmlora.evaluation.comparisons.costs import compare_costs
+from lcmlora.evaluation.comparisons.measuring import bootstrap_of, measure
 from lcmlora.evaluation.comparisons.worst import draw_worst, keep_worst, worst_captions
 from lcmlora.evaluation.figures import (
     AGAIN,
     REAL,
     STUDENT,
     TEACHER,
-    Intervals,
     Key,
     Metrics,
-    SeedIntervals,
     WorstCaptions,
 )
 from lcmlora.evaluation.image_sets import (
@@ -47,10 +45,7 @@ from lcmlora.evaluation.image_sets import (
     save_thumbnails,
     thumbnails_path,
 )
-from lcmlora.evaluation.measures.bootstrap import LEVEL, Bootstrap, interval
-from lcmlora.evaluation.measures.distances import distance
 from lcmlora.evaluation.measures.features import Features
-from lcmlora.evaluation.measures.metrics import diversity, retrieval_hits
 from lcmlora.evaluation.reference import (
     REFERENCE,
     Reference,
@@ -191,7 +186,7 @@ def _measured(
     if facts.check:
         second = {Key(name): value for name, value in load_file(reference / CHECK).items()}
         second |= {key: image_set.check for key, image_set in drawn.items() if image_set.check is not None}
-        bootstrap = _bootstrap(facts, settings.resamples, device)
+        bootstrap = bootstrap_of(facts, settings.resamples, device)
         return metrics.model_copy(update={"check": measure_check(facts.check, second, metrics, bootstrap)})
     return metrics.model_copy(update={"check_missing": facts.check_missing}) if facts.check_missing else metrics
 
@@ -303,94 +298,6 @@ def _check_reference(
 
 def _scores(facts: Reference, drawn: dict[str, dict[Key, float]]) -> dict[str, dict[Key, float]]:
     return facts.scores | {name: facts.scores.get(name, {}) | means for name, means in drawn.items()}
-
-
-def measure(facts: Reference, sets: dict[Key, Tensor], resamples: int, device: torch.device | None = None) -> Metrics:
-    """Returns the figures of all sets of features (N, D).
-
-    Args:
-        sets: of the reference and of the student; `gallery` among them, and `real` where there are real pictures.
-        resamples: of the bootstrap; without them there are no intervals.
-        device: on which the bootstrap computes.
-    """
-    kind, teacher, again = facts.features.distance, facts.teacher, Key(facts.teacher + AGAIN)
-    real, gallery = Key(REAL), Key("gallery")
-    compared = {key: value for key, value in sets.items() if key not in (teacher, again, real, gallery)}
-    with_teacher = compared | {teacher: sets[teacher]}
-    floor = distance(sets[teacher], sets[again], kind)
-    distances = {key: distance(sets[teacher], value, kind) for key, value in compared.items()} | {Key(TEACHER): floor}
-    excess = {key: value - floor for key, value in distances.items()}
-
-    captions, missing = facts.captions, facts.distance_real_missing
-    shown = [facts.prompts[i % len(facts.prompts)] for i in range(facts.counts.pictures)]
-    hits = {key: retrieval_hits(value, shown, sets[gallery], captions.gallery) for key, value in with_teacher.items()}
-    retrieval = {key: values.double().mean().item() for key, values in hits.items()}
-    in_gallery = set(facts.keys.gallery)
-    apart = [i for i, key in enumerate(facts.keys.real) if key not in in_gallery]
-    if apart:  # a real picture that is in the gallery would find itself
-        real_captions = [captions.real[i] for i in apart]
-        found = retrieval_hits(sets[real][apart], real_captions, sets[gallery], captions.gallery)
-        retrieval[real] = found.double().mean().item()
-
-    centre = sets.get(real, sets[gallery])
-    varieties = {key: variety(value, shown, centre) for key, value in with_teacher.items()}
-    if real in sets:
-        varieties[real] = variety(sets[real], captions.real, centre)
-    costs = {key: value for key, value in facts.network_evaluations.items() if not key.endswith(AGAIN)}
-    costs |= {key: key.steps for key in compared if key.method == STUDENT}
-    metrics = Metrics(
-        features=facts.features,
-        pictures=facts.counts.pictures,
-        real_pictures=facts.counts.real,
-        prompts=len(facts.prompts),
-        seed=facts.settings["seed"],
-        floor=floor,
-        distance_teacher=distances,
-        excess=excess,
-        distance_real=None if missing else {k: distance(sets[real], v, kind) for k, v in with_teacher.items()},
-        distance_real_missing=missing,
-        retrieval=retrieval,
-        diversity={key: value for key, value in varieties.items() if value is not None},
-        scores=facts.scores,
-        network_evaluations=costs,
-        baselines={key: value for key, value in facts.baselines.items() if key in compared},
-        solvers_chosen_on=facts.search.split if facts.search else None,
-    )
-    metrics = metrics.model_copy(update=compare_costs(metrics, {}))
-    bootstrap = _bootstrap(facts, resamples, device)
-    if bootstrap is None:
-        return metrics
-    changes = bootstrap.expand_excess(sets[teacher], sets[again], compared, kind)
-    spread = {key: bootstrap.samples(change) for key, change in changes.items()}
-    to_real = {} if missing else bootstrap.distance(sets[real], with_teacher, kind, captions.real)
-    intervals = Intervals(
-        level=LEVEL,
-        resamples=resamples,
-        captions=bootstrap.captions,
-        excess={key: interval(spread[key], excess[key]) for key in compared},
-        retrieval={key: interval(bootstrap.mean(values), retrieval[key]) for key, values in hits.items()},
-        distance_real={key: interval(values, metrics.distance_real[key]) for key, values in to_real.items()},
-        seeds=SeedIntervals(
-            excess={key: interval(bootstrap.samples(changes[key], seeds=True), excess[key]) for key in compared},
-            retrieval={k: interval(bootstrap.mean(v, seeds=True), retrieval[k]) for k, v in hits.items()},
-        ),
-    )
-    return metrics.model_copy(update={"intervals": intervals, **compare_costs(metrics, spread)})
-
-
-def _bootstrap(facts: Reference, resamples: int, device: torch.device | None) -> Bootstrap | None:
-    """Returns the resamples of the drawn pictures; None where the settings ask for none."""
-    shown = [facts.prompts[i % len(facts.prompts)] for i in range(facts.counts.pictures)]
-    return Bootstrap(shown, resamples=resamples, seed=facts.settings["seed"], device=device) if resamples else None
-
-
-def variety(features: Tensor, captions: list[str], all_kinds: Tensor) -> float | None:
-    """Returns how far apart the pictures of one caption are, or None where each caption has but one.
-
-    Args:
-        all_kinds: features of pictures of all captions, best real ones, whose mean is what all pictures share.
-    """
-    return diversity(features, captions, all_kinds.double().mean(0)) if len(set(captions)) < len(captions) else None
 
 
 def _timed(metrics: Metrics, settings: Evaluation) -> dict[Key, SolverSettings]:

@@ -14,7 +14,8 @@ from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import Identity, check_same_base, identity
 from lcmlora.config import Base, Evaluation
 from lcmlora.errors import UserError
-from lcmlora.evaluation.evaluate import measure, read_reference
+from lcmlora.evaluation.comparisons.measuring import measure
+from lcmlora.evaluation.evaluate import read_reference
 from lcmlora.evaluation.figures import AGAIN, REAL, STUDENT, Key, Metrics
 from lcmlora.evaluation.image_sets import StudentSettings
 from lcmlora.evaluation.reference import image_sets_of, load_features

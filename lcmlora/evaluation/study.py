@@ -24,7 +24,8 @@ from lcmlora.data.prepare import prepare_pictures
 from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import figures
-from lcmlora.evaluation.evaluate import adapter_layers, read_reference, student_settings, variety
+from lcmlora.evaluation.comparisons.measuring import variety
+from lcmlora.evaluation.evaluate import adapter_layers, read_reference, student_settings
 from lcmlora.evaluation.figures import AGAIN, REAL, STUDENT, Key
 from lcmlora.evaluation.image_sets import StudentSettings, save_thumbnails, thumbnails_path
 from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
@@ -352,6 +353,7 @@ def _guidance(
     floor = distance(teacher, sets[facts.teacher + AGAIN], kind)
     for student, image_set in zip(students, drawn, strict=True):
         save_thumbnails(image_set.thumbnails, thumbnails_path(folder, f"guidance@{student.guidance_scale:g}"))
+    all_kinds = sets[REAL] if REAL in sets else sets["gallery"]
     return figures.Guidance(
         steps=settings.steps,
         scales=scales,
@@ -360,5 +362,5 @@ def _guidance(
         retrieval=[
             retrieval_at_1(each.features, image_sets.shown, sets["gallery"], facts.captions.gallery) for each in drawn
         ],
-        diversity=[variety(each.features, image_sets.shown, sets[REAL]) for each in drawn],
+        diversity=[variety(each.features, image_sets.shown, all_kinds) for each in drawn],
     )

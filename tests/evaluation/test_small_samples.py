@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lcmlora.config import Gate
 from lcmlora.evaluation import charts
-from lcmlora.evaluation.evaluate import measure, plot_rows
+from lcmlora.evaluation.comparisons.measuring import measure
+from lcmlora.evaluation.evaluate import plot_rows
 from lcmlora.evaluation.figures import AGAIN, REAL, STUDENT, FeatureSet, Key, Metrics
 from lcmlora.evaluation.gate import against, gate_failures
 from lcmlora.evaluation.measures.distances import named

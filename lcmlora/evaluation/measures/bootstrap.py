@@ -57,7 +57,7 @@ class Bootstrap:
     eigendecomposition for each set instead of one for each set and resample. A Frechet distance of resampled pictures
     itself is biased and spreads too far, since resampled covariances lack rank.
 
-    captions: how many there are.
+    captions, resamples: how many there are.
     widening: of the samples, from the normal distribution's quantiles to those of Student's t.
     """
 
@@ -84,7 +84,7 @@ class Bootstrap:
         self._device = device or torch.device("cpu")
         self._shown = list(captions)
         self._numbers = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-        self.captions = len(self._numbers)
+        self.captions, self.resamples = len(self._numbers), resamples
         self._seeds_of_teacher = weights_of_seeds(captions, resamples, generator)
         self._seeds = weights_of_seeds(captions, resamples, generator)
         self._times = weights_of(self.captions, resamples, generator) if self.captions > 1 else None
