@@ -118,6 +118,14 @@ def test_an_objective_is_added_with_its_sampler(base_folder: Path, cache: Latent
         objectives.make(SETTINGS.model_copy(update={"objective": "halfway"}), base.schedule)
 
 
+def declare(folder: Path, entry_points: str) -> None:
+    """Writes the metadata of a package `tapes` with these entry points, as pip installs it."""
+    facts = folder / "tapes-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: tapes\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text(entry_points)
+
+
 def load_halfway(folder: Path, distill: dict[str, Any], **own: Any) -> config.Config:
     """Returns the project's settings with the outside objective and these keys of `distill`, for all bases and one."""
     OBJECTIVES.register("halfway", additions.Halfway)
@@ -217,6 +225,18 @@ def test_an_objective_whose_settings_are_no_settings_of_distill_is_refused(monke
         config.distill_settings("halfway")
 
 
+def test_an_entry_point_brings_an_objective_and_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    declare(tmp_path, "[lcmlora.objectives]\nmidway = tests.support.additions:Halfway\n")
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["bases"]["emoji"]["distill"] |= {"objective": "midway", "fraction": 0.25}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=r"distill\.objective: got 'midway': expected one of lcm, tcd, pcm, tdd"):
+        config.load(tmp_path / "params.yaml")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = config.load(tmp_path / "params.yaml").distill_for("emoji")
+    assert isinstance(settings, additions.HalfwaySettings) and settings.fraction == 0.25
+
+
 def test_settings_with_an_objective_of_this_package_are_read_without_importing_it() -> None:
     assert all(objectives.named(name).settings_class is Distill for name in ("lcm", "tcd", "pcm", "tdd"))
     code = "import sys; from lcmlora import config; config.load(); sys.exit('torch' in sys.modules)"
@@ -310,12 +330,8 @@ def test_an_unknown_name_is_an_error_when_the_settings_are_read_and_says_which_t
 def test_the_entry_point_of_an_installed_package_is_a_name_like_any_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = tmp_path / "tapes-1.0.dist-info"
-    facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: tapes\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text(
-        "[lcmlora.sources]\ntape = tests.support.additions:Zip\nreel = tests.support.additions:Reel\n"
-    )
+    places = "tape = tests.support.additions:Zip\nreel = tests.support.additions:Reel\n"
+    declare(tmp_path, f"[lcmlora.sources]\n{places}")
     assert "tape" not in SOURCES.names
     monkeypatch.syspath_prepend(tmp_path)
     assert data_in(tmp_path, source="tape").source == "tape"

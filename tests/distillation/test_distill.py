@@ -37,10 +37,10 @@ def test_the_teacher_takes_one_guided_ddim_step_of_the_base_alone(base: bases.Lo
     teacher = Teacher(base, cache.unconditional(), SETTINGS.grid)
     parameters = lora.inject(base.network, 4, 4, 0)
     for parameter in parameters.values():
-        parameter.data.normal_()  # an adapter that must not be heard
+        parameter.data.normal_()  # an adapter that must have no effect
     batch = draw_batch(cache)
     t, t_prev = teacher.t[batch.index], teacher.t_prev[batch.index]
-    ours = teacher.step(batch.noise, t, t_prev, batch.w, batch.conditioning)
+    x_prev = teacher.step(batch.noise, t, t_prev, batch.w, batch.conditioning)
 
     scheduler = DDIMScheduler.from_config(base.scheduler_config, timestep_spacing="trailing")
     scheduler.set_timesteps(50)
@@ -53,7 +53,7 @@ def test_the_teacher_takes_one_guided_ddim_step_of_the_base_alone(base: bases.Lo
             if t[i] == 19:
                 continue  # diffusers ends at its final alpha, the papers at alpha_0: checked by the algebra's own test
             expected = scheduler.step(guided, t[i].item(), x).prev_sample
-            torch.testing.assert_close(ours[i : i + 1], expected, atol=2e-4, rtol=1e-3)
+            torch.testing.assert_close(x_prev[i : i + 1], expected, atol=2e-4, rtol=1e-3)
 
 
 def test_batched_guidance_equals_two_passes(base: bases.LoadedBase, cache: LatentCache):
@@ -64,13 +64,13 @@ def test_batched_guidance_equals_two_passes(base: bases.LoadedBase, cache: Laten
         c, u = base.predict(batch.noise, t, batch.conditioning), base.predict(batch.noise, t, empty)
     guided = solver.guide(c, u, batch.w)
     expected = base.schedule.state(*base.schedule.prediction(guided, batch.noise, t), t_prev)
-    ours = teacher.step(batch.noise, t, t_prev, batch.w, batch.conditioning)
-    assert ((ours - expected).abs() / expected.abs().clamp(min=1)).max() <= 1e-5
+    x_prev = teacher.step(batch.noise, t, t_prev, batch.w, batch.conditioning)
+    assert ((x_prev - expected).abs() / expected.abs().clamp(min=1)).max() <= 1e-5
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "snr+1"])
 def test_the_loss_is_algorithm_1_of_the_paper(base: bases.LoadedBase, cache: LatentCache, weighting: str):
-    """Written out a second time, sample by sample, from arXiv 2310.04378."""
+    """Computed a second time, sample by sample, from arXiv 2310.04378."""
     distillation = Distillation(base, cache.unconditional(), SETTINGS.model_copy(update={"weighting": weighting}))
     teacher = distillation.teacher
     for parameter in lora.inject(base.network, 4, 4, 0).values():
@@ -158,7 +158,7 @@ def test_the_best_weights_by_validation_are_saved_and_config_json_says_which(
 ):
     base = load_parts(base_folder, "network", "vae")
     logger = Recorder()
-    # A rate at which the student gets worse and worse.
+    # With this learning rate the student gets worse.
     settings = SETTINGS.model_copy(update={"lr": 0.03, "warmup": 0, "cooldown": 0.0, "ema": 0.0, "validate_every": 1})
     facts = run_distill(base, cache, tmp_path, settings, logger, decode=base.decode)
     best = facts.validation.best_step
@@ -181,7 +181,7 @@ def test_the_best_weights_by_validation_are_saved_and_config_json_says_which(
 def test_memory_is_saved_without_changing_the_adapter(
     base_folder: Path, cache: LatentCache, tmp_path: Path, changes: dict[str, Any]
 ):
-    slow = SETTINGS.model_copy(update={"lr": 1e-4})  # Adam makes steps of a gradient's last bits
+    slow = SETTINGS.model_copy(update={"lr": 1e-4})  # Adam turns rounding of a gradient into whole steps
     for name, settings in (("plain", slow), ("saving", slow.model_copy(update=changes))):
         run_distill(load_parts(base_folder, "network"), cache, tmp_path / name, settings)
     plain, saving = (load_file(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("plain", "saving"))
@@ -231,7 +231,7 @@ def test_a_compiled_run_makes_the_adapter_of_an_eager_one(base_folder: Path, cac
         torch.testing.assert_close(compiled[name], eager[name], atol=2e-5, rtol=0)
 
 
-# The golden outcomes of the stage hold all four at every run.
+# In an ordinary test run the golden outcomes of the stage check all four.
 @pytest.mark.parametrize(
     "objective", ["tcd", *(pytest.param(o, marks=pytest.mark.slow) for o in ("lcm", "pcm", "tdd"))]
 )
@@ -278,11 +278,11 @@ def test_the_target_is_computed_with_the_adapter_on(base: bases.LoadedBase, cach
     distillation = Distillation(base, cache.unconditional(), SETTINGS)
     for parameter in parameters.values():
         parameter.data.normal_(std=0.1)
-    seen: list[bool] = []
+    adapter_off: list[bool] = []
     layer = next(module for _, module in lora._layers(base.network))
-    layer.register_forward_pre_hook(lambda module, _: seen.append(module.disable_adapters))
+    layer.register_forward_pre_hook(lambda module, _: adapter_off.append(module.disable_adapters))
     distillation.losses(draw_batch(cache))
-    assert seen == [True, False, False]  # teacher, target, student
+    assert adapter_off == [True, False, False]  # teacher, target, student
 
 
 def test_the_schedule_is_fp32_under_a_half_precision_base(base_folder: Path, cache: LatentCache):
@@ -346,7 +346,7 @@ def test_ten_losses_in_a_row_that_are_not_finite_stop_the_run_with_the_pictures(
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_loss_that_is_not_finite_is_skipped_and_told(
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_reported(
     base_folder: Path, cache: LatentCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     logger = Recorder()

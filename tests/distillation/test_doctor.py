@@ -37,12 +37,12 @@ def test_the_figures_are_those_of_the_run_that_follows(base_folder: Path, cache:
     assert json.loads(found.to_json())["device"].startswith("cpu")
 
 
-def test_a_checkpoint_is_as_large_as_was_said(base_folder: Path, cache: LatentCache, tmp_path: Path):
+def test_a_checkpoint_has_the_estimated_size(base_folder: Path, cache: LatentCache, tmp_path: Path):
     _, found = _estimate(base_folder, cache, tmp_path)
     distill_adapter(load_parts(base_folder, "network"), cache, SETTINGS, tmp_path, tmp_path / "out", identity={},
             logger=NullLogger())  # fmt: skip
     size = (tmp_path / "checkpoint.pt").stat().st_size
-    assert found.checkpoint <= size < 1.2 * found.checkpoint + 20_000  # besides, the views' alignment and a header
+    assert found.checkpoint <= size < 1.2 * found.checkpoint + 20_000  # plus the alignment of the views and a header
 
 
 def test_each_of_many_processes_takes_its_share_of_a_step(base_folder: Path, cache: LatentCache, tmp_path: Path):
@@ -50,7 +50,7 @@ def test_each_of_many_processes_takes_its_share_of_a_step(base_folder: Path, cac
     assert found.images_per_second == pytest.approx(SETTINGS.batch / found.trials[0].seconds)
 
 
-def test_too_few_pictures_and_too_small_a_disk_are_told_before(
+def test_too_few_pictures_and_too_small_a_disk_are_errors(
     base_folder: Path, cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with pytest.raises(UserError, match=r"distill\.batch: 12 is more than the 8 pictures"):
@@ -61,10 +61,10 @@ def test_too_few_pictures_and_too_small_a_disk_are_told_before(
         _estimate(base_folder, cache, tmp_path)
 
 
-def test_where_it_does_not_fit_settings_that_do_are_told(
+def test_settings_that_fit_are_named_if_the_chosen_ones_do_not(
     base_folder: Path, cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Memory stands for a GPU's here: a forward of more than two pictures has none."""
+    """A forward of more than two pictures raises what a GPU without memory raises."""
     losses = Distillation.losses
 
     def short_of_memory(self: Distillation, batch, optimization=None):
@@ -79,7 +79,7 @@ def test_where_it_does_not_fit_settings_that_do_are_told(
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "how", "fits", "expected"),
+    ("accumulate", "checkpointing", "fits", "expected"),
     [
         (1, "none", False, [(1, "selective"), (1, "full"), (2, "none"), (2, "selective"), (2, "full"),
                             (4, "none"), (4, "selective"), (4, "full")]),
@@ -87,7 +87,7 @@ def test_where_it_does_not_fit_settings_that_do_are_told(
         (2, "full", False, [(4, "full")]),
     ],
 )  # fmt: skip
-def test_other_ways_are_tried_from_the_fastest_on(accumulate: int, how: str, fits: bool, expected: list):
-    settings = SETTINGS.model_copy(update={"accumulate": accumulate, "checkpointing": how})
+def test_other_settings_are_tried_from_the_fastest_on(accumulate: int, checkpointing: str, fits: bool, expected: list):
+    settings = SETTINGS.model_copy(update={"accumulate": accumulate, "checkpointing": checkpointing})
     others = list(doctor._others(settings, fits=fits))
     assert others == [Trial(*pair) for pair in expected]

@@ -54,16 +54,14 @@ def test_the_loss_is_that_of_the_bases_own_training(cache: LatentCache, tmp_path
     scheduler = DDPMScheduler.from_config(base.scheduler_config)
     x = scheduler.add_noise(batch.z, batch.noise, batch.index)
     velocity = scheduler.get_velocity(batch.z, batch.noise, batch.index)
-    wanted = {"epsilon": batch.noise, "sample": batch.z, "v_prediction": velocity}[kind]
+    target = {"epsilon": batch.noise, "sample": batch.z, "v_prediction": velocity}[kind]
     with torch.no_grad():
-        expected = (base.predict(x, batch.index, batch.conditioning) - wanted).square().flatten(1).mean(1)
+        expected = (base.predict(x, batch.index, batch.conditioning) - target).square().flatten(1).mean(1)
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [STYLE, WHOLE], ids=["style", "whole"])
-def test_what_is_tuned_gets_better_on_pictures_it_never_saw(
-    base_folder: Path, cache: LatentCache, tmp_path: Path, settings: Tuning
-):
+def test_the_loss_falls_on_validation_pictures(base_folder: Path, cache: LatentCache, tmp_path: Path, settings: Tuning):
     logger = Recorder()
     longer = settings.model_copy(update={"steps": 60, "batch": 8, "validate_every": 10, "checkpoint_every": 60})
     facts = _train(base_folder, cache, tmp_path, longer, logger)

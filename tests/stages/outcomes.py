@@ -121,12 +121,12 @@ def of_prepare(inputs: Inputs, work: Path) -> Outcome:
 
 def _prepared(data: Data, out: Path) -> Outcome:
     prepare_pictures(data, 1, out)
-    told = read(out / "report.json")
+    report = read(out / "report.json")
     for part in PARTS:
         rows = [json.loads(line) for line in (out / f"{part}.jsonl").read_text().splitlines()]
         keys = ("key", "caption", "width", "height", "look", "raw_caption", "note")
-        told[f"{part} list"] = [[row.get(key) for key in keys] for row in rows[:24]]
-    return told
+        report[f"{part} list"] = [[row.get(key) for key in keys] for row in rows[:24]]
+    return report
 
 
 def _folder(folder: Path) -> Data:
@@ -178,14 +178,14 @@ def of_encode(inputs: Inputs, work: Path) -> Outcome:
     def cached(name: str, base: Any, data: Data, settings: Encode, pictures: Path) -> Outcome:
         encode_latents(base, data, settings, pictures, work / "scratch", work / name)
         cache = LatentCache(work / name)
-        told = {
+        figures = {
             "pictures": len(cache),
             "latent_shape": list(cache.latent_shape),
             "files": sorted(path.name for path in (work / name).iterdir()),
         }
         for path in sorted((work / name).glob("*.safetensors")):
-            told[path.stem] = tell_all({key: value for key, value in load_file(path).items() if key != "key"})
-        return told
+            figures[path.stem] = tell_all({key: value for key, value in load_file(path).items() if key != "key"})
+        return figures
 
     pictures = work / "pictures"
     pictures.mkdir()

@@ -1,6 +1,6 @@
-"""The losses of twenty steps of each objective under a fixed seed, which a change of the core must not change unseen.
+"""The golden losses: twenty steps of each objective under a fixed seed. A change of them must be on purpose.
 
-python -m tests.support.golden    writes them anew, where a change is meant
+python -m tests.support.golden    writes them again after a change on purpose
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from lcmlora.parallel import ranks
 from lcmlora.training.loop import NullLogger
 from tests.support.distillation import SETTINGS, load_parts
 
-SLOW = SETTINGS.model_copy(update={"lr": 1e-4})  # Adam makes steps of a gradient's last bits
+SLOW = SETTINGS.model_copy(update={"lr": 1e-4})  # Adam turns rounding of a gradient into whole steps
 
 
 class Killer(NullLogger):
