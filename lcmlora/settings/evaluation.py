@@ -15,7 +15,7 @@ from lcmlora.settings.layers import Changes
 Solver = Literal["ddim", "dpm++", "unipc", "euler"]
 
 
-def _several(count: int) -> int:
+def _none_or_several(count: int) -> int:
     if count == 1:
         raise ValueError("one has no spread; 0 for none, or at least 2")
     return count
@@ -50,7 +50,7 @@ class Evaluation(Strict):
     """Steps with the student."""
     grid_rows: Positive = 8
     """Rows of the contact sheet."""
-    resamples: Annotated[int, Field(ge=0), AfterValidator(_several)] = 200
+    resamples: Annotated[int, Field(ge=0), AfterValidator(_none_or_several)] = 200
     """Bootstrap resamples for the confidence intervals. 0: no intervals."""
     latency_repeats: Positive = 20
     """Pictures drawn one by one with each method, to measure seconds per picture."""
