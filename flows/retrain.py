@@ -284,7 +284,7 @@ def _recording_errors(*outcomes: Outcome) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        line = str(error) if isinstance(error, UserError) else faults.told(error)
+        line = str(error) if isinstance(error, UserError) else faults.explain(error)
         if line is None:
             print(masking.text("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         line = line or masking.text(f"{type(error).__name__}: {error}")

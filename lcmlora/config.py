@@ -77,7 +77,7 @@ _MAX_BYTES = 1 << 20  # of params.yaml; ours has 3,000
 _SMALL_FEATURES, _SMALL_PICTURES = "efficientnet-lite0", 256  # features for pictures of up to so many pixels
 _LARGEST = 1 << 53  # of integers; above it neither JSON nor a float has them all
 
-# What a model has settings of its own for: by family, by section of params.yaml, and by the base's entry there.
+# Sections whose settings a model may have of its own: from its family, from params.yaml, from its base's entry there.
 SECTIONS: dict[str, type[Strict]] = {
     "encode": Encode,
     "launch": Launch,
@@ -136,7 +136,7 @@ class Config(Strict):
     @model_validator(mode="before")
     @classmethod
     def _complete_bases(cls, raw: Any, info: ValidationInfo) -> Any:
-        """Adds the published bases, and what presets and files tell of the others."""
+        """Adds the published bases, and completes the others from presets and their own files."""
         sources = (info.context or {}).get("sources", Path())
         if not isinstance(raw, dict):
             return raw
@@ -156,8 +156,8 @@ class Config(Strict):
     @model_validator(mode="after")
     def _distinct(self) -> Self:
         for key in ("bases", "styles", "finetunes"):
-            if two := names.twins(getattr(self, key)):
-                raise ValueError(f"{key}: {two[0]} and {two[1]} are one folder where file names have no case")
+            if two := names.clashing(getattr(self, key)):
+                raise ValueError(f"{key}: {two[0]} and {two[1]} are one folder on a file system that ignores case")
         registered = [model.removeprefix("lcm-lora-") for model in dict.fromkeys(self.models)]
         if twice := [name for name in registered if registered.count(name) > 1]:
             raise ValueError(f"models: {twice[0]} and lcm-lora-{twice[0]} would be registered under one name")
@@ -181,7 +181,7 @@ class Config(Strict):
         return self.bases[model]
 
     def layers_of(self, section: str, model: str) -> list[Layer]:
-        """Returns where the settings of a section come from for a model, the last going before the others."""
+        """Returns the layers of a section's settings for a model. A later one overrides those before it."""
         base = self.base(model)
         family = presets.family(base.like)
         found = [Layer(f"preset {family.name}", family.sections.get(section, {}))] if family else []
@@ -193,14 +193,16 @@ class Config(Strict):
 
     def _settings(self, cls: type[S], found: Sequence[Layer], model: str) -> S:
         base = self.base(model)
-        if base.like is None and (lacking := layers.missing(cls, found)):
+        if base.like is None and (lacking := layers.missing_keys(cls, found)):
             section = found[-1].where
             keys = ", ".join(f"{section}.{key}" for key in lacking)
-            raise UserError(f"bases.{model}: {presets.unknown(base.model_dump(), self._sources)}; or write {keys}")
+            raise UserError(
+                f"bases.{model}: {presets.explain_unknown_family(base.model_dump(), self._sources)}; or write {keys}"
+            )
         return layers.combine(cls, found)
 
     def section(self, section: str, model: str) -> Strict:
-        """Returns the settings of a section for a model, whichever it is."""
+        """Returns the settings of any section for a model."""
         found = self.layers_of(section, model)
         return self._settings(_class(section, found), found, model)
 
@@ -221,10 +223,11 @@ class Config(Strict):
         return bool(self.models_sharing_data()) or not self.models
 
     def encode_for(self, model: str) -> Encode:
+        """Returns the settings of the latent cache of a model."""
         return self._settings(Encode, self.layers_of("encode", model), model)
 
     def launch_for(self, model: str) -> Launch:
-        """Raises UserError where the processes do not divide the batch."""
+        """Returns how many processes encode and train. Raises UserError if they do not divide the batch."""
         launch = self._settings(Launch, self.layers_of("launch", model), model)
         distill, ranks = self.distill_for(model), launch.processes * launch.machines
         if distill.batch % (ranks * distill.accumulate):
@@ -244,6 +247,7 @@ class Config(Strict):
         return self._settings(_distill_class(found), found, model)
 
     def evaluation_for(self, model: str) -> Evaluation:
+        """Returns the settings of the evaluation of a model."""
         return self._settings(Evaluation, self.layers_of("evaluation", model), model)
 
     def prompts_digest(self, model: str) -> str | None:
@@ -277,6 +281,7 @@ class Config(Strict):
         return known[name]
 
     def pictures(self, kind: Kind, name: str) -> Data:
+        """Returns the pictures that a style or fine-tune learns from: those of `data` with its own changes."""
         own = Layer(f"{kind}s.{name}.data", self._variation(kind, name).data)
         return layers.combine(Data, [Layer("data", self.data.model_dump()), own])
 
@@ -307,8 +312,8 @@ def load(path: Path = Path("params.yaml"), sources: Path = Path()) -> Config:
     Args:
         sources: the folder that relative paths of bases are relative to.
 
-    MLFLOW_TRACKING_URI goes before `registry.tracking_uri`: an address with a password does not belong into a file.
-    LCMLORA_PUBLISH_TO goes before `publish.to`, so that `make up` can lead to the bucket that it serves.
+    MLFLOW_TRACKING_URI overrides `registry.tracking_uri`: an address with a password does not belong in a file.
+    LCMLORA_PUBLISH_TO overrides `publish.to`, so that `make up` can name the bucket that it serves.
 
     Raises:
         UserError: the file is missing, is not YAML, or holds a key or value that does not fit.
@@ -321,16 +326,16 @@ def load(path: Path = Path("params.yaml"), sources: Path = Path()) -> Config:
         config = Config.model_validate(raw, context={"sources": sources})
         config._sources = sources
     except ValidationError as error:
-        told = layers.explain(error, lambda location: "")
+        faults = layers.explain(error, lambda location: "")
     else:
         own = raw.get("bases", {})
-        told = _faults(config, [name for name in config.bases if name in own])
-    if told:
-        raise UserError("\n".join(f"{path}: {line}" for line in told.splitlines()))
+        faults = _faults(config, [name for name in config.bases if name in own])
+    if faults:
+        raise UserError("\n".join(f"{path}: {line}" for line in faults.splitlines()))
     return config
 
 
-# What the environment goes before: section, key, variable.
+# What environment variables override: section, key, variable.
 ENVIRONMENT = (("registry", "tracking_uri", "MLFLOW_TRACKING_URI"), ("publish", "to", "LCMLORA_PUBLISH_TO"))
 
 
@@ -341,8 +346,8 @@ def read(path: Path) -> JsonObject:
     try:
         raw = parse_yaml(read_bytes(path, limit=_MAX_BYTES))
     except Malformed as error:
-        told = str(error)
-        raise UserError(f"{path}: {'is ' if told.startswith('not ') else ''}{told}") from None
+        reason = str(error)
+        raise UserError(f"{path}: {'is ' if reason.startswith('not ') else ''}{reason}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of settings, got {'nothing' if raw is None else _kind(raw)}")
     _check_plain(raw, str(path))
@@ -350,12 +355,11 @@ def read(path: Path) -> JsonObject:
 
 
 def _check_plain(value: Any, where: str) -> None:
-    """Raises UserError where a key is no text, or a value is one that no setting has, naming where it stands."""
+    """Raises UserError, which names the place, if a key is no text, or a value is one that no setting can have."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
-                told = shown(repr(key), 80)
-                raise UserError(f"{where}: the key {told} is no text ({_kind(key)}); put it in quotes")
+                raise UserError(f"{where}: the key {shown(repr(key), 80)} is no text ({_kind(key)}); put it in quotes")
             _check_plain(inner, f"{where}: {shown(key, 80)}" if where.count(": ") == 0 else f"{where}.{shown(key, 80)}")
     elif isinstance(value, list | tuple | set):
         for number, inner in enumerate(value):
@@ -384,7 +388,7 @@ def _kind(value: object) -> str:
 
 def _distill_class(found: Sequence[Layer]) -> type[Distill]:
     """Returns the class of `distill` for the objective that these layers name. Raises UserError."""
-    return distill_settings(layers.merged(found).get("objective", Distill.model_fields["objective"].default))
+    return distill_settings(layers.merge(found).get("objective", Distill.model_fields["objective"].default))
 
 
 def _class(section: str, found: Sequence[Layer]) -> type[Strict]:
@@ -403,10 +407,10 @@ def _section_faults(section: str, found: Sequence[Layer]) -> str:
 
 
 def _faults(config: Config, own: Sequence[str]) -> str:
-    """Returns what does not fit in a section, a base, a style or the study; here, and not hours later.
+    """Returns the faults of sections, bases, styles and the study, so that they show now and not hours later.
 
     Args:
-        own: the bases of params.yaml. Of those that are not among `models` something may be missing.
+        own: the bases of params.yaml. Those that are not among `models` may lack settings.
     """
     found = [_section_faults(name, [Layer(name, getattr(config, name))]) for name in SECTIONS]
     found += [_section_faults(name, config.layers_of(name, base)) for base in own for name in _OWN]
@@ -425,7 +429,7 @@ def _faults(config: Config, own: Sequence[str]) -> str:
 
 
 def _check_models(config: Config) -> None:
-    """Raises UserError where the settings of a model, a style or the study do not go together."""
+    """Raises UserError if settings of a model, a style or the study contradict each other."""
     for model in config.models:
         config.launch_for(model)
         evaluation = config.evaluation_for(model)

@@ -1,7 +1,7 @@
-"""What can be added by name: base families, sources, objectives, samplers, features, distances, scores and stores.
+"""Tables of classes by name: base families, sources, objectives, samplers, features, distances, scores and stores.
 
-Each table below has a class for each name. A class is imported when it is asked for, so that params.yaml can be checked
-against the names without importing torch. To add a class,
+A class is imported when it is first used, so that the names in params.yaml can be checked without importing torch. To
+add a class,
 
 * in this package: write it, and add its line to the table;
 * in a package of your own: declare an entry point, which every process finds,
@@ -9,9 +9,9 @@ against the names without importing torch. To add a class,
       [project.entry-points."lcmlora.sources"]
       webcam = "my_package.webcam:Webcam"
 
-* in a script or a test: `SOURCES.register("webcam", Webcam)`, which counts in this process.
+* in a script or a test: `SOURCES.register("webcam", Webcam)`, for this process alone.
 
-What a class must have is said by its base class:
+These base classes say what a class must have:
 
     FAMILIES    lcmlora.bases.families.family.Family
     SOURCES     lcmlora.data.sources.source.Source
@@ -39,7 +39,7 @@ class Table:
     Args:
         key: the setting that names one, for messages.
         group: of the entry points of other packages.
-        places: where this package's own classes are, each as `module:Class`.
+        places: the classes of this package, each as `module:Class`.
     """
 
     def __init__(self, key: str, group: str, places: Mapping[str, str]) -> None:
@@ -54,13 +54,13 @@ class Table:
         return list(dict.fromkeys([*self._places, *self._declared(), *self._classes]))
 
     def register(self, name: str, added: type[Any]) -> None:
-        """Adds a class in this process. Raises ValueError where the name is taken by another one."""
+        """Adds a class in this process. Raises ValueError if another class has the name."""
         if name in self.names and self._classes.get(name) is not added:
             raise ValueError(f"{self.key}: there is a {name} already")
         self._classes[name] = added
 
     def check(self, name: str) -> str:
-        """Returns the name. Raises ValueError where the table does not have it."""
+        """Returns the name. Raises ValueError if the table does not have it."""
         # Entry points are read last: that looks into every installed package.
         if name in self._places or name in self._classes or name in self._declared():
             return name

@@ -4,8 +4,8 @@ A stage is run again when its inputs, the settings below or a version change (do
 stand in dvc.yaml. Settings and versions stand in resolved.yaml (lcmlora/dvc_files/resolved.py), which DVC reads as
 parameters.
 
-Left out of the settings is what no result depends on but for rounding: devices, processes, sizes of caches, how often
-something is saved or logged, how many pictures are drawn at once, and how often a time is taken.
+Settings that change results by rounding at most are left out: devices, processes, sizes of caches, intervals of
+checkpoints and logs, the number of pictures drawn at once, the number of latency measurements.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lcmlora.settings.pretrain import Recipe
 
 Settings = dict[str, JsonObject]  # of a stage, by section: base, data, encode, ...
 
-# Raise a version where the same inputs and settings give another result, and only there, by
-# `python -m tests.stages.raise_version STAGE`. tests/stages notices that it is due.
+# Raise a version if the same inputs and settings give another result, and only then, by
+# `python -m tests.stages.raise_version STAGE`. The golden tests in tests/stages say when.
 VERSIONS = {
     "pretrain": 1,  # the embedded base: how its VAE, text encoder and UNet are trained
     "prepare": 2,  # which pictures are kept, their captions, how they are split
@@ -36,13 +36,14 @@ VERSIONS = {
     "package": 1,  # files of the release: formats, card, report, reload check
 }
 
-# Stages that do the work of others themselves, so that these versions decide their results as well.
-_WITHIN = {"style": ("prepare", "encode"), "finetune": ("prepare", "encode"), "alone": ("prepare",)}
+# Stages that do the work of other stages themselves, whose versions decide their results, too.
+_NESTED_ALGORITHMS = {"style": ("prepare", "encode"), "finetune": ("prepare", "encode"), "alone": ("prepare",)}
 
-_LOADED = ("resolution", "variant")  # of a base, for what only loads it; its files are an input
-_IDENTITY = ("source", "revision", "style", *_LOADED)  # which the adapter names
-_TRAINING = ("device", "checkpointing", "checkpoint_every", "log_every")  # of no consequence for the weights
-_DRAWING = ("device", "batch", "latency_repeats")
+_LOADING_FIELDS = ("resolution", "variant")  # of a base, for a stage that only loads it: its files are an input
+_IDENTITY_FIELDS = ("source", "revision", "style", *_LOADING_FIELDS)  # of a base, which the adapter's metadata name
+# Settings without influence on results but for rounding:
+_IRRELEVANT_TO_TRAINING = ("device", "checkpointing", "checkpoint_every", "log_every")
+_IRRELEVANT_TO_DRAWING = ("device", "batch", "latency_repeats")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Run:
 
 def algorithms(stage: str) -> dict[str, int]:
     """Returns the versions of all algorithms that decide a stage's result, its own last."""
-    return {name: VERSIONS[name] for name in (*_WITHIN.get(stage, ()), stage)}
+    return {name: VERSIONS[name] for name in (*_NESTED_ALGORITHMS.get(stage, ()), stage)}
 
 
 def runs(config: Config) -> list[Run]:
@@ -72,7 +73,7 @@ def runs(config: Config) -> list[Run]:
     return found
 
 
-def decisive(config: Config, run: Run) -> Settings:
+def decisive_settings(config: Config, run: Run) -> Settings:
     """Returns the settings that decide the result of a run, as plain data.
 
     Raises:
@@ -93,7 +94,7 @@ def _prepare(config: Config, run: Run) -> Settings:
 def _encode(config: Config, run: Run) -> Settings:
     encode = config.encode_for(_model(run))
     return {
-        "base": _base(config, run, _LOADED),
+        "base": _base(config, run, _LOADING_FIELDS),
         # Which pictures there are, and their captions, is an input.
         "data": config.data_for(_model(run)).model_dump(mode="json", include={"source", "max_aspect"}),
         "encode": encode.model_dump(mode="json", exclude={"device"}),
@@ -102,19 +103,19 @@ def _encode(config: Config, run: Run) -> Settings:
 
 def _reference(config: Config, run: Run) -> Settings:
     return {
-        "base": _base(config, run, _LOADED),
+        "base": _base(config, run, _LOADING_FIELDS),
         "data": _source(config.data_for(_model(run))),
         "evaluation": _evaluation(config, run, "student_steps", "resamples", "worst_captions"),
     }
 
 
 def _distill(config: Config, run: Run) -> Settings:
-    return {"base": _base(config, run, _IDENTITY), "distill": _training(config.distill_for(_model(run)))}
+    return {"base": _base(config, run, _IDENTITY_FIELDS), "distill": _training(config.distill_for(_model(run)))}
 
 
 def _evaluate(config: Config, run: Run) -> Settings:
     return {
-        "base": _base(config, run, _LOADED),
+        "base": _base(config, run, _LOADING_FIELDS),
         "data": _source(config.data_for(_model(run))),
         "evaluation": _evaluation(config, run),
         "gate": config.gate.model_dump(mode="json", include={"steps"}),  # at which the worst captions are shown
@@ -125,7 +126,7 @@ def _tune(config: Config, run: Run) -> Settings:
     data, training = config.variation(_model(run), "style" if run.stage == "style" else "finetune", _name(run))
     encode = config.encode_for(_model(run))
     return {
-        "base": _base(config, run, _IDENTITY),
+        "base": _base(config, run, _IDENTITY_FIELDS),
         "data": data.model_dump(mode="json"),
         "encode": encode.model_dump(mode="json", exclude={"device", "shards"}),
         "training": _training(training),
@@ -138,7 +139,7 @@ def _alone(config: Config, run: Run) -> Settings:
     assert study is not None
     drawing = {"seed", "features", "features_source", "guidance_scale", "solvers", "grid_rows"}
     return {
-        "base": _base(config, run, _LOADED),
+        "base": _base(config, run, _LOADING_FIELDS),
         "data": config.real_pictures(kind, _name(run)).model_dump(mode="json"),
         "evaluation": config.evaluation_for(_model(run)).model_dump(mode="json", include=drawing),
         "study": study.model_dump(mode="json", include={"pictures", "solver_steps", "steps"}),
@@ -150,7 +151,7 @@ def _study(config: Config, run: Run) -> Settings:
     if study is None:
         raise UserError("params.yaml: study: is missing")
     return {
-        "base": _base(config, run, _LOADED),
+        "base": _base(config, run, _LOADING_FIELDS),
         "evaluation": _evaluation(config, run, "worst_captions", "check_features", "check_features_source"),
         # Which other models are studied, and with what real pictures, decides nothing here: those are inputs.
         "study": study.model_dump(mode="json", exclude={"models", "real"}),
@@ -160,7 +161,7 @@ def _study(config: Config, run: Run) -> Settings:
 def _package(config: Config, run: Run) -> Settings:
     precision = config.distill_for(_model(run)).precision
     return {
-        "base": _base(config, run, (*_IDENTITY, "license")),
+        "base": _base(config, run, (*_IDENTITY_FIELDS, "license")),
         "distill": {"precision": precision},
         "gate": config.gate.model_dump(mode="json"),
     }
@@ -182,7 +183,7 @@ _DECISIVE: dict[str, Callable[[Config, Run], Settings]] = {
 
 
 def studied_kind(config: Config, model: str, name: str) -> Kind:
-    """Returns whether `name` is a style or a fine-tune of this model's study. Raises UserError where it is neither."""
+    """Returns whether `name` is a style or a fine-tune of this model's study. Raises UserError if it is neither."""
     kinds = {studied: kind for kind, studied in config.studied(model)}
     if name not in kinds:
         known = ", ".join(kinds) or "nothing"
@@ -210,10 +211,10 @@ def _source(data: Data) -> JsonObject:
 
 
 def _training(training: Training) -> JsonObject:
-    return training.model_dump(mode="json", exclude=set(_TRAINING))
+    return training.model_dump(mode="json", exclude=set(_IRRELEVANT_TO_TRAINING))
 
 
 def _evaluation(config: Config, run: Run, *unused: str) -> JsonObject:
     """Returns the decisive settings of an evaluation. Of the file of own prompts its content decides, not its name."""
-    evaluation = config.evaluation_for(_model(run)).model_dump(mode="json", exclude={*_DRAWING, *unused})
+    evaluation = config.evaluation_for(_model(run)).model_dump(mode="json", exclude={*_IRRELEVANT_TO_DRAWING, *unused})
     return evaluation | {"prompts": config.prompts_digest(_model(run))}

@@ -58,7 +58,7 @@ def line_listener(stage: str, model: str | None = None) -> Iterator[Callable[[st
         def listen(line: str) -> None:
             level = next((level for start, level in _LEVELS.items() if line.startswith(start)), logging.INFO)
             logger.log(level, "%s", shown(masking.text(line), LINE), extra=fields)
-            if step := progress.parse(line):
+            if step := progress.parse_log_line(line):
                 artifact.put(*step)
 
         yield listen

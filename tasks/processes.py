@@ -325,11 +325,11 @@ def reason(lines: Sequence[str], status: int) -> str:
     for prefix in ("error: ", "ERROR: "):
         for line in reversed(lines):
             if line.startswith(prefix):
-                more = f"; {faults.killed(faults.verb_of(killed.split()))}" if line == killed else ""
+                more = f"; {faults.explain_sigkill(faults.verb_of(killed.split()))}" if line == killed else ""
                 return shown(masking.text(line.removeprefix(prefix)), LINE) + more
     number = -status if status < 0 else status - 128
     if number == signal.SIGKILL:
-        return f"was ended by SIGKILL, {faults.killed()}"
+        return f"was ended by SIGKILL, {faults.explain_sigkill()}"
     if number in set(signal.Signals):
         return f"was ended by {signal.Signals(number).name}"
     last = next((line for line in reversed(lines) if line), f"ended with status {status}")

@@ -36,7 +36,7 @@ from lcmlora.evaluation.measures.distances import distance, named, title_of
 from lcmlora.plugins import DISTANCES, FEATURES, OBJECTIVES, SAMPLERS, SCORES, SOURCES, STORES, Table
 from lcmlora.releases.catalog import find_release, list_releases, presigned_links, pull_release, verify_release
 from lcmlora.releases.publish import point_channel, publish_release
-from lcmlora.stages import Run, decisive, runs
+from lcmlora.stages import Run, decisive_settings, runs
 from tests.data.conftest import data_in, picture
 from tests.evaluation.test_gate import METRICS
 from tests.support import additions
@@ -143,7 +143,7 @@ def test_an_objective_brings_settings_that_stand_in_distill(tmp_path: Path, cach
     settings = loaded.distill_for("emoji")
     assert isinstance(settings, additions.HalfwaySettings) and settings.fraction == 0.25
     by_default = load_halfway(tmp_path, {"objective": "halfway"})
-    stale = [run for run in runs(loaded) if decisive(loaded, run) != decisive(by_default, run)]
+    stale = [run for run in runs(loaded) if decisive_settings(loaded, run) != decisive_settings(by_default, run)]
     assert stale == [Run("distill", "emoji")]
     assert resolve(loaded)["models"]["emoji"]["distill"]["distill"]["fraction"] == 0.25
     assert resolve(by_default)["models"]["emoji"]["distill"]["distill"]["fraction"] == 0.5

@@ -26,7 +26,7 @@ def reporting_errors(prefix: str = "", verb: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        line = str(error) if isinstance(error, UserError) else faults.told(error, verb)
+        line = str(error) if isinstance(error, UserError) else faults.explain(error, verb)
         if line is None:
             print(masking.text("".join(traceback.format_exception(error))), end="", file=sys.stderr)
             raise SystemExit(1) from None

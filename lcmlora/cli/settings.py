@@ -113,7 +113,7 @@ def _settings_of_section(config: Config, model: str, section: str, origins: _Ori
     keys = {section: (section,), f"bases.{model}.{section}": ("bases", model, section)}  # by the name of the layer
     found = config.layers_of(section, model)
     for key, value in _leaves(config.section(section, model).model_dump(mode="json")):
-        layer = layers.place(found, key) if any(layer.has(key) for layer in found) else "default"
+        layer = layers.origin(found, key) if any(layer.has(key) for layer in found) else "default"
         written = origins.written((*keys[layer], *key)) if layer in keys else None
         yield _setting(model, (section, *key), value, written or layer)
 

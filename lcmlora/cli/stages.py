@@ -39,7 +39,7 @@ class StageCommand(TyperCommand):
     """A verb that dvc.yaml calls. Its names may also be given in DVC's form, --model NAME and --name NAME."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, names.arguments(args))
+        return super().parse_args(ctx, names.positional_arguments(args))
 
     def invoke(self, ctx: Any) -> Any:
         context = context_of(ctx)

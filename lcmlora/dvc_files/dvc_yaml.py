@@ -73,12 +73,14 @@ def _difference(config: Config, stages: Mapping[str, object]) -> str | None:
             "no model" if "prepare" in stages else "models"
         )
     if (listed := _listed(stages.get("prepare-own", {}), {})) != _own_paths(config):
-        return f"prepare-own: has {_told(listed)}, and params.yaml has {_told(_own_paths(config))}"
+        return f"prepare-own: has {_in_words(listed)}, and params.yaml has {_in_words(_own_paths(config))}"
     shared = dict.fromkeys(config.models, Project().pictures.as_posix())
     for stage in _READING:
         listed = _listed(stages.get(stage, {}), shared)
         if stage in stages and listed != _folders(config):
-            return f"{stage}: reads {_told(listed)}, and the models of params.yaml are {_told(_folders(config))}"
+            return (
+                f"{stage}: reads {_in_words(listed)}, and the models of params.yaml are {_in_words(_folders(config))}"
+            )
     return None
 
 
@@ -88,7 +90,7 @@ def _listed(stage: object, otherwise: dict[str, str]) -> dict[str, str]:
     return {str(model): str(path) for model, path in listed.items()} if isinstance(listed, dict) else otherwise
 
 
-def _told(paths: Mapping[str, str]) -> str:
+def _in_words(paths: Mapping[str, str]) -> str:
     return shown(", ".join(f"{model}: {path}" for model, path in paths.items()), 300) or "no model"
 
 

@@ -30,10 +30,10 @@ _HEADER = """\
 
 
 def resolve(config: Config) -> JsonObject:
-    """Returns what resolved.yaml is to hold.
+    """Returns the content of resolved.yaml.
 
     Raises:
-        UserError: two names would be one entry.
+        UserError: two names would share one entry.
     """
     tree: JsonObject = {}
     for run in stages.runs(config):
@@ -42,12 +42,12 @@ def resolve(config: Config) -> JsonObject:
 
 
 def is_current(config: Config, path: Path) -> bool:
-    """Returns whether the file holds what it is to hold."""
+    """Returns whether the file holds what `resolve` returns."""
     return path.is_file() and path.read_text(encoding="utf-8") == _text(resolve(config))
 
 
 def refresh(config: Config, path: Path) -> bool:
-    """Brings the file up to date and returns whether it was not."""
+    """Brings the file up to date and returns whether that changed it."""
     tree = resolve(config)
     with temporaries.locked(path):
         if path.is_file() and path.read_text(encoding="utf-8") == _text(tree):
@@ -60,7 +60,7 @@ def refresh(config: Config, path: Path) -> bool:
 def running(config: Config, run: Run, path: Path) -> Iterator[None]:
     """Encloses a stage's work, so that DVC records the settings that it ran with and no others.
 
-    Where a person calls the stage in a project that has the file, it is brought up to date. Where DVC calls, it must be
+    If a person calls the stage in a project that has the file, the file is brought up to date. If DVC calls, it must be
     up to date. DVC reads it again when the stage has ended: if it was changed meanwhile, the settings of this run are
     put back, and the change makes the stage stale from the next refresh on.
 
@@ -90,11 +90,11 @@ def running(config: Config, run: Run, path: Path) -> Iterator[None]:
 
 
 def _entry(config: Config, run: Run) -> Settings:
-    return {"algorithms": stages.algorithms(run.stage)} | stages.decisive(config, run)
+    return {"algorithms": stages.algorithms(run.stage)} | stages.decisive_settings(config, run)
 
 
 def _keys(run: Run) -> list[str]:
-    """Returns where a run's entry lies: under its names, divided at the dots, as DVC divides the keys in dvc.yaml."""
+    """Returns the keys of a run's entry: its names, divided at the dots, as DVC divides the keys in dvc.yaml."""
     names = ["models", *run.model.split(".")] if run.model is not None else []
     if run.name is not None:
         names += ["variations", *run.name.split(".")]
@@ -114,16 +114,16 @@ def _put(tree: JsonObject, run: Run, entry: Settings) -> None:
     for depth, key in enumerate(above):
         tree = tree.setdefault(key, {})
         if "algorithms" in tree:
-            raise _twofold(above[: depth + 1])
+            raise _ambiguous_name(above[: depth + 1])
     if "algorithms" not in tree.setdefault(last, entry):
-        raise _twofold([*above, last])
+        raise _ambiguous_name([*above, last])
     tree[last] = entry
 
 
-def _twofold(keys: list[str]) -> UserError:
-    place = ".".join(keys)
+def _ambiguous_name(keys: list[str]) -> UserError:
+    entry = ".".join(keys)
     return UserError(
-        f"{place}: one name ends in `.{keys[-1]}`, where resolved.yaml has a stage's settings; use another name"
+        f"{entry}: one name ends in `.{keys[-1]}`, where resolved.yaml has a stage's settings; use another name"
     )
 
 

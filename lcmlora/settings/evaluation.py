@@ -56,7 +56,7 @@ SolverEntry = Annotated[
 ]
 
 
-def _several(count: int) -> int:
+def _none_or_several(count: int) -> int:
     if count == 1:
         raise ValueError("one has no spread; 0 for none, or at least 2")
     return count
@@ -110,7 +110,7 @@ class Evaluation(Strict):
     """The captions at which the student is farthest from the teacher, which the report shows."""
     grid_rows: Positive = 8
     """Rows of the contact sheet."""
-    resamples: Annotated[int, Field(ge=0), AfterValidator(_several)] = 1000
+    resamples: Annotated[int, Field(ge=0), AfterValidator(_none_or_several)] = 1000
     """Bootstrap resamples of captions and seeds for the confidence intervals. 0: no intervals."""
     latency_repeats: Positive = 20
     """Pictures drawn one by one with each method, to measure seconds per picture."""

@@ -1,4 +1,4 @@
-"""What all settings share: strict, frozen models, and the types of their fields."""
+"""The base class of all settings, strict and frozen, and the types of their fields."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Strict(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """`steps: yes` is true in YAML, and would be taken for 1."""
         if isinstance(value, bool) and info.field_name:
             kind = cls.model_fields[info.field_name].annotation
@@ -59,7 +59,7 @@ class Strict(BaseModel):
 
     @classmethod
     def advice_on_keys(cls, values: Mapping[str, Any]) -> str:
-        """Returns what the message on an unknown key among these values ends with."""
+        """Returns the end of the message about an unknown key among these values."""
         del values
         return ""
 

@@ -211,7 +211,7 @@ class _RecentLosses:
         for step, values in self._losses:
             start = self._batches.sample_indices(step, 0).start - step * s.batch
             losses[step - first, start : start + values.numel()] = values.flatten()
-        self._ranks.add_up(losses)
+        self._ranks.all_reduce_sum(losses)
         finite = losses.isfinite().all(1).tolist()
         for offset, fine in enumerate(finite):
             self._bad = 0 if fine else self._bad + 1

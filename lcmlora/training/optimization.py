@@ -120,7 +120,7 @@ class Optimization:
         for group in self._optimizer.param_groups:
             group["lr"] = self.rate(step)
         self._weights.grad = gradient = self._gather()
-        self._ranks.add_up(gradient)
+        self._ranks.all_reduce_sum(gradient)
         norm = torch.linalg.vector_norm(gradient) / self._ranks.size
         divisor = torch.ones_like(norm) * self._ranks.size
         if self._scale is not None:

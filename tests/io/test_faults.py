@@ -40,7 +40,7 @@ def line_of(action: Callable[[], object], verb: str = "") -> str:
             try:
                 action()
             except Exception as error:
-                told = str(error) if isinstance(error, UserError) else faults.told(error, verb)
+                told = str(error) if isinstance(error, UserError) else faults.explain(error, verb)
                 raise
     except SystemExit as end:
         assert end.code == 2, "a traceback"
@@ -207,7 +207,7 @@ def test_too_many_open_files(tmp_path: Path):
         for each in held:
             each.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert "Too many open files; raise the limit of open files (ulimit -n 4096)" in str(faults.told(caught.value))
+    assert "Too many open files; raise the limit of open files (ulimit -n 4096)" in str(faults.explain(caught.value))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])

@@ -115,6 +115,6 @@ def test_machines_meet_and_end_together(tmp_path: Path, acts: tuple[str, ...], s
 def test_another_run_at_the_same_place_is_not_joined(monkeypatch: pytest.MonkeyPatch):
     place = f"127.0.0.1:{_free_port()}"
     monkeypatch.setenv(launcher.RUN, RUN)
-    monkeypatch.setattr(launcher, "_ARRIVAL", 1.0)
+    monkeypatch.setattr(launcher, "_JOIN_TIMEOUT", 1.0)
     with pytest.raises(UserError, match=rf"1 of 2 machines came to {place}"):
         launcher.launch(Launch(machines=2, rendezvous=place), "tests.support.rank", [])
