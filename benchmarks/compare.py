@@ -1,12 +1,12 @@
 """lcmlora's step against the reference recipe's (reference.py), in turns: python -m benchmarks.compare --help
 
-Both are given the same base, adapter, pictures, batch and precision, each in a process of its own. First both train a
-few steps on the same samples, from cached latents and text, and their losses are compared. Then they take turns: some
-steps of the recipe as it is, some of its UNet part alone (latents and text cached, as lcmlora always has them), some of
-lcmlora's. A ratio is that of two neighbours in time; what is told is the median over the turns, and the range.
+Both have the same base, adapter, pictures, batch and precision, each in a process of its own. First both train a few
+steps on the same samples, from cached latents and text, and their losses are compared. Then they take turns: some steps
+of the recipe as it is, some of its UNet part alone (latents and text cached, as lcmlora always has them), some of
+lcmlora's. A ratio compares two runs of the same turn; the table has the median over the turns, and the range.
 
-The base is that of params.yaml, or one of its size with random weights (--random), which costs the same.
-Both learn by the recipe's objective, latent consistency. Peak memory is that of tensors, as torch's allocators count.
+The base is that of params.yaml, or one of its size with random weights (--random), which costs the same. Both train by
+the recipe's objective, latent consistency. Peak memory is that of tensors, as torch's allocators count.
 
     python -m benchmarks.compare                        # the emoji base, on this machine
     python -m benchmarks.compare sd15:1,4,16 sdxl:1,4 ssd1b:4 --random --seconds 2 --repeats 5      # on a GPU
@@ -43,28 +43,28 @@ from benchmarks import published, tables
 from benchmarks.reference import Reference
 from lcmlora import bases, config
 from lcmlora.bases import fetching
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.config import Base, Data, Distill
 from lcmlora.data.latents import cache
-from lcmlora.data.latents.encode import encode
+from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.source import fit, open_picture, read_records
-from lcmlora.distillation.distill import _probe
+from lcmlora.distillation.distill import probe_inputs
 from lcmlora.distillation.loss import Distillation, equip, samples
 from lcmlora.errors import UserError
 from lcmlora.io.files import write_json
-from lcmlora.training.checkpoint import Checkpoints
+from lcmlora.training.checkpoint import BestWeights, Checkpoints
 from lcmlora.training.execution import AdapterCheck
 from lcmlora.training.loop import take_step
 
 OURS, RECIPE, UNET = "lcmlora", "reference", "reference, UNet part alone"
-_AGREEING = 4  # steps over whose losses both must agree
+_COMPARED = 4  # steps whose losses are compared
 _SIDES = (OURS, RECIPE)  # the processes
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared."""
+    """The base, pictures and settings of a comparison."""
 
     model: str
     base: Base
@@ -75,7 +75,7 @@ class Case:
 
 @dataclass
 class Result:
-    """What a case gave."""
+    """The figures of a case."""
 
     model: str
     batch: int
@@ -89,21 +89,18 @@ class Result:
     first_step_seconds: dict[str, float] = field(default_factory=dict)  # from the start of the process
     loss_difference: float = float("nan")  # largest, relative, over the samples of the steps that both made
     operations: dict[str, float] = field(default_factory=dict)  # of a step, in 1e12
-    teraflops: float | None = None  # that lcmlora's steps sustain
-    matmul_teraflops: float | None = None  # that this device does, in this precision
+    teraflops: float | None = None  # 1e12 operations per second in lcmlora's steps
+    matmul_teraflops: float | None = None  # likewise in matrix products of this precision
     failed: dict[str, str] = field(default_factory=dict)
 
     def ratio(self, other: str) -> tuple[float, float, float]:
-        """Returns median, least and greatest of lcmlora's rate over the other's."""
+        """Returns the median, the lowest and the highest ratio of lcmlora's rate to the other's."""
         ratios = [a / b for a, b in zip(self.rates[OURS], self.rates[other], strict=True)]
         return statistics.median(ratios), min(ratios), max(ratios)
 
 
-# --- in a process of its own ------------------------------------------------------------------------------------
-
-
 class _Side:
-    """One of the two, as the other process drives it."""
+    """lcmlora or the recipe, in a process of its own, which `_serve` runs."""
 
     def __init__(self, case: Case) -> None:
         self.settings = case.distill
@@ -134,8 +131,8 @@ class _Side:
         self.steps(mode, count)
         return self.settings.batch * count / (time.perf_counter() - began)
 
-    def agree(self, count: int) -> tuple[list[list[float]], float]:
-        """Returns the losses of each of the first steps, and how long the process has lived after the first of them."""
+    def first_losses(self, count: int) -> tuple[list[list[float]], float]:
+        """Returns the losses of each of the first steps, and the age of the process in seconds after the first one."""
         losses = self.steps(UNET, 1)
         seconds = time.time() - psutil.Process().create_time()
         return [each.flatten().tolist() for each in losses + self.steps(UNET, count - 1)], seconds
@@ -173,9 +170,9 @@ class _Ours(_Side):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         base = bases.load(case.model, case.base, case.folder, device=self.device, dtype=self.dtype, parts=("network",))
-        check = AdapterCheck(base, *_probe(base, self.batches.at(range(-2, 0), torch.zeros(2, dtype=torch.long))))
+        check = AdapterCheck(base, *probe_inputs(base, self.batches.at(range(-2, 0), torch.zeros(2, dtype=torch.long))))
         self._optimization = equip(base, self.settings)
-        if self.settings.compile:  # a step that is fast and wrong is no step
+        if self.settings.compile:  # a wrong step must not be measured
             check.compiled(self.batches.size, 2 * self.batches.size)
         self._distillation = Distillation(base, self.cache.unconditional(), self.settings)
 
@@ -185,7 +182,7 @@ class _Ours(_Side):
 
     def save(self, path: Path) -> None:
         state = self._optimization.state()
-        best = {"step": 0, "loss": 0.0, "weights": state["average"]}
+        best: BestWeights = {"step": 0, "loss": 0.0, "weights": state["average"]}
         Checkpoints(path).save({"step": 0, "loss": 0.0, "best": best, "history": {}, "optimization": state})
 
 
@@ -202,7 +199,7 @@ class _Recipe(_Side):
         self._reference = Reference(student, teacher, self.settings, self.dtype)
         self._unconditional = {k: v.to(self.device) for k, v in self.cache.unconditional().items()}
         records = read_records(case.data / "prepared" / "train.jsonl")
-        data = _data(case.data / "pictures")
+        data = data_settings(case.data / "pictures")
         pixels = [
             np.asarray(fit(open_picture(data, r, size=case.base.resolution), case.base.resolution)[0]) for r in records
         ]
@@ -212,7 +209,7 @@ class _Recipe(_Side):
     def step(self, mode: str, step: int) -> Tensor:
         batch = self.batches.draw(step)
         if mode == RECIPE:
-            rows = self.batches.rows(self.batches.positions(step, 0))
+            rows = self.batches.rows(self.batches.sample_indices(step, 0))
             batch = self._reference.encode(batch, self._pictures[rows], [self._captions[row] for row in rows.tolist()])
         return self._reference.step(batch, self._unconditional)
 
@@ -222,16 +219,19 @@ class _Recipe(_Side):
 
 
 def _most_allocated(run: Callable[[], object]) -> int:
-    """Returns the most bytes that tensors on the CPU have while it runs: those there before, and what torch's allocator
-    then gives and takes back. (What a process holds tells less: it keeps what is given back.)"""
+    """Returns the most bytes that tensors on the CPU have while `run` runs.
+
+    They are the bytes of the tensors before, and those that torch's allocator gives out and takes back meanwhile. The
+    memory of the process is no measure, since it keeps what the allocator took back.
+    """
     from torch._subclasses.fake_tensor import is_fake
     from torch.profiler import ProfilerActivity, profile
 
     before = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some of what lies about in memory minds being looked at
+        warnings.simplefilter("ignore")  # some objects warn when their attributes are read
         for found in gc.get_objects():
-            # A compiled graph leaves fakes of its tensors behind, which have no bytes.
+            # Compiling leaves fake tensors behind, which have no bytes.
             if isinstance(found, Tensor) and found.device.type == "cpu" and not is_fake(found):
                 storage = found.untyped_storage()
                 before[storage.data_ptr()] = storage.nbytes()
@@ -259,15 +259,15 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _serve(name: str, case: Case, pipe: Connection) -> None:
-    """Does what it is told through the pipe, until that is closed."""
+    """Calls the methods of a side that come through the pipe and sends back what they return, until it is closed."""
     try:
         side = (_Ours if name == OURS else _Recipe)(case)
         pipe.send(None)
-        while (told := pipe.recv()) is not None:
-            method, arguments = told
+        while (call := pipe.recv()) is not None:
+            method, arguments = call
             pipe.send(getattr(side, method)(*arguments))
             if side.device.type == "cuda":
-                torch.cuda.empty_cache()  # the other one needs room
+                torch.cuda.empty_cache()  # for the other process
     except EOFError:
         pass
     except (UserError, torch.OutOfMemoryError) as error:
@@ -277,18 +277,15 @@ def _serve(name: str, case: Case, pipe: Connection) -> None:
         pipe.send(RuntimeError(str(error)))
 
 
-# --- in turns ---------------------------------------------------------------------------------------------------
-
-
 class _Process:
-    """The other end of `_serve`."""
+    """A side in its process, as this process calls it."""
 
     def __init__(self, name: str, case: Case) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(name, case, theirs), daemon=True)
+        self._pipe, other_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(name, case, other_end), daemon=True)
         self._process.start()
-        theirs.close()
+        other_end.close()
 
     def ready(self) -> None:
         self._answer()
@@ -309,25 +306,25 @@ class _Process:
         self._process.kill()
 
 
-def compare(case: Case, repeats: int, seconds: float) -> Result:
-    """Returns what a case gives.
+def compare_sides(case: Case, repeats: int, seconds: float) -> Result:
+    """Returns the figures of a case.
 
     Args:
         repeats: turns.
-        seconds: that a turn of the slowest takes, about.
+        seconds: of a turn of the slowest side, about.
     """
     device = bases.pick_device(case.distill.device)
     dtype = bases.pick_dtype(case.distill.precision, device)
-    named = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
     result = Result(
-        case.model, case.distill.batch, named, str(dtype).removeprefix("torch."), torch.get_num_threads(), 0
+        case.model, case.distill.batch, device_name, str(dtype).removeprefix("torch."), torch.get_num_threads(), 0
     )
     sides, losses = {}, {}
     try:
-        for name in _SIDES:  # one after the other, so that neither waits for the other's start
+        for name in _SIDES:  # one after the other: the time to the first step is measured
             sides[name] = _Process(name, case)
             sides[name].ready()
-            losses[name], result.first_step_seconds[name] = sides[name]("agree", _AGREEING)
+            losses[name], result.first_step_seconds[name] = sides[name]("first_losses", _COMPARED)
         a, b = (torch.tensor(losses[name]) for name in _SIDES)
         result.loss_difference = float(((a - b).abs() / b.abs()).max())
         for name, mode in ((OURS, OURS), (RECIPE, UNET), (RECIPE, RECIPE)):
@@ -339,7 +336,7 @@ def compare(case: Case, repeats: int, seconds: float) -> Result:
             for name, mode in ((RECIPE, UNET), (OURS, OURS), (RECIPE, RECIPE)):
                 result.rates.setdefault(mode, []).append(sides[name]("timed", mode, result.steps))
         for name, mode in ((OURS, OURS), (RECIPE, UNET), (RECIPE, RECIPE)):
-            result.operations[mode] = sides[name]("operations", mode)  # after which nothing runs compiled any more
+            result.operations[mode] = sides[name]("operations", mode)  # last, since the counter ends compiled execution
         result.matmul_teraflops = sides[OURS]("matmul_rate")
         result.teraflops = result.operations[OURS] * statistics.median(result.rates[OURS]) / case.distill.batch
     except torch.OutOfMemoryError as error:
@@ -357,17 +354,14 @@ def _processor() -> str:
     return platform.processor()
 
 
-# --- what is compared -------------------------------------------------------------------------------------------
-
-
-def _data(folder: Path) -> Data:
+def data_settings(folder: Path) -> Data:
     return Data.model_validate(
         {"source": "folder", "path": folder, "min_side": 16, "max_aspect": 2.0, "validation": 0.05, "seed": 0}
     )
 
 
-def _pictures(folder: Path, count: int, side: int) -> None:
-    """Writes captioned pictures of smooth colours: what they show does not change what anything costs."""
+def write_pictures(folder: Path, count: int, side: int) -> None:
+    """Writes captioned pictures of smooth colours; no cost depends on what they show."""
     folder.mkdir(parents=True)
     noise = np.random.default_rng(0)
     for number in range(count):
@@ -389,9 +383,9 @@ def make_case(
     """Fetches or makes the base, and prepares and encodes pictures for it."""
     settings = config.load(Path("params.yaml"))
     base, distill = settings.base(model), settings.distill_for(model)
-    how = {"objective": "lcm", "accumulate": 1, "cooldown": 0.0, "compile": compiled, "device": device}
-    how |= {"batch": batch or distill.batch, "precision": precision or distill.precision}
-    distill = distill.model_copy(update=how)
+    changes = {"objective": "lcm", "accumulate": 1, "cooldown": 0.0, "compile": compiled, "device": device}
+    changes |= {"batch": batch or distill.batch, "precision": precision or distill.precision}
+    distill = distill.model_copy(update=changes)
     if random:
         folder = work / "bases" / model
         if not folder.is_dir():
@@ -402,14 +396,14 @@ def make_case(
     data = work / f"{model}-{base.resolution}"
     if not data.is_dir():
         count = 64
-        _pictures(data / "pictures", count, base.resolution)
-        source = _data(data / "pictures")
+        write_pictures(data / "pictures", count, base.resolution)
+        source = data_settings(data / "pictures")
         prepare_pictures(source, 1, data / "prepared")
         place = bases.pick_device(device)
         dtype = bases.pick_dtype(distill.precision, place)
         loaded = bases.load(model, base, folder, device=place, dtype=dtype, parts=("vae", "text"))
         encoding = settings.encode_for(model).model_copy(update={"batch": 4})
-        encode(loaded, source, encoding, data / "prepared", data / "scratch", data / "latents")
+        encode_latents(loaded, source, encoding, data / "prepared", data / "scratch", data / "latents")
     return Case(model, base, folder, data, distill)
 
 
@@ -423,7 +417,7 @@ def table(results: Sequence[Result]) -> str:
             rows.append([result.model, str(result.batch), *(["does not fit"] + [""] * (len(head) - 3))])
             continue
         rates = {name: statistics.median(values) for name, values in result.rates.items()}
-        told = {name: "{:.2f} ({:.2f} to {:.2f})".format(*result.ratio(name)) for name in (RECIPE, UNET)}
+        ratios = {name: "{:.2f} ({:.2f} to {:.2f})".format(*result.ratio(name)) for name in (RECIPE, UNET)}
         peaks = result.peak_bytes
         rows.append(
             [
@@ -431,9 +425,9 @@ def table(results: Sequence[Result]) -> str:
                 str(result.batch),
                 f"{rates[OURS]:.1f}",
                 f"{rates[RECIPE]:.1f}",
-                told[RECIPE],
+                ratios[RECIPE],
                 f"{rates[UNET]:.1f}",
-                told[UNET],
+                ratios[UNET],
                 f"{peaks[OURS] / 1e6:.0f} MB",
                 f"{peaks[RECIPE] / 1e6:.0f} MB",
                 f"{peaks[OURS] / peaks[RECIPE]:.2f}",
@@ -454,10 +448,10 @@ def main() -> None:
         nargs="*",
         default=["emoji"],
         metavar="MODEL[:BATCH,...]",
-        help="bases of params.yaml, with the pictures in a step where they are to differ from it",
+        help="bases of params.yaml, with other batches than there if wanted",
     )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=4.0, help="that a turn of the slowest takes")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a turn of the slowest side")
     parser.add_argument("--random", action="store_true", help="random weights instead of the base's own")
     parser.add_argument("--compile", action="store_true", help="lcmlora's UNet is compiled")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="of both; that of params.yaml by default")
@@ -466,8 +460,8 @@ def main() -> None:
     options = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory(prefix="lcmlora-compare-") as work:
-        for told in options.cases:
-            model, _, batches = told.partition(":")
+        for text in options.cases:
+            model, _, batches = text.partition(":")
             for batch in map(int, batches.split(",")) if batches else [None]:
                 case = make_case(
                     model,
@@ -478,7 +472,7 @@ def main() -> None:
                     device=options.device,
                     precision=options.precision,
                 )
-                results.append(compare(case, options.repeats, options.seconds))
+                results.append(compare_sides(case, options.repeats, options.seconds))
                 print(json.dumps(asdict(results[-1])), file=sys.stderr, flush=True)
             shutil.rmtree(Path(work, "bases", model), ignore_errors=True)
     first = results[0]
@@ -489,5 +483,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reporting():
+    with reporting_errors():
         main()

@@ -1,4 +1,4 @@
-"""What the presets of params.yaml cost, by arithmetic: bytes, operations, GPU hours. Part of benchmarks.scaling."""
+"""The costs of the presets of params.yaml, by arithmetic: bytes, operations, GPU hours. Part of benchmarks.scaling."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from lcmlora.bases import description
 
 PRESETS = ("sd15", "sd21", "sdxl", "ssd1b")
 PICTURES = (10_000, 1_000_000, 12_000_000)
-TERAFLOPS = 250e12  # that a GPU sustains: an assumption, a quarter of an H100's dense bf16 peak (989 by its data sheet)
-DISK = 1e9  # bytes/s read from disk or network file system: an assumption
+# Assumptions: operations/s of a GPU in training, a quarter of an H100's dense bf16 peak (989e12 by its data sheet), and
+# bytes/s read from a disk or network file system.
+TERAFLOPS = 250e12
+DISK = 1e9
 
-NIGHT = 8  # hours in which all models are to be made anew
+NIGHT = 8  # hours for making all models again
 
 _BASES = (1, 10, 100)
 _COPIES = 3  # of the weights that DVC keeps: adapters/MODEL, and two formats in release/MODEL
@@ -39,7 +41,7 @@ class Preset:
     forward: float  # operations of the bare UNet, F0
     step: float  # operations of a distillation step, for one picture
     distill: float  # operations of all steps
-    reference: float  # operations to draw the teacher's and the solvers' sets, without decoding
+    reference: float  # operations to choose the solvers' settings and draw the sets, at most and without decoding
     evaluate: float  # likewise the student's
     adapter: int  # bytes, in 16 bits
 
@@ -51,14 +53,13 @@ def count(name: str, settings: config.Config) -> Preset:
     from torch.utils.flop_counter import FlopCounterMode
 
     from lcmlora.adapters import lora
-    from lcmlora.data.latents.encode import _ROW_BYTES
-    from lcmlora.diffusion.sampling import STUDENT, network_evaluations
-    from lcmlora.evaluation.reference import _jobs
+    from lcmlora.data.latents.encode import ROW_BYTES
 
     base, distill, evaluation = settings.base(name), settings.distill_for(name), settings.evaluation_for(name)
     side = base.resolution // 8
     architecture = description.network_config(base, Path("bases", name))
-    width, pooled = architecture["cross_attention_dim"], 1280 if "addition_embed_type" in architecture else 0
+    width = architecture.integer("cross_attention_dim", 1280)
+    pooled = 1280 if "addition_embed_type" in architecture else 0
 
     def operations(run: Callable[[], Any]) -> float:
         with FlopCounterMode(display=False) as counter:
@@ -81,21 +82,30 @@ def count(name: str, settings: config.Config) -> Preset:
         adapted = operations(predict)
         learning = operations(lambda: predict().sum().backward())
     step = 2 * bare + adapted + learning  # the teacher is guided; the target has no gradient
-    drawn = sum(way.evaluations for way, _ in _jobs(evaluation).values())
-    student = sum(network_evaluations(STUDENT, steps, 1.0) for steps in evaluation.student_steps)
+    drawn = _drawn(evaluation)
+    student = sum(evaluation.student_steps)
     return Preset(
         name=name,
         resolution=base.resolution,
-        latent=2 * 2 * 4 * side * side + _ROW_BYTES,
+        latent=2 * 2 * 4 * side * side + ROW_BYTES,
         text=2 * (77 * width + pooled),
         vae=encoding,
         forward=bare,
         step=step,
         distill=step * distill.batch * distill.steps,
-        reference=bare * drawn * evaluation.pictures,
+        reference=bare * drawn,
         evaluate=adapted * student * evaluation.pictures,
         adapter=2 * sum(p.numel() for p in parameters.values()),
     )
+
+
+def _drawn(evaluation: config.Evaluation) -> int:
+    """Returns how many network evaluations of single pictures a reference takes at most."""
+    from lcmlora.evaluation.sets.baselines import most_evaluations
+
+    teacher = 2 * 2 * evaluation.teacher_steps  # two sets, guided
+    solvers = len(evaluation.solvers) * sum(evaluation.solver_evaluations)
+    return most_evaluations(evaluation) + (teacher + solvers) * evaluation.pictures
 
 
 def measure() -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""The latent cache in the making: kills, processes, memory: python -m benchmarks.encoding [--kills 20] [--json FILE]
+"""Kills, processes and memory of `lcmlora encode`: python -m benchmarks.encoding [--kills 20] [--json FILE]
 
-A project in miniature (tests/support/miniature.py) with many pictures of 16 pixels runs `lcmlora encode` as DVC would.
-Kills: SIGKILL goes to all its processes at moments drawn uniformly over an undisturbed run; it is started again at
-once, and in the end the cache must have the undisturbed one's bytes. Processes: pictures/s of the whole command with
-one and with two, in turns. Memory: the peak of the process with ever more pictures.
+A project in miniature (tests/support/miniature.py) with many pictures of 16 pixels runs `lcmlora encode` as DVC does.
+Kills: SIGKILL goes to all its processes at moments that are uniform over the time of an undisturbed run. It is started
+again at once, and in the end the cache must have the same bytes as the undisturbed one. Processes: pictures/s of the
+whole command with one and with two processes, in turns. Memory: the peak of the process by the number of pictures.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Project:
 
 
 def kills(work: Path, base: Path, files: Path, count: int, pictures: int, seed: int) -> dict[str, Any]:
-    """Returns how many kills there were, how many runs, and whether the caches are the same."""
+    """Returns the numbers of kills and runs, and whether the caches have the bytes of an undisturbed one."""
     whole, killed = (Project(work / name, base, files, pictures) for name in ("whole", "killed"))
     seconds, _ = whole.run()
     numbers, done, runs, caches = random.Random(seed), 0, 0, 0

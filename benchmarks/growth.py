@@ -1,8 +1,8 @@
-"""How cost grows: python -m benchmarks.growth [MODEL] [--json FILE]
+"""How costs grow: python -m benchmarks.growth [MODEL] [--json FILE]
 
-A step against batch, rank and resolution; drawing against batch, and with the adapter merged into the weights or beside
-them; preparing pictures against cores; and what starting costs: the command line, DVC, the flow's imports. Values of
-one table take turns, so that a machine that slows down slows all of them; figures are medians.
+It measures a step by batch, rank and resolution; drawing by batch, with the adapter merged into the weights or beside
+them; preparing pictures by cores; and the start of the command line, of DVC and of the flow. The values of a table take
+turns, so that a machine that slows down slows all of them; figures are medians.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import tables
-from benchmarks.compare import Case, _pictures, make_case
+from benchmarks.compare import Case, make_case, write_pictures
 from benchmarks.variants import Build
 from lcmlora import bases
 from lcmlora.adapters import lora
@@ -63,10 +63,10 @@ def steps(case: Case, work: Path) -> dict[str, dict[str, Any]]:
         cache = LatentCache(case.data / "latents")
         if side != case.base.resolution:
             factor = side / case.base.resolution
-            for parts in cache._latents.values():  # what they show does not matter here
+            for parts in cache._latents.values():  # no cost depends on what they show
                 parts[0] = torch.nn.functional.interpolate(parts[0].float(), scale_factor=factor).half()
-        taken = Build(other, device, dtype, cache, compiled=False).step()
-        return lambda: taken(0)
+        built = Build(other, device, dtype, cache, compiled=False).step()
+        return lambda: built(0)
 
     found = {}
     batches = {f"batch {n}": step(batch=n) for n in (1, 4, 16, 32)}
@@ -103,9 +103,7 @@ def drawing(case: Case) -> dict[str, dict[str, Any]]:
                 rows = slice(start, start + size)
                 part = {name: value[rows] for name, value in conditioning.items()}
                 indices = range(start, start + size)
-                latents = sampling.sample(
-                    base, part, noise[rows], method="lcm", steps=4, indices=indices, sampler=sampler
-                )
+                latents = sampling.sample_student(base, part, noise[rows], steps=4, indices=indices, sampler=sampler)
                 base.decode(latents)
 
         return drawn
@@ -120,12 +118,12 @@ def drawing(case: Case) -> dict[str, dict[str, Any]]:
 
 def preparing(work: Path, count: int = 2000) -> dict[str, dict[str, Any]]:
     """Returns pictures/s of `prepare` on one core and on all."""
-    _pictures(work / "many", count, 256)
+    write_pictures(work / "many", count, 256)
     code = (
         "import os, sys; os.sched_setaffinity(0, range(int(sys.argv[2])));"
-        "from pathlib import Path; from benchmarks.compare import _data;"
+        "from pathlib import Path; from benchmarks.compare import data_settings;"
         "from lcmlora.data.prepare import prepare_pictures;"
-        "prepare_pictures(_data(Path(sys.argv[1])), 1, Path(sys.argv[1] + '-out'))"
+        "prepare_pictures(data_settings(Path(sys.argv[1])), 1, Path(sys.argv[1] + '-out'))"
     )
 
     def run(cores: int) -> Callable[[], object]:
@@ -142,7 +140,7 @@ def preparing(work: Path, count: int = 2000) -> dict[str, dict[str, Any]]:
 
 
 def starting(model: str) -> dict[str, dict[str, Any]]:
-    """Returns the seconds that starting takes."""
+    """Returns the seconds of each start."""
     python, scripts = sys.executable, Path(sys.executable).parent
     commands: dict[str, Sequence[str]] = {
         "python": [python, "-c", "pass"],

@@ -1,15 +1,15 @@
-"""Kills the main job at random, again and again: python -m benchmarks.kills --kills 200 --seed 0
+"""Kills a run of the flow at random moments, many times: python -m benchmarks.kills --kills 200 --seed 0
 
-A miniature project with the real dvc.yaml and the real trainer is run once undisturbed. The same project elsewhere is
-run with `python -m flows.retrain` while SIGKILL goes to one of TARGETS: to the trainer, to DVC, to the flow, to a
-supervisor, or to all of it at once, Prefect's temporary server included. The moment is drawn uniformly from the start,
-or the last kill, up to half of an undisturbed run; as finished stages stay finished, every moment's turn comes. A
-run that failed or died is started again at once, beside what is still ending of the last one. When one gets through,
-its registry and release are compared with the undisturbed ones, and then outputs, caches and scratch folders are
-deleted, the registry and the releases kept: there is work again, which must come to the same version.
+A miniature project with the real dvc.yaml and the real trainer runs once undisturbed. A copy of it runs with `python -m
+flows.retrain` while SIGKILL goes to one of TARGETS: the trainer, DVC, the flow, a supervisor, or all of these at once
+with Prefect's temporary server. The moment is uniform between the start or the last kill and half the time of an
+undisturbed run; finished stages stay finished, so kills come in all stages. A run that failed or was killed is started
+again at once, while processes of the last one may still be ending. When a run completes, its registry and release are
+compared with the undisturbed ones. Then outputs, caches and scratch folders are deleted, but not the registry and the
+releases: the next run must come to the same version.
 
-Prints what was killed, in which stage, and what became of it; --json writes it to a file, too. Ends with status 1 where
-anything was not as it should be.
+Prints what was killed in which stage, and the results; --json writes them to a file, too. The exit status is 1 if
+anything was wrong.
 """
 
 from __future__ import annotations
@@ -48,30 +48,30 @@ MODEL = "sd15"
 TARGETS = ("trainer", "dvc", "flow", "supervisor", "everything")
 STEPS = 40
 _MARK = "LCMLORA_KILLS"  # environment: the project that a process works in
-_STUCK = 600.0  # seconds that no run takes
+_STUCK = 600.0  # seconds after which a run counts as stuck
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process of a project, by what it does."""
+    """A process of a project."""
 
     pid: int
     kind: str  # of TARGETS, or "server", "watcher"
-    stage: str | None  # that the trainer is at
+    stage: str | None  # of the trainer
 
 
 @dataclass
 class Counts:
-    """What was done to a project, and what was not as it should be."""
+    """The kills of a project, its runs, and what was wrong."""
 
     kills: collections.Counter[str] = field(default_factory=collections.Counter)
     stages: collections.Counter[str] = field(default_factory=collections.Counter)
     processes: int = 0  # killed
     runs: int = 0
     completed: int = 0
-    failed: collections.Counter[str] = field(default_factory=collections.Counter)  # runs, by what they said
-    resumed: int = 0  # distillations that went on
-    steps_kept: int = 0  # that those did not have to do again
+    failed: collections.Counter[str] = field(default_factory=collections.Counter)  # runs, by their last error
+    resumed: int = 0  # distillations that continued from a checkpoint
+    steps_kept: int = 0  # steps before those checkpoints
     wrong: list[str] = field(default_factory=list)
 
 
@@ -84,11 +84,11 @@ class Project:
         projects.make(root, lambda name: save_base(root / "source" / name, name), "sqlite:///mlflow.db", MODEL)
         raw = yaml.safe_load((root / "params.yaml").read_text())
         raw["distill"] |= {"steps": STEPS, "checkpoint_every": 2, "validate_every": 10, "lr": 1e-5}
-        # Features of few dimensions need few pictures. At two evaluations the student, that is hardly trained, draws
-        # better than the solver, and is promoted.
+        # Features of few dimensions need few pictures. At two network evaluations even a student that is hardly trained
+        # draws better than the solver, so it is promoted.
         save_clip(root / "clip")
         raw["evaluation"] |= {"features": "clip", "features_source": "clip", "pictures": 24, "batch": 24}
-        raw["evaluation"] |= {"solver_steps": [1], "student_steps": [2, 4]}
+        raw["evaluation"] |= {"solver_evaluations": [2], "student_steps": [2, 4]}
         raw["gate"] |= {"steps": 2, "min_retrieval": 0.0}
         raw["publish"] = {"to": "releases"}
         raw["flow"] = {"retry_seconds": 0.5}
@@ -121,14 +121,14 @@ class Project:
         return (self.root / "log").read_text(errors="replace")
 
     def forget(self) -> None:
-        """Deletes all that a run makes but the registry and the releases."""
+        """Deletes all that a run makes, except the registry and the releases."""
         for name in ("data", "reference", "adapters", "evaluation", "metrics", "plots", "release", "scratch"):
             shutil.rmtree(self.root / name, ignore_errors=True)
         shutil.rmtree(self.root / ".dvc/cache", ignore_errors=True)
         (self.root / "dvc.lock").unlink(missing_ok=True)
 
     def steps_done(self) -> int:
-        """Returns how far the distillation is that the next run continues."""
+        """Returns the step of the checkpoint from which the next run continues."""
         found = [torch.load(path, weights_only=True)["step"] for path in self.root.glob("scratch/distill/*/*.pt")]
         return max(found, default=0)
 
@@ -146,7 +146,7 @@ class Project:
         return found
 
     def results(self) -> dict[str, Any]:
-        """Returns what a run leaves for others."""
+        """Returns the versions and releases of the project."""
         from mlflow import MlflowClient
 
         uri = f"sqlite:///{self.root}/mlflow.db"
@@ -164,7 +164,7 @@ class Project:
         }
 
     def left(self) -> list[str]:
-        """Returns what is still alive or locked 15 seconds after the last run, and what DVC says of it all."""
+        """Returns what is wrong 15 seconds after the last run: live processes, held locks, stale stages."""
         until = time.monotonic() + 15
         while (alive := self.processes()) and time.monotonic() < until:
             time.sleep(0.2)
@@ -205,11 +205,11 @@ def _is_locked(path: Path) -> bool:
 
 
 def disturb(project: Project, expected: dict[str, Any], seconds: float, kills: int, seed: int) -> Counts:
-    """Runs the project until it was killed so many times and then got through, and returns what came of it.
+    """Runs the project until it was killed so many times and has then completed.
 
     Args:
         expected: the results of the undisturbed run.
-        seconds: how long that took.
+        seconds: the time of the undisturbed run.
     """
     counts, draw = Counts(), random.Random(seed)
     while not counts.wrong:
@@ -248,7 +248,7 @@ def disturb(project: Project, expected: dict[str, Any], seconds: float, kills: i
 def _kill(
     project: Project, flow: subprocess.Popen[bytes], counts: Counts, draw: random.Random, seconds: float, kills: int
 ) -> None:
-    """Kills until the flow has ended, or there were kills enough."""
+    """Kills until the flow has ended, or the number of kills is reached."""
     while counts.kills.total() < kills:
         target = draw.choice(TARGETS)
         moment = time.monotonic() + draw.uniform(0, seconds / 2)
@@ -258,7 +258,7 @@ def _kill(
             if time.monotonic() > moment:
                 alive = project.processes()
                 victims = [each for each in alive if target in (each.kind, "everything")]
-                if victims:  # else there is no trainer at this moment: the next one is killed as it starts
+                if victims:  # if there is no such process now, the next one is killed as it starts
                     break
             time.sleep(0.02)
         stage = next((each.stage for each in alive if each.stage), None)
@@ -283,7 +283,7 @@ def _killed(pid: int) -> bool:
 
 
 def _reason(log: str) -> str:
-    """Returns the last error of a run, without what differs from run to run."""
+    """Returns the last error of a run, with N for numbers."""
     lines = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
     return re.sub(r"\d+", "N", lines[-1] if lines else log[-300:])
 
@@ -328,13 +328,13 @@ def main() -> int:
             for number, (project, share) in enumerate(zip(projects_, shares, strict=True))
         ]
         counts = _sum([each.result() for each in work])
-    told: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in vars(counts).items()}
-    told |= {"sha256": expected["digests"][0], "seconds": round(time.monotonic() - began)}
-    told["undisturbed_seconds"] = round(seconds)
+    figures: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in vars(counts).items()}
+    figures |= {"sha256": expected["digests"][0], "seconds": round(time.monotonic() - began)}
+    figures["undisturbed_seconds"] = round(seconds)
     print(_table(counts))
-    print(json.dumps(told, indent=2))
+    print(json.dumps(figures, indent=2))
     if options.json:
-        write_json(options.json, told)
+        write_json(options.json, figures)
     if counts.wrong:
         print(f"the folders are in {folder}", file=sys.stderr)
     elif not options.keep:
@@ -346,7 +346,7 @@ def _table(counts: Counts) -> str:
     rows = [[f"killed: {target}", str(counts.kills[target])] for target in TARGETS]
     rows += [[f"within: {stage}", str(count)] for stage, count in counts.stages.most_common()]
     rows += [["kills", str(counts.kills.total())], ["processes killed", str(counts.processes)]]
-    rows += [["runs", str(counts.runs)], ["runs that got through", str(counts.completed)]]
+    rows += [["runs", str(counts.runs)], ["runs that completed", str(counts.completed)]]
     rows += [["runs that failed and were started again", str(counts.failed.total())]]
     rows += [["distillations resumed", str(counts.resumed)], ["steps that these kept", str(counts.steps_kept)]]
     rows += [["not as it should be", str(len(counts.wrong))]]

@@ -1,9 +1,10 @@
 """The objectives at one budget, over several seeds: python -m benchmarks.objectives [--seeds 3] [--steps 700] ...
 
 Each run distils the model's adapter with its settings in params.yaml but for the objective and the seed, and measures
-it as `evaluate` does, against the same reference and on captions that no adapter was trained on. A run that is finished
-is kept in --scratch and not repeated, so the command can be stopped and started again. Writes docs/objectives.json and
-the table in docs/objectives.md. Run `dvc repro encode@MODEL reference@MODEL` first.
+it as `evaluate` does, on captions that no adapter was trained on: on validation captions, by which an objective is
+chosen, and on test captions, on which it is reported. A run that is finished is kept in --scratch and not repeated, so
+the command can be stopped and started again. Writes docs/objectives.json and the tables in docs/objectives.md. Run
+`dvc repro encode@MODEL reference@MODEL` first.
 """
 
 from __future__ import annotations
@@ -17,22 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
+from benchmarks.choosing import CHOOSING, REPORTING, Judge, best
 from lcmlora import bases, config
 from lcmlora.bases import folders
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.distill import distill
-from lcmlora.evaluation.evaluate import evaluate
+from lcmlora.distillation.distill import distill_adapter
 from lcmlora.io.files import write_json
 from lcmlora.plugins import OBJECTIVES
 from lcmlora.training.loop import NullLogger
 
 
 def run(settings: config.Config, model: str, changes: dict[str, Any], cache: LatentCache, work: Path) -> dict[str, Any]:
-    """Distils with some settings changed and evaluates, once, and returns the figures, from `work` where they are
-    known."""
-    known = work / "figures.json"
-    if known.exists():
-        return json.loads(known.read_text())
+    """Distils with some settings changed, evaluates and returns the figures; if `work` has them already, just these."""
+    path = work / "figures.json"
+    if path.exists():
+        return json.loads(path.read_text())
     values = settings.distill_for(model).model_dump() | changes
     settings_class = config.distill_settings(values["objective"])
     distillation = settings_class.model_validate(
@@ -48,46 +48,62 @@ def run(settings: config.Config, model: str, changes: dict[str, Any], cache: Lat
     identity = folders.identity(settings.base(model), folder)
     work.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    facts = distill(load(), cache, distillation, work, work / "adapter", identity=identity, logger=NullLogger())
+    logger = NullLogger()
+    made = distill_adapter(load(), cache, distillation, work, work / "adapter", identity=identity, logger=logger)
+    assert made is not None
     seconds = time.monotonic() - began
-    figures = evaluate(
-        load(),
-        work / "adapter",
+    judge = Judge(
+        load,
         settings.data,
         settings.evaluation_for(model),
         Path("data/pictures"),
         Path("reference", model),
-        work / "drawn",
-        work / "evaluation",
-        work / "metrics.json",
-        work / "steps.csv",
-        work / "timings",
+        work.parent / f"{model}-choosing",
     )
-    found = {"seconds": seconds, "validation": facts["validation"], "settings": facts["distill"]}
-    found |= {name: figures.plain()[name] for name in ("features", "pictures", "seed", "floor", "excess", "retrieval")}
-    write_json(known, found)
+    found = {"seconds": seconds, "validation": made.validation.plain(), "settings": made.distill}
+    found |= judge.figures(work / "adapter", work)
+    write_json(path, found)
     return found
 
 
-def table(runs: dict[str, list[dict[str, Any]]], steps: tuple[int, ...], what: str = "objective") -> str:
-    """Returns a row for each entry: means over the seeds, and how far the seeds lie apart.
+def table(runs: dict[str, list[dict[str, Any]]], steps: tuple[int, ...], title: str, captions: str) -> str:
+    """Returns a row for each entry: the mean, the lowest and the highest over the seeds.
 
     Args:
-        what: the entries are.
+        title: of the first column.
+        captions: whose figures, `choosing` or `reporting`.
     """
 
     def cell(figures: list[dict[str, Any]], name: str, key: str, form: str) -> str:
-        values = [f[name][key] for f in figures]
+        values = [f[captions][name][key] for f in figures]
         spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
         return f"{statistics.mean(values):{form}}{spread}"
 
-    head = [what, *(f"excess@{n}" for n in steps), *(f"retrieval@{n}" for n in steps)]
+    head = [title, *(f"excess@{n}" for n in steps), *(f"retrieval@{n}" for n in steps)]
     rows = []
     for name, figures in runs.items():
         cells = [cell(figures, "excess", f"student@{n}", ".0f") for n in steps]
         cells += [cell(figures, "retrieval", f"student@{n}", ".3f") for n in steps]
         rows.append([name, *cells])
     return tables.markdown(head, rows)
+
+
+def report(runs: dict[str, list[dict[str, Any]]], steps: tuple[int, ...], title: str, judged_at: int) -> str:
+    """Returns the figures of all entries on validation captions, and those of the best one on test captions.
+
+    Args:
+        title: of the first column.
+        judged_at: steps at which the best one is chosen, by its mean excess.
+    """
+    chosen = best(runs, judged_at)
+    return "\n".join(
+        (
+            "On validation captions, to choose by:\n",
+            table(runs, steps, title, CHOOSING),
+            f"`{chosen}` has the smallest excess at {judged_at} steps. On test captions, to report:\n",
+            table({chosen: runs[chosen]}, steps, title, REPORTING),
+        )
+    )
 
 
 def main() -> None:
@@ -109,7 +125,7 @@ def main() -> None:
         changes = {"objective": objective, "seed": seed} | ({"steps": options.steps} if options.steps else {})
         runs[objective].append(run(settings, options.model, changes, cache, work))
     steps = settings.evaluation_for(options.model).student_steps
-    text = table(runs, steps)
+    text = report(runs, steps, "objective", settings.gate.steps)
     print(text)
     write_json(options.docs / "objectives.json", runs)
     tables.write(options.docs / "objectives.md", text)

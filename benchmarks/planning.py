@@ -1,4 +1,4 @@
-"""What the sampling plan costs: python -m benchmarks.planning [--samples N] [--shards N] [--buckets N]
+"""The time of the sampling plan: python -m benchmarks.planning [--samples N] [--shards N] [--buckets N]
 
 The first batch of a plan (its shards' order, its batches' order) and the mean of those after it, for a table of shards
 of uneven sizes; figures are medians over repeats.
@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from benchmarks import tables
-from lcmlora.data.latents.sampling_plan import Plan, Shard
+from lcmlora.data.latents.sampling_plan import SamplingPlan, Shard
 
 _STEPS = 100
 
@@ -33,11 +33,11 @@ def main() -> None:
         first, later = [], []
         for repeat in range(options.repeats):
             began = time.perf_counter()
-            plan = Plan(repeat, shards, batch, lanes=lanes)
-            plan.at(0)
+            plan = SamplingPlan(repeat, shards, batch, lanes=lanes)
+            plan.batch(0)
             planned = time.perf_counter()
             for step in range(1, 1 + _STEPS):
-                plan.at(step)
+                plan.batch(step)
             first.append(1e3 * (planned - began))
             later.append(1e3 * (time.perf_counter() - planned) / _STEPS)
         used = plan.steps * batch / options.samples

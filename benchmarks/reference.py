@@ -1,4 +1,4 @@
-"""The recipe that is measured against: a step of LCM-LoRA distillation as the common training scripts take it.
+"""The reference recipe: a step of LCM-LoRA distillation as the common training scripts take it.
 
 Written from the recipe's description, with diffusers, PEFT and torch used as those scripts use them:
 
@@ -7,9 +7,9 @@ Written from the recipe's description, with diffusers, PEFT and torch used as th
 * the teacher's conditional and unconditional passes one after the other;
 * PEFT's own forward; AdamW as torch makes it, over all parameters of the UNet; `.item()` of the loss in every step.
 
-Of their mistakes those are mended that would make it faster or slower than the recipe is: gradients are really clipped
-(there the list of parameters is empty by then), autocast has the precision that was asked for (there fp16), and of
-many processes only one is measured. What an optional loader, logger or launcher costs is left out, in its favour.
+Errors of those scripts that change their speed are corrected: gradients are clipped (there the list of parameters is
+empty by then), autocast has the precision of the settings (there fp16), and only one process is measured. The costs of
+optional loaders, loggers and launchers are left out, in the recipe's favour.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Reference:
         self, base: bases.LoadedBase, teacher: bases.LoadedBase, settings: Distill, dtype: torch.dtype
     ) -> None:
         """Args:
-        base: becomes the student; its UNet in fp32, VAE and text encoders, if they are to run, in `dtype`.
+        base: becomes the student; its UNet in fp32, VAE and text encoders, if there are any, in `dtype`.
         teacher: the same base again.
-        dtype: of autocast; fp32 is without.
+        dtype: of autocast; with fp32 there is none.
         """
         self.base, self.teacher, self._settings, self._dtype = base, teacher, settings, dtype
         lora.inject(base.network, settings.rank, settings.alpha, settings.seed)
@@ -56,7 +56,7 @@ class Reference:
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
         conditioning = self.base.encode_text(captions)
         kept = {name: value for name, value in batch.conditioning.items() if name not in conditioning}
-        return Batch(batch.places, z, batch.noise, batch.index, batch.w, batch.u, conditioning | kept)
+        return Batch(batch.sample_indices, z, batch.noise, batch.index, batch.w, batch.u, conditioning | kept)
 
     def step(self, batch: Batch, unconditional: Conditioning) -> Tensor:
         """Trains on the batch and returns the loss of each sample, (B,)."""
@@ -71,8 +71,8 @@ class Reference:
             x0, noise = (solver.guide(*pair, batch.w) for pair in ((x0, x0_without), (noise, noise_without)))
             x_prev = self.base.schedule.state(x0, noise, t_prev)
             x0, _ = self._predict(self.base, x_prev, t_prev, batch.conditioning)
-            aim = solver.consistency(x_prev, x0, t_prev)
-        losses = self._weight[batch.index] * pseudo_huber(online, aim, self._settings.huber_c)
+            target = solver.consistency(x_prev, x0, t_prev)
+        losses = self._weight[batch.index] * pseudo_huber(online, target, self._settings.huber_c)
         loss = losses.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._trained, self._settings.max_grad_norm)
@@ -83,7 +83,7 @@ class Reference:
         return losses.detach()
 
     def _predict(self, base: bases.LoadedBase, x: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
-        """Returns what the base says of x (B, C, h, w) at t (B,)."""
+        """Returns the base's prediction for x (B, C, h, w) at t (B,)."""
         with torch.autocast(x.device.type, self._dtype, enabled=self._dtype != torch.float32):
             output = base.predict(x, t, conditioning)
         return base.schedule.prediction(output, x, t)

@@ -1,14 +1,13 @@
-"""Training from a bucket beside training from this disk: python -m benchmarks.remote [--pictures 8000] [--json FILE]
+"""Training from a bucket against training from a folder: python -m benchmarks.remote [--pictures 8000] [--json FILE]
 
-Latents of the model's shape, random, lie in a SeaweedFS server of this machine and, the same, in a folder. The budget
-of disk for those of the bucket is a tenth of them. The two take steps of a distillation in turns; the figure is the
-median over the turns of how long the bucket's take, relative to the folder's, with the range.
+Random latents of the model's shape are in a SeaweedFS server on this machine, and the same ones in a folder. Those of
+the bucket may take a tenth of their size on disk. The two take steps of a distillation in turns. The figure is the time
+of the bucket's steps relative to the folder's, the median over the turns with the range.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ import torch
 
 from benchmarks import tables
 from lcmlora import bases, config
-from lcmlora.data.latents.cache import MANIFEST, ROWS, TEXT, VERSION, LatentCache
+from lcmlora.data.latents.cache import MANIFEST, UNCONDITIONAL, VERSION, LatentCache, Manifest
 from lcmlora.data.latents.store import Store
 from lcmlora.distillation.loss import Distillation, equip, samples
 from lcmlora.io.files import atomic_folder, write_json
@@ -45,26 +44,27 @@ def make(base: bases.LoadedBase, folder: Path, pictures: int, rows: int, place: 
         }
         store.save_shard(name, tensors, "random")
     text = base.encode_text([f"subject {number}" for number in range(20)])
-    store.save(TEXT, text | {f"unconditional.{name}": value for name, value in base.unconditional().items()})
-    manifest: dict[str, Any] = {
-        "version": VERSION,
-        "model": base.name,
-        "kind": base.family.name,
-        "pictures": rows * len(names),
-        "latent_shape": list(base.latent_shape),
-        "resolution": base.resolution,
-        "fingerprint": "random",
-        "shards": [store.done[name] for name in names],
-        "text": store.done[TEXT],
-    }
-    if place:
-        store.save(ROWS, store.small_rows(names))
-        manifest |= {"at": place, "rows": store.done[ROWS]}
+    unconditional = {f"{UNCONDITIONAL}{name}": value for name, value in base.unconditional().items()}
+    store.save_text(text | unconditional, captions=20, cut=0)
+    assert store.text is not None
+    manifest = Manifest(
+        version=VERSION,
+        model=base.name,
+        kind=base.family.name,
+        pictures=rows * len(names),
+        latent_shape=base.latent_shape,
+        resolution=base.resolution,
+        fingerprint="random",
+        shards=[store.shards[name] for name in names],
+        text=store.text,
+        rows=store.save_rows(names) if place else None,
+        at=place,
+    )
     with atomic_folder(folder) as out:
         for path in store.files.iterdir():
             path.rename(out / path.name)
-        (out / MANIFEST).write_text(json.dumps(manifest))
-    return sum(entry["bytes"] for entry in manifest["shards"])
+        manifest.write(out / MANIFEST)
+    return sum(shard.bytes for shard in manifest.shards)
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def measure(settings: config.Config, options: argparse.Namespace, work: Path, ro
     """Returns the figures."""
     model = options.model
     device = bases.pick_device("auto")
-    # A window is half of the budget: the next one's shards come while it is read.
+    # A window takes half of the budget, so that the next one's shards can be fetched while it is read.
     distillation = settings.distill_for(model).model_copy(update={"window": options.pictures // 25})
     dtype = bases.pick_dtype(distillation.precision, device)
 
@@ -117,14 +117,14 @@ def measure(settings: config.Config, options: argparse.Namespace, work: Path, ro
     }
     base = load("network")
     optimization = equip(base, distillation)
-    lesson = Distillation(base, caches["here"].unconditional(), distillation)
+    distillation_loss = Distillation(base, caches["here"].unconditional(), distillation)
     streams = {name: samples(cache, torch.arange(len(cache)), distillation, device) for name, cache in caches.items()}
     seconds: dict[str, list[float]] = {name: [] for name in streams}
     for turn in range(options.turns + 1):
         for name in sorted(streams, reverse=turn % 2 == 0):
             began = time.perf_counter()
             for step in range(turn * options.steps, (turn + 1) * options.steps):
-                _, norm = take_step(lesson, optimization, streams[name], distillation, step)
+                _, norm = take_step(distillation_loss, optimization, streams[name], distillation, step)
             norm.item()
             if turn:
                 seconds[name].append(time.perf_counter() - began)

@@ -28,7 +28,8 @@ from unittest import mock
 import yaml
 
 from benchmarks import costs, tables
-from lcmlora import config, registry, resolved
+from lcmlora import config, registry
+from lcmlora.dvc_files import resolved
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import record
 from lcmlora.io.files import write_json
@@ -50,9 +51,6 @@ def _median(action: Callable[[], object], repeats: int = _REPEATS) -> float:
         action()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
-
-
-# --- the cache ----------------------------------------------------------------------------------------------------
 
 
 class _Memory:
@@ -85,11 +83,11 @@ class _Memory:
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
 
 
-def encode_pictures(samples: int, root: Path) -> dict[str, float]:
+def measure_encode(samples: int, root: Path) -> dict[str, float]:
     """Encodes so many pictures, which are one tiny picture under 8 captions."""
     import torch
 
-    from lcmlora.data.latents.encode import encode
+    from lcmlora.data.latents.encode import encode_latents
     from lcmlora.data.sources.source import Record, write_records
     from tests.data.conftest import add, data_in, picture
     from tests.support.distillation import load_parts
@@ -106,7 +104,7 @@ def encode_pictures(samples: int, root: Path) -> dict[str, float]:
 
     def run(name: str) -> None:
         settings = config.Encode(batch=64, shard_mb=1, device="cpu")
-        encode(base, data_in(root / "in"), settings, root / name, root / "scratch", root / name / "latents")
+        encode_latents(base, data_in(root / "in"), settings, root / name, root / "scratch", root / name / "latents")
 
     make(samples, "many")
     make(_FEW, "few")
@@ -117,19 +115,19 @@ def encode_pictures(samples: int, root: Path) -> dict[str, float]:
     return {"samples": samples, "seconds": time.perf_counter() - began, "peak": memory.peak}
 
 
-def read_cache(samples: int, root: Path) -> dict[str, float]:
-    """Draws batches from the mapped cache that `encode_pictures` left."""
+def measure_reading(samples: int, root: Path) -> dict[str, float]:
+    """Draws batches from the mapped cache that `measure_encode` left."""
     import torch
 
     from lcmlora.data.latents.cache import LatentCache
-    from lcmlora.training.batches import Batches, split
+    from lcmlora.training.batches import Batches, split_rows
     from tests.support.distillation import SETTINGS
 
     torch.set_num_threads(1)
 
     def run(name: str) -> LatentCache:
         cache = LatentCache(root / name / "latents", ram_bytes=0)
-        rows, _ = split(cache, SETTINGS)
+        rows, _ = split_rows(cache, SETTINGS)
         batches = Batches(cache, rows, SETTINGS.model_copy(update={"batch": 64}), torch.device("cpu"), grid=50)
         for step in range(200):
             batches.draw(step)
@@ -137,12 +135,12 @@ def read_cache(samples: int, root: Path) -> dict[str, float]:
 
     run("few")
     with _Memory() as memory:
-        shards = run("many").manifest["shards"]
-    size = sum(entry["bytes"] for entry in shards)
+        shards = run("many").manifest.shards
+    size = sum(shard.bytes for shard in shards)
     return {"samples": samples, "shards": len(shards), "bytes": size, "peak": memory.peak}
 
 
-def prepare_pictures(samples: int, root: Path) -> dict[str, float]:
+def measure_prepare(samples: int, root: Path) -> dict[str, float]:
     """Prepares so many distinct pictures, of 16 to 39 pixels, with a caption each."""
     from lcmlora.data.prepare import prepare_pictures
     from tests.data.conftest import add, data_in, picture
@@ -156,7 +154,7 @@ def prepare_pictures(samples: int, root: Path) -> dict[str, float]:
     return {"samples": samples, "seconds": time.perf_counter() - began, "peak": memory.peak}
 
 
-_WORK = {"encode": encode_pictures, "read": read_cache, "prepare": prepare_pictures}
+_WORK = {"encode": measure_encode, "read": measure_reading, "prepare": measure_prepare}
 
 
 def _in_a_process(work: str, samples: int, root: str) -> dict[str, float]:
@@ -206,9 +204,6 @@ def show_cache(found: dict[str, Any]) -> str:
     )
 
 
-# --- the registry -------------------------------------------------------------------------------------------------
-
-
 def _fill(settings: config.Registry, figures: dict[str, float]) -> float:
     """Registers versions as `registration` does, without artifacts; returns the seconds that it took."""
     from mlflow.entities import Metric
@@ -224,11 +219,11 @@ def _fill(settings: config.Registry, figures: dict[str, float]) -> float:
             client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in figures.items()])
             facts = {"base": "bases/emoji", "gate": "passed", "features": "efficientnet-lite0", "data_digest": "d" * 64}
             facts |= {"sha256": _digest(model, number), "objective": "tcd" if model % 2 else "lcm"}
-            tags = facts | dict([events.tag("registered"), events.tag("passed")])
+            tags = facts | dict([events.event_tag("registered"), events.event_tag("passed")])
             client.create_model_version(name, f"runs:/{run_id}/model", run_id, tags=tags)
         found = registry.versions(settings, name)
         for version in reversed(found[:2]):
-            promotion.assign(version, settings, reason="passed the gate")
+            promotion.promote_passed(version, settings, reason="passed the gate")
     return time.perf_counter() - began
 
 
@@ -289,9 +284,6 @@ def show_registry(found: dict[str, Any]) -> str:
         f"Lookups among {found['versions']:,} versions of {found['models']} models, with {found['figures']} figures "
         f"each, in ms (a version takes {size / 1e3:.0f} KB in sqlite).\n\n{tables.markdown(['', *places], rows)}"
     )
-
-
-# --- DVC ----------------------------------------------------------------------------------------------------------
 
 
 def _run_dvc(root: Path, *arguments: str) -> float:
@@ -364,9 +356,6 @@ def show_dvc(found: dict[str, Any]) -> str:
     )
 
 
-# --- releases -----------------------------------------------------------------------------------------------------
-
-
 def measure_publish() -> dict[str, Any]:
     from botocore.httpsession import URLLib3Session
 
@@ -392,20 +381,22 @@ def measure_publish() -> dict[str, Any]:
             to = config.Publish(to="s3://releases/team", endpoint_url=server.endpoint, region=REGION)
             sha256 = bundle.digest(folder)
             steps: dict[str, Callable[[], object]] = {
-                "publish": lambda: publish.publish(folder, "emoji", to),
-                "point a channel": lambda: publish.point("emoji", sha256, to),
-                "publish again": lambda: publish.publish(folder, "emoji", to),
-                "point again": lambda: publish.point("emoji", sha256, to),
-                "find": lambda: catalog.find("emoji@champion", to),
-                "list": lambda: catalog.releases(to),
-                "download the adapter": lambda: catalog.pull("emoji@champion", to, Path(root, "out"), everything=False),
+                "publish": lambda: publish.publish_release(folder, "emoji", to),
+                "point a channel": lambda: publish.point_channel("emoji", sha256, to),
+                "publish again": lambda: publish.publish_release(folder, "emoji", to),
+                "point again": lambda: publish.point_channel("emoji", sha256, to),
+                "find": lambda: catalog.find_release("emoji@champion", to),
+                "list": lambda: catalog.list_releases(to),
+                "download the adapter": lambda: catalog.pull_release(
+                    "emoji@champion", to, Path(root, "out"), everything=False
+                ),
             }
             with mock.patch.object(URLLib3Session, "send", counting):
                 for name, step in steps.items():
                     counted.clear()
                     step()
                     requests[name] = dict(counted)
-            entries = catalog.releases(to)[0]
+            entries = catalog.list_releases(to)[0]
         finally:
             server.kill()
     return {"requests": requests, "objects": entries.files, "bytes": entries.bytes}

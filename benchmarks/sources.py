@@ -1,10 +1,10 @@
-"""What a distillation learns from, at equal wall-clock time: python -m benchmarks.sources [--seconds 200] ...
+"""Pictures against prompts as training data, at equal wall-clock time: python -m benchmarks.sources [--seconds 200] ...
 
-The same captions come as real pictures and as prompts without any. From prompts the teacher fills the cache, and its
-time for that counts, as does the VAE's for pictures; what is left of the seconds is for steps, whose cost is measured
-first, the kinds of step taking turns. Otherwise the settings are those of params.yaml, and the evaluation is
-`evaluate`'s on captions that neither has seen. A run that is finished is kept in --scratch and not repeated. Writes
-docs/sources.json and the tables in docs/sources.md. Run `dvc repro encode@MODEL reference@MODEL` first.
+The same captions come with real pictures, and as prompts alone. The time that filling the latent cache takes, by the
+VAE or by teacher rollouts, is part of the seconds; the rest is for steps, whose time is measured first, in turns. All
+other settings are those of params.yaml. The evaluation is that of `evaluate`, on captions that no run has trained on:
+validation captions to choose by, test captions to report on. A finished run is kept in --scratch and not repeated.
+Writes docs/sources.json and the tables in docs/sources.md. Run `dvc repro encode@MODEL reference@MODEL` first.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from benchmarks import objectives, tables
 from lcmlora import bases, config
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.encode import encode
-from lcmlora.data.sources.source import find, read_records, write_records
+from lcmlora.data.latents.encode import encode_latents
+from lcmlora.data.sources.source import read_records, survey, write_records
 from lcmlora.distillation.loss import Distillation, equip, samples
 from lcmlora.io.files import write_json
 from lcmlora.training.loop import take_step
@@ -40,8 +40,8 @@ PICTURES = "real pictures"
 def fill(settings: config.Config, model: str, work: Path, *, pictures: bool) -> tuple[LatentCache, float]:
     """Returns the cache of the training captions, made once, and the seconds that it took."""
     work.mkdir(parents=True, exist_ok=True)
-    known, out = work / "seconds.json", work / "latents"
-    if not known.exists():
+    seconds_file, out = work / "seconds.json", work / "latents"
+    if not seconds_file.exists():
         listed = read_records(Path("data/pictures/train.jsonl"))
         data = settings.data
         if pictures:
@@ -50,7 +50,7 @@ def fill(settings: config.Config, model: str, work: Path, *, pictures: bool) -> 
             (work / "prompts.txt").write_text("\n".join(dict.fromkeys(r.caption for r in listed)) + "\n")
             changes = {"source": "prompts", "path": str(work / "prompts.txt")}
             data = type(data).model_validate(data.model_dump() | changes)
-            write_records(work / "train.jsonl", find(data)[0])
+            write_records(work / "train.jsonl", survey(data).records)
         device = bases.pick_device("auto")
         base = bases.load(
             model,
@@ -61,16 +61,16 @@ def fill(settings: config.Config, model: str, work: Path, *, pictures: bool) -> 
             parts=("vae" if pictures else "network", "text"),
         )
         began = time.monotonic()
-        encode(base, data, settings.encode_for(model), work, work / "scratch", out)
-        write_json(known, {"seconds": time.monotonic() - began})
-    return LatentCache(out), json.loads(known.read_text())["seconds"]
+        encode_latents(base, data, settings.encode_for(model), work, work / "scratch", out)
+        write_json(seconds_file, {"seconds": time.monotonic() - began})
+    return LatentCache(out), json.loads(seconds_file.read_text())["seconds"]
 
 
 def paces(
     settings: config.Config, model: str, caches: dict[str, LatentCache], turns: int
 ) -> dict[str, dict[str, float]]:
-    """Returns for each kind the median seconds of a step, and what it takes of a step on real pictures: the median
-    over the turns and the quartiles."""
+    """Returns for each kind the median seconds of a step, and their ratio to a step on real pictures: the median over
+    the turns and the quartiles."""
     steps = {}
     for kind, changes in KINDS.items():
         plain = settings.distill_for(model)
@@ -85,9 +85,9 @@ def paces(
             parts=("network",),
         )
         optimization, cache = equip(base, distillation), caches[kind]
-        lesson = Distillation(base, cache.unconditional(), distillation)
+        distillation_loss = Distillation(base, cache.unconditional(), distillation)
         steps[kind] = (
-            lesson,
+            distillation_loss,
             optimization,
             samples(cache, torch.arange(len(cache)), distillation, device),
             distillation,
@@ -103,7 +103,7 @@ def paces(
                 taken[kind].append((time.perf_counter() - began) / 4)
     found = {}
     for kind, seconds in taken.items():
-        ratios = [mine / theirs for mine, theirs in zip(seconds, taken[PICTURES], strict=True)]
+        ratios = [own / on_pictures for own, on_pictures in zip(seconds, taken[PICTURES], strict=True)]
         lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
         found[kind] = {"seconds": statistics.median(seconds), "ratio": median, "lower": lower, "upper": upper}
     return found
@@ -112,7 +112,7 @@ def paces(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="emoji")
-    parser.add_argument("--seconds", type=float, default=200.0, help="for filling the cache and distilling")
+    parser.add_argument("--seconds", type=float, default=200.0, help="of filling the cache and distilling")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--turns", type=int, default=60, help="in which the steps are timed")
     parser.add_argument("--scratch", type=Path, default=Path("scratch/sources"))
@@ -155,7 +155,7 @@ def main() -> None:
             for kind in KINDS
         ],
     )
-    text += "\n" + objectives.table(runs, (1, 2, 4, 8), "learned from")
+    text += "\n" + objectives.report(runs, (1, 2, 4, 8), "learned from", settings.gate.steps)
     print(text)
     facts = {"seconds": options.seconds, "paces": pace, "filled": {kind: filled[kind][1] for kind in KINDS}}
     write_json(options.docs / "sources.json", facts | {"latents": {k: len(filled[k][0]) for k in KINDS}, "runs": runs})

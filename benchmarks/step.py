@@ -1,8 +1,8 @@
-"""What a distillation step costs, phase by phase, as shares of one run: python -m benchmarks.step [MODEL] [--batch B].
+"""The time of each phase of a distillation step: python -m benchmarks.step [MODEL] [--batch B]
 
-Phases are timed in turn within each repeat, so a machine that slows down slows them all; figures are medians. The base
-is read from bases/MODEL; latents and text are random, since no phase's cost depends on their values. Operations are
-what torch is told to do, without views: on a GPU each is a kernel or a few, and its host has to launch them.
+Phases take turns within each repeat, so a machine that slows down slows them all; figures are medians. The base is read
+from bases/MODEL. Latents are random, since no phase's cost depends on their values. Operations are counted without
+views: on a GPU each is one kernel or a few, which the host has to launch.
 """
 
 from __future__ import annotations
@@ -25,21 +25,100 @@ from lcmlora.training import execution
 from lcmlora.training.batches import Batch
 from lcmlora.training.optimization import Optimization
 
-
-def _conditioning(base: bases.LoadedBase, rows: int) -> bases.Conditioning:
-    captions = base.encode_text(["red apple"])
-    wide = {name: value.expand(rows, *value.shape[1:]).contiguous() for name, value in captions.items()}
-    return wide | base.micro_conditioning(rows=rows)
+_UNIT = "base forward (F0)"  # the phase that the others are compared with
 
 
 class _Operations(TorchDispatchMode):
-    """Counts them."""
+    """Counts the operations that torch carries out, without views."""
 
     count = 0
 
     def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         self.count += not op.is_view
         return op(*arguments, **options or {})
+
+
+class _Step:
+    """A distillation step and its phases.
+
+    Args:
+        options: of the command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        settings = config.load(Path("params.yaml"))
+        distill = settings.distill_for(options.model)
+        self.batch = options.batch or distill.batch
+        self.device = device = bases.pick_device(distill.device)
+        self.base = base = bases.load(
+            options.model,
+            settings.base(options.model),
+            Path("bases", options.model),
+            device=device,
+            dtype=bases.pick_dtype(options.precision or distill.precision, device),
+            parts=("network", "text"),
+        )
+        parameters = lora.inject(base.network, distill.rank, distill.alpha, distill.seed)
+        if not options.peft:
+            LoraForwards(merged=False if options.unmerged else None).install(base.network)
+        execution.recompute(base.network, distill.checkpointing)
+        self._optimization = Optimization(parameters, distill)
+        self._distillation = Distillation(base, base.unconditional(), distill)
+        self._samples = self._random_samples(distill)
+
+    def _random_samples(self, distill: config.Distill) -> Batch:
+        z = torch.randn(self.batch, *self.base.latent_shape, device=self.device)
+        index = torch.arange(self.batch, device=self.device) % distill.grid
+        w = torch.full((self.batch,), distill.w_min, device=self.device)
+        u = torch.rand(self.batch, 2, device=self.device)
+        caption = self.base.encode_text(["red apple"])
+        captions = {name: value.expand(self.batch, *value.shape[1:]).contiguous() for name, value in caption.items()}
+        conditioning = captions | self.base.micro_conditioning(rows=self.batch)
+        return Batch(range(self.batch), z, torch.randn_like(z), index, w, u, conditioning)
+
+    def whole(self) -> None:
+        """Takes the step."""
+        self._optimization.backward(self._distillation.losses(self._samples).mean())
+        self._optimization.step(0)
+
+    def phases(self) -> dict[str, Callable[[], object]]:
+        """Returns the phases by name, the forward of the base alone first."""
+        base, teacher, samples = self.base, self._distillation.teacher, self._samples
+        z, conditioning = samples.z, samples.conditioning
+        t, t_prev = teacher.t[samples.index], teacher.t_prev[samples.index]
+
+        def base_forward() -> None:
+            with torch.no_grad(), lora.disabled(base.network):
+                base.predict(z, t, conditioning)
+
+        def adapted_forward() -> None:
+            with torch.no_grad():
+                base.predict(z, t, conditioning)
+
+        def student() -> None:
+            self._distillation.student(z, t, conditioning).x0.square().mean().backward()
+
+        return {
+            _UNIT: base_forward,
+            "adapted forward": adapted_forward,
+            "teacher step, guided": lambda: teacher.step(z, t, t_prev, samples.w, conditioning),
+            "student forward + backward": student,
+            "whole step": self.whole,
+        }
+
+
+def _timed(phases: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Returns the seconds of each phase in each repeat, after one that warms up."""
+    times: dict[str, list[float]] = {name: [] for name in phases}
+    for repeat in range(repeats + 1):
+        for name, run in phases.items():
+            began = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:
+                times[name].append(time.perf_counter() - began)
+    return times
 
 
 def main() -> None:
@@ -54,73 +133,20 @@ def main() -> None:
     parser.add_argument("--peft", action="store_true", help="run the adapter as PEFT does")
     options = parser.parse_args()
 
-    settings = config.load(Path("params.yaml"))
-    distill = settings.distill_for(options.model)
-    batch = options.batch or distill.batch
-    device = bases.pick_device(distill.device)
-    base = bases.load(
-        options.model,
-        settings.base(options.model),
-        Path("bases", options.model),
-        device=device,
-        dtype=bases.pick_dtype(options.precision or distill.precision, device),
-        parts=("network", "text"),
-    )
-    parameters = lora.inject(base.network, distill.rank, distill.alpha, distill.seed)
-    if not options.peft:
-        LoraForwards(merged=False if options.unmerged else None).install(base.network)
-    execution.recompute(base.network, distill.checkpointing)
-    optimization = Optimization(parameters, distill)
-    distillation = Distillation(base, base.unconditional(), distill)
-    conditioning = _conditioning(base, batch)
-    z = torch.randn(batch, *base.latent_shape, device=device)
-    index = torch.arange(batch, device=device) % distill.grid
-    w = torch.full((batch,), distill.w_min, device=device)
-    sample = Batch(range(batch), z, torch.randn_like(z), index, w, torch.rand(batch, 2, device=device), conditioning)
-    teacher = distillation.teacher
-    t, t_prev = teacher.t[index], teacher.t_prev[index]
-
-    def plain() -> None:
-        with torch.no_grad(), lora.disabled(base.network):
-            base.predict(z, t, conditioning)
-
-    def adapted() -> None:
-        with torch.no_grad():
-            base.predict(z, t, conditioning)
-
-    def whole() -> None:
-        optimization.backward(distillation.losses(sample).mean())
-        optimization.step(0)
-
-    def student() -> None:
-        distillation.student(z, t, conditioning).x0.square().mean().backward()
-
-    phases: dict[str, Callable[[], object]] = {
-        "base forward (F0)": plain,
-        "adapted forward": adapted,
-        "teacher step, guided": lambda: teacher.step(z, t, t_prev, w, conditioning),
-        "student forward + backward": student,
-        "whole step": whole,
-    }
-    times: dict[str, list[float]] = {name: [] for name in phases}
-    for repeat in range(options.repeats + 1):
-        for name, run in phases.items():
-            began = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat:  # the first one warms up
-                times[name].append(time.perf_counter() - began)
+    step = _Step(options)
+    times = _timed(step.phases(), options.repeats, step.device)
     with _Operations() as operations:
-        whole()
-    threads = torch.get_num_threads()
-    print(f"{options.model}: batch {batch}, {base.dtype}, {device}, {threads} threads, median of {options.repeats}")
-    _show(times, batch)
+        step.whole()
+    print(
+        f"{options.model}: batch {step.batch}, {step.base.dtype}, {step.device}, {torch.get_num_threads()} threads, "
+        f"median of {options.repeats}"
+    )
+    _show(times, step.batch)
     print(f"  operations of a whole step: {operations.count}")
 
 
 def _show(times: dict[str, list[float]], batch: int) -> None:
-    unit = statistics.median(times["base forward (F0)"])
+    unit = statistics.median(times[_UNIT])
     for name, seconds in times.items():
         middle = statistics.median(seconds)
         print(f"  {name:28s} {1e3 * middle:9.1f} ms  {middle / unit:6.2f} F0  {batch / middle:8.1f} pictures/s")

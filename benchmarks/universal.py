@@ -1,4 +1,4 @@
-"""What a study found, as docs/universal.md has it: python -m benchmarks.universal [emoji]
+"""The results of a study as the tables of docs/universal.md: python -m benchmarks.universal [emoji]
 
 Reads study/MODEL/study.json, which `dvc repro study@MODEL` writes where params.yaml has the model under `study.models`.
 Writes docs/universal.json and the tables in docs/universal.md.

@@ -1,9 +1,9 @@
-"""What each way of executing a step is worth: python -m benchmarks.variants [MODEL] [--only NAME ...]
+"""The time of a step with one thing changed: python -m benchmarks.variants [MODEL] [--only NAME ...]
 
-Each variant changes one thing in lcmlora's step as it is. It takes turns with the step as it is, on the same samples,
-in the same process; its figure is how long it takes relative to that, the median over the turns with the range. Above 1
-it is slower: what it leaves out is worth that much. Below 1 it is something to take up, or already an option. With
---gradients it also says how far each one's gradient is from that of the step in fp32, by its norm.
+Each variant changes one thing in lcmlora's step. Both take turns on the same samples in the same process. The figure is
+the variant's time relative to that of the unchanged step, the median over the turns with the range. Above 1 the variant
+is slower: what it leaves out saves that much. Below 1 it is worth adopting, or is an option already. --gradients also
+prints how far each variant's gradient is from that of the step in fp32, relative to its norm.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.compare import Case, make_case
 from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.bases.families import Conditioning
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion.teacher import Teacher
 from lcmlora.diffusion.teacher_cache import TeacherCache
@@ -44,7 +44,7 @@ from lcmlora.training.optimization import Optimization
 
 @dataclass
 class Step:
-    """A step with a base of its own."""
+    """A step with a base of its own; calling it with a number takes that step."""
 
     distillation: Distillation
     parameters: list[nn.Parameter]
@@ -62,8 +62,10 @@ class Step:
             losses.mean().item()
 
     def gradient(self) -> Tensor:
-        """Returns the adapter's gradient of a weighted sum of the student's outputs, flat, on the first step's samples
-        and from weights of A and B away from where they start: there B is zero, and with it A's gradient."""
+        """Returns the adapter's gradient of a weighted sum of the student's outputs on the first step's samples, flat.
+
+        A and B are moved away from their initial values: B is zero there, and so is A's gradient.
+        """
         random, batch = torch.Generator().manual_seed(0), self.batches.draw(0)
         kept = [parameter.detach().clone() for parameter in self.parameters]
         with torch.no_grad():
@@ -83,7 +85,7 @@ class Step:
 
 @dataclass
 class Build:
-    """The parts of a step, before something is changed."""
+    """Builds steps, as lcmlora takes them or with something changed."""
 
     case: Case
     device: torch.device
@@ -96,7 +98,7 @@ class Build:
         *,
         forwards: str = "direct",
         teacher: type[Teacher] | None = None,
-        remembered: TeacherCache | None = None,
+        teacher_cache: TeacherCache | None = None,
         optimization: Callable[..., Any] = Optimization,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         dtype: torch.dtype | None = None,
@@ -118,9 +120,9 @@ class Build:
         execution.recompute(base.network, settings.checkpointing)
         prepare(base.network)
         if self.compiled:
-            execution.compiled(base.network)
+            execution.compile_network(base.network)
         optimizing = optimization(parameters, settings)
-        distillation = Distillation(base, self.cache.unconditional(), settings, remembered)
+        distillation = Distillation(base, self.cache.unconditional(), settings, teacher_cache)
         if teacher is not None:
             distillation.teacher = teacher(base, self.cache.unconditional(), settings.grid)
         batches = samples(self.cache, torch.arange(len(self.cache)), settings, self.device)
@@ -128,16 +130,18 @@ class Build:
 
 
 class _TwoPasses(Teacher):
-    """Guidance in one pass after the other."""
+    """Guidance by two forwards, one after the other."""
 
-    def _outputs(self, x: Tensor, t: Tensor, conditioning: Conditioning, places: range | None) -> tuple[Tensor, Tensor]:
+    def _outputs(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, samples: range | None
+    ) -> tuple[Tensor, Tensor]:
         no_text = conditioning | {k: v.expand_as(conditioning[k]) for k, v in self._unconditional.items()}
         with lora.disabled(self._base.network):
             return self._base.predict(x, t, conditioning), self._base.predict(x, t, no_text)
 
 
 class _Unfused:
-    """torch's AdamW as it comes, over the adapter's tensors one by one."""
+    """torch's AdamW with its defaults, over the adapter's tensors one by one."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], settings: Any) -> None:
         self._parameters, self._settings = list(parameters.values()), settings
@@ -162,7 +166,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Alone(Step):
+class _OneThread(Step):
     """On one thread."""
 
     def __call__(self, number: int) -> None:
@@ -177,8 +181,8 @@ def _channels_last(unet: Any) -> None:
     )
 
 
-def _derived_anew(unet: nn.Module) -> None:
-    """W + scale B A twice for the target and once for the student, which is as often as where no pass shared it."""
+def _weights_not_shared(unet: nn.Module) -> None:
+    """Computes W + scale B A in each forward, as if no two forwards could share it."""
 
     def expire(*_: object) -> None:
         for each in lora_forwards.derived(unet):
@@ -191,31 +195,31 @@ def _pointwise_convolutions() -> AbstractContextManager[object]:
     return mock.patch.object(lora_forwards, "_pointwise", nn.functional.conv2d)
 
 
-def _walking(unet: Any) -> None:
-    """diffusers' own `dtype` and attention, which walk through modules and signatures."""
+def _own_attention(unet: Any) -> None:
+    """diffusers' own `dtype` and attention, which inspect modules and signatures in each forward."""
     DirectAttention().undo(unet)
     unet.register_forward_pre_hook(lambda *_: unet.dtype and None)
 
 
-def variants(build: Build, folder: Path) -> dict[str, Callable[[], Step]]:
-    """Returns what there is to try, by name; each makes its step when it is called."""
+def changed_steps(build: Build, folder: Path) -> dict[str, Callable[[], Step]]:
+    """Returns the variants by name; each builds its step when it is called."""
     kind = build.device.type
     size = build.case.distill.batch * 10_000
 
-    def remembering() -> Step:
+    def with_teacher_cache() -> Step:
         channels, height, width = build.cache.latent_shape
         kept = TeacherCache(folder / "teacher", (channels, height, width), build.dtype, size, 10**12)
-        return build.step(remembered=kept)
+        return build.step(teacher_cache=kept)
 
     found: dict[str, Callable[[], Step]] = {
-        "teacher cached by an earlier run": remembering,
+        "teacher cached by an earlier run": with_teacher_cache,
         "guidance in two passes": lambda: build.step(teacher=_TwoPasses),
         "PEFT's forward": lambda: build.step(forwards="peft"),
         "adapter beside its layer": lambda: build.step(forwards="beside"),
         "adapter merged into its layer's weight": lambda: build.step(forwards="merged"),
-        "the adapter's sums made anew in each pass": lambda: build.step(prepare=_derived_anew),
+        "the adapter's sums made anew in each pass": lambda: build.step(prepare=_weights_not_shared),
         "convolutions of kernel 1 as convolutions": lambda: build.step(around=_pointwise_convolutions),
-        "diffusers' own dtype and attention": lambda: build.step(prepare=_walking),
+        "diffusers' own dtype and attention": lambda: build.step(prepare=_own_attention),
         "AdamW as it comes": lambda: build.step(optimization=_Unfused),
         "the host waits for each loss": lambda: build.step(wait=True),
         "channels_last": lambda: build.step(prepare=_channels_last),
@@ -226,14 +230,14 @@ def variants(build: Build, folder: Path) -> dict[str, Callable[[], Step]]:
         "no activations recomputed": lambda: build.step(prepare=lambda unet: execution.recompute(unet, "none")),
         "bf16 by autocast": lambda: build.step(forwards="beside", around=lambda: torch.autocast(kind, torch.bfloat16)),
         "bf16 base": lambda: build.step(dtype=torch.bfloat16),
-        "bf16 base, compiled": lambda: build.step(dtype=torch.bfloat16, prepare=execution.compiled),
+        "bf16 base, compiled": lambda: build.step(dtype=torch.bfloat16, prepare=execution.compile_network),
         "bf16 base, attention in bf16": lambda: build.step(dtype=torch.bfloat16, prepare=WideAttention().undo),
         "bf16 base, adapter beside its layer": lambda: build.step(dtype=torch.bfloat16, forwards="beside"),
         "fp32 base": lambda: build.step(dtype=torch.float32),
-        "compiled": lambda: build.step(prepare=execution.compiled),
+        "compiled": lambda: build.step(prepare=execution.compile_network),
     }
     if kind == "cpu":
-        found["one thread"] = lambda: _Alone(**vars(build.step()))
+        found["one thread"] = lambda: _OneThread(**vars(build.step()))
     return found
 
 
@@ -245,12 +249,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of a turn")
     parser.add_argument("--random", action="store_true", help="random weights instead of the base's own")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="that of params.yaml by default")
-    parser.add_argument("--compile", action="store_true", help="the step as it is has its UNet compiled")
-    parser.add_argument("--gradients", action="store_true", help="how far each one's gradient is from fp32's, too")
+    parser.add_argument("--compile", action="store_true", help="compile the UNet of the unchanged step")
+    parser.add_argument("--gradients", action="store_true", help="print how far each gradient is from fp32's, too")
     parser.add_argument("--only", nargs="*", help="names of variants, or their beginnings")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
-    told: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="lcmlora-variants-") as work:
         case = make_case(
             options.model,
@@ -271,23 +275,28 @@ def main() -> None:
             else None
         )
         if exact is not None:
-            told["(the step as it is)"] = {"gradient": _distance(plain, exact)}
-        for name, make in variants(build, Path(work)).items():
+            figures["(the unchanged step)"] = {"gradient": _distance(plain, exact)}
+        for name, make in changed_steps(build, Path(work)).items():
             if options.only and not name.startswith(tuple(options.only)):
                 continue
             try:
                 changed = make()
-                told[name] = {"gradient": _distance(changed, exact)} if exact is not None else {}
-                told[name] |= _measure(plain, changed, options.repeats, options.steps, device)
+                figures[name] = {"gradient": _distance(changed, exact)} if exact is not None else {}
+                figures[name] |= _measure(plain, changed, options.repeats, options.steps, device)
             except (RuntimeError, torch.OutOfMemoryError) as error:
-                told[name] = {"failed": str(error).splitlines()[0]}
-            print(name, told[name], file=sys.stderr, flush=True)
+                figures[name] = {"failed": str(error).splitlines()[0]}
+            print(name, figures[name], file=sys.stderr, flush=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    print(_table(told))
+    print(_table(figures))
     if options.json:
-        plainly = {"batch": case.distill.batch, "dtype": str(dtype), "device": device.type, "compiled": options.compile}
-        write_json(options.json, {"model": case.model} | plainly | {"variants": told})
+        case_facts = {
+            "batch": case.distill.batch,
+            "dtype": str(dtype),
+            "device": device.type,
+            "compiled": options.compile,
+        }
+        write_json(options.json, {"model": case.model} | case_facts | {"variants": figures})
 
 
 def _distance(step: Step, exact: Tensor) -> float:
@@ -312,9 +321,9 @@ def _measure(plain: Step, changed: Step, repeats: int, steps: int, device: torch
     return {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
-def _table(told: dict[str, dict[str, Any]]) -> str:
+def _table(figures: dict[str, dict[str, Any]]) -> str:
     rows = []
-    for name, found in told.items():
+    for name, found in figures.items():
         took = (
             "{ratio:.2f} ({least:.2f} to {most:.2f})".format(**found) if "ratio" in found else found.get("failed", "")
         )
@@ -323,5 +332,5 @@ def _table(told: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    with reporting():
+    with reporting_errors():
         main()

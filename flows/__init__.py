@@ -1,4 +1,4 @@
-"""Prefect flows: the order of the tasks, what happens when one fails, and what a person is told at the end."""
+"""Prefect flows: the order of the tasks, what happens when one fails, and what is shown at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def choose(settings: Config, models: list[str] | None) -> list[str]:
-    """Returns the models to work on, by default all. Raises UserError where one is not listed in params.yaml."""
+    """Returns the named models, all of them by default. Raises UserError for one that is not in params.yaml."""
     for model in models or ():
         if model not in settings.models:
             hint = "add it there" if model in settings.bases else f"known bases: {', '.join(settings.bases)}"
@@ -20,5 +20,5 @@ def choose(settings: Config, models: list[str] | None) -> list[str]:
 
 
 def name_of(model: str) -> str:
-    """Returns the name under which a model's versions are registered."""
+    """Returns the registered model of a model's versions, such as lcm-lora-emoji."""
     return f"lcm-lora-{model.removeprefix('lcm-lora-')}"

@@ -1,7 +1,8 @@
-"""What stands before Prefect's and MLflow's servers: a request must name this machine, and come from no other page.
+"""A guard in front of Prefect's and MLflow's servers: it refuses requests that pages of other sites send.
 
-Passwords keep people out; this keeps out pages of other sites in the browser of a person who is logged in, also where
-a name of theirs points at this machine (DNS rebinding).
+Passwords keep other people out. They do not stop a page of another site in the browser of a person who is logged in,
+such as one whose domain name points to this machine (DNS rebinding). So the header Host must name this machine, and the
+header Origin must be one of the server's own pages.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-_NAMES = ("127.0.0.1", "localhost")  # the port may be another one: `ssh -L 9000:127.0.0.1:4200`
+_HOSTS = ("127.0.0.1", "localhost")  # with any port, as `ssh -L 9000:127.0.0.1:4200` changes it
 
 
-class Gate:
-    """An ASGI application that passes on what may come in, and answers 403 to the rest.
+class AccessGuard:
+    """An ASGI application that passes allowed requests on to the server, and answers 403 to the others.
 
     Args:
         app: the server.
-        origins: of pages that may ask it, beside those that it serves under the address that is asked.
+        origins: of pages that may send requests, beside those at the address that the request names.
     """
 
     def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
@@ -30,7 +31,7 @@ class Gate:
         self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reason = self._refuse(scope["headers"]) if scope["type"] in ("http", "websocket") else None
+        reason = self._refusal(scope["headers"]) if scope["type"] in ("http", "websocket") else None
         if reason is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -40,38 +41,38 @@ class Gate:
             await send({"type": "http.response.start", "status": 403, "headers": headers})
             await send({"type": "http.response.body", "body": reason.encode()})
 
-    def _refuse(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-        """Returns why a request with these headers is refused."""
-        found = [(name.lower(), value.decode("latin-1")) for name, value in headers]
-        hosts = [value for name, value in found if name == b"host"]
-        if len(hosts) != 1 or _name(hosts[0]) not in _NAMES:
-            return f"this server answers to {' and '.join(_NAMES)} only"
-        for name, value in found:
+    def _refusal(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+        """Returns why a request with these headers is refused, None where it is allowed."""
+        decoded = [(name.lower(), value.decode("latin-1")) for name, value in headers]
+        hosts = [value for name, value in decoded if name == b"host"]
+        if len(hosts) != 1 or _host_name(hosts[0]) not in _HOSTS:
+            return f"this server answers to {' and '.join(_HOSTS)} only"
+        for name, value in decoded:
             if name == b"origin" and value not in self._origins and value != f"http://{hosts[0]}":
                 return "this server answers its own pages only"
         return None
 
 
-def prefect() -> Gate:
-    """Prefect's server; a factory for uvicorn."""
+def prefect() -> AccessGuard:
+    """Returns Prefect's server behind the guard; a factory for uvicorn."""
     from tasks import prefect_internals
 
-    return Gate(prefect_internals.server(), _listed("PREFECT_SERVER_CORS_ALLOWED_ORIGINS"))
+    return AccessGuard(prefect_internals.server(), _list("PREFECT_SERVER_CORS_ALLOWED_ORIGINS"))
 
 
-def mlflow() -> Gate:
-    """MLflow's server with passwords; a factory for `mlflow server --app-name lcmlora`, which pyproject.toml names."""
+def mlflow() -> AccessGuard:
+    """Returns MLflow's server with passwords behind the guard, for `mlflow server --app-name lcmlora`."""
     from lcmlora.inference import mlflow_internals
 
-    return Gate(mlflow_internals.server_with_passwords(), _listed("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"))
+    return AccessGuard(mlflow_internals.server_with_passwords(), _list("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"))
 
 
-def _listed(variable: str) -> list[str]:
+def _list(variable: str) -> list[str]:
     return os.environ[variable].split(",")
 
 
-def _name(host: str) -> str | None:
-    """Returns the name in a Host header, without its port."""
+def _host_name(host: str) -> str | None:
+    """Returns the name in a Host header without the port, None where there is none."""
     try:
         return urlsplit(f"//{host}").hostname
     except ValueError:

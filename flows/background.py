@@ -1,4 +1,4 @@
-"""Processes that outlive the command that starts them: started, waited for, known again, ended with their children."""
+"""Background processes, which outlive the command that starts them: starting, waiting, finding and ending them."""
 
 from __future__ import annotations
 
@@ -18,39 +18,42 @@ from pydantic import BaseModel
 from flows.services import Service
 from lcmlora.errors import UserError
 
-_MARK = "LCMLORA_UP"  # in the environment of all that was started and of what that started: the part it belongs to
-_PATIENCE = 180.0  # seconds that servers may take together; on two busy cores Prefect alone has taken 40
-_GRACE = 20.0  # seconds that a part may take to end; SeaweedFS takes 15, the others 2
+_MARK = "LCMLORA_UP"  # environment variable of a service's processes and their children; its value names the service
+_TIMEOUT = 180.0  # seconds for all servers together; on two busy cores Prefect alone has taken 40
+_GRACE = 20.0  # seconds for a service to end; SeaweedFS takes 15, the others 2
 
 
-class Part(BaseModel):
-    """A process that was started."""
+class StartedProcess(BaseModel):
+    """A process that `start` has started."""
 
     pid: int
-    digest: str  # of how it was started
+    digest: str  # of its command and environment
 
 
 def start(
-    wanted: list[Service], folder: Path, parts: dict[str, Part], inherited: Callable[[str], Mapping[str, str]]
+    services: list[Service],
+    folder: Path,
+    started: dict[str, StartedProcess],
+    inherited: Callable[[str], Mapping[str, str]],
 ) -> list[Service]:
-    """Starts those that do not run, or run otherwise than wanted, and returns them without waiting for them.
+    """Starts the services that do not run, or run with other settings, and returns them without waiting for them.
 
     Args:
-        folder: keeps their logs; its parent is the project's, in which a worker runs.
-        parts: what is known to run; what is started is written into it.
-        inherited: returns the environment that the part of this name gets beside its own.
+        folder: keeps their logs. Its parent is the project's folder, in which a worker runs.
+        started: the processes that were started before, by service. The new ones are added.
+        inherited: returns the environment that a service of this name gets beside its own.
     """
-    started = []
-    for service in wanted:
+    new = []
+    for service in services:
         digest = hashlib.sha256(json.dumps([service.command, service.environment], sort_keys=True).encode()).hexdigest()
-        part = parts.get(service.name)
+        before = started.get(service.name)
         running = family(folder / service.name)
-        if part and part.digest == digest and any(process.pid == part.pid for process in running):
+        if before and before.digest == digest and any(process.pid == before.pid for process in running):
             continue
-        if part and part.digest != digest and running:
-            print(f"{service.name}: its settings have changed, so it is started anew")
-        # A run goes on without its worker, and tells the server itself how it ended; a server's children hold its port.
-        if service.name != "worker" or (part and part.digest != digest):
+        if before and before.digest != digest and running:
+            print(f"{service.name}: its settings have changed, so it is started again")
+        # The children of a dead server keep its port and must end. Those of a dead worker are runs, which may go on.
+        if service.name != "worker" or (before and before.digest != digest):
             end(folder / service.name)
         log = folder / f"{service.name}.log"
         with log.open("ab") as output:
@@ -61,31 +64,31 @@ def start(
                 stderr=subprocess.STDOUT,
                 cwd=folder.parent if service.name == "worker" else folder,
                 env={**inherited(service.name), **service.environment, _MARK: str(folder / service.name)},
-                # SeaweedFS makes sockets in the shared temporary folder, which are nobody else's; a worker's files are
-                # the project's.
+                # SeaweedFS makes sockets in the shared temporary folder, which others must not use. A worker's files
+                # belong to the project and keep the user's umask.
                 umask=-1 if service.name == "worker" else 0o077,
                 start_new_session=True,
             )
-        parts[service.name] = Part(pid=process.pid, digest=digest)
-        started.append(service)
-    return started
+        started[service.name] = StartedProcess(pid=process.pid, digest=digest)
+        new.append(service)
+    return new
 
 
-def wait(wanted: list[Service], folder: Path, parts: Mapping[str, Part]) -> None:
-    """Returns when all answer, saying so of each. Raises UserError with a log's end where one does not."""
+def wait(services: list[Service], folder: Path, started: Mapping[str, StartedProcess]) -> None:
+    """Waits until all services answer, and prints a line for each. Raises UserError with the end of a log otherwise."""
     began = time.monotonic()
-    waiting = list(wanted)
-    if not all(each.answers() for each in wanted):
-        print(f"waiting for {', '.join(each.name for each in wanted)} ...", flush=True)
+    waiting = list(services)
+    if not all(each.answers() for each in services):
+        print(f"waiting for {', '.join(each.name for each in services)} ...", flush=True)
     while waiting:
         for service in list(waiting):
-            alive = _is_alive(parts[service.name].pid)
+            alive = _is_alive(started[service.name].pid)
             if service.answers():
                 waiting.remove(service)
                 print(f"{service.name:10} answers after {time.monotonic() - began:.0f} s", flush=True)
-            elif not alive or time.monotonic() > began + _PATIENCE:
-                what = "does not answer" if alive else "has ended"
-                raise UserError(f"{service.name} {what}; .up/{service.name}.log ends with:\n{_tail(folder, service)}")
+            elif not alive or time.monotonic() > began + _TIMEOUT:
+                fault = "does not answer" if alive else "has ended"
+                raise UserError(f"{service.name} {fault}; .up/{service.name}.log ends with:\n{_tail(folder, service)}")
         time.sleep(0.2)
 
 
@@ -103,22 +106,29 @@ def _tail(folder: Path, service: Service) -> str:
 
 
 def family(*marks: Path) -> list[psutil.Process]:
-    """Returns the living processes of these parts: what `up` started, and what that started.
+    """Returns the living processes of these services: those that `start` started, and their children.
 
-    They are known by a variable in their environment, so that a process number of before a reboot misleads nobody.
+    An environment variable marks them, which is safer than process numbers: other processes have these after a reboot.
+
+    Args:
+        marks: FOLDER/NAME of each service.
     """
-    found, wanted = [], set(map(str, marks))
+    processes, services = [], set(map(str, marks))
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get(_MARK) in wanted and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+            if process.environ().get(_MARK) in services and process.status() != psutil.STATUS_ZOMBIE:
+                processes.append(process)
+    return processes
 
 
 def end(*marks: Path) -> int:
-    """Ends parts and returns how many processes they had: their groups are asked, and after a while all are killed."""
-    found = family(*marks)
-    for process in found:
+    """Ends services and returns how many processes they had. Those that do not end in time are killed.
+
+    Args:
+        marks: as for `family`.
+    """
+    processes = family(*marks)
+    for process in processes:
         with contextlib.suppress(ProcessLookupError):
             if process.pid == os.getsid(process.pid):
                 os.killpg(process.pid, signal.SIGTERM)
@@ -129,4 +139,4 @@ def end(*marks: Path) -> int:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
         time.sleep(0.1)
-    return len(found)
+    return len(processes)

@@ -1,4 +1,4 @@
-"""What `make up` keeps secret: passwords, keys and certificates, in files that only their owner can read."""
+"""The secrets of `make up`: passwords, keys and certificates, in files that only their owner can read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lcmlora.errors import UserError
 
-# Nobody renews a certificate of one machine; it starts in the past, for clocks that are wrong.
+# Nobody renews a certificate of one machine. It starts in the past, so that it is valid when the clock is wrong.
 _VALID = (datetime(2020, 1, 1), datetime(2120, 1, 1))
 
 
@@ -36,15 +36,15 @@ class Certificate:
     key: Path
 
 
-def missing(api: str) -> UserError:
-    """Returns what to tell a person whom a Prefect server has answered with 401."""
+def missing_password(api: str) -> UserError:
+    """Returns the error for a Prefect server that has answered 401."""
     return UserError(
-        f"the Prefect server at {api} asks for a password: `source .up/environment` knows that of `make up`; for "
+        f"the Prefect server at {api} asks for a password: `source .up/environment` sets that of `make up`; for "
         "another server set PREFECT_API_AUTH_STRING"
     )
 
 
-def write(path: Path, content: str) -> None:
+def write_secret(path: Path, content: str) -> None:
     """Writes a file that nobody else can read, whole or not at all."""
     temporary = path.with_name(f"{path.name}.part")
     temporary.unlink(missing_ok=True)
@@ -54,9 +54,9 @@ def write(path: Path, content: str) -> None:
 
 
 def certificate(folder: Path, host: str) -> Certificate:
-    """Returns the folder's certificate for an IP address, which is made where it is missing.
+    """Returns the folder's certificate for an IP address. It is made if it is missing.
 
-    The authority's own key is thrown away: it signs this one and no other.
+    The authority's own key is not kept, so that it signs no other certificate.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -64,7 +64,7 @@ def certificate(folder: Path, host: str) -> Certificate:
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
     made = Certificate(folder / "authority.pem", folder / "certificate.pem", folder / "key.pem")
-    if made.key.exists():  # it is written last
+    if made.key.exists():  # the last of the files that is written
         return made
 
     def begin(name: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
@@ -82,9 +82,9 @@ def certificate(folder: Path, host: str) -> Certificate:
     signed = signed.add_extension(address, critical=False)
     for path, builder in ((made.authority, authority), (made.certificate, signed)):
         content = builder.sign(root, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-        write(path, content.decode())
+        write_secret(path, content.decode())
     private = own.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    write(made.key, private.decode())
+    write_secret(made.key, private.decode())
     return made

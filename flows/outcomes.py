@@ -1,4 +1,4 @@
-"""What became of the models of one run: the table on the terminal, the name of the flow's end, and its artifacts."""
+"""The outcome of each model of a run: table on the terminal, name of the flow's end, artifacts in Prefect."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from lcmlora.config import Config
 from lcmlora.evaluation.figures import STUDENT, Key, Metrics
+from lcmlora.evaluation.gate import unmeasured_diversity
 from lcmlora.io.terminal import cell, shown
 from lcmlora.io.terminal import markdown as plain
 from lcmlora.project import Project
@@ -23,24 +24,24 @@ from lcmlora.registry import tracking
 from tasks.dvc import StageResult
 from tasks.output import slug
 
-# The flow ends with the first of these that one of its models ended with.
+# The flow ends as the first of these that one of its models ended with.
 ENDS = ("Failed", "Rejected", "Promoted", "Registered", "Reproduced", "UpToDate")
 
 _CARD = "README.md"  # of a release
-_PICTURE_BYTES = 1_000_000  # of a picture within a card; a larger one is left to the release's own page
+_PICTURE_BYTES = 1_000_000  # largest picture in a card; the report page has larger ones
 
 
 @dataclass
 class Outcome:
-    """What became of one model."""
+    """The outcome of one model, which is filled in while the flow runs."""
 
     model: str
     ran: list[StageResult] = field(default_factory=list)
-    fresh: list[str] = field(default_factory=list)
-    differing: list[str] | None = None  # stages whose dvc.lock is not the one that Git has; None where it has none
-    at: str | None = None  # the stage that runs now
+    fresh: list[str] = field(default_factory=list)  # stages that were up to date
+    differing: list[str] | None = None  # stages whose entry in dvc.lock differs from Git's; None where Git has none
+    running: str | None = None  # stage
     figures: Metrics | None = None
-    champion: str | None = None  # that the gate compared with
+    champion: str | None = None  # the version that the gate compared with
     gate_failures: list[str] | None = None
     version: str | None = None  # lcm-lora-emoji/3
     aliases: list[str] = field(default_factory=list)
@@ -65,7 +66,7 @@ class Outcome:
 
     @property
     def line(self) -> str:
-        """The end in a few words."""
+        """Model and end, with the version or the errors, in one line."""
         return f"{self.model}: " + ("; ".join(self.errors) or " ".join(filter(None, (self.end, self.version))))
 
 
@@ -75,32 +76,34 @@ def end(outcomes: Sequence[Outcome]) -> str:
 
 
 def rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
-    """Returns what a person wants to know of a model, in pairs."""
+    """Returns the rows of a model's table: name and value."""
 
     def short(stage: str) -> str:
         return stage.replace(f"@{outcome.model}", "")
 
-    found = [("ran", ", ".join(f"{short(r.stage)} {r.seconds:.0f} s" for r in outcome.ran) or "nothing")]
-    found += [("up to date", ", ".join(map(short, outcome.fresh)))] if outcome.fresh else []
+    pairs = [("ran", ", ".join(f"{short(r.stage)} {r.seconds:.0f} s" for r in outcome.ran) or "nothing")]
+    pairs += [("up to date", ", ".join(map(short, outcome.fresh)))] if outcome.fresh else []
     if outcome.ran and outcome.differing is not None:
-        found.append(_compared(list(map(short, outcome.differing)), outcome.figures))
+        pairs.append(_compared(list(map(short, outcome.differing)), outcome.figures))
     if outcome.figures is not None:
-        found += _figures(outcome.figures, gate_steps)
+        pairs += _figures(outcome.figures, gate_steps)
+        if reason := unmeasured_diversity(outcome.figures, Key.of(STUDENT, gate_steps)):
+            pairs.append(("diversity", f"not measured: {reason}"))
     if outcome.gate_failures is not None:
         passed = "passed" + (f", compared with {outcome.champion}" if outcome.champion else "")
-        found += [("gate", f"failed: {line}") for line in outcome.gate_failures] or [("gate", passed)]
+        pairs += [("gate", f"failed: {line}") for line in outcome.gate_failures] or [("gate", passed)]
     if outcome.version:
         aliases = "".join(f" @{alias}" for alias in sorted(outcome.aliases))
-        found.append(("version", outcome.version + aliases + (" (new)" if outcome.created else "")))
+        pairs.append(("version", outcome.version + aliases + (" (new)" if outcome.created else "")))
     if outcome.uri:
-        found.append(("release", _relative(outcome.uri)))
+        pairs.append(("release", _relative(outcome.uri)))
     elif outcome.figures is not None:
-        found.append(("release", f"release/{outcome.model}, not published"))
-    return found + [("error", error) for error in outcome.errors]
+        pairs.append(("release", f"release/{outcome.model}, not published"))
+    return pairs + [("error", error) for error in outcome.errors]
 
 
 def _compared(differing: list[str], figures: Metrics | None) -> tuple[str, str]:
-    """Returns whether what ran gave what Git has, so that there is nothing to commit."""
+    """Returns the row that says whether the results are those in Git, so that there is nothing to commit."""
     if differing:
         return "new", f"{', '.join(differing)}: not as in Git, commit dvc.lock, metrics and plots"
     digest = f", adapter {figures.adapter[:12]}" if figures and figures.adapter else ""
@@ -108,43 +111,49 @@ def _compared(differing: list[str], figures: Metrics | None) -> tuple[str, str]:
 
 
 def _figures(figures: Metrics, gate_steps: int) -> list[tuple[str, str]]:
-    """Returns the student's excess beside the best solver's at equal network evaluations, and the retrieval."""
-    found = []
-    excess, retrieval, wanted = figures.excess, figures.retrieval, Key.of(STUDENT, gate_steps)
+    """Returns the rows with the student's excess beside that of the best solver of the same cost, and the retrieval."""
+    pairs = []
+    excess, retrieval, gated = figures.excess, figures.retrieval, Key.of(STUDENT, gate_steps)
     for steps in sorted({2, gate_steps}):
         student, best = Key.of(STUDENT, steps), min(figures.solvers_at(steps), key=excess.__getitem__, default=None)
         if student in excess:
-            beside = f", best solver {excess[best]:.1f} ({best})" if best else ", no solver"
-            found.append((f"excess at {steps} evaluations", f"student {excess[student]:.1f}{beside}"))
-    told = [key for key in (wanted, figures.teacher) if key in retrieval]
-    return [*found, ("retrieval@1", ", ".join(f"{key} {retrieval[key]:.3f}" for key in told))]
+            settings = f": {figures.baselines[best].text}" if best in figures.baselines else ""
+            beside = f", best solver {excess[best]:.1f} ({best}{settings})" if best else ", no solver"
+            pairs.append((f"excess at {steps} evaluations", f"student {excess[student]:.1f}{beside}"))
+    if gated in figures.savings:
+        pairs.append(("the same distance", f"takes solvers {figures.savings[gated].text} times as many evaluations"))
+    if agreement := figures.agreement(gated):
+        ranks = {"agree": "rank both alike", "disagree": "rank both the other way round", "undecided": "within chance"}
+        pairs.append(("second features", ranks[agreement]))
+    measured = [key for key in (gated, figures.teacher) if key in retrieval]
+    return [*pairs, ("retrieval@1", ", ".join(f"{key} {retrieval[key]:.3f}" for key in measured))]
 
 
 def _relative(uri: str) -> str:
-    """Returns a path for what lies below the current folder, the address as it is otherwise."""
+    """Returns a relative path for an address in the current folder, any other address as it is."""
     path = Path(urlparse(uri).path)
     return str(path.relative_to(Path.cwd())) if uri.startswith("file:") and path.is_relative_to(Path.cwd()) else uri
 
 
 def print_table(lines: Sequence[tuple[str, str, str]], total: str) -> None:
-    """Prints model, what and value in three columns on standard output."""
+    """Prints model, name and value in three columns on standard output."""
     table = Table(show_header=False, caption=total)
     table.add_column(style="bold")
     table.add_column()
     table.add_column(overflow="fold")
-    for number, (model, what, value) in enumerate(lines):
+    for number, (model, name, value) in enumerate(lines):
         first = number == 0 or lines[number - 1][0] != model
         if first and number:
             table.add_section()
-        table.add_row(*map(cell, (model if first else "", what, value)))
+        table.add_row(*map(cell, (model if first else "", name, value)))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
 
 
 def leave_artifacts(outcomes: Sequence[Outcome], settings: Config, total: str) -> None:
-    """Leaves on Prefect's page of the run what a person looks for: the table, and each model's card, figures, links."""
+    """Leaves the table, and each model's card, figures and links, as artifacts on Prefect's page of the run."""
     lines = [(outcome.model, *row) for outcome in outcomes for row in rows(outcome, settings.gate.steps)]
     table = f"{markdown(('model', '', ''), lines)}\n\n{plain(total)}"
-    create_markdown_artifact(table, key="retrain", description="What became of each model")
+    create_markdown_artifact(table, key="retrain", description="Outcome of each model")
     for outcome in outcomes:
         key = slug(outcome.model)
         if outcome.figures is not None:
@@ -152,7 +161,7 @@ def leave_artifacts(outcomes: Sequence[Outcome], settings: Config, total: str) -
         if ((release := Project().release(outcome.model)) / _CARD).is_file():
             text = card(release)
             create_markdown_artifact(text, key=f"card-{key}", description=f"Model card of {outcome.model}'s release")
-        page = tracking.page(settings.registry, outcome.run_id) if outcome.run_id else None
+        page = tracking.run_page(settings.registry, outcome.run_id) if outcome.run_id else None
         if page:
             create_link_artifact(page, link_text=f"MLflow run of {shown(outcome.version)}", key=f"mlflow-{key}")
         if outcome.uri:
@@ -160,13 +169,13 @@ def leave_artifacts(outcomes: Sequence[Outcome], settings: Config, total: str) -
 
 
 def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Returns a table in Markdown; what stands in its cells is text, whatever it looks like."""
-    told = [list(map(plain, titles)), ["---"] * len(titles), *(list(map(plain, line)) for line in lines)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in told)
+    """Returns a table in Markdown. Its cells are escaped, so that they show as text."""
+    rows = [list(map(plain, titles)), ["---"] * len(titles), *(list(map(plain, line)) for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def card(folder: Path) -> str:
-    """Returns a release's card without its header, for a page that has none of the release's files beside it."""
+    """Returns a release's card without its front matter and with its pictures embedded, for Prefect's pages."""
     text = (folder / _CARD).read_text(encoding="utf-8")
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     return re.sub(r"!\[([^\]]*)\]\(([^)]+)\)", lambda found: _embedded(folder / found[2], found[1]), text)
@@ -179,7 +188,7 @@ def _embedded(path: Path, caption: str) -> str:
 
 
 def _methods(figures: Metrics) -> list[dict[str, str]]:
-    """Returns a row for each way of drawing, the fewest network evaluations first."""
+    """Returns a row for each sampler and number of steps, the fewest network evaluations first."""
     cost, excess, retrieval = figures.network_evaluations, figures.excess, figures.retrieval
     return [
         {

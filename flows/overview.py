@@ -1,4 +1,4 @@
-"""Where every model stands: champion, last run, what is stale, when it is due; by MLflow, DVC and Prefect."""
+"""The standing of every model, from MLflow, DVC and Prefect: champion, last run, stale stages, next run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 
 from flows import credentials, name_of
-from flows.retrain import stages_of
+from flows.retrain import prepare_of, stages_of
 from lcmlora import registry
 from lcmlora.config import Config
 from lcmlora.errors import Unavailable
@@ -28,12 +28,12 @@ from lcmlora.registry.lookup import Version
 from tasks import dvc
 from tasks.processes import Processes
 
-_PAGE = 200  # Prefect's most runs in one answer
+_PAGE = 200  # runs; Prefect returns no more in one answer
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the retrain flow, as far as one model goes."""
+    """A run of the `retrain` flow."""
 
     end: str  # the flow's state: Promoted, UpToDate, Failed, Running, ...
     time: str  # ISO 8601, UTC
@@ -43,7 +43,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where one model stands."""
+    """The standing of one model."""
 
     model: str
     champion: str | None  # lcm-lora-emoji/3
@@ -52,24 +52,24 @@ class Standing:
     newest: str | None
     newest_gate: str | None
     last_run: Run | None
-    stale: list[str]  # stages that the next run begins with
+    stale: list[str]  # stages
     due: str | None  # the next scheduled run, ISO 8601, UTC
 
 
 def standings(settings: Config, *, server: bool) -> list[Standing]:
-    """Returns where each model of params.yaml stands.
+    """Returns the standing of each model of params.yaml.
 
     Args:
-        server: ask Prefect for runs and schedules; they are None without.
+        server: ask Prefect's server for runs and schedules. Otherwise they are None.
 
     Raises:
         Unavailable: MLflow or Prefect does not answer.
-        StageFailed: DVC does not.
+        StageFailed: DVC fails.
     """
-    names = {model: stages_of(model, settings) for model in settings.models}
+    names = {model: [prepare_of(model, settings), *stages_of(model, settings)] for model in settings.models}
     with Processes() as processes:
         dvc.resolve.fn(processes)
-        due = dvc.stale.fn(["prepare", *(name for own in names.values() for name in own)], processes)
+        due = dvc.stale.fn(list(dict.fromkeys(name for own in names.values() for name in own)), processes)
     past, coming = _runs() if server else ([], [])
     versions: dict[str, list[Version]] = {}
     for version in registry.versions(settings.registry):
@@ -89,7 +89,7 @@ def standings(settings: Config, *, server: bool) -> list[Standing]:
                 newest=own[0].reference if own else None,
                 newest_gate=own[0].gate if own else None,
                 last_run=next((_run(run) for run in past if _concerns(run, model)), None),
-                stale=[name for name in ("prepare", *names[model]) if name in due],
+                stale=[name for name in names[model] if name in due],
                 due=next((_time(run.expected_start_time) for run in coming if _concerns(run, model)), None),
             )
         )
@@ -100,19 +100,19 @@ FIGURES = ("excess", "retrieval")
 
 
 def has_server() -> bool:
-    """Returns whether a Prefect server is configured; the temporary one of a single run knows no schedule."""
+    """Returns whether a Prefect server is configured. The temporary server of a single run has no schedules."""
     from prefect.settings import PREFECT_API_URL
 
     return bool(PREFECT_API_URL.value())
 
 
 def runs_since(began: datetime) -> list[Run]:
-    """Returns the runs of the retrain flow that started since then, the newest first.
+    """Returns the runs of the `retrain` flow that started since then, the newest first.
 
     Raises:
         Unavailable: Prefect does not answer.
     """
-    with _client() as client:
+    with _Client() as client:
         started = FlowRunFilter(start_time=FlowRunFilterStartTime.model_validate({"after_": began}))
         found = client.read_flow_runs(flow_filter=_RETRAIN, flow_run_filter=started, sort=_NEWEST, limit=_PAGE)
     return [_run(run) for run in found]
@@ -123,10 +123,10 @@ _NEWEST = FlowRunSort.START_TIME_DESC
 
 
 def _runs() -> tuple[list[FlowRun], list[FlowRun]]:
-    """Returns the runs that have started, the newest first, and those to come, the next first."""
+    """Returns the runs that have started, the newest first, and the scheduled ones, the next first."""
     scheduled = FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING])
     started = FlowRunFilterStateType(not_any_=[StateType.SCHEDULED, StateType.PENDING])
-    with _client() as client:
+    with _Client() as client:
         past, coming = (
             client.read_flow_runs(
                 flow_filter=_RETRAIN,
@@ -139,8 +139,8 @@ def _runs() -> tuple[list[FlowRun], list[FlowRun]]:
     return past, coming
 
 
-class _client:
-    """Yields a client of the configured server. One that does not answer becomes a one-line error."""
+class _Client:
+    """A client of the configured server in a `with` block. If the server does not answer, the error is one line."""
 
     def __enter__(self) -> SyncPrefectClient:
         self._client = get_client(sync_client=True)
@@ -152,7 +152,7 @@ class _client:
         self._client.__exit__(kind, error, at)
         api = str(os.environ.get("PREFECT_API_URL"))
         if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
-            raise credentials.missing(api) from error
+            raise credentials.missing_password(api) from error
         if isinstance(error, httpx.HTTPError):
             raise Unavailable(f"Prefect at {api}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Which version is champion, changed by a person from Prefect's pages: through the gate, against it, or back.
+"""Flows by which a person changes the champion from Prefect's pages: promotion and rollback.
 
 `lcmlora registry promote` and `rollback` do the same from a terminal.
 """
@@ -23,48 +23,48 @@ from tasks.output import slug
 from tasks.retrying import networked
 
 Reason = Annotated[str, Field(min_length=1, description="Why, for the history.")]
-Who = Annotated[str | None, Field(description="Who decided; by default the user that the worker runs as.")]
+Who = Annotated[str | None, Field(description="Who decided; the worker's user by default.")]
 
 
 @flow(name="promote")
-def promote(
+def promote_version(
     reference: Annotated[str, Field(description="lcm-lora-emoji/3, lcm-lora-emoji@ALIAS or an adapter's SHA-256.")],
     reason: Reason,
-    override: Annotated[bool, Field(description="Against the gate; the history says so.")] = False,
+    override: Annotated[bool, Field(description="Promote it against the gate. The history records this.")] = False,
     who: Who = None,
     params: str = "params.yaml",
 ) -> State:
-    """Makes a version champion; the published channel follows. Ends as Promoted, or Failed with the gate's reasons."""
+    """Makes a version champion and moves the published channel. Ends as Promoted, or Failed with the gate's reasons."""
     try:
         settings = config.load(Path(params))
         version = networked(promote_reference, settings)(reference, settings, reason, who, override)
-        return _told("Promoted", version, settings)
+        return _completed("Promoted", version, settings)
     except UserError as error:
         return Failed(message=str(error))
 
 
 @flow(name="rollback")
-def rollback(
+def roll_back_champion(
     model: Annotated[str, Field(description="A name under `models` in params.yaml, or lcm-lora-MODEL.")],
     reason: Reason,
-    to: Annotated[int | None, Field(description="The version to go to; the last champion if left out.")] = None,
+    to: Annotated[int | None, Field(description="The version to go back to; the last champion by default.")] = None,
     who: Who = None,
     params: str = "params.yaml",
 ) -> State:
-    """Makes the champion before the present one champion again; the published channel follows. Ends as RolledBack.
+    """Makes the champion before the present one champion again and moves the published channel. Ends as RolledBack.
 
-    The retrain flow does not promote again what was rolled back.
+    The `retrain` flow does not promote a version again that was rolled back.
     """
     try:
         settings = config.load(Path(params))
-        # Not tried again: a second call would go further back.
+        # Not retried: a second call would go back by one more champion.
         version = roll_back(name_of(model), settings, reason, who, to)
-        return _told("RolledBack", version, settings)
+        return _completed("RolledBack", version, settings)
     except UserError as error:
         return Failed(message=str(error))
 
 
-def _told(end: str, version: Version, settings: config.Config) -> State:
+def _completed(end: str, version: Version, settings: config.Config) -> State:
     """Moves the channel, leaves the model's history as an artifact, and returns the flow's end."""
     channel = networked(move_channel, settings)(version, settings) if version.release_uri else None
     history = promotion.history(version.name, settings.registry)
@@ -72,5 +72,5 @@ def _told(end: str, version: Version, settings: config.Config) -> State:
     table = outcomes.markdown(("time", "version", "what", "alias", "who", "why"), lines)
     key = f"history-{slug(version.name)}"
     create_markdown_artifact(table, key=key, description=f"What happened to {version.name}")
-    told = f", {channel} follows" if channel else ", which was never published, so no channel was moved"
-    return Completed(name=end, message=f"{version.name}@{settings.registry.alias} is {version.reference}{told}")
+    moved = f", {channel} follows" if channel else ", which was never published, so no channel was moved"
+    return Completed(name=end, message=f"{version.name}@{settings.registry.alias} is {version.reference}{moved}")

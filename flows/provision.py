@@ -1,6 +1,6 @@
-"""What the flows need on a Prefect server beside deployments: the work pool, the GPU limit, a watch for dead runs.
+"""Making what the flows need on a Prefect server: the work pool, the GPU limit, an automation for dead runs.
 
-Everything is made where it is missing; what a person has changed on the server stays.
+Only what is missing is made, so that changes that people make on the server stay.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HEARTBEAT = "prefect.flow-run.heartbeat"
 
 
 def provide(limit: str, *, pool: bool) -> None:
-    """Makes the limit with one slot, the automation, and the process work pool where it is asked for."""
+    """Makes the limit with one slot, the automation, and, with `pool`, the process work pool."""
     with get_client(sync_client=True) as client:
         if pool:
             try:
@@ -46,16 +46,16 @@ def provide(limit: str, *, pool: bool) -> None:
 
 
 def dead_runs() -> AutomationCore:
-    """Returns the automation that gives back what a run holds whose machine or whose worker died with it.
+    """Returns the automation that marks a run as Crashed if its worker died with it, which gives its slots back.
 
-    A worker that lives sees its runs' processes end and says so itself.
+    A living worker notices itself that a run's process has ended.
     """
     return AutomationCore(
         name=DEAD,
         description="A run that was killed together with its worker would stay Running and keep its slots.",
         trigger=EventTrigger(
             after={_HEARTBEAT},
-            # Not the names of the states in which runs end: ours end in states of their own, such as UpToDate.
+            # Not by the names of final states: our runs end in states of their own, such as UpToDate.
             expect={"prefect.flow-run.*"},
             match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
             for_each={"prefect.resource.id"},
@@ -71,7 +71,7 @@ def dead_runs() -> AutomationCore:
 
 
 def cancel_runs() -> int:
-    """Tells the pool's workers to cancel what they run, and returns how many runs that are not over yet there are."""
+    """Asks the pool's workers to cancel their runs, and returns how many runs have not ended yet."""
     going = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(

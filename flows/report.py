@@ -1,4 +1,4 @@
-"""The digest of the last days: champions, versions, runs, and what needs a person."""
+"""The flow that leaves the digest of the last days: champions, versions, runs, and tasks for a person."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lcmlora.registry.events import Event
 
 
 @flow(name="report")
-def report(
+def leave_digest(
     days: Annotated[int, Field(gt=0, description="How many days back.")] = 7, params: str = "params.yaml"
 ) -> State:
-    """Leaves a digest as the artifact `digest`: where each model stands, what happened to versions, how runs ended.
+    """Leaves the artifact `digest`: the standing of each model, the history of versions, the ends of runs.
 
-    Ends as Quiet where nothing happened, as Reported otherwise.
+    Ends as Reported, or as Quiet if nothing happened.
     """
     try:
         settings = config.load(Path(params))
@@ -34,7 +34,7 @@ def report(
         server = overview.has_server()
         standings = overview.standings(settings, server=server)
         runs = overview.runs_since(began) if server else []
-        happened = [
+        events = [
             (standing.model, event)
             for standing in standings
             if standing.newest
@@ -43,18 +43,25 @@ def report(
         ]
     except UserError as error:
         return Failed(message=str(error))
-    create_markdown_artifact(digest(days, standings, happened, runs, settings.gate.steps), key="digest")
-    counts = f"{len(happened)} events of versions, {len(runs)} runs in {days} days"
-    return Completed(name="Reported" if happened or runs else "Quiet", message=counts)
+    create_markdown_artifact(digest(days, standings, events, runs, settings.gate.steps), key="digest")
+    counts = f"{len(events)} events of versions, {len(runs)} runs in {days} days"
+    return Completed(name="Reported" if events or runs else "Quiet", message=counts)
 
 
-def digest(days: int, standings: list[Standing], happened: list[tuple[str, Event]], runs: list[Run], steps: int) -> str:
-    """Returns the digest in Markdown."""
+def digest(days: int, standings: list[Standing], events: list[tuple[str, Event]], runs: list[Run], steps: int) -> str:
+    """Returns the digest in Markdown.
+
+    Args:
+        events: with their models.
+        steps: of the gate, at which the figures are shown.
+    """
     ends: dict[str, int] = {}
     for run in runs:
         ends[run.end] = ends.get(run.end, 0) + 1
     stale = [f"* {plain(s.model)}: {plain(', '.join(s.stale))} stale since the last run" for s in standings if s.stale]
-    failed = [f"* {plain(f'{run.time} {run.name}: {run.end}: {run.message}')}" for run in runs if run.end in _TELLING]
+    failed = [
+        f"* {plain(f'{run.time} {run.name}: {run.end}: {run.message}')}" for run in runs if run.end in _NEEDS_A_PERSON
+    ]
     parts = [
         f"# The last {days} days",
         outcomes.markdown(
@@ -74,9 +81,9 @@ def digest(days: int, standings: list[Standing], happened: list[tuple[str, Event
         "## Versions",
         outcomes.markdown(
             ("time", "model", "version", "what", "who", "why"),
-            [(e.time[:19] + "Z", model, f"/{e.version}", e.action, e.who, e.reason or "") for model, e in happened],
+            [(e.time[:19] + "Z", model, f"/{e.version}", e.action, e.who, e.reason or "") for model, e in events],
         )
-        if happened
+        if events
         else "None was registered, promoted, rejected or rolled back.",
         "## Runs",
         ", ".join(f"{count} {plain(end)}" for end, count in sorted(ends.items())) or "None.",
@@ -85,4 +92,4 @@ def digest(days: int, standings: list[Standing], happened: list[tuple[str, Event
     return "\n\n".join(parts)
 
 
-_TELLING = ("Failed", "Crashed", "Rejected", "TimedOut")
+_NEEDS_A_PERSON = ("Failed", "Crashed", "Rejected", "TimedOut")

@@ -1,4 +1,4 @@
-"""The main job: every model through its stale stages, then gate, registry, release; and what became of each.
+"""The main flow: runs each model's stale stages, then gate, publishing, registration and promotion.
 
 python -m flows.retrain --help
 """
@@ -48,7 +48,7 @@ from tasks.models import (
 from tasks.processes import Processes
 from tasks.retrying import networked
 
-STAGES = ("encode", "reference", "distill", "evaluate")  # of a model, in order; `prepare` is shared
+STAGES = ("encode", "reference", "distill", "evaluate")  # of a model, in order, after the one of `prepare_of`
 
 Models = Annotated[
     list[str] | None, Field(min_length=1, description="Names under `models` in params.yaml; all of them if left out.")
@@ -56,72 +56,88 @@ Models = Annotated[
 
 
 @flow(name="retrain")
-def retrain(
+def retrain_models(
     models: Models = None,
-    force: Annotated[bool, Field(description="Run every stage, stale or not.")] = False,
+    force: Annotated[bool, Field(description="Run every stage, even if it is up to date.")] = False,
     publish: Annotated[bool, Field(description="Publish the releases.")] = True,
-    promote: Annotated[bool, Field(description="Give a version that passed the gate the alias.")] = True,
+    promote: Annotated[bool, Field(description="Give the alias to a version that passed the gate.")] = True,
     to: Annotated[
-        str | None, Field(description="Where releases go instead of `publish.to`: a directory or s3://bucket/prefix.")
+        str | None,
+        Field(description="The store of releases, instead of `publish.to`: a directory or s3://bucket/prefix."),
     ] = None,
     params: str = "params.yaml",
 ) -> State:
-    """Brings every model up to date: stale stages, gate, registered version, published release, alias.
+    """Brings every model up to date: stale stages, gate, published release, registered version, alias.
 
-    Several models go side by side, but what trains or draws goes one at a time, under the GPU limit. Ends as Failed
-    where a model failed, the others being finished all the same; else as Rejected, Promoted, Registered, Reproduced
-    (stages ran and gave an adapter that is known) or UpToDate, whichever of the models' ends comes first in this list.
-    Run it in the project's folder.
+    Models run side by side, but only one trains or draws at a time, under the GPU limit. If a model fails, the others
+    are finished all the same, and the flow ends as Failed. Otherwise it ends as the first of these that one of its
+    models ended with: Rejected, Promoted, Registered, Reproduced (stages ran, and gave a registered adapter again),
+    UpToDate. Run it in the project's folder.
 
     Args:
-        models: names under `models` in params.yaml; all of them if left out.
-        force: run every stage, stale or not.
+        models: names under `models` in params.yaml; all of them by default.
+        force: run every stage, even if it is up to date.
         publish: publish the releases.
-        promote: give a version that passed the gate the alias, and point the channel at its release.
-        to: where releases go instead of `publish.to`: a directory or s3://bucket/prefix.
-        params: the settings of everything outside DVC; the stages read the params.yaml beside dvc.yaml.
+        promote: give the alias to a version that passed the gate, and point the channel at its release.
+        to: the store of releases, instead of `publish.to`: a directory or s3://bucket/prefix.
+        params: the settings of everything outside DVC. The stages read the params.yaml beside dvc.yaml.
     """
     began = time.monotonic()
     try:
         settings = config.load(Path(params))
-        found = [Outcome(model) for model in choose(settings, models)]
+        results = [Outcome(model) for model in choose(settings, models)]
     except UserError as error:
         return Failed(message=str(error))
     if to is not None:
         settings = settings.model_copy(update={"publish": settings.publish.model_copy(update={"to": to})})
+    _run_models(results, settings, force, publish, promote)
+    return _report(results, settings, time.monotonic() - began)
+
+
+def _run_models(results: list[Outcome], settings: config.Config, force: bool, publish: bool, promote: bool) -> None:
+    """Runs the shared stages, then all models side by side, then pushes the results to DVC's remote."""
     workers = concurrent.futures.ThreadPoolExecutor(max_workers=settings.flow.models_at_once)
-    # Left in this order: a flow that is told to end first ends the processes that its threads wait for.
-    with _saying_where(found), workers, Processes(several=len(found) > 1) as processes:
-        work = _prepare(found, settings, force, processes)
-        done = []
-        for outcome in found:
+    # The order matters: a flow that must end first ends the processes that its threads wait for.
+    with _explaining_interruption(results), workers, Processes(several=len(results) > 1) as processes:
+        plan = _prepare(results, settings, force, processes)
+        submitted = []
+        for outcome in results:
             if not outcome.errors:
-                context = contextvars.copy_context()  # by which Prefect knows whose tasks a thread runs
-                task = partial(_bring_up, outcome, settings, work, publish, promote, processes)
-                done.append(workers.submit(context.run, task))
-        for each in done:
-            each.result()
-        for outcome in found:
+                context = contextvars.copy_context()  # tells Prefect the run that a thread's tasks belong to
+                task = partial(_bring_up, outcome, settings, plan, publish, promote, processes)
+                submitted.append(workers.submit(context.run, task))
+        for future in submitted:
+            future.result()
+        for outcome in results:
             if outcome.ran:
-                with _noting(outcome):
-                    outcome.differing = dvc.differing(["prepare", *stages_of(outcome.model, settings)])
-        with _noting(*found):
-            if dvc.is_shared(work.remote):
-                # Also where nothing ran: the last run may have been killed before it came here.
+                with _recording_errors(outcome):
+                    model = outcome.model
+                    outcome.differing = dvc.differing([prepare_of(model, settings), *stages_of(model, settings)])
+        with _recording_errors(*results):
+            if dvc.is_shared(plan.remote):
+                # Also when nothing ran: the last run may have been killed before its push.
                 networked(dvc.push, settings)(processes)
 
-    end = outcomes.end(found)
-    total = f"{'nothing was stale, ' if end == 'UpToDate' else ''}{time.monotonic() - began:.0f} s"
-    lines = [(outcome.model, *row) for outcome in found for row in outcomes.rows(outcome, settings.gate.steps)]
+
+def _report(results: list[Outcome], settings: config.Config, seconds: float) -> State:
+    """Prints the table, leaves the artifacts, and returns the flow's end."""
+    end = outcomes.end(results)
+    total = f"{'nothing was stale, ' if end == 'UpToDate' else ''}{seconds:.0f} s"
+    lines = [(outcome.model, *row) for outcome in results for row in outcomes.rows(outcome, settings.gate.steps)]
     outcomes.print_table(lines, total)
-    outcomes.leave_artifacts(found, settings, total)
+    outcomes.leave_artifacts(results, settings, total)
     if end == "Failed":
-        return Failed(message="\n".join(f"{o.model}: {error}" for o in found for error in o.errors))
-    return Completed(name=end, message=f"{'; '.join(outcome.line for outcome in found)}; {total}")
+        return Failed(message="\n".join(f"{o.model}: {error}" for o in results for error in o.errors))
+    return Completed(name=end, message=f"{'; '.join(outcome.line for outcome in results)}; {total}")
+
+
+def prepare_of(model: str, settings: config.Config) -> str:
+    """Returns the name of the DVC stage that prepares the model's pictures. Other models may share it."""
+    return f"prepare-own@{model}" if settings.has_own_data(model) else "prepare"
 
 
 def stages_of(model: str, settings: config.Config) -> list[str]:
-    """Returns the names of the model's DVC stages in their order."""
+    """Returns the names of the model's own DVC stages in their order, without the one that prepares its pictures."""
     names = [f"{stage}@{model}" for stage in STAGES]
     studied = settings.studied(model)
     for kind, name in studied:
@@ -130,84 +146,90 @@ def stages_of(model: str, settings: config.Config) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What there is to do, as it was found before the models part."""
+class _Plan:
+    """The stages to run, before the models run side by side."""
 
-    due: set[str]  # stages
+    stale: set[str]  # stages
     force: bool
-    remote: str | None  # DVC's default one
-    prepared: bool  # `prepare` ran, so that all that follows may be stale
+    remote: str | None  # DVC's default remote
+    prepared: set[str]  # stages that prepare pictures and that ran: all that follows them may be stale
 
     @property
     def pull(self) -> bool:
-        """Whether outputs may be had from the remote instead of computing them."""
+        """Whether outputs can be taken from the remote instead of being computed."""
         return self.remote is not None
 
 
-def _prepare(found: list[Outcome], settings: config.Config, force: bool, processes: Processes) -> _Work:
-    """Asks what is stale, fetches the bases that need it, and runs the stage that all models share."""
-    names = {outcome.model: stages_of(outcome.model, settings) for outcome in found}
-    due: set[str] = set()
-    remote, prepared = None, False
-    with _noting(*found):
-        everything = ["prepare", *(name for own in names.values() for name in own)]
+def _prepare(results: list[Outcome], settings: config.Config, force: bool, processes: Processes) -> _Plan:
+    """Finds the stale stages, fetches the bases that they need, and runs the stages that prepare pictures."""
+    sharing: dict[str, list[Outcome]] = {}  # by the stage that prepares their pictures
+    for outcome in results:
+        sharing.setdefault(prepare_of(outcome.model, settings), []).append(outcome)
+    names = {outcome.model: stages_of(outcome.model, settings) for outcome in results}
+    plan = _Plan(set(), force, None, set())
+    with _recording_errors(*results):
+        everything = [*sharing, *(name for own in names.values() for name in own)]
         dvc.resolve(processes)
-        due = set(everything) if force else dvc.stale(everything, processes)
-        remote = dvc.default_remote()
-    for outcome in found:
-        # A base is a dependency and its revision a parameter, so one that has to be fetched anew is among what is due.
-        if not outcome.errors and due & {"prepare", *names[outcome.model]}:
-            with _noting(outcome):
-                networked(fetch_base, settings)(outcome.model, settings)
-    going = [outcome for outcome in found if not outcome.errors]
-    with _noting(*going):
-        if going and "prepare" in due:
-            prepared = _run("prepare", going, settings, force, remote is not None, processes)
-        else:
-            for outcome in going:
-                outcome.fresh.append("prepare")
-    return _Work(due, force, remote, prepared)
+        stale = set(everything) if force else dvc.stale(everything, processes)
+        plan = _Plan(stale, force, dvc.default_remote(), set())
+    for stage, concerned in sharing.items():
+        for outcome in concerned:
+            # DVC knows bases as dependencies and their revisions as parameters, so a new base makes a stage stale.
+            if not outcome.errors and plan.stale & {stage, *names[outcome.model]}:
+                with _recording_errors(outcome):
+                    networked(fetch_base, settings)(outcome.model, settings)
+    for stage, concerned in sharing.items():
+        going = [outcome for outcome in concerned if not outcome.errors]
+        with _recording_errors(*going):
+            if going and stage in plan.stale:
+                if _run(stage, going, settings, force, plan.pull, processes):
+                    plan.prepared.add(stage)
+            else:
+                for outcome in going:
+                    outcome.fresh.append(stage)
+    return plan
 
 
 def _bring_up(
-    outcome: Outcome, settings: config.Config, work: _Work, publish: bool, promote: bool, processes: Processes
+    outcome: Outcome, settings: config.Config, plan: _Plan, publish: bool, promote: bool, processes: Processes
 ) -> None:
-    """Runs one model's stages, then registers and publishes its release."""
-    with _noting(outcome):
+    """Runs one model's stages, then publishes, registers and promotes its release."""
+    with _recording_errors(outcome):
         names = stages_of(outcome.model, settings)
-        # What follows a stale stage may be stale when its turn comes; what precedes the first one is not.
-        first = next((n for n, name in enumerate(names) if name in work.due or work.prepared), len(names))
+        prepared = prepare_of(outcome.model, settings) in plan.prepared
+        # Stages before the first stale one are up to date. Those after it may become stale.
+        first = next((n for n, name in enumerate(names) if name in plan.stale or prepared), len(names))
         outcome.fresh += names[:first]
-        trains = [name for name in names[first:] if dvc.needs_device(name)]
-        changed = work.prepared
-        # From the first to the last: of many models one is finished before the next one starts.
-        with occupied(settings.flow.limit, processes) if trains else contextlib.nullcontext():
-            for name in trains:
+        on_device = [name for name in names[first:] if dvc.needs_device(name)]
+        changed = prepared
+        # Held for all of a model's stages, so that one model is finished before the next one starts.
+        with occupied(settings.flow.limit, processes) if on_device else contextlib.nullcontext():
+            for name in on_device:
                 examined = name.startswith("distill@") and _has_gpu(settings.distill_for(outcome.model))
-                if examined and (changed or name in work.due):
+                if examined and (changed or name in plan.stale):
                     dvc.examine(outcome.model, processes, settings)
-                changed = _run(name, [outcome], settings, work.force, work.pull, processes)
+                changed = _run(name, [outcome], settings, plan.force, plan.pull, processes)
         for name in names[first:]:
-            if name not in trains:
-                _run(name, [outcome], settings, work.force, work.pull, processes)
+            if name not in on_device:
+                _run(name, [outcome], settings, plan.force, plan.pull, processes)
         _release(outcome, settings, publish, promote, processes)
     get_run_logger().info("%s", outcome.line, extra={"model": outcome.model, "mlflow_run": outcome.run_id})
 
 
 def _has_gpu(distill: config.Distill) -> bool:
-    """Returns whether the model is distilled on a GPU, asked without torch, which takes seconds to import."""
+    """Returns whether the model is distilled on a GPU. It does not ask torch, which takes seconds to import."""
     return distill.device == "cuda" or (distill.device == "auto" and shutil.which("nvidia-smi") is not None)
 
 
 def _run(
     name: str, outcomes: list[Outcome], settings: config.Config, force: bool, pull: bool, processes: Processes
 ) -> bool:
-    """Runs a stage if DVC finds it stale, writes down what became of it, and returns whether it ran."""
+    """Runs a stage if it is stale, records its result in the outcomes, and returns whether it ran."""
     for outcome in outcomes:
-        outcome.at = name
+        outcome.running = name
     result = dvc.run_stage(name, processes, settings, force, pull)
     for outcome in outcomes:
-        outcome.at = None
+        outcome.running = None
         if result.ran:
             outcome.ran.append(result)
         else:
@@ -216,16 +238,19 @@ def _run(
 
 
 def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: bool, processes: Processes) -> None:
-    """Gate, publication, registration, promotion; an unreachable bucket does not keep a version from the registry."""
+    """Runs the gate, and publishes, registers and promotes the release.
+
+    If the store cannot be reached, the version is registered all the same. If the registry cannot be reached, the
+    release is published, and the next run registers it.
+    """
     model = outcome.model
     outcome.figures = read_metrics(model)
-    # Released although the registry is out of reach: nothing is lost, and the next run registers it.
-    with _noting(outcome):
+    with _recording_errors(outcome):
         champion = networked(read_champion, settings)(model, outcome.figures, settings, processes)
         outcome.champion = champion.reference if champion else None
         outcome.gate_failures = pass_gate(model, outcome.figures, champion, settings)
     if publish:
-        with _noting(outcome):
+        with _recording_errors(outcome):
             outcome.uri = networked(publish_release, settings)(model, settings)
     if outcome.gate_failures is None:
         return
@@ -233,7 +258,7 @@ def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: 
     outcome.version, outcome.run_id = f"{registered.name}/{registered.version}", registered.run_id
     outcome.created, outcome.aliases = registered.created, list(registered.aliases)
     alias = settings.registry.alias
-    # A version that was promoted before and is not champion now was rolled back by a person.
+    # A person has rolled back a version that was promoted before and is not champion now.
     if promote and not outcome.gate_failures and not registered.promoted:
         networked(promote_version, settings)(model, registered, settings)
         outcome.promoted = True
@@ -243,23 +268,23 @@ def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: 
 
 
 @contextlib.contextmanager
-def _saying_where(outcomes: list[Outcome]) -> Iterator[None]:
-    """Says, where a person or a signal ends the flow, what it was at and how it goes on."""
+def _explaining_interruption(outcomes: list[Outcome]) -> Iterator[None]:
+    """If a person or a signal ends the flow, prints the stage that it was in and how to go on."""
     try:
         yield
     except (SystemExit, KeyboardInterrupt):
-        stages = ", ".join(dict.fromkeys(outcome.at for outcome in outcomes if outcome.at))
-        note(f"ended in {stages or 'no stage'}; the same command goes on there, with all that is done so far")
+        stages = ", ".join(dict.fromkeys(outcome.running for outcome in outcomes if outcome.running))
+        note(f"ended in {stages or 'no stage'}; the same command goes on from there and keeps all results so far")
         raise
 
 
 @contextlib.contextmanager
-def _noting(*outcomes: Outcome) -> Iterator[None]:
-    """Writes an error down in these outcomes, so that the other models go on. Interrupts pass."""
+def _recording_errors(*outcomes: Outcome) -> Iterator[None]:
+    """Records an error in these outcomes, so that the other models go on. Interrupts are not caught."""
     try:
         yield
     except Exception as error:
-        line = str(error) if isinstance(error, UserError) else faults.told(error)
+        line = str(error) if isinstance(error, UserError) else faults.explain(error)
         if line is None:
             print(masking.text("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         line = line or masking.text(f"{type(error).__name__}: {error}")

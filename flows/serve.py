@@ -1,4 +1,4 @@
-"""The deployments of prefect.yaml served by this process, for one machine that needs neither work pool nor worker.
+"""Serving the deployments of prefect.yaml from one process, without a work pool and a worker.
 
 python -m flows.serve --help
 """
@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
-from lcmlora.io.parsing import as_object, read_yaml
+from lcmlora.io.parsing import JsonObject, as_object, read_yaml
 from lcmlora.project import Project
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
 
-def serve(
-    file: Annotated[Path, typer.Option(help="Where the deployments are defined.")] = Path("prefect.yaml"),
-    limit: Annotated[int, typer.Option(min=1, help="How many runs go at once.")] = 4,
+def serve_deployments(
+    file: Annotated[Path, typer.Option(help="The file that defines the deployments.")] = Path("prefect.yaml"),
+    limit: Annotated[int, typer.Option(min=1, help="How many runs may go on at the same time.")] = 4,
 ) -> None:
-    """Put the deployments of prefect.yaml on a Prefect server and run what is due, until interrupted.
+    """Put the deployments of prefect.yaml on a Prefect server, and run the scheduled flows until interrupted.
 
-    Needs PREFECT_API_URL. `make up` starts a server and a worker, which does the same; use one of the two.
+    PREFECT_API_URL must name the server. `make up` starts a server and a worker that does the same work: use one of
+    the two.
 
     Example: PREFECT_API_URL=http://127.0.0.1:4200/api python -m flows.serve
     """
@@ -52,49 +53,50 @@ def serve(
     except httpx.HTTPStatusError as error:
         if error.response.status_code != httpx.codes.UNAUTHORIZED:
             raise
-        raise credentials.missing(api) from error
+        raise credentials.missing_password(api) from error
 
 
 def _require_no_pool(deployments: list[RunnerDeployment]) -> None:
-    """Raises UserError where a work pool has one of them: Prefect would keep its path and pull steps for our runs."""
+    """Raises UserError if one of them is deployed to a work pool, whose path and pull steps Prefect would keep."""
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
     with get_client(sync_client=True) as client:
         for each in deployments:
             try:
-                there = client.read_deployment_by_name(f"{each.flow_name}/{each.name}")
+                deployed = client.read_deployment_by_name(f"{each.flow_name}/{each.name}")
             except ObjectNotFound:
                 continue
-            if there.work_pool_name:
+            if deployed.work_pool_name:
+                name = f"{each.flow_name}/{each.name}"
                 raise UserError(
-                    f"{each.flow_name}/{each.name} is deployed to the work pool {there.work_pool_name}, whose workers "
-                    f"run it; to serve it instead: `prefect deployment delete {each.flow_name}/{each.name}`, and so on"
+                    f"{name} is deployed to the work pool {deployed.work_pool_name}, whose workers run it; to serve it "
+                    f"instead: `prefect deployment delete {name}`, and so on for the others"
                 )
 
 
 def read_deployments(path: Path) -> list[RunnerDeployment]:
-    """Returns the deployments that a prefect.yaml defines, to be run in the current folder instead of in a work pool.
+    """Returns the deployments of a prefect.yaml, for runs in the current folder instead of a work pool.
 
     Raises:
-        UserError: the file is missing, or something in it does not fit.
+        UserError: the file is missing, or a deployment in it is not valid.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; run in the project's folder")
     entries = as_object(read_yaml(path), str(path)).get("deployments")
     if not isinstance(entries, list):
         raise UserError(f"{path}: deployments: expected a list of deployments")
-    found = []
+    deployments = []
     for number, entry in enumerate(entries):
         as_object(entry, f"{path}: deployments.{number}")
         try:
-            found.append(_deployment(entry))
+            deployments.append(_deployment(entry))
         except (TypeError, ValueError, KeyError) as error:
             raise UserError(f"{path}: {entry.get('entrypoint')}, {entry.get('name')}: {error}") from error
-    return found
+    return deployments
 
 
-def _deployment(entry: dict[str, Any]) -> RunnerDeployment:
+def _deployment(entry: JsonObject) -> RunnerDeployment:
     from prefect.client.schemas.objects import ConcurrencyLimitConfig
     from prefect.deployments.runner import RunnerDeployment
     from prefect.events import DeploymentTriggerTypes
@@ -117,8 +119,8 @@ def _deployment(entry: dict[str, Any]) -> RunnerDeployment:
 
 def main() -> NoReturn:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(serve)
-    with reporting():
+    app.command()(serve_deployments)
+    with reporting_errors():
         app(prog_name="python -m flows.serve")
     raise SystemExit(0)
 

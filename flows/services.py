@@ -1,4 +1,4 @@
-"""The servers that flows work with, as commands: `make up` starts them, and so do the tests."""
+"""The servers that flows work with, as commands. `make up` starts them, and so do the tests."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 HOST = "127.0.0.1"
-REGION = "us-east-1"  # of SeaweedFS, which has but one
+REGION = "us-east-1"  # SeaweedFS has no other
 POOL = "lcmlora"  # Prefect's work pool, which prefect.yaml names
 
-# Nobody is called home.
-QUIET = {
+# Turns telemetry off.
+NO_TELEMETRY = {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -38,17 +38,17 @@ QUIET = {
 
 @dataclass(frozen=True)
 class Service:
-    """A server: how it is started, and how one sees that it works."""
+    """A server: the command that starts it, and the test that it works."""
 
     name: str
     command: list[str]
-    environment: dict[str, str]  # beyond what is inherited; what is secret is here and not on the command line
+    environment: dict[str, str]  # beside what it inherits; secrets are here, and not on the command line
     answers: Callable[[], bool]
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Who may do what, such as `Read`, or of one bucket or prefix only `Write:bucket/prefix/*`."""
+    """The keys of an S3 user, and the user's rights, such as `Read` or `Write:bucket/prefix/*`."""
 
     access: str
     secret: str
@@ -60,7 +60,7 @@ OWNER = ("Admin", "Read", "Write", "List")
 
 @dataclass(frozen=True)
 class S3:
-    """Where buckets are, and the keys to them."""
+    """The address of an S3 server, and the keys to it."""
 
     endpoint: str
     access: str
@@ -68,7 +68,7 @@ class S3:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What boto3, and so DVC, MLflow and the releases, find it by."""
+        """The variables by which boto3 finds it, which DVC, MLflow and the stores of releases use."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_DEFAULT_REGION": REGION,
@@ -77,7 +77,7 @@ class S3:
         }
 
     def client(self) -> S3Client:
-        """Returns a client that does not try again: who waits for a server asks often."""
+        """Returns a client without retries, as waiting for a server calls it often enough."""
         import boto3
         from botocore.config import Config
 
@@ -94,18 +94,18 @@ class S3:
 def seaweedfs(
     folder: Path, ports: Sequence[int], s3: S3, keys: Path, key: str, bucket: str = "ready", volume_mb: int = 64
 ) -> Service:
-    """Returns an S3 server of one process, as `weed server` with a filer.
+    """Returns SeaweedFS as an S3 server of one process: `weed server` with a filer.
 
-    S3 takes signed requests. What is behind it, on HTTP and gRPC, talks to holders of its certificate alone.
+    S3 accepts signed requests only. The servers behind it, on HTTP and gRPC, accept only clients with its certificate.
 
     Args:
-        folder: holds its data.
-        ports: eight of them; the seventh is S3's, which `s3` names.
-        s3: of an identity that may do everything.
+        folder: for its data.
+        ports: eight ports; the seventh is that of S3, which `s3` names.
+        s3: the keys of an identity with all rights.
         keys: the folder that `write_keys` wrote.
-        key: a passphrase for objects that are to be encrypted.
-        bucket: is there once it answers.
-        volume_mb: of the files that objects are kept in; of each bucket there are several.
+        key: a passphrase for encrypted objects.
+        bucket: is made before the service counts as answering.
+        volume_mb: size of the files that keep the objects; each bucket has several.
     """
     flags = {
         "dir": folder,
@@ -117,13 +117,13 @@ def seaweedfs(
         "volume.port.grpc": ports[3],
         "filer.port": ports[4],
         "filer.port.grpc": ports[5],
-        "filer.allowedOrigins": s3.endpoint,  # instead of all
+        "filer.allowedOrigins": s3.endpoint,  # the default is all
         "s3.port": ports[6],
         "s3.port.grpc": ports[7],
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
         "s3.config": keys / "identities.json",
-        "s3.iam": "false",  # nobody makes users by requests
+        "s3.iam": "false",  # no requests that make users
         "s3.allowedOrigins": s3.endpoint,
         "master.volumeSizeLimitMB": volume_mb,
         "volume.max": 0,
@@ -131,20 +131,20 @@ def seaweedfs(
         "master.electionTimeout": "1s",
         "volume.preStopSeconds": 0,
     }
-    # Its own log would be a file in the shared temporary folder.
+    # By default its log is a file in the shared temporary folder.
     command = [str(weed()), f"-config_dir={keys}", "-logtostderr=true", "server", "-filer", "-s3"]
     command += [f"-{name}={value}" for name, value in flags.items()]
     return Service("seaweedfs", command, {"WEED_S3_SSE_KEY": key}, lambda: _stores(s3, bucket))
 
 
 def write_keys(folder: Path, identities: Mapping[str, Identity]) -> None:
-    """Writes what SeaweedFS reads, for nobody else to read: who may use S3, and by what its parts know each other."""
+    """Writes SeaweedFS's settings, for nobody else to read: the users of S3, and certificates for its own parts."""
     folder.mkdir(mode=0o700, exist_ok=True)
     users = [
         {"name": name, "credentials": [{"accessKey": i.access, "secretKey": i.secret}], "actions": list(i.actions)}
         for name, i in identities.items()
     ]
-    credentials.write(folder / "identities.json", json.dumps({"identities": users}))
+    credentials.write_secret(folder / "identities.json", json.dumps({"identities": users}))
     made = credentials.certificate(folder, HOST)
     if (folder / "security.toml").exists():
         return
@@ -160,29 +160,29 @@ def write_keys(folder: Path, identities: Mapping[str, Identity]) -> None:
         lines += [f"[{title}]"]
         # JSON's strings and booleans are TOML's.
         lines += [f"{name} = {json.dumps(v if v is True else str(v))}" for name, v in values.items()]
-    credentials.write(folder / "security.toml", "\n".join(lines) + "\n")
+    credentials.write_secret(folder / "security.toml", "\n".join(lines) + "\n")
 
 
 def weed() -> str | None:
-    """Returns SeaweedFS's program, the one beside this interpreter first."""
+    """Returns the path of SeaweedFS's program, first that beside this interpreter; None where there is none."""
     return shutil.which("weed", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
 
 
 def mlflow(port: int, database: str, artifacts: str, access: Mapping[str, str], login: Login, keys: Path) -> Service:
-    """Returns a tracking server through which artifacts pass, so that clients need no keys to where they lie.
+    """Returns an MLflow tracking server. It passes artifacts on, so that clients need no keys to their store.
 
     Args:
-        database: an SQLAlchemy address; it goes through the environment, for it may hold a password.
+        database: an SQLAlchemy address. It is given in the environment, since it may contain a password.
         artifacts: a folder or s3://bucket/prefix.
-        access: the environment variables that open it.
-        login: of the administrator, its only user; taken when `keys` has no users yet.
-        keys: a folder for nobody else to read, which keeps its users.
+        access: the environment variables with the keys to it.
+        login: of the administrator, its only user; used if `keys` has no users yet.
+        keys: a folder that nobody else can read, for its users.
     """
     keys.mkdir(mode=0o700, exist_ok=True)
     lines = ["[mlflow]", "default_permission = NO_PERMISSIONS", f"database_uri = sqlite:///{users_of(keys)}"]
-    # A password is hashed to be checked, for a tenth of a second and at each request, unless it is remembered.
+    # Checking a password takes a tenth of a second at each request, unless the result is kept.
     lines += ["auth_cache_ttl_seconds = 300"]
-    credentials.write(keys / "mlflow.ini", "\n".join(lines) + "\n")
+    credentials.write_secret(keys / "mlflow.ini", "\n".join(lines) + "\n")
     arguments = ["--app-name", "lcmlora", "--host", HOST, "--port", str(port), "--workers", "1"]
     return Service(
         "mlflow",
@@ -191,12 +191,12 @@ def mlflow(port: int, database: str, artifacts: str, access: Mapping[str, str], 
             **access,
             "MLFLOW_BACKEND_STORE_URI": database,
             "MLFLOW_ARTIFACTS_DESTINATION": artifacts,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes more
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # it would start eight more processes
             "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": _pages(port),
             "MLFLOW_AUTH_CONFIG_PATH": str(keys / "mlflow.ini"),
             "MLFLOW_AUTH_ADMIN_USERNAME": login.name,
             "MLFLOW_AUTH_ADMIN_PASSWORD": login.password,
-            "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",  # what it has no rule for is refused
+            "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",  # refuses requests without a rule
             "MLFLOW_FLASK_SERVER_SECRET_KEY": hashlib.sha256(f"session {login.password}".encode()).hexdigest(),
         },
         lambda: is_healthy(f"http://{HOST}:{port}/health"),
@@ -204,7 +204,7 @@ def mlflow(port: int, database: str, artifacts: str, access: Mapping[str, str], 
 
 
 def users_of(keys: Path) -> Path:
-    """Returns where MLflow keeps its users."""
+    """Returns the database of MLflow's users."""
     return keys / "users.db"
 
 
@@ -219,23 +219,23 @@ def prefect(port: int, home: Path, login: Login, pages: bool = True) -> Service:
         "PREFECT_SERVER_UI_ENABLED": str(pages).lower(),
         "PREFECT_UI_API_URL": api,
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        # In memory, as they are by default, a restart would forget who holds a slot, and never give it back.
+        # By default leases are kept in memory: after a restart, nobody would give a slot back.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-        # `watch` alone runs 35,000 times a year; runs are forgotten after Prefect's 90 days.
+        # `watch` alone runs 35,000 times a year; Prefect deletes runs after 90 days.
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
     }
     return Service("prefect", [*command, "--log-level", "warning"], environment, lambda: is_healthy(f"{api}/health"))
 
 
 def _pages(port: int) -> str:
-    """Returns the origins of a server's own pages: they may be looked at as localhost, and ask 127.0.0.1."""
+    """Returns the origins of a server's own pages, which people open by either name of this machine."""
     return f"http://{HOST}:{port},http://localhost:{port}"
 
 
 def worker(api: str, login: Login, home: Path, project: Path, name: str) -> Service:
-    """Returns a worker that runs this project's flows as processes, and logs their lines and its own as JSON.
+    """Returns a worker that runs this project's flows as processes, and logs its lines and theirs as JSON.
 
-    It answers once it has been heard of after this call.
+    It counts as answering after its first heartbeat since this call.
     """
     began = datetime.now(UTC)
     command = module("prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", name)
@@ -251,7 +251,7 @@ def worker(api: str, login: Login, home: Path, project: Path, name: str) -> Serv
 
 
 def free_ports(count: int) -> list[int]:
-    """Returns ports that nobody listens on now."""
+    """Returns ports that are free at the moment."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind((HOST, 0))
@@ -264,7 +264,7 @@ def free_ports(count: int) -> list[int]:
 def is_free(port: int) -> bool:
     """Returns whether a server could listen on the port."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a former server's last connections are no matter
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore a former server's closing connections
         try:
             probe.bind((HOST, port))
         except OSError:
@@ -301,18 +301,18 @@ def _stores(s3: S3, bucket: str) -> bool:
 
 
 def _is_online(api: str, login: Login, name: str, began: datetime) -> bool:
-    headers = {"Content-Type": "application/json", "Authorization": basic(login)}
-    question = urllib.request.Request(f"{api}/work_pools/{POOL}/workers/filter", b"{}", headers)
+    headers = {"Content-Type": "application/json", "Authorization": basic_authorization(login)}
+    request = urllib.request.Request(f"{api}/work_pools/{POOL}/workers/filter", b"{}", headers)
     try:
-        with urllib.request.urlopen(question, timeout=5) as answer:
+        with urllib.request.urlopen(request, timeout=5) as answer:
             workers = parse_json(answer.read(MAX_BYTES))
         return any(
             each["name"] == name and datetime.fromisoformat(each["last_heartbeat_time"]) > began for each in workers
         )
-    except (OSError, Malformed, KeyError, TypeError, ValueError):  # it does not answer, or another server does
+    except (OSError, Malformed, KeyError, TypeError, ValueError):  # no answer, or the answer of another server
         return False
 
 
-def basic(login: Login) -> str:
-    """Returns the header `Authorization` of a request."""
+def basic_authorization(login: Login) -> str:
+    """Returns the value of a request's header `Authorization`."""
     return f"Basic {base64.b64encode(login.pair.encode()).decode()}"

@@ -17,18 +17,18 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 from urllib.parse import urlsplit
 
 import typer
-from pydantic import BaseModel
+from pydantic import AliasChoices, BaseModel, Field
 
 from flows import background, credentials, services
-from flows.background import Part
+from flows.background import StartedProcess
 from flows.credentials import Login
-from flows.services import HOST, QUIET, S3, Identity, Service
+from flows.services import HOST, NO_TELEMETRY, S3, Identity, Service
 from lcmlora import config
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
 from lcmlora.io.files import locked
 from lcmlora.project import Project
@@ -42,30 +42,32 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 
 class State(BaseModel):
-    """What `up` remembers, in .up/state.json."""
+    """The state that `up` keeps in .up/state.json."""
 
     ports: dict[str, list[int]] = {}
-    parts: dict[str, Part] = {}
+    # `parts` in the files of earlier versions
+    started: dict[str, StartedProcess] = Field(default={}, validation_alias=AliasChoices("started", "parts"))
     secrets: dict[str, str] = {}
     exported: dict[str, str] = {}  # as in .up/environment
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to run, and by which variables it is found."""
+    """The servers to run, and the variables by which clients find them."""
 
     servers: list[Service]
     exported: dict[str, str]
     notes: list[str]
-    s3: S3 | None  # SeaweedFS, where it is ours
+    s3: S3 | None  # SeaweedFS; None where another S3 or a folder is used
 
 
 @app.command()
 def up() -> None:
-    """Start Prefect, MLflow, SeaweedFS where no S3 is configured, and a worker; deploy the flows of prefect.yaml.
+    """Start Prefect, MLflow and a worker on this machine, and deploy the flows of prefect.yaml.
 
-    Run it again after a reboot, a crash or a change of params.yaml or prefect.yaml: what runs stays, what died or would
-    be started otherwise now is started. Data, logs and addresses are below .up/.
+    SeaweedFS is started, too, if no S3 is configured. Run it again after a reboot, a crash, or a change of params.yaml
+    or prefect.yaml: it starts what has died or has new settings, and leaves the rest running. Data, logs and addresses
+    are in .up/.
 
     Example: python -m flows.stack up
     """
@@ -73,7 +75,7 @@ def up() -> None:
     with _locked(project / ".up") as folder:
         state = _read(folder)
         for name, value in state.exported.items():
-            if os.environ.get(name) == value:  # a shell that has our own addresses configures nothing
+            if os.environ.get(name) == value:  # from `source .up/environment`, which configures no other server
                 del os.environ[name]
         settings = Project().settings()
         try:
@@ -85,48 +87,50 @@ def up() -> None:
             def inherited(name: str) -> dict[str, str]:
                 return _inherited(plan, name)
 
-            background.start(plan.servers, folder, state.parts, inherited)
-            background.wait(plan.servers, folder, state.parts)
+            background.start(plan.servers, folder, state.started, inherited)
+            background.wait(plan.servers, folder, state.started)
             _deploy(folder, plan, settings.flow.limit)
             name = f"{socket.gethostname()}:{project.name}"
             api, user = plan.exported["PREFECT_API_URL"], _login("prefect", state)
             worker = services.worker(api, user, folder / "prefect", project, name)
             worker.environment.update(plan.exported)
-            background.wait(background.start([worker], folder, state.parts, inherited), folder, state.parts)
+            background.wait(background.start([worker], folder, state.started, inherited), folder, state.started)
         finally:
             _save(folder, state)
         state.exported = plan.exported
         _save(folder, state)
-        credentials.write(folder / "environment", _as_shell(plan))
-    _tell(plan, folder)
+        credentials.write_secret(folder / "environment", _as_shell(plan))
+    _print_addresses(plan, folder)
 
 
 @app.command()
 def down() -> None:
-    """End what `up` started, with whatever runs it has; data and logs stay in .up/, and trainings go on when up again.
+    """End everything that `up` started, and cancel the runs. Data and logs stay in .up/.
+
+    A training that was cancelled goes on from its last checkpoint in its next run.
 
     Example: python -m flows.stack down
     """
     project = _project()
     folder = project / ".up"
     if not folder.is_dir():
-        print("nothing to end: .up/ is not there")
+        print("nothing to end: there is no .up/")
         return
     with _locked(folder):
         state = _read(folder)
         if len(background.family(folder / "worker")) > 1 and "PREFECT_API_URL" in state.exported:
-            print("cancelling what runs ...", flush=True)
+            print("cancelling runs ...", flush=True)
             _cancel(state.exported, folder)
         # The worker first, for it reports to the server.
         ended = background.end(folder / "worker") + background.end(*(folder / name for name in PORTS))
-        state.parts = {}
+        state.started = {}
         _save(folder, state)
     print(f"ended {ended} processes; data and logs are kept in .up/" if ended else "nothing was running")
 
 
 @app.command()
 def login() -> None:
-    """Print where Prefect's and MLflow's pages and the bucket are, and the names and passwords that they ask for.
+    """Print the addresses of Prefect's and MLflow's pages and of the bucket, with their names and passwords.
 
     Example: python -m flows.stack login
     """
@@ -155,7 +159,7 @@ def _project() -> Path:
 
 
 def _plan(project: Path, folder: Path, settings: config.Config, state: State) -> Plan:
-    """Returns what is to run, writing ports and secrets that it chooses into the state."""
+    """Returns the servers to run. Ports and secrets that it chooses are written into the state."""
     servers: list[Service] = []
     notes: list[str] = []
     exported: dict[str, str] = {}
@@ -181,7 +185,7 @@ def _plan(project: Path, folder: Path, settings: config.Config, state: State) ->
         port = _port("mlflow", state, folder)
         keys = folder / "keys"
         if "mlflow" not in state.secrets:
-            services.users_of(keys).unlink(missing_ok=True)  # who have a password that nobody knows any more
+            services.users_of(keys).unlink(missing_ok=True)  # their password is lost
         user = _login("mlflow", state)
         servers.append(services.mlflow(port, _absolute(uri, project), artifacts, access, user, keys))
         exported["MLFLOW_TRACKING_URI"] = f"http://{HOST}:{port}"
@@ -196,7 +200,7 @@ def _plan(project: Path, folder: Path, settings: config.Config, state: State) ->
 
 
 def _login(server: str, state: State) -> Login:
-    """Returns the name and the password of a server, which is made where there is none."""
+    """Returns the name and password of a server. The password is made if there is none."""
     return Login(USER, state.secrets.setdefault(server, secrets.token_hex(20)))
 
 
@@ -218,14 +222,14 @@ def _seaweedfs(folder: Path, state: State) -> tuple[Service, S3]:
     data.mkdir(exist_ok=True)
     keys = folder / "keys"
     services.write_keys(keys, {USER: Identity(s3.access, s3.secret, services.OWNER)})
-    (folder / "identities.json").unlink(missing_ok=True)  # of versions that had no other keys
+    (folder / "identities.json").unlink(missing_ok=True)  # an earlier version wrote it
     ports = [*others[:6], port, others[6]]
     passphrase = state.secrets["passphrase"]
     return services.seaweedfs(data, ports, s3, keys, passphrase, bucket=BUCKET, volume_mb=512), s3
 
 
 def _port(name: str, state: State, folder: Path) -> int:
-    """Returns the port that this server had or has; else the usual one, or a free one where that is taken."""
+    """Returns the server's former port, else its usual one, else, if that is taken, a free one."""
     known = state.ports.get(name, [PORTS[name]])[0]
     if not services.is_free(known) and not background.family(folder / name):
         known = services.free_ports(1)[0]
@@ -234,13 +238,13 @@ def _port(name: str, state: State, folder: Path) -> int:
 
 
 def _configured(publish: config.Publish) -> dict[str, str]:
-    """Returns what MLflow's server has to know of the S3 that releases go to, beside the keys in the environment."""
+    """Returns the variables by which MLflow's server finds the S3 of publish.to, apart from the keys."""
     region = {"AWS_DEFAULT_REGION": publish.region} if publish.region else {}
     return region | ({"MLFLOW_S3_ENDPOINT_URL": publish.endpoint_url} if publish.endpoint_url else {})
 
 
 def _s3_remote(project: Path) -> str | None:
-    """Returns the address of DVC's default remote where that is on S3."""
+    """Returns the address of DVC's default remote, None where it is not on S3."""
     settings = configparser.ConfigParser(interpolation=None)
     settings.read([project / ".dvc/config", project / ".dvc/config.local"])
     name = settings.get("core", "remote", fallback=None)
@@ -254,25 +258,25 @@ def _absolute(uri: str, project: Path) -> str:
 
 
 def _inherited(plan: Plan, name: str) -> dict[str, str]:
-    """Returns this process's environment without what would lead a part elsewhere."""
+    """Returns this process's environment without variables that would lead a service to other servers."""
     foreign = ["PREFECT_API_", "PREFECT_HOME", "PREFECT_PROFILE", "LCMLORA_PROJECT"]
     foreign += ["AWS_"] if plan.s3 else []
     foreign += ["PREFECT_", "MLFLOW_"] if name != "worker" else []
     kept = {key: value for key, value in os.environ.items() if not key.startswith(tuple(foreign))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"  # stages call `lcmlora` by its name
-    return kept | QUIET | {"PATH": path}
+    return kept | NO_TELEMETRY | {"PATH": path}
 
 
 def _deploy(folder: Path, plan: Plan, limit: str) -> None:
-    """Makes pool, limit and automation, and deploys what prefect.yaml has."""
+    """Makes the work pool, the limit and the automation, and deploys the flows of prefect.yaml."""
     began = time.monotonic()
     print("deploying prefect.yaml ...", flush=True)
-    os.environ |= QUIET | _reaching(plan.exported, folder)  # Prefect is imported after this
+    os.environ |= NO_TELEMETRY | _prefect_variables(plan.exported, folder)  # Prefect is imported after this
     from flows import provision
 
     provision.provide(limit, pool=True)
     command = services.module("prefect", "--no-prompt", "deploy", "--all")
-    environment = _inherited(plan, "worker") | _reaching(plan.exported, folder)
+    environment = _inherited(plan, "worker") | _prefect_variables(plan.exported, folder)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     output = done.stdout + done.stderr
     (folder / "deploy.log").write_text(output)
@@ -282,17 +286,17 @@ def _deploy(folder: Path, plan: Plan, limit: str) -> None:
     print(f"deployed {output.count('successfully created')} deployments in {time.monotonic() - began:.0f} s")
 
 
-def _reaching(exported: Mapping[str, str], folder: Path) -> dict[str, str]:
+def _prefect_variables(exported: Mapping[str, str], folder: Path) -> dict[str, str]:
     """Returns the variables by which Prefect finds the server."""
     found = {name: value for name, value in exported.items() if name.startswith("PREFECT_API_")}
     return found | {"PREFECT_HOME": str(folder / "prefect")}
 
 
 def _cancel(exported: Mapping[str, str], folder: Path) -> None:
-    """Cancels what the worker runs, so that it ends as Cancelled and not as a mystery."""
+    """Cancels the worker's runs, so that Prefect shows them as Cancelled and not as Crashed."""
     if not services.is_healthy(f"{exported['PREFECT_API_URL']}/health"):
         return
-    os.environ |= QUIET | _reaching(exported, folder)  # Prefect is imported after this
+    os.environ |= NO_TELEMETRY | _prefect_variables(exported, folder)  # Prefect is imported after this
     from flows import provision
 
     until = time.monotonic() + _CANCEL
@@ -305,10 +309,10 @@ def _cancel(exported: Mapping[str, str], folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[Path]:
-    """Makes the folder, for its owner's eyes only, and lets one command at a time change what it says."""
+    """Makes the folder, which only its owner can read, and locks it, so that one command at a time changes it."""
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.geteuid():
-        raise UserError(f"{folder}: it belongs to another user, who would know our passwords; remove it")
+        raise UserError(f"{folder}: belongs to another user, who could read the passwords in it; remove it")
     folder.chmod(0o700)
     (folder / ".gitignore").write_text("*\n")
     with locked(folder, "another `make up` or `make down` is at work; wait for it"):
@@ -321,7 +325,7 @@ def _read(folder: Path) -> State:
 
 
 def _save(folder: Path, state: State) -> None:
-    credentials.write(folder / "state.json", state.model_dump_json(indent=2))
+    credentials.write_secret(folder / "state.json", state.model_dump_json(indent=2))
 
 
 def _as_shell(plan: Plan) -> str:
@@ -330,8 +334,8 @@ def _as_shell(plan: Plan) -> str:
     return "\n".join([*lines, *(f"export {name}={shlex.quote(value)}" for name, value in plan.exported.items())]) + "\n"
 
 
-def _tell(plan: Plan, folder: Path) -> None:
-    addresses: Mapping[str, Any] = {
+def _print_addresses(plan: Plan, folder: Path) -> None:
+    addresses: dict[str, str | None] = {
         "Prefect": plan.exported["PREFECT_API_URL"].removesuffix("/api"),
         "MLflow": plan.exported.get("MLFLOW_TRACKING_URI"),
         "SeaweedFS": plan.s3.endpoint if plan.s3 else None,
@@ -346,7 +350,7 @@ def _tell(plan: Plan, folder: Path) -> None:
 
 
 def main() -> NoReturn:
-    with reporting():
+    with reporting_errors():
         app(prog_name="python -m flows.stack")
     raise SystemExit(0)
 

@@ -1,4 +1,4 @@
-"""`lcmlora status`: where every model stands."""
+"""`lcmlora status`: the standing of every model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ def status(
     call: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object for each model.")] = False,
 ) -> None:
-    """Show for each model its champion, the last run, what is stale and when the next run is due.
+    """Show the champion, newest version, last run, stale stages and next run of each model.
 
-    Runs and schedules are Prefect's: `make up`, then `source .up/environment`, or PREFECT_API_URL of your server.
+    Runs and schedules come from a Prefect server: run `source .up/environment` for that of `make up`, or set
+    PREFECT_API_URL.
 
-    Example: lcmlora status --json
+    Examples:
+
+      lcmlora status
+
+      lcmlora status --json
     """
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -32,9 +37,9 @@ def status(
     server = overview.has_server()
     if not server:
         print("note: PREFECT_API_URL is not set, so runs and schedules are not known", file=sys.stderr)
-    found = overview.standings(settings, server=server)
+    standings = overview.standings(settings, server=server)
     if as_json:
-        print(json.dumps([asdict(standing) for standing in found], indent=2))
+        print(json.dumps([asdict(standing) for standing in standings], indent=2))
         return
     from lcmlora.cli.registry import print_table
 
@@ -47,6 +52,6 @@ def status(
             ", ".join(name.replace(f"@{standing.model}", "") for name in standing.stale) or "nothing",
             standing.due or "",
         )
-        for standing in found
+        for standing in standings
     ]
     print_table(("model", "champion", "newest version", "last run", "stale", "next run"), rows)

@@ -1,4 +1,4 @@
-"""Looks whether the data set or a base has changed and says so as an event; a deployment retrains on it."""
+"""The flow that notices changes of data sets and bases, and emits events on which a deployment retrains."""
 
 from __future__ import annotations
 
@@ -21,33 +21,61 @@ BASE_CHANGED = "lcmlora.base.changed"
 
 
 @flow(name="watch")
-def watch(params: str = "params.yaml") -> State:
-    """Emits `lcmlora.dataset.changed` and `lcmlora.base.changed`, once for each change; ends as Changed or Unchanged.
+def watch_inputs(params: str = "params.yaml") -> State:
+    """Emits `lcmlora.dataset.changed` and `lcmlora.base.changed` once for each change. Ends as Changed or Unchanged.
 
-    Pictures and local bases are compared with the last time that this flow looked; the first look only remembers them.
-    A base on the hub is compared with the revision that params.yaml pins: a new commit is told, and used when a person
-    pins it.
+    Pictures and local bases are compared with their state at the last run of this flow; the first run only remembers
+    it. A base on the hub is compared with the revision that params.yaml pins: a new commit is reported, and used only
+    when a person pins it.
     """
     try:
         settings = config.load(Path(params))
     except UserError as error:
         return Failed(message=str(error))
     memory = f"watch_{slug(settings.registry.experiment)}"
-    seen: dict[str, str] = Variable.get(memory, default={})
-    now = dict(seen)
-    told, errors = [], []
-    try:
-        now["dataset"] = read_data_state(settings)
-        if seen.get("dataset", now["dataset"]) != now["dataset"]:
-            path = str(settings.data.path)
-            told.append(f"the data set at {path} has changed")
+    before: dict[str, str] = Variable.get(memory, default={})
+    now = dict(before)
+    data_changes, data_errors = _check_data(settings, before, now)
+    base_changes, base_errors = _check_bases(settings, before, now)
+    changes, errors = data_changes + base_changes, data_errors + base_errors
+    if now != before:
+        # After the events: a flow that is killed in between emits an event twice rather than never.
+        Variable.set(memory, now, overwrite=True)
+    for line in changes:
+        get_run_logger().info(line)
+    if changes:
+        create_markdown_artifact("\n".join(f"* {line}" for line in changes), key="changes")
+    if errors:
+        return Failed(message="\n".join(errors))
+    return Completed(name="Changed" if changes else "Unchanged", message="; ".join(changes) or "nothing has changed")
+
+
+def _check_data(settings: config.Config, before: dict[str, str], now: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Emits an event for each data set that has changed, and writes its state into `now`.
+
+    Returns:
+        Changes and errors, a line for each.
+    """
+    changes, errors = [], []
+    for key, (data, models) in data_sets(settings).items():
+        try:
+            now[key] = read_data_state(data)
+        except UserError as error:
+            errors.append(str(error))
+            continue
+        if before.get(key, now[key]) != now[key]:
+            changes.append(f"the data set at {data.path} has changed")
             emit_event(
                 DATASET_CHANGED,
-                resource={"prefect.resource.id": "lcmlora.dataset"},
-                payload={"models": list(settings.models), "path": path},
+                resource={"prefect.resource.id": f"lcmlora.{key}"},
+                payload={"models": models, "path": data.path},
             )
-    except UserError as error:
-        errors.append(str(error))
+    return changes, errors
+
+
+def _check_bases(settings: config.Config, before: dict[str, str], now: dict[str, str]) -> tuple[list[str], list[str]]:
+    """As `_check_data`, for the bases."""
+    changes, errors = [], []
     for model in settings.models:
         base, key = settings.base(model), f"base.{model}"
         try:
@@ -55,11 +83,11 @@ def watch(params: str = "params.yaml") -> State:
         except UserError as error:
             errors.append(str(error))
             continue
-        # A local base was used as it is; of the hub's, what is pinned.
-        known = seen.get(key, base.revision or now[key])
+        # At the first run, a base of the hub is compared with its pinned revision; a local one is only remembered.
+        known = before.get(key, base.revision or now[key])
         if now[key] not in (known, base.revision):
             pinned = f", and params.yaml pins {base.revision}" if base.revision else ""
-            told.append(f"the base of {model}, {base.source}, is at {now[key][:12]} now{pinned}")
+            changes.append(f"the base of {model}, {base.source}, is at {now[key][:12]} now{pinned}")
             payload: dict[str, object] = {
                 "models": [model],
                 "source": base.source,
@@ -67,13 +95,11 @@ def watch(params: str = "params.yaml") -> State:
                 "now": now[key],
             }
             emit_event(BASE_CHANGED, resource={"prefect.resource.id": f"lcmlora.base.{model}"}, payload=payload)
-    if now != seen:
-        # After the events: a watch that is killed in between tells twice, never not at all.
-        Variable.set(memory, now, overwrite=True)
-    for line in told:
-        get_run_logger().info(line)
-    if told:
-        create_markdown_artifact("\n".join(f"* {line}" for line in told), key="changes")
-    if errors:
-        return Failed(message="\n".join(errors))
-    return Completed(name="Changed" if told else "Unchanged", message="; ".join(told) or "as it was")
+    return changes, errors
+
+
+def data_sets(settings: config.Config) -> dict[str, tuple[config.Data, list[str]]]:
+    """Returns each data set and the models that learn from it, by its name in the flow's memory."""
+    shared = {"dataset": (settings.data, settings.models_sharing_data())} if settings.uses_shared_data() else {}
+    own = [model for model in settings.models if settings.has_own_data(model)]
+    return shared | {f"dataset.{model}": (settings.data_for(model), [model]) for model in own}

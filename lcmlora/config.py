@@ -18,13 +18,13 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationI
 
 from lcmlora import names
 from lcmlora.errors import UserError
-from lcmlora.io.parsing import Malformed, parse_yaml, read_bytes
+from lcmlora.io.parsing import JsonObject, Malformed, parse_yaml, read_bytes
 from lcmlora.io.terminal import shown
 from lcmlora.plugins import SOURCES
 from lcmlora.settings import layers, presets
 from lcmlora.settings.bases import Base, Merged, Variation
 from lcmlora.settings.data import Data, Encode, Range, Rollouts, Split
-from lcmlora.settings.evaluation import Evaluation, Gate, Solver, Study
+from lcmlora.settings.evaluation import Evaluation, FixedSolver, Gate, Solver, Study
 from lcmlora.settings.fields import Kind, Name, Positive, Quotable, Strict
 from lcmlora.settings.layers import Changes, Layer, S
 from lcmlora.settings.services import Flow, Publish, Registry
@@ -47,6 +47,7 @@ __all__ = [
     "Distill",
     "Encode",
     "Evaluation",
+    "FixedSolver",
     "Flow",
     "Gate",
     "Kind",
@@ -73,9 +74,10 @@ __all__ = [
 ]
 
 _MAX_BYTES = 1 << 20  # of params.yaml; ours has 3,000
+_SMALL_FEATURES, _SMALL_PICTURES = "efficientnet-lite0", 256  # features for pictures of up to so many pixels
 _LARGEST = 1 << 53  # of integers; above it neither JSON nor a float has them all
 
-# What a model has settings of its own for: by family, by section of params.yaml, and by the base's entry there.
+# Sections whose settings a model may have of its own: from its family, from params.yaml, from its base's entry there.
 SECTIONS: dict[str, type[Strict]] = {
     "encode": Encode,
     "launch": Launch,
@@ -84,7 +86,7 @@ SECTIONS: dict[str, type[Strict]] = {
     "style": StyleTraining,
     "finetune": FinetuneTraining,
 }
-_OWN = ("encode", "launch", "distill", "evaluation")  # which the base's entry may change
+_OWN = ("data", "encode", "launch", "distill", "evaluation")  # which the base's entry may change
 
 
 class Config(Strict):
@@ -93,19 +95,19 @@ class Config(Strict):
     models: tuple[Name, ...]
     """Models that the pipeline makes: names of entries of `bases`, or of published bases."""
     data: Data
-    """The captioned pictures, and which of them are kept (stage `prepare`)."""
-    encode: Annotated[dict[str, Any], Changes(Encode)] = {}
+    """The captioned pictures, and which of them are kept (stage `prepare`), for all models."""
+    encode: Annotated[JsonObject, Changes(Encode)] = {}
     """The latent cache (stage `encode`), for all models."""
-    launch: Annotated[dict[str, Any], Changes(Launch)] = {}
+    launch: Annotated[JsonObject, Changes(Launch)] = {}
     """On how many processes `encode` and `distill` run, for all models."""
     teacher_cache_gb: Annotated[float, Field(ge=0)] = 0.0
     """Disk for the teacher's predictions of each model, in gigabytes. A later run on the same samples need not compute
     them. 0: no cache."""
     shard_cache_gb: Annotated[float, Field(gt=0)] = 50.0
     """Disk for shards that are read from a bucket (`encode.shards`), in gigabytes."""
-    distill: Annotated[dict[str, Any], Changes(Distill, extended_distill_settings)] = {}
+    distill: Annotated[JsonObject, Changes(Distill, extended_distill_settings)] = {}
     """Distillation of the adapter (stage `distill`), for all models."""
-    evaluation: Annotated[dict[str, Any], Changes(Evaluation)] = {}
+    evaluation: Annotated[JsonObject, Changes(Evaluation)] = {}
     """What is drawn and measured (stages `reference` and `evaluate`), for all models."""
     gate: Gate = Gate()
     """When a candidate may become champion."""
@@ -118,11 +120,11 @@ class Config(Strict):
     bases: dict[Name, Base]
     """Base models by name. The published bases sd15, sd21, sdxl and ssd1b need no entry; one under their name changes
     them."""
-    style: Annotated[dict[str, Any], Changes(StyleTraining)] = {}
+    style: Annotated[JsonObject, Changes(StyleTraining)] = {}
     """Training of style LoRAs (stage `style`), for all models."""
     styles: dict[Name, Variation] = {}
     """Styles by name, to which acceleration is added."""
-    finetune: Annotated[dict[str, Any], Changes(FinetuneTraining)] = {}
+    finetune: Annotated[JsonObject, Changes(FinetuneTraining)] = {}
     """Training of whole checkpoints (stage `finetune`), for all models."""
     finetunes: dict[Name, Variation] = {}
     """Fine-tuned checkpoints by name, to which acceleration is added."""
@@ -134,7 +136,7 @@ class Config(Strict):
     @model_validator(mode="before")
     @classmethod
     def _complete_bases(cls, raw: Any, info: ValidationInfo) -> Any:
-        """Adds the published bases, and what presets and files tell of the others."""
+        """Adds the published bases, and completes the others from presets and their own files."""
         sources = (info.context or {}).get("sources", Path())
         if not isinstance(raw, dict):
             return raw
@@ -154,8 +156,8 @@ class Config(Strict):
     @model_validator(mode="after")
     def _distinct(self) -> Self:
         for key in ("bases", "styles", "finetunes"):
-            if two := names.twins(getattr(self, key)):
-                raise ValueError(f"{key}: {two[0]} and {two[1]} are one folder where file names have no case")
+            if two := names.clashing(getattr(self, key)):
+                raise ValueError(f"{key}: {two[0]} and {two[1]} are one folder on a file system that ignores case")
         registered = [model.removeprefix("lcm-lora-") for model in dict.fromkeys(self.models)]
         if twice := [name for name in registered if registered.count(name) > 1]:
             raise ValueError(f"models: {twice[0]} and lcm-lora-{twice[0]} would be registered under one name")
@@ -179,33 +181,53 @@ class Config(Strict):
         return self.bases[model]
 
     def layers_of(self, section: str, model: str) -> list[Layer]:
-        """Returns where the settings of a section come from for a model, the last going before the others."""
+        """Returns the layers of a section's settings for a model. A later one overrides those before it."""
         base = self.base(model)
         family = presets.family(base.like)
         found = [Layer(f"preset {family.name}", family.sections.get(section, {}))] if family else []
-        found.append(Layer(section, getattr(self, section)))
+        values = self.data.model_dump(exclude_unset=True) if section == "data" else getattr(self, section)
+        found.append(Layer(section, values))
         if section in _OWN:
             found.append(Layer(f"bases.{model}.{section}", getattr(base, section)))
         return found
 
     def _settings(self, cls: type[S], found: Sequence[Layer], model: str) -> S:
         base = self.base(model)
-        if base.like is None and (lacking := layers.missing(cls, found)):
+        if base.like is None and (lacking := layers.missing_keys(cls, found)):
             section = found[-1].where
             keys = ", ".join(f"{section}.{key}" for key in lacking)
-            raise UserError(f"bases.{model}: {presets.unknown(base.model_dump(), self._sources)}; or write {keys}")
+            raise UserError(
+                f"bases.{model}: {presets.explain_unknown_family(base.model_dump(), self._sources)}; or write {keys}"
+            )
         return layers.combine(cls, found)
 
     def section(self, section: str, model: str) -> Strict:
-        """Returns the settings of a section for a model, whichever it is."""
+        """Returns the settings of any section for a model."""
         found = self.layers_of(section, model)
         return self._settings(_class(section, found), found, model)
 
+    def data_for(self, model: str) -> Data:
+        """Returns the pictures that a model learns from."""
+        return layers.combine(Data, self.layers_of("data", model)) if self.has_own_data(model) else self.data
+
+    def has_own_data(self, model: str) -> bool:
+        """Returns whether a model learns from pictures of its own, and not from those of `data`."""
+        return bool(self.base(model).data)
+
+    def models_sharing_data(self) -> list[str]:
+        """Returns the models that learn from the pictures of `data`."""
+        return [model for model in self.models if not self.has_own_data(model)]
+
+    def uses_shared_data(self) -> bool:
+        """Returns whether the pictures of `data` are prepared: not where every model has its own."""
+        return bool(self.models_sharing_data()) or not self.models
+
     def encode_for(self, model: str) -> Encode:
+        """Returns the settings of the latent cache of a model."""
         return self._settings(Encode, self.layers_of("encode", model), model)
 
     def launch_for(self, model: str) -> Launch:
-        """Raises UserError where the processes do not divide the batch."""
+        """Returns how many processes encode and train. Raises UserError if they do not divide the batch."""
         launch = self._settings(Launch, self.layers_of("launch", model), model)
         distill, ranks = self.distill_for(model), launch.processes * launch.machines
         if distill.batch % (ranks * distill.accumulate):
@@ -225,7 +247,22 @@ class Config(Strict):
         return self._settings(_distill_class(found), found, model)
 
     def evaluation_for(self, model: str) -> Evaluation:
+        """Returns the settings of the evaluation of a model."""
         return self._settings(Evaluation, self.layers_of("evaluation", model), model)
+
+    def prompts_digest(self, model: str) -> str | None:
+        """Returns the SHA-256 of the model's file of own prompts; None where there is none.
+
+        Raises:
+            UserError: the file is missing or cannot be read.
+        """
+        prompts = self.evaluation_for(model).prompts
+        if prompts is None:
+            return None
+        try:
+            return hashlib.sha256(read_bytes(self._sources / prompts)).hexdigest()
+        except UserError as error:
+            raise UserError(f"evaluation.prompts: {error}") from None
 
     def variation(self, model: str, kind: Kind, name: str) -> tuple[Data, Tuning]:
         """Returns the pictures and the training that an entry of `styles` or `finetunes` asks for with this model.
@@ -244,6 +281,7 @@ class Config(Strict):
         return known[name]
 
     def pictures(self, kind: Kind, name: str) -> Data:
+        """Returns the pictures that a style or fine-tune learns from: those of `data` with its own changes."""
         own = Layer(f"{kind}s.{name}.data", self._variation(kind, name).data)
         return layers.combine(Data, [Layer("data", self.data.model_dump()), own])
 
@@ -274,8 +312,8 @@ def load(path: Path = Path("params.yaml"), sources: Path = Path()) -> Config:
     Args:
         sources: the folder that relative paths of bases are relative to.
 
-    MLFLOW_TRACKING_URI goes before `registry.tracking_uri`: an address with a password does not belong into a file.
-    LCMLORA_PUBLISH_TO goes before `publish.to`, so that `make up` can lead to the bucket that it serves.
+    MLFLOW_TRACKING_URI overrides `registry.tracking_uri`: an address with a password does not belong in a file.
+    LCMLORA_PUBLISH_TO overrides `publish.to`, so that `make up` can name the bucket that it serves.
 
     Raises:
         UserError: the file is missing, is not YAML, or holds a key or value that does not fit.
@@ -288,28 +326,28 @@ def load(path: Path = Path("params.yaml"), sources: Path = Path()) -> Config:
         config = Config.model_validate(raw, context={"sources": sources})
         config._sources = sources
     except ValidationError as error:
-        told = layers.explain(error, lambda location: "")
+        faults = layers.explain(error, lambda location: "")
     else:
         own = raw.get("bases", {})
-        told = _faults(config, [name for name in config.bases if name in own])
-    if told:
-        raise UserError("\n".join(f"{path}: {line}" for line in told.splitlines()))
+        faults = _faults(config, [name for name in config.bases if name in own])
+    if faults:
+        raise UserError("\n".join(f"{path}: {line}" for line in faults.splitlines()))
     return config
 
 
-# What the environment goes before: section, key, variable.
+# What environment variables override: section, key, variable.
 ENVIRONMENT = (("registry", "tracking_uri", "MLFLOW_TRACKING_URI"), ("publish", "to", "LCMLORA_PUBLISH_TO"))
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> JsonObject:
     """Returns what is in the file, with values that can stand in settings. Raises UserError."""
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such file; run in the project's folder or name it with --params")
     try:
         raw = parse_yaml(read_bytes(path, limit=_MAX_BYTES))
     except Malformed as error:
-        told = str(error)
-        raise UserError(f"{path}: {'is ' if told.startswith('not ') else ''}{told}") from None
+        reason = str(error)
+        raise UserError(f"{path}: {'is ' if reason.startswith('not ') else ''}{reason}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of settings, got {'nothing' if raw is None else _kind(raw)}")
     _check_plain(raw, str(path))
@@ -317,12 +355,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _check_plain(value: Any, where: str) -> None:
-    """Raises UserError where a key is no text, or a value is one that no setting has, naming where it stands."""
+    """Raises UserError, which names the place, if a key is no text, or a value is one that no setting can have."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
-                told = shown(repr(key), 80)
-                raise UserError(f"{where}: the key {told} is no text ({_kind(key)}); put it in quotes")
+                raise UserError(f"{where}: the key {shown(repr(key), 80)} is no text ({_kind(key)}); put it in quotes")
             _check_plain(inner, f"{where}: {shown(key, 80)}" if where.count(": ") == 0 else f"{where}.{shown(key, 80)}")
     elif isinstance(value, list | tuple | set):
         for number, inner in enumerate(value):
@@ -351,12 +388,14 @@ def _kind(value: object) -> str:
 
 def _distill_class(found: Sequence[Layer]) -> type[Distill]:
     """Returns the class of `distill` for the objective that these layers name. Raises UserError."""
-    return distill_settings(layers.merged(found).get("objective", Distill.model_fields["objective"].default))
+    return distill_settings(layers.merge(found).get("objective", Distill.model_fields["objective"].default))
 
 
 def _class(section: str, found: Sequence[Layer]) -> type[Strict]:
     """Returns the class of a section's settings, which for `distill` depends on these layers. Raises UserError."""
-    return _distill_class(found) if section == "distill" else SECTIONS[section]
+    if section == "distill":
+        return _distill_class(found)
+    return Data if section == "data" else SECTIONS[section]
 
 
 def _section_faults(section: str, found: Sequence[Layer]) -> str:
@@ -368,10 +407,10 @@ def _section_faults(section: str, found: Sequence[Layer]) -> str:
 
 
 def _faults(config: Config, own: Sequence[str]) -> str:
-    """Returns what does not fit in a section, a base, a style or the study; here, and not hours later.
+    """Returns the faults of sections, bases, styles and the study, so that they show now and not hours later.
 
     Args:
-        own: the bases of params.yaml. Of those that are not among `models` something may be missing.
+        own: the bases of params.yaml. Those that are not among `models` may lack settings.
     """
     found = [_section_faults(name, [Layer(name, getattr(config, name))]) for name in SECTIONS]
     found += [_section_faults(name, config.layers_of(name, base)) for base in own for name in _OWN]
@@ -390,9 +429,15 @@ def _faults(config: Config, own: Sequence[str]) -> str:
 
 
 def _check_models(config: Config) -> None:
-    """Raises UserError where the settings of a model, a style or the study do not go together."""
+    """Raises UserError if settings of a model, a style or the study contradict each other."""
     for model in config.models:
-        config.launch_for(model), config.evaluation_for(model)
+        config.launch_for(model)
+        evaluation = config.evaluation_for(model)
+        _check_features(model, config.base(model).resolution, evaluation)
+        for name in config.gate.limits:
+            if name not in evaluation.scores:
+                listed = ", ".join(evaluation.scores) or "none"
+                raise UserError(f"{model}: gate.limits: {name} is not among evaluation.scores, which has {listed}")
         encoding, batch = config.encode_for(model), config.distill_for(model).batch
         if encoding.aspect_buckets and encoding.bucket_pictures < 2 * batch:
             raise UserError(
@@ -400,7 +445,7 @@ def _check_models(config: Config) -> None:
                 f"{batch}); pictures of a shape that do not fill a batch are never seen"
             )
         if (distill := config.distill_for(model)).trajectory:
-            has_pictures = SOURCES.get(config.data.source).has_pictures
+            has_pictures = SOURCES.get(config.data_for(model).source).has_pictures
             check_trajectory(distill, None if has_pictures else encoding.rollouts, f"{model}: ")
     for kind in ("style", "finetune"):
         for name in config.styles if kind == "style" else config.finetunes:
@@ -410,7 +455,17 @@ def _check_models(config: Config) -> None:
             config.real_pictures(kind, name), config.variation(model, kind, name)
 
 
-def digest(*settings: BaseModel | dict[str, Any] | str) -> str:
+def _check_features(model: str, resolution: int, settings: Evaluation) -> None:
+    """Raises UserError where the image features cannot see what a few-step adapter does wrong at this resolution."""
+    if settings.features == _SMALL_FEATURES and resolution > _SMALL_PICTURES:
+        raise UserError(
+            f"{model}: evaluation.features: {_SMALL_FEATURES} sees pictures at 128 pixels, where blur at {resolution} "
+            "is lost. Set clip or inception, which are downloaded (without a hub, evaluation.features_source names "
+            "their folder or file), or efficientnet-lite0-crops, which needs no download and more than 640 pictures"
+        )
+
+
+def digest(*settings: BaseModel | JsonObject | str) -> str:
     """Returns a SHA-256 over settings, equal for equal settings whatever their order of keys."""
     plain = [s.model_dump(mode="json") if isinstance(s, BaseModel) else s for s in settings]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

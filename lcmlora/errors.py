@@ -6,10 +6,10 @@ from lcmlora import masking
 
 
 class UserError(Exception):
-    """Something a person can put right: one line that names the thing, what was expected and what to do.
+    """An error that a person can correct: one line that names the thing, what was expected and what to do.
 
-    The command line prints the line without a traceback and exits with status 2. Passwords and tokens in it are masked,
-    whoever shows or stores it.
+    The command line prints the line without a traceback and exits with status 2. Passwords and tokens in it are masked
+    wherever it is shown or stored.
     """
 
     def __str__(self) -> str:

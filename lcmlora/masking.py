@@ -1,4 +1,4 @@
-"""Passwords and tokens do not get into what is printed, logged or stored: they are masked in addresses and texts."""
+"""Masking of passwords and tokens in addresses and texts that are printed, logged or stored."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 MASK = "***"
 
-# Of an address: the scheme, who logs in with what, the place, and what is asked for. A password that was not quoted may
-# have any character, so that the last @ counts. The bounds here keep the time of a search in proportion to the text.
+# An address: scheme, user, password, and the rest with host, path and query. An unquoted password may have any
+# character, so that the last @ counts. The bounds keep the time of a search proportional to the length of the text.
 _ADDRESS = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,40}://)(?:(?P<user>[^\s:@/?#'\"]*)(?P<password>:[^\s'\"]*)?@)?(?P<rest>[^\s'\"]*)"
 )
@@ -33,15 +33,15 @@ _PLACEHOLDERS = ("", "x", "x-oauth-basic", "oauth2", "token")  # passwords besid
 
 
 def address(uri: str) -> str:
-    """Returns the address without passwords and tokens, wherever they stand in it."""
+    """Returns the address with all passwords and tokens in it masked."""
     return _ADDRESS.sub(_masked, _WHOLE.sub(rf"\g<1>{MASK}", uri))
 
 
 def text(words: object, *addresses: str) -> str:
-    """Returns the text without the secrets of addresses in it, of these addresses, and of the environment.
+    """Returns the text with secrets masked: those of addresses in it, of `addresses`, and of environment variables.
 
     Args:
-        addresses: those whose passwords the text may hold by themselves, quoted or not.
+        addresses: addresses whose passwords may stand in the text by themselves, quoted or not.
     """
     found = str(words)
     for uri in addresses:
@@ -54,7 +54,7 @@ def text(words: object, *addresses: str) -> str:
 
 
 def secrets_of(uri: str) -> set[str]:
-    """Returns the secrets in an address, as they stand there, unquoted, and quoted as servers' messages do."""
+    """Returns the secrets in an address: as written, unquoted, and quoted as in messages of servers."""
     plain: set[str] = set()
     for match in _ADDRESS.finditer(uri):
         if _LOCAL.match(match["scheme"]):
@@ -70,7 +70,7 @@ def secrets_of(uri: str) -> set[str]:
 
 
 def _by_sqlalchemy(uri: str) -> Iterator[str]:
-    """Yields the secrets that SQLAlchemy, where there is one, takes out of the address of a database."""
+    """Yields the secrets that SQLAlchemy, if it is installed, finds in the address of a database."""
     if not re.match(r"(postgresql|postgres|mysql|mariadb|mssql|oracle)\b", uri):
         return
     try:
@@ -106,7 +106,7 @@ def _is_token(user: str, password: str | None) -> bool:
 
 
 def _environment() -> set[str]:
-    """Returns the secrets of environment variables, by their names, and by the addresses in them."""
+    """Returns the secrets in environment variables: in those with telling names, and in addresses."""
     found: set[str] = set()
     for name, value in os.environ.items():
         if _NAMES.search(name) and len(value) >= _SHORTEST:

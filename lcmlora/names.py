@@ -16,7 +16,7 @@ _DEVICE = re.compile(r"(?:CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?:\..*)?", re.IGNOR
 
 
 def fault(name: object) -> str | None:
-    """Returns what is wrong with a name, None where nothing is.
+    """Returns what is wrong with a name; None if nothing is.
 
     A name is part of a path, a word of a command and a word of a page, and means nothing else in any of them.
     """
@@ -28,31 +28,31 @@ def fault(name: object) -> str | None:
 
 
 def check(name: str, what: str) -> str:
-    """Returns the name. Raises UserError, beginning with `what`, where it is none."""
+    """Returns the name. Raises UserError, whose message begins with `what`, if it is no name."""
     if wrong := fault(name):
         raise UserError(f"{what}: {shown(repr(name), 80)} {wrong}")
     return name
 
 
-def arguments(words: Sequence[str]) -> list[str]:
-    """Returns the words of a command line with `--model NAME` and `--name NAME` as the arguments that they stand for.
+def positional_arguments(words: Sequence[str]) -> list[str]:
+    """Returns the words of a command line, with the arguments NAME in place of `--model NAME` and `--name NAME`.
 
-    DVC quotes for the shell what it writes as options (`${item}` in dvc.yaml), and not what is written out there.
+    DVC quotes the options that it writes for `${item}` in dvc.yaml, but not the names that dvc.yaml writes out.
 
     Raises:
         UserError: such an option has no name after it.
     """
-    given, rest, left = [], [], iter(words)
-    for word in left:
+    names, others, remaining = [], [], iter(words)
+    for word in remaining:
         if word in ("--model", "--name"):
-            given.append(check(next(left, ""), word))
+            names.append(check(next(remaining, ""), word))
         else:
-            rest.append(word)
-    return [*given, *rest]
+            others.append(word)
+    return [*names, *others]
 
 
-def twins(names: Iterable[str]) -> tuple[str, str] | None:
-    """Returns two of the names that a file system which ignores case takes for one, None where there are none."""
+def clashing(names: Iterable[str]) -> tuple[str, str] | None:
+    """Returns two names that are one on a file system which ignores case; None if there are none."""
     seen: dict[str, str] = {}
     for name in names:
         if (other := seen.setdefault(name.lower(), name)) != name:

@@ -1,7 +1,7 @@
-"""What can be added by name: base families, sources, objectives, samplers, features, distances, scores and stores.
+"""Tables of classes by name: base families, sources, objectives, samplers, features, distances, scores and stores.
 
-Each table below has a class for each name. A class is imported when it is asked for, so that params.yaml can be checked
-against the names without importing torch. To add a class,
+A class is imported when it is first used, so that the names in params.yaml can be checked without importing torch. To
+add a class,
 
 * in this package: write it, and add its line to the table;
 * in a package of your own: declare an entry point, which every process finds,
@@ -9,9 +9,9 @@ against the names without importing torch. To add a class,
       [project.entry-points."lcmlora.sources"]
       webcam = "my_package.webcam:Webcam"
 
-* in a script or a test: `SOURCES.register("webcam", Webcam)`, which counts in this process.
+* in a script or a test: `SOURCES.register("webcam", Webcam)`, for this process alone.
 
-What a class must have is said by its base class:
+These base classes say what a class must have:
 
     FAMILIES    lcmlora.bases.families.family.Family
     SOURCES     lcmlora.data.sources.source.Source
@@ -19,7 +19,7 @@ What a class must have is said by its base class:
     SAMPLERS    lcmlora.diffusion.samplers.StudentSampler
     FEATURES    lcmlora.evaluation.measures.features.Features
     DISTANCES   lcmlora.evaluation.measures.distances.Distance
-    SCORES      lcmlora.evaluation.measures.scores.Scorer
+    SCORES      lcmlora.evaluation.measures.scores.Scorer, or a function of pictures and prompts
     STORES      lcmlora.releases.stores.store.Store
 """
 
@@ -39,28 +39,28 @@ class Table:
     Args:
         key: the setting that names one, for messages.
         group: of the entry points of other packages.
-        places: where this package's own classes are, each as `module:Class`.
+        places: the classes of this package, each as `module:Class`.
     """
 
     def __init__(self, key: str, group: str, places: Mapping[str, str]) -> None:
         self.key = key
         self._group = group
         self._places = dict(places)
-        self._classes: dict[str, Any] = {}
+        self._classes: dict[str, type[Any]] = {}
 
     @property
     def names(self) -> list[str]:
         """All names: this package's own, then those of other packages, then those that were registered."""
         return list(dict.fromkeys([*self._places, *self._declared(), *self._classes]))
 
-    def register(self, name: str, added: Any) -> None:
-        """Adds a class in this process. Raises ValueError where the name is taken by another one."""
+    def register(self, name: str, added: type[Any]) -> None:
+        """Adds a class in this process. Raises ValueError if another class has the name."""
         if name in self.names and self._classes.get(name) is not added:
             raise ValueError(f"{self.key}: there is a {name} already")
         self._classes[name] = added
 
     def check(self, name: str) -> str:
-        """Returns the name. Raises ValueError where the table does not have it."""
+        """Returns the name. Raises ValueError if the table does not have it."""
         # Entry points are read last: that looks into every installed package.
         if name in self._places or name in self._classes or name in self._declared():
             return name
@@ -84,13 +84,15 @@ class Table:
             self._classes[name] = self._imported(name)
         return self._classes[name]
 
-    def _imported(self, name: str) -> Any:
+    def _imported(self, name: str) -> type[Any]:
         if name in self._places:
             module, _, attribute = self._places[name].partition(":")
-            return getattr(import_module(module), attribute)
+            found: type[Any] = getattr(import_module(module), attribute)
+            return found
         declared = self._declared()[name]
         try:
-            return declared.load()
+            loaded: type[Any] = declared.load()
+            return loaded
         except (ImportError, AttributeError) as error:
             package = declared.dist.name if declared.dist else declared.module
             raise UserError(f"{self.key}: {name}: {package} declares {declared.value}, and {error}") from error
@@ -145,8 +147,10 @@ FEATURES = Table(
     "lcmlora.features",
     {
         "efficientnet-lite0": "lcmlora.evaluation.measures.features:EfficientNetLite0",
+        "efficientnet-lite0-crops": "lcmlora.evaluation.measures.features:EfficientNetCrops",
         "inception": "lcmlora.evaluation.measures.features:Inception",
         "clip": "lcmlora.evaluation.measures.features:ClipPictures",
+        "scattering": "lcmlora.evaluation.measures.scattering:Scattering",
     },
 )
 

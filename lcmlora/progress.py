@@ -1,4 +1,4 @@
-"""Progress of long work: a rich bar on a terminal, a plain line now and then in a log."""
+"""Progress of long work: a bar on a terminal, a plain line every 15 seconds in a log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOG_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
 class Track(Generic[T]):
-    """Iterates over `items` while showing how many are done, the rate, the time left and the figures noted."""
+    """Iterates over `items` and shows the number done, the rate, the time left and the noted figures."""
 
     def __init__(self, items: Iterable[T], label: str, total: int, completed: int, unit: int, quiet: bool) -> None:
         self._items = items
@@ -87,14 +87,14 @@ def track(
 
     Args:
         total: how many items there are in all, those already `completed` by an earlier run included.
-        unit: how many things one item stands for (pictures in a batch), for the rate.
-        quiet: show nothing, where another process does.
+        unit: pictures in one item, such as a batch, for the rate.
+        quiet: show nothing, since another process does.
     """
     count = len(items) if total is None else total  # type: ignore[arg-type]
     return Track(items, label, count, completed, unit, quiet)
 
 
-def parse(line: str) -> tuple[str, int, int] | None:
+def parse_log_line(line: str) -> tuple[str, int, int] | None:
     """Returns label, items done and total of a line that `track` wrote to a log; None for any other line."""
     found = re.match(r"(.+): (\d+)/(\d+)  [\d.]+/s  \S+ s left", line)
     return (found[1], int(found[2]), int(found[3])) if found else None

@@ -1,4 +1,4 @@
-"""Where everything lies in the folder of a project."""
+"""The paths of everything in a project's folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _SQLITE = "sqlite:///"
 class Project:
     """The folder of a project, with the path of everything in it. Where `root` is relative, all paths are.
 
-    Paths in params.yaml are relative to this folder, too. `settings` and `located...` return them as they are seen from
-    the current folder.
+    Paths in params.yaml are relative to this folder, too. `settings` and `located...` return them relative to the
+    current folder.
 
     Args:
-        params: the configuration file, where it is not the folder's own params.yaml.
+        params: the configuration file, if it is not the folder's own params.yaml.
     """
 
     root: Path = Path()
@@ -40,7 +40,7 @@ class Project:
 
     @property
     def dvc_lock(self) -> Path:
-        """What DVC found and made the last time."""
+        """The inputs and outputs of each stage's last run, written by DVC."""
         return self.root / "dvc.lock"
 
     @property
@@ -55,7 +55,7 @@ class Project:
 
     @property
     def npm_packages(self) -> Path:
-        """The emoji artwork, where it is installed."""
+        """The npm packages with the emoji artwork, if they are installed."""
         return self.root / "node_modules"
 
     @property
@@ -69,15 +69,23 @@ class Project:
 
     @property
     def pictures(self) -> Path:
-        """The lists of the prepared pictures, of all models."""
+        """The lists of the prepared pictures of `data`, from which all models learn that have none of their own."""
         return self.root / "data" / "pictures"
+
+    def own_pictures(self, model: str) -> Path:
+        """The lists of the prepared pictures of a model whose base has `data` of its own."""
+        return self.root / "data" / "own-pictures" / model
+
+    def pictures_of(self, model: str, config: Config) -> Path:
+        """The lists of the prepared pictures that a model learns from: its own, or else those of `data`."""
+        return self.own_pictures(model) if config.has_own_data(model) else self.pictures
 
     def latents(self, model: str) -> Path:
         """The latent cache of a model."""
         return self.root / "data" / "latents" / model
 
     def reference(self, model: str) -> Path:
-        """What the teacher and the solvers draw, with features."""
+        """The image sets of teacher and solvers, with their features."""
         return self.root / "reference" / model
 
     def adapter(self, model: str) -> Path:
@@ -85,7 +93,7 @@ class Project:
         return self.root / "adapters" / model
 
     def evaluation(self, model: str) -> Path:
-        """What the student draws, and pictures of the evaluation."""
+        """The student's image sets, and the pictures of the evaluation."""
         return self.root / "evaluation" / model
 
     def metrics(self, model: str) -> Path:
@@ -97,7 +105,7 @@ class Project:
         return self.root / "plots" / f"{model}_steps.csv"
 
     def variations(self, model: str) -> Path:
-        """Everything that the study of a model is made of."""
+        """The styles and fine-tunes of a model, and their image sets without the adapter."""
         return self.root / "variations" / model
 
     def style(self, model: str, name: str) -> Path:
@@ -109,7 +117,7 @@ class Project:
         return self.variations(model) / "finetunes" / name
 
     def alone(self, model: str, name: str) -> Path:
-        """What a style or a fine-tune draws without the adapter."""
+        """The image sets of a style or a fine-tune without the adapter."""
         return self.variations(model) / "alone" / name
 
     @property
@@ -126,15 +134,15 @@ class Project:
         return self.root / "release" / model
 
     def timings(self, model: str) -> Path:
-        """How long this machine took, apart from what the inputs decide."""
+        """The durations on this machine, apart from the results, which inputs and settings decide."""
         return self.root / "timings" / model
 
     def scratch(self, *names: str) -> Path:
-        """Work in progress, which a killed run continues from, and downloads."""
+        """Work in progress, from which a killed run continues, and downloads."""
         return self.root.joinpath("scratch", *names)
 
     def settings(self) -> Config:
-        """Returns the settings in params.yaml, with the addresses of registry and releases as seen from here.
+        """Returns the settings in params.yaml, with paths of registry and releases relative to the current folder.
 
         Paths that decide a result (of data, bases and image features) stay as they are written, since resolved.yaml and
         the adapters name them: the same project gives the same bytes wherever it is called from.
@@ -161,22 +169,22 @@ class Project:
         )
 
     def located(self, place: str) -> str:
-        """Returns a path of params.yaml as it is seen from the current folder; an address as it is."""
+        """Returns a path of params.yaml relative to the current folder; an address as it is."""
         return place if self.root == Path() or "://" in place else str(self.root / place)
 
     def located_data(self, data: Data) -> Data:
-        """Returns the settings of pictures with their path as it is seen from the current folder."""
+        """Returns the settings of pictures with their path relative to the current folder."""
         return data.model_copy(update={"path": self.located(data.path)})
 
     def located_evaluation(self, settings: Evaluation) -> Evaluation:
-        """Returns the settings with those sources of features and scores that are files as seen from the current
-        folder; what is no file there is an id on the hub."""
+        """Returns the settings with files of features and scores relative to the current folder. What is no file in the
+        project is an id on the hub."""
 
         def located(source: str) -> str:
             return self.located(source) if (self.root / source).exists() else source
 
-        source = settings.features_source
+        sources = {"features_source": settings.features_source, "check_features_source": settings.check_features_source}
+        located_sources = {name: None if source is None else located(source) for name, source in sources.items()}
         scores = {name: located(place) for name, place in settings.scores_source.items()}
-        return settings.model_copy(
-            update={"features_source": None if source is None else located(source), "scores_source": scores}
-        )
+        prompts = None if settings.prompts is None else self.located(settings.prompts)
+        return settings.model_copy(update=located_sources | {"scores_source": scores, "prompts": prompts})

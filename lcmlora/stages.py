@@ -1,31 +1,32 @@
 """The stages: the version of each one's algorithm, and which settings decide its result.
 
 A stage is run again when its inputs, the settings below or a version change (docs/staleness.md). Inputs are files and
-stand in dvc.yaml. Settings and versions stand in resolved.yaml (lcmlora/resolved.py), which DVC reads as parameters.
+stand in dvc.yaml. Settings and versions stand in resolved.yaml (lcmlora/dvc_files/resolved.py), which DVC reads as
+parameters.
 
-Left out of the settings is what no result depends on but for rounding: devices, processes, sizes of caches, how often
-something is saved or logged, how many pictures are drawn at once, and how often a time is taken.
+Settings that change results by rounding at most are left out: devices, processes, sizes of caches, intervals of
+checkpoints and logs, the number of pictures drawn at once, the number of latency measurements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from lcmlora.config import Base, Config, Data, Evaluation, Kind, Training
+from lcmlora.config import Base, Config, Data, Kind, Training
 from lcmlora.errors import UserError
+from lcmlora.io.parsing import JsonObject
 from lcmlora.settings.pretrain import Recipe
 
-Settings = dict[str, Any]
+Settings = dict[str, JsonObject]  # of a stage, by section: base, data, encode, ...
 
-# Raise a version where the same inputs and settings give another result, and only there, by
-# `python -m tests.stages.raise_version STAGE`. tests/stages notices that it is due.
+# Raise a version if the same inputs and settings give another result, and only then, by
+# `python -m tests.stages.raise_version STAGE`. The golden tests in tests/stages say when.
 VERSIONS = {
     "pretrain": 1,  # the embedded base: how its VAE, text encoder and UNet are trained
-    "prepare": 1,  # which pictures are kept, their captions, how they are split
+    "prepare": 2,  # which pictures are kept, their captions, how they are split
     "encode": 1,  # latents and embeddings: resizing, the VAE's scaling, teacher rollouts, the layout of the cache
-    "reference": 1,  # what the teacher and the solvers draw, image features, scores
+    "reference": 2,  # what the teacher and the solvers draw, image features, scores
     "distill": 1,  # objectives, teacher, samples, optimization, which weights are saved
     "evaluate": 1,  # how the student draws, and the metrics
     "style": 1,  # training of style LoRAs
@@ -35,13 +36,14 @@ VERSIONS = {
     "package": 1,  # files of the release: formats, card, report, reload check
 }
 
-# Stages that do the work of others themselves, so that these versions decide their results as well.
-_WITHIN = {"style": ("prepare", "encode"), "finetune": ("prepare", "encode"), "alone": ("prepare",)}
+# Stages that do the work of other stages themselves, whose versions decide their results, too.
+_NESTED_ALGORITHMS = {"style": ("prepare", "encode"), "finetune": ("prepare", "encode"), "alone": ("prepare",)}
 
-_LOADED = ("resolution", "variant")  # of a base, for what only loads it; its files are an input
-_IDENTITY = ("source", "revision", "style", *_LOADED)  # which the adapter names
-_TRAINING = ("device", "checkpointing", "checkpoint_every", "log_every")  # of no consequence for the weights
-_DRAWING = ("device", "batch", "latency_repeats")
+_LOADING_FIELDS = ("resolution", "variant")  # of a base, for a stage that only loads it: its files are an input
+_IDENTITY_FIELDS = ("source", "revision", "style", *_LOADING_FIELDS)  # of a base, which the adapter's metadata name
+# Settings without influence on results but for rounding:
+_IRRELEVANT_TO_TRAINING = ("device", "checkpointing", "checkpoint_every", "log_every")
+_IRRELEVANT_TO_DRAWING = ("device", "batch", "latency_repeats")
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,14 @@ class Run:
 
 def algorithms(stage: str) -> dict[str, int]:
     """Returns the versions of all algorithms that decide a stage's result, its own last."""
-    return {name: VERSIONS[name] for name in (*_WITHIN.get(stage, ()), stage)}
+    return {name: VERSIONS[name] for name in (*_NESTED_ALGORITHMS.get(stage, ()), stage)}
 
 
 def runs(config: Config) -> list[Run]:
     """Returns all runs that dvc.yaml has with this configuration."""
-    found = [Run("pretrain"), Run("prepare")]
+    found = [Run("pretrain"), *([Run("prepare")] if config.uses_shared_data() else [])]
     for model in config.models:
+        found += [Run("prepare", model)] if config.has_own_data(model) else []
         found += [Run(stage, model) for stage in ("encode", "reference", "distill", "evaluate", "package")]
     for model in config.study.models if config.study else ():
         for kind, name in config.studied(model):
@@ -70,7 +73,7 @@ def runs(config: Config) -> list[Run]:
     return found
 
 
-def decisive(config: Config, run: Run) -> Settings:
+def decisive_settings(config: Config, run: Run) -> Settings:
     """Returns the settings that decide the result of a run, as plain data.
 
     Raises:
@@ -84,36 +87,38 @@ def _pretrain(config: Config, run: Run) -> Settings:
 
 
 def _prepare(config: Config, run: Run) -> Settings:
-    return {"data": config.data.model_dump(mode="json")}
+    data = config.data if run.model is None else config.data_for(run.model)
+    return {"data": data.model_dump(mode="json")}
 
 
 def _encode(config: Config, run: Run) -> Settings:
     encode = config.encode_for(_model(run))
     return {
-        "base": _base(config, run, _LOADED),
+        "base": _base(config, run, _LOADING_FIELDS),
         # Which pictures there are, and their captions, is an input.
-        "data": config.data.model_dump(mode="json", include={"source", "max_aspect"}),
+        "data": config.data_for(_model(run)).model_dump(mode="json", include={"source", "max_aspect"}),
         "encode": encode.model_dump(mode="json", exclude={"device"}),
     }
 
 
 def _reference(config: Config, run: Run) -> Settings:
     return {
-        "base": _base(config, run, _LOADED),
-        "data": _source(config.data),
-        "evaluation": _evaluation(config.evaluation_for(_model(run)), "student_steps", "resamples"),
+        "base": _base(config, run, _LOADING_FIELDS),
+        "data": _source(config.data_for(_model(run))),
+        "evaluation": _evaluation(config, run, "student_steps", "resamples", "worst_captions"),
     }
 
 
 def _distill(config: Config, run: Run) -> Settings:
-    return {"base": _base(config, run, _IDENTITY), "distill": _training(config.distill_for(_model(run)))}
+    return {"base": _base(config, run, _IDENTITY_FIELDS), "distill": _training(config.distill_for(_model(run)))}
 
 
 def _evaluate(config: Config, run: Run) -> Settings:
     return {
-        "base": _base(config, run, _LOADED),
-        "data": _source(config.data),
-        "evaluation": _evaluation(config.evaluation_for(_model(run))),
+        "base": _base(config, run, _LOADING_FIELDS),
+        "data": _source(config.data_for(_model(run))),
+        "evaluation": _evaluation(config, run),
+        "gate": config.gate.model_dump(mode="json", include={"steps"}),  # at which the worst captions are shown
     }
 
 
@@ -121,7 +126,7 @@ def _tune(config: Config, run: Run) -> Settings:
     data, training = config.variation(_model(run), "style" if run.stage == "style" else "finetune", _name(run))
     encode = config.encode_for(_model(run))
     return {
-        "base": _base(config, run, _IDENTITY),
+        "base": _base(config, run, _IDENTITY_FIELDS),
         "data": data.model_dump(mode="json"),
         "encode": encode.model_dump(mode="json", exclude={"device", "shards"}),
         "training": _training(training),
@@ -134,7 +139,7 @@ def _alone(config: Config, run: Run) -> Settings:
     assert study is not None
     drawing = {"seed", "features", "features_source", "guidance_scale", "solvers", "grid_rows"}
     return {
-        "base": _base(config, run, _LOADED),
+        "base": _base(config, run, _LOADING_FIELDS),
         "data": config.real_pictures(kind, _name(run)).model_dump(mode="json"),
         "evaluation": config.evaluation_for(_model(run)).model_dump(mode="json", include=drawing),
         "study": study.model_dump(mode="json", include={"pictures", "solver_steps", "steps"}),
@@ -146,8 +151,8 @@ def _study(config: Config, run: Run) -> Settings:
     if study is None:
         raise UserError("params.yaml: study: is missing")
     return {
-        "base": _base(config, run, _LOADED),
-        "evaluation": _evaluation(config.evaluation_for(_model(run))),
+        "base": _base(config, run, _LOADING_FIELDS),
+        "evaluation": _evaluation(config, run, "worst_captions", "check_features", "check_features_source"),
         # Which other models are studied, and with what real pictures, decides nothing here: those are inputs.
         "study": study.model_dump(mode="json", exclude={"models", "real"}),
     }
@@ -156,7 +161,7 @@ def _study(config: Config, run: Run) -> Settings:
 def _package(config: Config, run: Run) -> Settings:
     precision = config.distill_for(_model(run)).precision
     return {
-        "base": _base(config, run, (*_IDENTITY, "license")),
+        "base": _base(config, run, (*_IDENTITY_FIELDS, "license")),
         "distill": {"precision": precision},
         "gate": config.gate.model_dump(mode="json"),
     }
@@ -178,7 +183,7 @@ _DECISIVE: dict[str, Callable[[Config, Run], Settings]] = {
 
 
 def studied_kind(config: Config, model: str, name: str) -> Kind:
-    """Returns whether `name` is a style or a fine-tune of this model's study. Raises UserError where it is neither."""
+    """Returns whether `name` is a style or a fine-tune of this model's study. Raises UserError if it is neither."""
     kinds = {studied: kind for kind, studied in config.studied(model)}
     if name not in kinds:
         known = ", ".join(kinds) or "nothing"
@@ -196,18 +201,20 @@ def _name(run: Run) -> str:
     return run.name
 
 
-def _base(config: Config, run: Run, fields: tuple[str, ...]) -> Settings:
+def _base(config: Config, run: Run, fields: tuple[str, ...]) -> JsonObject:
     base: Base = config.base(_model(run))
     return base.model_dump(mode="json", include=set(fields))
 
 
-def _source(data: Data) -> Settings:
+def _source(data: Data) -> JsonObject:
     return data.model_dump(mode="json", include={"source"})
 
 
-def _training(training: Training) -> Settings:
-    return training.model_dump(mode="json", exclude=set(_TRAINING))
+def _training(training: Training) -> JsonObject:
+    return training.model_dump(mode="json", exclude=set(_IRRELEVANT_TO_TRAINING))
 
 
-def _evaluation(evaluation: Evaluation, *unused: str) -> Settings:
-    return evaluation.model_dump(mode="json", exclude={*_DRAWING, *unused})
+def _evaluation(config: Config, run: Run, *unused: str) -> JsonObject:
+    """Returns the decisive settings of an evaluation. Of the file of own prompts its content decides, not its name."""
+    evaluation = config.evaluation_for(_model(run)).model_dump(mode="json", exclude={*_IRRELEVANT_TO_DRAWING, *unused})
+    return evaluation | {"prompts": config.prompts_digest(_model(run))}

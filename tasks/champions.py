@@ -28,4 +28,6 @@ def move_channel(version: Version, settings: config.Config) -> str:
     """Points the channel at a published version and returns the pointer's address; idempotent."""
     assert version.release_uri is not None
     model = version.name.removeprefix("lcm-lora-")
-    return publish.follow(model, version.sha256, version.release_uri, settings.publish, settings.registry.alias)
+    return publish.point_channel_of(
+        model, version.sha256, version.release_uri, settings.publish, settings.registry.alias
+    )

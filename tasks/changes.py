@@ -1,4 +1,4 @@
-"""Looking at what a run depends on."""
+"""Reading the state of a run's inputs, by which the `watch` flow notices changes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lcmlora.bases import fetching
 from lcmlora.data import fingerprints
 
 
-@task(task_run_name="look at the data set", cache_policy=NO_CACHE)
-def read_data_state(settings: config.Config) -> str:
+@task(task_run_name="look at the data set {data.path}", cache_policy=NO_CACHE)
+def read_data_state(data: config.Data) -> str:
     """Returns a digest that changes with the pictures or captions."""
-    return fingerprints.fingerprint(settings.data.path, settings.data.links)
+    return fingerprints.fingerprint(data.path, data.links)
 
 
 @task(task_run_name="look at the base of {model}", cache_policy=NO_CACHE)

@@ -1,4 +1,4 @@
-"""One at a time on a device: what trains or draws holds a lock on this machine and a slot of Prefect's limit."""
+"""One training or drawing at a time on a device: a lock on this machine, and a slot of Prefect's limit."""
 
 from __future__ import annotations
 
@@ -12,35 +12,43 @@ from pathlib import Path
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.private import runtime_folder
 from lcmlora.io.terminal import shown
-from tasks.output import tell
+from tasks.output import log_line
 from tasks.processes import Processes
 
-_ASK = 0.2  # seconds between two tries of a lock that another holds
-_ASK_SERVER = 2.0
-_LEASE = 60.0  # seconds for which a slot stays taken after its holder was killed
+_POLL = 0.2  # seconds between two tries of a lock
+_POLL_SERVER = 2.0  # seconds between two tries of a slot
+_LEASE = 60.0  # seconds that a slot stays taken after its holder was killed
 
 
 @contextlib.contextmanager
 def occupied(limit: str, processes: Processes) -> Iterator[None]:
     """Waits until nobody else holds the limit, and holds it within the block.
 
-    On this machine it is a lock that the supervisors of the block's commands hold, too: after a flow is killed the next
-    one waits until the last of its processes is gone. Between machines it is a slot of the Prefect server's concurrency
-    limit of this name. The temporary server of a run without one has none: it would never give back the slot of a
-    holder that was killed.
+    On this machine, the limit is a lock. The supervisors of the block's commands hold it, too, so that after a flow is
+    killed, the next one waits until the last of its processes has ended. Between machines, it is a slot of the Prefect
+    server's concurrency limit of this name. Without a server there is no such slot: a temporary server would never give
+    the slot of a killed holder back.
 
     Raises:
         UserError: the server has no such limit.
         Unavailable: the server does not answer.
         Ended: the flow ended while it waited.
     """
-    with held(_of_user(limit), limit, processes), _slot(limit, processes):
+    with holding_lock(_lock_file(limit), limit, processes), _slot(limit, processes):
         yield
 
 
 @contextlib.contextmanager
-def held(path: Path, what: str, processes: Processes) -> Iterator[None]:
-    """Waits for the lock on a file and holds it within the block, with the supervisors of the block's commands."""
+def holding_lock(path: Path, name: str, processes: Processes) -> Iterator[None]:
+    """Waits for the lock on a file and holds it within the block. Supervisors of the block's commands hold it, too.
+
+    Args:
+        name: of the locked thing, for messages.
+
+    Raises:
+        UserError: the file cannot be locked.
+        Ended: the flow ended while it waited.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -49,9 +57,9 @@ def held(path: Path, what: str, processes: Processes) -> Iterator[None]:
     try:
         if not _try(descriptor):
             holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
-            tell(f"waiting for {what}, held by process {shown(holder) or 'unknown'}")
+            log_line(f"waiting for {name}, held by process {shown(holder) or 'unknown'}")
             while not _try(descriptor):
-                processes.pause(_ASK)
+                processes.pause(_POLL)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         with processes.lending(descriptor):
@@ -68,7 +76,8 @@ def _try(descriptor: int) -> bool:
     return True
 
 
-def _of_user(limit: str) -> Path:
+def _lock_file(limit: str) -> Path:
+    """Returns the lock file of a limit, one for each user of this machine."""
     name = re.sub(r"[^\w.-]", "_", limit)
     return runtime_folder() / f"{name}.lock"
 
@@ -84,26 +93,26 @@ def _slot(limit: str, processes: Processes) -> Iterator[None]:
         waiting = False
         while not _take(limit, slot):
             if not waiting:
-                tell(f"waiting for a slot of Prefect's limit {limit}")
+                log_line(f"waiting for a slot of Prefect's limit {limit}")
             waiting = True
-            processes.pause(_ASK_SERVER)
+            processes.pause(_POLL_SERVER)
         yield
 
 
 def _take(limit: str, slot: contextlib.ExitStack) -> bool:
-    """Returns whether a slot was free, which then is given back with `slot`."""
+    """Returns whether a slot was free. It is taken then, and leaving `slot` gives it back."""
     from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
     from prefect.concurrency.sync import concurrency
 
     from tasks.prefect_internals import is_limit_taken, is_limit_unknown
 
     try:
-        # Prefect's own wait cannot be interrupted from the flow's thread. A lease that could not be renewed is no
-        # reason to end a training of days.
-        wanted = concurrency(
+        # No retries here: Prefect's own wait cannot be interrupted from the flow's thread. A lease that cannot be
+        # renewed is no reason to end a training of days.
+        acquisition = concurrency(
             limit, max_retries=0, lease_duration=_LEASE, strict=True, raise_on_lease_renewal_failure=False
         )
-        slot.enter_context(wanted)
+        slot.enter_context(acquisition)
     except ConcurrencySlotAcquisitionError as error:
         if is_limit_taken(error):
             return False

@@ -1,4 +1,4 @@
-"""DVC stages as Prefect tasks: each command has a supervisor, and ends when the flow ends."""
+"""DVC stages as Prefect tasks. Each command has a supervisor and ends when the flow ends."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import State
 
-from lcmlora import resolved
 from lcmlora.config import Config, Flow
+from lcmlora.dvc_files import dvc_yaml, resolved
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.parsing import Malformed, as_object, parse_json, parse_yaml, read_yaml
-from lcmlora.io.terminal import shown
+from lcmlora.io.terminal import note, shown
 from lcmlora.project import Project
 from tasks import dvc_command, dvc_internals
-from tasks.devices import held
-from tasks.leftovers import mend
-from tasks.output import told
+from tasks.devices import holding_lock
+from tasks.leftovers import repair
+from tasks.output import line_listener
 from tasks.prefect_internals import failure
 from tasks.processes import Command, Processes, python, reason, script, stream
 
 _RESOLVE = "resolve"  # the stage that writes resolved.yaml
-_WITHOUT_DEVICE = ("prepare", "package")  # stages that neither train nor draw
+_WITHOUT_DEVICE = ("prepare", "prepare-own", "package")  # stages that neither train nor draw
 
 
 class StageFailed(UserError):
-    """A stage ended with an error; the message is the stage and the last line that says why.
+    """A stage ended with an error. The message has the stage and its last error line.
 
     Args:
-        resumable: it was killed or crashed, and may well go on where it was; else it said itself what is wrong.
+        resumable: the stage was killed or crashed, and may go on from where it was. Otherwise it printed what is wrong.
     """
 
     def __init__(self, message: str, *, resumable: bool = False) -> None:
@@ -44,38 +44,41 @@ class StageFailed(UserError):
 
 
 class NotPushed(StageFailed, Unavailable):
-    """The remote did not get everything."""
+    """Not everything was sent to the remote."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What became of one stage."""
+    """The result of one stage."""
 
     stage: str
-    ran: bool  # False: it was up to date, or its outputs came from the cache
+    ran: bool  # False: it was up to date, or its outputs came from DVC's cache
     seconds: float
 
 
 def run_stage(
     stage: str, processes: Processes, settings: Config, force: bool = False, pull: bool = False
 ) -> StageResult:
-    """Runs one DVC stage if it is stale; a distillation that was killed or crashed is resumed once.
+    """Runs one DVC stage if it is stale. A distillation that was killed or crashed is resumed once.
 
     Args:
-        settings: `flow` says how long a stage may take.
-        force: run it, stale or not.
-        pull: ask the default remote for outputs and former runs before computing.
+        settings: of which `flow` limits the time of a stage.
+        force: run it even if it is up to date.
+        pull: look for its outputs and for former runs in the default remote before computing them.
 
     Raises:
         StageFailed: with the stage and the last error line.
     """
-    again = {"retries": 1, "retry_delay_seconds": settings.flow.retry_seconds, "retry_condition_fn": _is_resumable}
-    task = repro.with_options(**again) if stage.startswith("distill@") else repro  # type: ignore[arg-type]
+    task = repro
+    if stage.startswith("distill@"):
+        task = repro.with_options(
+            retries=1, retry_delay_seconds=settings.flow.retry_seconds, retry_condition_fn=_is_resumable
+        )
     return task(stage, processes, settings, force, pull)
 
 
 def needs_device(stage: str) -> bool:
-    """Returns whether the stage trains or draws, so that it is to run where nothing else does (tasks.devices)."""
+    """Returns whether the stage trains or draws, so that it must hold the device (tasks.devices)."""
     return stage.partition("@")[0] not in _WITHOUT_DEVICE
 
 
@@ -89,16 +92,16 @@ def repro(stage: str, processes: Processes, settings: Config, force: bool = Fals
     """Runs one DVC stage once; see `run_stage`."""
     began = time.monotonic()
     name, _, model = stage.partition("@")
-    # A release is not kept by DVC, which would take its missing files for pulled.
+    # DVC does not cache a release: with --pull, it would take its missing files for pulled.
     options = [*(["--force"] if force else []), *(["--pull"] if pull and name != "package" else [])]
-    # A flow that was killed leaves a stage that is ending: DVC does not wait for it, but fails.
-    with held(dvc_internals.TEMPORARY / f"lcmlora-{stage}.lock", stage, processes):
-        mend()
+    # A killed flow leaves a stage that is ending. DVC would not wait for it, but fail.
+    with holding_lock(dvc_internals.TEMPORARY / f"lcmlora-{stage}.lock", stage, processes):
+        repair()
         status, lines = _listen(processes, _repro(*options, stage), stage, model or None, settings.flow)
     if status != 0:
         raise _failed(stage, status, lines)
-    mend()
-    ran = any(dvc_internals.says_it_runs(line, stage) for line in lines)
+    repair()
+    ran = any(dvc_internals.is_run_message(line, stage) for line in lines)
     return StageResult(stage, ran, time.monotonic() - began)
 
 
@@ -106,20 +109,22 @@ def repro(stage: str, processes: Processes, settings: Config, force: bool = Fals
 def resolve(processes: Processes) -> None:
     """Brings resolved.yaml up to date, by which DVC sees what params.yaml and this package have changed.
 
-    To be called before DVC is asked what is stale. A project whose dvc.yaml has no such stage is left as it is.
+    So is dvc.yaml, where models have begun or ceased to learn from pictures of their own. To be called before DVC is
+    asked what is stale. A project whose dvc.yaml has no such stage is left as it is.
 
     Raises:
         UserError: params.yaml or dvc.yaml cannot be read, or the stage failed.
     """
     project = Project()
     stages = as_object(read_yaml(project.dvc_yaml), str(project.dvc_yaml)).get("stages")
-    if (
-        not isinstance(stages, dict)
-        or _RESOLVE not in stages
-        or resolved.is_current(project.settings(), project.resolved)
-    ):
+    if not isinstance(stages, dict) or _RESOLVE not in stages:
         return
-    mend()
+    settings = project.settings()
+    if dvc_yaml.refresh(settings, project):
+        note(f"{project.dvc_yaml}: the stages that read pictures are updated")
+    if resolved.is_current(settings, project.resolved):
+        return
+    repair()
     status, lines = _listen(processes, _repro(_RESOLVE), _RESOLVE)
     if status != 0:
         raise _failed(_RESOLVE, status, lines)
@@ -127,8 +132,8 @@ def resolve(processes: Processes) -> None:
 
 @task(task_run_name="what is stale", cache_policy=NO_CACHE)
 def stale(stages: Sequence[str], processes: Processes) -> set[str]:
-    """Returns those of the stages that DVC would not skip. A stage after one of them may become stale, too."""
-    answer = _ask(processes, ["status", "--json", *stages])
+    """Returns the stages that are stale now. A stage after one of them may become stale when it has run."""
+    answer = _output_of_dvc(processes, ["status", "--json", *stages])
     try:
         return {*as_object(parse_json(answer), "dvc status --json")} & set(stages)
     except Malformed as error:
@@ -136,29 +141,30 @@ def stale(stages: Sequence[str], processes: Processes) -> set[str]:
 
 
 def differing(stages: Sequence[str]) -> list[str] | None:
-    """Returns the stages whose entry in dvc.lock differs from the one in Git's last commit; None if there is no
-    such commit or no dvc.lock in it.
+    """Returns the stages whose entry in dvc.lock differs from the one in Git's last commit.
+
+    None if there is no commit, or no dvc.lock in it.
 
     Raises:
-        UserError: a dvc.lock that is none.
+        UserError: a dvc.lock cannot be read.
     """
     committed = subprocess.run(["git", "show", "HEAD:./dvc.lock"], capture_output=True)
     if committed.returncode != 0:
         return None
     try:
-        then = as_object(parse_yaml(committed.stdout), "dvc.lock")
+        old = as_object(parse_yaml(committed.stdout), "dvc.lock")
     except Malformed as error:
         raise UserError(f"dvc.lock of Git's last commit: {error}") from None
-    now = as_object(read_yaml(Project().dvc_lock), "dvc.lock")
-    mine, theirs = (as_object(lock.get("stages", {}), "dvc.lock: stages") for lock in (now, then))
-    return [stage for stage in stages if mine.get(stage) != theirs.get(stage)]
+    new = as_object(read_yaml(Project().dvc_lock), "dvc.lock")
+    new_stages, old_stages = (as_object(lock.get("stages", {}), "dvc.lock: stages") for lock in (new, old))
+    return [stage for stage in stages if new_stages.get(stage) != old_stages.get(stage)]
 
 
 def default_remote() -> str | None:
     """Returns the address of DVC's default remote, None where there is none.
 
     Raises:
-        StageFailed: DVC's settings are none.
+        StageFailed: DVC's settings cannot be read.
     """
     try:
         return dvc_internals.default_remote()
@@ -167,16 +173,16 @@ def default_remote() -> str | None:
 
 
 def is_shared(remote: str | None) -> bool:
-    """Returns whether others read this remote: not the one inside this repository."""
+    """Returns whether the remote lies outside this repository, so that other machines may read it."""
     return remote is not None and ("://" in remote or not Path(remote).resolve().is_relative_to(Path.cwd()))
 
 
 @task(task_run_name="push", cache_policy=NO_CACHE)
 def push(processes: Processes, jobs: int = 4) -> None:
-    """Sends outputs and the run-cache to the default remote, so that another machine restores instead of computing.
+    """Sends outputs and the run-cache to the default remote, from which other machines then restore results.
 
     Raises:
-        NotPushed: with the last error line. What was sent stays; the next push sends the rest.
+        NotPushed: with the last error line. The next push sends what is missing.
     """
     status, lines = _listen(processes, _dvc("push", "--run-cache", "--jobs", str(jobs)), "push")
     if status != 0:
@@ -185,9 +191,9 @@ def push(processes: Processes, jobs: int = 4) -> None:
 
 @task(task_run_name="doctor {model}", cache_policy=NO_CACHE)
 def examine(model: str, processes: Processes, settings: Config) -> None:
-    """Tries a step of a model's distillation, so that what cannot work fails before hours are spent.
+    """Tries a step of a model's distillation, so that a mistake is found before hours are spent.
 
-    For a holder of the device, as the stages that train are.
+    The caller must hold the device.
 
     Raises:
         StageFailed: with the last error line.
@@ -200,21 +206,21 @@ def examine(model: str, processes: Processes, settings: Config) -> None:
 def _listen(
     processes: Processes, command: Command, stage: str, model: str | None = None, flow: Flow | None = None
 ) -> tuple[int, list[str]]:
-    with told(stage, model) as listen:
+    with line_listener(stage, model) as listen:
         try:
             timeout = flow.timeout_hours * 3600 if flow else None
             return stream(processes, command, timeout=timeout, listen=listen, label=stage)
         except TimeoutError:
             assert flow is not None
             raise StageFailed(
-                f"{stage}: was ended, it took longer than {flow.timeout_hours:g} hours (flow.timeout_hours); what it "
-                "did so far is kept where it writes checkpoints"
+                f"{stage}: was ended, as it took longer than {flow.timeout_hours:g} hours (flow.timeout_hours); its "
+                "checkpoints are kept, if it writes any"
             ) from None
 
 
-def _failed(what: str, status: int, lines: Sequence[str]) -> StageFailed:
-    said = any(line.startswith("error: ") for line in lines)
-    return StageFailed(f"{what}: {reason(lines, status)}", resumable=not said)
+def _failed(stage: str, status: int, lines: Sequence[str]) -> StageFailed:
+    explained = any(line.startswith("error: ") for line in lines)
+    return StageFailed(f"{stage}: {reason(lines, status)}", resumable=not explained)
 
 
 def _repro(*arguments: str) -> Command:
@@ -225,10 +231,10 @@ def _dvc(*arguments: str) -> Command:
     return python("dvc", "--wait-for-lock", *arguments)
 
 
-def _ask(processes: Processes, arguments: Sequence[str]) -> str:
+def _output_of_dvc(processes: Processes, arguments: Sequence[str]) -> str:
     """Returns the standard output of a short DVC command."""
-    mend()
-    with processes.start(**_dvc(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    repair()
+    with processes.start(_dvc(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         out, err = process.communicate()
     if process.returncode != 0:
         why = reason(err.decode(errors="replace").splitlines(), process.returncode)

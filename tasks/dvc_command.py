@@ -1,10 +1,10 @@
-"""`dvc repro` without its advice: `python -P tasks/dvc_command.py repro ...`.
+"""Running `dvc repro` without its advice: `python -P tasks/dvc_command.py repro ...`.
 
-DVC lists every file that no remote has, though it then computes it, and ends with what to type next. What a person
-must know comes through: which stage runs or is restored, every other warning, every error.
+DVC lists every file that no remote has, although it then computes it, and ends with advice on what to type next. This
+command leaves both out. It shows which stage runs or is restored, all other warnings, and all errors.
 
-Written for DVC 3.67, whose logging and whose console have no settings for this. Without `-P` Python would take the
-folder of this file for where `dvc` is to be found.
+It is written for DVC 3.67, which has no settings for this. Without `-P`, Python would import `dvc` from the folder of
+this file.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from __future__ import annotations
 import logging
 import sys
 
-ADVICE = ("Some of the cache files do not exist neither locally nor on remote.", "%s is frozen.")  # among warnings
-TOLD = ("Running stage '%s':", "Stage '%s' is cached")  # among the rest
+ADVICE = ("Some of the cache files do not exist neither locally nor on remote.", "%s is frozen.")  # hidden warnings
+SHOWN = ("Running stage '%s':", "Stage '%s' is cached")  # messages below warnings that are shown
 PULLING, NOT_PULLED = "Pulling data for %s", ("Unable to pull data for %s", "Running stage '%s':")
 
 
-class Told:
-    """Whether a person is to see what DVC logs."""
+class MessageFilter:
+    """A filter of logging that lets the messages pass that a person should see."""
 
     def __init__(self) -> None:
-        self.pulled: str | None = None  # the stage whose outputs came from a remote, which DVC says only beforehand
+        self.pulled: str | None = None  # the stage whose outputs are pulled; DVC logs only the beginning of it
 
     def __call__(self, record: logging.LogRecord) -> bool:
         message = str(record.msg)
@@ -29,22 +29,22 @@ class Told:
             self.pulled = str(getattr(record.args[0], "addressing", record.args[0]))
         elif message in NOT_PULLED:
             self.pulled = None
-        return not message.startswith(ADVICE) if record.levelno >= logging.WARNING else message.startswith(TOLD)
+        return not message.startswith(ADVICE) if record.levelno >= logging.WARNING else message.startswith(SHOWN)
 
 
 def main(arguments: list[str]) -> int:
-    """Returns DVC's status."""
+    """Runs DVC and returns its exit status."""
     from dvc import cli
     from dvc.ui import ui
 
-    told = Told()
+    shown = MessageFilter()
     for name in ("dvc", "dvc_objects", "dvc_data"):
         for handler in logging.getLogger(name).handlers:
-            handler.addFilter(told)
-    ui.enable = lambda: None  # else "Use `dvc push` to send your updates"; its errors are written all the same
+            handler.addFilter(shown)
+    ui.enable = lambda: None  # hides "Use `dvc push` to send your updates"; errors are shown all the same
     status = int(cli.main(arguments))
-    if status == 0 and told.pulled:
-        print(f"Stage '{told.pulled}' is restored from the remote")
+    if status == 0 and shown.pulled:
+        print(f"Stage '{shown.pulled}' is restored from the remote")
     return status
 
 

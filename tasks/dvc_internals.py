@@ -1,4 +1,4 @@
-"""Undocumented parts of DVC that lcmlora relies on. tests/test_internals.py tries each."""
+"""Undocumented parts of DVC that lcmlora relies on. tests/test_internals.py tests each of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_lock_file(content: bytes) -> bool:
 def default_remote() -> str | None:
     """Returns the address of the default remote of the repository in the current folder, None where there is none.
 
-    Read in this process: a DVC of its own takes a second to start.
+    It is read in this process, since the `dvc` command takes a second to start.
 
     Raises:
         ValueError: DVC's settings cannot be read.
@@ -44,6 +44,6 @@ def default_remote() -> str | None:
     return str(remote["url"]) if remote else None
 
 
-def says_it_runs(line: str, stage: str) -> bool:
-    """Returns whether a line of `dvc repro` says that it runs this stage, rather than skips or restores it."""
+def is_run_message(line: str, stage: str) -> bool:
+    """Returns whether a line of `dvc repro` says that it runs this stage, instead of skipping or restoring it."""
     return line.startswith(f"Running stage '{stage}'")

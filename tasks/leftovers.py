@@ -1,4 +1,4 @@
-"""What a killed DVC leaves behind and stumbles over the next time: it rewrites two of its files in place."""
+"""Repairing the files that a killed DVC leaves half-written: it rewrites two of its files in place."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from lcmlora.project import Project
 from tasks import dvc_command
 from tasks.dvc_internals import LOCK, READERS_AND_WRITERS, READERS_AND_WRITERS_LOCK, TEMPORARY, is_lock_file
 
-_PATIENCE = 60.0  # seconds to wait for a DVC that is at work on what is to be mended
+_PATIENCE = 60.0  # seconds to wait for a running DVC that locks one of these files
 
 _LOCK_FILE = Project().dvc_lock
-_DVC = ("dvc", Path(dvc_command.__file__).name)  # in its command line
-_KEPT = TEMPORARY / "lcmlora-dvc.lock"  # the last whole dvc.lock
+_DVC = ("dvc", Path(dvc_command.__file__).name)  # words by which DVC's command line is known
+_COPY = TEMPORARY / "lcmlora-dvc.lock"  # the last whole dvc.lock
 
 
-def mend() -> None:
-    """Makes DVC work again in the current folder after one of its processes was killed; where all is well, keeps it so.
+def repair() -> None:
+    """Makes DVC work again in the current folder after one of its processes was killed. Keeps a copy of dvc.lock.
 
-    A half-written dvc.lock is replaced by the last whole one, and where there is none removed: stages that it then does
-    not know are restored from the run-cache. `.dvc/tmp/rwlock`, the table of who reads and writes which path, loses
-    those whose process number another program has by now, and whom DVC would take to be at work; a half-written one
-    becomes empty.
+    A half-written dvc.lock is replaced by the copy, or removed if there is no copy: stages that are missing in it are
+    restored from the run-cache. `.dvc/tmp/rwlock` is the table of the processes that read and write each path. If
+    another program has the number of such a process by now, DVC would take it for a running DVC, so it is removed. A
+    half-written table becomes empty.
     """
     if not TEMPORARY.is_dir():
         return
     if _is_whole(_LOCK_FILE):
-        _keep()
+        _make_copy()
     elif _LOCK_FILE.exists():
         with _locked(LOCK):
             if not _is_whole(_LOCK_FILE):
                 _restore()
-    if READERS_AND_WRITERS.exists() and _without_gone(READERS_AND_WRITERS) is not None:
+    if READERS_AND_WRITERS.exists() and _without_ended(READERS_AND_WRITERS) is not None:
         with _locked(READERS_AND_WRITERS_LOCK):
-            text = _without_gone(READERS_AND_WRITERS)
+            text = _without_ended(READERS_AND_WRITERS)
             if text is not None:
                 atomic_write(READERS_AND_WRITERS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _keep() -> None:
+def _make_copy() -> None:
     text = _LOCK_FILE.read_bytes()
-    if not _KEPT.exists() or _KEPT.read_bytes() != text:
-        atomic_write(_KEPT, lambda path: path.write_bytes(text))
+    if not _COPY.exists() or _COPY.read_bytes() != text:
+        atomic_write(_COPY, lambda path: path.write_bytes(text))
 
 
 def _restore() -> None:
     print(f"warning: {_LOCK_FILE} was cut off when DVC was killed; its last state is restored", file=sys.stderr)
-    if _is_whole(_KEPT):
-        text = _KEPT.read_bytes()
+    if _is_whole(_COPY):
+        text = _COPY.read_bytes()
         atomic_write(_LOCK_FILE, lambda path: path.write_bytes(text))
     else:
         _LOCK_FILE.unlink()
@@ -68,8 +68,8 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _without_gone(table: Path) -> str | None:
-    """Returns the table without those who are no DVC; None where nothing needs to change."""
+def _without_ended(table: Path) -> str | None:
+    """Returns the table without processes that are no DVC, None where it needs no change."""
     try:
         found = json.loads(table.read_text(encoding="utf-8"))
         writers = {path: info for path, info in found["write"].items() if _may_be_dvc(info["pid"])}
@@ -84,9 +84,9 @@ def _without_gone(table: Path) -> str | None:
 
 
 def _may_be_dvc(pid: int) -> bool:
-    """Returns False where it is known that no such process runs, or that it is another program."""
+    """Returns False if there is no such process, or if it is another program, as far as this can be known."""
     if not sys.platform.startswith("linux"):
-        return True  # DVC itself sees whether it runs
+        return True  # DVC itself checks whether the process exists
     try:
         return any(Path(word).name in _DVC for word in Path("/proc", str(pid), "cmdline").read_text().split("\0"))
     except FileNotFoundError:
@@ -97,7 +97,7 @@ def _may_be_dvc(pid: int) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds DVC's own lock, or goes on without it where a DVC does not give it back: what it holds is not cut off."""
+    """Holds DVC's own lock. If a running DVC keeps it too long, the block goes on without: its file is not cut off."""
     until = time.monotonic() + _PATIENCE
     with path.open("a+") as file:
         while time.monotonic() < until:

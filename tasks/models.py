@@ -1,19 +1,18 @@
-"""What happens to one model outside DVC: its base, its gate, its version in the registry, its published release."""
+"""The tasks of one model outside DVC: base, gate, version in the registry, published release."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from lcmlora import config, registry
+from lcmlora.adapters.metadata import FACTS, Distilled
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.evaluation import gate
 from lcmlora.evaluation.figures import Metrics
-from lcmlora.io.parsing import as_object, read_json
 from lcmlora.project import Project
 from lcmlora.registry import promotion, registration
 from lcmlora.releases import bundle, publish
@@ -26,11 +25,11 @@ _PROJECT = Project()  # flows run in the project's folder
 
 @dataclass(frozen=True)
 class Champion:
-    """The version that a candidate is compared with, and its figures on the candidate's own reference."""
+    """The version that a candidate is compared with, and its figures against the candidate's own reference."""
 
     reference: str
     figures: Metrics | None
-    fault: str | None = None  # why there are no figures: others made it champion, or its run has gone
+    fault: str | None = None  # why there are no figures, such as a run that was deleted
 
 
 @task(task_run_name="fetch base {model}", cache_policy=NO_CACHE)
@@ -49,27 +48,27 @@ def read_metrics(model: str) -> Metrics:
 
 @task(task_run_name="champion {model}", cache_policy=NO_CACHE)
 def read_champion(model: str, figures: Metrics, settings: config.Config, processes: Processes) -> Champion | None:
-    """Returns the champion to compare with; None where there is none, or it is this adapter, or another base's.
+    """Returns the champion to compare with. None if there is none, or if it is this adapter, or of another base.
 
-    Where data, prompts or features have changed since it was measured, it is measured again.
+    If data, prompts or features have changed since it was measured, it is measured again.
     """
     champion = registry.champion(model, settings.registry)
     if champion is None or champion.sha256 == bundle.digest(_PROJECT.release(model)):
         return None
     try:
-        theirs = registry.figures(champion, settings.registry)
+        champion_figures = registry.figures(champion, settings.registry)
     except Unavailable:
         raise
     except UserError as error:
         return Champion(champion.reference, None, str(error))
-    if gate.incomparable(figures, theirs):
+    if gate.incomparable(figures, champion_figures):
         from lcmlora.bases import folders
 
-        made_for = _read(_PROJECT.adapter(model) / "config.json", "base")["base"]
+        made_for = Distilled.read(_PROJECT.adapter(model) / FACTS).base
         if not folders.same_base(champion.base, made_for):
             return None
-        theirs = _remeasure(model, champion.reference, settings, processes)
-    return Champion(champion.reference, theirs)
+        champion_figures = _remeasure(model, champion.reference, settings, processes)
+    return Champion(champion.reference, champion_figures)
 
 
 def _remeasure(model: str, reference: str, settings: config.Config, processes: Processes) -> Metrics:
@@ -85,7 +84,7 @@ def _remeasure(model: str, reference: str, settings: config.Config, processes: P
 @task(task_run_name="gate {model}", cache_policy=NO_CACHE)
 def pass_gate(model: str, figures: Metrics, champion: Champion | None, settings: config.Config) -> list[str]:
     """Returns why the candidate must not become champion; empty if it may."""
-    failures = gate.gate(figures, settings.gate)
+    failures = gate.gate_failures(figures, settings.gate)
     if champion is not None and champion.fault is not None:
         failures.append(
             f"cannot be compared with {champion.reference}, the {settings.registry.alias}: {champion.fault}"
@@ -98,7 +97,7 @@ def pass_gate(model: str, figures: Metrics, champion: Champion | None, settings:
 @task(task_run_name="publish {model}", cache_policy=NO_CACHE)
 def publish_release(model: str, settings: config.Config) -> str:
     """Returns the release's address; idempotent."""
-    return publish.publish(_PROJECT.release(model), model, settings.publish)
+    return publish.publish_release(_PROJECT.release(model), model, settings.publish)
 
 
 @task(task_run_name="register {model}", cache_policy=NO_CACHE)
@@ -106,25 +105,16 @@ def register_release(
     model: str, settings: config.Config, uri: str | None, gate_failures: list[str]
 ) -> registration.Registered:
     """Returns the version of the release in the registry; idempotent."""
-    return registration.register(model, settings.registry, _PROJECT.release(model), uri, gate_failures)
+    return registration.register_release(model, settings.registry, _PROJECT.release(model), uri, gate_failures)
 
 
 @task(task_run_name="promote {model}", cache_policy=NO_CACHE)
 def promote_version(model: str, version: registration.Registered, settings: config.Config) -> str:
-    """Moves the configured alias to this version and returns the reference by which it is now found."""
-    return promotion.assign(version, settings.registry, reason="passed the gate")
+    """Moves the configured alias to this version and returns MODEL@ALIAS."""
+    return promotion.promote_passed(version, settings.registry, reason="passed the gate")
 
 
 @task(task_run_name="point channel {model}", cache_policy=NO_CACHE)
 def point_channel(model: str, sha256: str, settings: config.Config) -> str:
-    """Points the published channel of the alias's name at the release and returns the pointer's address."""
-    return publish.point(model, sha256, settings.publish, settings.registry.alias)
-
-
-def _read(path: Path, *keys: str) -> dict[str, Any]:
-    """Returns what a stage wrote. Raises UserError where it is missing, damaged or has not these keys."""
-    found = as_object(read_json(path), str(path))
-    for key in keys:
-        if key not in found:
-            raise UserError(f"{path}: has no {key!r}; run the stage again that wrote it")
-    return found
+    """Points the published channel with the alias's name at the release, and returns the pointer's address."""
+    return publish.point_channel(model, sha256, settings.publish, settings.registry.alias)

@@ -1,4 +1,4 @@
-"""What a command says, in Prefect: its lines in the run's log, and how far it is as a progress artifact."""
+"""Showing a command's output in Prefect: its lines in the run's log, its progress as an artifact."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _LEVELS = {"error: ": logging.ERROR, "ERROR: ": logging.ERROR, "warning: ": logg
 
 
 def run_logger() -> Any | None:
-    """Returns the logger of the run that this is part of; None outside any."""
+    """Returns the logger of the present Prefect run, None outside a run."""
     try:
         return get_run_logger()
     except MissingContextError:
         return None
 
 
-def tell(line: str) -> None:
-    """Says something of the work itself: to Prefect where there is a run, else on standard error."""
+def log_line(line: str) -> None:
+    """Writes a line to the log of the present Prefect run, outside a run to standard error."""
     line = masking.text(line)
     logger = run_logger()
     if logger is None:
@@ -42,35 +42,35 @@ def tell(line: str) -> None:
 
 
 @contextlib.contextmanager
-def told(stage: str, model: str | None = None) -> Iterator[Callable[[str], None] | None]:
-    """Yields what a command's lines are to be given to; None where there is no run to tell.
+def line_listener(stage: str, model: str | None = None) -> Iterator[Callable[[str], None] | None]:
+    """Yields a function that takes a command's lines to the present Prefect run; None outside a run.
 
-    The log's entries have `stage` and `model`; what tells of progress is in the artifact `progress-STAGE`, which is
-    renewed every five seconds at most, from a thread of its own: a slow server holds up no training.
+    The log's entries have the fields `stage` and `model`. Progress goes to the artifact `progress-STAGE`, which its own
+    thread updates every five seconds at most, so that a slow server does not slow the training down.
     """
     logger = run_logger()
     if logger is None:
         yield None
         return
     fields = {"stage": stage, "model": model}
-    with _Board(f"progress-{slug(stage)}", logger) as board:
+    with _ProgressArtifact(f"progress-{slug(stage)}", logger) as artifact:
 
         def listen(line: str) -> None:
             level = next((level for start, level in _LEVELS.items() if line.startswith(start)), logging.INFO)
             logger.log(level, "%s", shown(masking.text(line), LINE), extra=fields)
-            if step := progress.parse(line):
-                board.put(*step)
+            if step := progress.parse_log_line(line):
+                artifact.put(*step)
 
         yield listen
 
 
 def slug(name: str) -> str:
-    """Returns the name as Prefect's keys are written: lowercase letters, digits and dashes."""
+    """Returns the name in the form of Prefect's keys: lowercase letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-class _Board:
-    """A progress artifact that follows the last figures put here."""
+class _ProgressArtifact:
+    """A progress artifact that shows the last figures it was given."""
 
     def __init__(self, key: str, logger: Any) -> None:
         self._key = key
@@ -78,10 +78,10 @@ class _Board:
         self._waiting: tuple[str, int, int] | None = None
         self._artifact: UUID | None = None
         self._changed, self._over = threading.Event(), threading.Event()
-        # The artifact belongs to the run of the thread that makes the board.
+        # The artifact belongs to the run of the thread that makes this object.
         self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._follow,), daemon=True)
 
-    def __enter__(self) -> _Board:
+    def __enter__(self) -> _ProgressArtifact:
         self._thread.start()
         return self
 
@@ -105,7 +105,7 @@ class _Board:
                 self._over.wait(_EVERY)
             if self._waiting:
                 self._show(*self._waiting)
-        except Exception as error:  # what is shown must not end what is done
+        except Exception as error:  # failing to show progress must not end the work
             self._logger.warning("no progress is shown any more: %s", masking.text(error))
 
     def _show(self, label: str, done: int, total: int) -> None:

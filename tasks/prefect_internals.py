@@ -1,6 +1,6 @@
 """Undocumented parts of Prefect that lcmlora relies on.
 
-tests/test_internals.py and tests/flows/test_runs.py try each.
+tests/test_internals.py and tests/flows/test_runs.py test each of them.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def failure(state: State[Any]) -> BaseException | None:
 
 
 def server() -> Any:
-    """Returns the ASGI application of Prefect's server, whole, with its pages."""
+    """Returns the ASGI application of Prefect's server with its pages."""
     from prefect.server.api.server import create_app
 
     return create_app(final=True)
 
 
 def keep_temporary_server_apart() -> None:
-    """Has the server that a run without one starts for itself be in a session of its own. To be called before a flow.
+    """Makes Prefect start a run's temporary server in a session of its own. To be called before a flow starts.
 
-    Prefect starts it in the run's own process group, where the terminal's Ctrl-C ends it before the run: that then
-    shows tracebacks, and asks for the server for minutes before it ends.
+    Prefect starts it in the run's own process group, where Ctrl-C in the terminal ends the server before the run. The
+    run would then show tracebacks, and try to reach the server for minutes.
     """
     from prefect.server.api import server
 

@@ -1,4 +1,4 @@
-"""Commands that end when the flow ends, however it ends: each has a supervisor, which holds on to nothing else."""
+"""Running commands that end with the flow, even if the flow is killed: each has a supervisor process of its own."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 from uuid import uuid4
 
 from lcmlora import masking
@@ -26,21 +26,27 @@ from lcmlora.io.private import cache_folder
 from lcmlora.io.terminal import LINE, shown
 from tasks import supervisor
 
-_PATIENCE = supervisor.GRACE + 3  # seconds for a supervisor to end what it watches
-_MARK = "LCMLORA_FLOW"  # environment: which flow a process was started by
-
-Command = dict[str, Any]  # arguments of Processes.start
+_PATIENCE = supervisor.GRACE + 3  # seconds for a supervisor to end its command
+_MARK = "LCMLORA_FLOW"  # environment variable: the flow that a process was started by
 
 
 class Ended(UserError):
-    """The flow is ending: nothing more is started, and nothing is waited for."""
+    """The flow is ending, so that no command is started or waited for any more."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command and its environment; without one it inherits that of this process."""
+
+    arguments: Sequence[str]
+    environment: Mapping[str, str] | None = None
 
 
 class Processes:
-    """The commands that run now, in whatever thread they were started. Leaving the block ends them.
+    """The commands that run at the moment, started from any thread. Leaving the block ends them.
 
     Args:
-        several: many may run at once, so that each line shown is marked with what it comes from.
+        several: commands may run at the same time, so that each line shown begins with the name of its command.
     """
 
     def __init__(self, several: bool = False) -> None:
@@ -57,7 +63,7 @@ class Processes:
         with self._lock:
             self._closing.set()
             alive = list(self._lifelines)
-            for process in alive:  # all at once, for each may take its grace
+            for process in alive:  # all at once, since each may take some seconds to end
                 os.close(self._lifelines.pop(process))
         for process in alive:
             self._end(process)
@@ -68,13 +74,13 @@ class Processes:
         return self._closing.is_set()
 
     def pause(self, seconds: float) -> None:
-        """Returns after so long. Raises Ended as soon as the block is left."""
+        """Waits. Raises Ended as soon as the block is left."""
         if self._closing.wait(seconds):
             raise Ended("the flow is ending")
 
     @contextlib.contextmanager
     def lending(self, descriptor: int) -> Iterator[None]:
-        """Lets supervisors that this thread starts hold an open file, and so the lock on it, until all is ended."""
+        """Passes an open file on to supervisors that this thread starts: a lock on it lasts until they have ended."""
         lent = getattr(self._lent, "descriptors", ())
         self._lent.descriptors = (*lent, descriptor)
         try:
@@ -83,15 +89,20 @@ class Processes:
             self._lent.descriptors = lent
 
     @contextlib.contextmanager
-    def start(self, command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-        """Starts a command under a supervisor, which is what is yielded; both end at the latest with the block.
+    def start(
+        self, command: Command, *, stdout: int | None = None, stderr: int | None = None
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """Starts a command under a supervisor and yields the supervisor. Both end at the latest with the block.
 
-        The supervisor has the command's output and ends with its status, 128 + N where signal N ended the command.
+        The supervisor's output is the command's. It ends with the command's status, 128 + N after signal N.
+
+        Args:
+            stdout, stderr: as for subprocess.Popen.
 
         Raises:
-            Ended: Processes was left before.
+            Ended: the Processes were left before.
         """
-        process = self._start(command, options)
+        process = self._start(command, stdout, stderr)
         try:
             yield process
             process.wait()
@@ -102,15 +113,23 @@ class Processes:
                     os.close(lifeline)
             self._end(process)
 
-    def _start(self, command: Sequence[str], options: dict[str, Any]) -> subprocess.Popen[bytes]:
-        watched = [sys.executable, "-IS", supervisor.__file__, *command]
+    def _start(self, command: Command, stdout: int | None, stderr: int | None) -> subprocess.Popen[bytes]:
+        supervised = [sys.executable, "-IS", supervisor.__file__, *command.arguments]
         with self._lock:
             if self.closing:
                 raise Ended("the flow is ending")
             read, lifeline = os.pipe()
             try:
                 lent = getattr(self._lent, "descriptors", ())
-                process = subprocess.Popen(watched, start_new_session=True, stdin=read, pass_fds=lent, **options)
+                process = subprocess.Popen(
+                    supervised,
+                    start_new_session=True,
+                    stdin=read,
+                    stdout=stdout,
+                    stderr=stderr,
+                    env=command.environment,
+                    pass_fds=lent,
+                )
             except BaseException:
                 os.close(lifeline)
                 raise
@@ -120,51 +139,49 @@ class Processes:
         return process
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        """Returns when a supervisor without a lifeline has ended; what it left, being killed itself, is killed."""
+        """Waits until a supervisor without a lifeline has ended. If it was killed, its command is killed, too."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_PATIENCE)
-        kill_rest(process)
+        kill_group(process)
         process.wait()
 
 
-def kill_rest(process: subprocess.Popen[bytes]) -> None:
-    """Kills whoever is in the group that this process leads."""
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kills the processes in the group that this process leads."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def python(module: str, *arguments: str) -> Command:
-    """Returns `python -m MODULE ARGUMENTS` with this interpreter and its environment's commands."""
+    """Returns the command `python -m MODULE ARGUMENTS` with this interpreter; its environment's commands come first."""
     return _python("-m", module, *arguments)
 
 
 def script(path: str, *arguments: str) -> Command:
-    """Returns the same for a file, whose folder is not searched for modules."""
+    """Returns the command `python -P PATH ARGUMENTS`: the folder of the file is not searched for modules."""
     return _python("-P", path, *arguments)
 
 
 def _python(*arguments: str) -> Command:
-    # Stages call `lcmlora`: the one beside this interpreter, whether or not its environment is activated.
+    # Stages call `lcmlora`, which must be the one beside this interpreter, even if its environment is not activated.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    # DVC's own choice is a folder of all users, who could exchange what it unpickles from there.
+    # DVC's default is a folder that other users can write to, and DVC unpickles files from it.
     site = {"DVC_SITE_CACHE_DIR": os.environ.get("DVC_SITE_CACHE_DIR") or str(cache_folder("dvc"))}
-    return {
-        "command": [sys.executable, *arguments],
-        "env": os.environ | site | {"PATH": path, "DVC_NO_ANALYTICS": "1"},
-    }
+    environment = os.environ | site | {"PATH": path, "DVC_NO_ANALYTICS": "1"}
+    return Command([sys.executable, *arguments], environment)
 
 
-def mark() -> None:
-    """Lets all that this process starts from now on end with it, even where it is killed; on Linux.
+def end_children_with_this_process() -> None:
+    """Makes all processes that are started from now on end with this one, even if it is killed. Works on Linux.
 
-    For what is not started by Processes: a process that runs a flow without a server has Prefect start one.
+    This is for processes outside Processes, such as the server that Prefect starts for a flow without one.
     """
     os.environ[_MARK] = uuid4().hex
     read, _ = os.pipe()
-    watching = [sys.executable, "-IS", supervisor.__file__, "--marked", f"{_MARK}={os.environ[_MARK]}"]
+    command = [sys.executable, "-IS", supervisor.__file__, "--marked", f"{_MARK}={os.environ[_MARK]}"]
     quiet = subprocess.DEVNULL
-    subprocess.Popen(watching, start_new_session=True, stdin=read, stdout=quiet, stderr=quiet)
-    os.close(read)  # nothing ever closes the other end but this process's end
+    subprocess.Popen(command, start_new_session=True, stdin=read, stdout=quiet, stderr=quiet)
+    os.close(read)  # the other end closes only when this process ends
 
 
 def stream(
@@ -175,27 +192,27 @@ def stream(
     listen: Callable[[str], None] | None = None,
     label: str | None = None,
 ) -> tuple[int, list[str]]:
-    """Runs a command while its output goes to standard error; returns its status and the lines that matter.
+    """Runs a command and shows its output on standard error. Returns its status and its important lines.
 
-    A run that a worker started shows nothing on standard error: its lines are in Prefect's log, and so on the worker's.
+    A run that a worker has started shows nothing: its lines are in Prefect's log, which the worker shows.
 
     Args:
-        timeout: seconds after which it is ended.
-        listen: is given every line; of one that was written over, the last state.
-        label: what the lines shown begin with where several commands run at once.
+        timeout: seconds after which the command is ended.
+        listen: is called with every line. A line that is overwritten, such as a progress bar, counts once, at its end.
+        label: the beginning of each line shown, where several commands run at the same time.
 
     Raises:
         Ended: the flow is ending, and the command with it.
         TimeoutError: it took longer than `timeout`.
     """
-    show = _shown(processes, label)
-    source, sink = _channel(terminal=show is _raw and sys.stderr.isatty())
+    show = _display(processes, label)
+    source, sink = _output_channel(terminal=show is _show_raw and sys.stderr.isatty())
     lines = _Lines()
     until = time.monotonic() + timeout if timeout is not None else None
     try:
         try:
             started = contextlib.ExitStack()
-            process = started.enter_context(processes.start(**command, stdout=sink, stderr=sink))
+            process = started.enter_context(processes.start(command, stdout=sink, stderr=sink))
         finally:
             os.close(sink)
         with started:
@@ -209,60 +226,60 @@ def stream(
         os.close(source)
     if processes.closing:
         raise Ended("the flow is ending")
-    return process.returncode, lines.telling
+    return process.returncode, lines.important
 
 
 class _Lines:
-    """The lines of an output that comes in blocks, and those of them that say what happened."""
+    """Divides an output that comes in blocks into lines, and keeps the important ones."""
 
-    _TELLING = re.compile(r"Running stage '|(error|ERROR): ")
+    _IMPORTANT = re.compile(r"Running stage '|(error|ERROR): ")
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._telling: list[str] = []
+        self._important: list[str] = []
         self._last = self._rest = ""
 
     def add(self, block: bytes) -> tuple[str, list[str]]:
-        """Returns the block as text, and the lines that it ended, without colours and not empty."""
+        """Returns the block as text, and the lines that end in it, without colours and without empty lines."""
         text = self._decoder.decode(block)
         *lines, self._rest = (self._rest + text).split("\n")
         whole = [line for line in map(_plain, lines) if line]
-        self._telling += filter(self._TELLING.match, whole)
+        self._important += filter(self._IMPORTANT.match, whole)
         self._last = whole[-1] if whole else self._last
         return text, whole
 
     @property
-    def telling(self) -> list[str]:
-        """The lines that tell of errors and of stages that ran, and the last ones."""
-        return [*self._telling, self._last, _plain(self._rest)]
+    def important(self) -> list[str]:
+        """Errors and the names of stages that ran, and the last lines."""
+        return [*self._important, self._last, _plain(self._rest)]
 
 
 def _plain(line: str) -> str:
-    """Returns a line without colours, and of one that was written over only what was seen at its end."""
+    """Returns a line without colours. A line that was overwritten becomes its last state."""
     states = [state.strip() for state in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).split("\r")]
     return next((state for state in reversed(states) if state), "")
 
 
-def _shown(processes: Processes, label: str | None) -> Callable[[str, list[str]], None]:
+def _display(processes: Processes, label: str | None) -> Callable[[str, list[str]], None]:
     from prefect.runtime import deployment
 
-    def labelled(text: str, lines: list[str]) -> None:
-        # One write for all, so that another thread's lines do not come between.
+    def show_labelled(text: str, lines: list[str]) -> None:
+        # One write for all lines, so that another thread's lines do not come between.
         sys.stderr.write("".join(f"{label}: {shown(line, LINE)}\n" for line in lines))
         sys.stderr.flush()
 
     if deployment.id is not None:
         return lambda text, lines: None
-    return labelled if processes.several and label else _raw
+    return show_labelled if processes.several and label else _show_raw
 
 
-def _raw(text: str, lines: list[str]) -> None:
+def _show_raw(text: str, lines: list[str]) -> None:
     sys.stderr.write(text)
     sys.stderr.flush()
 
 
-def _channel(*, terminal: bool) -> tuple[int, int]:
-    """Returns the ends to read from and to write to: of a pseudo-terminal where progress bars are wanted."""
+def _output_channel(*, terminal: bool) -> tuple[int, int]:
+    """Returns the ends to read from and to write to. With `terminal` it is a pseudo-terminal, for progress bars."""
     if not terminal:
         return os.pipe()
     source, sink = os.openpty()
@@ -271,14 +288,14 @@ def _channel(*, terminal: bool) -> tuple[int, int]:
 
 
 def _blocks(source: int, process: subprocess.Popen[bytes], until: float | None) -> Iterator[bytes]:
-    """Yields what comes until all who can write have ended; raises TimeoutError at `until`, a monotonic time."""
+    """Yields blocks until all writers have ended. Raises TimeoutError at `until`, a time of time.monotonic()."""
     poll = select.poll()
     poll.register(source, select.POLLIN | select.POLLHUP)
     over = False
     while True:
         if not over and process.poll() is not None:
             over = True
-            kill_rest(process)  # else there may be some, where the supervisor was killed, who write for ever
+            kill_group(process)  # if the supervisor was killed, others in its group could write for ever
         if poll.poll(0 if over else 500):
             if not (block := _read(source)):
                 return
@@ -292,7 +309,7 @@ def _blocks(source: int, process: subprocess.Popen[bytes], until: float | None) 
 def _read(source: int) -> bytes:
     try:
         return os.read(source, 1 << 16)
-    except OSError:  # how a pseudo-terminal says that its other end is closed
+    except OSError:  # a pseudo-terminal raises it when its other end is closed
         return b""
 
 
@@ -300,18 +317,19 @@ def reason(lines: Sequence[str], status: int) -> str:
     """Returns why a command failed: the stage's own error line, else DVC's, else the signal, else the last line.
 
     Args:
-        status: of its supervisor (128 + N where signal N ended the command), or negative where that was killed.
+        lines: the important ones.
+        status: of its supervisor: 128 + N if signal N ended the command, negative if the supervisor was killed.
     """
-    # What DVC says of a stage that the kernel killed: "failed to run: lcmlora distill emoji, exited with 137".
+    # DVC's line for a stage that the kernel killed is "failed to run: lcmlora distill emoji, exited with 137".
     killed = next((line for line in lines if re.search(r"exited with (?:-9|137)\b", line)), None)
     for prefix in ("error: ", "ERROR: "):
         for line in reversed(lines):
             if line.startswith(prefix):
-                more = f"; {faults.killed(faults.verb_of(killed.split()))}" if line == killed else ""
+                more = f"; {faults.explain_sigkill(faults.verb_of(killed.split()))}" if line == killed else ""
                 return shown(masking.text(line.removeprefix(prefix)), LINE) + more
     number = -status if status < 0 else status - 128
     if number == signal.SIGKILL:
-        return f"was ended by SIGKILL, {faults.killed()}"
+        return f"was ended by SIGKILL, {faults.explain_sigkill()}"
     if number in set(signal.Signals):
         return f"was ended by {signal.Signals(number).name}"
     last = next((line for line in reversed(lines) if line), f"ended with status {status}")

@@ -1,4 +1,4 @@
-"""Which tasks are tried again, how often, and after how long."""
+"""Retrying tasks that could not reach a server."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tasks.prefect_internals import failure
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_JITTER = 0.5  # of the delay, so that models that failed together do not come back together
+_JITTER = 0.5  # share of the delay, so that models that failed together do not retry together
 
 
 def networked(task: Task[P, R], settings: Config) -> Task[P, R]:
-    """Returns the task so that it is tried again where something outside could not be reached, and only there.
+    """Returns the task with retries for the case that a server or store could not be reached.
 
-    As `flow.retries` and `flow.retry_seconds` say, the delay doubled each time.
+    `flow.retries` and `flow.retry_seconds` set their number and delay; the delay doubles each time.
     """
     return task.with_options(
         retries=settings.flow.retries,

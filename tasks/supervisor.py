@@ -1,10 +1,11 @@
-"""Runs a command and lets nothing of it outlive whoever holds the other end of standard input.
+"""Runs a command, and ends it with all its children when the process at the other end of standard input dies.
 
-    python tasks/supervisor.py COMMAND ...            runs it, and ends with its status
-    python tasks/supervisor.py --marked NAME=VALUE    ends what has this in its environment, once nobody holds the end
+    python tasks/supervisor.py COMMAND ...            runs the command, and ends with its status
+    python tasks/supervisor.py --marked NAME=VALUE    waits for the end of standard input, then ends all processes that
+                                                      have this variable in their environment
 
-When standard input ends, as it does however its holder dies, the command and all that came of it is asked to end and
-then killed. The same is done to what a command leaves behind: DVC ends or is killed without its trainer. Only the
+Standard input ends however its holder dies. Then the command and its children get SIGTERM, and after some seconds
+SIGKILL. Children that outlive their command are ended, too: DVC may end without its trainer. This file uses only the
 standard library, so that it starts at once.
 """
 
@@ -27,16 +28,16 @@ _LINUX = sys.platform == "linux"
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the command's status, 128 + N where signal N ended it, 143 where the holder of standard input went."""
+    """Returns the command's status, 128 + N if signal N ended it, 143 if the holder of standard input ended."""
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-        signal.signal(each, _nothing)  # what is ignored stays ignored in the command; a handler does not
+        signal.signal(each, _nothing)  # a handler, since the command would inherit that a signal is ignored
     if arguments[:1] == ["--marked"]:
         while os.read(0, 1):
             pass
         _end(lambda: _marked(arguments[1]))
         return 0
     if _LINUX:
-        # Those whose parent ends become children of this process and not of init, even in sessions of their own.
+        # Processes whose parent has ended become children of this one, even in sessions of their own.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _nothing(number: int, frame: object) -> None:
-    """A signal to the whole group; only this process is left to see to the others."""
+    """Handles a signal to the whole group: this process goes on, so that it can end the others."""
 
 
 def _wait(command: subprocess.Popen[bytes], woken: int) -> int:
@@ -66,20 +67,20 @@ def _wait(command: subprocess.Popen[bytes], woken: int) -> int:
 
 
 def _end(find: Callable[[], set[int]]) -> None:
-    """Returns when `find` finds no process any more."""
-    asked: set[int] = set()
+    """Ends all processes that `find` returns, and returns when there are none any more."""
+    terminated: set[int] = set()
     until = time.monotonic() + GRACE
     while found := find():
         late = time.monotonic() > until
-        for pid in found if late else found - asked:
+        for pid in found if late else found - terminated:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
-        asked |= found
+        terminated |= found
         time.sleep(0.02)
 
 
 def _family() -> set[int]:
-    """Returns who descends from this process or is in the group that it leads."""
+    """Returns the descendants of this process, and the processes in the group that it leads."""
     _reap()
     own, table = os.getpid(), _processes()
     found = {own} | {pid for pid, (_, group) in table.items() if group == own}
@@ -95,24 +96,24 @@ def _reap() -> None:
 
 
 def _processes() -> dict[int, tuple[int, int]]:
-    """Returns parent and group of every process that has not ended."""
+    """Returns the parent and the group of every living process."""
     if not _LINUX:
         listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,pgid=,stat="], capture_output=True, text=True).stdout
         rows = [line.split() for line in listed.splitlines()]
         return {int(pid): (int(parent), int(group)) for pid, parent, group, state in rows if state[0] != "Z"}
     found = {}
     for pid, text in _read_all("stat"):
-        state, parent, group = text.rpartition(b")")[2].split()[:3]  # the name before it may hold anything
+        state, parent, group = text.rpartition(b")")[2].split()[:3]  # after the name, which may contain anything
         if state not in (b"Z", b"X"):
             found[pid] = (int(parent), int(group))
     return found
 
 
 def _marked(variable: str) -> set[int]:
-    """Returns who was started with this variable; nobody but on Linux, where others' environments can be read."""
+    """Returns the processes that have this variable in their environment; none on other systems than Linux."""
     living = _processes()
-    wanted = variable.encode()
-    found = {pid for pid, text in _read_all("environ") if wanted in text.split(b"\0")} if _LINUX else set()
+    entry = variable.encode()
+    found = {pid for pid, text in _read_all("environ") if entry in text.split(b"\0")} if _LINUX else set()
     return found & living.keys() - {os.getpid()}
 
 
@@ -122,7 +123,7 @@ def _read_all(name: str) -> list[tuple[int, bytes]]:
         if folder.name.isdigit():
             try:
                 found.append((int(folder.name), (folder / name).read_bytes()))
-            except OSError:  # ended meanwhile, or another user's
+            except OSError:  # it has ended, or belongs to another user
                 continue
     return found
 

@@ -14,7 +14,7 @@ import torch
 from lcmlora import bases
 from lcmlora.config import Base, Encode
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.encode import encode
+from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import prepare_pictures
 from tests.data.conftest import add, data_in, picture
 from tests.support.distillation import load_parts
@@ -90,10 +90,10 @@ def make_latents(base_folder: Path, work: Path) -> LatentCache:
     """Returns a cache of nine pictures with a caption each, encoded by the base."""
     for number in range(10):
         add(work / "in", f"{number}.png", f"subject {number}", picture(number))
-    data = data_in(work / "in", min_side=16, validation=0.2)
+    data = data_in(work / "in", min_side=16, validation=0, test=0.2)
     prepare_pictures(data, 4, work / "pictures")
     base = load_parts(base_folder, "vae", "text")
-    encode(base, data, Encode(batch=4), work / "pictures", work / "scratch", work / "latents")
+    encode_latents(base, data, Encode(batch=4), work / "pictures", work / "scratch", work / "latents")
     return LatentCache(work / "latents")
 
 

@@ -49,6 +49,28 @@ def test_the_shipped_params_load_and_hold_presets_for_the_papers_bases(tmp_path:
         ({"study__student_steps": [1, 2]}, r"study: .*student_steps has no 4, at which all is compared"),
         ({"study__finetunes": ["noto-v1"], "finetunes__noto-v1": {}}, r"'noto-v1' is the name of a style and of a"),
         ({"study__real": {"copys": 3}}, r"study.real.copys: there is no such key"),
+        (
+            {"bases__emoji__resolution": 512},
+            r"emoji: evaluation.features: efficientnet-lite0 sees .*128.* blur at 512 is",
+        ),
+        (
+            {"bases__emoji__evaluation": {"batch": 4, "check_features": "efficientnet-lite0"}},
+            r"evaluation: .*check_features: efficientnet-lite0 are the features already",
+        ),
+        (
+            {"evaluation": {"solver_steps": [1, 2]}},
+            r"evaluation: .*solver_steps was replaced by solver_evaluations, which counts network evaluations",
+        ),
+        ({"evaluation": {"solvers": ["plms"]}}, r"evaluation.solvers.0: got 'plms': .*'ddim'"),
+        (
+            {"evaluation": {"solvers": [{"solver": "ddim", "guidance_scale": 4, "karras": True}]}},
+            r"evaluation.solvers.0: got .*ddim has no Karras sigmas; dpm\+\+, unipc, euler have",
+        ),
+        ({"evaluation": {"solvers": [{"solver": "ddim"}]}}, r"evaluation.solvers.0.guidance_scale: is missing"),
+        (
+            {"bases__emoji__evaluation": {"batch": 4, "solvers": ["ddim", {"solver": "ddim", "guidance_scale": 4}]}},
+            r"evaluation: .*solvers: ddim stands there twice",
+        ),
         ({"bases__emoji__config": "my/base"}, r"bases.emoji: .*config goes with a .safetensors source"),
     ],
 )

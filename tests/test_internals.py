@@ -275,7 +275,7 @@ def test_dvc_lock_file_and_its_locks_and_lines(tmp_path: Path, monkeypatch: pyte
     Path("source").write_text("1\n")
     assert dvc_internals.default_remote() is None
     done = subprocess.run([sys.executable, "-m", "dvc", "repro"], check=True, capture_output=True, text=True)
-    assert any(dvc_internals.says_it_runs(line, "copy") for line in done.stdout.splitlines())
+    assert any(dvc_internals.is_run_message(line, "copy") for line in done.stdout.splitlines())
     whole = Path("dvc.lock").read_bytes()
     assert dvc_internals.is_lock_file(whole) and not dvc_internals.is_lock_file(whole[: whole.index(b"cmd") + 2])
     assert dvc_internals.LOCK.exists() and dvc_internals.READERS_AND_WRITERS_LOCK.exists()

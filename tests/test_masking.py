@@ -1,7 +1,7 @@
 import pytest
 
 from lcmlora import masking
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.config import Registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.registry.tracking import reaching
@@ -88,7 +88,7 @@ def test_whoever_shows_an_error_shows_no_secret(capsys: pytest.CaptureFixture[st
         OSError(28, "No space left on device", f"http://me:{SECRET}@h/x"),
         ValueError(f"PWD={SECRET}"),
     ):
-        with pytest.raises(SystemExit), reporting():
+        with pytest.raises(SystemExit), reporting_errors():
             raise fault
     told = capsys.readouterr().err
     assert SECRET not in told and told.count("***") >= 3

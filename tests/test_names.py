@@ -27,11 +27,11 @@ def test_a_refused_name_is_told_in_a_line_whatever_it_is():
 
 
 def test_what_dvc_writes_as_options_are_the_arguments_of_a_verb():
-    assert names.arguments(["--model", "emoji", "--name", "noto-v1"]) == ["emoji", "noto-v1"]
-    assert names.arguments(["emoji", "--json"]) == ["emoji", "--json"]
+    assert names.positional_arguments(["--model", "emoji", "--name", "noto-v1"]) == ["emoji", "noto-v1"]
+    assert names.positional_arguments(["emoji", "--json"]) == ["emoji", "--json"]
     for words in (["--model"], ["--model", "--help"], ["--model", ""]):
         with pytest.raises(UserError, match=r"--model: .* is no name"):
-            names.arguments(words)
+            names.positional_arguments(words)
 
 
 @pytest.fixture(scope="module")

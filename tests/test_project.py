@@ -13,10 +13,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from lcmlora import registry, resolved
+from lcmlora import registry
 from lcmlora.cli import stages
 from lcmlora.cli.context import Context
 from lcmlora.cli.main import app
+from lcmlora.dvc_files import resolved
 from lcmlora.errors import UserError
 from lcmlora.project import Project
 from tests.data.conftest import add, picture

@@ -18,24 +18,27 @@ from typer.testing import CliRunner
 
 from lcmlora import config, plugins
 from lcmlora.adapters.metadata import read_sampler
-from lcmlora.cli import reference
+from lcmlora.cli import settings_reference
 from lcmlora.cli.main import app
 from lcmlora.config import Distill, Publish
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.prepare import prepare_pictures
+from lcmlora.data.prepare import PARTS, prepare_pictures
 from lcmlora.data.sources.source import open_picture, read_records
 from lcmlora.diffusion import objectives, sampling
 from lcmlora.distillation.loss import Distillation, equip
+from lcmlora.dvc_files.resolved import resolve
 from lcmlora.errors import UserError
+from lcmlora.evaluation.figures import Metrics
+from lcmlora.evaluation.gate import gate_failures
 from lcmlora.evaluation.measures import features, scores
 from lcmlora.evaluation.measures.bootstrap import Bootstrap
 from lcmlora.evaluation.measures.distances import distance, named, title_of
 from lcmlora.plugins import DISTANCES, FEATURES, OBJECTIVES, SAMPLERS, SCORES, SOURCES, STORES, Table
-from lcmlora.releases.catalog import find, links, pull, releases, verify
-from lcmlora.releases.publish import point, publish
-from lcmlora.resolved import resolve
-from lcmlora.stages import Run, decisive, runs
+from lcmlora.releases.catalog import find_release, list_releases, presigned_links, pull_release, verify_release
+from lcmlora.releases.publish import point_channel, publish_release
+from lcmlora.stages import Run, decisive_settings, runs
 from tests.data.conftest import data_in, picture
+from tests.evaluation.test_gate import METRICS
 from tests.support import additions
 from tests.support.distillation import SETTINGS, draw_batch, load_parts, run_distill
 from tests.support.releases import write_sealed
@@ -77,7 +80,7 @@ def test_a_source_is_added(tmp_path: Path) -> None:
     data = data_in(tmp_path / "pictures.zip", source="zip")
     report = prepare_pictures(data, 1, tmp_path / "out")
     assert (report["source"], report["read"], report["kept"]) == ("zip", 9, 8)
-    records = [r for part in ("train", "validation") for r in read_records(tmp_path / "out" / f"{part}.jsonl")]
+    records = [r for part in PARTS for r in read_records(tmp_path / "out" / f"{part}.jsonl")]
     assert {record.caption for record in records} == {f"subject {number}" for number in range(8)}
     for record in records:
         number = int(record.caption.removeprefix("subject "))
@@ -90,15 +93,15 @@ def test_an_objective_is_added_with_its_sampler(base_folder: Path, cache: Latent
     settings = additions.HalfwaySettings.model_validate(SETTINGS.model_dump() | {"objective": "halfway"})
     base = load_parts(base_folder, "network")
     facts = run_distill(base, cache, tmp_path, settings)
-    assert facts["sampler"] == {"scheduler": "DDIMScheduler", "gamma": None, "grid": 50}
+    assert facts.sampler.plain() == {"scheduler": "DDIMScheduler", "gamma": None, "grid": 50}
     assert json.loads((tmp_path / "adapter/config.json").read_text())["distill"]["fraction"] == 0.5
     written = json.loads((tmp_path / "adapter/scheduler_config.json").read_text())
     assert written["_class_name"] == "DDIMScheduler"
     assert objectives.described("halfway") == "Halfway distillation (arXiv 2611.00001)"
 
     conditioning, noise = draw_batch(cache, settings).conditioning, torch.randn(4, *base.latent_shape)
-    sampler = read_sampler(facts["sampler"], "config.json")
-    drawn = sampling.sample(base, conditioning, noise, method="lcm", steps=2, indices=range(4), sampler=sampler)
+    sampler = read_sampler(facts.sampler.plain(), "config.json")
+    drawn = sampling.sample_student(base, conditioning, noise, steps=2, indices=range(4), sampler=sampler)
     x = noise
     for t, s in ((999, 499), (499, 0)):
         with torch.no_grad():
@@ -113,6 +116,14 @@ def test_an_objective_is_added_with_its_sampler(base_folder: Path, cache: Latent
         Distill.model_validate(SETTINGS.model_dump() | {"objective": "third"})
     with pytest.raises(UserError, match="halfway needs settings of the class HalfwaySettings, got Distill"):
         objectives.make(SETTINGS.model_copy(update={"objective": "halfway"}), base.schedule)
+
+
+def declare(folder: Path, entry_points: str) -> None:
+    """Writes the metadata of a package `tapes` with these entry points, as pip installs it."""
+    facts = folder / "tapes-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: tapes\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text(entry_points)
 
 
 def load_halfway(folder: Path, distill: dict[str, Any], **own: Any) -> config.Config:
@@ -132,7 +143,7 @@ def test_an_objective_brings_settings_that_stand_in_distill(tmp_path: Path, cach
     settings = loaded.distill_for("emoji")
     assert isinstance(settings, additions.HalfwaySettings) and settings.fraction == 0.25
     by_default = load_halfway(tmp_path, {"objective": "halfway"})
-    stale = [run for run in runs(loaded) if decisive(loaded, run) != decisive(by_default, run)]
+    stale = [run for run in runs(loaded) if decisive_settings(loaded, run) != decisive_settings(by_default, run)]
     assert stale == [Run("distill", "emoji")]
     assert resolve(loaded)["models"]["emoji"]["distill"]["distill"]["fraction"] == 0.25
     assert resolve(by_default)["models"]["emoji"]["distill"]["distill"]["fraction"] == 0.5
@@ -195,11 +206,12 @@ def test_a_setting_that_does_not_fit_an_added_objective_is_one_line(
 def test_the_settings_of_an_added_objective_are_in_the_schema_the_page_and_what_config_prints(tmp_path: Path) -> None:
     load_halfway(tmp_path, {"objective": "halfway"}, fraction=0.25)
     described = "halfway: Where the jump ends, as a share of the timestep that the teacher steps to."
-    schema = reference.schema(config.Config)
+    schema = settings_reference.json_schema(config.Config)
     for distill in (schema["properties"]["distill"], schema["$defs"]["Base"]["properties"]["distill"]):
         assert distill["properties"]["fraction"]["description"] == described
         assert distill["properties"]["fraction"]["maximum"] == 1 and distill["additionalProperties"] is False
-    assert f"| `fraction` | number, at least 0, at most 1 | 0.5 | {described} |" in reference.document(config.Config)
+    page = settings_reference.configuration_page(config.Config)
+    assert f"| `fraction` | number, at least 0, at most 1 | 0.5 | {described} |" in page
     called = ["--params", str(tmp_path / "params.yaml"), "config", "distill.fraction"]
     told = CliRunner().invoke(app, called, catch_exceptions=False).stdout.splitlines()
     assert told[1].split()[:2] == ["distill.fraction", "0.25"] and told[1].endswith("bases.emoji.distill.fraction")
@@ -211,6 +223,18 @@ def test_an_objective_whose_settings_are_no_settings_of_distill_is_refused(monke
     monkeypatch.setattr(additions.Halfway, "settings_class", Publish)
     with pytest.raises(UserError, match=r"halfway: its settings_class is .*Publish.*, expected a subclass of"):
         config.distill_settings("halfway")
+
+
+def test_an_entry_point_brings_an_objective_and_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    declare(tmp_path, "[lcmlora.objectives]\nmidway = tests.support.additions:Halfway\n")
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["bases"]["emoji"]["distill"] |= {"objective": "midway", "fraction": 0.25}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=r"distill\.objective: got 'midway': expected one of lcm, tcd, pcm, tdd"):
+        config.load(tmp_path / "params.yaml")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = config.load(tmp_path / "params.yaml").distill_for("emoji")
+    assert isinstance(settings, additions.HalfwaySettings) and settings.fraction == 0.25
 
 
 def test_settings_with_an_objective_of_this_package_are_read_without_importing_it() -> None:
@@ -237,24 +261,61 @@ def test_features_a_distance_and_a_score_are_added() -> None:
     assert scores.load("brightness", CPU)(light, ["a"] * 6).tolist() == pytest.approx([0.75] * 6)
 
 
+def test_a_plain_function_from_another_package_is_a_score_and_judges_at_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = tmp_path / "judges-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: judges\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[lcmlora.scores]\ncontrast = tests.support.additions:contrast\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["gate"] = {"limits": {"contrast": {"min": 0.4, "max": 0.9}}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=r"emoji: gate\.limits: contrast is not among evaluation\.scores"):
+        config.load(tmp_path / "params.yaml", ROOT)
+    raw["evaluation"] = {"scores": ["contrast"]}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    settings = config.load(tmp_path / "params.yaml", ROOT)
+
+    scorer = scores.load(settings.evaluation_for("emoji").scores[0], CPU)
+    drawn = torch.tensor([[0.0, 0.5], [0.25, 0.5]]).repeat_interleave(3, 0).reshape(2, 3, 1, 2)
+    assert (scorer.name, scorer(drawn, ["a", "b"]).tolist()) == ("contrast", [0.5, 0.25])
+    with pytest.raises(ValueError, match="2 pictures with 1"):
+        scorer(drawn, ["a"])
+    with pytest.raises(UserError, match=r"scores_source: contrast is a function, which takes no weights"):
+        scores.load("contrast", CPU, "weights.pth")
+
+    def failures(value: float) -> list[str]:
+        judged = METRICS | {"scores": {scorer.name: {"student@4": value}}}
+        return gate_failures(Metrics.parse(judged, "metrics"), settings.gate)
+
+    assert failures(0.5) == []
+    assert failures(0.25) == ["student@4: contrast 0.25 is below 0.4 (gate.limits): 0.15 too low"]
+    assert failures(1.0) == ["student@4: contrast 1 is above 0.9 (gate.limits): 0.1 too high"]
+    assert len(failures(float("nan"))) == 2
+    (line,) = gate_failures(Metrics.parse(METRICS, "metrics"), settings.gate)
+    assert line == "student@4: contrast was not measured (gate.limits); add it to evaluation.scores"
+
+
 def test_a_store_is_added(tmp_path: Path) -> None:
     STORES.register("memory", additions.Memory)
     settings, bundle = Publish(to="memory://shelf/models"), write_sealed(tmp_path / "bundle")
-    uri = publish(bundle, "mini", settings)
-    assert publish(bundle, "mini", settings) == uri and uri.startswith("memory://shelf/models/mini/sha256-")
-    _, sha256 = find(uri, settings)
-    assert point("mini", sha256, settings) == "memory://shelf/models/mini/channels/champion.json"
-    assert [(found.uri, found.channels) for found in releases(settings)] == [(uri, ("champion",))]
-    assert verify("mini@champion", settings).sha256 == sha256
-    pull("mini@champion", settings, tmp_path / "pulled", everything=True)
+    uri = publish_release(bundle, "mini", settings)
+    assert publish_release(bundle, "mini", settings) == uri and uri.startswith("memory://shelf/models/mini/sha256-")
+    _, sha256 = find_release(uri, settings)
+    assert point_channel("mini", sha256, settings) == "memory://shelf/models/mini/channels/champion.json"
+    assert [(found.uri, found.channels) for found in list_releases(settings)] == [(uri, ("champion",))]
+    assert verify_release("mini@champion", settings).sha256 == sha256
+    pull_release("mini@champion", settings, tmp_path / "pulled", everything=True)
     for path in bundle.iterdir():
         assert (tmp_path / "pulled" / path.name).read_bytes() == path.read_bytes()
     with pytest.raises(UserError, match=r"memory://prefix gives no links; they need a release at s3://bucket/prefix"):
-        links(uri, settings, 60)
+        presigned_links(uri, settings, 60)
     with pytest.raises(
         UserError, match=r"expected a directory or s3://bucket/prefix or memory://prefix, got 'ftp://x'"
     ):
-        releases(Publish(to="ftp://x"))
+        list_releases(Publish(to="ftp://x"))
 
 
 def test_an_unknown_name_is_an_error_when_the_settings_are_read_and_says_which_there_are(tmp_path: Path) -> None:
@@ -269,12 +330,8 @@ def test_an_unknown_name_is_an_error_when_the_settings_are_read_and_says_which_t
 def test_the_entry_point_of_an_installed_package_is_a_name_like_any_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = tmp_path / "tapes-1.0.dist-info"
-    facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: tapes\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text(
-        "[lcmlora.sources]\ntape = tests.support.additions:Zip\nreel = tests.support.additions:Reel\n"
-    )
+    places = "tape = tests.support.additions:Zip\nreel = tests.support.additions:Reel\n"
+    declare(tmp_path, f"[lcmlora.sources]\n{places}")
     assert "tape" not in SOURCES.names
     monkeypatch.syspath_prepend(tmp_path)
     assert data_in(tmp_path, source="tape").source == "tape"

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lcmlora import config, resolved, stages
+from lcmlora import config, stages
+from lcmlora.dvc_files import resolved
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import read_yaml
 from lcmlora.stages import Run
@@ -67,7 +68,9 @@ def test_every_stage_of_dvc_yaml_reads_the_entry_of_its_own_run():
 def test_a_setting_decides_the_stages_that_read_it_and_no_others(changes: dict[str, Any], stale: set[str]):
     before, after = load(), load(**changes)
     runs = stages.runs(before)
-    assert {run.stage for run in runs if stages.decisive(before, run) != stages.decisive(after, run)} == stale
+    assert {
+        run.stage for run in runs if stages.decisive_settings(before, run) != stages.decisive_settings(after, run)
+    } == stale
 
 
 def test_of_a_studied_model_styles_and_the_study_are_decided_by_what_they_read():
@@ -76,7 +79,11 @@ def test_of_a_studied_model_styles_and_the_study_are_decided_by_what_they_read()
 
     def stale(**changes: Any) -> set[tuple[str, str | None]]:
         before, after = studied(), studied(**changes)
-        different = [run for run in stages.runs(before) if stages.decisive(before, run) != stages.decisive(after, run)]
+        different = [
+            run
+            for run in stages.runs(before)
+            if stages.decisive_settings(before, run) != stages.decisive_settings(after, run)
+        ]
         return {(run.stage, run.name) for run in different}
 
     def own(**data: Any) -> dict[str, Any]:

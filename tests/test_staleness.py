@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from dvc.exceptions import ReproductionError
 from dvc.repo import Repo
 
+import lcmlora.project
+from lcmlora.dvc_files import dvc_yaml
 from tests.support import repositories
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +130,28 @@ def test_a_default_of_the_package_that_changes_makes_the_stages_stale_that_it_de
     assert "gamma" not in (project.root / "params.yaml").read_text()
     project.edit("settings/training.py", lambda text: text.replace("gamma: Share = 0.3", "gamma: Share = 0.4"))
     assert project.repro() == {"distill", "evaluate", "package"}
+
+
+def test_data_of_its_own_for_one_model_leave_the_stages_of_the_others_up_to_date(
+    project: Project, capfd: pytest.CaptureFixture
+):
+    opened = lcmlora.project.Project(project.root)
+    before = [(path, path.read_text()) for path in (opened.params_file, opened.dvc_yaml)]
+    raw = yaml.safe_load(opened.params_file.read_text())
+    raw["models"].append("other")
+    raw["bases"]["other"] = raw["bases"]["emoji"] | {"data": {"path": "bases/emoji"}}
+    opened.params_file.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ReproductionError, match="failed to reproduce 'resolve'"):
+        project.repro()
+    assert "dvc.yaml: prepare-own: has no model, and params.yaml has other: bases/emoji" in capfd.readouterr().err
+    assert dvc_yaml.refresh(opened.settings(), opened)
+    project.repro("resolve")
+    stages = ("prepare-own", "encode", "reference", "distill", "evaluate", "package")
+    assert project.status().keys() == {f"{stage}@other" for stage in stages}
+    for path, text in before:
+        path.write_text(text)
+    project.repro("resolve")
+    assert project.status() == {}
 
 
 def test_dvc_alone_sees_a_change_of_params_yaml_and_what_decides_nothing_makes_nothing_stale(

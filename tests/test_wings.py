@@ -22,7 +22,7 @@ WINGS = (
     ("settings",),
     ("config",),
     ("project", "stages"),
-    ("resolved",),
+    ("dvc_files",),
     ("patches",),
     ("adapters",),
     ("bases",),

@@ -1,1 +1,1 @@
-"""The adapter: a LoRA's layers, the spellings of its files, and adapters added to one another."""
+"""Adapters: a LoRA's layers, its files in all spellings, and the combination of several adapters."""

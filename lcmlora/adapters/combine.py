@@ -1,4 +1,4 @@
-"""Adapters combined into one: theta' = theta_pre + lambda1 tau_style + lambda2 tau_LCM, eq. (3) of arXiv 2311.05556.
+"""The combination of adapters: theta' = theta_pre + lambda1 tau_style + lambda2 tau_LCM, eq. (3) of arXiv 2311.05556.
 
 A layer's sum of products is one product of the factors side by side, so the sum is an adapter of summed rank, exactly.
 """
@@ -7,31 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 
 import torch
 from torch import Tensor
 
 from lcmlora.adapters.formats import Adapter, Layer
+from lcmlora.adapters.metadata import Truncation
 from lcmlora.errors import UserError
 
 
-@dataclass(frozen=True)
-class Loss:
-    """What a smaller rank lost: relative Frobenius norms of the difference in effective weight."""
+def combine_adapters(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
+    """Returns the weighted sum of adapters of one base. Its rank is the sum of their ranks, and its scale is 1.
 
-    rank: int
-    overall: float  # of all layers together
-    worst: float  # of the layer that lost most
-    worst_layer: str
-
-
-def combine(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
-    """Returns the weighted sum of adapters of one base, of summed rank and scale 1.
+    Args:
+        parts: the adapters with their weights.
 
     Raises:
-        UserError: a layer has another size in one than in another.
+        UserError: a layer has different sizes in two adapters.
     """
     names = sorted({name for adapter, _ in parts for name in adapter.layers})
     layers = {}
@@ -55,13 +48,13 @@ def _size(down: Tensor, up: Tensor) -> str:
     return f"{tuple(down.shape[1:])} to {up.shape[0]}"
 
 
-def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, Loss]:
-    """Returns the adapter with each layer's best approximation of this rank (Eckart-Young), and what that lost.
+def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, Truncation]:
+    """Returns the adapter with each layer's best approximation of this rank (Eckart-Young), and the error.
 
-    A layer is never given more than its own rank. The singular values of B A are those of R_b R_a^T, which is only as
-    large as the rank, where B = Q_b R_b and A^T = Q_a R_a; they are split evenly between the two factors.
+    A layer of smaller rank keeps its own. With B = Q_b R_b and A^T = Q_a R_a, the singular values of B A are those of
+    R_b R_a^T, a matrix that is only as large as the rank; they are split evenly between the two factors.
     """
-    layers, lost, whole = {}, {}, {}
+    layers, lost, total = {}, {}, {}  # the last two: sums of squared singular values
     for name, layer in adapter.layers.items():
         b = layer.folded.up.double().flatten(1)  # (out, r)
         a = layer.down.double().flatten(1)  # (r, in * kh * kw)
@@ -75,15 +68,20 @@ def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, Loss]:
             up.float().reshape(len(b), kept, *layer.up.shape[2:]),
             float(kept),
         )
-        lost[name], whole[name] = s[kept:].square().sum().item(), s.square().sum().item()
-    shares = {name: (lost[name] / whole[name]) ** 0.5 if whole[name] else 0.0 for name in lost}
+        lost[name], total[name] = s[kept:].square().sum().item(), s.square().sum().item()
+    shares = {name: (lost[name] / total[name]) ** 0.5 if total[name] else 0.0 for name in lost}
     worst = max(shares, key=lambda name: shares[name])
-    overall = (sum(lost.values()) / (sum(whole.values()) or 1)) ** 0.5
-    return Adapter(adapter.source, layers, adapter.dtype), Loss(rank, overall, shares[worst], worst)
+    overall = (sum(lost.values()) / (sum(total.values()) or 1)) ** 0.5
+    truncation = Truncation(rank=rank, overall=overall, worst=shares[worst], worst_layer=worst)
+    return Adapter(adapter.source, layers, adapter.dtype), truncation
 
 
 def check_weights(option: str, *weights: float) -> None:
-    """Raises UserError where a weight is not a finite number."""
+    """Raises UserError if a weight is not a finite number.
+
+    Args:
+        option: the option of the command line that has the weights, for the error.
+    """
     for weight in weights:
         if not math.isfinite(weight):
             raise UserError(f"{option}: expected finite numbers, got {weight:g}")

@@ -1,14 +1,14 @@
-"""Adapters as files: those of diffusers and PEFT, those of kohya's trainer (read by ComfyUI and A1111), both ways.
+"""Adapters' files, read and written: diffusers' and PEFT's, and those of kohya's trainer (for ComfyUI and A1111).
 
 The output of an adapted layer is W x + (alpha / rank) B A x.
 
-* A diffusers file has alpha folded into B, so that its scale is 1 to every reader; its header says so.
-* A kohya file has one rank and one alpha for all layers, and its B is unfolded. alpha is the one that the adapter has,
-  or was trained with before it was folded, where dividing by alpha / rank and multiplying again gives back every bit
-  (for powers of two it does), else the rank. Layers of smaller rank are filled with zeros: diffusers 0.42 loses the
-  alphas of attention layers where a file has several, and gives them the most frequent one.
+* A diffusers file has alpha folded into B, so that its scale is 1; its header says so.
+* A kohya file has one rank and one alpha for all layers, and its B is not folded. alpha is the adapter's own, or the
+  one that it was trained with, if dividing B by alpha / rank and multiplying again gives back every bit (for powers of
+  two it does); else the rank. Layers of smaller rank are padded with zeros: if a file has several alphas, diffusers
+  0.42 gives all attention layers the most frequent one.
 
-Both have the same effect to the last bit. Every file is read again after it was written and compared layer by layer.
+Both files have the same effect to the last bit. Every written file is read again and compared layer by layer.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ DIFFUSERS, KOHYA = "diffusers", "kohya"
 
 _PREDICTS = {"epsilon": "epsilon", "v_prediction": "v"}
 
-_MAX_PADDED = 2 << 30  # bytes that an adapter may grow to where its layers' ranks differ
+_MAX_PADDED = 2 << 30  # bytes of an adapter after its layers are padded to one rank
 
-# How far a layer's effective weight may be from what was meant, as a share of its largest: rounding in the file's type.
+# The largest error of a layer's effective weight by rounding in the file's type, as a share of the largest weight.
 _TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What an adapter does to one layer."""
+    """An adapter's factors for one layer."""
 
     down: Tensor  # A, (r, in) or (r, in, kh, kw)
     up: Tensor  # B, (out, r) or (out, r, 1, 1)
@@ -59,14 +59,14 @@ class Layer:
 
     @property
     def folded(self) -> Layer:
-        """The same layer at scale 1, as a diffusers file has it; B in fp32 where it had to be scaled."""
+        """The same layer at scale 1, as a diffusers file has it; B is in fp32 if it was scaled."""
         if self.scale == 1:
             return self
         return Layer(self.down, self.up.float() * self.scale, float(self.rank))
 
     @property
     def delta(self) -> Tensor:
-        """What is added to the layer's weight, (out, in * kh * kw) fp32."""
+        """The term that is added to the layer's weight, (out, in * kh * kw) fp32."""
         return self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
 
 
@@ -74,10 +74,10 @@ class Layer:
 class Adapter:
     """An adapter of a UNet in memory."""
 
-    source: str  # the file, as messages call it
+    source: str  # the file, for errors
     layers: dict[str, Layer]  # by diffusers' name of the module, sorted
-    dtype: torch.dtype  # of its weights in a file
-    left_out: int = 0  # tensors of text encoders and trained tokens
+    dtype: torch.dtype  # of the weights in a file
+    left_out: int = 0  # number of tensors of text encoders and trained tokens that were not read
 
     @property
     def rank(self) -> int:
@@ -85,34 +85,31 @@ class Adapter:
         return max(layer.rank for layer in self.layers.values())
 
 
-# --- reading ------------------------------------------------------------------------------------------------------
-
-
 def read(path: Path, base: Architecture | None = None, *, unet_only: bool = False) -> Adapter:
-    """Returns the adapter of a file in any of the spellings; see spellings.
+    """Returns the adapter in a file of any spelling; see `spellings`.
 
-    alpha is that of the file, else that of the configuration in its header (diffusers) or of the adapter_config.json
-    beside it (PEFT), else the rank, as each of these programs has it.
+    alpha is the file's, else that of the configuration in its header (diffusers) or in the adapter_config.json beside
+    it (PEFT), else the rank.
 
     Args:
-        base: whose layers they are; without it diffusers' names are taken as they are, and layers by any other name
-            are looked up in the published architectures.
-        unet_only: leave tensors of text encoders and trained tokens out; they are refused otherwise, since without
-            them a style that was trained on both is another one.
+        base: the base's architecture. Without it, layers with diffusers' names need none; layers with other names are
+            looked up in the published architectures.
+        unet_only: leave tensors of text encoders and trained tokens out. Otherwise they are refused, since without
+            them a style that was trained on both is another style.
 
     Raises:
-        UserError: a pickle, an unreadable file, one that is no plain LoRA of a UNet, that lacks a tensor or has one too
-            many or one that is not finite, or that was made for another base; the first tensor is named.
+        UserError: the file is a pickle, unreadable, or no plain LoRA of a UNet; a tensor is missing, superfluous or not
+            finite; or the adapter was made for another base. The error names the first such tensor.
     """
     return _read(path, base, unet_only, str(path))
 
 
 def _read(path: Path, base: Architecture | None, unet_only: bool, shown: str) -> Adapter:
     tensors, header = tensorfile.read(path, shown)
-    factors.check_model(tensors, spellings.family(base.shapes) if base else None, shown)
-    text = factors.others(tensors, unet_only, shown)
-    spelled = factors.by_layer({name: tensor for name, tensor in tensors.items() if name not in text}, shown)
-    factors.check(spelled, shown)
+    factors.check_model(tensors, spellings.foreign_model(base.shapes) if base else None, shown)
+    others = factors.check_others(tensors, unet_only, shown)
+    spelled = factors.by_layer({name: tensor for name, tensor in tensors.items() if name not in others}, shown)
+    factors.check_factors(spelled, shown)
     if base is None and not all(spellings.Name(layer, DOWN).is_diffusers for layer in spelled):
         base = _recognise(spelled, shown)
     alpha = peft_settings.alphas(path, header, shown)
@@ -122,18 +119,18 @@ def _read(path: Path, base: Architecture | None, unet_only: bool, shown: str) ->
         if module in layers:
             raise UserError(f"{shown}: the layer {module} is there twice, under several spellings")
         down, up = parts[DOWN].tensor, parts[UP].tensor
-        given = factors.number(parts[ALPHA], shown) if ALPHA in parts else alpha(module, down.shape[0])
-        layers[module] = Layer(down, up, given)
-    return Adapter(shown, dict(sorted(layers.items())), _dtype(layers), len(text))
+        value = factors.alpha_of(parts[ALPHA], shown) if ALPHA in parts else alpha(module, down.shape[0])
+        layers[module] = Layer(down, up, value)
+    return Adapter(shown, dict(sorted(layers.items())), _dtype(layers), len(others))
 
 
 def _dtype(layers: dict[str, Layer]) -> torch.dtype:
-    found = {tensor.dtype for layer in layers.values() for tensor in (layer.down, layer.up)}
-    return found.pop() if len(found) == 1 else torch.float32
+    dtypes = {tensor.dtype for layer in layers.values() for tensor in (layer.down, layer.up)}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _module(name: str, parts: dict[str, Part], base: Architecture, shown: str) -> str:
-    """Returns diffusers' name of the layer. Raises UserError where the base has no such layer, or one of other size."""
+    """Returns diffusers' name of the layer. Raises UserError if the base lacks the layer, or has it in another size."""
     name = name.removeprefix(f"{base.prefix}.")
     module = name if name in base.shapes else base.spellings.get(name.replace(".", "_"))
     if module is None:
@@ -150,9 +147,9 @@ def _module(name: str, parts: dict[str, Part], base: Architecture, shown: str) -
 
 
 def _recognise(spelled: Spelled, shown: str) -> Architecture:
-    """Returns the published architecture of which all layers are, by name and size.
+    """Returns the published architecture that has all of these layers, by name and size.
 
-    SSD-1B's layers are all SDXL's too, by the same names, so the first that fits serves as well as the second.
+    SDXL has all layers of SSD-1B, by the same names; either may be returned for an adapter of SSD-1B.
     """
     for base in layer_names.published().values():
         try:
@@ -167,32 +164,30 @@ def _recognise(spelled: Spelled, shown: str) -> Architecture:
     )
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
-
-
 def write(
     adapter: Adapter,
     path: Path,
-    style: str,
+    spelling: str,
     base: Architecture | None = None,
     *,
     title: str | None = None,
     alpha: float | None = None,
 ) -> float:
-    """Writes the adapter, reads it again, and returns the largest difference of an effective weight, as a share of its
-    layer's largest: 0 unless folding alpha had to be rounded to the file's type.
+    """Writes the adapter, reads the file again, and returns the largest difference of an effective weight.
 
-    The same adapter gives the same bytes. A file that does not reload as it was meant is not left behind.
+    The difference is a share of the layer's largest weight, and 0 unless alpha was folded with rounding. The same
+    adapter gives the same bytes. A file that differs by more than rounding is removed.
 
     Args:
-        style: DIFFUSERS or KOHYA; the latter needs `base`.
-        title: what programs show, in kohya's header; the file's name by default.
-        alpha: that of a kohya file, where it can be, see the module; by default the adapter's own.
+        spelling: DIFFUSERS or KOHYA.
+        base: the base's architecture; without it, a kohya file's is looked up in the published architectures.
+        title: the title in kohya's header, which programs show; the file's name by default.
+        alpha: of a kohya file, if it can be exact, see the module; by default the adapter's own.
 
     Raises:
-        UserError: a tensor is lost or extra, or a weight differs by more than rounding.
+        UserError: a tensor is missing or superfluous, or a weight differs by more than rounding.
     """
-    if style == KOHYA:
+    if spelling == KOHYA:
         structure = base or _recognise(_spelled(adapter.layers), adapter.source)
         tensors, kept = _kohya(adapter, structure, alpha)
         metadata = _header(tensors, adapter, structure, title or path.stem, kept)
@@ -211,7 +206,7 @@ def write(
 
 
 def _check_range(tensors: dict[str, Tensor], adapter: Adapter) -> None:
-    """Raises UserError where a tensor is too large for the file's type."""
+    """Raises UserError if a tensor has a value that is too large for the file's type."""
     for name, tensor in tensors.items():
         largest = tensor.abs().max().item()
         if not largest <= torch.finfo(adapter.dtype).max and not name.endswith(f".{ALPHA}"):
@@ -224,43 +219,46 @@ def _check_range(tensors: dict[str, Tensor], adapter: Adapter) -> None:
 def verify(
     path: Path, adapter: Adapter, names: Iterable[str], base: Architecture | None = None, *, shown: str | None = None
 ) -> float:
-    """Reads a file that was written for `adapter` and returns what `write` does.
+    """Reads a file that was written for `adapter` and returns the largest difference, see `write`.
+
+    Args:
+        names: of the tensors that the file must have.
 
     Raises:
-        UserError: a tensor is lost or extra, a layer is, or a weight differs by more than rounding; it is named.
+        UserError: a tensor or a layer is missing or superfluous, or a weight differs by more than rounding.
     """
     shown = shown or str(path)
     with safe_open(path, framework="pt") as file:
-        found, wanted = set(file.keys()), set(names)
-    if found != wanted:
-        lost, extra = sorted(wanted - found), sorted(found - wanted)
-        what = f"{len(lost)} tensors were lost, the first is {lost[0]}" if lost else ""
-        more = f"{len(extra)} were not asked for, the first is {extra[0]}" if extra else ""
-        raise UserError(f"{shown}: {'; '.join(filter(None, (what, more)))}")
+        stored, expected = set(file.keys()), set(names)
+    if stored != expected:
+        missing, extra = sorted(expected - stored), sorted(stored - expected)
+        lost = f"{len(missing)} tensors were lost, the first is {missing[0]}" if missing else ""
+        added = f"{len(extra)} tensors are superfluous, the first is {extra[0]}" if extra else ""
+        raise UserError(f"{shown}: {'; '.join(filter(None, (lost, added)))}")
     return compare(adapter, _read(path, base, False, shown))
 
 
-def compare(meant: Adapter, found: Adapter) -> float:
-    """Returns the largest difference of an effective weight, as a share of its layer's largest.
+def compare(expected: Adapter, written: Adapter) -> float:
+    """Returns the largest difference of an effective weight, as a share of the layer's largest.
 
     Raises:
-        UserError: naming the first layer that only one has, or that differs by more than rounding.
+        UserError: a layer is only in one of the adapters, or differs by more than rounding; the error names it.
     """
-    for name in meant.layers.keys() ^ found.layers.keys():
-        raise UserError(f"{found.source}: {name} {'was lost' if name in meant.layers else 'was not asked for'}")
+    for name in expected.layers.keys() ^ written.layers.keys():
+        raise UserError(f"{written.source}: {name} {'was lost' if name in expected.layers else 'is superfluous'}")
     worst = 0.0
-    for name, layer in meant.layers.items():
-        rank = max(layer.rank, found.layers[name].rank)
-        one, other = padded(layer.folded, rank), padded(found.layers[name].folded, rank)
+    for name, layer in expected.layers.items():
+        rank = max(layer.rank, written.layers[name].rank)
+        one, other = padded(layer.folded, rank), padded(written.layers[name].folded, rank)
         if torch.equal(one.down.float(), other.down.float()) and torch.equal(one.up.float(), other.up.float()):
             continue
         delta = layer.delta
         size = delta.abs().max().item()
-        difference = (found.layers[name].delta - delta).abs().max().item() / (size or 1)
-        if not difference <= _TOLERANCE[found.dtype]:
+        difference = (written.layers[name].delta - delta).abs().max().item() / (size or 1)
+        if not difference <= _TOLERANCE[written.dtype]:
             raise UserError(
-                f"{found.source}: the effective weight of {name} differs by {difference:.1e} of its largest, expected "
-                f"at most {_TOLERANCE[found.dtype]:g} in {found.dtype}; write it in fp32"
+                f"{written.source}: the effective weight of {name} differs by {difference:.1e} of its largest, "
+                f"expected at most {_TOLERANCE[written.dtype]:g} in {written.dtype}; write it in fp32"
             )
         worst = max(worst, difference)
     return worst
@@ -287,56 +285,57 @@ def _kohya(adapter: Adapter, base: Architecture, alpha: float | None) -> tuple[d
     """Returns the tensors of a kohya file and its alpha."""
     for name, parts in _spelled(adapter.layers).items():
         _module(name, parts, base, adapter.source)
-    of_rank_1 = {name: layer.down[0].numel() + len(layer.up) for name, layer in adapter.layers.items()}
-    size = sum(of_rank_1.values()) * adapter.rank * adapter.dtype.itemsize
-    now = sum(of_rank_1[name] * layer.rank for name, layer in adapter.layers.items()) * adapter.dtype.itemsize
-    if size > max(_MAX_PADDED, 2 * now):
+    at_rank_1 = {name: layer.down[0].numel() + len(layer.up) for name, layer in adapter.layers.items()}  # numbers
+    padded_size = sum(at_rank_1.values()) * adapter.rank * adapter.dtype.itemsize
+    size = sum(at_rank_1[name] * layer.rank for name, layer in adapter.layers.items()) * adapter.dtype.itemsize
+    if padded_size > max(_MAX_PADDED, 2 * size):
         raise UserError(
             f"{adapter.source}: its largest rank is {adapter.rank}, and in kohya's format, where all layers have one "
-            f"rank, its {now / 1e9:.1f} GB would become {size / 1e9:.1f} GB; make it smaller (lcmlora combine --rank)"
+            f"rank, its {size / 1e9:.1f} GB would become {padded_size / 1e9:.1f} GB; make it smaller (lcmlora combine "
+            "--rank)"
         )
     layers = {name: padded(layer, adapter.rank) for name, layer in adapter.layers.items()}
     own = {layer.alpha for layer in layers.values()}
     if len(own) == 1 and alpha in (None, *own):
-        wanted, ups = float(own.pop()), {name: layer.up for name, layer in layers.items()}
+        stored, ups = float(own.pop()), {name: layer.up for name, layer in layers.items()}
     else:
-        wanted, ups = _rescaled(layers, float(adapter.rank if alpha is None else alpha), adapter)
+        stored, ups = _rescaled(layers, float(adapter.rank if alpha is None else alpha), adapter)
     tensors = {}
     for name, layer in layers.items():
         stem = f"lora_unet_{base.kohya[name]}"
         tensors[f"{stem}.lora_down.weight"] = layer.down
         tensors[f"{stem}.lora_up.weight"] = ups[name]
-        tensors[f"{stem}.alpha"] = torch.tensor(wanted)
-    return tensors, wanted
+        tensors[f"{stem}.alpha"] = torch.tensor(stored)
+    return tensors, stored
 
 
 def _rescaled(layers: dict[str, Layer], alpha: float, adapter: Adapter) -> tuple[float, dict[str, Tensor]]:
-    """Returns the B of all layers, as the file will hold them, that go with this alpha, or else with the rank."""
+    """Returns this alpha and the B of all layers for it, in the file's type; or the rank as alpha, if those round."""
     scale = alpha / adapter.rank
     ups, exact = {}, True
     for name, layer in layers.items():
-        meant = layer.folded.up.to(adapter.dtype).float()
-        ups[name] = (meant / scale).to(adapter.dtype)
-        exact = exact and torch.equal(ups[name].float() * scale, meant)
+        folded = layer.folded.up.to(adapter.dtype).float()
+        ups[name] = (folded / scale).to(adapter.dtype)
+        exact = exact and torch.equal(ups[name].float() * scale, folded)
     return (alpha, ups) if exact or scale == 1 else _rescaled(layers, float(adapter.rank), adapter)
 
 
 def padded(layer: Layer, rank: int) -> Layer:
-    """Returns the layer with zeros up to this rank, at the same scale; its effect is the same."""
-    more = rank - layer.rank
-    if more == 0:
+    """Returns the layer padded with zeros to this rank, at the same scale; its effect is the same."""
+    padding = rank - layer.rank
+    if padding == 0:
         return layer
-    down = torch.cat([layer.down, layer.down.new_zeros(more, *layer.down.shape[1:])])
-    up = torch.cat([layer.up, layer.up.new_zeros(layer.up.shape[0], more, *layer.up.shape[2:])], dim=1)
+    down = torch.cat([layer.down, layer.down.new_zeros(padding, *layer.down.shape[1:])])
+    up = torch.cat([layer.up, layer.up.new_zeros(layer.up.shape[0], padding, *layer.up.shape[2:])], dim=1)
     return Layer(down, up, layer.scale * rank)
 
 
 def _header(
     tensors: dict[str, Tensor], adapter: Adapter, base: Architecture, title: str, alpha: float
 ) -> dict[str, str]:
-    """Returns what programs read of a kohya file: the model spec's keys (version 1.0.0) and kohya's own.
+    """Returns the metadata of a kohya file: the keys of the model spec (version 1.0.0), and kohya's own.
 
-    No date is in it, so that the same adapter gives the same bytes.
+    It has no date, so that the same adapter gives the same bytes.
     """
     data = save({n: t if n.endswith(".alpha") else t.to(adapter.dtype).contiguous() for n, t in tensors.items()})
     content = data[8 + int.from_bytes(data[:8], "little") :]
@@ -348,7 +347,7 @@ def _header(
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{model}/lora",
-        # Whose names the tensors have.
+        # The code whose names the tensors have.
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
         if base.naming.original
         else "diffusers",
@@ -366,7 +365,7 @@ def _header(
     if predicts:
         header["modelspec.prediction_type"] = predicts
     if any(layer.down.ndim == 4 and layer.down.shape[-1] > 1 for layer in adapter.layers.values()):
-        # kohya keeps the rank of convolutions apart.
+        # kohya has a separate rank for convolutions.
         header["ss_network_args"] = json.dumps({"conv_dim": str(adapter.rank), "conv_alpha": str(alpha)})
     return header
 
@@ -375,36 +374,33 @@ def _spelled(layers: dict[str, Layer]) -> Spelled:
     return {name: {DOWN: Part(name, layer.down), UP: Part(name, layer.up)} for name, layer in layers.items()}
 
 
-# --- converting -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Conversion:
-    """What became of a file."""
+    """The result of a conversion."""
 
     layers: int
     tensors: int
-    rank: int  # the largest
-    alpha: tuple[float, ...]  # the different ones of the layers that were read
-    left_out: int  # tensors of text encoders and trained tokens
-    error: float  # largest difference of an effective weight, as a share of its layer's largest
+    rank: int  # the largest of a layer
+    alpha: tuple[float, ...]  # the different values of the layers that were read
+    left_out: int  # number of tensors of text encoders and trained tokens that were not read
+    error: float  # the largest difference of an effective weight, as a share of its layer's largest
 
 
 def convert(
     source: Path,
     out: Path,
-    style: str,
+    spelling: str,
     base: Architecture | None = None,
     *,
     unet_only: bool = False,
     dtype: torch.dtype | None = None,
     title: str | None = None,
 ) -> Conversion:
-    """Writes the adapter in `source` to `out` in another style.
+    """Writes the adapter in `source` to `out` in another spelling.
 
     Args:
-        dtype: of the weights in `out`; that of the source by default.
-        style, base, unet_only, title: see `read` and `write`.
+        dtype: of the weights in `out`; the source's by default.
+        spelling, base, unet_only, title: see `read` and `write`.
 
     Raises:
         UserError: see `read` and `write`.
@@ -413,10 +409,10 @@ def convert(
     if base is None:
         base = _recognise(_spelled(adapter.layers), str(source))
     adapter = replace(adapter, dtype=dtype or adapter.dtype)
-    error = write(adapter, out, style, base, title=title)
+    error = write(adapter, out, spelling, base, title=title)
     return Conversion(
         layers=len(adapter.layers),
-        tensors=(3 if style == KOHYA else 2) * len(adapter.layers),
+        tensors=(3 if spelling == KOHYA else 2) * len(adapter.layers),
         rank=adapter.rank,
         alpha=tuple(sorted({layer.alpha for layer in adapter.layers.values()})),
         left_out=adapter.left_out,

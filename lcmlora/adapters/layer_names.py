@@ -1,8 +1,8 @@
-"""A UNet's layers by its configuration alone: the shapes of their weights, and their names in the files of adapters.
+"""A UNet's layers by its configuration alone: the shapes of their weights, and their names in adapters' files.
 
 diffusers' files name a layer as its module. Kohya's files write underscores for dots and, for the SDXL family, the
 names of the original code (input_blocks, middle_block, output_blocks), since kohya's trainer runs SDXL on that code and
-all others on diffusers' (kohya-ss/sd-scripts, networks/lora.py and library/sdxl_model_util.py). ComfyUI reads both
+other bases on diffusers' (kohya-ss/sd-scripts, networks/lora.py and library/sdxl_model_util.py). ComfyUI reads both
 spellings for every base (comfy/utils.py, unet_to_diffusers); A1111 counts diffusers' blocks as SD 1 and 2 have them.
 """
 
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lcmlora.io.parsing import JsonObject
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,9 +39,9 @@ _OUTSIDE = {
 
 @dataclass(frozen=True)
 class Naming:
-    """What kohya's trainer and the Stability model spec call a kind of base, and whose names its layers have there.
+    """The names of a kind of base in kohya's trainer and the Stability model spec.
 
-    (library/train_util.py and library/sai_model_spec.py of kohya-ss/sd-scripts.)
+    Source: library/train_util.py and library/sai_model_spec.py of kohya-ss/sd-scripts.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Naming:
     architecture: str  # modelspec.architecture
     v2: bool = False  # ss_v2
     original: bool = False  # layers have the names of the original code, not diffusers'
-    predicting_v: tuple[str, str] | None = None  # version and architecture of one that predicts v, where they differ
+    predicting_v: tuple[str, str] | None = None  # version and architecture of a base that predicts v, if they differ
 
 
 SD1 = Naming("sd1", "sd_v1", "stable-diffusion-v1")
@@ -65,11 +67,11 @@ SDXL = Naming("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", original=
 class Architecture:
     """The layers of a UNet that an adapter may change: its linear ones and its convolutions."""
 
-    naming: Naming  # that of its structure, whatever its sizes
+    naming: Naming
     shapes: dict[str, tuple[int, ...]]  # of the weights, (out, in) or (out, in, kh, kw), by diffusers' name
-    prefix: str = "unet"  # of its layers in diffusers' files: the network's folder in the base's
-    resolution: int | None = None  # pixels
-    prediction_type: str | None = None  # as the base's scheduler says it
+    prefix: str = "unet"  # of the layers' names in diffusers' files: the network's folder in the base's
+    resolution: int | None = None  # the pictures' side, in pixels
+    prediction_type: str | None = None  # as the base's scheduler has it
 
     @cached_property
     def kohya(self) -> dict[str, str]:
@@ -79,7 +81,11 @@ class Architecture:
 
     @cached_property
     def spellings(self) -> dict[str, str]:
-        """diffusers' name of a layer by either of kohya's spellings; the published LCM-LoRA for SDXL has diffusers'."""
+        """diffusers' name of a layer by each of its spellings in kohya's files.
+
+        With underscores for dots these are diffusers' names, as in the published LCM-LoRA for SDXL, and the original
+        code's.
+        """
         plain = {name.replace(".", "_"): name for name in self.shapes}
         return plain | {other.replace(".", "_"): name for name, other in _original(self.shapes).items()}
 
@@ -103,20 +109,27 @@ def of_network(
     return Architecture(naming, shapes, prefix, resolution, prediction_type)
 
 
-def naming_of_unet(config: dict[str, Any]) -> Naming:
-    """Returns how the layers of a UNet of this configuration are named in the files of kohya's trainer."""
+def naming_of_unet(config: Mapping[str, object]) -> Naming:
+    """Returns the naming of a UNet with this configuration."""
     if config.get("addition_embed_type") == "text_time":
         return SDXL
     return SD2 if config.get("use_linear_projection") else SD1
 
 
 @cache
+def published_configs() -> dict[str, JsonObject]:
+    """Returns the configurations of the published bases' UNets, by hub id, without diffusers' defaults."""
+    text = resources.files("lcmlora").joinpath("architectures.json").read_text(encoding="utf-8")
+    configs: dict[str, JsonObject] = json.loads(text)
+    return configs
+
+
+@cache
 def published() -> dict[str, Architecture]:
-    """Returns the published architectures, by hub id."""
+    """Returns the architectures of the published bases' UNets, by hub id."""
     import torch
     from diffusers import UNet2DConditionModel
 
-    configs = json.loads(resources.files("lcmlora").joinpath("architectures.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         return {
             name: of_network(
@@ -124,16 +137,16 @@ def published() -> dict[str, Architecture]:
                 naming=naming_of_unet(config),
                 resolution=8 * config["sample_size"],
             )
-            for name, config in configs.items()
+            for name, config in published_configs().items()
         }
 
 
 def _original(names: Iterable[str]) -> dict[str, str]:
     """Returns the layers' names in the original code (openaimodel.UNetModel), by diffusers' names.
 
-    There the blocks of each side are one list: conv_in, then a block for every resnet (with the attention after it),
-    and one for every downsampler; an upsampler is the last part of the block before it. Depths differ from base to
-    base, so the places are counted from the layers that there are.
+    The original code has one list of blocks for each side: conv_in, then a block for every resnet (with the attention
+    after it), and one for every downsampler; an upsampler is the last part of the block before it. Depths differ from
+    base to base, so the blocks are counted from the names.
     """
     names = list(names)
     places: dict[tuple[str, ...], str] = {}
@@ -149,15 +162,15 @@ def _original(names: Iterable[str]) -> dict[str, str]:
                 place += 1
             attends = bool(_numbers(inside, r".*\.attentions\.(\d+)\."))
             places[side, block, "upsamplers", "0"] = f"{blocks}.{place - 1}.{1 + attends}"
-    found = {name: _OUTSIDE[name] for name in names if name in _OUTSIDE}
+    original = {name: _OUTSIDE[name] for name in names if name in _OUTSIDE}
     for name in names:
         if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name):
             *place_of, rest = match.groups()
-            found[name] = f"{places[tuple(place_of)]}.{_part(match[3], rest)}"
+            original[name] = f"{places[tuple(place_of)]}.{_part(match[3], rest)}"
         elif match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name):
             middle = 1 if match[1] == "attentions" else 2 * int(match[2])
-            found[name] = f"middle_block.{middle}.{_part(match[1], match[3])}"
-    return found
+            original[name] = f"middle_block.{middle}.{_part(match[1], match[3])}"
+    return original
 
 
 def _part(kind: str, name: str) -> str:
@@ -167,6 +180,6 @@ def _part(kind: str, name: str) -> str:
 
 
 def _numbers(names: Iterable[str], pattern: str) -> list[str]:
-    """Returns the different numbers that the pattern's group finds at the start of names, in order."""
-    found = {match[1] for name in names if (match := re.match(pattern, name))}
-    return sorted(found, key=int)
+    """Returns the different numbers that the pattern's group matches at the start of names, ascending."""
+    numbers = {match[1] for name in names if (match := re.match(pattern, name))}
+    return sorted(numbers, key=int)

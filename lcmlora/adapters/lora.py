@@ -1,4 +1,4 @@
-"""The adapter: inject, collect, average, save in the diffusers format, load."""
+"""The adapter's layers in a network: injected, collected, saved in diffusers' format, loaded, and applied."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lcmlora.patches.peft_internals import set_adapters_off
 
 Layers = dict[str, tuple[Tensor, Tensor]]  # A and B by the module's name
 
-# The attributes of the layers that carry an adapter to be trained, by UNet.
-_adapted: WeakKeyDictionary[nn.Module, list[dict[str, Any]]] = WeakKeyDictionary()
+# The attributes of the layers of an adapter that is trained, by UNet.
+_adapted: WeakKeyDictionary[nn.Module, list[dict[str, object]]] = WeakKeyDictionary()
 
 ADAPTER = "lcm"
 
-# LCM-LoRA's own choice (method of arXiv 2311.05556): attention, feed-forward, and every convolution of the resnets.
+# The layers that LCM-LoRA adapts (arXiv 2311.05556): attention, feed-forward, and every convolution of the resnets.
 TARGETS = [
     "to_q",
     "to_k",
@@ -48,10 +48,10 @@ TARGETS = [
 
 @dataclass(frozen=True)
 class Placement:
-    """Which layers of a network an adapter changes, and how its file names them.
+    """The layers of a network that an adapter changes, and their names in its file.
 
-    targets: the ends of their modules' names, or a regular expression for whole names.
-    prefix: of the names in diffusers' files: the network's folder in the base's.
+    targets: the ends of the layers' names, or a regular expression for whole names.
+    prefix: the prefix of the names in diffusers' files, which is the name of the network's folder in the base's.
     """
 
     targets: list[str] | str
@@ -66,6 +66,9 @@ def inject(unet: nn.Module, rank: int, alpha: float, seed: int, placement: Place
 
     The base's weights keep their precision and storage; B is zero, so the model's output is unchanged. Only the
     returned parameters require gradients.
+
+    Args:
+        seed: of the random numbers in A.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -84,8 +87,8 @@ def inject(unet: nn.Module, rank: int, alpha: float, seed: int, placement: Place
 
 @contextmanager
 def disabled(unet: nn.Module) -> Iterator[None]:
-    """Within the block the UNet is the base alone. Backward passes must not cross its border."""
-    # The layers are remembered: finding them among all modules takes SDXL's host longer than switching them.
+    """Within the block the UNet computes without its adapter. No backward pass may begin before it and end in it."""
+    # The layers are kept in a table: for SDXL, finding them among all modules takes longer than switching them.
     layers = _adapted.get(unet) or [vars(layer) for _, layer in _layers(unet)]
     set_adapters_off(layers, True)
     try:
@@ -103,20 +106,20 @@ def _layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def adapted_layers(unet: nn.Module) -> int:
-    """Returns how many layers of the UNet carry the adapter."""
+    """Returns the number of layers of the UNet that have an adapter."""
     return sum(1 for _ in _layers(unet))
 
 
 def parameters(unet: nn.Module) -> int:
-    """Returns how many numbers the adapter has."""
+    """Returns the number of the adapter's parameters."""
     return sum(p.numel() for name, p in unet.named_parameters() if f".{ADAPTER}." in name)
 
 
 def state_dict(unet: nn.Module, placement: Placement = UNET) -> dict[str, Tensor]:
-    """Returns the adapter in diffusers' key style with alpha / rank folded into B, fp32 on the CPU, sorted by name.
+    """Returns the adapter's tensors by diffusers' names, with alpha / rank folded into B, fp32 on the CPU, sorted.
 
-    Readers that know nothing of alpha then apply it at scale 1, which is what was trained; diffusers loses an alpha
-    that differs from the rank on the way through a file.
+    Programs that ignore alpha then apply the adapter at scale 1, as it was trained. Diffusers itself loses an alpha
+    that differs from the rank when it saves and loads a file.
     """
     tensors = {}
     for name, layer in _layers(unet):
@@ -129,14 +132,14 @@ def state_dict(unet: nn.Module, placement: Placement = UNET) -> dict[str, Tensor
 
 
 def save_file(tensors: dict[str, Tensor], path: Path, *, dtype: torch.dtype, metadata: dict[str, str]) -> None:
-    """Writes the adapter; the same tensors and metadata give the same bytes. Scales (`.alpha`) keep their type."""
+    """Writes the adapter in `dtype`, except `.alpha` tensors. The same tensors and metadata give the same bytes."""
     stored = {name: t if name.endswith(".alpha") else t.to(dtype).contiguous() for name, t in tensors.items()}
     data = save(stored, metadata=metadata)
     atomic_write(path, lambda p: p.write_bytes(_with_sorted_header(data)))
 
 
 def _with_sorted_header(data: bytes) -> bytes:
-    """Returns the same safetensors file with its header sorted: the library writes metadata in a random order."""
+    """Returns the same safetensors file with a sorted header. The library writes metadata in a random order."""
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the format's alignment
@@ -144,9 +147,9 @@ def _with_sorted_header(data: bytes) -> bytes:
 
 
 def adapter_metadata(rank: int, placement: Placement = UNET) -> dict[str, str]:
-    """Returns the header from which diffusers rebuilds the LoRA configuration instead of guessing it."""
-    told = {"r": rank, "lora_alpha": rank, "target_modules": placement.targets, "peft_type": "LORA"}
-    settings = {f"{placement.prefix}.{key}": value for key, value in told.items()}
+    """Returns the header of an adapter's file, from which diffusers reads the LoRA configuration."""
+    config = {"r": rank, "lora_alpha": rank, "target_modules": placement.targets, "peft_type": "LORA"}
+    settings = {f"{placement.prefix}.{key}": value for key, value in config.items()}
     return {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
 
 
@@ -154,7 +157,7 @@ def load(unet: nn.Module, path: Path, placement: Placement = UNET) -> None:
     """Adds the adapter of a diffusers-format file to a bare UNet, active and frozen.
 
     Raises:
-        UserError: the file cannot be read, or its tensors do not fit this UNet; the first that differs is named.
+        UserError: the file cannot be read, or a tensor does not fit this UNet; the error names the first.
     """
     try:
         tensors = load_file(path)
@@ -176,12 +179,12 @@ def attach(unet: nn.Module, layers: Layers, source: str) -> None:
     """Adds an adapter of scale 1 to a bare UNet, active, frozen and in fp32.
 
     Args:
-        layers: A (r, in) and B (out, r), or of convolutions (r, in, kh, kw) and (out, r, 1, 1), by the module's name;
+        layers: A (r, in) and B (out, r), or for convolutions (r, in, kh, kw) and (out, r, 1, 1), by the module's name;
             ranks may differ.
-        source: what messages call the adapter.
+        source: the adapter's name in errors.
 
     Raises:
-        UserError: a layer that this UNet does not have, or one of another size; the first is named.
+        UserError: the UNet lacks a layer, or has it in another size; the error names the first.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -199,14 +202,17 @@ def attach(unet: nn.Module, layers: Layers, source: str) -> None:
     unet.requires_grad_(False)
 
 
-def put(unet: nn.Module, layers: Layers, source: str) -> Callable[[], None]:
-    """Gives a bare UNet this adapter of scale 1, to draw with, and returns what takes it away again, to the bit.
+def apply(unet: nn.Module, layers: Layers, source: str) -> Callable[[], None]:
+    """Applies an adapter of scale 1 to a bare UNet for drawing, and returns the function that undoes this, to the bit.
 
-    In fp32 it is summed into the weights, so that drawing costs what the base costs. In half precision, where a sum
-    would round, it stays beside them.
+    In fp32 the adapter is summed into the weights, so that drawing costs no more than with the base. In half precision,
+    where the sum would be rounded, it stays beside them, see `attach`.
 
     Args:
         layers, source: see `attach`.
+
+    Raises:
+        UserError: as `attach`.
     """
     if any(p.dtype != torch.float32 for p in unet.parameters()):
         attach(unet, layers, source)
@@ -233,12 +239,12 @@ def put(unet: nn.Module, layers: Layers, source: str) -> Callable[[], None]:
 
 @contextmanager
 def applied(unet: nn.Module, layers: Layers, source: str) -> Iterator[None]:
-    """Within the block a bare UNet has this adapter of scale 1; see `put`."""
-    take_away = put(unet, layers, source)
+    """Within the block an adapter of scale 1 is applied to a bare UNet; see `apply`."""
+    undo = apply(unet, layers, source)
     try:
         yield
     finally:
-        take_away()
+        undo()
 
 
 def _check_layers(unet: nn.Module, layers: Layers, source: str) -> None:

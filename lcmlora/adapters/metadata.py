@@ -1,25 +1,25 @@
-"""What lies beside an adapter's weights: the names of these files, its sampler settings, and the base it is for."""
+"""The files beside an adapter's weights: their names, and the sampler settings and facts in them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 from lcmlora.errors import UserError
 from lcmlora.io.documents import Document, Number
+from lcmlora.io.parsing import JsonObject
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 SCHEDULER = "scheduler_config.json"
-FACTS = "config.json"  # what distill and combine say of an adapter
+FACTS = "config.json"  # written by distill and combine
 
 
 @dataclass(frozen=True)
 class Sampler:
     """The sampler settings of a student; lcmlora/diffusion/samplers.py has the steps.
 
-    scheduler: of diffusers, which draws the same.
-    gamma: how far a step goes below the next timestep before noise takes it back up, as a share; TCDScheduler's `eta`.
-    grid: of how many timesteps its steps are taken; `original_inference_steps` of the scheduler.
+    scheduler: the scheduler of diffusers that takes the same steps.
+    gamma: how far a step goes below the next timestep before noise is added, as a share; `eta` of TCDScheduler.
+    grid: the number of timesteps that the steps are chosen from; `original_inference_steps` of the scheduler.
     """
 
     scheduler: str = "LCMScheduler"
@@ -32,23 +32,23 @@ LATENT_CONSISTENCY = Sampler()  # for an adapter without sampler settings of its
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What is known of an adapter by the files beside it; None where nothing is."""
+    """The facts in the files beside an adapter; None if they are unknown."""
 
     model: str | None = None
-    base: dict[str, str | None] | None = None  # source, revision and digest of the base that it was made for
-    resolution: int | None = None  # pixels
+    base: dict[str, str | None] | None = None  # the identity of the base that it was made for
+    resolution: int | None = None  # the pictures' side, in pixels
     sampler: Sampler | None = None
     kohya: str | None = None  # the name of the release's file for ComfyUI and A1111
 
 
-def read_sampler(settings: dict[str, Any], place: str) -> Sampler:
-    """Returns the sampler that a file describes; what older files lack is as it was then.
+def read_sampler(settings: JsonObject, place: str) -> Sampler:
+    """Returns the sampler settings in a file. Keys that older files lack have the values of that time.
 
     Args:
-        place: of the description, for messages.
+        place: the file and key, for errors.
 
     Raises:
-        UserError: it describes none, or one of a newer lcmlora.
+        UserError: a value is out of range, or a key unknown, as in files of a newer lcmlora.
     """
     given = {field.name: settings.get(field.name, field.default) for field in fields(Sampler)}
     scheduler, gamma, grid = given.values()
@@ -64,19 +64,27 @@ def read_sampler(settings: dict[str, Any], place: str) -> Sampler:
 
 
 class SamplerFacts(Document):
-    """The sampler settings of the student, as files have them."""
+    """The sampler settings of the student in a file, see `Sampler`."""
 
     scheduler: str
     gamma: Number | None
     grid: int
 
 
-class Validation(Document):
-    """The loss on pictures kept from training."""
+class Validated(Document):
+    """The loss on pictures that were not trained on."""
 
     pictures: int
     loss: dict[str, Number]  # by step
-    best_step: int  # whose weights these are
+    best_step: int  # the step with the lowest loss, whose weights the adapter has
+
+
+class DistillSettings(Document):
+    """The settings of a distillation. Those that are read again have a field; the others are kept."""
+
+    objective: str = "lcm"
+    alpha: Number | None = None
+    gamma: Number | None = None
 
 
 class Distilled(Document):
@@ -87,7 +95,7 @@ class Distilled(Document):
     prediction_type: str = "epsilon"
     data_digest: str
     pictures: int | None = None
-    distill: dict[str, Any]  # the settings
+    distill: DistillSettings
     steps: int
     final_loss: Number
     sampler: SamplerFacts
@@ -95,4 +103,49 @@ class Distilled(Document):
     adapted_layers: int
     lora_parameters: int
     versions: dict[str, str]
-    validation: Validation
+    validation: Validated
+
+
+class Tuned(Document):
+    """config.json of a style LoRA or a fine-tuned checkpoint."""
+
+    model: str
+    base: dict[str, str | None]
+    data_digest: str
+    pictures: int
+    training: JsonObject  # the settings
+    parameters: int  # that were trained
+    final_loss: Number
+    validation: Validated
+
+
+class CombinedPart(Document):
+    """One of the adapters of a combination."""
+
+    adapter: str  # as the person named it
+    sha256: str
+    weight: Number
+
+
+class Truncation(Document):
+    """The error of an adapter of smaller rank: relative Frobenius norms of the difference in effective weight."""
+
+    rank: int
+    overall: Number  # of all layers together
+    worst: Number  # of the layer with the largest error
+    worst_layer: str
+
+
+class Combined(Document):
+    """config.json of adapters that were combined into one."""
+
+    combined: list[CombinedPart]
+    layers: int
+    rank: int  # the largest of a layer
+    truncation: Truncation | None
+    error: Number | None = None  # largest difference of an effective weight, by rounding
+    # Of the acceleration adapter, if its own files say them:
+    model: str | None = None
+    base: dict[str, str | None] | None = None
+    resolution: int | None = None
+    sampler: SamplerFacts | None = None

@@ -1,10 +1,10 @@
-"""What the name of an adapter's tensor says: its layer and factor, or else whose tensor it is.
+"""The names of an adapter's tensors: the layer and the factor in a name, or the model or kind that it belongs to.
 
-A name is a prefix, a layer and a factor, each as one of many programs writes it:
+A name is a prefix, a layer and a factor, each in the spelling of one of many programs:
 
-unet., lora_unet_, lora_unet., diffusion_model., base_model.model., lycoris_   prefixes, one after another at times
+unet., lora_unet_, lora_unet., diffusion_model., base_model.model., lycoris_   prefixes, at times several in a row
 down_blocks.1.attentions.0.proj_in, down_blocks_1_attentions_0_proj_in         diffusers' name of the layer
-input_blocks.4.1.proj_in, input_blocks_4_1_proj_in                             that of the original code
+input_blocks.4.1.proj_in, input_blocks_4_1_proj_in                             the original code's name
 lora_down.weight, lora_A.weight, lora_A.NAME.weight, lora.down.weight          factors
 """
 
@@ -20,7 +20,8 @@ DOWN, UP, ALPHA = "down", "up", "alpha"
 LONGEST = 300  # characters of a name; the longest of SDXL's has 110
 
 _PREFIX = re.compile(r"(base_model\.model\.|(model\.)?diffusion_model\.|unet\.|lora_unet[._]|lycoris[._])*")
-# kohya; PEFT, with an adapter's name in it or not; diffusers before 0.26, whose attention had processors; alone.
+# Of kohya; of PEFT, with or without an adapter's name; of diffusers before 0.26, whose attention had processors; of
+# diffusers' other layers; alpha.
 _FACTORS = (
     re.compile(r"(?P<layer>.+)\.lora_(?P<part>down|up)\.weight"),
     re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])(\.[\w-]+)?\.weight"),
@@ -36,7 +37,7 @@ _TEXT = re.compile(
 )
 _EMBEDDING = re.compile(r"bundle_emb\.|(clip_[lg]|emb_params|string_to_param)$")
 
-# The layers that diffusers' UNets of Stable Diffusion have.
+# diffusers' names of the layers of Stable Diffusion's UNets.
 _DIFFUSERS = re.compile(
     r"((down|up)_blocks\.\d+|mid_block)\.("
     r"attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)))"
@@ -45,7 +46,7 @@ _DIFFUSERS = re.compile(
     r"|conv_in|conv_out|(time|add|class)_embedding\.linear_[12]"
 )
 
-# Other kinds of adapters by what their tensors end in: LyCORIS (lycoris/modules), PEFT (peft/tuners).
+# Other kinds of adapters by the ends of their tensors' names: LyCORIS (lycoris/modules), PEFT (peft/tuners).
 _KINDS = (
     (r"\.hada_[wt]\d", "LoHa"),
     (r"\.lokr_[wt]\d", "LoKr"),
@@ -63,8 +64,9 @@ _KINDS = (
     (r"\.lora_(B|up)(\.\w+)?\.bias$", "LoRA with biases"),
 )
 
-# Other models by how their layers begin, dots written as underscores; the first that fits any layer counts.
-_FAMILIES = (
+# Other models by the beginning of their layers' names, with underscores for dots. The first that
+# matches a layer counts.
+_MODELS = (
     (r"(lora_)?prior_unet|(down|up)_blocks_\d+_\d+_|(effnet|clip_txt)\w*mapper", "Stable Cascade"),
     (r"\w*motion_modules|\w*temporal_transformer_(?!blocks)", "AnimateDiff"),
     (r"\w*(temporal_transformer_blocks|spatial_res_block|time_stack)", "Stable Video Diffusion"),
@@ -101,29 +103,29 @@ _WHOLE = re.compile(
 
 @dataclass(frozen=True)
 class Name:
-    """What a tensor's name says."""
+    """A tensor's name, parsed."""
 
-    layer: str  # as it is spelled, without a prefix
+    layer: str  # in the file's spelling, without a prefix
     part: str  # DOWN, UP or ALPHA
 
     @property
     def is_diffusers(self) -> bool:
-        """Whether the layer is named as diffusers names its module, so that no base needs to tell."""
+        """Whether the layer has diffusers' name of its module, so that no base is needed to find the module."""
         return _DIFFUSERS.fullmatch(self.layer) is not None
 
 
 def parse(name: str) -> Name | None:
-    """Returns what the name of a plain LoRA's tensor says; None for one that is of something else."""
+    """Returns the layer and the part in the name of a plain LoRA's tensor; None if it is not a plain LoRA's."""
     if len(name) > LONGEST or not name.isprintable():
         return None
     rest = name[_prefix(_PREFIX, name) :]
     for pattern in _FACTORS:
         if match := pattern.fullmatch(rest):
-            found = match.groupdict()
-            layer = found["layer"] + (found.get("attention") or "")
+            groups = match.groupdict()
+            layer = groups["layer"] + (groups.get("attention") or "")
             if layer.endswith(".to_out"):
                 layer += ".0"
-            return Name(layer, _PARTS.get(found["part"], found["part"]))
+            return Name(layer, _PARTS.get(groups["part"], groups["part"]))
     return None
 
 
@@ -133,21 +135,25 @@ def of_text_encoder(name: str) -> bool:
 
 
 def is_embedding(name: str) -> bool:
-    """Returns whether a tensor is the embedding of a trained token, which trainers put beside an adapter."""
+    """Returns whether a tensor is the embedding of a trained token, which trainers write into an adapter's file."""
     return _EMBEDDING.match(name[:LONGEST]) is not None
 
 
-def family(names: Iterable[str]) -> str | None:
-    """Returns whose layers these are, if they are those of a model that is known and is no UNet of Stable Diffusion."""
+def foreign_model(names: Iterable[str]) -> str | None:
+    """Returns the model that has these layers, if it is known and not Stable Diffusion's UNet; else None."""
     flat = {name[_prefix(_OF_ANY_MODEL, name) : LONGEST].replace(".", "_") for name in names}
-    for pattern, model in _FAMILIES:
+    for pattern, model in _MODELS:
         if any(re.match(pattern, name) for name in flat):
             return model
     return None
 
 
-def foreign(name: str, names: Iterable[str]) -> str:
-    """Returns why a name is not understood, by it and all names of the file."""
+def explain(name: str, names: Iterable[str]) -> str:
+    """Returns why a name is not a plain LoRA's, for an error.
+
+    Args:
+        names: all names of the file.
+    """
     if is_embedding(name):
         return "it is the embedding of a trained token (textual inversion), not of a UNet"
     if kind := next((kind for pattern, kind in _KINDS if re.search(pattern, name[-LONGEST:])), None):
@@ -155,13 +161,13 @@ def foreign(name: str, names: Iterable[str]) -> str:
     names = list(names)
     if not any("lora" in each.lower() for each in names) and _WHOLE.match(name[:LONGEST]):
         return "the file has a model's whole weights, and is no adapter"
-    if model := family(names):
+    if model := foreign_model(names):
         return f"its layers are those of {model}, and other models are not supported"
     return "its spelling is not known: expected names as diffusers, PEFT, kohya, OneTrainer or ComfyUI write them"
 
 
 def shown(name: str) -> str:
-    """Returns a tensor's or a layer's name for a message."""
+    """Returns a tensor's or a layer's name as errors show it."""
     return terminal.shown(name, LONGEST)
 
 

@@ -1,7 +1,6 @@
-"""Files of adapters' tensors: found in the folders that trainers leave, and opened within limits.
+"""Files of adapters' tensors: found in trainers' output folders, and opened within limits.
 
-Only safetensors are opened. A pickle can run any code when it is read, so it is named and left alone, whatever its
-ending is.
+Only safetensors files are opened. A pickle can run any code when it is read; it is refused, whatever its ending is.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from torch import Tensor
 from lcmlora.adapters import lora, peft_settings
 from lcmlora.errors import UserError
 
-MAX_BYTES = 8 << 30  # of a file; SDXL's at rank 512 in fp32 has 6.3 GB
-MAX_TENSORS = 50_000  # SDXL's has 2,400, with text encoders and LyCORIS's parts 7,000
-_MAX_HEADER = 32 << 20  # bytes; kohya's tags of all captions can have some
+MAX_BYTES = 8 << 30  # of a file; an adapter of SDXL at rank 512 in fp32 has 6.3 GB
+MAX_TENSORS = 50_000  # an adapter of SDXL has 2,400, with text encoders and LyCORIS's parts 7,000
+_MAX_HEADER = 32 << 20  # bytes; kohya's tags of all captions can have several megabytes
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-_NAMED = 5  # files of a folder, in a message
+_MAX_NAMED = 5  # files of a folder, in an error
 
 
 def find(folder: Path) -> Path:
     """Returns the adapter in a folder: diffusers' own file, PEFT's, or the only safetensors file there is.
 
     Raises:
-        UserError: there are several, which are named, or none.
+        UserError: the folder has several, which the error names, or none.
     """
     for name in (lora.WEIGHTS, peft_settings.WEIGHTS):
         if (folder / name).is_file():
@@ -40,10 +39,10 @@ def find(folder: Path) -> Path:
     below = [path for part in _folders(folder) for path in _files(part, "*.safetensors")]
     if len(own) == 1 and not below:
         return own[0]
-    if found := own + below:
-        names = ", ".join(str(path.relative_to(folder)) for path in found[:_NAMED])
-        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        raise UserError(f"{folder}: has {len(found)} safetensors files; name the one that is meant: {names}{more}")
+    if paths := own + below:
+        names = ", ".join(str(path.relative_to(folder)) for path in paths[:_MAX_NAMED])
+        more = f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
+        raise UserError(f"{folder}: has {len(paths)} safetensors files; name the one that is meant: {names}{more}")
     pickles = [path for place in (folder, *_folders(folder)) for path in _files(place, "*") if path.suffix in _PICKLES]
     if pickles:
         raise UserError(f"{folder}: has no safetensors file; {_pickle(pickles[0])}")
@@ -62,12 +61,12 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def read(path: Path, shown: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors of a file by name, and what its header says besides.
+    """Returns the tensors of a file by name, and the metadata in its header.
 
-    The tensors are mapped: nothing is read of one that is not looked at.
+    The tensors are mapped: only those that are used are read.
 
     Args:
-        shown: what messages call the file.
+        shown: the file's name in errors.
 
     Raises:
         UserError: a pickle, no safetensors file or a damaged one, or one over the limits.
@@ -80,12 +79,12 @@ def read(path: Path, shown: str) -> tuple[dict[str, Tensor], dict[str, str]]:
                 raise UserError(f"{shown}: has {len(names)} tensors, an adapter at most {MAX_TENSORS}")
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (OSError, SafetensorError, ValueError, TypeError, AttributeError, KeyError) as error:
-        # All but the first two are what safetensors makes of types that this version of torch has not.
+        # safetensors raises all but the first two for types that this version of torch does not have.
         raise UserError(f"{shown}: is not a readable safetensors file: {_reason(error)}") from None
 
 
 def _check(path: Path, shown: str) -> None:
-    """Raises UserError where the file is none that safetensors should be asked to open."""
+    """Raises UserError if the file is a pickle, no safetensors file by its first bytes, or too large."""
     if path.suffix.lower() in _PICKLES:
         raise UserError(_pickle(path, shown))
     try:
@@ -100,16 +99,16 @@ def _check(path: Path, shown: str) -> None:
         raise UserError(f"{shown}: cannot be read: {_reason(error)}") from None
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and start[8:9] != b"{":
         raise UserError(_pickle(path, shown))
-    what = f"{shown}: is not a readable safetensors file"
+    fault = f"{shown}: is not a readable safetensors file"
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{what} but Git LFS's pointer to it: fetch it with git lfs pull")
+        raise UserError(f"{fault} but Git LFS's pointer to it: fetch it with git lfs pull")
     if start.lstrip()[:5].lower() in (b"<!doc", b"<html"):
-        raise UserError(f"{what} but a web page: the download needs another address, or a login")
+        raise UserError(f"{fault} but a web page: the download needs another address, or a login")
     header = int.from_bytes(start[:8], "little")
     if len(start) < 8 or 8 + header > status.st_size:
-        raise UserError(f"{what}: it has {status.st_size} bytes and is cut, or is something else")
+        raise UserError(f"{fault}: it has {status.st_size} bytes and is cut, or is something else")
     if header > _MAX_HEADER:
-        raise UserError(f"{what}: its header has {header} bytes, an adapter's at most {_MAX_HEADER}")
+        raise UserError(f"{fault}: its header has {header} bytes, an adapter's at most {_MAX_HEADER}")
     if status.st_size > MAX_BYTES:
         raise UserError(f"{shown}: has {status.st_size / 1e9:.1f} GB, an adapter at most {MAX_BYTES / 1e9:.1f} GB")
 
@@ -127,7 +126,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_finite(tensor: Tensor, name: str, shown: str) -> None:
-    """Raises UserError where a tensor has values that are not finite."""
+    """Raises UserError if a tensor has values that are not finite."""
     if tensor.isfinite().all():
         return
     bad = int((~tensor.isfinite()).sum())
@@ -139,7 +138,7 @@ def check_finite(tensor: Tensor, name: str, shown: str) -> None:
 
 
 def check_harmless(path: Path) -> None:
-    """Raises UserError where diffusers, given the file, might run what its maker wrote; see peft_settings."""
+    """Raises UserError if diffusers might run a regular expression from the file; see `peft_settings`."""
     _check(path, str(path))
     try:
         with safe_open(path, framework="pt") as file:

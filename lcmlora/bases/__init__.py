@@ -1,4 +1,4 @@
-"""A base model: brought here, examined, described and loaded."""
+"""Base models: fetched, examined, described and loaded."""
 
 from __future__ import annotations
 

@@ -1,53 +1,50 @@
-"""What the bases of params.yaml are and what an adapter of each would be, from their configurations alone."""
+"""A base's description, and the size of an adapter for it, from its configuration alone."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
-from lcmlora.bases.examination.weightfiles import json_of
+from lcmlora.adapters import layer_names
+from lcmlora.bases.examination.library_config import LibraryConfig
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import cell
 from lcmlora.project import Project
 
 
-def network_config(base: Base, folder: Path, sources: Path = Path()) -> dict[str, Any]:
-    """Returns the configuration of the base's network, without its weights.
+def network_config(base: Base, folder: Path, sources: Path = Path()) -> LibraryConfig:
+    """Returns the configuration of the base's network. Its weights need not be there.
 
-    It is that of the base at `folder`, else that of a local source (or of the `config` that a single file goes with),
-    else the one that comes with this package for the published bases, which holds what differs from diffusers'
-    defaults.
+    The configuration is that of the base at `folder`; else that of a local source, or of the `config` of a single file;
+    else, for a published base, the one in lcmlora/architectures.json, without diffusers' defaults.
 
     Args:
         sources: the folder that relative paths of `base` are relative to.
 
     Raises:
-        UserError: there is none of these, or a file that is not JSON.
+        UserError: there is none of these, or the file is not JSON.
     """
-    found = [_local_json(base, folder, sources, f"{part}/config.json") for part in _network_folders()]
-    if config := next((config for config in found if config is not None), None):
-        return config
-    packaged = json.loads(resources.files("lcmlora").joinpath("architectures.json").read_text(encoding="utf-8"))
+    for part in _network_folders():
+        if config := _local_config(base, folder, sources, f"{part}/config.json"):
+            return config
+    published = layer_names.published_configs()
     for hub_id in (base.source, base.config):
-        if hub_id in packaged:
-            return dict(packaged[hub_id])
+        if hub_id in published:
+            return LibraryConfig(published[hub_id], f"lcmlora/architectures.json: {hub_id}")
     raise UserError(
         f"{folder}/unet/config.json: no such file, and the architecture of {base.source} does not come with lcmlora; "
         f"run `lcmlora fetch {folder.name}`"
     )
 
 
-def _local_json(base: Base, folder: Path, sources: Path, file: str) -> dict[str, Any] | None:
-    places = [folder, sources / base.source, *([sources / base.config] if base.config else [])]
-    path = next((place / file for place in places if (place / file).is_file()), None)
-    return None if path is None else json_of(path)
+def _local_config(base: Base, folder: Path, sources: Path, file: str) -> LibraryConfig | None:
+    folders = [folder, sources / base.source, *([sources / base.config] if base.config else [])]
+    path = next((each / file for each in folders if (each / file).is_file()), None)
+    return None if path is None else LibraryConfig.read(path)
 
 
 def _network_folders() -> list[str]:
@@ -58,22 +55,36 @@ def _network_folders() -> list[str]:
 
 @dataclass(frozen=True)
 class Description:
-    """A base by its configuration alone."""
+    """A base and an adapter for it."""
 
     name: str
     source: str
-    resolution: int  # pixels
+    resolution: int  # the pictures' side, in pixels
     unet_parameters: int
     lora_parameters: int
     adapted_layers: int
-    prediction_type: str | None  # None where no scheduler configuration is at hand
+    prediction_type: str | None  # None if there is no scheduler configuration
+    rank: int  # of the adapter
+
+
+@dataclass(frozen=True)
+class Undescribed:
+    """A base that cannot be described."""
+
+    name: str
+    source: str
+    reason: str
 
 
 def describe(name: str, base: Base, folder: Path, rank: int, alpha: float, sources: Path = Path()) -> Description:
-    """Counts the network of a base and an adapter of this rank on it, on torch's meta device: no weights, no memory.
+    """Counts the parameters of a base's network and of an adapter for it, on torch's meta device: without weights.
+
+    Args:
+        rank, alpha: of the adapter.
+        sources: the folder that relative paths of `base` are relative to.
 
     Raises:
-        UserError: the network's configuration is not at hand, or diffusers cannot build a network from it.
+        UserError: the network's configuration is missing, or diffusers cannot build a network from it.
     """
     import torch
 
@@ -81,12 +92,12 @@ def describe(name: str, base: Base, folder: Path, rank: int, alpha: float, sourc
     from lcmlora.bases import families
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    scheduler = _local_json(base, folder, sources, "scheduler/scheduler_config.json") or {}
+    scheduler = _local_config(base, folder, sources, "scheduler/scheduler_config.json")
     config = network_config(base, folder, sources)
     family = families.of_network(config)
     with torch.device("meta"):
         try:
-            family.check_network(folder / family.network.folder / "config.json", config)
+            family.check_network(config)
             network = family.build(config)
         except UserError:
             raise
@@ -101,28 +112,25 @@ def describe(name: str, base: Base, folder: Path, rank: int, alpha: float, sourc
         unet_parameters=parameters,
         lora_parameters=sum(p.numel() for p in adapter.values()),
         adapted_layers=lora.adapted_layers(network),
-        prediction_type=scheduler.get("prediction_type"),
+        prediction_type=None if scheduler is None else scheduler.text("prediction_type"),
+        rank=rank,
     )
 
 
-def rows(config: Config, project: Project) -> list[dict[str, Any]]:
-    """Returns one row for each base: a `Description` with the adapter's `rank`, or `name`, `source` and `reason`.
-
-    A base that cannot be described says why in its row, and the others are described all the same.
-    """
-    found = []
+def describe_all(config: Config, project: Project) -> list[Description | Undescribed]:
+    """Returns a description of every base of the settings, or the reason why it cannot be described."""
+    described: list[Description | Undescribed] = []
     for name, base in config.bases.items():
         try:
             settings = config.distill_for(name)
-            described = describe(name, base, project.base(name), settings.rank, settings.alpha, project.root)
-            found.append(dataclasses.asdict(described) | {"rank": settings.rank})
+            described.append(describe(name, base, project.base(name), settings.rank, settings.alpha, project.root))
         except UserError as error:
-            found.append({"name": name, "source": base.source, "reason": str(error)})
-    return found
+            described.append(Undescribed(name, base.source, str(error)))
+    return described
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Prints what `rows` returns, for a person to read; a reason stands under the source it is about."""
+def print_table(bases: Sequence[Description | Undescribed]) -> None:
+    """Prints descriptions as a table, or the reason below the source of a base that has none."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -133,18 +141,18 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for title in ("pixels", "UNet", "LoRA (layers)", "rank"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("predicts", no_wrap=True)
-    for row in rows:
-        if "reason" in row:
-            table.add_row(row["name"], cell(f"{row['source']}\n{row['reason']}"))
+    for base in bases:
+        if isinstance(base, Undescribed):
+            table.add_row(base.name, cell(f"{base.source}\n{base.reason}"))
             continue
         table.add_row(
-            row["name"],
-            cell(row["source"]),
-            str(row["resolution"]),
-            f"{row['unet_parameters']:,}",
-            f"{row['lora_parameters']:,} ({row['adapted_layers']})",
-            str(row["rank"]),
-            cell(row["prediction_type"] or ""),
+            base.name,
+            cell(base.source),
+            str(base.resolution),
+            f"{base.unet_parameters:,}",
+            f"{base.lora_parameters:,} ({base.adapted_layers})",
+            str(base.rank),
+            cell(base.prediction_type or ""),
         )
-    # A file or a pipe has no width, and rich would take it for 80 columns, which fold a source.
+    # A file or a pipe has no width; rich would assume 80 columns and fold the sources.
     Console(width=None if sys.stdout.isatty() else 160).print(table)

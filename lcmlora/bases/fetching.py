@@ -1,4 +1,4 @@
-"""Bringing a base here: downloaded, linked, converted or styled, and examined."""
+"""Fetching a base: it is downloaded, linked or converted, gets its style, and is examined."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from lcmlora.bases import families, folders, singlefile, styled
-from lcmlora.bases.examination import examine
+from lcmlora.bases.examination.examine import RECORDS, examine_base
 from lcmlora.config import Base
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io import temporaries
@@ -19,20 +19,20 @@ def fetch(name: str, base: Base, root: Path, sources: Path = Path()) -> Path:
     """Puts the base at `root/name`, examines it and returns that folder.
 
     A hub id is downloaded at its revision, a local folder linked, a single-file checkpoint converted. Idempotent; a
-    changed revision or variant downloads again, a changed file is converted again. With a style the folder is a copy
-    that has it in its UNet, and the plain base is at `root/.plain/name`. What the examination found is kept in
-    `root/.examined`, so that no later stage reads the whole base for it.
+    changed revision or variant downloads again, a changed file is converted again. A base with a style is a copy with
+    the style in its UNet, of the base without it at `root/.plain/name`. The examination is recorded in
+    `root/.examined`, so that later stages need not read the whole base again.
 
     Args:
         sources: the folder that relative paths of `base` are relative to.
 
     Raises:
-        UserError: a hub id without revision, a base with a fault (see `examine.examine`), a file that is no checkpoint
-            of this family, or what the hub does not know or does not let this user have.
+        UserError: a hub id without revision, a base with a fault (see `examine_base`), a file that is no checkpoint of
+            a known family, or a repository that does not exist on the hub or that this user may not read.
         Unavailable: the hub does not answer.
     """
     make_folder(root)
-    with temporaries.locked(root / name):  # another process may need the same base at the same moment
+    with temporaries.locked(root / name):  # against another process that fetches the same base
         return _fetch(name, base, root, sources)
 
 
@@ -42,11 +42,11 @@ def _fetch(name: str, base: Base, root: Path, sources: Path) -> Path:
         shutil.rmtree(target)
     if base.style is not None:
         plain = fetch(name, base.model_copy(update={"style": None}), root / ".plain", sources)
-        styled.make(name, base, plain, target, sources)
+        styled.make_styled_base(name, base, plain, target, sources)
     elif singlefile.names_a_file(base.source):
         if base.config is not None and _is_local(base.config, sources):
             folders.check_folder(sources / base.config)
-        singlefile.convert(name, base, target, sources)
+        singlefile.convert_checkpoint(name, base, target, sources)
     elif _is_local(base.source, sources):
         _link(sources / base.source, target, base.variant)
     elif base.revision is None:
@@ -55,9 +55,9 @@ def _fetch(name: str, base: Base, root: Path, sources: Path) -> Path:
         )
     else:
         _download(name, base, target)
-    if os.access(root, os.W_OK):  # bases on a disk that is read-only are examined by each process
-        (root / examine.RECORDS).mkdir(exist_ok=True)
-    examine.examine(name, target, base.variant)
+    if os.access(root, os.W_OK):  # on a read-only disk each process examines the base
+        (root / RECORDS).mkdir(exist_ok=True)
+    examine_base(name, target, base.variant)
     return target
 
 
@@ -65,7 +65,7 @@ def _link(source: Path, target: Path, variant: str | None) -> None:
     """Makes `target` a link to a local folder that is a base."""
     if source.resolve() == target.resolve():
         return
-    examine.examine(target.name, source, variant)  # before anything is in the way of another source
+    examine_base(target.name, source, variant)  # a base with a fault is not linked
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_symlink():
         target.unlink()
@@ -75,23 +75,23 @@ def _link(source: Path, target: Path, variant: str | None) -> None:
 
 
 def _download(name: str, base: Base, target: Path) -> None:
-    """Downloads a hub id's files to `target`, unless they are there; a marker tells that they are, and all of them."""
+    """Downloads a hub id's files to `target`, unless the marker there says that all of them were downloaded."""
     marker = target / ".revision"
-    wanted = f"{base.source}@{base.revision} {base.variant or ''}\n"
-    if marker.is_file() and marker.read_text() == wanted:
+    revision = f"{base.source}@{base.revision} {base.variant or ''}\n"
+    if marker.is_file() and marker.read_text() == revision:
         return
-    # Beside the folder: where the hub does not answer, its client takes any folder that is not empty for what was asked
-    # for, whatever revision it is of.
+    # The mark of a begun download is beside the folder: if the hub does not answer, its client takes any folder with
+    # files for the requested one, whatever its revision.
     begun = target.with_name(f".{target.name}.begun")
-    if target.is_symlink():  # the base was a folder before, into which nothing must be downloaded
+    if target.is_symlink():  # to the local folder that the base was before; nothing must be downloaded into that
         target.unlink()
-    elif any(path.is_file() and path.read_text() != wanted for path in (marker, begun, target / singlefile.MARKER)):
+    elif any(path.is_file() and path.read_text() != revision for path in (marker, begun, target / singlefile.MARKER)):
         if target.is_dir():
             shutil.rmtree(target)
     elif target.exists() and not begun.is_file() and not (target / ".cache" / "huggingface").is_dir():
         raise UserError(f"{target} is in the way of the download of {base.source}; move it or rename the base")
     target.parent.mkdir(parents=True, exist_ok=True)
-    begun.write_text(wanted)
+    begun.write_text(revision)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -101,27 +101,27 @@ def _download(name: str, base: Base, target: Path) -> None:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
-        kind = Unavailable if _is_passing(error) else UserError
-        raise kind(f"bases.{name}: cannot download {base.source} at {base.revision}: {reason}") from error
+        error_class = Unavailable if _is_temporary(error) else UserError
+        raise error_class(f"bases.{name}: cannot download {base.source} at {base.revision}: {reason}") from error
     try:
-        examine.examine(name, target, base.variant)
+        examine_base(name, target, base.variant)
     except UserError as error:
         raise UserError(
             f"bases.{name}: what {base.source} has at {base.revision}, or what arrived of it, is no base that can be "
             f"distilled: {error}"
         ) from None
-    atomic_write(marker, lambda path: path.write_text(wanted))
+    atomic_write(marker, lambda path: path.write_text(revision))
     begun.unlink()
 
 
-def _is_passing(error: Exception) -> bool:
-    """Returns whether a download may succeed later: the hub did not answer, or was busy."""
+def _is_temporary(error: Exception) -> bool:
+    """Returns whether the same download may succeed later: the hub did not answer, or was busy."""
     from httpx2 import TransportError  # the hub's own client
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if isinstance(error, HfHubHTTPError):
         return error.response is not None and (error.response.status_code == 429 or error.response.status_code >= 500)
-    # What the hub does not know is one of its HTTP errors; with this one no connection came about.
+    # LocalEntryNotFoundError: there was no connection, and the hub's cache has no such file.
     return isinstance(error, ConnectionError | TimeoutError | TransportError | LocalEntryNotFoundError)
 
 
@@ -130,24 +130,25 @@ def _is_local(place: str, sources: Path) -> bool:
 
 
 def download_patterns(variant: str | None) -> list[str]:
-    """Returns which files of a hub repository make a base, as the hub's patterns, in which `*` also matches `/`.
+    """Returns the hub's patterns (`*` also matches `/`) of the files of a repository that make a base.
 
-    They are named one by one, since repositories also hold single-file checkpoints, ONNX and OpenVINO exports, a second
-    VAE (SDXL's vae_1_0), weights without averaging (SD-V1.5's non_ema) and pickles; together ten times the download.
+    Every kind of file is named, since repositories also hold single-file checkpoints, ONNX and OpenVINO exports, a
+    second VAE (SDXL's vae_1_0), weights without averaging (SD-V1.5's non_ema) and pickles; together ten times the
+    download.
     """
     patterns = ["model_index.json", "scheduler/*.json", "feature_extractor/*.json"]
     for family in families.known():
         patterns += [f"{part.folder}/*.{kind}" for part in family.tokenizers for kind in ("json", "txt")]
         for part in (family.network, family.vae, *family.text_encoders):
             stem = part.weights
-            # Above the hub's usual size a file comes in shards, `-00001-of-00002`.
+            # Large files are split into shards, `-00001-of-00002`.
             files = (f"{stem}.{variant}", f"{stem}.{variant}-*-of-*") if variant else (stem, f"{stem}-*-of-*")
             patterns += [f"{part.folder}/*.json", *(f"{part.folder}/{file}.safetensors" for file in files)]
     return list(dict.fromkeys(patterns))
 
 
 def base_state(name: str, base: Base, sources: Path = Path()) -> str:
-    """Returns a local base's fingerprint, or the commit at which the hub's repository is now; with that of its style.
+    """Returns a digest of a local base, or the current commit of its repository on the hub; and its style's digest.
 
     Args:
         sources: the folder that relative paths of `base` are relative to.
@@ -161,7 +162,7 @@ def base_state(name: str, base: Base, sources: Path = Path()) -> str:
         return f"{plain} {_local_state(sources / base.style.source)}"
     if base.revision is None:
         return _local_state(sources / base.source)
-    from httpx2 import HTTPError  # which the hub's client does not turn into an error of its own
+    from httpx2 import HTTPError  # the hub's client raises these as they are
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -180,17 +181,17 @@ def _local_state(path: Path) -> str:
         return sha256_file(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    known = hashlib.sha256()
+    sha256 = hashlib.sha256()
     seen: set[tuple[int, int]] = set()  # a link may lead to a folder above it
-    for root, inner, files in os.walk(path, followlinks=True):
-        told = Path(root).stat()
-        if (told.st_dev, told.st_ino) in seen:
-            inner.clear()
+    for root, folders_inside, files in os.walk(path, followlinks=True):
+        status = Path(root).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders_inside.clear()
             continue
-        seen.add((told.st_dev, told.st_ino))
-        inner.sort()
+        seen.add((status.st_dev, status.st_ino))
+        folders_inside.sort()
         for name in sorted(files):
-            found = Path(root, name)
-            told = found.stat() if found.exists() else found.lstat()
-            known.update(f"{found.relative_to(path)}\0{told.st_size}\0{told.st_mtime_ns}\n".encode())
-    return known.hexdigest()
+            file = Path(root, name)
+            status = file.stat() if file.exists() else file.lstat()
+            sha256.update(f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return sha256.hexdigest()

@@ -1,4 +1,4 @@
-"""The noise schedule of a base: how noisy a latent is at each timestep, and what the network says of it.
+"""The noise schedule of a base: the noise of a latent at each timestep, and the meaning of the network's output.
 
 Notation: x_t = alpha_t x0 + sigma_t eps, in fp32. Tensors of shape (B,) are broadcast over (B, C, h, w) here.
 """
@@ -14,21 +14,21 @@ from torch import Tensor
 
 
 class Prediction(NamedTuple):
-    """What the network says of a noisy state: both (B, C, h, w) fp32."""
+    """The network's prediction for a noisy state: both (B, C, h, w) fp32."""
 
     x0: Tensor
     noise: Tensor
 
 
 class PredictionType(NamedTuple):
-    """What a network's raw output means; alpha and sigma are already broadcast over the output."""
+    """The meaning of a network's raw output; alpha and sigma are already broadcast over the output."""
 
     x0: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (output, x, alpha, sigma) -> x0
     noise: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (output, x, alpha, sigma) -> eps
-    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x0, eps, alpha, sigma) -> the output of a right one
+    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x0, eps, alpha, sigma) -> the exact output
 
 
-# By the names that diffusers' schedulers have for them.
+# The keys are the names in diffusers' schedulers.
 PREDICTION_TYPES = {
     "epsilon": PredictionType(
         x0=lambda output, x, alpha, sigma: (x - sigma * output) / alpha,
@@ -51,10 +51,10 @@ PREDICTION_TYPES = {
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A table of T rows; what the package calls a timestep t is a row of it, int64 in [0, T), noisier as t grows.
+    """A table of T rows. A timestep t is the number of a row, int64 in [0, T); the noise grows with t.
 
     alpha, sigma: (T,) fp32.
-    time: (T,), what the network is told of each row.
+    time: (T,), the network's time input for each row.
     prediction_type: a key of PREDICTION_TYPES.
     """
 
@@ -76,7 +76,12 @@ class Schedule:
 
     @classmethod
     def variance_preserving(cls, alphas_cumprod: Tensor, prediction_type: str) -> Schedule:
-        """Returns the schedule with alpha_t^2 = alphas_cumprod[t] and alpha^2 + sigma^2 = 1, told of time as t."""
+        """Returns the schedule with alpha_t^2 = alphas_cumprod[t], alpha^2 + sigma^2 = 1 and the time input t.
+
+        Args:
+            alphas_cumprod: (T,).
+            prediction_type: a key of PREDICTION_TYPES.
+        """
         cumprod = alphas_cumprod.float()
         time = torch.arange(len(cumprod), device=cumprod.device)
         return cls(cumprod.sqrt(), (1 - cumprod).sqrt(), time, prediction_type)
@@ -84,6 +89,14 @@ class Schedule:
     def __len__(self) -> int:
         """Returns T."""
         return len(self.alpha)
+
+    def network_time(self, timesteps: Tensor) -> Tensor:
+        """Returns what the network is told at these timesteps (B,); between two rows (fp32) it is interpolated."""
+        if not timesteps.is_floating_point():
+            return self.time[timesteps]
+        below = timesteps.floor().long()
+        low, high = self.time[below].float(), self.time[(below + 1).clamp(max=len(self) - 1)].float()
+        return low + (timesteps - below) * (high - low)
 
     def to(self, device: torch.device) -> Schedule:
         """Returns the same table on this device."""
@@ -96,12 +109,13 @@ class Schedule:
     def state(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Returns x_t (B, C, h, w) = alpha_t x0 + sigma_t noise.
 
-        Of a prediction at a noisier timestep it is the deterministic DDIM update (arXiv 2010.02502, eq. 12, eta = 0).
+        With x0 and noise predicted at a later timestep it is the deterministic DDIM update (arXiv 2010.02502, eq. 12,
+        eta = 0).
         """
         return add_noise(x0, noise, *self.level(t))
 
     def prediction(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
-        """Returns what the network's raw output at x_t (B, C, h, w) says of x0 and noise."""
+        """Returns the x0 and the noise that the network predicts by its raw output (B, C, h, w) at x_t."""
         alpha, sigma = (_per_sample(value, x) for value in self.level(t))
         kind = PREDICTION_TYPES[self.prediction_type]
         return Prediction(kind.x0(output, x, alpha, sigma), kind.noise(output, x, alpha, sigma))
@@ -114,7 +128,8 @@ class Schedule:
     def renoise(self, x: Tensor, noise: Tensor, below: Tensor, t: Tensor) -> Tensor:
         """Returns the state (B, C, h, w) at t of the state x at `below`, a timestep at or below t, with new noise.
 
-        x keeps the share alpha_t / alpha_below; new noise makes up for the variance (1, where it is preserved).
+        x is scaled by alpha_t / alpha_below, and the noise by what keeps the variance at 1, for a variance-preserving
+        schedule.
         """
         (alpha, _), (start, _) = self.level(t), self.level(below)
         kept = alpha / start

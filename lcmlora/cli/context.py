@@ -1,4 +1,4 @@
-"""What every verb is given: the project, and its settings."""
+"""The context of every verb: the project and its settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Context:
     """The project that a command works in.
 
-    named: whether the command line names it; else it is the current folder, which may be none.
+    named: whether the command line names it. Otherwise it is the current folder, which need not be a project.
     """
 
     project: Project
@@ -27,25 +27,24 @@ class Context:
 
     @classmethod
     def of(cls, params: Path | None, folder: Path | None) -> Context:
-        """Returns the context that --params and --project ask for: the folder is that of the file where it is left out.
+        """Returns the context of --params and --project. Without --project, the folder is that of --params.
 
-        A file that is the folder's own params.yaml is the same as none.
+        Naming the folder's own params.yaml is the same as naming no file.
         """
         root = folder if folder is not None else params.parent if params is not None else Path()
         own = params is None or params.absolute() == (root / "params.yaml").absolute()
         return cls(Project(root, None if own else params), named=params is not None or folder is not None)
 
     def settings(self) -> Config:
-        """Returns the project's settings. Raises UserError where there are none, or they are wrong."""
+        """Returns the project's settings. Raises UserError where params.yaml is missing or wrong."""
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         return self.project.settings()
 
     def settings_if_any(self) -> Config | None:
-        """Returns the settings; None where no project is named and the current folder is none."""
+        """Returns the settings, None if no project is named and the current folder is no project."""
         return self.settings() if self.named or self.project.params_file.exists() else None
 
 
 def context_of(call: typer.Context | Any) -> Context:
-    """Returns the context of a call; that of the current folder where the verb runs outside `lcmlora`."""
-    found = call.obj
-    return found if isinstance(found, Context) else Context(Project())
+    """Returns the context of a call, that of the current folder if the verb runs outside `lcmlora`."""
+    return call.obj if isinstance(call.obj, Context) else Context(Project())

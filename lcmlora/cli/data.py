@@ -1,4 +1,4 @@
-"""Verbs of the command line that look at data: data preview. Heavy imports happen inside the verb."""
+"""`lcmlora data`: verbs that show data before it is used. Heavy imports happen inside the verbs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from lcmlora.cli.context import context_of
 from lcmlora.io.terminal import say
 
-app = typer.Typer(no_args_is_help=True, help="Look at captioned pictures before anything is made of them.")
+app = typer.Typer(no_args_is_help=True, help="Look at captioned pictures before you train on them.")
 
 
 @app.callback()
@@ -24,27 +24,39 @@ def preview(
     source: Annotated[
         str | None,
         typer.Argument(
-            help="Captioned pictures: a folder, or .parquet or .tar files, here or at s3://; without it, `data` of "
-            "params.yaml.",
+            help="Captioned pictures: a folder, or .parquet or .tar files, here or at s3://. `data` of params.yaml by "
+            "default.",
             show_default=False,
         ),
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option(help="folder, parquet or webdataset; guessed from the files' names.", show_default=False),
+        typer.Option(
+            help="The kind of SOURCE: folder, parquet or webdataset. By default it follows from the files' names.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A base: show the pictures that it learns from, and check their sizes for it alone.",
+            show_default=False,
+        ),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures on the sheet.")] = 12,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("preview.png"),
 ) -> None:
-    """Draw twelve pictures with their captions into one PNG, and count what would be kept and dropped, and why.
+    """Draw some pictures with their captions into one PNG, and count the pictures to be kept and dropped, with reasons.
 
-    Limits, like data.min_side, are those of params.yaml. Nothing else is written.
+    The limits, such as data.min_side, are those of params.yaml. No other file is written.
 
     Examples:
 
       lcmlora data preview                                   the data set of params.yaml
 
-      lcmlora data preview ~/pictures --out look.png         a folder, before it is named there
+      lcmlora data preview --model sdxl                      the data set of a base with `data` of its own
+
+      lcmlora data preview ~/pictures --out look.png         a folder, before you enter it in params.yaml
 
       lcmlora data preview s3://bucket/laion --count 24      tables or tar files in a bucket
     """
@@ -54,11 +66,12 @@ def preview(
     from lcmlora.data.preview import draw_sheet
     from lcmlora.data.sources.guess import source_of
 
-    data = settings.data
+    data = settings.data if model is None else settings.data_for(model)
     if source is None:
         data = context.project.located_data(data)
     else:
         data = type(data).model_validate(data.model_dump() | {"source": kind or source_of(source), "path": source})
-    resolutions = {model: settings.base(model).resolution for model in settings.models}
+    models = [model] if model else settings.models_sharing_data() if source is None else settings.models
+    resolutions = {name: settings.base(name).resolution for name in models}
     print_report(draw_sheet(data, count, out, resolutions))
     say(out)

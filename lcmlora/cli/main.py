@@ -1,4 +1,4 @@
-"""`lcmlora <verb>`: what dvc.yaml calls, and what a person runs by hand. Heavy imports happen inside the verbs."""
+"""The command line `lcmlora VERB`, for dvc.yaml and for people. Heavy imports happen inside the verbs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ import typer
 from lcmlora.cli import data, registry, releases, settings, stages
 from lcmlora.cli.adapters import verbs
 from lcmlora.cli.context import Context, context_of
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.cli.stages import Model, StageCommand, base_and_cache
 from lcmlora.io import faults
 from lcmlora.io.terminal import note, say
@@ -23,18 +24,20 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="""Distil latent diffusion models into LCM-LoRA adapters, evaluate and release them.
+    help="""Distil latent diffusion models into LCM-LoRA adapters that draw in 1 to 8 steps; evaluate and release them.
 
-    A verb reads params.yaml and works in its folder: the current one, or that of --project or --params. Most verbs are
-    stages of dvc.yaml. `dvc repro` runs what is stale; `python -m flows.retrain` also registers and publishes.
+    A verb works in a project, which is a folder with a params.yaml: the
+    current folder, or that of --project or --params. Most verbs are stages of
+    dvc.yaml. `dvc repro` runs the stages whose inputs have changed;
+    `python -m flows.retrain` also registers and publishes the adapters.
 
     Examples:
 
       lcmlora prepare                      read and filter the captioned pictures
 
-      lcmlora distill emoji                train (or continue) the adapter of model `emoji`
+      lcmlora distill emoji                train the adapter of model `emoji`, or continue a training
 
-      lcmlora --project ~/owls check       read the params.yaml of that folder and say whether it is sound
+      lcmlora --project ~/owls check       check the params.yaml in that folder
     """,
 )
 
@@ -43,11 +46,13 @@ app = typer.Typer(
 def _options(
     call: typer.Context,
     params: Annotated[
-        Path | None, typer.Option(help="The configuration file; params.yaml by default.", show_default=False)
+        Path | None, typer.Option(help="The file with the settings; params.yaml by default.", show_default=False)
     ] = None,
     project: Annotated[
         Path | None,
-        typer.Option(help="The project's folder; by default that of --params, or the current one.", show_default=False),
+        typer.Option(
+            help="The project's folder; that of --params, or the current one, by default.", show_default=False
+        ),
     ] = None,
 ) -> None:
     call.obj = Context.of(params, project)
@@ -55,14 +60,19 @@ def _options(
 
 @app.command()
 def check(call: typer.Context) -> None:
-    """Read params.yaml and print the models and settings it resolves to.
+    """Check params.yaml, and print its models with their main settings.
+
+    A mistake is printed in one line with the key, the value and what was expected. `lcmlora config` prints all
+    settings.
 
     Example: lcmlora check
     """
     config = context_of(call).settings()
     for model in config.models:
         base = config.base(model)
-        say(f"{model}: {base.source} at {base.resolution} px, {config.distill_for(model).steps} steps of distillation")
+        own = f", pictures of its own at {config.data_for(model).path}" if config.has_own_data(model) else ""
+        steps = config.distill_for(model).steps
+        say(f"{model}: {base.source} at {base.resolution} px, {steps} steps of distillation{own}")
 
 
 app.command("config")(settings.print_settings)
@@ -73,7 +83,9 @@ def list_bases(
     call: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object for each base.")] = False,
 ) -> None:
-    """List the bases of params.yaml, with the parameters of each UNet and of its adapter; nothing is downloaded.
+    """List the bases of params.yaml, with the number of parameters of each UNet and of its adapter.
+
+    Nothing is downloaded: a base that is not here is described by the configuration of its family.
 
     Example: lcmlora bases
     """
@@ -81,46 +93,51 @@ def list_bases(
     config = context.settings()
     from lcmlora.bases import description
 
-    rows = description.rows(config, context.project)
+    described = description.describe_all(config, context.project)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([asdict(base) for base in described], indent=2))
     else:
-        description.print_table(rows)
+        description.print_table(described)
 
 
 @app.command()
 def resolve(call: typer.Context) -> None:
-    """Write resolved.yaml: all settings and versions that decide a stage's result, which DVC reads as parameters.
+    """Write resolved.yaml: the settings and stage versions that decide the results, which DVC reads as parameters.
 
-    `dvc repro` and the flow do this first. A change of params.yaml, of a default or of an algorithm's version makes
-    those stages stale that it decides.
+    `dvc repro` and the flow do this first. Then a changed setting, default or stage version makes the stages that
+    depend on it run again. If a base has got `data` of its own, or has it no more, the stages in dvc.yaml that read
+    pictures are updated, too.
 
     Example: lcmlora resolve
     """
     context = context_of(call)
-    config, path = context.settings(), context.project.resolved
-    from lcmlora import resolved
+    config, project = context.settings(), context.project
+    from lcmlora.dvc_files import dvc_yaml, resolved
 
-    changed = resolved.refresh(config, path)
-    note(f"{path}: {'is up to date now' if changed else 'was up to date'}")
+    if "DVC_STAGE" in os.environ:  # DVC has read dvc.yaml already, and would go on with the old one
+        dvc_yaml.check(config, project)
+    elif dvc_yaml.refresh(config, project):
+        note(f"{project.dvc_yaml}: the stages that read pictures are updated")
+    changed = resolved.refresh(config, project.resolved)
+    note(f"{project.resolved}: {'is up to date now' if changed else 'was up to date'}")
 
 
 @app.command()
 def fetch(call: typer.Context, model: Model) -> None:
-    """Put a base at bases/MODEL: download a hub id at its revision, link a local folder, convert a single file.
+    """Put a base into bases/MODEL: download it from the hub at its revision, link a local folder, or convert a file.
 
-    Every part is examined, once: files, shapes, finite numbers, tokenizers. Its precision and digest are told.
+    Its files, tensor shapes and tokenizers are examined once. Its precision and its digest are printed.
 
     Example: lcmlora fetch sd15
     """
     context = context_of(call)
     base, project = context.settings().base(model), context.project
     from lcmlora.bases import fetching
-    from lcmlora.bases.examination.examine import examine
+    from lcmlora.bases.examination.examine import examine_base
 
     folder = fetching.fetch(model, base, project.bases, project.root)
     say(folder)
-    note(f"{model}: {examine(model, folder, base.variant)}")
+    note(f"{model}: {examine_base(model, folder, base.variant)}")
 
 
 for _name, _stage in stages.VERBS.items():
@@ -133,23 +150,25 @@ def doctor(
     model: Model,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Say what distilling will take: data, memory, speed, hours, disk. Takes some real steps and one validation.
+    """Estimate what a distillation takes: memory, hours, disk. It runs some real steps and one validation.
+
+    Run it before a long training: it takes a few minutes, and finds most mistakes in settings and data.
 
     Example: lcmlora doctor sdxl
     """
     context = context_of(call)
     config, project = context.settings(), context.project
-    from lcmlora.distillation.doctor import examine, show
+    from lcmlora.distillation.doctor import estimate_run, print_estimate
 
     settings, launch = config.distill_for(model), config.launch_for(model)
     base, cache = base_and_cache(project, config, model, settings, pictures=True)
     scratch = project.scratch("distill")
     scratch.mkdir(parents=True, exist_ok=True)
-    examination = examine(base, cache, settings, launch, scratch)
+    estimate = estimate_run(base, cache, settings, launch, scratch)
     if as_json:
-        print(json.dumps(examination.plain(), indent=2))
+        print(estimate.to_json())
     else:
-        show(examination, settings, model)
+        print_estimate(estimate, settings, model)
 
 
 for _verb in (verbs.convert, verbs.combine, verbs.generate, verbs.remeasure):
@@ -160,13 +179,13 @@ app.add_typer(releases.app, name="releases")
 
 
 def main() -> None:
-    """Runs the command line; a UserError is printed as it is and ends with status 2."""
-    for library in ("TRANSFORMERS", "DIFFUSERS"):  # read when they are imported; whoever sets them otherwise is right
+    """Runs the command line. A UserError is printed in one line and ends it with status 2."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # defaults, which the libraries read when they are imported
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     for entry in importlib.metadata.entry_points(group="lcmlora.verbs"):
         app.command(entry.name)(entry.load())
     rank = os.environ.get("RANK", "0")
-    with reporting("" if rank == "0" else f"process {rank}: ", faults.verb_of(sys.argv[1:])):
+    with reporting_errors("" if rank == "0" else f"process {rank}: ", faults.verb_of(sys.argv[1:])):
         app()
 
 

@@ -1,4 +1,4 @@
-"""`lcmlora registry <verb>`: what is champion, since when, made of what, how good; promote, roll back, download."""
+"""`lcmlora registry`: look up, compare, promote, roll back and download versions. Heavy imports happen in the verbs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,27 +18,47 @@ if TYPE_CHECKING:
     from lcmlora.config import Config
     from lcmlora.registry.lookup import Version
 
-app = typer.Typer(no_args_is_help=True, help="Look up, compare, promote, roll back and download registered adapters.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""Look up, compare, promote, roll back and download the adapters in MLflow's registry.
+
+    A registered model such as lcm-lora-emoji has numbered versions; each is
+    one adapter. The alias @champion names the version that production uses.
+    registry.tracking_uri in params.yaml names the registry.
+
+    Examples:
+
+      lcmlora registry list lcm-lora-emoji
+
+      lcmlora registry promote lcm-lora-emoji/3
+    """,
+)
 
 Reference = Annotated[
-    str, typer.Argument(help="MODEL@ALIAS, MODEL/VERSION or an adapter's SHA-256.", show_default=False)
+    str,
+    typer.Argument(
+        help="MODEL@ALIAS, MODEL/VERSION, or the SHA-256 of an adapter (12 digits are enough).", show_default=False
+    ),
 ]
 Name = Annotated[str, typer.Argument(help="A registered model, e.g. lcm-lora-emoji.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-By = Annotated[str | None, typer.Option(help="Who does it, for the history; this user by default.")]
+By = Annotated[str | None, typer.Option(help="Who decided, for the history; this user by default.")]
 
 
 @app.command("list")
 def list_versions(
     call: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="Of this model alone, e.g. lcm-lora-emoji.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Only versions of this model, e.g. lcm-lora-emoji.")] = None,
     where: Annotated[
         list[str] | None,
-        typer.Option(help="KEY=VALUE of a fact or tag, or FIGURE<NUMBER, FIGURE>NUMBER; repeatable, all must hold."),
+        typer.Option(
+            help="Only versions for which this holds: KEY=VALUE of a field or tag, FIGURE<NUMBER or FIGURE>NUMBER. "
+            "Repeatable."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the versions, the newest first, with their aliases.
+    """List the versions with their aliases, gate decisions and main figures, the newest first.
 
     Examples:
 
@@ -70,9 +90,7 @@ def list_versions(
     ]
     titles = ("version", "alias", "gate", f"excess@{steps}", f"retrieval@{steps}", "objective", "sha256", "created")
     print_table(titles, rows)
-    passed_over = [f"{version.reference}: {tag}" for version in found for tag in version.foreign_events]
-    if passed_over:
-        print(f"note: {len(passed_over)} tags that no version of lcmlora wrote: {_some(passed_over)}", file=sys.stderr)
+    _note_foreign([f"{version.reference}: {tag}" for version in found for tag in version.foreign_events])
 
 
 def _figure(version: Version, name: str) -> str:
@@ -82,7 +100,7 @@ def _figure(version: Version, name: str) -> str:
 
 @app.command()
 def show(call: typer.Context, reference: Reference, as_json: AsJson = False) -> None:
-    """Show all that is known of a version: base, data, commit, figures, release, run, aliases, since when.
+    """Show a version: base, data, commit, figures, release, run, aliases, and when it was promoted.
 
     Example: lcmlora registry show lcm-lora-emoji@champion --json
     """
@@ -107,7 +125,7 @@ def show(call: typer.Context, reference: Reference, as_json: AsJson = False) -> 
 
 @app.command()
 def compare(call: typer.Context, first: Reference, second: Reference, as_json: AsJson = False) -> None:
-    """Compare two versions, figure by figure.
+    """Compare the facts and figures of two versions. Only those that differ are printed.
 
     Example: lcmlora registry compare lcm-lora-emoji@previous lcm-lora-emoji@champion
     """
@@ -130,7 +148,7 @@ def compare(call: typer.Context, first: Reference, second: Reference, as_json: A
 
 @app.command()
 def history(call: typer.Context, name: Name, as_json: AsJson = False) -> None:
-    """Print what happened to the versions of a model, in order: who did what, when and why.
+    """Print the history of a model's versions: registered, passed, rejected, promoted, rolled back; by whom and why.
 
     Example: lcmlora registry history lcm-lora-emoji
     """
@@ -149,14 +167,17 @@ def history(call: typer.Context, name: Name, as_json: AsJson = False) -> None:
         action = event.action + (" against the gate" if event.override else "")
         rows.append((event.time[:19] + "Z", f"/{event.version}", action, alias, event.who, event.reason or ""))
     print_table(("time", "version", "what", "alias", "who", "why"), rows)
-    if passed_over := promotion.foreign_events(name, config.registry):
-        print(f"note: {len(passed_over)} tags that no version of lcmlora wrote: {_some(passed_over)}", file=sys.stderr)
+    _note_foreign(promotion.foreign_events(name, config.registry))
 
 
-def _some(texts: Sequence[str]) -> str:
+def _note_foreign(tags: Sequence[str]) -> None:
+    """Notes tags that are named like events, and that lcmlora did not write, on standard error."""
+    if not tags:
+        return
     from lcmlora.io.terminal import shown
 
-    return ", ".join(map(shown, texts[:5])) + (", ..." if len(texts) > 5 else "")
+    first = ", ".join(map(shown, tags[:5])) + (", ..." if len(tags) > 5 else "")
+    print(f"note: {len(tags)} tags that no version of lcmlora wrote: {first}", file=sys.stderr)
 
 
 @app.command()
@@ -164,13 +185,13 @@ def promote(
     call: typer.Context,
     reference: Reference,
     reason: Annotated[str | None, typer.Option(help="Why, for the history.", show_default=False)] = None,
-    override: Annotated[bool, typer.Option("--override", help="Against the gate; needs --reason.")] = False,
+    override: Annotated[bool, typer.Option("--override", help="Promote it against the gate; needs --reason.")] = False,
     by: By = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a version champion. It must have passed the gate and not be worse than the present champion.
 
-    The published channel follows, where the version has a release.
+    If the version's release is published, the channel of the same name points to it afterwards.
 
     Examples:
 
@@ -185,7 +206,7 @@ def promote(
         raise UserError("--override: needs --reason, which the history keeps")
     why = reason or "passed the gate"
     version = promotion.promote(reference, config.registry, config.gate, reason=why, who=by, override=override)
-    _tell(config, version, as_json)
+    _move_channel(config, version, as_json)
 
 
 @app.command()
@@ -193,22 +214,24 @@ def rollback(
     call: typer.Context,
     name: Name,
     reason: Annotated[str, typer.Option(help="Why, for the history.", show_default=False)],
-    to: Annotated[int | None, typer.Option(help="The version to go to; the last champion by default.")] = None,
+    to: Annotated[int | None, typer.Option(help="The version to go back to; the last champion by default.")] = None,
     by: By = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the champion before the present one champion again. The published channel follows.
+    """Make the champion before the present one champion again, and point the published channel at its release.
+
+    A second rollback goes back by one more champion. The flow does not promote a version again that was rolled back.
 
     Example: lcmlora registry rollback lcm-lora-emoji --reason "blurred hands in production"
     """
     config = context_of(call).settings()
     from lcmlora.registry import promotion
 
-    _tell(config, promotion.rollback(name, config.registry, reason=reason, who=by, to=to), as_json)
+    _move_channel(config, promotion.rollback(name, config.registry, reason=reason, who=by, to=to), as_json)
 
 
-def _tell(config: Config, version: Version, as_json: bool) -> None:
-    """Points the published channel at the version's release, and says what is champion now."""
+def _move_channel(config: Config, version: Version, as_json: bool) -> None:
+    """Points the published channel at the new champion's release, and prints the new champion."""
     from lcmlora.releases import publish
 
     alias, channel = config.registry.alias, None
@@ -216,7 +239,7 @@ def _tell(config: Config, version: Version, as_json: bool) -> None:
     if version.release_uri is None:
         note(f"note: {version.reference} was never published, so no channel was moved")
     else:
-        channel = publish.follow(model, version.sha256, version.release_uri, config.publish, alias)
+        channel = publish.point_channel_of(model, version.sha256, version.release_uri, config.publish, alias)
     if as_json:
         print(json.dumps(version.plain() | {"channel": channel}, indent=2))
     else:
@@ -227,11 +250,13 @@ def _tell(config: Config, version: Version, as_json: bool) -> None:
 def pull(
     call: typer.Context,
     reference: Reference,
-    out: Annotated[Path, typer.Option(help="The folder to write, whole or not at all.", show_default=False)],
-    everything: Annotated[bool, typer.Option("--all", help="The whole release, not the adapter alone.")] = False,
+    out: Annotated[Path, typer.Option(help="The folder to write. It must be new or empty.", show_default=False)],
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also the card, report and the file for ComfyUI and A1111.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Download the adapter of a version and check every file against its SHA-256.
+    """Download the adapter of a version, and check every file against its SHA-256.
 
     Example: lcmlora registry pull lcm-lora-emoji@champion --out adapters/champion
     """
@@ -250,8 +275,8 @@ def _short(value: float | str | None) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value[:40]
 
 
-def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints rows below titles on standard output."""
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints a table on standard output."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -260,7 +285,7 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for title in titles:
         table.add_column(cell(title), overflow="fold")
     for row in rows:
-        # Anybody may write a tag, with what a terminal takes for a command in it.
+        # Anybody may write a tag, also one with control characters of terminals, which `cell` escapes.
         table.add_row(*(cell(value, LINE) for value in row))
-    # A file or a pipe has no width, and rich would take it for 80 columns.
+    # A file or a pipe has no width, and rich would use 80 columns.
     Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -1,11 +1,11 @@
-"""`lcmlora releases`: what is published, is it whole and whose, and getting it. Heavy imports are made in the verbs."""
+"""`lcmlora releases`: list, verify, download and yank published releases. Heavy imports happen inside the verbs."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,13 +15,17 @@ from lcmlora.io.terminal import cell, say, shown
 
 if TYPE_CHECKING:
     from lcmlora.config import Publish
+    from lcmlora.releases.catalog import Published
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="""List, verify, pull and yank published releases, in a directory or on S3.
+    help="""List, verify, download and yank published releases in a directory or on S3.
 
-    Releases are looked for at `publish.to` of params.yaml, or where --to says. REF is MODEL@CHANNEL or
-    MODEL/sha256-DIGITS there, or an address anywhere: s3://bucket/.../MODEL/sha256-..., a folder, a channel's pointer.
+    A release is the published bundle of one adapter: weights, scheduler,
+    card, report, checksums. The store is `publish.to` of params.yaml, or the
+    one that --to names. REF names a release in it: MODEL@CHANNEL, such as
+    emoji@champion, or MODEL/sha256-DIGITS. It can also be an address:
+    s3://bucket/.../MODEL/sha256-..., a folder, or a channel's pointer.
 
     Examples:
 
@@ -35,22 +39,22 @@ Reference = Annotated[
     str,
     typer.Argument(
         metavar="REF",
-        help="MODEL@CHANNEL, MODEL/sha256-DIGITS, or the address of a release or pointer.",
+        help="MODEL@CHANNEL, MODEL/sha256-DIGITS, or the address of a release or of a channel's pointer.",
         show_default=False,
     ),
 ]
 To = Annotated[
     str | None,
-    typer.Option("--to", metavar="STORE", help="A directory or s3://bucket/prefix; publish.to by default."),
+    typer.Option("--to", metavar="STORE", help="The store: a directory or s3://bucket/prefix; publish.to by default."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _settings(call: typer.Context, to: str | None, reference: str | None = None) -> tuple[Publish, str]:
-    """Returns where releases are looked for, and what messages say of who named it.
+    """Returns the settings of the store, and the setting or option that names it, for messages.
 
     Args:
-        reference: the release that is asked for; of an address nothing else needs to be known.
+        reference: of a release. Where it is an address, no params.yaml is needed.
     """
     settings = context_of(call).settings_if_any()
     from lcmlora.config import Publish
@@ -62,7 +66,7 @@ def _settings(call: typer.Context, to: str | None, reference: str | None = None)
     if to is None and reference is not None and not manifest.is_name(reference):
         return Publish(to=reference), reference
     if to is None:
-        raise UserError("--to: is needed, there is no params.yaml here; name a directory or s3://bucket/prefix")
+        raise UserError("--to: is needed, as there is no params.yaml here; name a directory or s3://bucket/prefix")
     return Publish(to=to), "--to"
 
 
@@ -73,24 +77,30 @@ def list_releases(
     to: To = None,
     as_json: Json = False,
 ) -> None:
-    """List releases with size, time, channels and whether they were yanked; half ones too, which readers do not see.
+    """List releases with their size, time, channels and state (whole, unfinished, yanked or damaged).
 
-    Example: lcmlora releases list emoji --to s3://models/lcm
+    An unfinished release has no manifest.json yet. Readers do not see it; publishing again completes it.
+
+    Examples:
+
+      lcmlora releases list
+
+      lcmlora releases list emoji --to s3://models/lcm
     """
     settings, key = _settings(call, to)
     from dataclasses import asdict
 
     from lcmlora.releases import catalog
 
-    rows = [asdict(row) for row in catalog.releases(settings, model, key=key)]
+    releases = catalog.list_releases(settings, model, key=key)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([asdict(release) for release in releases], indent=2))
     else:
-        print_table(rows, settings.to)
+        print_releases(releases, settings.to)
 
 
-def print_table(rows: list[dict[str, Any]], place: str) -> None:
-    """Prints what `catalog.releases` returned, as dictionaries, for a person to read."""
+def print_releases(releases: list[Published], place: str) -> None:
+    """Prints releases as a table for a person to read."""
     from rich import box
     from rich.console import Console
     from rich.filesize import decimal
@@ -98,7 +108,7 @@ def print_table(rows: list[dict[str, Any]], place: str) -> None:
 
     # A file or a pipe has no width, and rich would take it for 80 columns, which fold a reason.
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if not rows:
+    if not releases:
         say(f"no releases at {place}")
         return
     table = Table(box=box.SIMPLE)
@@ -108,30 +118,35 @@ def print_table(rows: list[dict[str, Any]], place: str) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for title in ("channels", "signed", "state"):
         table.add_column(title, overflow="fold")
-    for row in rows:
-        yanked = row["yanked"]
-        state = "whole" if row["whole"] else "not complete: no manifest.json"
-        if yanked:
-            state = f"yanked by {yanked['who']} on {yanked['time'][:10]}: {yanked['reason']}"
-            state += f" ({yanked['unproven']})" if "unproven" in yanked else ""
-        if row["fault"]:
-            state = f"damaged: {row['fault']}"
+    for release in releases:
         table.add_row(
-            cell(row["model"]),
-            cell(row["sha256"][:12]),
-            cell(row["time"][:19].replace("T", " ")),
-            str(row["files"]),
-            decimal(row["bytes"]),
-            cell(", ".join(row["channels"])),
-            "yes" if row["signed"] else "no",
-            cell(state),
+            cell(release.model),
+            cell(release.sha256[:12]),
+            cell(release.time[:19].replace("T", " ")),
+            str(release.files),
+            decimal(release.bytes),
+            cell(", ".join(release.channels)),
+            "yes" if release.signed else "no",
+            cell(_state(release)),
         )
     console.print(table)
 
 
+def _state(release: Published) -> str:
+    if release.fault:
+        return f"damaged: {release.fault}"
+    if yank := release.yanked:
+        unproven = f" ({yank.unproven})" if yank.unproven else ""
+        return f"yanked by {yank.who} on {yank.time[:10]}: {yank.reason}{unproven}"
+    return "whole" if release.whole else "not complete: no manifest.json"
+
+
 @app.command()
 def verify(call: typer.Context, reference: Reference, to: To = None, as_json: Json = False) -> None:
-    """Read every file of a release and compare it with the manifest; check the signature against publish.verify_key.
+    """Read every file of a release and compare it with the manifest.
+
+    If publish.verify_key is set in params.yaml, the signature must be by that key. Exit status 2 means that something
+    is wrong; each wrong file is named on a line of its own.
 
     Example: lcmlora releases verify emoji@champion
     """
@@ -140,13 +155,13 @@ def verify(call: typer.Context, reference: Reference, to: To = None, as_json: Js
 
     from lcmlora.releases import catalog
 
-    found = catalog.verify(reference, settings, key=key)
+    found = catalog.verify_release(reference, settings, key=key)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
         return
     signed = {
         "none": "not signed",
-        "unchecked": "signed, but by whom is not known: publish.verify_key is not set",
+        "unchecked": "signed by an unknown key: publish.verify_key is not set, so the signature is not checked",
         "valid": f"signed by the key of {settings.verify_key}",
     }[found.signature]
     packaged = f"packaged {found.packaged}; " if found.packaged else ""
@@ -155,31 +170,35 @@ def verify(call: typer.Context, reference: Reference, to: To = None, as_json: Js
         f"{packaged}{signed}"
     )
     if found.yanked:
-        say(f"yanked by {found.yanked['who']} on {found.yanked['time']}: {found.yanked['reason']}")
+        say(f"yanked by {found.yanked.who} on {found.yanked.time}: {found.yanked.reason}")
 
 
 @app.command()
 def pull(
     call: typer.Context,
     reference: Reference,
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not be there, or be empty.")],
+    out: Annotated[Path, typer.Option(help="The folder to write. It must be new or empty.", show_default=False)],
     everything: Annotated[
         bool, typer.Option("--all", help="Also the card, report, grid and the file for ComfyUI and A1111.")
     ] = False,
-    yanked: Annotated[bool, typer.Option("--yanked", help="Take it although it was yanked.")] = False,
+    yanked: Annotated[bool, typer.Option("--yanked", help="Download it although it was yanked.")] = False,
     to: To = None,
     as_json: Json = False,
 ) -> None:
-    """Download the adapter of a release and check it: weights, scheduler, provenance and SHA256SUMS.
+    """Download the adapter of a release, and check every file: weights, scheduler, provenance, SHA256SUMS.
 
-    The folder appears whole or not at all. If it is that release already, nothing is done.
+    The folder appears whole or not at all. If it contains that release already, nothing is downloaded.
 
-    Example: lcmlora releases pull emoji@champion --out adapters/champion
+    Examples:
+
+      lcmlora releases pull emoji@champion --out adapters/champion
+
+      lcmlora releases pull emoji@champion --out release --all     with card, report and the file for ComfyUI
     """
     settings, key = _settings(call, to, reference)
     from lcmlora.releases import bundle, catalog
 
-    catalog.pull(reference, settings, out, everything=everything, yanked=yanked, key=key)
+    catalog.pull_release(reference, settings, out, everything=everything, yanked=yanked, key=key)
     sha256, names = bundle.digest(out), sorted(path.name for path in out.iterdir())
     if as_json:
         print(json.dumps({"folder": str(out), "sha256": sha256, "files": names}, indent=2))
@@ -191,12 +210,14 @@ def pull(
 def yank(
     call: typer.Context,
     reference: Reference,
-    reason: Annotated[str, typer.Option(help="Why nobody should use it any more.", show_default=False)],
-    by: Annotated[str | None, typer.Option(help="Who says so; the user who runs this by default.")] = None,
+    reason: Annotated[str, typer.Option(help="Why it must not be used any more.", show_default=False)],
+    by: Annotated[str | None, typer.Option(help="Who decided; the user who runs this by default.")] = None,
     to: To = None,
     as_json: Json = False,
 ) -> None:
-    """Mark a release as not to be used: its files stay, and pulling and promoting it are refused. There is no way back.
+    """Withdraw a release: its files stay, but downloading and promoting it are refused from now on.
+
+    This cannot be undone. A release that a channel points to must be rolled back first.
 
     Example: lcmlora releases yank emoji/sha256-0a1b2c --reason "draws hands with six fingers"
     """
@@ -204,7 +225,7 @@ def yank(
     from lcmlora.registry import events
     from lcmlora.releases import publish
 
-    record = publish.yank(reference, settings, reason=reason, who=by or events.user(), key=key)
+    record = publish.yank_release(reference, settings, reason=reason, who=by or events.user(), key=key)
     print(json.dumps({"yanked": record}) if as_json else shown(record, None))
 
 
@@ -212,18 +233,18 @@ def yank(
 def links(
     call: typer.Context,
     reference: Reference,
-    expires: Annotated[int, typer.Option(metavar="SECONDS", help="How long they can be used; 7 days at most.")] = 3600,
+    expires: Annotated[int, typer.Option(metavar="SECONDS", help="How long the links work; 7 days at most.")] = 3600,
     to: To = None,
     as_json: Json = False,
 ) -> None:
-    """Print a presigned link to every file of a release on S3: whoever has one needs no key to read it.
+    """Print a presigned link to every file of a release on S3. A link needs no key: whoever has it can read the file.
 
     Example: lcmlora releases links emoji@champion --expires 600
     """
     settings, key = _settings(call, to, reference)
     from lcmlora.releases import catalog
 
-    found = catalog.links(reference, settings, expires, key=key)
+    found = catalog.presigned_links(reference, settings, expires, key=key)
     if as_json:
         print(json.dumps(found, indent=2))
     else:

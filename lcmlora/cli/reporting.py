@@ -1,4 +1,4 @@
-"""How an error ends a command: one line for what a person can put right, a traceback for everything else."""
+"""How an error ends a command: one line for a mistake that a person can correct, a traceback for anything else."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lcmlora.io.terminal import note
 
 
 @contextmanager
-def reporting(prefix: str = "", verb: str = "") -> Iterator[None]:
+def reporting_errors(prefix: str = "", verb: str = "") -> Iterator[None]:
     """Prints a UserError that is raised in the block, each line after `prefix`, and ends the process with status 2.
 
-    What the machine refuses is printed in one line, too: a full disk, a folder that cannot be written, too little
-    memory. Any other error is printed with its traceback and ends the process with status 1.
+    An error of the machine, such as a full disk, a read-only folder or too little memory, is printed in one line, too.
+    Any other error is printed with its traceback and ends the process with status 1.
 
     Args:
-        verb: of the command line; what takes less memory depends on it.
+        verb: of the command line, on which the advice against too little memory depends.
     """
     try:
         yield
     except Exception as error:
-        line = str(error) if isinstance(error, UserError) else faults.told(error, verb)
+        line = str(error) if isinstance(error, UserError) else faults.explain(error, verb)
         if line is None:
             print(masking.text("".join(traceback.format_exception(error))), end="", file=sys.stderr)
             raise SystemExit(1) from None

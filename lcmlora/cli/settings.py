@@ -14,6 +14,7 @@ import typer
 from lcmlora import masking
 from lcmlora.cli.context import context_of
 from lcmlora.errors import UserError
+from lcmlora.io.parsing import JsonObject
 from lcmlora.io.terminal import say, shown
 from lcmlora.project import Project
 
@@ -55,79 +56,103 @@ def print_settings(
 
       lcmlora config --schema > params.schema.json
     """
-    from lcmlora.cli import reference
+    from lcmlora.cli.settings_reference import configuration_page, json_schema
     from lcmlora.config import Config
 
     if schema:
-        print(json.dumps(reference.schema(Config), indent=2))
+        print(json.dumps(json_schema(Config), indent=2))
         return
     if docs:
-        print(reference.document(Config), end="")
+        print(configuration_page(Config), end="")
         return
     context = context_of(call)
-    settings = context.settings()
-    found = list(listed(settings, context.project, [model] if model else list(settings.models)))
+    config = context.settings()
+    settings = list(list_settings(config, context.project, [model] if model else list(config.models)))
     if key is not None:
-        found = _selected(found, key)
+        settings = _selected(settings, key)
     if as_json:
-        print(json.dumps([asdict(setting) for setting in found], indent=2))
+        print(json.dumps([asdict(setting) for setting in settings], indent=2))
     else:
-        _show(found)
-        if key is not None and len({setting.key for setting in found}) == 1 and found[0].key == key:
+        _print_table(settings)
+        if key is not None and {setting.key for setting in settings} == {key}:
             say(_description(key))
 
 
-def listed(settings: Config, project: Project, models: list[str]) -> Iterator[Setting]:
-    """Returns the settings that are the same for all, then those of each model.
+def list_settings(config: Config, project: Project, models: list[str]) -> Iterator[Setting]:
+    """Yields the settings that are the same for all models, then those of each model.
 
     Raises:
         UserError: there is no such model, or its settings do not fit.
     """
-    from lcmlora import config
-    from lcmlora.settings import layers, presets
+    from lcmlora.config import ENVIRONMENT, SECTIONS
 
-    raw = config.read(project.params_file)
-    lines = _lines(project.params_file)
-    name = project.params_file.name
-
-    def written(key: Key) -> str | None:
-        """Returns the file, line and key where params.yaml sets this, or None if it does not."""
-        return f"{name}:{lines[key]} {'.'.join(key)}" if key in lines else None
-
-    environment = {
-        (section, field): variable for section, field, variable in config.ENVIRONMENT if os.environ.get(variable)
-    }
-    plain = settings.model_dump(mode="json", exclude={*config.SECTIONS, "bases"})
-    for key, value in _leaves(plain):
-        origin = environment.get((key[0], key[-1])) or written(key) or _around(key, written) or "default"
-        yield _setting(None, key, value, origin)
+    origins = _Origins.of(project)
+    environment = {(section, field): name for section, field, name in ENVIRONMENT if os.environ.get(name)}
+    for key, value in _leaves(config.model_dump(mode="json", exclude={*SECTIONS, "bases"})):
+        yield _setting(None, key, value, environment.get((key[0], key[-1])) or origins.of_shared(key))
     for model in models:
-        base = settings.base(model)
-        entry = raw.get("bases", {}).get(model, {})
-        completed = presets.complete(model, entry, project.root)
-        changed = {"encode", "launch", "distill", "evaluation"}  # which are among the sections below
-        for key, value in _leaves(base.model_dump(mode="json", exclude=changed)):
-            origin = completed.origins.get(key[0]) or written(("bases", model, *key)) or "default"
-            yield _setting(model, ("bases", model, *key), value, origin)
-        for section in config.SECTIONS:
-            places = {section: (section,), f"bases.{model}.{section}": ("bases", model, section)}
-            found = settings.layers_of(section, model)
-            for key, value in _leaves(settings.section(section, model).model_dump(mode="json")):
-                where = layers.place(found, key) if any(layer.has(key) for layer in found) else "default"
-                stands = written((*places[where], *key)) if where in places else None
-                yield _setting(model, (section, *key), value, stands or where)
+        yield from _settings_of_base(config, project, model, origins)
+        for section in (*(["data"] if config.has_own_data(model) else []), *SECTIONS):
+            yield from _settings_of_section(config, model, section, origins)
 
 
-def _around(key: Key, written: Any) -> str | None:
-    """Returns where params.yaml sets the nearest list or mapping that encloses this key, or None if it does not."""
-    return next((found for depth in range(len(key) - 1, 1, -1) if (found := written(key[:depth]))), None)
+def _settings_of_base(config: Config, project: Project, model: str, origins: _Origins) -> Iterator[Setting]:
+    """Yields the settings of an entry of `bases`, but for its changes of sections."""
+    from lcmlora.settings import presets
+
+    completed = presets.complete(model, origins.entry(model), project.root)
+    changes = {"data", "encode", "launch", "distill", "evaluation"}
+    for key, value in _leaves(config.base(model).model_dump(mode="json", exclude=changes)):
+        origin = completed.origins.get(key[0]) or origins.written(("bases", model, *key)) or "default"
+        yield _setting(model, ("bases", model, *key), value, origin)
+
+
+def _settings_of_section(config: Config, model: str, section: str, origins: _Origins) -> Iterator[Setting]:
+    from lcmlora.settings import layers
+
+    keys = {section: (section,), f"bases.{model}.{section}": ("bases", model, section)}  # by the name of the layer
+    found = config.layers_of(section, model)
+    for key, value in _leaves(config.section(section, model).model_dump(mode="json")):
+        layer = layers.origin(found, key) if any(layer.has(key) for layer in found) else "default"
+        written = origins.written((*keys[layer], *key)) if layer in keys else None
+        yield _setting(model, (section, *key), value, written or layer)
+
+
+@dataclass(frozen=True)
+class _Origins:
+    """Where params.yaml sets what."""
+
+    file: str
+    values: JsonObject
+    lines: dict[Key, int]
+
+    @classmethod
+    def of(cls, project: Project) -> _Origins:
+        from lcmlora.config import read
+
+        path = project.params_file
+        return cls(path.name, read(path), _lines(path))
+
+    def entry(self, model: str) -> JsonObject:
+        """Returns the entry of a base as it is written; empty where there is none."""
+        found: JsonObject = self.values.get("bases", {}).get(model, {})
+        return found
+
+    def written(self, key: Key) -> str | None:
+        """Returns file, line and key where this is set, None where it is not."""
+        return f"{self.file}:{self.lines[key]} {'.'.join(key)}" if key in self.lines else None
+
+    def of_shared(self, key: Key) -> str:
+        """Returns where a setting of all models is set: itself, or the nearest list or mapping that encloses it."""
+        enclosing = (self.written(key[:depth]) for depth in range(len(key), 1, -1))
+        return self.written(key) or next(filter(None, enclosing), "default")
 
 
 def _setting(model: str | None, key: Key, value: Any, origin: str) -> Setting:
     return Setting(model, ".".join(key), masking.text(value) if isinstance(value, str) else value, origin)
 
 
-def _leaves(values: dict[str, Any], before: Key = ()) -> Iterator[tuple[Key, Any]]:
+def _leaves(values: JsonObject, before: Key = ()) -> Iterator[tuple[Key, Any]]:
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, (*before, key))
@@ -166,27 +191,27 @@ def _selected(settings: list[Setting], key: str) -> list[Setting]:
 
 def _description(key: str) -> str:
     """Returns the description of a setting; nothing where it is a key of a free mapping."""
-    from lcmlora.cli.reference import schema
+    from lcmlora.cli.settings_reference import json_schema
     from lcmlora.config import Config
 
-    told = schema(Config)
-    entry: dict[str, Any] = told
+    schema = json_schema(Config)
+    entry = schema
     for part in key.split("."):
         if "$ref" in entry:
-            entry = told["$defs"][entry["$ref"].rsplit("/", 1)[1]]
+            entry = schema["$defs"][entry["$ref"].rsplit("/", 1)[1]]
         inner = entry.get("additionalProperties")
         entry = entry.get("properties", {}).get(part) or (inner if isinstance(inner, dict) else {})
     return str(entry.get("description", ""))
 
 
-def _show(settings: list[Setting]) -> None:
+def _print_table(settings: list[Setting]) -> None:
     """Prints a table for each model, in lines that `grep` and a narrow terminal can take."""
     model: str | None = None
-    width = max(len(setting.key) for setting in settings)
+    key_width = max(len(setting.key) for setting in settings)
     values = [json.dumps(setting.value) for setting in settings]
-    broad = min(max(map(len, values)), 40)
+    value_width = min(max(map(len, values)), 40)
     for setting, value in zip(settings, values, strict=True):
         if setting.model != model:
             model = setting.model
             say(f"{model}:")
-        say(f"{setting.key:{width}}  {shown(value, 200):{broad}}  {setting.origin}")
+        say(f"{setting.key:{key_width}}  {shown(value, 200):{value_width}}  {setting.origin}")

@@ -1,8 +1,9 @@
-"""Verbs that are stages of dvc.yaml: files in, files out. Heavy imports happen inside the verbs."""
+"""The verbs that are stages of dvc.yaml: they turn files into files. Heavy imports happen inside the verbs."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,89 +28,112 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="A name under `bases` in params.yaml, e.g. emoji.", show_default=False)]
 Style = Annotated[str, typer.Argument(help="A name under `styles` in params.yaml.", show_default=False)]
 Checkpoint = Annotated[str, typer.Argument(help="A name under `finetunes` in params.yaml.", show_default=False)]
-Either = Annotated[str, typer.Argument(help="A name under `study` in params.yaml.", show_default=False)]
+OwnData = Annotated[
+    str | None,
+    typer.Argument(help="A base with `data` of its own. By default the shared `data` is prepared.", show_default=False),
+]
+StyleOrCheckpoint = Annotated[str, typer.Argument(help="A name under `study` in params.yaml.", show_default=False)]
 
 
 class StageCommand(TyperCommand):
-    """A verb that dvc.yaml calls: its names may be given as DVC writes them, --model NAME and --name NAME."""
+    """A verb that dvc.yaml calls. Its names may also be given in DVC's form, --model NAME and --name NAME."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, names.arguments(args))
+        return super().parse_args(ctx, names.positional_arguments(args))
 
     def invoke(self, ctx: Any) -> Any:
         context = context_of(ctx)
-        if context.project.params is not None:  # the settings are not those that DVC and resolved.yaml know
+        if context.project.params is not None:  # --params: not the settings of DVC and resolved.yaml
             return super().invoke(ctx)
-        from lcmlora import resolved
+        from lcmlora.dvc_files import dvc_yaml, resolved
         from lcmlora.stages import Run
 
         run = Run(str(self.name), ctx.params.get("model"), ctx.params.get("name"))
+        if "DVC_STAGE" in os.environ:
+            dvc_yaml.check(context.settings(), context.project)
         with resolved.running(context.settings(), run, context.project.resolved):
             return super().invoke(ctx)
 
 
 def pretrain_stage(call: typer.Context) -> None:
-    """Train the embedded emoji base from nothing (hours on two cores; its weights are in Git already).
+    """Train the embedded emoji base from scratch. You need not run this: its weights are in Git.
+
+    It takes hours on two cores, and the stage is frozen in dvc.yaml.
 
     Example: dvc unfreeze pretrain && dvc repro pretrain && dvc freeze pretrain
     """
     project = context_of(call).project
     from lcmlora import bases, stages
     from lcmlora.config import digest
-    from lcmlora.demo.pretrain import pretrain
+    from lcmlora.demo.pretrain import pretrain_base
     from lcmlora.settings.pretrain import Recipe
 
     recipe = Recipe()
     key = digest(recipe, stages.algorithms("pretrain"))[:12]
     with locked(project.scratch("pretrain", key)) as scratch:
-        pretrain(recipe, project.npm_packages, scratch, project.base("emoji"), bases.pick_device("auto"))
+        pretrain_base(recipe, project.npm_packages, scratch, project.base("emoji"), bases.pick_device("auto"))
 
 
-def prepare_stage(call: typer.Context) -> None:
-    """Read the captioned pictures, drop what cannot be used, and split by caption into training and validation.
+def prepare_stage(call: typer.Context, model: OwnData = None) -> None:
+    """Read the captioned pictures, drop unusable ones, and split them by caption into train, validation and test.
 
-    Example: lcmlora prepare
+    The output has the list of pictures, and a report of the dropped ones with the reasons.
+
+    Examples:
+
+      lcmlora prepare                      the pictures of `data`, which models share
+
+      lcmlora prepare sdxl                 the pictures of a base with `data` of its own
     """
     context = context_of(call)
     config, project = context.settings(), context.project
     from lcmlora.data import enlargement
     from lcmlora.data.prepare import prepare_pictures, print_report
 
-    data = project.located_data(config.data)
-    minimum = max((config.distill_for(model).batch for model in config.models), default=1)
-    print_report(prepare_pictures(data, minimum, project.pictures))
-    for model in config.models:
-        enlargement.warn(data, model, config.base(model).resolution, project.pictures)
+    if model is not None and not config.has_own_data(model):
+        raise UserError(f"bases.{model}.data: is missing; {model} learns from the pictures of `data`: lcmlora prepare")
+    models = config.models_sharing_data() if model is None else [model]
+    data = project.located_data(config.data if model is None else config.data_for(model))
+    pictures = project.pictures if model is None else project.own_pictures(model)
+    minimum = max((config.distill_for(name).batch for name in models), default=1)
+    print_report(prepare_pictures(data, minimum, pictures))
+    for name in models:
+        enlargement.warn(data, name, config.base(name).resolution, pictures)
 
 
 def encode_stage(call: typer.Context, model: Model) -> None:
-    """Encode the training pictures and captions into the latent cache of one base; a killed run goes on.
+    """Encode the training pictures and captions into the latent cache of a base.
+
+    Distillation reads only this cache. A run that was killed goes on from its last shard.
 
     Example: lcmlora encode emoji
     """
     context = context_of(call)
     config = context.settings()
     settings, launch = config.encode_for(model), config.launch_for(model)
-    with _place(launch, settings.device) as place:
-        _encode(context.project, config, model, settings, place)
+    with _ranks(launch, settings.device) as ranks:
+        _encode(context.project, config, model, settings, ranks)
 
 
-def _encode(project: Project, config: Config, model: str, settings: Encode, place: Ranks) -> None:
+def _encode(project: Project, config: Config, model: str, settings: Encode, ranks: Ranks) -> None:
     from lcmlora.data import enlargement
-    from lcmlora.data.latents.encode import encode
+    from lcmlora.data.latents.encode import encode_latents
     from lcmlora.diffusion import objectives
 
-    objectives.check(config.distill_for(model), f"{model}: ")  # here, and not hours later
-    data = project.located_data(config.data)
+    objectives.check(config.distill_for(model), f"{model}: ")  # before the encoding, which may take hours
+    data = project.located_data(config.data_for(model))
     parts = ("vae" if SOURCES.get(data.source).has_pictures else "network", "text")
     base = _load(project, config, model, settings.device, parts)
-    if place.first:
-        enlargement.warn(data, model, base.resolution, project.pictures)
-    encode(base, data, settings, project.pictures, project.scratch("encode"), project.latents(model), place)
+    pictures = project.pictures_of(model, config)
+    if ranks.first:
+        enlargement.warn(data, model, base.resolution, pictures)
+    encode_latents(base, data, settings, pictures, project.scratch("encode"), project.latents(model), ranks)
 
 
 def reference_stage(call: typer.Context, model: Model) -> None:
-    """Draw what no adapter changes: the teacher's pictures and the solvers', with their features.
+    """Draw the pictures with which `evaluate` compares an adapter: the teacher's and the solvers'.
+
+    No adapter changes them, so they are drawn once, and their features are kept.
 
     Example: lcmlora reference emoji
     """
@@ -121,9 +145,9 @@ def reference_stage(call: typer.Context, model: Model) -> None:
     with locked(project.scratch("reference", model)) as scratch:
         draw_reference(
             base,
-            project.located_data(config.data),
+            project.located_data(config.data_for(model)),
             settings,
-            project.pictures,
+            project.pictures_of(model, config),
             scratch,
             project.reference(model),
             project.timings(model),
@@ -131,37 +155,39 @@ def reference_stage(call: typer.Context, model: Model) -> None:
 
 
 def distill_stage(call: typer.Context, model: Model) -> None:
-    """Distil the base into an adapter; a run that was killed continues from its last checkpoint.
+    """Distil the base into an adapter. A run that was killed goes on from its last checkpoint.
+
+    The adapter is written to adapters/MODEL, and the losses to MLflow at registry.tracking_uri.
 
     Example: lcmlora distill emoji
     """
     context = context_of(call)
     config = context.settings()
     settings, launch = config.distill_for(model), config.launch_for(model)
-    with _place(launch, settings.device) as place:
-        _distill(context.project, config, model, settings, place)
+    with _ranks(launch, settings.device) as ranks:
+        _distill(context.project, config, model, settings, ranks)
 
 
-def _distill(project: Project, config: Config, model: str, settings: Distill, place: Ranks) -> None:
+def _distill(project: Project, config: Config, model: str, settings: Distill, ranks: Ranks) -> None:
     from lcmlora import stages
     from lcmlora.adapters import lora
     from lcmlora.bases import folders
     from lcmlora.config import digest
-    from lcmlora.distillation.distill import distill, versions
+    from lcmlora.distillation.distill import distill_adapter, versions
     from lcmlora.io.files import sha256_file
     from lcmlora.registry import tracking
 
-    loaded, cache = base_and_cache(project, config, model, settings, pictures=place.first)
+    loaded, cache = base_and_cache(project, config, model, settings, pictures=ranks.first)
     identity = folders.identity(config.base(model), project.base(model))
     key = digest(settings, identity, cache.digest, stages.algorithms("distill"))[:12]
     scratch = project.scratch("distill", f"{model}-{key}")
     limit = int(config.teacher_cache_gb * 1e9)
-    logged = config.registry if place.first else None
+    logged = config.registry if ranks.first else None
     with (
-        locked(scratch) if place.first else contextlib.nullcontext(),
-        tracking.tracking(logged, model, settings.model_dump(mode="json"), scratch) as run,
+        locked(scratch) if ranks.first else contextlib.nullcontext(),
+        tracking.log_run(logged, model, settings.model_dump(mode="json"), scratch) as run,
     ):
-        distill(
+        distill_adapter(
             loaded,
             cache,
             settings,
@@ -169,44 +195,47 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, pl
             project.adapter(model),
             identity=identity,
             logger=run,
-            ranks=place,
-            decode=loaded.decode if place.first else None,
+            ranks=ranks,
+            decode=loaded.decode if ranks.first else None,
             teacher_cache=(project.scratch("teacher"), limit) if limit else None,
         )
-        if place.first:
-            run.made(sha256_file(project.adapter(model) / lora.WEIGHTS), versions())
-    if place.first:
+        if ranks.first:
+            run.tag_adapter(sha256_file(project.adapter(model) / lora.WEIGHTS), versions())
+    if ranks.first:
         discard(scratch)
 
 
 def evaluate_stage(call: typer.Context, model: Model) -> None:
-    """Draw with the adapter in few steps and compare with the teacher and the solvers.
+    """Draw with the adapter in few steps, and compare the pictures with the teacher's and the solvers'.
+
+    The figures are written to metrics/MODEL.json; the gate decides by them.
 
     Example: lcmlora evaluate emoji
     """
     context = context_of(call)
     config, project = context.settings(), context.project
-    from lcmlora.evaluation.evaluate import evaluate
+    from lcmlora.evaluation.evaluate import evaluate_student
 
     base, settings = _drawing_base(project, config, model)
     with locked(project.scratch("evaluate", model)) as scratch:
-        evaluate(
+        evaluate_student(
             base,
             project.adapter(model),
-            project.located_data(config.data),
+            project.located_data(config.data_for(model)),
             settings,
-            project.pictures,
+            project.pictures_of(model, config),
             project.reference(model),
             scratch,
             project.evaluation(model),
             project.metrics(model),
             project.plot(model),
             project.timings(model),
+            config.gate.steps,
         )
 
 
 def style_stage(call: typer.Context, model: Model, name: Style) -> None:
-    """Train a LoRA of another style by the ordinary diffusion loss: what acceleration is added to.
+    """Train a style LoRA by the ordinary diffusion loss. `study` tests the adapter together with it.
 
     Example: lcmlora style emoji noto-v1
     """
@@ -215,7 +244,7 @@ def style_stage(call: typer.Context, model: Model, name: Style) -> None:
 
 
 def finetune_stage(call: typer.Context, model: Model, name: Checkpoint) -> None:
-    """Fine-tune a whole base on other pictures; the folder is a base of its own.
+    """Fine-tune all weights of a base on other pictures. `study` tests the adapter on the result.
 
     Example: lcmlora finetune emoji noto-v1-full
     """
@@ -231,9 +260,9 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
     from lcmlora.bases import folders
     from lcmlora.config import digest
     from lcmlora.data.latents.cache import MANIFEST, LatentCache
-    from lcmlora.data.latents.encode import encode
+    from lcmlora.data.latents.encode import encode_latents
     from lcmlora.data.prepare import prepare_pictures, print_report
-    from lcmlora.distillation.finetune import tune
+    from lcmlora.distillation.finetune import train_variation
     from lcmlora.registry import tracking
 
     entry, folder = config.base(model), project.base(model)
@@ -248,20 +277,20 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
         base = bases.load(model, entry, folder, device=device, dtype=dtype, parts=("vae", "text"))
         if not (work / "latents" / MANIFEST).exists():
             encoding = config.encode_for(model).model_copy(update={"shards": None})
-            encode(base, data, encoding, work / "pictures", work / "encode", work / "latents")
+            encode_latents(base, data, encoding, work / "pictures", work / "encode", work / "latents")
         del base
         cache = LatentCache(work / "latents")
         parts = ("network", "text") if cache.tokenized else ("network",)
         bare = bases.load(model, entry, folder, device=device, dtype=dtype, parts=parts)
         cache.embed = bare.encode_tokens
         label = f"{model}-{kind}-{name}"
-        with tracking.tracking(config.registry, label, settings.model_dump(mode="json"), work) as run:
-            tune(bare, cache, settings, work, out, identity=identity, logger=run)
+        with tracking.log_run(config.registry, label, settings.model_dump(mode="json"), work) as run:
+            train_variation(bare, cache, settings, work, out, identity=identity, logger=run)
     discard(work)
 
 
-def alone_stage(call: typer.Context, model: Model, name: Either) -> None:
-    """Draw a style or a fine-tuned checkpoint under guided solvers: what `study` compares with.
+def alone_stage(call: typer.Context, model: Model, name: StyleOrCheckpoint) -> None:
+    """Draw with a style or a fine-tuned checkpoint without the adapter, by guided solvers. `study` compares with it.
 
     Example: lcmlora alone emoji noto-v1
     """
@@ -288,7 +317,7 @@ def alone_stage(call: typer.Context, model: Model, name: Either) -> None:
 
 
 def study_stage(call: typer.Context, model: Model) -> None:
-    """Add the adapter to every style and fine-tuned checkpoint of `study`, draw and compare.
+    """Test the adapter on every style and fine-tuned checkpoint of `study`, which it was not distilled from.
 
     Example: lcmlora study emoji
     """
@@ -296,14 +325,14 @@ def study_stage(call: typer.Context, model: Model) -> None:
     config, project = context.settings(), context.project
     if config.study is None or not config.studied(model):
         raise UserError(f"{model}: is not studied; add it to study.models in params.yaml, with styles or finetunes")
-    from lcmlora.evaluation.study import Variation, study
+    from lcmlora.evaluation.study import Variation, run_study
 
     variations = [
         Variation(kind, name, _variation(project, kind, model, name), project.alone(model, name))
         for kind, name in config.studied(model)
     ]
     with locked(project.scratch("study", model)) as scratch:
-        study(
+        run_study(
             lambda folder: _drawing_base(project, config, model, folder)[0],
             project.adapter(model),
             variations,
@@ -316,15 +345,17 @@ def study_stage(call: typer.Context, model: Model) -> None:
 
 
 def package_stage(call: typer.Context, model: Model) -> None:
-    """Make the release bundle and prove that plain diffusers loads it with the same result.
+    """Make the release bundle in release/MODEL, and check that plain diffusers draws the same with it.
+
+    The bundle has the weights in two formats, the card, the report and the provenance.
 
     Example: lcmlora package emoji
     """
     context = context_of(call)
     config, project = context.settings(), context.project
-    from lcmlora.releases.package import package
+    from lcmlora.releases.package import package_release
 
-    package(model, config, project, project.base(model))
+    package_release(model, config, project, project.base(model))
 
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -343,15 +374,18 @@ VERBS: dict[str, Callable[..., None]] = {
 
 
 @contextlib.contextmanager
-def _place(launch: Launch, device: str) -> Iterator[Ranks]:
-    """Yields which one of the processes this is. Where there are to be many and this is none of them, it starts them
-    with the same command, and ends with their status."""
+def _ranks(launch: Launch, device: str) -> Iterator[Ranks]:
+    """Yields this process's rank among those that train together.
+
+    If several are configured and this process is none of them, it starts them with the same command, and exits with
+    their status.
+    """
     from lcmlora.parallel import launcher, ranks
 
     if launch.processes * launch.machines > 1 and not ranks.launched():
         raise SystemExit(launcher.launch(launch, "lcmlora", sys.argv[1:]))
-    with ranks.connected(device) as place:
-        yield place
+    with ranks.connected(device) as connected:
+        yield connected
 
 
 def _variation(project: Project, kind: Kind, model: str, name: str) -> Path:
@@ -370,15 +404,17 @@ def _load(
 ) -> LoadedBase:
     from lcmlora import bases
 
-    place = bases.pick_device(device)
-    dtype = bases.pick_dtype(precision, place)
-    return bases.load(model, config.base(model), folder or project.base(model), device=place, dtype=dtype, parts=parts)
+    torch_device = bases.pick_device(device)
+    dtype = bases.pick_dtype(precision, torch_device)
+    return bases.load(
+        model, config.base(model), folder or project.base(model), device=torch_device, dtype=dtype, parts=parts
+    )
 
 
 def _drawing_base(
     project: Project, config: Config, model: str, folder: Path | None = None
 ) -> tuple[LoadedBase, Evaluation]:
-    """Returns the base, or the fine-tuned checkpoint in `folder`, with all its parts, and how it is evaluated."""
+    """Returns the base, or the fine-tuned checkpoint in `folder`, with all parts, and its evaluation settings."""
     settings = project.located_evaluation(config.evaluation_for(model))
     return _load(project, config, model, settings.device, ("network", "vae", "text"), folder=folder), settings
 
@@ -386,11 +422,11 @@ def _drawing_base(
 def base_and_cache(
     project: Project, config: Config, model: str, settings: Distill, *, pictures: bool
 ) -> tuple[LoadedBase, LatentCache]:
-    """Returns the base, with a VAE where pictures are wanted, and its latent cache."""
+    """Returns the base and its latent cache. With `pictures`, the base has a VAE."""
     from lcmlora import bases
     from lcmlora.data.latents.cache import LatentCache
 
-    bases.pick_device(settings.device)  # without a device the cache does not matter
+    bases.pick_device(settings.device)  # raises first if there is no such device
     budget = int(config.shard_cache_gb * 1e9)
     cache = LatentCache(project.latents(model), shards=project.scratch("shards", model), budget=budget)
     parts = ("network", *(["vae"] if pictures else []), *(["text"] if cache.tokenized else []))

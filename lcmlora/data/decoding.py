@@ -1,4 +1,4 @@
-"""Bytes of a picture that nobody vouches for -> pixels in sRGB."""
+"""Decodes a picture from untrusted bytes to sRGB pixels."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from lcmlora.data.reading.candidates import DAMAGED, LFS, NOT_A_PICTURE, TOO_LARGE, Unusable
+from lcmlora.data.reading.candidates import DAMAGED, LFS_POINTER, NOT_A_PICTURE, TOO_LARGE, Unusable
 
 BAD_PROFILE = "its colour profile cannot be used; taken as sRGB"
 
 _FORMATS = ("JPEG", "PNG", "WEBP")  # every further decoder of Pillow is a further way in for hostile files
-_POINTER = b"version https://git-lfs.github.com/spec/"
+_LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 _SPACES = {"RGB": "RGB ", "CMYK": "CMYK", "L": "GRAY"}  # of a profile, by the mode of the pictures that it is for
-_SAME = 2  # of 255: what rounding makes of sRGB's own profile
+_ROUNDING = 2  # of 255: how far rounding moves colours under sRGB's own profile
 
 
 def decode(content: bytes) -> tuple[Image.Image, str | None]:
-    """Returns the picture in RGB, upright, its colours converted to sRGB, alpha over white; of an animation the first
-    frame; and what of it could not be read.
+    """Returns the picture in RGB, and a note if part of it could not be used.
+
+    The picture is upright, its colours are converted to sRGB, transparent pixels are blended with white, and of an
+    animation it is the first frame.
 
     Raises:
-        Unusable: it is none, it is damaged, or it has too many pixels.
+        Unusable: it is no picture, it is damaged, or it has too many pixels.
     """
     try:
         # Reads the size and refuses bombs; no pixels yet.
@@ -31,7 +33,7 @@ def decode(content: bytes) -> tuple[Image.Image, str | None]:
             key = _colour_key(opened, content)
             return _to_rgb(ImageOps.exif_transpose(opened), key)
     except UnidentifiedImageError:
-        raise Unusable(LFS if content.startswith(_POINTER) else NOT_A_PICTURE) from None
+        raise Unusable(LFS_POINTER if content.startswith(_LFS_HEADER) else NOT_A_PICTURE) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError):
         raise Unusable(TOO_LARGE) from None
     except Exception:  # decoders raise whatever broken bytes lead them to
@@ -39,9 +41,9 @@ def decode(content: bytes) -> tuple[Image.Image, str | None]:
 
 
 def _colour_key(picture: Image.Image, content: bytes) -> int | tuple[int, ...] | None:
-    """Returns the value that a PNG declares clear (tRNS), as its pixels have it once Pillow has read them.
+    """Returns the value that a PNG declares transparent (tRNS), in the scale of the pixels that Pillow has read.
 
-    Pillow leaves the key in the depth of the file while it scales the pixels to 8 bits.
+    Pillow scales the pixels to 8 bits, and leaves this value in the depth of the file.
     """
     key = picture.info.get("transparency")
     if picture.format != "PNG" or key is None or isinstance(key, bytes):
@@ -57,27 +59,27 @@ def _colour_key(picture: Image.Image, content: bytes) -> int | tuple[int, ...] |
 
 def _to_rgb(picture: Image.Image, key: int | tuple[int, ...] | None) -> tuple[Image.Image, str | None]:
     profile = picture.info.get("icc_profile")
-    clear: Image.Image | None = None  # a mask of what is not
+    alpha: Image.Image | None = None  # 0 where the picture is transparent
     if picture.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255 instead of scaling
         values = np.asarray(picture).astype(np.uint32)
         if key is not None:
-            clear = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+            alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
         picture = Image.fromarray((values >> 8).astype(np.uint8))
     elif key is not None:
         picture.info["transparency"] = key
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        clear = picture.getchannel("A")
+        alpha = picture.getchannel("A")
     picture, note = _to_srgb(picture, profile) if profile else (picture, None)
-    if clear is None:
+    if alpha is None:
         return picture.convert("RGB"), note
     picture = picture.convert("RGBA")
-    picture.putalpha(clear)
+    picture.putalpha(alpha)
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"), note
 
 
 def _to_srgb(picture: Image.Image, profile: bytes) -> tuple[Image.Image, str | None]:
-    """Returns the picture without its alpha in sRGB, or as it is where the profile says nothing else."""
+    """Returns the picture in sRGB without alpha, and a note if its profile cannot be used."""
     if picture.mode in ("1", "P", "RGBA", "RGBX", "PA", "LA", "La", "RGBa"):
         picture = picture.convert("L" if picture.mode in ("1", "LA", "La") else "RGB")
     try:
@@ -93,11 +95,11 @@ def _to_srgb(picture: Image.Image, profile: bytes) -> tuple[Image.Image, str | N
 
 @lru_cache(16)
 def _conversion(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Returns what converts pictures of this mode to sRGB; None where that changes nothing that can be seen.
+    """Returns the conversion of pictures of this mode to sRGB; None if it changes no colour visibly.
 
     Raises:
         ImageCms.PyCMSError, OSError: the profile is broken.
-        ValueError: it is for pictures of another kind.
+        ValueError: the profile is for pictures of another colour space.
     """
     opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     space = opened.profile.xcolor_space
@@ -110,10 +112,10 @@ def _conversion(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return conversion
     probe = _probe().convert(mode)
     moved = np.asarray(conversion.apply(probe)).astype(int) - np.asarray(probe.convert("RGB"))
-    return conversion if np.abs(moved).max() > _SAME else None
+    return conversion if np.abs(moved).max() > _ROUNDING else None
 
 
 def _probe() -> Image.Image:
-    """Returns 6 x 6 x 6 colours, evenly spread."""
+    """Returns 6 x 6 x 6 colours, evenly spaced, as a picture of 6 x 36 pixels."""
     levels = np.linspace(0, 255, 6).round().astype(np.uint8)
     return Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(36, 6, 3))

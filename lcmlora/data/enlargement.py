@@ -1,4 +1,4 @@
-"""Pictures that are smaller than what a base draws, and are enlarged for it: training on them teaches blur."""
+"""Warns of pictures that are enlarged because a base draws larger ones: training on them teaches blur."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from lcmlora.config import Data
 from lcmlora.data.sources.source import read_records
 from lcmlora.plugins import SOURCES
 
-_TOLD = 1.5  # times; less is hardly seen
+_MIN_FACTOR = 1.5  # less enlargement is hardly visible
 
 
 def enlarged(data: Data, base: str, resolution: int, pictures: Path) -> str:
-    """Returns a line on the pictures in train.jsonl of this folder whose shorter side is enlarged 1.5 times or more;
-    empty where none is."""
+    """Returns a line on the pictures in this folder's train.jsonl whose shorter side is enlarged 1.5 times or more;
+    empty if there are none."""
     if not SOURCES.get(data.source).has_sizes:
         return ""
     records = read_records(pictures / "train.jsonl")
     factors = [resolution / min(record.width, record.height) for record in records]
-    far = [factor for factor in factors if factor >= _TOLD]
+    far = [factor for factor in factors if factor >= _MIN_FACTOR]
     if not far:
         return ""
     return (
@@ -29,6 +29,6 @@ def enlarged(data: Data, base: str, resolution: int, pictures: Path) -> str:
 
 
 def warn(data: Data, base: str, resolution: int, pictures: Path) -> None:
-    """Prints this line on the training pictures that `prepare` listed, to standard error."""
+    """Prints the line of `enlarged` to standard error, if there is one."""
     if line := enlarged(data, base, resolution, pictures):
         print(f"warning: {line}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a run depends on and nobody announces: whether the pictures or a base are still what they were."""
+"""Fingerprints of data sets and bases, which change when their files change."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import os
 import stat
 from pathlib import Path
 
-from lcmlora.data.reading.folder_listing import Links, walk
+from lcmlora.data.reading.folder_listing import LinkRule, list_folder
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file
 from lcmlora.io.remote import Files
 
 
 def fingerprint(path: Path | str, links: str = "refuse") -> str:
-    """Returns a digest that changes when the file's bytes change, or any name, size or time below the folder or bucket.
+    """Returns a SHA-256 of a file's bytes, or of the names, sizes and modification times below a folder or bucket.
 
-    A folder's files are not read, so that millions of pictures take a minute; copying it changes the digest.
+    A folder's files are not read, so millions of pictures take a minute. A copy of a folder has another fingerprint.
 
     Args:
-        links: which are followed, as `data.links` has it.
+        links: which links are followed, as in `data.links`.
 
     Raises:
         UserError: there is no such path.
@@ -31,20 +31,21 @@ def fingerprint(path: Path | str, links: str = "refuse") -> str:
         return sha256_file(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    known = hashlib.sha256()
-    linked = False
+    digest = hashlib.sha256()
+    has_links = False
     for root, folders, files in os.walk(path):
         folders.sort()
-        linked = linked or any(Path(root, name).is_symlink() for name in folders)
+        has_links = has_links or any(Path(root, name).is_symlink() for name in folders)
         for name in sorted(files):
-            found = Path(root, name)
-            told = found.lstat()
-            linked = linked or stat.S_ISLNK(told.st_mode)
-            known.update(
-                f"{found.relative_to(path)}\0{told.st_size}\0{told.st_mtime_ns}\n".encode(errors="surrogateescape")
-            )
-    if linked:  # of what links lead to nothing was told
-        for name in walk(Links(path, links)).names:
-            told = (path / name).stat()
-            known.update(f"{name}\0{told.st_size}\0{told.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    return known.hexdigest()
+            file = Path(root, name)
+            status = file.lstat()
+            has_links = has_links or stat.S_ISLNK(status.st_mode)
+            digest.update(_line(file.relative_to(path), status))
+    if has_links:  # os.walk has the links, and not what they lead to
+        for name in list_folder(LinkRule(path, links)).names:
+            digest.update(_line(name, (path / name).stat()))
+    return digest.hexdigest()
+
+
+def _line(name: Path | str, status: os.stat_result) -> bytes:
+    return f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape")

@@ -1,11 +1,11 @@
-"""Stage `prepare`: reads the source, drops what cannot be used, and splits the rest by caption."""
+"""Stage `prepare`: reads the source, drops what cannot be used, and splits the rest into train, validation and test."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Literal, NamedTuple, NotRequired, TypedDict
 
 from lcmlora.config import Data
 from lcmlora.data import rejection_advice
@@ -19,6 +19,9 @@ from lcmlora.io.files import atomic_folder, write_json
 from lcmlora.plugins import SOURCES
 
 NEAR_DUPLICATE = "looks like another picture (data.near_duplicates)"
+
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")  # each has a list of pictures, such as test.jsonl
 
 _PRINTED_KINDS = 12  # kinds of unused files in the printed table
 
@@ -54,6 +57,7 @@ class Report(TypedDict):
     dropped: dict[str, Tally]
     train: SplitSize
     validation: SplitSize
+    test: SplitSize
     left_out: NotRequired[dict[str, LeftOut]]
     passed_over: NotRequired[dict[str, Tally]]
     noted: NotRequired[dict[str, Tally]]
@@ -61,7 +65,7 @@ class Report(TypedDict):
 
 
 def prepare_pictures(data: Data, minimum: int, out: Path) -> Report:
-    """Writes train.jsonl, validation.jsonl and report.json to the folder `out`; returns the report.
+    """Writes train.jsonl, validation.jsonl, test.jsonl and report.json to the folder `out`; returns the report.
 
     If anything was dropped, rejected.parquet lists all of it, and rejected.html shows examples.
 
@@ -78,34 +82,48 @@ def prepare_pictures(data: Data, minimum: int, out: Path) -> Report:
         rejection_advice.check_rejections(data, found.rejections, read, found.unused_files)
     kept, dropped = _select(found.records, data)
     rejections = found.rejections + dropped
-    held_out = choose_validation({r.caption for r in kept}, data.validation, data.seed)
-    train = [r for r in kept if r.caption not in held_out]
-    validation = [r for r in kept if r.caption in held_out]
+    held_out = hold_out({r.caption for r in kept}, data.validation, data.test, data.seed)
+    parts: dict[Part, list[Record]] = {
+        "train": [r for r in kept if r.caption not in held_out.validation | held_out.test],
+        "validation": [r for r in kept if r.caption in held_out.validation],
+        "test": [r for r in kept if r.caption in held_out.test],
+    }
     report: Report = {
         "source": data.source,
         "read": read,
         "kept": len(kept),
         "dropped": _tally_by_reason(rejections),
-        "train": _size(train),
-        "validation": _size(validation),
+        "train": _size(parts["train"]),
+        "validation": _size(parts["validation"]),
+        "test": _size(parts["test"]),
     }
     _add_optional_parts(report, found, kept)
-    if len(train) < minimum or not validation:
+    if len(parts["train"]) < minimum or not parts["test"]:
         raise UserError(_too_few_message(data, report, minimum, rejections, found.unused_files))
     with atomic_folder(out) as folder:
-        write_records(folder / "train.jsonl", train)
-        write_records(folder / "validation.jsonl", validation)
+        for part, records in parts.items():
+            write_records(folder / f"{part}.jsonl", records)
         write_json(folder / "report.json", report)
         if rejections:
             write_rejections(folder, data, rejections)
     return report
 
 
-def choose_validation(captions: set[str], share: float, seed: int) -> set[str]:
-    """Returns about `share` of the captions: at least one and never all of them, but none of fewer than two.
+class HeldOut(NamedTuple):
+    """The captions that are kept from training."""
 
-    Apart from these bounds, each caption's own hash decides: when a data set grows, no caption moves from one split to
-    the other. Captions that differ only in case fall into the same split.
+    validation: set[str]
+    test: set[str]
+
+
+def hold_out(captions: set[str], validation: float, test: float, seed: int) -> HeldOut:
+    """Returns about these shares of the captions for validation and for test.
+
+    One caption at least is for test and one for training, so that there are none of either where there are fewer than
+    two. Of three or more, one at least is for validation, unless `validation` is 0.
+
+    Apart from these bounds each caption is judged by its own hash: a data set that grows moves no caption from one
+    part to another. Captions that differ in case only belong to the same part.
     """
 
     def draw(caption: str) -> float:
@@ -115,9 +133,18 @@ def choose_validation(captions: set[str], share: float, seed: int) -> set[str]:
     draws = {caption: draw(caption) for caption in captions}
     levels = sorted(set(draws.values()))
     if len(levels) < 2:
-        return set()
-    limit = min(max(share, levels[1]), levels[-1])  # the lowest is always chosen, the highest never
-    return {caption for caption, value in draws.items() if value < limit}
+        return HeldOut(set(), set())
+    wanted = validation > 0 and len(levels) > 2
+    # The lowest hash is always for test and the highest for training; the lowest of those between for validation.
+    test_limit = min(max(test, levels[1]), levels[-2] if wanted else levels[-1])
+    limit = test_limit
+    if wanted:
+        following = next(level for level in levels if level > min(v for v in levels if v >= test_limit))
+        limit = min(max(test + validation, following), levels[-1])
+    return HeldOut(
+        validation={caption for caption, value in draws.items() if test_limit <= value < limit},
+        test={caption for caption, value in draws.items() if value < test_limit},
+    )
 
 
 def print_report(report: Report) -> None:
@@ -147,8 +174,8 @@ def print_report(report: Report) -> None:
         add(f"used, but {note}", noted)
     if "cleaned" in report:
         add("captions that lost HTML or addresses", report["cleaned"])
-    for split, size in (("train", report["train"]), ("validation", report["validation"])):
-        table.add_row(split, str(size["pictures"]), f"{size['captions']} captions")
+    for part in PARTS:
+        table.add_row(part, str(report[part]["pictures"]), f"{report[part]['captions']} captions")
     Console(stderr=True).print(table)
 
 
@@ -214,13 +241,13 @@ def _too_few_message(
     unit = rejection_advice.unit_of(data.source)
     if report["train"]["pictures"] >= minimum:
         return (
-            f"{data.path}: all {report['kept']} {unit} that are left have one caption; data.validation holds out "
-            "whole captions, so there must be two at least"
+            f"{data.path}: all {report['kept']} {unit} that are left have one caption; data.test holds out whole "
+            "captions, so there must be two at least"
         )
-    held_out = report["validation"]["pictures"]
+    held_out = [report[part]["pictures"] for part in ("validation", "test")]
     left = (
         f"{report['train']['pictures']} training {unit} are left and one batch needs {minimum}; "
-        f"read {report['read']}, held out for validation {held_out}"
+        f"read {report['read']}, held out for validation {held_out[0]}, for test {held_out[1]}"
     )
     most = max((dropped["count"] for dropped in report["dropped"].values()), default=0)
     if 2 * most > len(rejections) and (most >= report["kept"] or report["train"]["pictures"] + most >= minimum):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lcmlora.config import Data
 from lcmlora.data import enlargement
-from lcmlora.data.prepare import Report, prepare_pictures
+from lcmlora.data.prepare import PARTS, Report, prepare_pictures
 from lcmlora.data.sources.source import Record, open_picture, read_records
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write, temporary_folder
@@ -39,7 +39,7 @@ def draw_sheet(data: Data, count: int, path: Path, resolutions: Mapping[str, int
         report = prepare_pictures(data, 1, out)
         for base, resolution in (resolutions or {}).items():
             enlargement.warn(data, base, resolution, out)
-        kept = read_records(out / "train.jsonl") + read_records(out / "validation.jsonl")
+        kept = [record for part in PARTS for record in read_records(out / f"{part}.jsonl")]
     chosen = sorted(kept, key=lambda record: record.sha256)[:count]
     atomic_write(path, lambda temporary: _draw(data, chosen, temporary))
     return report

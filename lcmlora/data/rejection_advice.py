@@ -29,7 +29,7 @@ _REMEDIES = {
     reasons.NOT_UTF8: "save captions, and name files, in UTF-8",
     reasons.LONG_CAPTION: "shorten the captions; a text encoder reads 77 tokens",
     reasons.NOT_A_PICTURE: "convert them to JPEG, PNG or WebP",
-    reasons.LFS: "run git lfs pull where they were cloned",
+    reasons.LFS_POINTER: "run git lfs pull where they were cloned",
     reasons.DAMAGED: _COPY_AGAIN,
     reasons.EMPTY: _COPY_AGAIN,
     reasons.TOO_LARGE: "make them smaller: about 89 million pixels is the most",

@@ -1,9 +1,9 @@
-"""The embedded base: a small Stable Diffusion checkpoint, trained from nothing on emoji.
+"""The embedded base: a small Stable Diffusion checkpoint, trained from scratch on emoji.
 
-Three parts in order, each resumable: the tokenizer (byte-pair encoding over the captions), the autoencoder, then the
-UNet together with its text encoder on latents that were encoded once. Further rounds go on with the latter two. The
-result is an ordinary diffusers folder that `StableDiffusionPipeline.from_pretrained` loads, so that everything after it
-treats emoji as it treats SD-V1.5.
+Three parts are trained in order, each resumable: the tokenizer (byte-pair encoding over the captions), the VAE, then
+the UNet together with its text encoder on latents that were encoded once. Further rounds continue VAE, UNet and text
+encoder. The result is an ordinary diffusers folder that `StableDiffusionPipeline.from_pretrained` loads, so all other
+stages treat it as they treat SD-V1.5.
 """
 
 from __future__ import annotations
@@ -32,10 +32,23 @@ from lcmlora.patches.torch_internals import foreach_lerp_
 from lcmlora.progress import track
 from lcmlora.settings.pretrain import Recipe
 
-TOKENS = 24  # CLIP has 77; emoji captions are short and the UNet's cross-attention pays for every token
+TOKENS = 24  # CLIP has 77; emoji captions are short, and cross-attention costs time for every token
+
+# Stable Diffusion 2's own schedule. With noise prediction the loss at the noisiest steps, where a picture's layout and
+# colours are decided, hardly depends on the caption: an hour's training then leaves them undecided.
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "v_prediction",
+}
 
 
-def pretrain(config: Recipe, modules: Path, scratch: Path, out: Path, device: torch.device) -> None:
+def pretrain_base(config: Recipe, modules: Path, scratch: Path, out: Path, device: torch.device) -> None:
     """Trains the base and writes it as a diffusers folder to `out`; a killed run continues from `scratch`.
 
     Args:
@@ -64,9 +77,6 @@ def pretrain(config: Recipe, modules: Path, scratch: Path, out: Path, device: to
         _save(folder, vae, denoiser.unet, denoiser.text_encoder, tokenizer)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
-
-
 def _render_style(modules: Path, groups: tuple[str, ...], style: str, size: int, copies: int) -> np.ndarray:
     art = emoji.artwork(modules, style)
     return np.stack(
@@ -83,20 +93,20 @@ def _pictures(
     config: Recipe, modules: Path, subjects: tuple[emoji.Subject, ...], scratch: Path
 ) -> tuple[list[emoji.Subject], np.ndarray, np.ndarray]:
     """Returns the subject, the picture (H, W, 3, uint8) and the style of every rendering of every style."""
-    who: list[emoji.Subject] = []
+    rendered_subjects: list[emoji.Subject] = []
     styles: list[str] = []
     for style in config.vae_styles:
         art = emoji.artwork(modules, style)
-        mine = [s for s in subjects if s.code in art.icons for _ in range(config.copies)]
-        who += mine
-        styles += [style] * len(mine)
+        of_style = [s for s in subjects if s.code in art.icons for _ in range(config.copies)]
+        rendered_subjects += of_style
+        styles += [style] * len(of_style)
     store = scratch / "pictures.npy"
     if not store.exists():
         jobs = [(modules, config.vae_groups, style, config.size, config.copies) for style in config.vae_styles]
         with ProcessPoolExecutor() as pool:
             rendered = list(track(pool.map(_render_style, *zip(*jobs, strict=True)), "render styles", total=len(jobs)))
         atomic_write(store, lambda path: _save_array(path, np.concatenate(rendered)))
-    return who, np.load(store, mmap_mode="r"), np.array(styles)
+    return rendered_subjects, np.load(store, mmap_mode="r"), np.array(styles)
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
@@ -105,15 +115,12 @@ def _save_array(path: Path, array: np.ndarray) -> None:
 
 
 def _to_tensor(pictures: np.ndarray, device: torch.device) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) fp32 in [-1, 1]."""
+    """Returns pictures (B, H, W, 3) uint8 as a tensor (B, 3, H, W) fp32 in [-1, 1]."""
     return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
 
 
-# --- tokenizer --------------------------------------------------------------------------------------------------
-
-
 def train_tokenizer(subjects: tuple[emoji.Subject, ...], size: int) -> CLIPTokenizer:
-    """Returns a CLIP tokenizer of at most `size` tokens whose merges were learnt on labels and tags."""
+    """Returns a CLIP tokenizer of at most `size` tokens whose merges were learned from labels and tags."""
     from tokenizers import pre_tokenizers
     from tokenizers.trainers import BpeTrainer
 
@@ -126,7 +133,8 @@ def train_tokenizer(subjects: tuple[emoji.Subject, ...], size: int) -> CLIPToken
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,
-        # Equal counts are ordered by token id, and a letter at a word's end else gets its id from a hash map.
+        # Tokens of equal count are ordered by id. Without this line a letter at a word's end gets an id by chance, from
+        # the order of a hash map.
         special_tokens=special + base,
     )
     texts = [text for s in subjects for text in (s.label, *s.tags)]
@@ -141,14 +149,11 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").input_ids
 
 
-# --- a training loop that can be killed at any moment ------------------------------------------------------------
-
-
 M = TypeVar("M", bound=nn.Module)
 
 
 class _Average(Generic[M]):
-    """Exponential moving average of a module's weights, warmed up so that early weights are forgotten."""
+    """Exponential moving average of a module's weights, with a smaller decay in the first steps."""
 
     def __init__(self, module: M, decay: float) -> None:
         self.module = copy.deepcopy(module).requires_grad_(False)
@@ -161,7 +166,7 @@ class _Average(Generic[M]):
 
 
 def _rate(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, constant, then linear to zero over the last quarter: a run can be prolonged before it cools."""
+    """Returns the learning rate's factor: linear warm-up, constant, then linear to zero over the last quarter."""
     return min((step + 1) / warmup, 1.0) * min(1.0, (steps - step) / (0.25 * steps))
 
 
@@ -175,7 +180,11 @@ def _train(
     checkpoint_every: int,
     scratch: Path,
 ) -> M:
-    """Minimises `loss_of(module, step)`, which must draw all its randomness from the step; returns the average."""
+    """Minimizes `loss_of(module, step)` and returns the averaged module.
+
+    Args:
+        loss_of: must derive all its random numbers from the step, so that a killed run continues as it would have.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
     done = scratch / f"{name}.pt"
     module.train().requires_grad_(True)
@@ -215,9 +224,6 @@ def _generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
 
 
-# --- autoencoder ------------------------------------------------------------------------------------------------
-
-
 def _new_vae(config: Recipe) -> AutoencoderKL:
     widths = config.vae_channels
     return AutoencoderKL(
@@ -242,7 +248,7 @@ def _train_vae(config: Recipe, number: int, vae: AutoencoderKL, pictures: np.nda
         x = _to_tensor(pictures[rows], device)
         posterior = module.encode(x).latent_dist
         y = module.decode(posterior.sample(_generator(config.seed, first + step, device))).sample
-        # Flat art lives from its edges; without the second term the autoencoder blurs outlines first.
+        # Without a term for edges the VAE blurs outlines, which are most of what emoji consist of.
         edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
         return F.l1_loss(y, x) + 0.5 * edges + config.vae_kl * posterior.kl().mean()
 
@@ -256,7 +262,7 @@ def _train_vae(config: Recipe, number: int, vae: AutoencoderKL, pictures: np.nda
 def _whiten(vae: AutoencoderKL, pictures: np.ndarray, seed: int) -> None:
     """Makes every latent channel zero-mean and unit-variance by rewriting the two 1x1 convolutions around it.
 
-    A scaling_factor alone cannot do this, and readers of the folder need to know nothing about it.
+    A scaling_factor alone cannot do this. Whoever loads the folder needs to know nothing about it.
     """
     rows = np.sort(np.random.default_rng(seed).choice(len(pictures), size=min(2048, len(pictures)), replace=False))
     batches = np.array_split(rows, 32)
@@ -273,7 +279,7 @@ def _whiten(vae: AutoencoderKL, pictures: np.ndarray, seed: int) -> None:
 
 @torch.no_grad()
 def _encode(vae: AutoencoderKL, pictures: np.ndarray, rows: np.ndarray, scratch: Path) -> Tensor:
-    """Returns the posterior means of the named pictures, (N, C, h, w) fp16."""
+    """Returns the posterior means of the pictures in these rows, (N, C, h, w) fp16."""
     store = scratch / "latents.pt"
     if not store.exists():
         batches = np.array_split(rows, max(1, len(rows) // 128))
@@ -285,11 +291,8 @@ def _encode(vae: AutoencoderKL, pictures: np.ndarray, rows: np.ndarray, scratch:
     return torch.load(store, weights_only=True)
 
 
-# --- UNet and text encoder ---------------------------------------------------------------------------------------
-
-
 class _Denoiser(nn.Module):
-    """The two modules that are trained together, under one roof for the optimizer and the average."""
+    """UNet and text encoder as one module, for one optimizer and one average."""
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
         super().__init__()
@@ -320,7 +323,7 @@ def _new_denoiser(config: Recipe, tokenizer: CLIPTokenizer) -> _Denoiser:
         out_channels=config.latent_channels,
         block_out_channels=widths,
         layers_per_block=1,
-        # Attention at the finest level would double the cost of a step and adds little on flat art.
+        # Attention at the finest level would double the cost of a step, and emoji hardly need it.
         down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * (levels - 1)),
         up_block_types=(*("CrossAttnUpBlock2D",) * (levels - 1), "UpBlock2D"),
         cross_attention_dim=config.text_width,
@@ -335,8 +338,8 @@ def _train_denoiser(
 ) -> _Denoiser:
     first = sum(r.unet_steps for r in config.rounds[:number])
     device = model.unet.device
-    made = DDIMScheduler(**SCHEDULE)
-    schedule = Schedule.variance_preserving(made.alphas_cumprod, made.config.prediction_type).to(device)
+    scheduler = DDIMScheduler(**SCHEDULE)
+    schedule = Schedule.variance_preserving(scheduler.alphas_cumprod, scheduler.config.prediction_type).to(device)
 
     def loss_of(module: Any, step: int) -> Tensor:
         rng = random.Random(f"{config.seed}/{first + step}")
@@ -345,7 +348,7 @@ def _train_denoiser(
         generator = _generator(config.seed, first + step, device)
         z = latents[rows].to(device).float()
         noise = torch.randn(z.shape, generator=generator, device=device)
-        # One timestep per stratum: the loss of a step then hardly depends on which timesteps it drew.
+        # One timestep in each stratum, so that the loss of a step hardly depends on which timesteps it has.
         strata = torch.arange(config.batch, device=device) + torch.rand(
             config.batch, generator=generator, device=device
         )
@@ -362,7 +365,7 @@ def _train_denoiser(
 
 
 class _CaptionVariants:
-    """Token ids of each subject's label alone and with up to three of its tags, drawn anew at each use."""
+    """Captions as token ids: each subject's label alone and with up to three of its tags."""
 
     _VARIANTS = 8
 
@@ -381,29 +384,13 @@ class _CaptionVariants:
             yield ", ".join([subject.label, *tags])
 
     def draw(self, rows: list[int], rng: random.Random, dropout: float) -> Tensor:
-        """Returns token ids (len(rows), TOKENS); a share `dropout` of them is the empty caption."""
+        """Returns random captions of these rows, (len(rows), TOKENS) int64; a share `dropout` of them is empty."""
         return torch.stack(
             [
                 self._empty if rng.random() < dropout else self._ids[self._subject[r], rng.randrange(self._VARIANTS)]
                 for r in rows
             ]
         )
-
-
-# --- the folder -------------------------------------------------------------------------------------------------
-
-# Stable Diffusion 2's own schedule. With noise prediction the loss at the noisiest steps, where a picture's layout and
-# colours are decided, hardly depends on the caption: an hour's training then leaves them undecided.
-SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "prediction_type": "v_prediction",
-}
 
 
 def _save(
@@ -427,11 +414,11 @@ def _save(
     )
     with bars.hidden():
         pipeline.save_pretrained(folder)
-    # transformers loads in the precision that it saved, diffusers in fp32: plain from_pretrained would mix the two.
+    # transformers loads in the precision of the file, diffusers in fp32. A pipeline has to have one of them.
     text = folder / "text_encoder" / "config.json"
     write_json(text, json.loads(text.read_text()) | {"dtype": "float32"})
     if not (folder / "tokenizer" / "vocab.json").exists():
-        # transformers 5 writes tokenizer.json alone; older readers ask for the two CLIP files.
+        # transformers 5 writes tokenizer.json alone. Older programs read the two files of CLIP.
         model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
         (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
         lines = ["#version: 0.2"] + [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]

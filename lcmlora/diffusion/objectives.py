@@ -1,11 +1,11 @@
-"""Distillation objectives: what the student is trained to match, one class for each method.
+"""Distillation objectives: the state that the student's jump must match, one class for each method.
 
-All are one family. The student jumps from z_{t_{n+k}} and from the teacher's zhat_{t_n} down to the same timestep s,
+All methods compare two jumps of the student to the same timestep s, from z_{t_{n+k}} and from the teacher's zhat_{t_n},
 
     jump(x_t -> s) = alpha_s x0 + sigma_s eps,
 
-and the first is to be where the second is. Methods differ in s and in the sampler that goes with them, which says how a
-student jumps. lcmlora/plugins.py says how one is added.
+and train the first to end where the second ends. They differ in s, and in the student's sampler, which defines the
+jump. lcmlora/plugins.py says how an objective is added.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lcmlora.diffusion import samplers, solver
 from lcmlora.errors import UserError
 from lcmlora.plugins import OBJECTIVES
 
-_TDD_STEPS = range(4, 9)  # the schedules whose timesteps are TDD's targets
-_TDD_ETA = 0.3  # how far below them a target may lie, as a share
+_TDD_STEPS = range(4, 9)  # TDD's targets are the timesteps of students of these numbers of steps
+_TDD_ETA = 0.3  # a target may lie below such a timestep by up to this share
 
 
 D = TypeVar("D", bound=Distill)  # the settings that an objective reads
@@ -33,10 +33,10 @@ D = TypeVar("D", bound=Distill)  # the settings that an objective reads
 class Objective(ABC, Generic[D]):
     """A method of distillation.
 
-    `index` (B,) int64 is a row of the solver's grid: from `upper[index]` the teacher steps to `lower[index]`, and the
-    destination of both jumps is a timestep at or below the latter.
+    `index` (B,) int64 is a row of the solver timesteps: the teacher steps from `upper[index]` to `lower[index]`, and
+    the destination of both jumps is at or below `lower[index]`.
 
-    title: what model cards call it.
+    title: its name in model cards.
     papers: its numbers at arXiv.
     settings_class: of `distill` with this objective. One of another package that has settings of its own names a
         subclass of Distill here, and its keys then stand in `distill` of params.yaml.
@@ -65,18 +65,23 @@ class Objective(ABC, Generic[D]):
 
     @abstractmethod
     def destination(self, index: Tensor, u: Tensor) -> Tensor:
-        """Returns s (B,) int64; u (B, 2) are the samples' own uniform numbers in [0, 1)."""
+        """Returns the destination s (B,) int64 of both jumps.
+
+        Args:
+            index: (B,) int64.
+            u: (B, 2), uniform random numbers of the samples in [0, 1).
+        """
 
     def reach(self, index: Tensor) -> Tensor:
-        """Returns the lowest point of the grid (B,) int64 to which the student learns to jump from `upper[index]`."""
+        """Returns the lowest timestep (B,) int64 to which the student learns to jump from `upper[index]`."""
         return torch.zeros_like(index)
 
     def jump(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
-        """Returns the state (B, C, h, w) fp32 at s to which the student jumps from x at t; x itself where s = t."""
+        """Returns the state (B, C, h, w) fp32 at s to which the student jumps from x at t; x itself if s = t."""
         return self._sampling.jump(x, prediction, t, s)
 
     def step(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
-        """Returns the state (B, C, h, w) fp32 at s to which the student's sampler goes from x at t.
+        """Returns the state (B, C, h, w) fp32 at s after a step of the student's sampler from x at t.
 
         Args:
             noise: (B, C, h, w) of unit variance.
@@ -84,14 +89,14 @@ class Objective(ABC, Generic[D]):
         return self._sampling.step(x, prediction, t, s, noise)
 
     def edges(self, steps: int) -> Tensor:
-        """Returns, for each row of the grid, where a student of this many steps would go from it, (grid,) int64."""
+        """Returns for each row (grid,) int64 the timestep to which a student of this number of steps goes from it."""
         timesteps = solver.student_timesteps(len(self.schedule), self.settings.grid, steps)
         edges = torch.tensor([0, *reversed(timesteps[1:])], device=self.lower.device)
         return edges[torch.bucketize(self.lower, edges, right=True) - 1]
 
 
 class LatentConsistency(Objective[Distill]):
-    """Latent consistency distillation, arXiv 2310.04378, Algorithm 1: straight to t = 0, with c_skip and c_out."""
+    """Latent consistency distillation, arXiv 2310.04378, Algorithm 1: jumps to t = 0, with c_skip and c_out."""
 
     title = "Latent consistency distillation"
     papers = ("2310.04378", "2311.05556")
@@ -106,7 +111,7 @@ class LatentConsistency(Objective[Distill]):
 
 
 class TrajectoryConsistency(Objective[Distill]):
-    """Trajectory consistency distillation, arXiv 2402.19159: to any point of the grid from t_n down to 0."""
+    """Trajectory consistency distillation, arXiv 2402.19159: jumps to any solver timestep from t_n down to 0."""
 
     title = "Trajectory consistency distillation"
     papers = ("2402.19159",)
@@ -121,10 +126,10 @@ class TrajectoryConsistency(Objective[Distill]):
 
 
 class PhasedConsistency(Objective[Distill]):
-    """Phased consistency, arXiv 2405.18407: to the lower edge of the phase, so that a few jumps make the whole way.
+    """Phased consistency, arXiv 2405.18407: jumps to the lower edge of the phase, so that a few jumps lead to t = 0.
 
-    The edges are the timesteps of a student of `phases` steps, which makes those steps the ones that were trained. It
-    is drawn with deterministically.
+    The edges are the timesteps of a student of `phases` steps; these steps are then the trained ones. The sampler is
+    deterministic.
     """
 
     title = "Phased consistency distillation"
@@ -148,7 +153,7 @@ class PhasedConsistency(Objective[Distill]):
 
 
 class TargetDriven(Objective[Distill]):
-    """Target-driven distillation, arXiv 2409.01347: to where a student of 4 to 8 steps would go, or somewhat lower."""
+    """Target-driven distillation, arXiv 2409.01347: jumps to a timestep of a student of 4 to 8 steps, or below it."""
 
     title = "Target-driven distillation"
     papers = ("2409.01347",)
@@ -177,13 +182,13 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
 
 
 def named(name: str) -> type[Objective]:
-    """Returns the objective of this name. Raises UserError where there is none."""
-    found: type[Objective] = OBJECTIVES.get(name)
-    return found
+    """Returns the class of the objective of this name. Raises UserError if there is none."""
+    objective: type[Objective] = OBJECTIVES.get(name)
+    return objective
 
 
 def check(settings: Distill, where: str = "") -> None:
-    """Raises UserError where the settings do not go with their objective; `where` begins the message."""
+    """Raises UserError if the settings do not fit their objective; `where` is the beginning of the error."""
     objective = named(settings.objective)
     if settings.grid < objective.least_grid:
         raise UserError(
@@ -204,7 +209,7 @@ def make(settings: Distill, schedule: Schedule) -> Objective:
 
 
 def described(name: str) -> str:
-    """Returns title and papers of the objective of this name, as model cards have them."""
+    """Returns title and papers of the objective of this name, for model cards."""
     objective = named(name)
     papers = f" (arXiv {', '.join(objective.papers)})" if objective.papers else ""
     return f"{objective.title}{papers}"

@@ -1,24 +1,24 @@
-"""One step of each sampler of a student. Training on its own states, validation and all drawing take this step.
+"""The student's samplers: one step of each. Student rollouts, validation and all drawing take this step.
 
-A sampler is a class, named by the scheduler of diffusers that does the same (lcmlora/plugins.py says how one is added):
-releases keep that name, and plain diffusers draws with it.
+A sampler is a class. Its name in the table is that of the diffusers scheduler that takes the same step: releases name
+that scheduler, and plain diffusers draws with it. lcmlora/plugins.py says how a sampler is added.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 from torch import Tensor
 
 from lcmlora.adapters.metadata import Sampler
+from lcmlora.bases.examination.library_config import LibraryConfig
 from lcmlora.bases.schedule import Prediction, Schedule
 from lcmlora.diffusion import solver
 from lcmlora.plugins import SAMPLERS
 
 
 class StudentSampler(ABC):
-    """How a student with these settings goes from timestep to timestep. States are (B, C, h, w) fp32, t and s (B,).
+    """A student's way from timestep to timestep. States are (B, C, h, w) fp32, timesteps t and s (B,) int64.
 
     adds_noise: whether a step ends with new noise.
     """
@@ -31,11 +31,11 @@ class StudentSampler(ABC):
 
     @abstractmethod
     def jump(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
-        """Returns the state at s to which the student jumps from x at t; x itself where s = t."""
+        """Returns the state at s to which the student jumps from x at t; x itself if s = t."""
 
     @abstractmethod
     def step(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
-        """Returns the state at s to which it goes from x at t: it jumps to s or below, and adds noise up to s.
+        """Returns the state at s after a step from x at t: a jump to s or below, and noise up to s.
 
         Args:
             noise: (B, C, h, w) of unit variance.
@@ -43,10 +43,10 @@ class StudentSampler(ABC):
 
 
 class MultistepConsistency(StudentSampler):
-    """Multistep consistency sampling (arXiv 2310.04378, Algorithm 3): to t = 0, and with noise back to s."""
+    """Multistep consistency sampling (arXiv 2310.04378, Algorithm 3): a jump to t = 0, then noise up to s."""
 
     def jump(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
-        """Straight to t = 0 whatever s is, with the boundary condition of c_skip and c_out."""
+        """Returns the state at t = 0, whatever s is, with the boundary condition of c_skip and c_out."""
         del s
         return solver.consistency(x, prediction.x0, t)
 
@@ -55,14 +55,14 @@ class MultistepConsistency(StudentSampler):
 
 
 class StrategicStochastic(StudentSampler):
-    """Strategic stochastic sampling (arXiv 2402.19159, Algorithm 4): to floor((1 - gamma) s), with noise up to s."""
+    """Strategic stochastic sampling (arXiv 2402.19159, Algorithm 4): a jump to floor((1 - gamma) s), noise up to s."""
 
     def __init__(self, settings: Sampler, schedule: Schedule) -> None:
         super().__init__(settings, schedule)
         self.adds_noise = bool(settings.gamma)
 
     def jump(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
-        """A DDIM step."""
+        """Returns the state at s after a DDIM step."""
         return self.schedule.state(*prediction, s)
 
     def step(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
@@ -71,14 +71,20 @@ class StrategicStochastic(StudentSampler):
 
 
 def make(settings: Sampler, schedule: Schedule) -> StudentSampler:
-    """Returns the sampler of these settings. Raises UserError where there is none for their scheduler."""
-    found: StudentSampler = SAMPLERS.get(settings.scheduler)(settings, schedule)
-    return found
+    """Returns the sampler with these settings. Raises UserError if there is none for their scheduler."""
+    sampler: StudentSampler = SAMPLERS.get(settings.scheduler)(settings, schedule)
+    return sampler
 
 
-def scheduler_config(base_config: dict[str, Any], settings: Sampler) -> dict[str, Any]:
-    """Returns the configuration of diffusers' scheduler that draws so, for a base whose scheduler has `base_config`."""
+def scheduler_config(base_config: LibraryConfig, settings: Sampler) -> LibraryConfig:
+    """Returns the configuration of the diffusers scheduler that takes this sampler's steps.
+
+    Args:
+        base_config: the configuration of the base's own scheduler.
+    """
     import diffusers
 
     scheduler = getattr(diffusers, settings.scheduler).from_config(base_config, original_inference_steps=settings.grid)
-    return dict(scheduler.config) | {"_class_name": settings.scheduler}
+    config = LibraryConfig.of_module(scheduler)
+    config["_class_name"] = settings.scheduler
+    return config

@@ -1,6 +1,6 @@
-"""Drawing latents: the student's few steps, and the solvers it is compared with, behind one function.
+"""Drawing of latents by the student's sampler, and by the solvers that it is compared with.
 
-Every random number belongs to a picture, by (seed, index, step), so a picture does not depend on the batch it is in.
+Random numbers depend on (seed, index of the picture, step) alone, so a picture does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -18,31 +18,23 @@ from lcmlora.bases.families import Conditioning
 from lcmlora.diffusion import samplers, solver
 from lcmlora.diffusion.noise import generator
 from lcmlora.diffusion.samplers import StudentSampler
-
-SOLVERS = ("ddim", "dpm++", "unipc", "euler")
-STUDENT = "lcm"
+from lcmlora.diffusion.solver_settings import SolverSettings
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (B, C, h, w) latents and a timestep () -> raw model output, guided
 
 
 def initial_noise(shape: Sequence[int], seed: int, indices: Sequence[int], step: int = 0) -> Tensor:
-    """Returns the noise (N, C, h, w) fp32 on the CPU of the pictures `indices`, each drawn from a generator of its own.
+    """Returns noise (N, C, h, w) fp32 on the CPU for the pictures `indices`, from a generator for each.
 
     Args:
         shape: (C, h, w).
-        step: 0 for what a picture starts from; the n-th step of the student ends by adding that of step n.
+        step: 0 for the initial noise; n for the noise that the student's n-th step adds.
     """
     return torch.stack([torch.randn(tuple(shape), generator=generator(seed, i, step)) for i in indices])
 
 
-def network_evaluations(method: str, steps: int, guidance_scale: float) -> int:
-    """Returns how often the network is evaluated for one picture: a guided step costs two, whatever the batching."""
-    _check(method, steps)
-    return steps * (1 if guidance_scale == 1 else 2)
-
-
 def text_conditioning(base: LoadedBase, captions: Sequence[str]) -> Conditioning:
-    """Returns what `sample` needs of these captions, one row for each, with `micro_conditioning`."""
+    """Returns the conditioning on these captions, a row for each, with `micro_conditioning`."""
     return base.encode_text(list(captions)) | base.micro_conditioning(rows=len(captions))
 
 
@@ -52,47 +44,36 @@ def unconditional(base: LoadedBase) -> Conditioning:
 
 
 @torch.no_grad()
-def sample(
+def sample_student(
     base: LoadedBase,
     conditioning: Conditioning,
     noise: Tensor,
     *,
-    method: str,
     steps: int,
     guidance_scale: float = 1.0,
     unconditional: Conditioning | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
     sampler: Sampler = LATENT_CONSISTENCY,
-    spacing: str = "trailing",
 ) -> Tensor:
-    """Returns latents (B, C, h, w) fp32 on the base's device.
-
-    The solvers take `trailing` timesteps (arXiv 2305.08891): they start at T - 1, where noise alone is the right input,
-    while `leading`, the default of many a base, starts 4 steps at t = 751 and 1 step at t = 1 with pure noise. At 50
-    steps trailing is 19, 39, ..., 999, the grid on which the student was distilled. DPM-Solver++ is its multistep
-    second-order form; it and UniPC end with a first-order step, which is their stable choice below 15 steps.
+    """Returns latents (B, C, h, w) fp32 on the base's device, drawn by the student, whose adapter is active.
 
     Args:
-        conditioning: one row for each picture, see `text_conditioning`.
+        conditioning: a row for each picture, see `text_conditioning`.
         noise: (B, C, h, w) fp32 of unit variance, see `initial_noise`.
-        method: "lcm", the student (its adapter active in `base.network`), or one of SOLVERS.
-        guidance_scale: the pipelines' convention, u + guidance_scale (c - u); 1 is one pass without `unconditional`.
-        unconditional: one row; conditional and unconditional pass go through the network as one batch.
-        seed, indices: whose noise the student adds between its steps; solvers and a single step need none.
-        sampler: of the student.
-        spacing: trailing, leading or linspace, for the solvers.
+        guidance_scale: in the pipelines' convention, u + guidance_scale (c - u); 1 is one pass without `unconditional`.
+        unconditional: one row; the conditional and the unconditional pass are one batch.
+        seed, indices: the keys of the noise that the student adds between its steps; a single step needs none.
 
     Raises:
-        ValueError: an unknown method, no steps, guidance without `unconditional`, or a student without `indices`.
+        ValueError: no steps, more than the sampler's grid has, guidance without `unconditional`, or no `indices`.
     """
-    _check(method, steps)
-    latents = noise.to(base.device, torch.float32)
-    predict = _predictor(base, conditioning, guidance_scale, unconditional)
-    if method != STUDENT:
-        return _solve(base, predict, latents, _scheduler(base, method, spacing), steps)
+    if steps < 1:
+        raise ValueError(f"the student needs at least 1 step, got {steps}")
     if steps > 1 and (indices is None or len(indices) != len(noise)):
         raise ValueError(f"the student adds noise between its {steps} steps and needs the index of each picture")
+    latents = noise.to(base.device, torch.float32)
+    predict = _predictor(base, conditioning, guidance_scale, unconditional)
 
     def fresh(step: int) -> Tensor:
         return initial_noise(noise.shape[1:], seed, indices or (), step).to(base.device)
@@ -101,11 +82,38 @@ def sample(
     return _draw_student(predict, latents, timesteps, samplers.make(sampler, base.schedule), fresh)
 
 
-def _check(method: str, steps: int) -> None:
-    if method not in (STUDENT, *SOLVERS):
-        raise ValueError(f"unknown method {method!r}; there are {', '.join((STUDENT, *SOLVERS))}")
-    if steps < 1:
-        raise ValueError(f"{method} needs at least 1 step, got {steps}")
+@torch.no_grad()
+def sample_solver(
+    base: LoadedBase,
+    conditioning: Conditioning,
+    noise: Tensor,
+    settings: SolverSettings,
+    *,
+    unconditional: Conditioning | None = None,
+) -> Tensor:
+    """Returns latents (B, C, h, w) fp32 on the base's device, drawn by a solver. It adds no noise on the way.
+
+    `trailing` timesteps (arXiv 2305.08891) start at T - 1, where noise alone is the right input, while `leading`, the
+    default of many a base, starts 4 steps at t = 751 and 1 step at t = 1 with pure noise. At 50 steps trailing is 19,
+    39, ..., 999, the timesteps on which the student was distilled. DPM-Solver++ is its multistep second-order form; it
+    and UniPC end with a first-order step below 15 steps, which is their stable choice there.
+
+    Args:
+        conditioning, noise, unconditional: see `sample_student`.
+
+    Raises:
+        ValueError: guidance without `unconditional`.
+    """
+    latents = noise.to(base.device, torch.float32)
+    predict = _predictor(base, conditioning, settings.guidance_scale, unconditional)
+    # Timesteps stay on the CPU: the schedulers index their tables with them, which would wait for a GPU at each step.
+    scheduler = _scheduler(base, settings)
+    scheduler.set_timesteps(settings.steps)
+    latents = latents * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        output = predict(scheduler.scale_model_input(latents, t), t)
+        latents = scheduler.step(output, t, latents, return_dict=False)[0]
+    return latents
 
 
 def _predictor(
@@ -142,31 +150,23 @@ def _draw_student(
     return latents
 
 
-# --- the solvers ------------------------------------------------------------------------------------------------
-
-
-def _scheduler(base: LoadedBase, method: str, spacing: str) -> Any:
+def _scheduler(base: LoadedBase, settings: SolverSettings) -> Any:
     import diffusers
 
+    karras = {"use_karras_sigmas": settings.karras}
+    final = {
+        "final_sigmas_type": "zero" if settings.final == "zero" else "sigma_min",
+        "euler_at_final": settings.final == "euler_at_final",
+    }
     makers: dict[str, tuple[Any, dict[str, Any]]] = {
         # Latents are not confined to [-1, 1], so clipping (DDIM's default) would cut pictures.
         "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
         "dpm++": (
             diffusers.DPMSolverMultistepScheduler,
-            {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True},
+            {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True, **karras, **final},
         ),
-        "unipc": (diffusers.UniPCMultistepScheduler, {"lower_order_final": True}),
-        "euler": (diffusers.EulerDiscreteScheduler, {}),
+        "unipc": (diffusers.UniPCMultistepScheduler, {"lower_order_final": True, **karras}),
+        "euler": (diffusers.EulerDiscreteScheduler, karras),
     }
-    cls, options = makers[method]
-    return cls.from_config(base.scheduler_config, timestep_spacing=spacing, **options)
-
-
-def _solve(base: LoadedBase, predict: Predict, latents: Tensor, scheduler: Any, steps: int) -> Tensor:
-    # Timesteps stay on the CPU: the schedulers index their tables with them, which would wait for a GPU at each step.
-    scheduler.set_timesteps(steps)
-    latents = latents * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        output = predict(scheduler.scale_model_input(latents, t), t.long())
-        latents = scheduler.step(output, t, latents, return_dict=False)[0]
-    return latents
+    cls, options = makers[settings.solver]
+    return cls.from_config(base.scheduler_config, timestep_spacing=settings.spacing, **options)

@@ -1,4 +1,4 @@
-"""The solver's grid of timesteps, guidance, the student's timesteps, and the consistency function. All in fp32.
+"""The solver timesteps, guidance, the student's timesteps, and the consistency function. All in fp32.
 
 Tensors of shape (B,) are broadcast over (B, C, h, w) by the functions themselves.
 """
@@ -21,9 +21,9 @@ def guide(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
 
 
 def ddim_grid(train_timesteps: int, points: int) -> tuple[Tensor, Tensor]:
-    """Returns the solver's timesteps t_{n+k} and what each steps to, both (points,) int64 ascending.
+    """Returns the solver timesteps t_{n+k} and the timesteps that the steps from them end at, both (points,) int64.
 
-    For T = 1000 and 50 points: 19, 39, ..., 999 stepping to 0, 19, ..., 979 (k = T / points).
+    Both are ascending. For T = 1000 and 50 points: 19, 39, ..., 999, ending at 0, 19, ..., 979 (k = T / points).
 
     Raises:
         ValueError: `points` does not divide `train_timesteps`.
@@ -36,7 +36,7 @@ def ddim_grid(train_timesteps: int, points: int) -> tuple[Tensor, Tensor]:
 
 
 def student_timesteps(train_timesteps: int, grid: int, steps: int) -> list[int]:
-    """Returns the student's timesteps, evenly spaced by index on the descending grid: 999, 759, 499, 259 for 4 of 50.
+    """Returns the student's timesteps, evenly spaced by index in the descending grid: 999, 759, 499, 259 for 4 of 50.
 
     Raises:
         ValueError: more steps than the grid has points.
@@ -49,11 +49,11 @@ def student_timesteps(train_timesteps: int, grid: int, steps: int) -> list[int]:
 
 
 def loss_weights(schedule: Schedule, t: Tensor, weighting: str) -> Tensor:
-    """Returns what the x0 error at each of the timesteps (N,) counts, (N,) fp32 of mean 1.
+    """Returns the weight of the x0 error at each of the timesteps (N,), (N,) fp32 of mean 1.
 
     `uniform` is Algorithm 1 of arXiv 2310.04378. `snr+1` is 1 / sigma^2 (progressive distillation, arXiv 2202.00512,
-    section 4): the last step before the boundary, the only one whose target is no prediction, then outweighs the noisy
-    ones. Without it an adapter that is trained fast learns to pass noise through, as that is consistent too.
+    section 4). It gives most weight to the last step before the boundary, the only one whose target is not a
+    prediction. Without it an adapter that is trained fast learns to pass noise through, which is consistent, too.
 
     Raises:
         ValueError: an unknown weighting.

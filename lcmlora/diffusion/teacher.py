@@ -1,4 +1,4 @@
-"""The teacher of a distillation: the base with its adapter off, taking guided DDIM steps on a grid of timesteps."""
+"""The teacher of a distillation: the base without its adapter, in guided DDIM steps between the solver timesteps."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from lcmlora.diffusion.teacher_cache import TeacherCache
 
 
 class Teacher:
-    """The base alone, whatever adapter it carries.
+    """The base without its adapter.
 
-    t, t_prev: the grid's timesteps, ascending, and what each steps to, both (N,) int64 on the base's device.
+    t, t_prev: the solver timesteps, ascending, and the ends of the steps from them; both (N,) int64, on the base's
+        device.
     """
 
     def __init__(
         self, base: LoadedBase, unconditional: Conditioning, grid: int, cache: TeacherCache | None = None
     ) -> None:
         """Args:
-        unconditional: one row, without what belongs to the picture (micro-conditioning).
-        grid: points of the grid, N of arXiv 2310.04378, Algorithm 1.
-        cache: what was said of samples before.
+        unconditional: one row, without micro-conditioning, which is the picture's own.
+        grid: the number of solver timesteps, N of arXiv 2310.04378, Algorithm 1.
+        cache: of outputs, from earlier runs on the same samples.
         """
         self._base, self._cache = base, cache
         self._unconditional = {k: v.to(base.device) for k, v in unconditional.items()}
@@ -39,21 +40,23 @@ class Teacher:
         t_prev: Tensor,
         w: Tensor,
         conditioning: Conditioning,
-        places: range | None = None,
+        samples: range | None = None,
     ) -> Tensor:
         """Returns zhat_{t_n} (B, C, h, w): the DDIM step from t to t_prev with guidance w (B,).
 
         Args:
-            places: in the stream, where x is the noisy state that belongs to them.
+            samples: their indices, if x (B, C, h, w) is their noisy state at t; the cache is used only with them.
         """
         schedule = self._base.schedule
-        guided = solver.guide(*self._outputs(x, t, conditioning, places), w)
+        guided = solver.guide(*self._outputs(x, t, conditioning, samples), w)
         return schedule.state(*schedule.prediction(guided, x, t), t_prev)
 
-    def _outputs(self, x: Tensor, t: Tensor, conditioning: Conditioning, places: range | None) -> tuple[Tensor, Tensor]:
+    def _outputs(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, samples: range | None
+    ) -> tuple[Tensor, Tensor]:
         """Returns the conditional and the unconditional output, both (B, C, h, w) fp32."""
-        if self._cache and places and (known := self._cache.read(places)):
-            conditional, unconditional = (output.to(x.device).float() for output in known)
+        if self._cache and samples and (cached := self._cache.read(samples)):
+            conditional, unconditional = (output.to(x.device).float() for output in cached)
             return conditional, unconditional
         both = {
             # The unconditional pass keeps the picture's own micro-conditioning.
@@ -63,6 +66,6 @@ class Teacher:
         with lora.disabled(self._base.network):
             output = self._base.predict(torch.cat([x, x]), torch.cat([t, t]), both)
         conditional, unconditional = output.chunk(2)
-        if self._cache and places:
-            self._cache.write(places, conditional, unconditional)
+        if self._cache and samples:
+            self._cache.write(samples, conditional, unconditional)
         return conditional, unconditional

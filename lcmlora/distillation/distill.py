@@ -1,7 +1,7 @@
 """Distillation of a LoRA: a run from the latent cache to the adapter's folder.
 
-It reads the latent cache only: there is a text encoder in memory only for a cache of token ids,
-behind its `embed`, and a VAE only where pictures are asked for, behind the `decode` that is passed in.
+It reads pictures from the latent cache alone. A text encoder is in memory only if the cache holds token ids instead of
+embeddings, a VAE only if validation pictures are wanted (`decode`).
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lcmlora import stages
 from lcmlora.adapters import lora
-from lcmlora.adapters.metadata import Sampler
+from lcmlora.adapters.metadata import FACTS, SCHEDULER, Distilled, DistillSettings, SamplerFacts, Validated
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.families import Conditioning
+from lcmlora.bases.folders import Identity
 from lcmlora.config import Distill, check_trajectory, digest
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion import samplers
@@ -30,50 +31,57 @@ from lcmlora.distillation.validation import Validation
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, write_json
 from lcmlora.parallel.ranks import Ranks
-from lcmlora.training.batches import Batch, Batches, split
+from lcmlora.training.batches import Batch, Batches, split_rows
 from lcmlora.training.execution import AdapterCheck, eager
-from lcmlora.training.loop import Logger, train
+from lcmlora.training.loop import Logger, TrainingState, train
 
 
-def distill(
+class Probe(NamedTuple):
+    """The inputs of one fixed forward."""
+
+    latents: Tensor  # (B, C, h, w)
+    timesteps: Tensor  # (B,) int64
+    conditioning: Conditioning
+
+
+def distill_adapter(
     base: LoadedBase,
     cache: LatentCache,
     settings: Distill,
     scratch: Path,
     out: Path,
     *,
-    identity: dict[str, Any],
+    identity: Identity,
     logger: Logger,
     ranks: Ranks | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
     teacher_cache: tuple[Path, int] | None = None,
-) -> dict[str, Any]:
-    """Trains the adapter and writes the folder `out`; returns its config.json.
+) -> Distilled | None:
+    """Trains the adapter, writes the folder `out` and returns its config.json.
 
-    Of many processes all call this with the same arguments; the first one writes, validates and logs.
+    All processes of a run call this with the same arguments. The first one validates, logs and writes; the others
+    return None.
 
     Args:
-        base: with its UNet loaded, bare; it carries the adapter, active, when this returns.
+        base: with its network, without an adapter; afterwards it has the adapter, switched on.
         scratch: a locked folder of this configuration alone; a checkpoint in it is continued.
-        identity: what config.json says of the base.
-        decode: latents to pictures in [0, 1], for the validation pictures; without it there are none.
-        teacher_cache: a folder, the same for many runs, and the bytes that it may hold of what the teacher says of
-            the samples of this one.
+        identity: of the base, for config.json.
+        decode: latents (B, C, h, w) to pictures (B, 3, H, W) in [0, 1]; without it there are no validation pictures.
+        teacher_cache: a folder, which many runs may share, and the bytes that this run's teacher outputs may take
+            there.
 
     Raises:
-        UserError: the cache was made for other latents or holds less than a batch, the loss is not finite ten times in
-            a row, the adapter does not do what it should, or the processes have different files.
+        UserError: the cache was made for another base or holds less than a batch, the loss is not finite ten times in a
+            row, the adapter has no effect, or the processes have different files.
     """
     ranks = ranks or Ranks()
-    rows, held = _rows(base, cache, settings)
-    if teacher_cache and len(cache.buckets) > 1:
-        raise UserError("teacher_cache_gb: keeps what is said of one shape, and the pictures have several; set it to 0")
+    rows, validation_rows = _rows(base, cache, settings)
     batches = samples(cache, rows, settings, base.device, ranks)
-    probe = _probe(base, batches.at(range(-2, 0), rows[:1].expand(2)))
+    teacher_outputs = _teacher_cache(teacher_cache, base, cache, settings, batches, identity)
+    probe = probe_inputs(base, batches.at(range(-2, 0), rows[:1].expand(2)))
     check = AdapterCheck(base, *probe)
     optimization = equip(base, settings, ranks)
-    remembered = teacher_cache and _teacher_cache(*teacher_cache, base, cache, settings, batches, identity)
-    distillation = Distillation(base, cache.unconditional(), settings, remembered or None)
+    distillation = Distillation(base, cache.unconditional(), settings, teacher_outputs)
 
     if settings.compile:
         check.compiled(batches.size, 2 * batches.size)
@@ -84,7 +92,7 @@ def distill(
         distillation,
         optimization,
         batches,
-        lambda: Validation(distillation, cache, held, settings, batches.size, decode),
+        lambda: Validation(distillation, cache, validation_rows, settings, batches.size, decode),
         settings,
         scratch,
         check=check.student,
@@ -92,84 +100,108 @@ def distill(
         logger=logger,
         ranks=ranks,
     )
-    facts = {
-        "model": base.name,
-        "base": identity,
-        "prediction_type": base.schedule.prediction_type,
-        "data_digest": cache.digest,
-        "pictures": len(rows),
-        "distill": settings.model_dump(mode="json"),
-        "steps": settings.steps,
-        "final_loss": state["loss"],
-        "sampler": asdict(distillation.objective.sampler),
-        "seed": settings.seed,
-        "adapted_layers": lora.adapted_layers(base.network),
-        "lora_parameters": lora.parameters(base.network),
-        # Not Python's, nor torch's build (`+cpu`): the machine's, and the adapter is the same with others.
-        "versions": {name: number.partition("+")[0] for name, number in versions().items() if name != "python"},
-    }
+    made = None
     if ranks.first:
-        best = state["best"]
-        facts["validation"] = {"pictures": len(held), "loss": state["history"], "best_step": best["step"]}
-        optimization.use(best["weights"], _file_dtype(base))
-        _write(base, settings, out, facts, probe)
+        assert state.best is not None  # the last step is validated
+        optimization.load_weights(state.best["weights"], _file_dtype(base))
+        validated = Validated(pictures=len(validation_rows), loss=state.history, best_step=state.best["step"])
+        made = _facts(distillation, cache, settings, identity, len(rows), state, validated)
+        _write(distillation, settings, out, made, probe)
     ranks.wait()
-    return facts
+    return made
 
 
 def _rows(base: LoadedBase, cache: LatentCache, settings: Distill) -> tuple[Tensor, Tensor]:
-    """Returns the rows of the cache to train on and those to validate with, once it is what this base needs."""
+    """Returns the rows of the cache to train on and those to validate with.
+
+    Raises:
+        UserError: the cache was made for another base or for other settings, or holds less than a batch.
+    """
     check_trajectory(settings, cache.rollouts)
     if cache.latent_shape != base.latent_shape:
         raise UserError(
             f"the latent cache holds {cache.latent_shape}, {base.name} needs {base.latent_shape}: encode again"
         )
-    rows, held = split(cache, settings)
-    if len(rows) < settings.batch or not len(held):
+    rows, validation_rows = split_rows(cache, settings)
+    if len(rows) < settings.batch or not len(validation_rows):
         raise UserError(
             f"distill.batch: {settings.batch} is more than the {len(rows)} pictures of the cache that are left beside "
-            f"{len(held)} for validation"
+            f"{len(validation_rows)} for validation"
         )
-    return rows, held
-
-
-def _write(base: LoadedBase, settings: Distill, out: Path, facts: dict[str, Any], probe: Probe) -> None:
-    """Writes the adapter that the base carries, how to sample with it, and what is known of it."""
-    with atomic_folder(out) as folder:
-        placement = base.family.placement
-        tensors, metadata = lora.state_dict(base.network, placement), lora.adapter_metadata(settings.rank, placement)
-        lora.save_file(tensors, folder / lora.WEIGHTS, dtype=_file_dtype(base), metadata=metadata)
-        scheduler = samplers.scheduler_config(base.scheduler_config, Sampler(**facts["sampler"]))
-        write_json(folder / "scheduler_config.json", scheduler)
-        write_json(folder / "config.json", facts)
-        _save_probe(base, probe, folder / "probe.safetensors")
+    return rows, validation_rows
 
 
 def _teacher_cache(
-    folder: Path,
-    limit: int,
+    place: tuple[Path, int] | None,
     base: LoadedBase,
     cache: LatentCache,
     settings: Distill,
     batches: Batches,
-    identity: dict[str, Any],
-) -> TeacherCache:
-    """Returns the cache of all runs to which the teacher says the same, to the bit, of the same samples."""
+    identity: Identity,
+) -> TeacherCache | None:
+    """Returns the cache that is shared by all runs whose teacher has the same outputs, to the bit, for each sample."""
+    if place is None:
+        return None
+    if len(cache.buckets) > 1:
+        raise UserError("teacher_cache_gb: outputs of one shape are kept, and the pictures have several; set it to 0")
     decisive = ("seed", "batch", "grid", "empty_prompts", "validation_pictures", "compile")
     key = digest(
         settings.model_dump(include=set(decisive)),
         identity,
         cache.digest,
-        # What else decides how a pass is rounded.
+        # What else decides how a forward is rounded.
         {"dtype": str(base.dtype), "device": base.device.type, "rows": batches.size} | versions(),
         stages.algorithms("distill"),
     )
-    places = settings.steps * settings.batch
-    return TeacherCache(folder / f"{base.name}-{key[:12]}", base.latent_shape, base.dtype, places, limit)
+    folder, max_bytes = place
+    path = folder / f"{base.name}-{key[:12]}"
+    return TeacherCache(path, base.latent_shape, base.dtype, settings.steps * settings.batch, max_bytes)
+
+
+def _facts(
+    distillation: Distillation,
+    cache: LatentCache,
+    settings: Distill,
+    identity: Identity,
+    pictures: int,
+    state: TrainingState,
+    validated: Validated,
+) -> Distilled:
+    base = distillation.base
+    return Distilled(
+        model=base.name,
+        base=identity,
+        prediction_type=base.schedule.prediction_type,
+        data_digest=cache.digest,
+        pictures=pictures,
+        distill=DistillSettings.model_validate(settings.model_dump(mode="json")),
+        steps=settings.steps,
+        final_loss=state.loss,
+        sampler=SamplerFacts(**asdict(distillation.objective.sampler)),
+        seed=settings.seed,
+        adapted_layers=lora.adapted_layers(base.network),
+        lora_parameters=lora.parameters(base.network),
+        # Neither Python's nor torch's build (`+cpu`): these are the machine's, and the adapter is the same with others.
+        versions={name: number.partition("+")[0] for name, number in versions().items() if name != "python"},
+        validation=validated,
+    )
+
+
+def _write(distillation: Distillation, settings: Distill, out: Path, made: Distilled, probe: Probe) -> None:
+    """Writes the adapter that the base has now, its scheduler's configuration, its facts and the probe."""
+    base = distillation.base
+    with atomic_folder(out) as folder:
+        placement = base.family.placement
+        tensors, metadata = lora.state_dict(base.network, placement), lora.adapter_metadata(settings.rank, placement)
+        lora.save_file(tensors, folder / lora.WEIGHTS, dtype=_file_dtype(base), metadata=metadata)
+        scheduler = samplers.scheduler_config(base.scheduler_config, distillation.objective.sampler)
+        write_json(folder / SCHEDULER, scheduler)
+        made.write(folder / FACTS)
+        _save_probe(base, probe, folder / "probe.safetensors")
 
 
 def _file_dtype(base: LoadedBase) -> torch.dtype:
-    """Weights of a half-precision base are released in fp16, as the published adapters are."""
+    """Returns the precision of the adapter's file: of a half-precision base fp16, as the published adapters have it."""
     return torch.float32 if base.dtype == torch.float32 else torch.float16
 
 
@@ -178,25 +210,22 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "diffusers", "peft")}
 
 
-Probe = tuple[Tensor, Tensor, Conditioning]
-
-
-def _probe(base: LoadedBase, batch: Batch) -> Probe:
-    """Returns latents, timesteps and conditioning of one fixed forward."""
+def probe_inputs(base: LoadedBase, batch: Batch) -> Probe:
+    """Returns the noise and conditioning of a batch of two, with two timesteps."""
     timesteps = len(base.schedule)
     t = torch.tensor([timesteps - 1, timesteps // 2], device=base.device)
-    return batch.noise, t, {name: value.contiguous() for name, value in batch.conditioning.items()}
+    return Probe(batch.noise, t, {name: value.contiguous() for name, value in batch.conditioning.items()})
 
 
 @torch.no_grad()
 def _save_probe(base: LoadedBase, probe: Probe, path: Path) -> None:
-    """Writes one forward of the live student and of the base alone, for whoever reloads the file to compare with."""
-    latents, timesteps, conditioning = probe
+    """Writes the probe with the student's and the base's outputs, with which packaging compares a reloaded adapter."""
+    from safetensors.torch import save_file
+
     with eager():
         student = base.predict(*probe)
         with lora.disabled(base.network):
             alone = base.predict(*probe)
-    tensors = {"latents": latents, "timesteps": timesteps, "student": student, "base": alone} | conditioning
-    from safetensors.torch import save_file
-
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
+    inputs = {"latents": probe.latents, "timesteps": probe.timesteps} | probe.conditioning
+    tensors = {"student": student, "base": alone} | inputs
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)

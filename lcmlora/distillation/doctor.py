@@ -1,15 +1,15 @@
-"""`lcmlora doctor`: before hours are spent, a real step and a validation at the chosen settings."""
+"""`lcmlora doctor`: measures some training steps and a validation, and says what the whole distillation will take."""
 
 from __future__ import annotations
 
 import gc
+import json
 import resource
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,34 +21,34 @@ from lcmlora.distillation.loss import Distillation, equip, samples
 from lcmlora.distillation.validation import Validation
 from lcmlora.errors import UserError
 from lcmlora.patches import installed
-from lcmlora.training.batches import split
+from lcmlora.training.batches import split_rows
 from lcmlora.training.execution import pick_checkpointing, recompute
 from lcmlora.training.loop import take_step
 from lcmlora.training.optimization import Optimization
 
 _TIMED = 2  # steps, after one that warms up
-_THRIFT = ("none", "selective", "full")
+_CHECKPOINTING = ("none", "selective", "full")  # from the most memory to the least
 _BUFFERS = 5  # of the adapter's size in a checkpoint: weights, average, two moments, the best weights
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to run a step, and how it went: seconds and peak bytes, or neither where memory ran out."""
+    """Settings that divide a step or save memory, and the measured step: neither figure if memory ran out."""
 
     accumulate: int
     checkpointing: str
     seconds: float | None = None
-    peak: int | None = None
+    peak: int | None = None  # bytes
 
 
 @dataclass(frozen=True)
-class Examination:
+class Estimate:
     """What a distillation at these settings will take. Sizes in bytes, times in seconds, for one process."""
 
     device: str
     memory: int | None  # of the GPU
     precision: str
-    patches: list[str]  # what the UNet runs in a training step instead of its own code
+    patches: list[str]  # of the network in a training step
     pictures: int
     captions: int
     validation_pictures: int
@@ -56,32 +56,39 @@ class Examination:
     trials: list[Trial]  # the chosen settings first
     best: Trial
     images_per_second: float  # over all processes
-    targets: float  # drawing up the validation, once
-    validation: float  # looking at it, each time
+    targets: float  # computing the validation targets, once
+    validation: float  # each validation
     total: float
     checkpoint: int
     free: int  # on the disk of the scratch folder
 
-    def plain(self) -> dict[str, Any]:
-        return asdict(self)
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
 
 
-def examine(base: LoadedBase, cache: LatentCache, settings: Distill, launch: Launch, scratch: Path) -> Examination:
-    """Returns what these settings will take on this device.
+@dataclass(frozen=True)
+class _ValidationTime:
+    targets: float  # seconds, once
+    each: float  # seconds
+
+
+def estimate_run(base: LoadedBase, cache: LatentCache, settings: Distill, launch: Launch, scratch: Path) -> Estimate:
+    """Returns what a distillation at these settings will take on this device.
 
     Args:
-        base: bare, with its UNet and VAE; it has an adapter afterwards.
+        base: with its network and VAE, without an adapter; afterwards it has one.
+        scratch: the folder that checkpoints will be written to.
 
     Raises:
-        UserError: too few pictures, too little disk, or too little memory; in the last case with settings that fit.
+        UserError: too few pictures, too little disk, or too little memory; in the last case it names settings that fit.
     """
-    rows, held = split(cache, settings)
-    if len(rows) < settings.batch or not len(held):
+    rows, validation_rows = split_rows(cache, settings)
+    if len(rows) < settings.batch or not len(validation_rows):
         raise UserError(
-            f"distill.batch: {settings.batch} is more than the {len(rows)} pictures to train on, or the {len(held)} to "
-            "validate with are none"
+            f"distill.batch: {settings.batch} is more than the {len(rows)} pictures to train on, or the "
+            f"{len(validation_rows)} to validate with are none"
         )
-    # This process's share of a step, as if it were the only one.
+    # One process's share of a step, on this process alone.
     share = settings.model_copy(
         update={
             "batch": settings.batch // (launch.processes * launch.machines),
@@ -89,76 +96,90 @@ def examine(base: LoadedBase, cache: LatentCache, settings: Distill, launch: Lau
         }
     )
     optimization = equip(base, share)
-    patched = [str(each) for each in installed(base.network)]
+    patches = [str(patch) for patch in installed(base.network)]
     distillation = Distillation(base, cache.unconditional(), share)
     trials = _trials(distillation, optimization, cache, rows, share)
-    best = min((trial for trial in trials if trial.seconds), key=lambda trial: trial.seconds or 0.0)
-
-    recompute(base.network, "none")
-    began = _now(base.device)
-    size = max(1, share.batch // settings.accumulate)
-    validation = Validation(distillation, cache, held, share, size, base.decode)
-    drawn_up = _now(base.device)
-    validation.loss(), validation.pictures()
-    looked = _now(base.device) - drawn_up
-    looks = -(-settings.steps // settings.validate_every)
     seconds = trials[0].seconds or 0.0
-    checkpoint = _BUFFERS * 4 * sum(p.numel() for p in base.network.parameters() if p.requires_grad)
-    examination = Examination(
-        device=_device_name(base.device),
-        memory=torch.cuda.get_device_properties(base.device).total_memory if base.device.type == "cuda" else None,
+    validating = _time_validation(distillation, cache, validation_rows, share)
+    validations = -(-settings.steps // settings.validate_every)
+    device = base.device
+    return Estimate(
+        device=_device_name(device),
+        memory=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
         precision=str(base.dtype).removeprefix("torch."),
-        patches=patched,
+        patches=patches,
         pictures=len(rows),
         captions=int(cache.captions().max()) + 1,
-        validation_pictures=len(held),
+        validation_pictures=len(validation_rows),
         epochs=settings.steps * settings.batch / len(rows),
         trials=trials,
-        best=best,
+        best=min((trial for trial in trials if trial.seconds), key=lambda trial: trial.seconds or 0.0),
         images_per_second=settings.batch / seconds,
-        targets=drawn_up - began,
-        validation=looked,
-        total=settings.steps * seconds + (drawn_up - began) + looks * looked,
-        checkpoint=checkpoint,
+        targets=validating.targets,
+        validation=validating.each,
+        total=settings.steps * seconds + validating.targets + validations * validating.each,
+        checkpoint=_checkpoint_bytes(base, scratch),
         free=shutil.disk_usage(scratch).free,
     )
-    if examination.free < 2 * checkpoint:
+
+
+def _time_validation(
+    distillation: Distillation, cache: LatentCache, rows: Tensor, settings: Distill
+) -> _ValidationTime:
+    """Returns the seconds of a validation of these rows of the cache, with pictures."""
+    base = distillation.base
+    recompute(base.network, "none")
+    start = _now(base.device)
+    validation = Validation(
+        distillation, cache, rows, settings, max(1, settings.batch // settings.accumulate), base.decode
+    )
+    targets_done = _now(base.device)
+    validation.loss()
+    validation.pictures()
+    return _ValidationTime(targets_done - start, _now(base.device) - targets_done)
+
+
+def _checkpoint_bytes(base: LoadedBase, scratch: Path) -> int:
+    """Returns the size of a checkpoint. Raises UserError if the disk has no room for two."""
+    size = _BUFFERS * 4 * sum(p.numel() for p in base.network.parameters() if p.requires_grad)
+    free = shutil.disk_usage(scratch).free
+    if free < 2 * size:
         raise UserError(
-            f"{scratch}: a checkpoint takes {checkpoint / 1e6:.0f} MB, and its successor needs as much beside it; "
-            f"{examination.free / 1e6:.0f} MB are free"
+            f"{scratch}: a checkpoint takes {size / 1e6:.0f} MB, and the next one is written beside it; "
+            f"{free / 1e6:.0f} MB are free"
         )
-    return examination
+    return size
 
 
 def _trials(
     distillation: Distillation, optimization: Optimization, cache: LatentCache, rows: Tensor, settings: Distill
 ) -> list[Trial]:
-    """Returns how the chosen way to run a step went, and on a GPU how others did.
+    """Returns the trial of the chosen settings, and on a GPU those of others.
 
     Raises:
-        UserError: memory ran out, with settings that fit if there are any.
+        UserError: memory ran out; it names settings that fit, if there are any.
     """
     base, device = distillation.base, distillation.base.device
 
-    def attempt(trial: Trial) -> Trial:
-        tried = settings.model_copy(update={"accumulate": trial.accumulate, "checkpointing": trial.checkpointing})
+    def measure(trial: Trial) -> Trial:
+        changed = settings.model_copy(update={"accumulate": trial.accumulate, "checkpointing": trial.checkpointing})
         recompute(base.network, trial.checkpointing)
-        batches = samples(cache, rows, tried, device)
-        _forget(device)
+        batches = samples(cache, rows, changed, device)
+        _free_memory(device)
         try:
-            take_step(distillation, optimization, batches, tried, 0)
-            began = _now(device)
+            take_step(distillation, optimization, batches, changed, 0)
+            start = _now(device)
             for step in range(1, 1 + _TIMED):
-                take_step(distillation, optimization, batches, tried, step)
+                take_step(distillation, optimization, batches, changed, step)
         except torch.OutOfMemoryError:
             return trial
-        return Trial(trial.accumulate, trial.checkpointing, (_now(device) - began) / _TIMED, _peak(device))
+        return Trial(trial.accumulate, trial.checkpointing, (_now(device) - start) / _TIMED, _peak(device))
 
-    chosen = attempt(Trial(settings.accumulate, settings.checkpointing))
+    chosen = measure(Trial(settings.accumulate, settings.checkpointing))
     trials = [chosen]
     if device.type == "cuda" or not chosen.seconds:
         for other in _others(settings, fits=bool(chosen.seconds)):
-            trials.append(attempt(other))
+            trials.append(measure(other))
             if not chosen.seconds and trials[-1].seconds:
                 break
     if not chosen.seconds:
@@ -174,20 +195,20 @@ def _trials(
 
 
 def _others(settings: Distill, *, fits: bool) -> Iterator[Trial]:
-    """Yields other ways to run a step, the fastest first: freer ones where the chosen one fits, else thriftier ones."""
+    """Yields other settings for a step, the fastest first: with more memory if the chosen ones fit, else with less."""
     divisors = [a for a in range(1, settings.batch + 1) if settings.batch % a == 0]
-    chosen = (settings.accumulate, _THRIFT.index(settings.checkpointing))
+    chosen = (settings.accumulate, _CHECKPOINTING.index(settings.checkpointing))
     for accumulate in divisors:
-        for level, how in enumerate(_THRIFT):
+        for level, checkpointing in enumerate(_CHECKPOINTING):
             if (accumulate, level) == chosen:
                 continue
-            freer = accumulate <= chosen[0] and level <= chosen[1]
-            thriftier = accumulate >= chosen[0] and level >= chosen[1]
-            if freer if fits else thriftier:
-                yield Trial(accumulate, how)
+            needs_more = accumulate <= chosen[0] and level <= chosen[1]
+            needs_less = accumulate >= chosen[0] and level >= chosen[1]
+            if needs_more if fits else needs_less:
+                yield Trial(accumulate, checkpointing)
 
 
-def _forget(device: torch.device) -> None:
+def _free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -195,12 +216,14 @@ def _forget(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
+    """Returns the most bytes that were in use: on a GPU since `_free_memory`, on a CPU since the process began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _now(device: torch.device) -> float:
+    """Returns the time in seconds when the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -210,12 +233,12 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
 
 
-def show(examination: Examination, settings: Distill, name: str) -> None:
-    """Prints the examination as a table."""
+def print_estimate(estimate: Estimate, settings: Distill, name: str) -> None:
+    """Prints the estimate as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    e, chosen = examination, examination.trials[0]
+    e, chosen = estimate, estimate.trials[0]
     table = Table(show_header=False, title=f"distill {name}")
     memory = f", {e.memory / 1e9:.0f} GB" if e.memory else ""
     table.add_row("device", f"{e.device}{memory}, {e.precision}")
@@ -227,11 +250,13 @@ def show(examination: Examination, settings: Distill, name: str) -> None:
     for number, patch in enumerate(e.patches):
         table.add_row("" if number else "patches", patch)
     for trial in e.trials:
-        how = f"accumulate {trial.accumulate}, checkpointing {trial.checkpointing}"
-        went = f"{trial.seconds:.3g} s, peak {trial.peak / 1e9:.2f} GB" if trial.seconds and trial.peak else "no memory"
-        table.add_row("a step" + (" as chosen" if trial is chosen else " with"), f"{how}: {went}")
+        label = "a step as chosen" if trial is chosen else "a step with"
+        result = "too little memory"
+        if trial.seconds and trial.peak:
+            result = f"{trial.seconds:.3g} s, peak {trial.peak / 1e9:.2f} GB"
+        table.add_row(label, f"accumulate {trial.accumulate}, checkpointing {trial.checkpointing}: {result}")
     table.add_row("speed", f"{e.images_per_second:.3g} images/s")
-    table.add_row("validation", f"{e.targets:.1f} s to draw up, {e.validation:.1f} s each time")
+    table.add_row("validation", f"{e.targets:.1f} s for the targets, {e.validation:.1f} s each time")
     table.add_row("in all", f"{e.total / 3600:.2f} h for {settings.steps} steps")
     table.add_row("checkpoint", f"{e.checkpoint / 1e6:.0f} MB every {settings.checkpoint_every} steps; "
                                 f"{e.free / 1e9:.0f} GB free")  # fmt: skip

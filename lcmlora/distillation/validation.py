@@ -1,8 +1,9 @@
-"""Validation while training: the student's jumps against the teacher's own way there, on pictures kept from training.
+"""Validation during a distillation: the student's jumps against the teacher's solver, on pictures kept from training.
 
-The loss of training moves with the student, and a student that says the same everywhere has none. Here the target
-stands still: from fixed noisy states at the student's own timesteps the teacher walks the solver's grid down to where
-the student would jump, once. The figure is how far from there the student's jump ends.
+The training loss compares the student with itself: it is zero for a student whose output is the same everywhere. The
+targets here are fixed. At the start of a run the teacher solves from fixed noisy states, at the timesteps of a student
+of a few steps, down to the timestep that the student jumps to. The validation loss is the distance of the student's
+jumps from these targets.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ if TYPE_CHECKING:
     from lcmlora.distillation.loss import Distillation
     from lcmlora.training.loop import Logger
 
-STEPS = 4  # of the student whose timesteps are validated, and of the pictures it draws
-_SHOWN = 8  # pictures drawn
+STEPS = 4  # of the student whose timesteps are validated and which draws the pictures
+_PICTURES = 8  # that are drawn
 
 
 @dataclass(frozen=True)
 class _Jump:
     batch: Batch
-    index: Tensor  # (B,) rows of the grid, equal ones
-    x: Tensor  # (B, C, h, w) where it starts
-    s: Tensor  # (B,) int64
-    target: Tensor  # (B, C, h, w)
+    index: Tensor  # (B,) int64, row of the solver timesteps where it starts, the same for all
+    x: Tensor  # (B, C, h, w) state where it starts
+    s: Tensor  # (B,) int64, timestep where it ends
+    target: Tensor  # (B, C, h, w) state of the teacher's solver at s
 
 
 class Validation:
-    """The fixed states with their targets, drawn up at the start of a run."""
+    """Fixed noisy states and their targets, computed when this is made."""
 
     def __init__(
         self,
@@ -54,9 +55,9 @@ class Validation:
         decode: Callable[[Tensor], Tensor] | None,
     ) -> None:
         """Args:
-        rows: (N,) int64, the pictures kept from training.
+        rows: (N,) int64, of the pictures kept from training.
         size: pictures in one forward.
-        decode: latents (B, C, h, w) to pictures (B, 3, H, W) in [0, 1]; without it nothing is drawn.
+        decode: latents (B, C, h, w) to pictures (B, 3, H, W) in [0, 1]; without it no pictures are drawn.
         """
         self._distillation = distillation
         self._settings = settings = settings.model_copy(update={"empty_prompts": 0.0})
@@ -70,13 +71,14 @@ class Validation:
         parts = chunks(cache, rows, size)
         groups = [(int((upper == t).nonzero()), part) for t in starts for part in parts]
         self._jumps = [
-            self._draw_up(batches, index, part, objective) for index, part in track(groups, "validation targets")
+            self._jump(batches, index, part, objective) for index, part in track(groups, "validation targets")
         ]
 
     @torch.no_grad()
-    def _draw_up(self, batches: Batches, row: int, rows: Tensor, objective: Objective) -> _Jump:
+    def _jump(self, batches: Batches, row: int, rows: Tensor, objective: Objective) -> _Jump:
+        """Returns the jumps of these rows of the cache from one row of the solver timesteps."""
         d = self._distillation
-        # Places before the stream's beginning: none of them is trained on.
+        # Negative sample indices: no training sample has their random numbers.
         batch = batches.at(range(-1 - int(rows[0]) - len(rows), -1 - int(rows[0])), rows)
         index = torch.full_like(batch.index, row)
         s = objective.reach(index)
@@ -89,8 +91,8 @@ class Validation:
             x = d.teacher.step(x, t, t_prev, w, batch.conditioning)
         return _Jump(batch, index, start, s, x)
 
-    def look(self, step: int, logger: Logger) -> float:
-        """Logs loss and pictures of the live student at this step and returns the loss. Raises as `loss` does."""
+    def validate(self, step: int, logger: Logger) -> float:
+        """Logs loss and pictures of the student as it is at this step and returns the loss. Raises as `loss` does."""
         loss, pictures = self.loss(), self.pictures()
         logger.log({"validation_loss": loss}, step)
         if pictures:
@@ -99,7 +101,7 @@ class Validation:
 
     @torch.no_grad()
     def loss(self) -> float:
-        """Returns the mean pseudo-Huber distance of the live student's jumps from their targets.
+        """Returns the mean pseudo-Huber distance of the student's jumps from their targets.
 
         Raises:
             UserError: it is not finite.
@@ -108,8 +110,8 @@ class Validation:
         losses = []
         for jump in self._jumps:
             t = d.teacher.t[jump.index]
-            reached = d.objective.jump(jump.x, d.student(jump.x, t, jump.batch.conditioning), t, jump.s)
-            losses.append(pseudo_huber(reached, jump.target, self._settings.huber_c))
+            end = d.objective.jump(jump.x, d.student(jump.x, t, jump.batch.conditioning), t, jump.s)
+            losses.append(pseudo_huber(end, jump.target, self._settings.huber_c))
         loss = torch.cat(losses).mean().item()
         if not loss == loss or loss == float("inf"):
             raise UserError("the validation loss is not finite; lower distill.lr or raise distill.precision")
@@ -117,7 +119,7 @@ class Validation:
 
     @torch.no_grad()
     def pictures(self) -> Image | None:
-        """Returns a row of pictures that the live student draws, the same captions and noise each time."""
+        """Returns a row of pictures that the student draws, of the same captions and noise each time."""
         if self._decode is None:
             return None
         import numpy as np
@@ -125,19 +127,18 @@ class Validation:
 
         d, settings = self._distillation, self._settings
         batch = self._jumps[0].batch
-        shown = range(min(_SHOWN, len(batch.z)))
-        conditioning = {name: value[: len(shown)] for name, value in batch.conditioning.items()}
-        latents = sampling.sample(
+        count = min(_PICTURES, len(batch.z))
+        conditioning = {name: value[:count] for name, value in batch.conditioning.items()}
+        latents = sampling.sample_student(
             d.base,
             conditioning,
-            sampling.initial_noise(batch.z.shape[1:], settings.seed, shown),
-            method=sampling.STUDENT,
+            sampling.initial_noise(batch.z.shape[1:], settings.seed, range(count)),
             steps=min(STEPS, settings.grid),
             seed=settings.seed,
-            indices=shown,
+            indices=range(count),
             sampler=d.objective.sampler,
         )
-        # One by one: a decoder at full size would need more memory than the step.
+        # One by one: at full resolution the decoder needs more memory for a batch than a training step does.
         row = torch.cat([self._decode(one)[0] for one in latents.split(1)], dim=2)
         if not row.isfinite().all():
             raise UserError("the validation pictures are not finite; is the base's VAE whole?")

@@ -1,30 +1,32 @@
-"""Pictures that a person judges by: a grid of prompts against methods, and distance against cost."""
+"""Pictures that a person judges by: a contact sheet of captions against methods, and distance against cost."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 from lcmlora.evaluation.figures import NAMES
 
-K = TypeVar("K", bound=str)  # the name of a set
-
 _COLOURS = {"student": "#c8322b", "teacher": "#222222", "ddim": "#4c78a8", "dpm++": "#59a14f", "unipc": "#b07aa1"}
-_INK, _SOFT, _PAPER, _ACCENT = "#222222", "#6b6b6b", "#ffffff", "#c8322b"
-_CELL_MIN, _CELL_MAX = 128, 256  # pixels of one picture in the grid
-_GAP, _LABEL, _HEADER = 6, 150, 48
+_INK, _SOFT, _PAPER, _ACCENT, _TINT = "#222222", "#6b6b6b", "#ffffff", "#c8322b", "#fae9e7"
+_CELL_MIN, _CELL_MAX = 128, 256  # pixels of one picture in the contact sheet
+_GAP, _APART, _LABEL, _HEADER = 6, 20, 150, 62
 
 
 class Row(NamedTuple):
-    """One method at one step count, as the table for plots has it."""
+    """One method at one number of network evaluations, as the table for plots has it; empty where it has no setting."""
 
     method: str
-    steps: int
     network_evaluations: int
+    steps: int
+    guidance_scale: float
+    spacing: str
+    karras: bool | str
+    final: str
     distance_teacher: float
     excess: float
     retrieval: float
@@ -49,26 +51,42 @@ def _cell(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def grid(captions: list[str], columns: Mapping[K, list[Image.Image]], path: Path) -> None:
-    """Writes a PNG with a row for each caption and a column of square pictures for each key, like `dpm++@4`."""
-    side = _cell(next(iter(columns.values()))[0]).width
-    width = _LABEL + len(columns) * (side + _GAP) + _GAP
-    sheet = Image.new("RGB", (width, _HEADER + len(captions) * (side + _GAP)), _PAPER)
+class Column(NamedTuple):
+    """A column of the contact sheet."""
+
+    pictures: list[Image.Image]  # square, one for each caption
+    name: str
+    details: str = ""  # below the name, in small print
+    group: str = ""  # what it has in common with its neighbours, such as `4 network evaluations`
+    is_student: bool = False
+
+
+def contact_sheet(captions: list[str], columns: list[Column], path: Path) -> None:
+    """Writes a PNG with a row of pictures for each caption; neighbouring columns of one group have one title."""
+    side = _cell(columns[0].pictures[0]).width
+    details = [textwrap.wrap(column.details, side // 7) for column in columns]
+    header = _HEADER + 15 * max(map(len, details))
+    lefts = [_LABEL]
+    for before, column in pairwise(columns):
+        lefts.append(lefts[-1] + side + (_GAP if before.group == column.group else _APART))
+    sheet = Image.new("RGB", (lefts[-1] + side + _APART, header + len(captions) * (side + _GAP)), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    for column, (key, pictures) in enumerate(columns.items()):
-        left = _LABEL + column * (side + _GAP)
-        method, _, steps = key.partition("@")
-        ink = _ACCENT if method == "student" else _INK
-        pen.text((left + side / 2, 16), NAMES.get(method, method), ink, _font(14, bold=True), anchor="mm")
-        if steps:
-            unit = "step" if steps == "1" else "steps"
-            pen.text((left + side / 2, 34), f"{steps} {unit}", _SOFT, _font(12), anchor="mm")
-        for row, picture in enumerate(pictures[: len(captions)]):
-            sheet.paste(_cell(picture), (left, _HEADER + row * (side + _GAP)))
+    for column, left, lines in zip(columns, lefts, details, strict=True):
+        ink = _ACCENT if column.is_student else _INK
+        if column.is_student:
+            pen.rectangle((left - _GAP // 2, 28, left + side + _GAP // 2 - 1, sheet.height), _TINT)
+        pen.text((left + side / 2, 42), column.name, ink, _font(14, bold=True), anchor="mm")
+        pen.multiline_text((left + side / 2, 54), "\n".join(lines), _SOFT, _font(11), anchor="ma", align="center")
+        for row, picture in enumerate(column.pictures[: len(captions)]):
+            sheet.paste(_cell(picture), (left, header + row * (side + _GAP)))
+    for group in filter(None, dict.fromkeys(column.group for column in columns)):
+        places = [left for column, left in zip(columns, lefts, strict=True) if column.group == group]
+        pen.text(((places[0] + places[-1] + side) / 2, 13), group, _INK, _font(14, bold=True), anchor="mm")
+        pen.line((places[0], 26, places[-1] + side, 26), _SOFT)
     for row, caption in enumerate(captions):
-        middle = _HEADER + row * (side + _GAP) + side / 2
-        lines = textwrap.wrap(caption, 18, max_lines=max(1, side // 20), placeholder=" ...")
-        pen.multiline_text((_LABEL - 12, middle), "\n".join(lines), _INK, _font(13), anchor="rm", align="right")
+        middle = header + row * (side + _GAP) + side / 2
+        text = "\n".join(textwrap.wrap(caption, 18, max_lines=max(1, side // 20), placeholder=" ..."))
+        pen.multiline_text((_LABEL - 12, middle), text, _INK, _font(13), anchor="rm", align="right")
     sheet.save(path, optimize=True)
 
 

@@ -4,45 +4,71 @@ from __future__ import annotations
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcmlora.adapters import formats, lora
 from lcmlora.adapters.metadata import read_sampler
 from lcmlora.bases.base import LoadedBase
-from lcmlora.bases.folders import compared
+from lcmlora.bases.folders import comparable_digests
 from lcmlora.config import Data, Evaluation
-from lcmlora.data.sources.source import read_records
-from lcmlora.diffusion import sampling
+from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import charts, timings
-from lcmlora.evaluation.drawing import Way, distinct_captions, latency, read_strip, save_strip, strip_path
-from lcmlora.evaluation.figures import REAL, STUDENT, TEACHER, Advantage, Intervals, Key, Metrics
-from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
-from lcmlora.evaluation.measures.distances import distance
-from lcmlora.evaluation.measures.features import Features
-from lcmlora.evaluation.measures.metrics import diversity, retrieval_hits
-from lcmlora.evaluation.reference import (
+from lcmlora.evaluation.comparisons.check import measure_check
+from lcmlora.evaluation.comparisons.measuring import bootstrap_of, measure
+from lcmlora.evaluation.comparisons.worst import draw_worst, keep_worst, worst_captions
+from lcmlora.evaluation.figures import (
     AGAIN,
+    REAL,
+    STUDENT,
+    TEACHER,
+    Key,
+    Metrics,
+    WorstCaptions,
+)
+from lcmlora.evaluation.image_sets import (
+    CHECK,
+    FEATURES,
+    ImageSet,
+    ImageSets,
+    Settings,
+    StudentSettings,
+    first_pictures,
+    latency,
+    read_thumbnails,
+    save_thumbnails,
+    thumbnails_path,
+)
+from lcmlora.evaluation.measures.features import Features
+from lcmlora.evaluation.reference import (
     REFERENCE,
     Reference,
-    artist_of,
+    image_sets_of,
+    load_check,
     load_features,
     load_scorers,
     mean_scores,
 )
+from lcmlora.evaluation.sets.captions import reporting, reporting_seeds
+from lcmlora.evaluation.sets.own_prompts import OWN_PICTURES, OWN_PROMPTS, read_own_prompts
 from lcmlora.io import parsing
 from lcmlora.io.files import atomic_folder, atomic_write, sha256_file, write_json
 from lcmlora.io.parsing import as_object
 
-_GRID_STEPS = 4  # at which the grid shows the solvers: where the adapter is meant to be used
+# Settings of `evaluation` that decide what is in a reference.
+_DRAWN = (
+    *("seed", "pictures", "guidance_scale", "teacher_steps"),
+    *("solvers", "solver_evaluations", "guidance_scales", "choosing_pictures"),
+)
 
 
-def evaluate(
+def evaluate_student(
     base: LoadedBase,
     adapter: Path,
     data: Data,
@@ -54,6 +80,7 @@ def evaluate(
     metrics_file: Path,
     plots_file: Path,
     timings_folder: Path,
+    gate_steps: int = 4,
 ) -> Metrics:
     """Draws with the student, compares, and returns the metrics, which it also writes to `metrics_file`.
 
@@ -66,54 +93,70 @@ def evaluate(
         adapter: the folder that `distill` wrote.
         reference: the folder that `draw_reference` wrote.
         scratch: folder in which a run that was killed left its batches.
+        gate_steps: the student's steps at which its worst captions are shown (`gate.steps`).
 
     Raises:
         UserError: the reference was made for another base, with other features, prompts or settings, or the student is
             asked for more steps than it was distilled on.
     """
-    features = load_features(base, settings)
+    features, check = load_features(base, settings), load_check(base, settings)
     facts = read_reference(reference)
-    records = read_records(pictures / "validation.jsonl")
-    prompts = distinct_captions(records)[: settings.pictures]
-    _check_reference(reference, facts, features, settings, prompts, adapter)
-    ways = student_ways(adapter, settings.student_steps, "evaluation.student_steps")
+    captions = reporting(pictures)
+    prompts = captions.prompts[: settings.pictures]
+    _check_reference(reference, facts, features, check, settings, prompts, adapter)
+    students = student_settings(adapter, settings.student_steps, "evaluation.student_steps")
     scorers = load_scorers(base, settings)
-    artist = artist_of(base, features, settings, prompts, settings.pictures, scratch, scorers)
+    image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers, check)
+    own = own_reference(reference, settings)
+    own_sets = replace(image_sets, prompts=own.prompts) if own else None
 
     layers, identity = adapter_layers(adapter)
+    seed = reporting_seeds(settings.seed).compared
     with lora.applied(base.network, layers, str(adapter)):
-        drawn = {key: artist.draw(key, way, settings.seed + 1, identity) for key, way in ways.items()}
-        speed = latency(base, prompts, ways, settings.latency_repeats)
-    # One solver stands for all: their own arithmetic is nothing beside the network's.
-    scale, solver = settings.guidance_scale, settings.solvers[0]
-    plain = {facts.teacher: Way("ddim", settings.teacher_steps, scale)}
-    comparable = [n for n in settings.solver_steps if 2 * n <= max(settings.student_steps)]
-    plain |= {Key.of(solver, n): Way(solver, n, scale) for n in comparable}
-    others = latency(base, prompts, plain, settings.latency_repeats)
+        drawn = {key: image_sets.draw(key, each, seed, identity) for key, each in students.items()}
+        own_drawn = {
+            key: own_sets.draw(f"own prompts, {key}", each, seed, identity)
+            for key, each in (students.items() if own_sets else ())
+        }
+        speed = latency(base, prompts, students, settings.latency_repeats)
+    metrics = _measured(facts, reference, drawn, settings, base.device).model_copy(update={"adapter": identity})
+    if own:
+        about_own = _measured(own, reference / OWN_PROMPTS, own_drawn, settings, base.device)
+        metrics = metrics.model_copy(update={"own_prompts": about_own})
+    worst = worst_captions(
+        metrics,
+        _sets(reference, drawn),
+        image_sets.shown,
+        facts.captions.gallery,
+        Key.of(STUDENT, gate_steps),
+        settings.worst_captions,
+    )
+    metrics = metrics.model_copy(update={"worst": worst}) if worst else metrics
+    others = latency(base, prompts, _timed(metrics, settings), settings.latency_repeats)
     speed = speed.model_copy(update={"seconds": speed.seconds | others.seconds})
-
-    student = {key: drawing.features for key, drawing in drawn.items()}
-    kept = load_file(reference / "features.safetensors")
-    sets = {Key(name): value for name, value in kept.items()} | student
-    digest = sha256_file(reference / "features.safetensors")
-    measured = {"reference_digest": digest, "adapter": identity, "scores": _scores(facts, mean_scores(drawn))}
-    metrics = measure(facts, sets, settings.resamples).model_copy(update=measured)
-    table = _table(metrics)
+    table = plot_rows(metrics, settings.guidance_scale)
     with atomic_folder(out) as folder:
-        save_file(student, folder / "features.safetensors")
-        shutil.copytree(reference / "pictures", folder / "pictures")
-        # Of the teacher's two sets the one that starts from the same noise as all others is shown.
-        strip_path(folder, facts.teacher + AGAIN).replace(strip_path(folder, facts.teacher))
-        for key, drawing in drawn.items():
-            save_strip(drawing.strip, strip_path(folder, key))
-        rows = artist.shown[: artist.rows]
-        write_json(folder / "pictures" / "prompts.json", {"prompts": rows, "side": base.resolution})
-        charts.grid(rows, _columns(settings, folder), folder / "grid.png")
+        save_file({key: image_set.features for key, image_set in drawn.items()}, folder / FEATURES)
+        _keep_pictures(reference, facts, image_sets, drawn, folder)
+        if own_sets and own:
+            _keep_pictures(reference / OWN_PROMPTS, own, own_sets, own_drawn, folder, OWN_PICTURES)
+        if worst:
+            bare: dict[Key, Settings] = _bare(metrics, settings, worst)
+            with lora.applied(base.network, layers, str(adapter)):
+                shown = draw_worst(image_sets, worst, {worst.student: students[worst.student]}, seed)
+            shown |= draw_worst(image_sets, worst, bare, seed)
+            if facts.counts.real:
+                listed = [each.caption for each in worst.captions]
+                shown[Key(REAL)] = first_pictures(data, captions.records, listed, base.resolution)
+            keep_worst(worst, shown, folder)
+        charts.contact_sheet(image_sets.shown[: image_sets.rows], _columns(metrics, folder), folder / "grid.png")
         charts.curves(table, metrics.floor, folder / "steps.png")
     atomic_write(plots_file, lambda path: _write_csv(path, table))
     metrics.write(metrics_file)
+    digest = metrics.reference_digest
+    assert digest is not None
     seconds = timings.read(timings_folder / timings.REFERENCE, reference_digest=digest).seconds_per_picture
-    seconds = seconds | {key: drawing.seconds for key, drawing in drawn.items()}
+    seconds = seconds | {key: image_set.seconds for key, image_set in drawn.items()}
     timings.Timings(
         reference_digest=digest,
         adapter=identity,
@@ -123,7 +166,62 @@ def evaluate(
     return metrics
 
 
-def student_ways(adapter: Path, steps: tuple[int, ...], setting: str) -> dict[Key, Way]:
+def _sets(reference: Path, drawn: dict[Key, ImageSet]) -> dict[Key, Tensor]:
+    """Returns the features of the reference's sets and of the student's."""
+    kept = {Key(name): value for name, value in load_file(reference / FEATURES).items()}
+    return kept | {key: image_set.features for key, image_set in drawn.items()}
+
+
+def _measured(
+    facts: Reference, reference: Path, drawn: dict[Key, ImageSet], settings: Evaluation, device: torch.device
+) -> Metrics:
+    """Returns the figures of a reference's sets and the student's: by both features, and the scores.
+
+    Args:
+        reference: the folder of `facts`.
+        drawn: by the student, on the reference's prompts.
+    """
+    measured = {"reference_digest": sha256_file(reference / FEATURES), "scores": _scores(facts, mean_scores(drawn))}
+    metrics = measure(facts, _sets(reference, drawn), settings.resamples, device).model_copy(update=measured)
+    if facts.check:
+        second = {Key(name): value for name, value in load_file(reference / CHECK).items()}
+        second |= {key: image_set.check for key, image_set in drawn.items() if image_set.check is not None}
+        bootstrap = bootstrap_of(facts, settings.resamples, device)
+        return metrics.model_copy(update={"check": measure_check(facts.check, second, metrics, bootstrap)})
+    return metrics.model_copy(update={"check_missing": facts.check_missing}) if facts.check_missing else metrics
+
+
+def _keep_pictures(
+    reference: Path,
+    facts: Reference,
+    image_sets: ImageSets,
+    drawn: dict[Key, ImageSet],
+    folder: Path,
+    group: str = "",
+) -> None:
+    """Writes the first pictures of the reference's sets and of the student's to pictures/ of the folder.
+
+    Args:
+        group: a folder within pictures/.
+    """
+    target = folder / "pictures" / group
+    shutil.copytree(reference / "pictures", target)
+    # Of the teacher's two sets the one that starts from the same noise as all others is shown.
+    again = thumbnails_path(folder, f"{facts.teacher}{AGAIN}", group)
+    again.replace(thumbnails_path(folder, facts.teacher, group))
+    for key, image_set in drawn.items():
+        save_thumbnails(image_set.thumbnails, thumbnails_path(folder, key, group))
+    rows = image_sets.shown[: image_sets.rows]
+    write_json(target / "prompts.json", {"prompts": rows, "side": image_sets.base.resolution})
+
+
+def _bare(metrics: Metrics, settings: Evaluation, worst: WorstCaptions) -> dict[Key, Settings]:
+    """Returns the settings of the sets beside the student's worst captions: the teacher's and the best solver's."""
+    teacher = SolverSettings.of("ddim", settings.teacher_steps, settings.guidance_scale)
+    return {metrics.teacher: teacher} | ({worst.rival: metrics.baselines[worst.rival]} if worst.rival else {})
+
+
+def student_settings(adapter: Path, steps: tuple[int, ...], setting: str) -> dict[Key, StudentSettings]:
     """Returns the sampler settings of this folder's student for each number of steps.
 
     Raises:
@@ -133,7 +231,7 @@ def student_ways(adapter: Path, steps: tuple[int, ...], setting: str) -> dict[Ke
     sampler = read_sampler(read_json(facts, "distill")["sampler"], f"{facts}: sampler")
     if max(steps) > sampler.grid:
         raise UserError(f"{setting}: {max(steps)} is more than the {sampler.grid} timesteps of the adapter's grid")
-    return {Key.of(STUDENT, n): Way(sampling.STUDENT, n, sampler=sampler) for n in steps}
+    return {Key.of(STUDENT, n): StudentSettings(n, sampler) for n in steps}
 
 
 def adapter_layers(adapter: Path) -> tuple[lora.Layers, str]:
@@ -150,6 +248,22 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
     return as_object(parsing.read_json(path), str(path))
 
 
+def own_reference(reference: Path, settings: Evaluation) -> Reference | None:
+    """Returns what was drawn for `evaluation.prompts`; None where there are none.
+
+    Raises:
+        UserError: the reference has none, or has other prompts.
+    """
+    if settings.prompts is None:
+        return None
+    folder, prompts = reference / OWN_PROMPTS, read_own_prompts(settings.prompts)[: settings.pictures]
+    facts = read_reference(folder) if (folder / REFERENCE).exists() else None
+    if facts is None or facts.prompts != prompts:
+        has = "other own prompts" if facts else "no own prompts"
+        raise UserError(f"{reference}: was drawn with {has} (evaluation.prompts); draw it again (`lcmlora reference`)")
+    return facts
+
+
 def read_reference(folder: Path) -> Reference:
     """Returns reference.json of the folder. Raises UserError where it is missing or damaged."""
     path = folder / REFERENCE
@@ -159,16 +273,23 @@ def read_reference(folder: Path) -> Reference:
 
 
 def _check_reference(
-    folder: Path, facts: Reference, features: Features, settings: Evaluation, prompts: list[str], adapter: Path
+    folder: Path,
+    facts: Reference,
+    features: Features,
+    check: Features | None,
+    settings: Evaluation,
+    prompts: list[str],
+    adapter: Path,
 ) -> None:
-    drawn_by, made_for = compared(facts.base, read_json(adapter / "config.json", "distill")["base"])
+    drawn_by, made_for = comparable_digests(facts.base, read_json(adapter / "config.json", "distill")["base"])
     pairs = {
         "evaluation.features": (facts.features.name, features.name),
+        "evaluation.check_features": (facts.check.name if facts.check else None, check.name if check else None),
         "the base's digest": (drawn_by, made_for),
         "prompts": (facts.prompts, prompts),
     }
-    for name in ("seed", "pictures", "guidance_scale", "teacher_steps", "solvers", "solver_steps"):
-        pairs[f"evaluation.{name}"] = (facts.settings[name], settings.model_dump(mode="json")[name])
+    for name in _DRAWN:
+        pairs[f"evaluation.{name}"] = (facts.settings.get(name), settings.model_dump(mode="json")[name])
     for name, (there, here) in pairs.items():
         if there != here:
             shown = "other prompts" if name == "prompts" else f"{there} for {name}, and this evaluation has {here}"
@@ -179,101 +300,46 @@ def _scores(facts: Reference, drawn: dict[str, dict[Key, float]]) -> dict[str, d
     return facts.scores | {name: facts.scores.get(name, {}) | means for name, means in drawn.items()}
 
 
-def measure(facts: Reference, sets: dict[Key, Tensor], resamples: int) -> Metrics:
-    """Returns the figures of all sets of features (N, D).
+def _timed(metrics: Metrics, settings: Evaluation) -> dict[Key, SolverSettings]:
+    """Returns the teacher, and the best solver at each number of evaluations that a student takes, to be timed.
 
-    Args:
-        sets: of the reference and of the student; `gallery` among them, and `real` where there are real pictures.
-        resamples: of the bootstrap; without them there are no intervals.
+    One solver stands for all: their own arithmetic is nothing beside the network's.
     """
-    kind, teacher, again = facts.features.distance, facts.teacher, Key(facts.teacher + AGAIN)
-    real, gallery = Key(REAL), Key("gallery")
-    compared = {key: value for key, value in sets.items() if key not in (teacher, again, real, gallery)}
-    with_teacher = compared | {teacher: sets[teacher]}
-    floor = distance(sets[teacher], sets[again], kind)
-    distances = {key: distance(sets[teacher], value, kind) for key, value in compared.items()} | {Key(TEACHER): floor}
-    excess = {key: value - floor for key, value in distances.items()}
-
-    captions, missing = facts.captions, facts.distance_real_missing
-    shown = [facts.prompts[i % len(facts.prompts)] for i in range(facts.counts.pictures)]
-    hits = {key: retrieval_hits(value, shown, sets[gallery], captions.gallery) for key, value in with_teacher.items()}
-    retrieval = {key: values.double().mean().item() for key, values in hits.items()}
-    in_gallery = set(facts.keys.gallery)
-    apart = [i for i, key in enumerate(facts.keys.real) if key not in in_gallery]
-    if apart:  # a real picture that is in the gallery would find itself
-        real_captions = [captions.real[i] for i in apart]
-        found = retrieval_hits(sets[real][apart], real_captions, sets[gallery], captions.gallery)
-        retrieval[real] = found.double().mean().item()
-
-    centre = sets.get(real, sets[gallery])
-    varieties = {key: variety(value, shown, centre) for key, value in with_teacher.items()}
-    if real in sets:
-        varieties[real] = variety(sets[real], captions.real, centre)
-    costs = {key: value for key, value in facts.network_evaluations.items() if not key.endswith(AGAIN)}
-    costs |= {key: key.steps for key in compared if key.method == STUDENT}
-    metrics = Metrics(
-        features=facts.features,
-        pictures=facts.counts.pictures,
-        real_pictures=facts.counts.real,
-        prompts=len(facts.prompts),
-        seed=facts.settings["seed"],
-        floor=floor,
-        distance_teacher=distances,
-        excess=excess,
-        distance_real=None if missing else {k: distance(sets[real], v, kind) for k, v in with_teacher.items()},
-        distance_real_missing=missing,
-        retrieval=retrieval,
-        diversity={key: value for key, value in varieties.items() if value is not None},
-        scores=facts.scores,
-        network_evaluations=costs,
-    )
-    if not resamples:
-        return metrics
-    bootstrap = Bootstrap(shown, resamples=resamples, seed=facts.settings["seed"])
-    spread = bootstrap.excess(sets[teacher], sets[again], compared, kind)
-    intervals = Intervals(
-        level=0.95,
-        resamples=resamples,
-        excess={key: interval(spread[key], excess[key]) for key in compared},
-        retrieval={key: interval(bootstrap.mean(values), retrieval[key]) for key, values in hits.items()},
-    )
-    return metrics.model_copy(update={"intervals": intervals, "advantage": _advantages(metrics, spread)})
-
-
-def variety(features: Tensor, captions: list[str], all_kinds: Tensor) -> float | None:
-    """Returns how far apart the pictures of one caption are, or None where each caption has but one.
-
-    Args:
-        all_kinds: features of pictures of all captions, best real ones, whose mean is what all pictures share.
-    """
-    return diversity(features, captions, all_kinds.double().mean(0)) if len(set(captions)) < len(captions) else None
-
-
-def _advantages(metrics: Metrics, spread: dict[Key, Tensor]) -> dict[Key, Advantage]:
-    """Returns the student's excess less the best solver's at as many network evaluations, with its interval."""
-    found = {}
-    for key in (key for key in spread if key.method == STUDENT):
-        rivals = metrics.solvers_at(metrics.network_evaluations[key])
-        if rivals:
-            rival = min(rivals, key=metrics.excess.__getitem__)
-            difference = metrics.excess[key] - metrics.excess[rival]
-            found[key] = Advantage(
-                rival=rival,
-                network_evaluations=metrics.network_evaluations[key],
-                difference=difference,
-                interval=interval(spread[key] - spread[rival], difference),
-            )
+    found = {metrics.teacher: SolverSettings.of("ddim", settings.teacher_steps, settings.guidance_scale)}
+    for key in metrics.students:
+        solvers = metrics.solvers_at(metrics.network_evaluations[key])
+        if solvers:
+            best = min(solvers, key=metrics.excess.__getitem__)
+            found[best] = metrics.baselines[best]
     return found
 
 
-def _table(metrics: Metrics) -> list[charts.Row]:
-    """Returns a row for every method at every step count, in order."""
+def plot_rows(metrics: Metrics, guidance_scale: float) -> list[charts.Row]:
+    """Returns a row for every method at every number of evaluations, in order.
+
+    Args:
+        guidance_scale: of the teacher.
+    """
     rows = []
     for key, value in metrics.distance_teacher.items():
         name = metrics.teacher if key == TEACHER else key
-        cost, retrieval = metrics.network_evaluations[name], metrics.retrieval[name]
-        rows.append(charts.Row(name.method, name.steps, cost, value, metrics.excess[key], retrieval))
-    return sorted(rows, key=lambda row: (row.method, row.steps))
+        baseline = metrics.baselines.get(name)
+        plain = guidance_scale if key == TEACHER else 1.0
+        rows.append(
+            charts.Row(
+                method=name.method,
+                network_evaluations=metrics.network_evaluations[name],
+                steps=metrics.steps(name),
+                guidance_scale=baseline.guidance_scale if baseline else plain,
+                spacing=baseline.spacing if baseline else "",
+                karras=baseline.karras if baseline else "",
+                final=baseline.final if baseline else "",
+                distance_teacher=value,
+                excess=metrics.excess[key],
+                retrieval=metrics.retrieval[name],
+            )
+        )
+    return sorted(rows, key=lambda row: (row.method, row.network_evaluations))
 
 
 def _write_csv(path: Path, rows: list[charts.Row]) -> None:
@@ -283,11 +349,19 @@ def _write_csv(path: Path, rows: list[charts.Row]) -> None:
         writer.writerows(rows)
 
 
-def _columns(settings: Evaluation, folder: Path) -> dict[Key, list[Image.Image]]:
-    """Returns the grid's pictures by method."""
-    steps = min(settings.solver_steps, key=lambda n: abs(n - _GRID_STEPS))
-    solvers = [Key.of(solver, steps) for solver in settings.solvers]
-    students = [Key.of(STUDENT, n) for n in settings.student_steps]
-    keys = (Key(REAL), Key.of(TEACHER, settings.teacher_steps), *solvers, *students)
-    paths = {key: strip_path(folder, key) for key in keys}
-    return {key: read_strip(path) for key, path in paths.items() if key != REAL or path.exists()}
+def _columns(metrics: Metrics, folder: Path) -> list[charts.Column]:
+    """Returns the contact sheet's columns: real, teacher, then the best solver beside the student at equal cost."""
+    teacher = metrics.teacher
+    columns = [
+        charts.Column(read_thumbnails(thumbnails_path(folder, teacher)), "teacher", metrics.count_label(teacher))
+    ]
+    if (real := thumbnails_path(folder, REAL)).exists():
+        columns.insert(0, charts.Column(read_thumbnails(real), "real"))
+    for rival, student in metrics.pairs:
+        count = metrics.network_evaluations[student]
+        group = f"{count} network evaluation{'' if count == 1 else 's'}"
+        for key in filter(None, (rival, student)):
+            details = metrics.baselines[key].text if key in metrics.baselines else metrics.count_label(key)
+            pictures = read_thumbnails(thumbnails_path(folder, key))
+            columns.append(charts.Column(pictures, key.name, details, group, key == student))
+    return columns

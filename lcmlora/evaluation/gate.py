@@ -5,57 +5,116 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lcmlora.config import Gate
 from lcmlora.evaluation.figures import STUDENT, Key, Metrics
 from lcmlora.io.documents import Interval
 
 
-def gate(metrics: Metrics, gate: Gate) -> list[str]:
+def gate_failures(metrics: Metrics, gate: Gate) -> list[str]:
     """Returns why a candidate with these metrics must not become champion, a line for each reason; empty if it may.
 
     The student at `gate.steps` must have a smaller excess over the teacher's floor than every solver at as many network
-    evaluations, an excess of at most `gate.max_excess` where one is set, and at least `gate.min_retrieval` of the
-    teacher's caption retrieval, which must have been measured. How it compares with the champion is another question:
+    evaluations, by more than chance where `gate.beyond_chance` asks for it and there are intervals; an excess of at
+    most `gate.max_excess` where one is set; at least `gate.min_diversity` of the teacher's diversity of seeds where
+    that can be measured; and at least `gate.min_retrieval` of the teacher's caption retrieval, which must have been
+    measured. Its scores must lie within `gate.limits`. How it compares with the champion is another question:
     `against`.
     """
     student, excess, cost = Key.of(STUDENT, gate.steps), metrics.excess, metrics.network_evaluations
     if student not in excess:
         drawn = ", ".join(key for key in excess if key.method == STUDENT)
-        return [f"{student}: was not drawn (gate.steps); evaluation.student_steps gave {drawn or 'nothing'}"]
-    failures = []
+        return [
+            f"{student}: was not drawn (gate.steps); evaluation.student_steps gave {drawn or 'nothing'}; add "
+            f"{gate.steps} to them, or change gate.steps"
+        ]
+    failures = _beyond_limits(metrics, gate, student)
     rivals = metrics.solvers_at(cost[student])
     if not rivals:
+        odd = cost[student] % 2 == 1  # a solver that is searched is then unguided
+        unguided = " (with a solver of guidance scale 1, since a guided step costs two)" if odd else ""
         failures.append(
             f"{student}: no solver was drawn at its {cost[student]} network evaluations, so nothing was beaten; "
-            f"add {cost[student] / 2:g} to evaluation.solver_steps or change gate.steps"
+            f"add {cost[student]} to evaluation.solver_evaluations{unguided}, or change gate.steps"
         )
     for rival in rivals:
         if not excess[student] < excess[rival]:  # written so that a NaN fails
             failures.append(
-                f"{student}: excess Frechet distance {excess[student]:.2f} is not below {rival}'s {excess[rival]:.2f} "
-                f"at {cost[student]} network evaluations: {excess[student] - excess[rival]:.2f} too high"
+                f"{student}: excess Frechet distance {excess[student]:.2f} is not below {metrics.named(rival)}'s "
+                f"{excess[rival]:.2f} at {cost[student]} network evaluations: "
+                f"{excess[student] - excess[rival]:.2f} too high"
             )
+    ahead = rivals and all(excess[student] < excess[rival] for rival in rivals)
+    if gate.beyond_chance and ahead and (reason := _within_chance(metrics, student)):
+        failures.append(f"{student}: {reason} (gate.beyond_chance)")
     if gate.max_excess is not None and not excess[student] <= gate.max_excess:
         failures.append(
             f"{student}: excess distance {excess[student]:.2f} is above {gate.max_excess:.2f} (gate.max_excess): "
             f"{excess[student] - gate.max_excess:.2f} too high"
         )
+    if gate.min_diversity and not unmeasured_diversity(metrics, student):
+        failures += _short_of_teacher(metrics, "diversity", "diversity of seeds", student, gate.min_diversity)
     if gate.min_retrieval and (reason := unmeasured_retrieval(metrics)):
         failures.append(
             f"{student}: caption retrieval was not measured: {reason}; keep more captions from training "
-            "(data.validation), or set gate.min_retrieval to 0"
+            "(data.test), or set gate.min_retrieval to 0"
         )
         return failures
-    teacher, retrieval = metrics.teacher, metrics.retrieval
-    reached, needed = retrieval[student], gate.min_retrieval * retrieval[teacher]
-    if not reached >= needed:
-        failures.append(
-            f"{student}: caption retrieval {reached:.3f} is below {needed:.3f} ({gate.min_retrieval:g} of {teacher}'s "
-            f"{retrieval[teacher]:.3f}): {needed - reached:.3f} too low"
-        )
+    return failures + _short_of_teacher(metrics, "retrieval", "caption retrieval", student, gate.min_retrieval)
+
+
+def _short_of_teacher(
+    metrics: Metrics, figure: Literal["diversity", "retrieval"], name: str, student: Key, share: float
+) -> list[str]:
+    """Returns a line if the student's figure is below this share of the teacher's."""
+    values, teacher = getattr(metrics, figure), metrics.teacher
+    reached, needed = values[student], share * values[teacher]
+    if reached >= needed:
+        return []
+    return [
+        f"{student}: {name} {reached:.3f} is below {needed:.3f} ({share:g} of {teacher}'s {values[teacher]:.3f}): "
+        f"{needed - reached:.3f} too low"
+    ]
+
+
+def _beyond_limits(metrics: Metrics, gate: Gate, student: Key) -> list[str]:
+    """Returns a line for each score of the student that `gate.limits` does not allow, or that was not measured."""
+    failures = []
+    for name, limit in gate.limits.items():
+        values = [values for scorer, values in metrics.scores.items() if scorer.partition("/")[0] == name]
+        if not values or student not in values[0]:
+            failures.append(f"{student}: {name} was not measured (gate.limits); add it to evaluation.scores")
+            continue
+        value = values[0][student]
+        for bound, side, far in ((limit.min, "below", "low"), (limit.max, "above", "high")):
+            if bound is not None and not (value >= bound if side == "below" else value <= bound):  # a NaN fails
+                failures.append(
+                    f"{student}: {name} {value:.4g} is {side} {bound:.4g} (gate.limits): "
+                    f"{abs(value - bound):.4g} too {far}"
+                )
     return failures
+
+
+def _within_chance(metrics: Metrics, student: Key) -> str | None:
+    """Returns why other captions or seeds may undo the student's lead over the best solver; None if they may not, or if
+    there are no intervals."""
+    lead = metrics.advantage.get(student)
+    if metrics.intervals is None or lead is None or lead.interval is None:
+        return None
+    if metrics.intervals.captions == 1:
+        return (
+            "it was compared on one caption, which says nothing of others; add captions, or keep more of them from "
+            "training (data.test)"
+        )
+    low, high = lead.interval
+    if high < 0:
+        return None
+    return (
+        f"its lead of {-lead.difference:.2f} over {lead.rival} may be chance: the difference is between {low:.2f} and "
+        f"{high:.2f} ({metrics.intervals.level:.0%} interval, {metrics.drawn}); draw more pictures "
+        "(evaluation.pictures), or keep more captions from training (data.test)"
+    )
 
 
 def unmeasured_retrieval(metrics: Metrics) -> str | None:
@@ -64,6 +123,17 @@ def unmeasured_retrieval(metrics: Metrics) -> str | None:
         return f"{metrics.teacher} meets none of its captions"
     if metrics.prompts == 1:
         return "there is one caption, which every picture has"
+    return None
+
+
+def unmeasured_diversity(metrics: Metrics, student: Key) -> str | None:
+    """Returns why the diversity of seeds cannot judge this student, or None if it can."""
+    if not metrics.diversity.keys() >= {metrics.teacher, student}:
+        if metrics.prompts is not None and metrics.prompts >= metrics.pictures:
+            return "each caption has one picture"
+        return "the figures have none"
+    if not metrics.diversity[metrics.teacher] > 0:
+        return f"{metrics.teacher} draws the same picture from all seeds"
     return None
 
 
@@ -80,9 +150,10 @@ def incomparable(metrics: Metrics, champion: Metrics) -> str | None:
 def against(metrics: Metrics, champion: Metrics, gate: Gate, name: str) -> list[str]:
     """Returns in what a candidate is worse than the champion, a line for each figure; empty if in nothing.
 
-    Worse means by more than the confidence interval of the difference, whose half width is the root of the sum of both
-    squared half widths: as if the two were drawn from independent noise. They share it, which makes the true interval
-    narrower, so that the gate errs on the candidate's side. Without intervals (resamples: 0) any loss is too much.
+    Both were drawn for the same captions, so that only the seeds are chance between them. Worse means by more than the
+    confidence interval of the difference over other seeds, whose half width is the root of the sum of both squared half
+    widths: as if the two were drawn from independent noise. They share it, which makes the true interval narrower, so
+    that the gate errs on the candidate's side. Without intervals (resamples: 0) any loss is too much.
 
     Args:
         champion: measured on the same features, prompts and teacher; see `incomparable`.
@@ -96,7 +167,7 @@ def against(metrics: Metrics, champion: Metrics, gate: Gate, name: str) -> list[
     for figure, shown, sign in (("excess", "excess distance", 1), ("retrieval", "caption retrieval", -1)):
         mine, theirs = (getattr(each, figure)[student] for each in both)
         loss = sign * (mine - theirs)
-        tolerance = math.hypot(*(_half_width(each.interval(figure, student)) for each in both))
+        tolerance = math.hypot(*(_half_width(each.interval_of_seeds(figure, student)) for each in both))
         if not loss <= tolerance:
             failures.append(
                 f"{student}: {shown} {mine:.3f} is worse than {name}'s {theirs:.3f} by {loss:.3f}, and chance explains "
@@ -112,7 +183,7 @@ def _half_width(interval: Interval | None) -> float:
 # What no features enter into.
 _COUNTED = (
     *("features", "pictures", "real_pictures", "prompts", "seed", "scores"),
-    *("network_evaluations", "seconds_per_picture", "latency"),
+    *("network_evaluations", "baselines", "seconds_per_picture", "latency"),
 )
 
 

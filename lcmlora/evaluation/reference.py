@@ -10,29 +10,34 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from pydantic import Field
 from torch import Tensor
 
 from lcmlora import stages
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import Identity
 from lcmlora.config import Data, Evaluation
-from lcmlora.data.sources.source import Record, read_records
+from lcmlora.data.sources.source import Record
+from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
-from lcmlora.evaluation.drawing import Artist, Drawing, Way, distinct_captions
-from lcmlora.evaluation.figures import REAL, TEACHER, FeatureSet, Key
+from lcmlora.evaluation.figures import AGAIN, REAL, TEACHER, FeatureSet, Key, Search
+from lcmlora.evaluation.image_sets import FEATURES, ImageSet, ImageSets
 from lcmlora.evaluation.measures import distances, scores
 from lcmlora.evaluation.measures import features as feature_sets
 from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.scores import Scorer
+from lcmlora.evaluation.sets.baselines import choose_baselines
+from lcmlora.evaluation.sets.captions import choosing, distinct_captions, reporting, reporting_seeds
+from lcmlora.evaluation.sets.own_prompts import OWN_PROMPTS, read_own_prompts
 from lcmlora.io.documents import Document, Number
 from lcmlora.io.files import atomic_folder, sha256_file, sha256_folder
 from lcmlora.plugins import SOURCES
 
-AGAIN = "/again"  # ends the key of the teacher's second set
 REFERENCE = "reference.json"
 _GALLERY = 4  # real pictures of one caption in the gallery
 
@@ -72,6 +77,10 @@ class Reference(Compared):
     prompts: list[str]
     network_evaluations: dict[Key, int]
     scores: dict[str, dict[Key, Number]]
+    baselines: dict[Key, SolverSettings] = Field(default_factory=dict)  # the settings that each solver was drawn with
+    search: Search | None = None  # how they were chosen; None where all are fixed by hand
+    check: FeatureSet | None = None  # the second features, by which every set is measured as well
+    check_missing: str | None = None  # why there are none
 
     @property
     def teacher(self) -> Key:
@@ -97,52 +106,55 @@ def draw_reference(
         timings_folder: where it is written how long this machine took.
 
     Raises:
-        UserError: fewer pictures asked for than the features need, or no validation pictures.
+        UserError: fewer pictures asked for than the features need, or no test captions.
     """
-    features = load_features(base, settings)
+    features, check = load_features(base, settings), load_check(base, settings)
     check_count("evaluation.pictures", settings.pictures, features)
-    records = read_records(pictures / "validation.jsonl")
-    if not records:
-        raise UserError(
-            f"{pictures / 'validation.jsonl'}: holds no pictures to compare with; raise data.validation, or give the "
-            "set more than one caption"
-        )
-    prompts = distinct_captions(records)[: settings.pictures]
+    captions, seeds = reporting(pictures), reporting_seeds(settings.seed)
+    prompts = captions.prompts[: settings.pictures]
     scorers = load_scorers(base, settings)
-    artist = artist_of(base, features, settings, prompts, settings.pictures, scratch, scorers)
+    image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers, check)
 
-    jobs = _jobs(settings)
-    drawn = {key: artist.draw(key, way, seed) for key, (way, seed) in jobs.items()}
-    tensors: dict[str, Tensor] = {key: drawing.features for key, drawing in drawn.items()}
+    baselines, search = choose_baselines(image_sets, settings, choosing(pictures), captions)
+    jobs = _jobs(settings, baselines)
+    drawn = {key: image_sets.draw(key, each, seed) for key, (each, seed) in jobs.items()}
+    tensors, second = _vectors(drawn)
     if not SOURCES.get(data.source).has_pictures:
         teacher, _ = jobs[Key.of(TEACHER, settings.teacher_steps)]
-        tensors["gallery"] = artist.draw("gallery", teacher, settings.seed + 2).features
-        compared = about_prompts(artist.shown, settings.seed + 2, features)
+        tensors["gallery"] = image_sets.draw("gallery", teacher, seeds.gallery).features
+        compared = about_prompts(image_sets.shown, seeds.gallery, features)
     else:
-        real, gallery = choose_real(records, prompts, settings.pictures)
-        tensors[REAL] = artist.real("real pictures", real, data)
-        tensors["gallery"] = artist.real("gallery", gallery, data)
+        real, gallery = choose_real(captions.records, prompts, settings.pictures)
+        seen = image_sets.real("real pictures", real, data)
+        tensors[REAL], tensors["gallery"] = seen["features"], image_sets.real("gallery", gallery, data)["features"]
+        second |= {REAL: seen["check"]} if check else {}
         compared = about_real(real, gallery, settings.pictures, features)
     facts = Reference(
         model=base.name,
         base={
-            "digest": base.examined.digest,
-            "unet": base.examined.unet,
+            "digest": base.examination.digest,
+            "unet": base.examination.unet_digest,
             "dtype": str(base.dtype).removeprefix("torch."),
         },
         settings=settings.model_dump(mode="json"),
-        seeds={"teacher": settings.seed, "compared": settings.seed + 1},
+        seeds={"teacher": seeds.teacher, "compared": seeds.compared},
         prompts=prompts,
-        network_evaluations={key: way.evaluations for key, (way, _) in jobs.items()},
+        network_evaluations={key: each.evaluations for key, (each, _) in jobs.items()},
         scores=mean_scores(drawn),
+        **({"check": feature_set(check)} if check else {"check_missing": _check_missing(settings)}),
+        baselines=baselines,
+        search=search,
         **compared.fields(),
     )
+    own = _draw_own_prompts(image_sets, settings, jobs, facts)
     with atomic_folder(out) as folder:
-        artist.keep(folder, drawn, tensors, data, records)
+        image_sets.keep(folder, drawn, tensors, second, data, captions.records)
         facts.write(folder / REFERENCE)
-    seconds = {key: drawing.seconds for key, drawing in drawn.items() if not key.endswith(AGAIN)}
+        if own:
+            own.keep(folder / OWN_PROMPTS, data)
+    seconds = {key: image_set.seconds for key, image_set in drawn.items() if not key.endswith(AGAIN)}
     timings.Timings(
-        reference_digest=sha256_file(out / "features.safetensors"),
+        reference_digest=sha256_file(out / FEATURES),
         adapter=None,
         measured=timings.Measured(seconds_per_picture=seconds),
     ).write(timings_folder / timings.REFERENCE)
@@ -150,8 +162,61 @@ def draw_reference(
     return facts
 
 
+Jobs = dict[Key, tuple[SolverSettings, int]]  # the sampler settings of every set, and its seed
+
+
+class _OwnPrompts(NamedTuple):
+    """What was drawn for `evaluation.prompts`: a reference of its own, without real pictures."""
+
+    image_sets: ImageSets
+    drawn: dict[Key, ImageSet]
+    gallery: Tensor
+    facts: Reference
+
+    def keep(self, folder: Path, data: Data) -> None:
+        """Writes it to a folder, as `draw_reference` does."""
+        folder.mkdir()
+        features, check = _vectors(self.drawn)
+        self.image_sets.keep(folder, self.drawn, features | {"gallery": self.gallery}, check, data, [])
+        self.facts.write(folder / REFERENCE)
+
+
+def _draw_own_prompts(image_sets: ImageSets, settings: Evaluation, jobs: Jobs, facts: Reference) -> _OwnPrompts | None:
+    """Draws for the prompts of `evaluation.prompts` what is drawn for the test captions; None where there are none."""
+    if settings.prompts is None:
+        return None
+    own = replace(image_sets, prompts=read_own_prompts(settings.prompts)[: settings.pictures])
+    drawn = {key: own.draw(f"own prompts, {key}", each, seed) for key, (each, seed) in jobs.items()}
+    seed = reporting_seeds(settings.seed).gallery
+    gallery = own.draw("own prompts, gallery", jobs[facts.teacher][0], seed).features
+    compared = about_prompts(own.shown, seed, own.features)
+    about = {"prompts": list(own.prompts), "scores": mean_scores(drawn), **compared.fields()}
+    return _OwnPrompts(own, drawn, gallery, facts.model_copy(update=about))
+
+
+def _vectors(drawn: dict[Key, ImageSet]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns the vectors of every set by the first features, and by the second ones where there are any."""
+    check = {str(key): image_set.check for key, image_set in drawn.items() if image_set.check is not None}
+    return {str(key): image_set.features for key, image_set in drawn.items()}, check
+
+
 def load_features(base: LoadedBase, settings: Evaluation) -> Features:
     return feature_sets.load(settings.features, base.device, settings.features_source)
+
+
+def load_check(base: LoadedBase, settings: Evaluation) -> Features | None:
+    """Returns the second features; None where the settings have none, or too few pictures for their distance."""
+    if settings.check_features is None:
+        return None
+    check = feature_sets.load(settings.check_features, base.device, settings.check_features_source)
+    return None if settings.pictures < _pictures_needed(check) else check
+
+
+def _check_missing(settings: Evaluation) -> str:
+    """Returns why there are no second features."""
+    if settings.check_features is None:
+        return "evaluation.check_features is null"
+    return f"{settings.pictures} pictures are too few for the distance of {settings.check_features}"
 
 
 def load_scorers(base: LoadedBase, settings: Evaluation) -> list[Scorer]:
@@ -160,7 +225,7 @@ def load_scorers(base: LoadedBase, settings: Evaluation) -> list[Scorer]:
 
 def check_count(key: str, count: int, features: Features) -> None:
     """Raises UserError where so few pictures, asked for under this key, have no distance."""
-    needed = distances.named(features.distance).pictures_needed(features.dimensions)
+    needed = _pictures_needed(features)
     if count < needed:
         raise UserError(
             f"{key}: {count} are too few: the distance of {features.name} needs more pictures than its "
@@ -168,7 +233,11 @@ def check_count(key: str, count: int, features: Features) -> None:
         )
 
 
-def artist_of(
+def _pictures_needed(features: Features) -> int:
+    return distances.named(features.distance).pictures_needed(features.dimensions)
+
+
+def image_sets_of(
     base: LoadedBase,
     features: Features,
     settings: Evaluation,
@@ -176,12 +245,13 @@ def artist_of(
     pictures: int,
     scratch: Path,
     scorers: Sequence[Scorer] = (),
-) -> Artist:
-    """Returns who draws with this base; told apart by its folder's contents, its precision and the algorithms."""
+    check: Features | None = None,
+) -> ImageSets:
+    """Returns what draws with this base. Its identity is its folder, its precision and the version of `reference`."""
     parts = sorted(part.name for part in base.folder.iterdir() if part.is_dir() and not part.name.startswith("."))
     identity = {part: sha256_folder(base.folder / part) for part in parts}
     scratch.mkdir(parents=True, exist_ok=True)
-    return Artist(
+    return ImageSets(
         base,
         features,
         prompts,
@@ -189,36 +259,42 @@ def artist_of(
         settings.batch,
         min(settings.grid_rows, pictures),
         scratch,
-        f"{identity} {base.dtype} {stages.VERSIONS}",
+        # Only what draws: the version of another stage must not cost a killed run what it has drawn.
+        f"{identity} {base.dtype} reference {stages.VERSIONS['reference']}",
         scorers,
+        check,
     )
 
 
-def mean_scores(drawn: dict[Key, Drawing]) -> dict[str, dict[Key, float]]:
+def mean_scores(drawn: dict[Key, ImageSet]) -> dict[str, dict[Key, float]]:
     """Returns the mean score of each set, by scorer."""
     means: dict[str, dict[Key, float]] = defaultdict(dict)
-    for key, drawing in drawn.items():
-        for name, values in drawing.scores.items():
+    for key, image_set in drawn.items():
+        for name, values in image_set.scores.items():
             means[name][key] = values.double().mean().item()
     return dict(means)
 
 
-def _jobs(settings: Evaluation) -> dict[Key, tuple[Way, int]]:
-    """Returns how every set is drawn, and from which seed."""
-    scale, other = settings.guidance_scale, settings.seed + 1
-    teacher = Way("ddim", settings.teacher_steps, scale)
+def _jobs(settings: Evaluation, baselines: dict[Key, SolverSettings]) -> Jobs:
+    seeds = reporting_seeds(settings.seed)
+    teacher = SolverSettings.of("ddim", settings.teacher_steps, settings.guidance_scale)
     name = Key.of(TEACHER, settings.teacher_steps)
-    solvers = {Key.of(s, n): (Way(s, n, scale), other) for s in settings.solvers for n in settings.solver_steps}
-    return {name: (teacher, settings.seed), Key(name + AGAIN): (teacher, other)} | solvers
+    solvers = {key: (baseline, seeds.compared) for key, baseline in baselines.items()}
+    return {name: (teacher, seeds.teacher), Key(name + AGAIN): (teacher, seeds.compared)} | solvers
+
+
+def feature_set(features: Features) -> FeatureSet:
+    """Returns the features as the figures name them."""
+    return FeatureSet(name=features.name, dimensions=features.dimensions, distance=features.distance)
 
 
 def about_real(real: list[Record], gallery: list[Record], pictures: int, features: Features) -> Compared:
     """Returns what a reference's facts say of its real pictures."""
     missing = None
     if len(real) < distances.named(features.distance).pictures_needed(features.dimensions):
-        missing = f"{len(real)} real validation pictures are too few for {features.dimensions} dimensions"
+        missing = f"{len(real)} real test pictures are too few for {features.dimensions} dimensions"
     return Compared(
-        features=FeatureSet(name=features.name, dimensions=features.dimensions, distance=features.distance),
+        features=feature_set(features),
         counts=Counts(pictures=pictures, real=len(real), gallery=len(gallery)),
         distance_real_missing=missing,
         keys=Listed(real=[r.key for r in real], gallery=[r.key for r in gallery]),
@@ -233,7 +309,7 @@ def about_prompts(shown: list[str], seed: int, features: Features) -> Compared:
         shown: the prompts of the gallery that the teacher drew from this seed.
     """
     return Compared(
-        features=FeatureSet(name=features.name, dimensions=features.dimensions, distance=features.distance),
+        features=feature_set(features),
         counts=Counts(pictures=len(shown), real=0, gallery=len(shown)),
         distance_real_missing="the data are prompts, without real pictures",
         keys=Listed(real=[], gallery=[f"{seed}/{i}" for i in range(len(shown))]),

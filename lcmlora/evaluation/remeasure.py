@@ -13,13 +13,13 @@ from lcmlora.bases import architecture
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import Identity, check_same_base, identity
 from lcmlora.config import Base, Evaluation
-from lcmlora.data.sources.source import read_records
-from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
-from lcmlora.evaluation.drawing import Way, distinct_captions
-from lcmlora.evaluation.evaluate import measure, read_reference
-from lcmlora.evaluation.figures import REAL, STUDENT, Key, Metrics
-from lcmlora.evaluation.reference import AGAIN, artist_of, load_features
+from lcmlora.evaluation.comparisons.measuring import measure
+from lcmlora.evaluation.evaluate import read_reference
+from lcmlora.evaluation.figures import AGAIN, REAL, STUDENT, Key, Metrics
+from lcmlora.evaluation.image_sets import StudentSettings
+from lcmlora.evaluation.reference import image_sets_of, load_features
+from lcmlora.evaluation.sets.captions import reporting, reporting_seeds
 from lcmlora.io.files import sha256_file
 
 
@@ -54,18 +54,17 @@ def measure_again(
     facts = read_reference(reference)
     if facts.features.name != features.name:
         raise UserError(f"{reference}: has features {facts.features.name}, this evaluation {features.name}")
-    prompts = distinct_captions(read_records(pictures / "validation.jsonl"))[: evaluation.pictures]
-    artist = artist_of(base, features, evaluation, prompts, evaluation.pictures, scratch)
-    way = Way(sampling.STUDENT, steps, sampler=sampler)
+    prompts = reporting(pictures).prompts[: evaluation.pictures]
+    image_sets = image_sets_of(base, features, evaluation, prompts, evaluation.pictures, scratch)
     read = formats.read(weights, architecture.of_base(settings, base.folder))
     layers = {name: (layer.down, layer.folded.up) for name, layer in read.layers.items()}
     key, digest = Key.of(STUDENT, steps), sha256_file(weights)
     with lora.applied(base.network, layers, shown):
-        drawn = artist.draw(key, way, evaluation.seed + 1, digest)
+        drawn = image_sets.draw(key, StudentSettings(steps, sampler), reporting_seeds(evaluation.seed).compared, digest)
     kept = load_file(reference / "features.safetensors")
     needed = (facts.teacher, Key(facts.teacher + AGAIN), Key(REAL), Key("gallery"))
     sets = {name: kept[name] for name in needed if name in kept}
-    metrics = measure(facts, sets | {key: drawn.features}, evaluation.resamples)
+    metrics = measure(facts, sets | {key: drawn.features}, evaluation.resamples, base.device)
     shutil.rmtree(scratch)
     of = {"reference_digest": sha256_file(reference / "features.safetensors"), "adapter": digest}
     return metrics.model_copy(update=of)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,16 +21,25 @@ from lcmlora.adapters import combine, formats, lora
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Data, Evaluation, Kind, Study, digest
 from lcmlora.data.prepare import prepare_pictures
-from lcmlora.data.sources.source import read_records
+from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import figures
-from lcmlora.evaluation.drawing import Artist, Way, distinct_captions, save_strip, strip_path
-from lcmlora.evaluation.evaluate import adapter_layers, read_reference, student_ways, variety
-from lcmlora.evaluation.figures import REAL, STUDENT, Key
+from lcmlora.evaluation.comparisons.measuring import variety
+from lcmlora.evaluation.evaluate import adapter_layers, read_reference, student_settings
+from lcmlora.evaluation.figures import AGAIN, REAL, STUDENT, Key
+from lcmlora.evaluation.image_sets import StudentSettings, save_thumbnails, thumbnails_path
 from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
 from lcmlora.evaluation.measures.distances import distance
 from lcmlora.evaluation.measures.metrics import retrieval_at_1
-from lcmlora.evaluation.reference import AGAIN, Compared, about_real, artist_of, check_count, choose_real, load_features
+from lcmlora.evaluation.reference import (
+    Compared,
+    about_real,
+    check_count,
+    choose_real,
+    image_sets_of,
+    load_features,
+)
+from lcmlora.evaluation.sets.captions import reporting, reporting_seeds
 from lcmlora.io.files import atomic_folder, sha256_file, write_json
 
 STUDY = "study.json"
@@ -65,9 +74,6 @@ def _read_alone(folder: Path) -> Alone:
     return Alone.read(path)
 
 
-# --- without the acceleration -----------------------------------------------------------------------------------
-
-
 def draw_alone(
     base: LoadedBase,
     kind: Kind,
@@ -85,7 +91,7 @@ def draw_alone(
     Args:
         base: the bare base of a style, or the checkpoint.
         folder: what `tune` wrote.
-        data: the real pictures; those whose captions were kept from training are drawn and compared with.
+        data: the real pictures; those whose captions are for test are drawn and compared with.
 
     Raises:
         UserError: fewer pictures than the features need.
@@ -93,51 +99,50 @@ def draw_alone(
     features = load_features(base, evaluation)
     check_count("study.pictures", settings.pictures, features)
     prepare_pictures(data, 1, scratch / "pictures")
-    records = read_records(scratch / "pictures" / "validation.jsonl")
-    if not records:
-        raise UserError(f"{folder}: no captions were kept from training; raise data.validation or add captions")
-    prompts = distinct_captions(records)[: settings.pictures]
-    real, gallery = choose_real(records, prompts, settings.pictures)
+    captions = reporting(scratch / "pictures")
+    prompts = captions.prompts[: settings.pictures]
+    real, gallery = choose_real(captions.records, prompts, settings.pictures)
     compared = about_real(real, gallery, settings.pictures, features)
     if compared.distance_real_missing:
         raise UserError(
-            f"{folder}: {compared.distance_real_missing}; give it more (study.real, data.validation) or take it out of "
+            f"{folder}: {compared.distance_real_missing}; give it more (study.real, data.test) or take it out of "
             "study in params.yaml"
         )
-    artist = artist_of(base, features, evaluation, prompts, settings.pictures, scratch / "drawn")
+    image_sets = image_sets_of(base, features, evaluation, prompts, settings.pictures, scratch / "drawn")
     scale, steps = evaluation.guidance_scale, settings.steps // 2
-    ways = {Key.of(_CURVE, n): Way(_CURVE, n, scale) for n in settings.solver_steps}
-    ways |= {Key.of(solver, steps): Way(solver, steps, scale) for solver in evaluation.solvers}
+    solvers = {Key.of(_CURVE, n): SolverSettings.of(_CURVE, n, scale) for n in settings.solver_steps}
+    solvers |= {Key.of(solver, steps): SolverSettings.of(solver, steps, scale) for solver in evaluation.solver_names}
     with contextlib.ExitStack() as stack:
         if kind == "style":
             layers, identity = adapter_layers(folder)
             stack.enter_context(lora.applied(base.network, layers, str(folder)))
         else:
             identity = ""  # the checkpoint is the base
-        seed = evaluation.seed + 1
+        seed = reporting_seeds(evaluation.seed).compared
         drawn = {
-            Key(ALONE + key): artist.draw(f"{folder.name} {key}", way, seed, identity) for key, way in ways.items()
+            Key(ALONE + key): image_sets.draw(f"{folder.name} {key}", each, seed, identity)
+            for key, each in solvers.items()
         }
-    tensors: dict[str, Tensor] = {key: drawing.features for key, drawing in drawn.items()}
-    tensors |= {REAL: artist.real("real pictures", real, data), "gallery": artist.real("gallery", gallery, data)}
+    tensors: dict[str, Tensor] = {key: image_set.features for key, image_set in drawn.items()}
+    tensors |= {
+        name: image_sets.real(label, chosen, data)["features"]
+        for name, label, chosen in ((REAL, "real pictures", real), ("gallery", "gallery", gallery))
+    }
     facts = Alone(
         kind=kind,
         prompts=prompts,
         seed=seed,
-        network_evaluations={Key(ALONE + key): way.evaluations for key, way in ways.items()},
+        network_evaluations={Key(ALONE + key): each.evaluations for key, each in solvers.items()},
         **compared.fields(),
     )
     with atomic_folder(out) as part:
-        artist.keep(part, drawn, tensors, data, records)
+        image_sets.keep(part, drawn, tensors, {}, data, captions.records)
         facts.write(part / _FACTS)
     shutil.rmtree(scratch)
     return facts
 
 
-# --- with it ----------------------------------------------------------------------------------------------------
-
-
-def study(
+def run_study(
     load_base: Callable[[Path | None], LoadedBase],
     adapter: Path,
     variations: list[Variation],
@@ -160,7 +165,7 @@ def study(
     Raises:
         UserError: a set was drawn for other settings, or an adapter does not fit.
     """
-    ways = student_ways(adapter, settings.student_steps, "study.student_steps")
+    students = student_settings(adapter, settings.student_steps, "study.student_steps")
     base = load_base(None)
     _, identity = adapter_layers(adapter)
     with atomic_folder(out) as folder:
@@ -168,21 +173,21 @@ def study(
         found, weights = {}, None
         styles = [variation for variation in variations if variation.kind == "style"]
         for variation in variations:
-            whose = base if variation.kind == "style" else load_base(variation.folder)
-            painter = _Painter(whose, adapter, variation, settings, evaluation, scratch)
-            found[variation.name] = painter.compare(ways, folder / "pictures" / variation.name)
+            loaded = base if variation.kind == "style" else load_base(variation.folder)
+            accelerated = _AcceleratedVariation(loaded, adapter, variation, settings, evaluation, scratch)
+            found[variation.name] = accelerated.compare(students, folder / "pictures" / variation.name)
         if styles and settings.grid_style_weights and settings.grid_adapter_weights:
             chosen = next((s for s in styles if s.name == settings.grid_style), styles[0])
-            painter = _Painter(base, adapter, chosen, settings, evaluation, scratch)
-            weights = painter.weights_grid(ways[Key.of(STUDENT, settings.steps)], folder)
-        told = figures.Study(adapter=identity, guidance=guidance, weights=weights, variations=found)
-        told.write(folder / STUDY)
+            accelerated = _AcceleratedVariation(base, adapter, chosen, settings, evaluation, scratch)
+            weights = accelerated.weights_grid(students[Key.of(STUDENT, settings.steps)], folder)
+        result = figures.Study(adapter=identity, guidance=guidance, weights=weights, variations=found)
+        result.write(folder / STUDY)
     shutil.rmtree(scratch)
-    return told
+    return result
 
 
-class _Painter:
-    """One variation, accelerated."""
+class _AcceleratedVariation:
+    """A variation with the adapter added, and how it is drawn and measured."""
 
     def __init__(
         self,
@@ -197,11 +202,13 @@ class _Painter:
         self._facts = _read_alone(variation.alone)
         self._alone = load_file(variation.alone / "features.safetensors")
         self._features = load_features(base, evaluation)
-        there, here = self._facts.features.name, self._features.name
-        if there != here:
-            raise UserError(f"{variation.alone}: was drawn with {there}, and this study has {here}; draw it again")
+        drawn_with, wanted = self._facts.features.name, self._features.name
+        if drawn_with != wanted:
+            raise UserError(
+                f"{variation.alone}: was drawn with {drawn_with}, and this study has {wanted}; draw it again"
+            )
         prompts, self._seed = self._facts.prompts, self._facts.seed
-        self._artist = artist_of(base, self._features, evaluation, prompts, settings.pictures, scratch)
+        self._image_sets = image_sets_of(base, self._features, evaluation, prompts, settings.pictures, scratch)
         self._grid_pictures, self._resamples = evaluation.pictures, evaluation.resamples
         self._lcm = formats.read(adapter / lora.WEIGHTS)
         self._style = formats.read(variation.folder / lora.WEIGHTS) if variation.kind == "style" else None
@@ -212,7 +219,7 @@ class _Painter:
     def _with(self, style: float, lcm: float) -> Iterator[str]:
         """Within the block style and adapter have these weights in the UNet; yields a digest of that."""
         parts = [(self._lcm, lcm)] + ([(self._style, style)] if self._style and style else [])
-        layers = combine.combine(parts).layers
+        layers = combine.combine_adapters(parts).layers
         factors = {name: (layer.down, layer.folded.up) for name, layer in layers.items()}
         with lora.applied(self._base.network, factors, self._variation.name):
             yield digest({"adapters": self._identity[: len(parts)], "weights": [weight for _, weight in parts]})
@@ -220,37 +227,37 @@ class _Painter:
     def _weights(self) -> tuple[float, float]:
         return self._settings.weights if self._style else (0.0, 1.0)
 
-    def compare(self, ways: dict[Key, Way], folder: Path) -> figures.Variation:
+    def compare(self, students: dict[Key, StudentSettings], folder: Path) -> figures.Variation:
         """Returns the figures of this variation and keeps its pictures in `folder`."""
         name, steps, seed = self._variation.name, self._settings.steps, self._seed
-        chosen = {Key.of(ACCELERATED, key.steps): way for key, way in ways.items()}
+        chosen = {Key.of(ACCELERATED, key.steps): each for key, each in students.items()}
         with self._with(*self._weights()) as identity:
-            drawn = {key: self._artist.draw(f"{name} {key}", way, seed, identity) for key, way in chosen.items()}
+            drawn = {key: self._image_sets.draw(f"{name} {key}", each, seed, identity) for key, each in chosen.items()}
         if self._style:
-            key, way = Key.of(ADAPTER, steps), ways[Key.of(STUDENT, steps)]
+            key, student = Key.of(ADAPTER, steps), students[Key.of(STUDENT, steps)]
             with self._with(0.0, 1.0) as identity:
-                drawn[key] = self._artist.draw(f"{name} {key}", way, seed, identity)
-            chosen[key] = way
+                drawn[key] = self._image_sets.draw(f"{name} {key}", student, seed, identity)
+            chosen[key] = student
         shutil.copytree(self._variation.alone / "pictures", folder)
-        for key, drawing in drawn.items():
-            save_strip(drawing.strip, folder / f"{key.replace('/', '-')}.png")
-        write_json(folder / "prompts.json", {"prompts": self._artist.shown[: self._artist.rows]})
+        for key, image_set in drawn.items():
+            save_thumbnails(image_set.thumbnails, folder / f"{key.replace('/', '-')}.png")
+        write_json(folder / "prompts.json", {"prompts": self._image_sets.shown[: self._image_sets.rows]})
         sets = {Key(name): value for name, value in self._alone.items() if name.startswith(ALONE)}
-        sets |= {key: drawing.features for key, drawing in drawn.items()}
-        costs = self._facts.network_evaluations | {key: way.evaluations for key, way in chosen.items()}
+        sets |= {key: image_set.features for key, image_set in drawn.items()}
+        costs = self._facts.network_evaluations | {key: each.evaluations for key, each in chosen.items()}
         return self._figures(sets, costs)
 
     def _figures(self, sets: dict[Key, Tensor], costs: dict[Key, int]) -> figures.Variation:
-        real, kind, shown = self._alone[REAL], self._features.distance, self._artist.shown
+        real, kind, shown = self._alone[REAL], self._features.distance, self._image_sets.shown
         distances = {key: distance(real, value, kind) for key, value in sets.items()}
         compared = {key: value for key, value in sets.items() if costs[key] == self._settings.steps}
         spread: dict[Key, Tensor] = {}
         if self._resamples:
             bootstrap = Bootstrap(shown, resamples=self._resamples, seed=self._seed, device=self._base.device)
-            spread = bootstrap.distance(real, compared, kind)
+            spread = bootstrap.distance(real, compared, kind, self._facts.captions.real)
         return figures.Variation(
             kind=self._variation.kind,
-            pictures=self._artist.pictures,
+            pictures=self._image_sets.pictures,
             real_pictures=len(real),
             prompts=len(self._facts.prompts),
             seed=self._seed,
@@ -292,26 +299,26 @@ class _Painter:
             )
         return claims
 
-    def weights_grid(self, way: Way, folder: Path) -> figures.WeightsGrid:
+    def weights_grid(self, student: StudentSettings, folder: Path) -> figures.WeightsGrid:
         """Returns distance and retrieval for each pair of weights and draws the first prompt with each of them."""
         s, kind = self._settings, self._features.distance
-        artist = Artist(**vars(self._artist) | {"pictures": self._grid_pictures, "rows": 1, "scorers": ()})
+        image_sets = replace(self._image_sets, pictures=self._grid_pictures, rows=1, scorers=())
         distances, retrieval, rows = [], [], []
         for style in s.grid_style_weights:
             drawn = []
             for lcm in s.grid_adapter_weights:
                 with self._with(style, lcm) as identity:
                     label = f"{self._variation.name} {style:g} + {lcm:g} adapter"
-                    drawn.append(artist.draw(label, way, self._seed, identity))
+                    drawn.append(image_sets.draw(label, student, self._seed, identity))
             distances.append([distance(self._alone[REAL], each.features, kind) for each in drawn])
-            retrieval.append([self._retrieval(each.features, artist.shown) for each in drawn])
-            rows.append(torch.cat([each.strip[0] for each in drawn], dim=2))
-        save_strip(torch.cat(rows, dim=1)[None], folder / "pictures" / "weights.png")
+            retrieval.append([self._retrieval(each.features, image_sets.shown) for each in drawn])
+            rows.append(torch.cat([each.thumbnails[0] for each in drawn], dim=2))
+        save_thumbnails(torch.cat(rows, dim=1)[None], folder / "pictures" / "weights.png")
         return figures.WeightsGrid(
             style=self._variation.name,
             steps=s.steps,
             pictures=self._grid_pictures,
-            prompt=artist.prompts[0],
+            prompt=image_sets.prompts[0],
             style_weights=list(s.grid_style_weights),
             adapter_weights=list(s.grid_adapter_weights),
             distance_real=distances,
@@ -334,24 +341,26 @@ def _guidance(
     facts = read_reference(reference)
     sets = load_file(reference / "features.safetensors")
     features = load_features(base, evaluation)
-    artist = artist_of(base, features, evaluation, facts.prompts, evaluation.pictures, scratch)
-    plain = student_ways(adapter, (settings.steps,), "study.steps")[Key.of(STUDENT, settings.steps)]
+    image_sets = image_sets_of(base, features, evaluation, facts.prompts, evaluation.pictures, scratch)
+    plain = student_settings(adapter, (settings.steps,), "study.steps")[Key.of(STUDENT, settings.steps)]
     scales = [1.0, *settings.guidance_scales]
-    ways = [Way(**vars(plain) | {"guidance": scale}) for scale in scales]
+    students = [replace(plain, guidance_scale=scale) for scale in scales]
     layers, identity = adapter_layers(adapter)
+    seed = reporting_seeds(evaluation.seed).compared
     with lora.applied(base.network, layers, str(adapter)):
-        drawn = [artist.draw(f"guidance {way.guidance:g}", way, evaluation.seed + 1, identity) for way in ways]
+        drawn = [image_sets.draw(f"guidance {each.guidance_scale:g}", each, seed, identity) for each in students]
     teacher, kind = sets[facts.teacher], features.distance
     floor = distance(teacher, sets[facts.teacher + AGAIN], kind)
-    for way, drawing in zip(ways, drawn, strict=True):
-        save_strip(drawing.strip, strip_path(folder, f"guidance@{way.guidance:g}"))
+    for student, image_set in zip(students, drawn, strict=True):
+        save_thumbnails(image_set.thumbnails, thumbnails_path(folder, f"guidance@{student.guidance_scale:g}"))
+    all_kinds = sets[REAL] if REAL in sets else sets["gallery"]
     return figures.Guidance(
         steps=settings.steps,
         scales=scales,
-        network_evaluations=[way.evaluations for way in ways],
-        excess=[distance(teacher, drawing.features, kind) - floor for drawing in drawn],
+        network_evaluations=[each.evaluations for each in students],
+        excess=[distance(teacher, image_set.features, kind) - floor for image_set in drawn],
         retrieval=[
-            retrieval_at_1(drawing.features, artist.shown, sets["gallery"], facts.captions.gallery) for drawing in drawn
+            retrieval_at_1(each.features, image_sets.shown, sets["gallery"], facts.captions.gallery) for each in drawn
         ],
-        diversity=[variety(each.features, artist.shown, sets[REAL]) for each in drawn],
+        diversity=[variety(each.features, image_sets.shown, all_kinds) for each in drawn],
     )

@@ -1,6 +1,6 @@
-"""Undocumented parts of MLflow that lcmlora relies on. tests/test_internals.py tries each.
+"""Undocumented parts of MLflow that lcmlora relies on. tests/test_internals.py tests each of them.
 
-A model's requirements pin MLflow's version, so that it is served by the one that this was tested with.
+A served model's requirements pin the version of MLflow that these parts were tested with.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ SCORING_APPLICATION = "mlflow.pyfunc.scoring_server.app"  # the module in which 
 
 
 def guard_next_application(guard: Callable[[Application], Application]) -> bool:
-    """Has the application that `mlflow models serve` makes next run behind a guard.
+    """Puts a guard around the application that `mlflow models serve` makes next.
 
-    That module makes its application right after it has loaded the model, as a FastAPI, and offers no hook. So
-    FastAPI is replaced until it is made.
+    That module makes its FastAPI application right after it has loaded the model, and offers no hook. So the class
+    FastAPI is replaced until that application is made.
 
     Args:
-        guard: makes one application of another.
+        guard: returns an application that wraps the given one.
 
     Returns:
-        False where the model is loaded by another program: nothing is replaced.
+        False where another program loads the model; nothing is replaced then.
     """
     module = sys.modules.get(SCORING_APPLICATION)
     if module is None or hasattr(module, "app"):
@@ -49,9 +49,12 @@ def guard_next_application(guard: Callable[[Application], Application]) -> bool:
 
 
 def start_system_monitor(run_id: str, tracking_uri: str, seconds: float) -> Any:
-    """Returns MLflow's own monitor, started: CPU, memory, disk, network and GPU as `system/...` metrics of the run.
+    """Starts and returns MLflow's monitor, which logs CPU, memory, disk, network and GPU as `system/...` metrics.
 
-    MLflow's documented way starts it for the active run of the process alone, and lcmlora has none.
+    MLflow documents it only for the process's active run, and lcmlora sets none.
+
+    Args:
+        seconds: between two measurements.
     """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 

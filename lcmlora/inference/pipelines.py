@@ -1,4 +1,4 @@
-"""A release as a ready diffusers pipeline, for those who serve it: the base by digest, the scheduler, the adapter."""
+"""Loading a release as a diffusers pipeline that is ready to draw: base checked by digest, scheduler, adapter."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from lcmlora.bases import architecture, diffusers_pipeline, fetching, folders, s
 from lcmlora.config import Base
 from lcmlora.diffusion import noise, sampling
 from lcmlora.errors import UserError
-from lcmlora.io.parsing import as_object, read_json
 from lcmlora.io.private import downloads
 from lcmlora.releases import bundle
+from lcmlora.releases.bundle import Provenance
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BATCH = 4  # pictures in one pass of the network, whatever the length of a request: what bounds the memory
-_SIZE_UNIT = 8  # diffusers' pipelines take no other multiples
-_WARM_UNITS = 8  # the side of the picture that warms up, in units
+_BATCH = 4  # pictures in one pass of the network, which bounds the memory for requests of any length
+_SIZE_UNIT = 8  # pixels; diffusers' pipelines accept only multiples of it
+_WARM_UNITS = 8  # side of the warm-up picture, in size units
 
 
 class Abandoned(Exception):
-    """Nobody waits for the pictures any more, so they were not drawn to their end."""
+    """Drawing stopped, because nobody waits for the pictures any more."""
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Draws with a release. Made by `load`; may be called from several threads, which wait for each other."""
+    """Draws with a release. Made by `load`. Several threads may call it; they wait for each other."""
 
-    pipeline: Any  # of diffusers, ready
+    pipeline: Any  # a DiffusionPipeline, ready
     sampler: Sampler
-    provenance: dict[str, Any]
+    provenance: Provenance
     resolution: int  # pixels
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def size_unit(self) -> int:
-        """What the sides of a picture are multiples of, in pixels."""
+        """Width and height of a picture must be multiples of it, in pixels."""
         return max(_SIZE_UNIT, int(self.pipeline.vae_scale_factor))
 
     def __call__(
@@ -61,22 +61,23 @@ class Pipeline:
         height: int | None = None,
         abandoned: Callable[[], bool] | None = None,
     ) -> list[Image.Image]:
-        """Returns a picture of each prompt, RGB.
+        """Returns one RGB picture for each prompt.
 
-        The i-th starts from the noise (seed, i) and has noise of its own between the steps, so it does not depend on
-        the others. It is the picture that `lcmlora generate` draws, but for the rounding of its precision; in half
-        precision this includes the rounding of the noise.
+        The i-th picture uses the noise of (seed, i) at the start and between the steps, so it does not depend on the
+        other pictures. `lcmlora generate` draws the same picture up to rounding; in half precision, this includes the
+        rounding of the noise.
 
         Args:
+            prompt: one text or several.
             steps: 1 to the number of timesteps that the adapter was trained on.
-            guidance: the pipelines' convention; 1 is none and costs one pass a step, more costs two.
-            seed: None is another one each time.
-            width, height: in pixels, multiples of `size_unit`; the release's resolution where they are None.
-            abandoned: asked before every step; where it says so nothing more is drawn.
+            guidance: `guidance_scale` of diffusers. 1 is no guidance and costs one network pass a step; more costs two.
+            seed: None draws with a new random seed each time.
+            width, height: in pixels, multiples of `size_unit`; None is the release's resolution.
+            abandoned: called before every step; drawing stops when it returns True.
 
         Raises:
-            Abandoned: `abandoned` said so.
-            UserError: no text, a number out of its range, or pictures that are not finite.
+            Abandoned: `abandoned` returned True.
+            UserError: a prompt is no text, a number is out of its range, or the pictures are not finite.
         """
         width, height = (self.resolution if side is None else side for side in (width, height))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -84,16 +85,16 @@ class Pipeline:
         seed = secrets.randbits(32) if seed is None else seed
         pictures: list[Image.Image] = []
         for start in range(0, len(prompts), _BATCH):
-            some = dict(enumerate(prompts[start : start + _BATCH], start))
-            with self._lock:  # a scheduler counts its steps in itself
+            batch = dict(enumerate(prompts[start : start + _BATCH], start))
+            with self._lock:  # the scheduler object counts the steps
                 if abandoned is not None and abandoned():
-                    raise Abandoned("nobody waits for these pictures any more")
-                pixels = self._draw(some, steps, guidance, seed, width, height, abandoned)
+                    raise Abandoned
+                pixels = self._draw(batch, steps, guidance, seed, width, height, abandoned)
             pictures += [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
         return pictures
 
     def check(self, prompts: Sequence[str], *, steps: int, guidance: float, width: int, height: int) -> None:
-        """Raises UserError where `__call__` would: no text, or a number out of its range."""
+        """Raises UserError where a prompt is no text, or a number is out of its range, as `__call__` does."""
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise UserError(f"prompt: expected text, got {prompt!r}")
@@ -117,16 +118,16 @@ class Pipeline:
         height: int,
         abandoned: Callable[[], bool] | None,
     ) -> Tensor:
-        """Returns (B, 3, height, width) uint8."""
+        """Returns pixels, (B, 3, height, width) uint8, of the prompts by their sample index."""
         factor = self.pipeline.vae_scale_factor
-        shape = (diffusers_pipeline.network(self.pipeline).config.in_channels, height // factor, width // factor)
+        shape = (diffusers_pipeline.network_of(self.pipeline).config.in_channels, height // factor, width // factor)
         latents = sampling.initial_noise(shape, seed, list(prompts))
         generators = [noise.generator(seed, index, 1) for index in prompts]
 
-        def next_noise(_: Any, done: int, *__: Any) -> dict[str, Any]:
+        def next_noise(_: Any, done: int, *__: Any) -> dict[str, Tensor]:
             if abandoned is not None and abandoned():
-                raise Abandoned("nobody waits for these pictures any more")
-            # As sampling.sample does it: the noise of every step has a key of its own.
+                raise Abandoned
+            # As in sampling.sample_student: each step has its own key for the noise.
             for index, generator in zip(prompts, generators, strict=True):
                 generator.manual_seed(noise.generator(seed, index, done + 2).initial_seed())
             return {}
@@ -136,7 +137,7 @@ class Pipeline:
             num_inference_steps=steps,
             guidance_scale=float(guidance),
             eta=self.sampler.gamma or 0.0,  # dropped by the pipelines where the scheduler is not TCDScheduler
-            latents=latents.to(self.pipeline.device, diffusers_pipeline.network(self.pipeline).dtype),
+            latents=latents.to(self.pipeline.device, diffusers_pipeline.network_of(self.pipeline).dtype),
             generator=generators,
             width=width,
             height=height,
@@ -144,7 +145,7 @@ class Pipeline:
             callback_on_step_end=next_noise,
         ).images
         if not pictures.isfinite().all():
-            raise UserError(f"{self.provenance['model']}: drew pictures that are not finite in {pictures.dtype}")
+            raise UserError(f"{self.provenance.model}: drew pictures that are not finite in {pictures.dtype}")
         return pictures.float().mul(255).round().byte()
 
 
@@ -161,40 +162,40 @@ def load(
 
     Args:
         folder: a release; its weights, scheduler_config.json and provenance.json are enough.
-        base: the folder of its base. By default the one that it was made with, where that is a folder that is here,
-            else the hub's at the pinned revision, which is downloaded once, into $LCMLORA_CACHE or ~/.cache/lcmlora.
-        device: auto, cpu or cuda. fp32 on a CPU, else bf16, or fp16 where there is no bf16.
-        fuse: add the adapter to the base's weights, which saves time at every step and cannot be undone.
-        warm: draw something small, so that the first picture takes no longer than the others.
-        sources: the folder that a base which the release names by a relative path is looked for in.
+        base: the folder of its base. By default the base that the adapter was distilled with: a local folder, or a
+            model of the hub at the pinned revision, which is downloaded once to $LCMLORA_CACHE or ~/.cache/lcmlora.
+        device: auto, cpu or cuda. The precision is fp32 on a CPU, else bf16, or fp16 where the GPU has no bf16.
+        fuse: add the adapter to the base's weights, which makes every step faster and cannot be undone.
+        warm: draw a small picture, so that the first real one takes no longer than the others.
+        sources: the folder that a relative path of the base is relative to.
 
     Raises:
-        UserError: the weights are not those of the release, its base is not to be had or another one by digest, or
-            diffusers cannot load them.
+        UserError: the weights are not those of the release, its base is missing or has another digest, or diffusers
+            cannot load them.
     """
-    provenance = _read(folder / bundle.PROVENANCE)
-    if (found := bundle.digest(folder)) != provenance["sha256"]:
+    provenance = Provenance.read(folder / bundle.PROVENANCE)
+    if (found := bundle.digest(folder)) != provenance.sha256:
         raise UserError(
-            f"{folder / bundle.WEIGHTS}: expected sha256 {provenance['sha256'][:12]}..., got {found[:12]}...; get the "
-            "release again"
+            f"{folder / bundle.WEIGHTS}: expected sha256 {provenance.sha256[:12]}..., got {found[:12]}...; download "
+            "the release again"
         )
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device: expected auto, cpu or cuda, got {device!r}")
-    place = bases.pick_device(device)
-    base_folder = _base(folder, provenance["base"], base, sources)
-    variant = provenance["base"].get("variant") or folders.variant(base_folder)
-    pipeline = diffusers_pipeline.assemble(
-        base_folder, folder / bundle.SCHEDULER, variant, bases.pick_dtype("auto", place)
+    torch_device = bases.pick_device(device)
+    base_folder = _base_folder(folder, provenance.base, base, sources)
+    variant = provenance.base.get("variant") or folders.variant(base_folder)
+    pipeline = diffusers_pipeline.assemble_pipeline(
+        base_folder, folder / bundle.SCHEDULER, variant, bases.pick_dtype("auto", torch_device)
     )
-    pipeline = pipeline.to(place)
-    _add(pipeline, folder, fuse)
-    pipeline.watermark = None  # SDXL's, which depends on the packages that happen to be installed
-    resolution = provenance.get("resolution") or architecture.of_folder(base_folder).resolution
+    pipeline = pipeline.to(torch_device)
+    _load_adapter(pipeline, folder, fuse)
+    pipeline.watermark = None  # of SDXL, which is drawn only where a certain package is installed
+    resolution = provenance.resolution or architecture.of_folder(base_folder).resolution
     if resolution is None:
-        raise UserError(f"{folder / bundle.PROVENANCE}: resolution: expected pixels, and {base_folder} does not tell")
+        raise UserError(f"{folder / bundle.PROVENANCE}: resolution: is missing, and {base_folder} has none")
     ready = Pipeline(
         pipeline=pipeline,
-        sampler=bundle.sampler_of(folder, provenance) or LATENT_CONSISTENCY,
+        sampler=bundle.sampler_of(folder, provenance.plain()) or LATENT_CONSISTENCY,
         provenance=provenance,
         resolution=resolution,
     )
@@ -204,8 +205,8 @@ def load(
     return ready
 
 
-def _add(pipeline: Any, folder: Path, fuse: bool) -> None:
-    """Loads the adapter, and makes it one with the base's weights if `fuse`."""
+def _load_adapter(pipeline: Any, folder: Path, fuse: bool) -> None:
+    """Loads the adapter into the pipeline. With `fuse`, its effect is added to the base's weights."""
     tensorfile.check_harmless(folder / bundle.WEIGHTS)
     try:
         pipeline.load_lora_weights(folder, weight_name=bundle.WEIGHTS, adapter_name="lcm", use_safetensors=True)
@@ -217,49 +218,49 @@ def _add(pipeline: Any, folder: Path, fuse: bool) -> None:
         pipeline.unload_lora_weights()
 
 
-def _base(folder: Path, made_for: dict[str, str | None], wanted: Path | None, sources: Path) -> Path:
-    """Returns the folder of the base that the release was made for, by its digest; downloads it if need be."""
+def _base_folder(folder: Path, made_for: dict[str, str | None], given: Path | None, sources: Path) -> Path:
+    """Returns the folder of the release's base, which is downloaded if necessary and checked by its digest.
+
+    Args:
+        made_for: `base` of the release's provenance.
+        given: the folder that the caller names.
+    """
     source, revision, digest = (made_for.get(key) for key in ("source", "revision", "digest"))
     if not source or not digest:
         raise UserError(f"{folder / bundle.PROVENANCE}: base: expected a source and a digest, got {made_for}")
-    if wanted is not None:
-        place = wanted
+    if given is not None:
+        base_folder = given
     elif style := made_for.get("style"):
         raise UserError(
-            f"{folder}: was made for {source} with the style {style} summed into it; say where that base's folder is, "
-            "which `lcmlora fetch` makes"
+            f"{folder}: was made for {source} with the style {style} added to it; name the folder of that base, which "
+            "`lcmlora fetch` makes"
         )
     elif (sources / source).is_dir():
-        place = sources / source
+        base_folder = sources / source
     elif revision is None or singlefile.names_a_file(source):
         raise UserError(
-            f"{folder}: was made for the local base {source} (digest {digest[:12]}...), which is no folder here; say "
-            "where the base's folder is"
+            f"{folder}: was made for the local base {source} (digest {digest[:12]}...), which is not here; name the "
+            "base's folder"
         )
     else:
-        place = _download(source, revision, made_for.get("variant"))
-    folders.check_folder(place)
-    variant = made_for.get("variant") or folders.variant(place)
-    # Resolution and licence play no part in what a base is.
-    found = folders.identity(Base(source=str(place), variant=variant, resolution=1, license="unknown"), place)
-    mine, theirs = folders.compared(made_for, found)
-    if mine != theirs:
+        base_folder = _download(source, revision, made_for.get("variant"))
+    folders.check_folder(base_folder)
+    variant = made_for.get("variant") or folders.variant(base_folder)
+    # Resolution and licence are no part of a base's identity.
+    base = Base(source=str(base_folder), variant=variant, resolution=1, license="unknown")
+    found = folders.identity(base, base_folder)
+    expected_digest, found_digest = folders.comparable_digests(made_for, found)
+    if expected_digest != found_digest:
         raise UserError(
-            f"{folder}: was made for {source} (digest {str(mine)[:12]}...), and the base in {place} has digest "
-            f"{str(theirs)[:12]}...{folders.difference(made_for, found)}; expected the very files that the adapter was "
-            "distilled with"
+            f"{folder}: was made for {source} (digest {str(expected_digest)[:12]}...), and the base in {base_folder} "
+            f"has digest {str(found_digest)[:12]}...{folders.difference(made_for, found)}; expected the very files "
+            "that the adapter was distilled with"
         )
-    return place
+    return base_folder
 
 
 def _download(source: str, revision: str, variant: str | None) -> Path:
     name = f"{source.replace('/', '--')}@{revision}" + (f".{variant}" if variant else "")
-    # Resolution and licence play no part in a download.
+    # Resolution and licence make no difference to a download.
     base = Base(source=source, revision=revision, variant=variant, resolution=1, license="unknown")
     return fetching.fetch(name, base, downloads("bases"))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    return as_object(read_json(path), str(path))

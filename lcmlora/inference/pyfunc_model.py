@@ -1,6 +1,6 @@
-"""The script that MLflow runs to have the model around a release: prompts in, PNGs out. Written by serving.write_model.
+"""The script that MLflow runs to make the model of a release: prompts in, PNGs out. `serving.write_model` copies it.
 
-MLflow also runs it when the model is written, where nothing of the release is there, so nothing heavy is imported here.
+MLflow also runs it when the model is written, without the release's files, so this module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -10,32 +10,37 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas  # type: ignore[import-untyped]
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 class Drawer(PythonModel):
     """Draws with the release among its artifacts.
 
-    Environment: LCMLORA_BASE, the folder of the base (default: see pipelines.load); LCMLORA_DEVICE, auto, cpu or cuda;
-    LCMLORA_FUSE=1, faster steps (see pipelines.load); LCMLORA_MAX_..., what a request may ask for (see limits.Limits).
+    Environment variables: LCMLORA_BASE, the folder of the base (default: see pipelines.load); LCMLORA_DEVICE, auto, cpu
+    or cuda; LCMLORA_FUSE=1, faster steps (see pipelines.load); LCMLORA_MAX_..., the limits of a request (see Limits).
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Raises UserError where the base is not to be had or is not the one of the release."""
+        """Loads the release. Raises UserError where its base is missing or another one."""
         from lcmlora.inference import pipelines, request_guard
         from lcmlora.inference.limits import Limits
 
         self._limits = Limits.read()
-        self._places = threading.BoundedSemaphore(1 + self._limits.queue)
+        self._queue = threading.BoundedSemaphore(1 + self._limits.queue)
         base = os.environ.get("LCMLORA_BASE")
-        # MLflow's server answers each request in another thread. On a CPU every thread that calls torch brings its own
-        # team of workers, and with more workers than cores all sleep between two operators: half the speed.
+        # MLflow's server answers each request in another thread. On a CPU, torch starts a team of workers for every
+        # thread that calls it; with more workers than cores, drawing takes twice as long.
         self._worker = ThreadPoolExecutor(1, "drawer")
         self._pipeline = self._worker.submit(
             pipelines.load,
@@ -44,20 +49,23 @@ class Drawer(PythonModel):
             os.environ.get("LCMLORA_DEVICE") or "auto",
             fuse=os.environ.get("LCMLORA_FUSE") == "1",
         ).result()
-        request_guard.stand_before_mlflow(self._limits)
+        request_guard.guard_mlflow_server(self._limits)
 
     def predict(
-        self, context: PythonModelContext, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
+        self,
+        context: PythonModelContext,
+        model_input: pandas.DataFrame,
+        params: dict[str, int | float | None] | None = None,
     ) -> pandas.DataFrame:
         """Returns the column `png`, the bytes of a picture for each `prompt`.
 
         Args:
-            params: steps, guidance, seed, width, height, as pipelines.Pipeline takes them; width and height 0 are the
+            params: steps, guidance, seed, width, height, as for pipelines.Pipeline; width and height 0 are the
                 release's resolution.
 
         Raises:
-            MlflowException: a parameter out of its range (400), too many requests (429), the time is over (504), or
-                the drawing failed (500).
+            MlflowException: a parameter is out of its range (400), too many requests wait (429), the time is over
+                (504), or drawing failed (500).
         """
         from mlflow.exceptions import MlflowException
         from mlflow.protos.databricks_pb2 import DEADLINE_EXCEEDED, INTERNAL_ERROR, RESOURCE_EXHAUSTED
@@ -65,48 +73,63 @@ class Drawer(PythonModel):
         from lcmlora.errors import UserError
         from lcmlora.inference import request_guard
         from lcmlora.inference.pipelines import Abandoned
-        from lcmlora.inference.serving import DEFAULTS
 
-        # Other servers than MLflow's have no door of ours.
+        # Without the guard in front of MLflow's server, the model sets the deadline itself.
         request = request_guard.current.get() or request_guard.Request(time.monotonic() + self._limits.seconds)
-        request.reached = True
-        asked = DEFAULTS | {name: value for name, value in (params or {}).items() if value is not None}
-        resolution = self._pipeline.resolution
+        request.reached_model = True
         try:
-            if "prompt" not in model_input:
-                raise UserError("prompt: expected a column of this name")
-            prompts = list(model_input["prompt"])
-            self._limits.check(prompts, {name: _plain(value) for name, value in asked.items()}, resolution)
-            arguments: dict[str, Any] = {name: int(asked[name]) for name in ("steps", "width", "height")}
-            arguments |= {name: arguments[name] or resolution for name in ("width", "height")}
-            arguments["guidance"] = float(asked["guidance"])
-            self._pipeline.check(prompts, **arguments)
+            draw = self._drawing(model_input, params or {}, request.abandoned)
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
-        if not self._places.acquire(blocking=False):
+        if not self._queue.acquire(blocking=False):
             raise MlflowException("too many requests wait already; ask again later", RESOURCE_EXHAUSTED)
         try:
-            pictures = self._worker.submit(
-                self._pipeline, prompts, seed=int(asked["seed"]), abandoned=request.abandoned, **arguments
-            ).result()
+            pictures = self._worker.submit(draw).result()
         except Abandoned:
-            over = f"the pictures were not drawn within {self._limits.seconds} seconds (LCMLORA_MAX_SECONDS)"
-            raise MlflowException(over, DEADLINE_EXCEEDED) from None
+            late = f"the pictures were not drawn within {self._limits.seconds} seconds (LCMLORA_MAX_SECONDS)"
+            raise MlflowException(late, DEADLINE_EXCEEDED) from None
         except Exception as error:
             logging.getLogger(__name__).exception("drawing failed")
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise MlflowException(f"drawing failed: {reason}", INTERNAL_ERROR) from None
         finally:
-            self._places.release()
+            self._queue.release()
         return pandas.DataFrame({"png": [_png(picture) for picture in pictures]})
+
+    def _drawing(
+        self, model_input: pandas.DataFrame, params: dict[str, int | float | None], abandoned: Callable[[], bool]
+    ) -> Callable[[], list[Image]]:
+        """Returns the function that draws the pictures of a request. Raises UserError where it is over a limit."""
+        from lcmlora.errors import UserError
+        from lcmlora.inference.serving import DEFAULTS
+
+        values = DEFAULTS | {name: value for name, value in params.items() if value is not None}
+        resolution = self._pipeline.resolution
+        if "prompt" not in model_input:
+            raise UserError("prompt: expected a column of this name")
+        prompts = list(model_input["prompt"])
+        self._limits.check(prompts, {name: _plain(value) for name, value in values.items()}, resolution)
+        steps, guidance, seed = int(values["steps"]), float(values["guidance"]), int(values["seed"])
+        width, height = (int(values[name]) or resolution for name in ("width", "height"))
+        self._pipeline.check(prompts, steps=steps, guidance=guidance, width=width, height=height)
+        return partial(
+            self._pipeline,
+            prompts,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            width=width,
+            height=height,
+            abandoned=abandoned,
+        )
 
 
 def _plain(value: Any) -> Any:
-    """Returns Python's own number for one of numpy's."""
+    """Returns a Python number for a numpy scalar; anything else as it is."""
     return value.item() if hasattr(value, "item") else value
 
 
-def _png(picture: Any) -> bytes:
+def _png(picture: Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return buffer.getvalue()

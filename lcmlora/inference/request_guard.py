@@ -1,8 +1,8 @@
-"""The door of MLflow's scoring server: what is too much is turned away, and errors are one line.
+"""A guard in front of MLflow's scoring server: it refuses requests over the limits, and errors become one line.
 
-`mlflow models serve` builds its application right after it has loaded the model, and gives the model no say in it. So
-the model, while it is loaded there, puts `Door` around that application (`stand_before_mlflow`). What other servers run
-the model is theirs; `pyfunc_model.Drawer` keeps all limits but that of a request's bytes by itself.
+`mlflow models serve` makes its application right after it has loaded the model, and offers no hook. So the model, while
+it is loaded, has `RequestGuard` put around that application (`guard_mlflow_server`). Other servers can run the model,
+too: `pyfunc_model.Drawer` itself checks all limits but the number of a request's bytes.
 """
 
 from __future__ import annotations
@@ -13,93 +13,95 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from lcmlora.inference.limits import Limits
 from lcmlora.inference.mlflow_internals import guard_next_application
-from lcmlora.io.parsing import Malformed, parse_json
+from lcmlora.io.parsing import JsonObject, Malformed, parse_json
 from lcmlora.io.terminal import joined
 
-Message = dict[str, Any]
+Message = MutableMapping[str, Any]  # of ASGI
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _PATH = "/invocations"
-_SHOWN = 500  # characters of a message
-# Bytes of a request over the limit that are taken and dropped: a client that still sends when the connection closes
-# sees that it broke, and not why.
+_MESSAGE = 500  # characters of a message, at most
+# Up to so many bytes, a request over the limit is read and dropped. A client that still sends when the connection
+# closes would see a broken connection, and not the answer.
 _DROPPED = 16 << 20
 _CODES = {400: "INVALID_PARAMETER_VALUE", 408: "REQUEST_TIMEOUT", 413: "REQUEST_TOO_LARGE", 415: "BAD_REQUEST"}
 
 
 @dataclass
 class Request:
-    """A request as the model sees it: when it has to end, and whether anybody still waits for it."""
+    """A request as the model sees it: its deadline, and whether the client still waits for the answer."""
 
-    deadline: float  # of time.monotonic()
-    gone: threading.Event = field(default_factory=threading.Event)
-    reached: bool = False  # the model was asked: before, an error is that of the request
+    deadline: float  # on the clock of time.monotonic()
+    disconnected: threading.Event = field(default_factory=threading.Event)
+    reached_model: bool = False  # an error before that is a fault of the request
 
     def abandoned(self) -> bool:
-        return self.gone.is_set() or time.monotonic() > self.deadline
+        """Returns whether nobody waits for the answer any more, or the time is over."""
+        return self.disconnected.is_set() or time.monotonic() > self.deadline
 
 
-# The request that is being answered; MLflow calls the model in another thread, which inherits this.
+# The request that is being answered. MLflow calls the model in another thread, which inherits this.
 current: ContextVar[Request | None] = ContextVar("request", default=None)
 
 
-def stand_before_mlflow(limits: Limits) -> bool:
-    """Puts a Door around the application that MLflow's server makes next; returns False where it is another server."""
-    return guard_next_application(lambda application: Door(application, limits))
+def guard_mlflow_server(limits: Limits) -> bool:
+    """Puts a RequestGuard around the application that MLflow's server makes next. Returns False in other servers."""
+    return guard_next_application(lambda application: RequestGuard(application, limits))
 
 
-class Door:
-    """An ASGI application around another one, which answers requests for pictures."""
+class RequestGuard:
+    """An ASGI application around MLflow's, which checks requests for pictures and rewrites errors."""
 
     def __init__(self, application: Application, limits: Limits) -> None:
         self._application = application
         self._limits = limits
-        self._inside = 0
+        self._active = 0  # requests that are drawn or wait
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != _PATH or scope["method"] != "POST":
             await self._application(scope, receive, send)
             return
-        if self._inside > self._limits.queue:
+        if self._active > self._limits.queue:
             text = f"{self._limits.queue} requests wait already (LCMLORA_MAX_QUEUE); ask again later"
             await _answer(send, 429, text, code="RESOURCE_EXHAUSTED")
             return
-        self._inside += 1
+        self._active += 1
         try:
-            await self._let_in(scope, receive, send)
+            await self._answer_request(scope, receive, send)
         finally:
-            self._inside -= 1
+            self._active -= 1
 
-    async def _let_in(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _answer_request(self, scope: Message, receive: Receive, send: Send) -> None:
         request = Request(time.monotonic() + self._limits.seconds)
         headers = {bytes(name).lower(): bytes(value) for name, value in scope["headers"]}
         try:
             body = await asyncio.wait_for(self._read(receive, headers), self._limits.seconds)
-            kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-            _expect(kind, body)
+            media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            _check_body(media_type, body)
         except _Refused as error:
             await _answer(send, error.status, str(error))
             return
         except TimeoutError:
             await _answer(send, 408, f"the request took more than {self._limits.seconds} seconds to arrive")
             return
-        if body is None:  # who asked has gone
+        if body is None:  # the client has disconnected
             return
-        await self._ask(scope, body, receive, send, request)
+        await self._forward(scope, body, receive, send, request)
 
     async def _read(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes | None:
-        told = headers.get(b"content-length", b"")
-        patience = max(self._limits.body, _DROPPED)
-        if told.isdigit() and (len(told) > 18 or int(told) > patience):
+        """Returns the body of a request, None where the client disconnects. Raises _Refused where it is too large."""
+        length = headers.get(b"content-length", b"")
+        most_read = max(self._limits.body, _DROPPED)
+        if length.isdigit() and (len(length) > 18 or int(length) > most_read):
             raise _Refused(413, self._too_large())
         body, size = bytearray(), 0
         while True:
@@ -110,7 +112,7 @@ class Door:
             size += len(part)
             if size <= self._limits.body:
                 body += part
-            if size > patience or (size > self._limits.body and not message.get("more_body")):
+            if size > most_read or (size > self._limits.body and not message.get("more_body")):
                 raise _Refused(413, self._too_large())
             if not message.get("more_body"):
                 return bytes(body)
@@ -118,15 +120,15 @@ class Door:
     def _too_large(self) -> str:
         return f"the request has more than {self._limits.body} bytes (LCMLORA_MAX_BODY)"
 
-    async def _ask(self, scope: Message, body: bytes, receive: Receive, send: Send, request: Request) -> None:
-        """Asks the application, watches whether anybody still waits, and passes on its answer, an error as one line."""
+    async def _forward(self, scope: Message, body: bytes, receive: Receive, send: Send, request: Request) -> None:
+        """Passes a request on to the application, watches for a disconnect, and sends the answer."""
         answered = asyncio.Event()
-        given = False
+        body_sent = False
 
         async def replay() -> Message:
-            nonlocal given
-            if not given:
-                given = True
+            nonlocal body_sent
+            if not body_sent:
+                body_sent = True
                 return {"type": "http.request", "body": body, "more_body": False}
             await answered.wait()
             return {"type": "http.disconnect"}
@@ -134,42 +136,42 @@ class Door:
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
-            request.gone.set()
+            request.disconnected.set()
 
-        kept = _Kept()
+        response = _CapturedResponse()
         watching = asyncio.create_task(watch())
         token = current.set(request)
         try:
-            await self._application(scope, replay, kept.take)
-        except Exception as error:  # MLflow's own server would answer it as a page of text
-            print(f"error: {type(error).__name__}: {joined(error, _SHOWN)}", file=sys.stderr, flush=True)
-            kept = _Kept(status=500)
+            await self._application(scope, replay, response.capture)
+        except Exception as error:  # MLflow's own server would answer with a page of text
+            print(f"error: {type(error).__name__}: {joined(error, _MESSAGE)}", file=sys.stderr, flush=True)
+            response = _CapturedResponse(status=500)
         finally:
             current.reset(token)
             answered.set()
-            request.gone.set()  # nobody waits any more, whatever still draws
+            request.disconnected.set()  # stops a drawing that still runs
             watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watching
-        if kept.status == 200:
-            for message in kept.messages:
+        if response.status == 200:
+            for message in response.messages:
                 await send(message)
             return
-        # What MLflow could not read was wrong in the request, whatever it makes of it.
-        status = kept.status if request.reached or kept.status != 500 else 400
-        await _answer(
-            send, status, kept.text or "the request cannot be read as a table with a column `prompt`", kept.code
-        )
+        # MLflow answers 500 to some requests that it cannot read, where 400 is right.
+        status = response.status if request.reached_model or response.status != 500 else 400
+        text = response.text or "the request cannot be read as a table with a column `prompt`"
+        await _answer(send, status, text, response.code)
 
 
 @dataclass
-class _Kept:
-    """An answer that was not sent yet."""
+class _CapturedResponse:
+    """An application's answer that has not been sent yet."""
 
     status: int = 500
     messages: list[Message] = field(default_factory=list)
 
-    async def take(self, message: Message) -> None:
+    async def capture(self, message: Message) -> None:
+        """Keeps a message that the application sends."""
         self.messages.append(message)
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -179,37 +181,42 @@ class _Kept:
         return b"".join(m.get("body", b"") for m in self.messages if m["type"] == "http.response.body")
 
     @property
-    def _said(self) -> dict[str, Any]:
+    def _error(self) -> JsonObject:
         try:
-            said = parse_json(self._body)
+            error = parse_json(self._body)
         except Malformed:
             return {}
-        return said if isinstance(said, dict) else {}
+        return error if isinstance(error, dict) else {}
 
     @property
     def code(self) -> str | None:
-        code = self._said.get("error_code")
+        """MLflow's code of an error, such as INVALID_PARAMETER_VALUE; None where there is none."""
+        code = self._error.get("error_code")
         return code if isinstance(code, str) else None
 
     @property
     def text(self) -> str:
-        message = self._said.get("message")
+        """The error's message; empty where there is none that says more than the status."""
+        message = self._error.get("message")
         if isinstance(message, str):
-            # MLflow puts the request before what the model said.
+            # MLflow puts the whole request before the model's own message.
             return message.rpartition("\nError: ")[2]
         return "" if self.status == 500 else self._body.decode("utf-8", "replace")
 
 
 class _Refused(Exception):
+    """A request is refused, with this HTTP status."""
+
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
 
 
-def _expect(kind: bytes, body: bytes | None) -> None:
+def _check_body(media_type: bytes, body: bytes | None) -> None:
+    """Raises _Refused where a request cannot be read, or has values that MLflow would convert silently."""
     if body is None:
         return
-    if kind == b"application/json":
+    if media_type == b"application/json":
         try:
             value = parse_json(body)
         except Malformed as error:
@@ -218,16 +225,16 @@ def _expect(kind: bytes, body: bytes | None) -> None:
             raise _Refused(400, "the request: expected an object with dataframe_records and params")
         for name, table in value.items():
             if name in ("dataframe_records", "instances", "inputs"):
-                _expect_texts(table)
+                _check_texts(table)
             elif name == "dataframe_split" and isinstance(table, dict):
-                _expect_texts(table.get("data"))
-        _expect_params(value.get("params"))
-    elif kind != b"text/csv":  # a Parquet file of some kilobytes can hold gigabytes
+                _check_texts(table.get("data"))
+        _check_params(value.get("params"))
+    elif media_type != b"text/csv":  # a Parquet file of some kilobytes can hold gigabytes
         raise _Refused(415, "Content-Type: expected application/json or text/csv")
 
 
-def _expect_texts(value: Any) -> None:
-    """Raises _Refused where something in a table is no text: MLflow makes a text of a number in some of its formats."""
+def _check_texts(value: object) -> None:
+    """Raises _Refused where a value of a table is no text: in some formats, MLflow would convert a number to text."""
     inner = [value]
     while inner:
         each = inner.pop()
@@ -239,31 +246,32 @@ def _expect_texts(value: Any) -> None:
             raise _Refused(400, f"prompt: expected text, got {joined(repr(each), 100)}")
 
 
-def _expect_params(params: Any) -> None:
+def _check_params(params: object) -> None:
+    """Raises _Refused where a parameter is unknown or has another type than the model's signature says."""
     from lcmlora.inference.serving import DEFAULTS
 
     if params is None:
         return
     if not isinstance(params, dict):
-        raise _Refused(400, f"params: expected an object, got {joined(repr(params), _SHOWN)}")
+        raise _Refused(400, f"params: expected an object, got {joined(repr(params), _MESSAGE)}")
     for name, value in params.items():
         if name not in DEFAULTS:
-            raise _Refused(400, f"params: {joined(repr(name), _SHOWN)}: expected one of {', '.join(DEFAULTS)}")
+            raise _Refused(400, f"params: {joined(repr(name), _MESSAGE)}: expected one of {', '.join(DEFAULTS)}")
         whole = name != "guidance"
         if value is not None and (isinstance(value, bool) or not isinstance(value, int if whole else int | float)):
             shown = joined(repr(value), 100)
             raise _Refused(400, f"{name}: expected a {'whole ' if whole else ''}number, got {shown}")
         if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-            raise _Refused(400, f"{name}: is out of all range")
+            raise _Refused(400, f"{name}: does not fit a 64-bit integer")
 
 
 async def _answer(send: Send, status: int, text: str, code: str | None = None) -> None:
-    said = {"error_code": code or _CODES.get(status, "INTERNAL_ERROR"), "message": joined(text, _SHOWN)}
-    body = json.dumps(said).encode()
+    error = {"error_code": code or _CODES.get(status, "INTERNAL_ERROR"), "message": joined(text, _MESSAGE)}
+    body = json.dumps(error).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 429:
         headers.append((b"retry-after", b"1"))
     if status in (408, 413):
-        headers.append((b"connection", b"close"))  # what is still to come is not read
+        headers.append((b"connection", b"close"))  # the rest of the request is not read
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

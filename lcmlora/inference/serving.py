@@ -1,4 +1,4 @@
-"""The MLflow model around a release: code, signature and requirements, for any server that runs MLflow models."""
+"""Writing the MLflow model of a release: code, signature and requirements, for any server that runs MLflow models."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import lcmlora
 from lcmlora.io.files import temporary_folder
 
 SCRIPT = "pyfunc_model.py"
-RELEASE = "artifacts/release"  # where in the model's folder the release has to be
-# Of a request; width and height 0 are the release's resolution, since MLflow has no parameter without a default.
+RELEASE = "artifacts/release"  # the release's place in the model's folder
+# Parameters of a request. Width and height 0 are the release's resolution: MLflow has no parameter without a default.
 DEFAULTS: dict[str, int | float] = {"steps": 4, "guidance": 1.0, "seed": 0, "width": 0, "height": 0}
 REQUIREMENTS = (
     "accelerate",
@@ -35,13 +35,14 @@ REQUIREMENTS = (
 
 
 def write_model(folder: Path, *, model: str) -> None:
-    """Writes an MLflow pyfunc model to `folder`; it draws once a release's files are in its RELEASE.
+    """Writes an MLflow pyfunc model to `folder`. It can draw as soon as a release's files are in its RELEASE.
 
-    It is a script (pyfunc_model.py) and this package, no pickle: whoever loads it runs this code and nothing else.
+    It consists of a script (pyfunc_model.py) and a copy of this package. It has no pickle, so that whoever loads it
+    runs this code and no other.
 
     Args:
-        folder: not there, or empty.
-        model: a name under `bases` in params.yaml, which becomes metadata.
+        folder: new or empty.
+        model: a name under `bases` in params.yaml, for the metadata.
     """
     import mlflow.pyfunc
     import pandas  # type: ignore[import-untyped]
@@ -54,17 +55,17 @@ def write_model(folder: Path, *, model: str) -> None:
             folder,
             python_model=Path(__file__).with_name(SCRIPT),
             signature=_signature(),
-            input_example=(pandas.DataFrame({"prompt": ["owl"]}), DEFAULTS),  # MLflow shows it and does not draw it
+            input_example=(pandas.DataFrame({"prompt": ["owl"]}), DEFAULTS),  # MLflow shows it, and draws nothing
             pip_requirements=_requirements(),
             code_paths=[str(code)],
             metadata={"model": model},
         )
-    _expect_release(folder / "MLmodel")
+    _add_release_artifact(folder / "MLmodel")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """MLflow tells of every step on standard error."""
+    """Keeps MLflow from printing every step to standard error."""
     logger = logging.getLogger("mlflow")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -75,12 +76,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _not_code(folder: str, names: list[str]) -> set[str]:
-    def kept(path: Path) -> bool:
+    def is_code(path: Path) -> bool:
         if path.is_dir():
             return path.name != "__pycache__"
         return path.suffix in (".py", ".json", ".j2") or path.name == "py.typed"
 
-    return {name for name in names if not kept(Path(folder, name))}
+    return {name for name in names if not is_code(Path(folder, name))}
 
 
 def _signature() -> Any:
@@ -101,11 +102,11 @@ def _requirements() -> list[str]:
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
 
 
-def _expect_release(path: Path) -> None:
-    """Has the MLmodel name the release as an artifact, which MLflow itself does for files that it copies alone."""
+def _add_release_artifact(path: Path) -> None:
+    """Adds the release to the artifacts in MLmodel. MLflow does so itself only for files that it copies."""
     described = yaml.safe_load(path.read_text(encoding="utf-8"))
     del described["model_size_bytes"]  # without the release
     flavor = described["flavors"]["python_function"]
     flavor["artifacts"] = {"release": {"path": RELEASE, "uri": RELEASE}}
-    flavor["model_code_path"] = SCRIPT  # MLflow writes the path on this machine and reads its last part
+    flavor["model_code_path"] = SCRIPT  # MLflow writes this machine's path, and reads only its last part
     path.write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")

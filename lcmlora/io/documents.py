@@ -1,4 +1,4 @@
-"""JSON files of ours as typed, frozen documents: a class for each format, one way to read and to write all of them."""
+"""Typed, frozen documents for the JSON files of this package: one class for each format, one way to read and write."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 
 from lcmlora.errors import UserError
 from lcmlora.io.files import write_json
-from lcmlora.io.parsing import as_object, read_json
+from lcmlora.io.parsing import JsonObject, as_object, read_json
 from lcmlora.io.terminal import shown
 
 
@@ -25,9 +25,9 @@ Interval = Annotated[tuple[Number, Number], Field(strict=False)]  # low and high
 
 
 class Document(BaseModel):
-    """What a JSON file of ours, or an object in one, says. Keys that a later version added are kept, and written again.
+    """The content of a JSON file of this package, or of an object in one. Keys that a later version added are kept.
 
-    A field that a file may lack has a default, and is written only where it was given.
+    A field that a file may lack has a default. It is written only if it was given.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow", protected_namespaces=())
@@ -50,12 +50,12 @@ class Document(BaseModel):
         """Returns the document in a file. Raises UserError where it is missing, damaged or does not fit."""
         return cls.parse(read_json(path), str(path))
 
-    def plain(self) -> dict[str, Any]:
-        """Returns the document as it stands in its file: what was given, without the defaults of what was not."""
+    def plain(self) -> JsonObject:
+        """Returns the document as plain data: the fields that were given, without the defaults of the others."""
         return self.model_dump(exclude_unset=True)
 
     def fields(self) -> dict[str, Any]:
-        """Returns the values by their names, for a document that has all of these and more."""
+        """Returns the fields by name, for another document that has the same fields and more."""
         return dict(iter(self))
 
     def write(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the machine refuses, told in one line: no space, no permission, no memory; with what to do about it."""
+"""Errors of the machine in one line, with what to do about them: no space, no permission, no memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _REMEDIES = {
     errno.EIO: "look at the disk: `dmesg` says what is wrong with it",
     errno.ESTALE: "the network file system lost it; run this again, or mount it anew",
 }
-# What says by its text alone that a write failed: Rust, SQLite, zip writers.
+# Messages of libraries that give no error number: of Rust, SQLite, zip writers.
 _TEXTS = {
     errno.ENOSPC: r"No space left on device|database or disk is full",
     errno.EDQUOT: r"Disk quota exceeded",
@@ -47,8 +47,15 @@ _TEXTS = {
     errno.EAGAIN: r"can't start new thread|Resource temporarily unavailable",
     errno.EIO: r"disk I/O error|Input/output error",
 }
-_UNSAID = r"inline_container|PytorchStreamWriter|\d+ requested and \d+ written"  # torch and numpy do not say why
-_OF_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # which come without a name
+# Messages of torch and numpy about a failed write, which do not give the reason.
+_WITHOUT_REASON = r"inline_container|PytorchStreamWriter|\d+ requested and \d+ written"
+_WRITE_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+}  # which may come without a file's name
 
 _GPU = r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|HIP out of m"
 _HOST = r"DefaultCPUAllocator|alloc_cpu|Cannot allocate memory|std::bad_alloc|[Uu]nable to allocate|mmap failed"
@@ -72,11 +79,11 @@ _SHOWN = 400  # characters of a name
 _KILLED = "probably for lack of memory (`dmesg` names whom the kernel killed)"
 
 
-def told(error: BaseException, verb: str = "") -> str | None:
-    """Returns one line that says what the machine refused and what to do; None where it is another kind of error.
+def explain(error: BaseException, verb: str = "") -> str | None:
+    """Returns one line that says what the machine refused and what to do; None if it is another kind of error.
 
     Args:
-        verb: of the command line, which decides what takes less memory.
+        verb: of the command line. The advice on how to save memory depends on it.
     """
     if isinstance(error, UserError):
         return None
@@ -95,35 +102,35 @@ def told(error: BaseException, verb: str = "") -> str | None:
 def _memory(error: BaseException, text: str, verb: str) -> str | None:
     lower = _TO_LOWER.get(verb)
     if type(error).__name__ == "OutOfMemoryError" or re.search(_GPU, text):
-        wanted = re.search(r"Tried to allocate [\d.]+ \w+", text)
-        detail = f" ({wanted[0].lower()})" if wanted else ""
+        request = re.search(r"Tried to allocate [\d.]+ \w+", text)
+        detail = f" ({request[0].lower()})" if request else ""
         return f"{verb or 'this'}: the GPU has too little memory{detail}; {lower or 'use one with more'}"
     more = "end what else takes it, or use a machine with more"
     if type(error).__name__ in ("BrokenProcessPool", "ProcessExpired"):
         return f"{verb or 'this'}: a process that worked for it was ended, {_KILLED}; {lower or more}"
     of_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or of_system or (_is_foreign(error) and re.search(_HOST, text)):
-        wanted = re.search(r"[Tt]ried to allocate \d+ bytes|allocate [\d.]+ \w+", text)
-        detail = f" ({wanted[0].lower()})" if wanted else ""
+        request = re.search(r"[Tt]ried to allocate \d+ bytes|allocate [\d.]+ \w+", text)
+        detail = f" ({request[0].lower()})" if request else ""
         return f"{verb or 'this'}: this machine has too little memory{detail}; {lower or more}"
     return None
 
 
 def verb_of(arguments: Sequence[str]) -> str:
-    """Returns which verb a command line runs, of those that take much memory."""
+    """Returns the verb of a command line if it is one that takes much memory; else an empty text."""
     return next((word for word in arguments if word in _TO_LOWER), "")
 
 
-def killed(verb: str = "") -> str:
-    """Returns what SIGKILL without another known cause means for who runs this verb."""
+def explain_sigkill(verb: str = "") -> str:
+    """Returns the likely reason of a SIGKILL without another known cause, and what to do if this verb runs."""
     lower = _TO_LOWER.get(verb)
     return f"{_KILLED}; {lower}" if lower else _KILLED
 
 
 def _is_foreign(error: BaseException) -> bool:
-    """Returns whether the error is of a library, and neither one of Python's own nor of this package."""
-    of = type(error).__module__.partition(".")[0]
-    return isinstance(error, RuntimeError | sqlite3.Error) or of not in ("builtins", "lcmlora", "flows", "tasks")
+    """Returns whether a library raised the error, and neither Python itself nor this package."""
+    package = type(error).__module__.partition(".")[0]
+    return isinstance(error, RuntimeError | sqlite3.Error) or package not in ("builtins", "lcmlora", "flows", "tasks")
 
 
 def _code(text: str) -> int | None:
@@ -143,10 +150,10 @@ def _shown(filename: object) -> str:
 
 @contextlib.contextmanager
 def as_oserror(path: Path, temporary: Path) -> Iterator[None]:
-    """What libraries raise in the block where the disk refuses becomes an OSError that names `path`.
+    """Turns what libraries raise in the block, if the disk refuses a write, into an OSError that names `path`.
 
     Args:
-        temporary: the file or folder that is written to, and which is asked where a library does not say why.
+        temporary: the file or folder that is written to. A write to it finds the reason if a library gives none.
     """
     try:
         yield
@@ -166,7 +173,7 @@ def _cause(error: BaseException, temporary: Path) -> int | None:
     if isinstance(error, OSError) or _is_foreign(error):
         if code := _code(text):
             return code
-        if re.search(_UNSAID, text):
+        if re.search(_WITHOUT_REASON, text):
             return _probe(temporary)
     return None
 
@@ -183,14 +190,14 @@ def _probe(temporary: Path) -> int:
     return errno.EIO
 
 
-def name(error: OSError, path: Path, temporary: Path | None = None) -> None:
-    """Replaces the temporary path that the error names by `path`, or what is in it; a failed write without a name gets
-    `path`."""
-    if error.filename2 is not None and error.errno in _OF_WRITES:  # of a copy, whose source comes first
+def name_path(error: OSError, path: Path, temporary: Path | None = None) -> None:
+    """Makes an error name `path`, or a file in it, instead of the temporary path. So does a failed write without a
+    name."""
+    if error.filename2 is not None and error.errno in _WRITE_ERRORS:  # of a copy: the first name is the source
         error.filename = error.filename2
         del error.filename2
     if error.filename is None:
-        if error.errno in _OF_WRITES:
+        if error.errno in _WRITE_ERRORS:
             error.filename = str(path)
         return
     named = Path(_text(error.filename))

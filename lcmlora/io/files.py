@@ -69,7 +69,7 @@ def _finish(path: Path, mode: int) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes the folder and those above it, where they are not there. Raises OSError, of a file as of one."""
+    """Makes the folder and its parents if they are missing. Raises NotADirectoryError if a file has its name."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -112,8 +112,7 @@ def make_once(path: Path, is_there: Callable[[], bool], make: Callable[[Path], A
     """Makes the folder `path` unless it is there; of many processes one makes it, and the others wait for it.
 
     Args:
-        is_there: whether `path` is what it should be, which it reads to know; it may raise where another thing is
-            in the way.
+        is_there: returns whether `path` has what it should. May raise if something else is in the way.
         make: fills an empty folder, which then takes the place of `path`.
 
     Raises:
@@ -212,7 +211,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes sure that what was put into the folder is there after a power cut."""
+    """Syncs a folder to disk, so that its new entries survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -225,17 +224,17 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """OSErrors of the block name `path`, which a person knows, and not the temporary one, or nothing at all."""
+    """Makes OSErrors of the block name `path`, which a person knows, and not the temporary path or none."""
     try:
         yield
     except OSError as error:
-        faults.name(error, path, temporary)
+        faults.name_path(error, path, temporary)
         raise
 
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Yields a folder among the machine's temporary files, which errors without a name then name."""
+    """Yields a folder among the machine's temporary files. OSErrors of the block without a path name it."""
     with tempfile.TemporaryDirectory(prefix="lcmlora-") as folder, naming(Path(folder)):
         yield Path(folder)
 
@@ -256,7 +255,7 @@ def sha256_folder(folder: Path) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path, busy: str = "another run works in this folder; wait for it or end it") -> Iterator[Path]:
-    """Holds a folder for this process, made where missing.
+    """Locks a folder for this process, and makes it if it is missing.
 
     Raises:
         UserError: another process holds it, an orphan of a killed flow perhaps; `busy` says what to do.

@@ -1,4 +1,4 @@
-"""Work on bytes that nobody vouches for, in processes that may hang, crash or eat memory without harm to the run."""
+"""Work on untrusted bytes in separate processes, which may hang, crash or fill their memory without harm to the run."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def isolated(
     """Yields function(item) in order, each from another process.
 
     Args:
-        function: of a module, so that another process finds it.
-        lost: what stands in for an item whose process ended or had to be ended, with the reason.
-        preload: modules that processes start with, imported once for all.
-        seconds: of one item.
-        memory: bytes that a process may map; above, Python's MemoryError is raised in there.
+        function: defined at the top level of a module, so that another process can import it.
+        lost: returns the substitute for an item whose process crashed or had to be ended, given the reason.
+        preload: modules that are imported once, before processes are forked.
+        seconds: limit for one item.
+        memory: bytes that a process may map. Beyond them it gets a MemoryError.
     """
     waiting: deque[tuple[T, ProcessFuture[R]]] = deque()
     with _pool(workers, preload, memory) as pool:
@@ -59,7 +59,7 @@ def isolated(
 
 
 class Piece(NamedTuple, Generic[T, R]):
-    """What was made of the beginning of an item, and the item that is left to do; None where it is done."""
+    """The results of the first part of an item, and the rest of the item; None if it is finished."""
 
     results: list[R]
     rest: T | None
@@ -77,8 +77,8 @@ def in_pieces(
 ) -> Iterator[R]:
     """Yields the results of all pieces of all items in order: function(item), then function(its rest), and so on.
 
-    A file of any size is read so with bounded time and memory, and several files at once. At most one piece of each of
-    `workers` items is held. The arguments are as those of `isolated`; `lost` says where to go on, too.
+    This reads files of any size, several at once, with bounded time and memory: at most one piece of each of `workers`
+    items is held. The arguments are those of `isolated`; the piece that `lost` returns has the rest to go on with.
     """
     remaining = iter(items)
     waiting: deque[tuple[T, ProcessFuture[Piece[T, R]]]] = deque()
@@ -104,7 +104,7 @@ def in_pieces(
 
 
 def processes(items: int) -> int:
-    """How many processes read so many files."""
+    """Returns the number of processes for so many files."""
     return max(1, min(items, 8, os.cpu_count() or 1))
 
 

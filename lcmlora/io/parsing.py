@@ -1,4 +1,4 @@
-"""JSON and YAML that others wrote: read within limits, and refused in one line that says what is wrong with it."""
+"""Reading JSON and YAML that others wrote: within limits, with one line that says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def parse_yaml(content: bytes | str) -> Any:
     """Returns the value of a YAML document, of plain data alone.
 
     Raises:
-        Malformed: as `parse_json`; or aliases by which a few lines become millions of values, or an alias of what
-            contains it, or more than one document.
+        Malformed: as `parse_json`; or aliases that make millions of values of a few lines, an alias of what contains
+            it, or more than one document.
     """
     text = decoded(content)
     try:
@@ -118,7 +118,7 @@ def read_yaml(path: Path, *, limit: int = MAX_YAML) -> Any:
 
 
 def as_object(value: Any, place: str) -> JsonObject:
-    """Returns the value where it is an object with texts as keys. Raises UserError, which names the place."""
+    """Returns the value if it is an object whose keys are texts. Raises UserError, which names the place, if not."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UserError(f"{place}: expected an object, got {joined(repr(value), _SHOWN)}")
     return value
@@ -161,7 +161,7 @@ def check_value(value: Any) -> None:
 
 
 def _size(node: yaml.Node, level: int, known: dict[int, int]) -> int:
-    """Returns how many values a node is with its aliases written out. Raises Malformed."""
+    """Returns the number of values in a node with its aliases written out. Raises Malformed."""
     line = f"line {node.start_mark.line + 1}"
     if level > MAX_DEPTH:
         raise Malformed(f"{line}: nested too deeply (at most {MAX_DEPTH} levels)")
@@ -177,7 +177,7 @@ def _size(node: yaml.Node, level: int, known: dict[int, int]) -> int:
         inner = [each for pair in node.value for each in pair]
         keys: set[str] = set()
         for key, _ in node.value:
-            # Of a key that stands twice YAML takes the last, and nobody sees that the first is without effect.
+            # YAML takes the last of two equal keys, so that the first has no effect, and nobody notices.
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in keys:
                     raise Malformed(f"line {key.start_mark.line + 1}: the key {ascii(key.value)[:_SHOWN]} stands twice")
@@ -189,7 +189,7 @@ def _size(node: yaml.Node, level: int, known: dict[int, int]) -> int:
     return size
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> JsonObject:
     made = dict(pairs)
     if len(made) < len(pairs):
         seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""Folders of this user alone, for what others must not take, change or plant: locks, and caches of what is executed."""
+"""Folders that this user alone can write to: for locks, and for caches of code that others must not plant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DOWNLOADS = "LCMLORA_CACHE"  # environment
 
 
 def runtime_folder() -> Path:
-    """Returns the folder for locks of this user on this machine: below $XDG_RUNTIME_DIR, else where caches are.
+    """Returns the folder for locks of this user on this machine: below $XDG_RUNTIME_DIR, or else among the caches.
 
     Raises:
         UserError: there is none that this user alone can write to.
@@ -30,8 +30,8 @@ def runtime_folder() -> Path:
 def cache_folder(name: str) -> Path:
     """Returns a folder of this user's caches: below $XDG_CACHE_HOME or ~/.cache.
 
-    Where neither can be written, as in a container, it is in the shared temporary folder, if it is there this user's
-    own: another user could have taken its name first.
+    If neither can be written, as in a container, it is below the shared temporary folder, provided that this user owns
+    it there: another user could have taken its name first.
 
     Raises:
         UserError: there is none that this user alone can write to.
@@ -46,7 +46,7 @@ def cache_folder(name: str) -> Path:
 
 
 def downloads(name: str) -> Path:
-    """Returns the folder of this name for what is downloaded outside of a project, such as bases and adapters.
+    """Returns the folder of this name for downloads outside a project, such as bases and adapters.
 
     It is below $LCMLORA_CACHE, by default ~/.cache/lcmlora. The folder need not exist.
     """
@@ -65,7 +65,7 @@ def _made(folder: Path) -> Path:
 
 
 def _fault(folder: Path) -> str | None:
-    """Returns why a folder is not this user's alone to write to; None where it is."""
+    """Returns why others than this user may write to a folder; None if none can."""
     try:
         found = folder.lstat()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Files of this machine or of a bucket, behind fsspec: s3://bucket/prefix takes s3fs and AWS's usual variables."""
+"""Files of this machine or of a bucket, read by fsspec: s3://bucket/prefix needs s3fs and AWS's usual variables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 
 from lcmlora.errors import Unavailable, UserError
 
@@ -28,15 +28,15 @@ class Files:
         except (ImportError, ValueError) as error:
             raise UserError(f"data.path: {path}: {error}; s3:// needs pip install 'lcmlora[pipeline]'") from None
         self.root: str = root.rstrip("/")
-        self.only: str | None = None  # the name of the file that the path is
-        with self._told():
+        self.only: str | None = None  # the file's name, if the path is a file
+        with self._one_line_errors():
             if self._system.isfile(self.root):
                 self.root, _, self.only = self.root.rpartition("/")
 
     def sizes(self, *, missing_ok: bool = False) -> dict[str, int]:
         """Returns the bytes of every file below the path, by name, sorted. Raises as `list` does, but for a path that
         may be missing."""
-        with self._told():
+        with self._one_line_errors():
             found = self._system.find(self.root, detail=True)
         if not found and not missing_ok and not self._exists():
             raise UserError(f"data.path: {self.path}: no such file or folder")
@@ -44,11 +44,11 @@ class Files:
         return {str(name): int(size) for name, size in names.items() if not _hidden(name)}
 
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
-        """Returns the whole of small files, which are asked for at once; those that cannot be read are left out."""
+        """Returns the contents of small files, by name, read at once. Missing and forbidden files are left out."""
         found: dict[str, bytes] = {}
         for start in range(0, len(names), _AT_ONCE):
             paths = {f"{self.root}/{name}": name for name in names[start : start + _AT_ONCE]}
-            with self._told():
+            with self._one_line_errors():
                 read = self._system.cat(list(paths), on_error="return")
             for path, content in read.items():
                 if isinstance(content, bytes):
@@ -63,7 +63,7 @@ class Files:
         return "file" in self._system.protocol
 
     def list(self, *endings: str) -> list[str]:
-        """Returns the names below the path that end so, sorted; the path's own name where it is a file.
+        """Returns the names below the path with one of these endings, sorted; of a file its own name.
 
         Raises:
             UserError: there is no such path.
@@ -71,7 +71,7 @@ class Files:
         """
         if self.only:
             return [self.only] if PurePosixPath(self.only).suffix.lower() in endings else []
-        with self._told():
+        with self._one_line_errors():
             found = self._system.find(self.root)
         if not found and not self._exists():
             raise UserError(f"data.path: {self.path}: no such file or folder")
@@ -80,20 +80,20 @@ class Files:
 
     def state(self) -> str:
         """Returns a digest that changes with any name, size, time or tag of a file. Raises as `list` does."""
-        with self._told():
+        with self._one_line_errors():
             path = f"{self.root}/{self.only}" if self.only else self.root
             found = self._system.find(path, detail=True)
-        told = hashlib.sha256()
+        digest = hashlib.sha256()
         for path, facts in sorted(found.items()):
             facts = {name: str(facts.get(name)) for name in ("size", "ETag", "LastModified", "mtime")}
-            told.update(json.dumps([path, facts], sort_keys=True).encode())
-        return told.hexdigest()
+            digest.update(json.dumps([path, facts], sort_keys=True).encode())
+        return digest.hexdigest()
 
     def open(self, name: str) -> IO[bytes]:
         """Returns the file for random access. Raises as `list` does, and UserError where it is no ordinary file: a pipe
         would block for ever."""
         path = f"{self.root}/{name}"
-        with self._told():
+        with self._one_line_errors():
             if self.local and not stat.S_ISREG(Path(path).stat().st_mode):
                 raise UserError(f"data.path: {self.path}: {name}: not an ordinary file")
             file: IO[bytes] = self._system.open(path, "rb")
@@ -101,26 +101,26 @@ class Files:
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Returns these bytes of the file. Raises as `list` does."""
-        with self._told():
+        with self._one_line_errors():
             content: bytes = self._system.cat_file(f"{self.root}/{name}", start=start, end=start + length)
             return content
 
     def put(self, path: Path, name: str) -> None:
         """Uploads a file of this machine. Raises as `list` does."""
-        with self._told():
+        with self._one_line_errors():
             if self.local:  # a bucket has no folders
                 self._system.makedirs(self.root, exist_ok=True)
             self._system.put_file(str(path), f"{self.root}/{name}")
 
     def _exists(self) -> bool:
-        with self._told():
+        with self._one_line_errors():
             return bool(self._system.exists(self.root))
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _one_line_errors(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, *_of_botocore()) as error:
+        except (OSError, *_botocore_errors()) as error:
             plain = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, FileNotFoundError | PermissionError):
                 raise UserError(f"data.path: {self.path}: {plain}") from None
@@ -131,8 +131,8 @@ def _hidden(name: PurePosixPath) -> bool:
     return any(part.startswith(".") for part in name.parts)
 
 
-def _of_botocore() -> tuple[Any, ...]:
-    """Returns the errors of a bucket that are no OSError."""
+def _botocore_errors() -> tuple[type[Exception], ...]:
+    """Returns the errors of a bucket that are no OSErrors."""
     try:
         from botocore.exceptions import BotoCoreError
     except ImportError:

@@ -1,4 +1,4 @@
-"""Temporary files and folders that lie beside what they become, and what killed processes left of them.
+"""Temporary files and folders beside their final places, and the removal of those that killed processes left.
 
 Each has a name of its own and is locked (flock) while its process lives. The kernel gives the lock up with the process,
 so a leftover is known by a lock that can be taken; process ids say nothing on a file system that machines share. What
@@ -39,7 +39,7 @@ def _machine() -> str:
 
 
 def name_beside(path: Path, kind: str = "part") -> Path:
-    """Returns a name beside `path` that nothing has yet."""
+    """Returns an unused name beside `path`."""
     shown = os.fsdecode(os.fsencode(path.name)[:_LONGEST])
     return path.with_name(f".{shown}.{_machine()}-{secrets.token_hex(6)}.{kind}")
 
@@ -110,7 +110,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def sweep(folder: Path, limit: int | None = _LOOKED_AT) -> None:
-    """Deletes what killed processes left in the folder, and puts back a folder that one had moved aside.
+    """Deletes what killed processes left in the folder, and restores a folder that one of them had moved aside.
 
     Args:
         limit: entries of the folder that are looked at; None looks at all.
@@ -147,7 +147,7 @@ def _sweep(path: Path, match: re.Match[str]) -> None:
 
 
 def _age(path: Path) -> float:
-    """Returns the seconds since anything in a folder, or a file, was written last."""
+    """Returns the seconds since a file, or any file in a folder, was last written."""
     newest = path.lstat().st_mtime
     for root, _, files in os.walk(path):
         for name in files:
@@ -172,9 +172,9 @@ def lock_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Lets one process at a time work at `path`; others wait. The lock is a file beside it that lasts as long.
+    """Lets one process at a time work at `path`; others wait. The lock is a file beside it, deleted afterwards.
 
-    Where a file system has no locks all go on at once, so nothing may depend on it but the work that it saves.
+    On a file system without locks nobody waits, so the lock may save work, but correctness must not depend on it.
     """
     descriptor = _take(lock_of(path))
     try:
@@ -186,7 +186,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _take(lock: Path) -> int | None:
-    """Returns the descriptor of the lock, which this process then holds; None where nothing can be written anyway."""
+    """Takes the lock and returns its descriptor; None if the folder cannot be written, so that nobody works there."""
     while True:
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

@@ -1,4 +1,4 @@
-"""Text that others wrote, made fit to be shown: on a terminal, in a log, in Markdown and in HTML."""
+"""Making foreign text safe to show: on a terminal, in a log, in Markdown and in HTML."""
 
 from __future__ import annotations
 

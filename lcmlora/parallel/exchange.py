@@ -1,4 +1,4 @@
-"""How the processes of one training exchange tensors and bytes: over socket pairs that they inherit, or torch's groups.
+"""Collective operations of a training's processes: over inherited socket pairs, or torch's process group.
 
 Nothing here listens for connections, and nothing that arrives is unpickled.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lcmlora.io.terminal import joined
 
-PATIENCE = timedelta(hours=1)  # the others wait while the first process validates
+PATIENCE = timedelta(hours=1)  # since all wait while the first process validates
 _HEADER = struct.Struct("<cQ")  # what is exchanged, and how many bytes of it follow
 _SUM, _BYTES = b"s", b"b"
 
@@ -28,20 +28,20 @@ class Left(ConnectionError):
 
 
 class Exchange(Protocol):
-    """What all processes call together, each with its own."""
+    """Collective operations: every process calls them, in the same order."""
 
-    def add_up(self, tensor: Tensor) -> None:
-        """Puts the sum over all processes in place of the tensor."""
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        """Replaces the tensor by its sum over all processes."""
 
     def gather(self, content: bytes) -> list[bytes]:
-        """Returns the content of every process, by rank. When it returns, all have come here."""
+        """Returns the content of every process, by rank. Returns after every process has called it."""
 
     def close(self) -> None:
-        """Ends it for this process."""
+        """Closes the connections of this process."""
 
 
 class SocketPairs:
-    """Processes of one machine, all on CPUs, that were started with connected sockets: no name, no port, no stranger.
+    """Processes of one machine, all on CPUs, that inherit connected sockets: nothing listens, so nobody else can join.
 
     The first process has a socket to each of the others. It adds up in the order of the ranks, so that a sum is the
     same to the bit however the processes take turns.
@@ -49,26 +49,26 @@ class SocketPairs:
 
     def __init__(self, sockets: Sequence[socket.socket], rank: int, size: int) -> None:
         """Args:
-        sockets: of the first process to every other, by rank; of another the one to the first.
+        sockets: in the first process, those to every other process, by rank; in another, the one to the first.
         """
         self._sockets, self._rank, self._size = sockets, rank, size
         for each in sockets:
             each.settimeout(PATIENCE.total_seconds())
 
-    def add_up(self, tensor: Tensor) -> None:
-        mine = tensor.detach().contiguous()
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        own = tensor.detach().contiguous()
         if self._rank == 0:
-            theirs = torch.empty_like(mine)
+            received = torch.empty_like(own)
             for other in self._sockets:
-                _receive_into(other, _SUM, _bytes_of(theirs))
-                mine.add_(theirs)
+                _receive_into(other, _SUM, _bytes_of(received))
+                own.add_(received)
             for other in self._sockets:
-                _send(other, _SUM, _bytes_of(mine))
+                _send(other, _SUM, _bytes_of(own))
         else:
-            _send(self._sockets[0], _SUM, _bytes_of(mine))
-            _receive_into(self._sockets[0], _SUM, _bytes_of(mine))
-        if mine.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(mine)
+            _send(self._sockets[0], _SUM, _bytes_of(own))
+            _receive_into(self._sockets[0], _SUM, _bytes_of(own))
+        if own.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(own)
 
     def gather(self, content: bytes) -> list[bytes]:
         if self._rank == 0:
@@ -92,7 +92,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def _send(to: socket.socket, kind: bytes, content: memoryview) -> None:
     try:
         to.sendall(_HEADER.pack(kind, len(content)))
-        if content:  # who got all that there is may have closed its end: sending nothing there is an error
+        if content:  # a peer that has got everything may have closed its end, so that sending nothing would fail
             to.sendall(content)
     except (BrokenPipeError, ConnectionResetError) as error:
         raise Left("another process has ended") from error
@@ -106,16 +106,16 @@ def _receive(source: socket.socket, kind: bytes) -> bytes:
 
 def _receive_into(source: socket.socket, kind: bytes, content: memoryview) -> None:
     if (size := _announced(source, kind)) != len(content):
-        raise RuntimeError(f"the processes are out of step: {size} bytes came, {len(content)} were expected")
+        raise RuntimeError(f"the processes are out of step: {size} bytes received, {len(content)} were expected")
     _fill(source, content)
 
 
 def _announced(source: socket.socket, kind: bytes) -> int:
     header = bytearray(_HEADER.size)
     _fill(source, memoryview(header))
-    came, size = _HEADER.unpack(header)
-    if came != kind:
-        raise RuntimeError(f"the processes are out of step: {came!r} came, {kind!r} was expected")
+    received, size = _HEADER.unpack(header)
+    if received != kind:
+        raise RuntimeError(f"the processes are out of step: {received!r} received, {kind!r} was expected")
     return int(size)
 
 
@@ -137,8 +137,8 @@ class TorchGroup:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def add_up(self, tensor: Tensor) -> None:
-        with _answering():
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        with _missing_peers():
             dist.all_reduce(tensor)
 
     def gather(self, content: bytes) -> list[bytes]:
@@ -151,7 +151,7 @@ class TorchGroup:
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         every = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        with _answering():
+        with _missing_peers():
             dist.all_gather(every, tensor)
         return every
 
@@ -160,8 +160,8 @@ class TorchGroup:
 
 
 @contextlib.contextmanager
-def _answering() -> Iterator[None]:
-    """Torch has no error of its own for a process that does not answer any more."""
+def _missing_peers() -> Iterator[None]:
+    """Raises Left for the RuntimeError that torch raises if another process does not answer any more."""
     try:
         yield
     except torch.OutOfMemoryError:

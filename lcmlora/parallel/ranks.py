@@ -1,4 +1,4 @@
-"""Training on many processes: who this one is, and the little they have to tell each other."""
+"""Training on many processes: the rank of this one, and what they exchange."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them. Alone, everything it is asked to exchange is what it has."""
+    """The rank of this process, and the collective operations. Of a single process they change nothing."""
 
     rank: int = 0
     size: int = 1
@@ -41,16 +41,16 @@ class Ranks:
         """Whether this is the process that writes, validates and logs."""
         return self.rank == 0
 
-    def add_up(self, tensor: Tensor) -> None:
-        """Puts the sum over all processes in place of the tensor."""
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        """Replaces the tensor by its sum over all processes."""
         if self.exchange:
-            self.exchange.add_up(tensor)
+            self.exchange.all_reduce_sum(tensor)
 
     def agree(self, **values: object) -> None:
         """Raises UserError naming the first of these values that differs between the processes.
 
         Args:
-            values: settings, or what JSON can hold.
+            values: settings, or values that JSON can hold.
         """
         if self.exchange is None:
             return
@@ -66,7 +66,7 @@ class Ranks:
                     )
 
     def wait(self) -> None:
-        """Returns when all processes have come here."""
+        """Returns after all processes have called this."""
         if self.exchange:
             self.exchange.gather(b"")
 
@@ -85,13 +85,13 @@ def _difference(name: str, this: Any, that: Any) -> tuple[str, Any, Any]:
 
 @contextlib.contextmanager
 def connected(device: str) -> Iterator[Ranks]:
-    """Yields this process's place among those that a launcher (ours, torchrun, accelerate) started; alone without one.
+    """Yields the rank among the processes that a launcher started (ours, torchrun, accelerate); one alone without it.
 
     Args:
         device: as in params.yaml; a process on a GPU machine gets the GPU of its local rank.
 
     Raises:
-        SystemExit: with launcher.LEFT, where another process does not answer any more; it is that one which says why.
+        SystemExit: with launcher.LEFT, if another process does not answer any more. That process reports the reason.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -119,7 +119,7 @@ def connected(device: str) -> Iterator[Ranks]:
 
 
 def _take_gpu(device: str) -> bool:
-    """Returns whether this process works on a GPU, which then is that of its local rank."""
+    """Selects the GPU of the local rank. Returns False if the process works on the CPU."""
     if device == "cpu" or not torch.cuda.is_available():
         return False
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -135,7 +135,7 @@ def _inherited(number: int) -> socket.socket:
 
 
 def _join(backend: str, rank: int, size: int, ours: bool) -> None:
-    """Makes torch's default group: over the launcher's file or its place to meet, else as the environment says."""
+    """Makes torch's default group: over the launcher's file or its rendezvous, or else by environment variables."""
     store: dist.Store
     if ours and (folder := os.environ.get(launcher.FOLDER)):
         store = dist.FileStore(str(Path(folder, "group")), size)
@@ -150,7 +150,7 @@ def _join(backend: str, rank: int, size: int, ours: bool) -> None:
 
 
 def _end_with_parent() -> None:
-    """Lets Linux kill this process when its launcher is killed, which can then end nobody any more."""
+    """Has Linux kill this process if its launcher is killed, which then cannot end it any more."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.environ[launcher.PARENT] != str(os.getppid()):  # it was killed before that

@@ -65,7 +65,7 @@ class WideAttention(Patch):
 
 
 class _WideProcessor:
-    """What diffusers' AttnProcessor2_0 does of (B, N, C) without masks, which text-to-image UNets do not have."""
+    """diffusers' AttnProcessor2_0 for (B, N, C) without masks, which text-to-image UNets do not use."""
 
     def __call__(
         self,

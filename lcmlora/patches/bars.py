@@ -1,4 +1,4 @@
-"""Progress bars of transformers and diffusers for what takes a moment: loading a text encoder, writing a pipeline."""
+"""Hiding the progress bars of transformers and diffusers for work of a moment, such as loading a text encoder."""
 
 from __future__ import annotations
 

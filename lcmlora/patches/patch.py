@@ -19,7 +19,7 @@ class _Absent:
 
 @dataclass(frozen=True)
 class Swap:
-    """One attribute of one module that was replaced. `before` is _Absent where the class's own was in force."""
+    """A replaced attribute of a module. `before` is _Absent if the instance had none and used its class's."""
 
     module: nn.Module
     attribute: str
@@ -48,7 +48,7 @@ class Patch(ABC):
     reason: ClassVar[str]
 
     def install(self, network: nn.Module) -> None:
-        """Patches the network. Where this patch is installed already, it is undone first, so the last call counts."""
+        """Patches the network. If this patch is installed already, it is undone first, so that the last call counts."""
         self.undo(network)
         swaps = list(self._apply(network))
         if swaps:
@@ -56,10 +56,10 @@ class Patch(ABC):
 
     @abstractmethod
     def _apply(self, network: nn.Module) -> Iterable[Swap]:
-        """Replaces what this patch replaces and returns the swaps."""
+        """Replaces the attributes and returns the swaps."""
 
     def undo(self, network: nn.Module) -> None:
-        """Puts back the very objects that `install` replaced; does nothing where this patch is not installed.
+        """Puts back the very objects that `install` replaced; does nothing if this patch is not installed.
 
         Raises:
             RuntimeError: something else has replaced an attribute since. Patches are undone in reverse order.
@@ -84,7 +84,7 @@ class Patch(ABC):
 
 @dataclass(frozen=True)
 class Installed:
-    """A patch and the modules of a network that it has replaced something of, by name ("" is the network itself)."""
+    """A patch, and the names of the modules whose attributes it has replaced ("" is the network itself)."""
 
     patch: Patch
     modules: tuple[str, ...]
@@ -99,7 +99,7 @@ class Installed:
 def installed(network: nn.Module) -> list[Installed]:
     """Returns the patches of a network in the order they were installed.
 
-    Only what is in place now is listed: a module that left the network, or whose attribute was replaced again, is not.
+    Modules that have left the network, or whose attribute was replaced again, are not listed.
     """
     names = {id(module): name for name, module in network.named_modules()}
     found = []

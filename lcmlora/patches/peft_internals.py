@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, MutableMapping
 
 VERSION = "0.21"  # that this was written against
 
 
-def set_adapters_off(layers: Iterable[dict[str, Any]], off: bool) -> None:
+def set_adapters_off(layers: Iterable[MutableMapping[str, object]], off: bool) -> None:
     """Switches the adapters of layers off or on; `layer.disable_adapters` then says which.
 
     PEFT's own `enable_adapters` changes which parameters require gradients, too. This writes the attribute alone, past

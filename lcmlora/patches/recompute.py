@@ -107,35 +107,35 @@ class _Outputs:
 
     def run(self, *arguments: Any, **options: Any) -> Any:
         """The network's forward."""
-        if not self._wanted():
+        if not self._is_active():
             return self._forward(*arguments, **options)
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             return self._forward(*arguments, **options)
 
     @staticmethod
-    def _wanted() -> bool:
+    def _is_active() -> bool:
         return torch.is_grad_enabled() and not torch.compiler.is_compiling()  # a compiler chooses for itself
 
     def cheap(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The forward of a norm or SiLU."""
-        return self._note(forward, x) if self._wanted() else forward(x)
+        return self._run_and_note(forward, x) if self._is_active() else forward(x)
 
-    def geglu(self, module: Any, x: Tensor, *unused: Any, **also: Any) -> Tensor:
+    def geglu(self, module: Any, x: Tensor, *unused: Any, **unused_options: Any) -> Tensor:
         """The forward of diffusers' GEGLU."""
         value, gate = module.proj(x).chunk(2, dim=-1)
-        if not self._wanted():
+        if not self._is_active():
             return value * module.gelu(gate)
-        return self._note(torch.mul, value, self._note(module.gelu, gate))
+        return self._run_and_note(torch.mul, value, self._run_and_note(module.gelu, gate))
 
-    def _note(self, run: Callable[..., Tensor], *sources: Tensor) -> Tensor:
-        kept = tuple(self._found(source) or source.detach() for source in sources)
+    def _run_and_note(self, run: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+        kept = tuple(self._recomputation_of(source) or source.detach() for source in sources)
         result = run(*sources)
         address = result.data_ptr()
         alive = weakref.ref(result, lambda _: self._noted.pop(address, None))
         self._noted[address] = alive, _Recomputed(run, kept)
         return result
 
-    def _found(self, tensor: Tensor) -> _Recomputed | None:
+    def _recomputation_of(self, tensor: Tensor) -> _Recomputed | None:
         """Returns how to compute this tensor again if it is a noted result, perhaps reshaped; None if it is not."""
         if (noted := self._noted.get(tensor.data_ptr())) is None:
             return None
@@ -146,7 +146,7 @@ class _Outputs:
         return recomputed if same else None
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple[_Recomputed, torch.Size]:
-        found = self._found(tensor)
+        found = self._recomputation_of(tensor)
         if found is None:
             return tensor
         found.reserve()

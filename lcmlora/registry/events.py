@@ -1,4 +1,4 @@
-"""What happened to a registered version, kept as its tags: `event.<time>` holds JSON."""
+"""The history of a registered version, kept in its tags: the tag `event.<time>` has one event as JSON."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from dataclasses import asdict, dataclass
 from lcmlora.io.parsing import Malformed, parse_json
 
 _TAG = "event."
-_KINDS = {"action": str, "who": str, "reason": str, "alias": str, "former": int, "override": bool}  # in a tag
-_LARGEST = 1 << 31  # of MLflow's version numbers
+_TYPES = {"action": str, "who": str, "reason": str, "alias": str, "former": int, "override": bool}  # in a tag
+_LARGEST_VERSION = 1 << 31  # of MLflow
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a version."""
+    """An event in a version's history."""
 
     time: str  # ISO 8601 with microseconds, UTC
     action: str  # registered, passed, rejected, promoted, rolled back
     version: int
     who: str
     reason: str | None = None
-    alias: str | None = None  # that the version got
+    alias: str | None = None  # the alias that was given to the version
     former: int | None = None  # the version that had the alias before
-    override: bool = False  # against the gate
+    override: bool = False  # promoted against the gate
 
 
 def now() -> str:
+    """Returns the present time, ISO 8601 with microseconds, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def user() -> str:
-    """Returns the name of the user that this process runs as; in a container he often has none, but a number."""
+    """Returns the name of the user that this process runs as, or `uid NUMBER` for a user without a name."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
         return f"uid {os.getuid()}"
 
 
-def tag(
+def event_tag(
     action: str,
     *,
     reason: str | None = None,
@@ -52,54 +53,54 @@ def tag(
     former: int | None = None,
     override: bool = False,
 ) -> tuple[str, str]:
-    """Returns name and value of the tag of an event that happens now.
+    """Returns the name and the value of the tag of an event that happens now.
 
     Args:
-        who: by default the user that this process runs as.
+        who: the user that this process runs as by default.
     """
     event = Event(now(), action, 0, who or user(), reason, alias, former, override)
-    said = {key: value for key, value in asdict(event).items() if value and key not in ("time", "version")}
-    # MLflow's names of tags have no colon.
-    return f"{_TAG}{event.time.replace(':', '').replace('-', '')}", json.dumps(said, sort_keys=True)
+    fields = {key: value for key, value in asdict(event).items() if value and key not in ("time", "version")}
+    # MLflow allows no colon in the name of a tag.
+    return f"{_TAG}{event.time.replace(':', '').replace('-', '')}", json.dumps(fields, sort_keys=True)
 
 
-def read(version: int, tags: Mapping[str, str]) -> list[Event]:
-    """Returns the events among the tags of a version, the oldest first; those that others wrote are passed over."""
+def read_events(version: int, tags: Mapping[str, str]) -> list[Event]:
+    """Returns the events among the tags of a version, the oldest first. Tags of other programs are left out."""
     found = (_event(version, name, value) for name, value in sorted(tags.items()) if name.startswith(_TAG))
     return [event for event in found if event is not None]
 
 
-def foreign(tags: Mapping[str, str]) -> list[str]:
-    """Returns the names of the tags that are called like events and are none of ours."""
+def foreign_tags(tags: Mapping[str, str]) -> list[str]:
+    """Returns the names of the tags that are named like events, and that lcmlora did not write."""
     return sorted(name for name, value in tags.items() if name.startswith(_TAG) and _event(0, name, value) is None)
 
 
 def _event(version: int, name: str, value: object) -> Event | None:
-    """Returns the event of a tag, None where it is not one that `tag` wrote: MLflow takes any from anybody."""
+    """Returns the event of a tag, None where `event_tag` did not write it: anybody can set any tag in MLflow."""
     time = _time(name)
     if time is None or not isinstance(value, str):
         return None
     try:
-        said = parse_json(value)
+        fields = parse_json(value)
     except Malformed:
         return None
-    if not isinstance(said, dict) or not {"action", "who"} <= said.keys() <= _KINDS.keys():
+    if not isinstance(fields, dict) or not {"action", "who"} <= fields.keys() <= _TYPES.keys():
         return None
-    if not all(type(each) is _KINDS[key] for key, each in said.items()):
+    if not all(type(each) is _TYPES[key] for key, each in fields.items()):
         return None
-    former = said.get("former", 1)
-    return Event(time=time, version=version, **said) if 0 < former < _LARGEST else None
+    former = fields.get("former", 1)
+    return Event(time=time, version=version, **fields) if 0 < former < _LARGEST_VERSION else None
 
 
 def champions(events: Iterable[Event], alias: str) -> list[int]:
-    """Returns the line of versions that had the alias, the present one last, without what was rolled back.
+    """Returns the versions that had the alias in their order, the present one last, without those rolled back.
 
     Args:
-        events: of all versions, the oldest first.
+        events: those of all versions of a model, the oldest first.
     """
     line: list[int] = []
     for event in (event for event in events if event.alias == alias):
-        # The former one may have been made champion elsewhere, in MLflow's own pages.
+        # Somebody may have given the alias to the former version in MLflow's own pages.
         if event.former is not None and event.former not in line[-1:]:
             line.append(event.former)
         if event.action == "rolled back" and event.version in line:
@@ -110,7 +111,7 @@ def champions(events: Iterable[Event], alias: str) -> list[int]:
 
 
 def _time(name: str) -> str | None:
-    """Returns the time in a tag's name, None where there is none."""
+    """Returns the time in the name of a tag, None where there is none."""
     digits = name.removeprefix(_TAG)
     if not re.fullmatch(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z", digits):  # 20261125T195433.123456Z
         return None

@@ -1,6 +1,6 @@
-"""MLflow's registry: the versions `lcm-lora-<model>` and what production asks of them.
+"""Looking up the versions of `lcm-lora-<model>` in MLflow's registry: finding, comparing, downloading, loading them.
 
-A version is an MLflow model that serves (lcmlora/inference/serving.py), with the release among its artifacts.
+A version is an MLflow model that can be served (lcmlora/inference/serving.py). The release is among its artifacts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from lcmlora import masking
 from lcmlora.config import Registry
@@ -19,7 +19,7 @@ from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.io import terminal
 from lcmlora.io.files import make_once, temporary_folder
-from lcmlora.io.parsing import read_json
+from lcmlora.io.parsing import JsonObject, read_json
 from lcmlora.io.private import downloads
 from lcmlora.project import Project
 from lcmlora.registry import events
@@ -28,17 +28,23 @@ from lcmlora.releases import bundle
 from lcmlora.releases.trust import records
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+    from mlflow.store.entities import PagedList
+
     from lcmlora.inference.pipelines import Pipeline
+
+T = TypeVar("T")
 
 PASSED, REJECTED = "passed", "rejected"
 
-MODEL = "model"  # where a run has its MLflow model
+MODEL = "model"  # the artifact folder of a run's MLflow model
 RELEASE = f"{MODEL}/artifacts/release"
 
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a registered model, and all that is known of its adapter."""
+    """A version of a registered model, with the facts about its adapter."""
 
     name: str
     version: int
@@ -46,7 +52,7 @@ class Version:
     base: dict[str, str | None]  # source, revision, digest
     objective: str
     features: str
-    metrics: dict[str, float]  # flat, as MLflow has them
+    metrics: dict[str, float]  # by MLflow's flat names
     data_digest: str
     data_dvc: str | None  # DVC's digest of the captioned pictures
     git_commit: str | None
@@ -58,36 +64,38 @@ class Version:
     aliases: tuple[str, ...]
     created: str  # ISO 8601, UTC
     updated: str
-    promoted: str | None  # when it got the configured alias last
-    foreign_events: tuple[str, ...]  # tags that are called like events and that others wrote: passed over
+    promoted: str | None  # the last time that it got the configured alias
+    foreign_events: tuple[str, ...]  # tags that are named like events and that lcmlora did not write
     tags: dict[str, str]
 
     @property
     def reference(self) -> str:
+        """NAME/VERSION, such as lcm-lora-emoji/3."""
         return f"{self.name}/{self.version}"
 
     def figure(self, name: str) -> float | None:
-        """Returns a figure by its name, with or without the features that it is named after."""
+        """Returns a metric by its name, with or without the features in front of it; None where there is none."""
         found = (value for key, value in self.metrics.items() if key == name or key.endswith(f"/{name}"))
         return next(found, None)
 
-    def plain(self) -> dict[str, Any]:
-        """Returns all that is known, as JSON can hold it."""
+    def plain(self) -> JsonObject:
+        """Returns all fields as JSON values."""
         return asdict(self)
 
 
 def resolve(reference: str, settings: Registry) -> Version:
-    """Returns what is known of `lcm-lora-emoji@champion`, `lcm-lora-emoji/3`, or an adapter's SHA-256.
+    """Returns the version that a reference names.
 
     Args:
-        reference: of a SHA-256 the first twelve digits do; its newest version is meant.
+        reference: `lcm-lora-emoji@champion`, `lcm-lora-emoji/3`, or the SHA-256 of an adapter, whose newest version is
+            returned; twelve of its digits are enough.
 
     Raises:
-        UserError: it does not exist, or MLflow cannot be reached.
+        UserError: there is no such version, or MLflow cannot be reached.
     """
     with reaching(settings, "ask again later"):
         client = connect(settings)
-        version = find(client, reference, settings)
+        version = find_version(client, reference, settings)
         return _described(client, [version], settings)[0]
 
 
@@ -112,7 +120,7 @@ def versions(settings: Registry, name: str | None = None) -> list[Version]:
     """
     with reaching(settings, "ask again later"):
         client = connect(settings)
-        found = search(client.search_model_versions, f"name = '{name}'" if name else None)
+        found: list[ModelVersion] = search_all(client.search_model_versions, f"name = '{name}'" if name else None)
         if name and not found:
             raise UserError(f"{name}: not registered at {masking.address(settings.tracking_uri)}")
         found.sort(key=lambda version: (version.name, -int(version.version)))
@@ -121,7 +129,7 @@ def versions(settings: Registry, name: str | None = None) -> list[Version]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of two versions; None where one of them lacks it."""
+    """A fact or figure of two versions; None where a version has none."""
 
     figure: str
     first: float | str | None
@@ -129,14 +137,14 @@ class Difference:
 
     @property
     def change(self) -> float | None:
-        """Returns second - first, of numbers."""
+        """Returns second - first, None where they are no numbers."""
         if isinstance(self.first, float) and isinstance(self.second, float):
             return self.second - self.first
         return None
 
 
 def compare(first: Version, second: Version) -> list[Difference]:
-    """Returns what two versions are and how well they draw, figure by figure; where they come from goes first."""
+    """Returns the facts of two versions, and after them their metrics, side by side."""
     facts = ("sha256", "objective", "features", "data_digest", "data_dvc", "git_commit", "dvc_lock", "gate")
     rows = [Difference(name, getattr(first, name), getattr(second, name)) for name in facts]
     rows += [Difference(f"base {key}", first.base[key], second.base[key]) for key in first.base]
@@ -145,36 +153,36 @@ def compare(first: Version, second: Version) -> list[Difference]:
 
 
 def condition(text: str) -> Callable[[Version], bool]:
-    """Returns the test that `KEY=VALUE` (a field or a tag), `FIGURE<NUMBER` or `FIGURE>NUMBER` stands for.
+    """Returns the test that a text describes: `KEY=VALUE` (a field or a tag), `FIGURE<NUMBER` or `FIGURE>NUMBER`.
 
     Raises:
-        UserError: it is none of these.
+        UserError: the text has none of these forms.
     """
     match = re.fullmatch(r"\s*(.+?)\s*([=<>])\s*(.+?)\s*", text)
     if match is None:
         raise UserError(f"{text!r}: expected KEY=VALUE, FIGURE<NUMBER or FIGURE>NUMBER")
-    key, sign, wanted = match.groups()
+    key, sign, value = match.groups()
     if sign == "=":
-        return lambda version: str(version.plain().get(key, version.tags.get(key))) == wanted
+        return lambda version: str(version.plain().get(key, version.tags.get(key))) == value
     try:
-        limit = float(wanted)
+        limit = float(value)
     except ValueError:
-        raise UserError(f"{text!r}: {wanted!r} is not a number") from None
+        raise UserError(f"{text!r}: {value!r} is not a number") from None
 
     def test(version: Version) -> bool:
-        value = version.figure(key)
-        return value is not None and (value < limit if sign == "<" else value > limit)
+        figure = version.figure(key)
+        return figure is not None and (figure < limit if sign == "<" else figure > limit)
 
     return test
 
 
 def figures(version: Version, settings: Registry) -> Metrics:
-    """Returns the release's metrics.json of a version.
+    """Returns the metrics.json of a version's release.
 
     Raises:
-        UserError: the version has no release or one with other contents, or MLflow cannot be reached.
+        UserError: the version has no release, its file cannot be read, or MLflow cannot be reached.
     """
-    _expect_ours(version)
+    _refuse_foreign(version)
     place = f"{version.reference}: {bundle.METRICS} among its artifacts"
     with reaching(settings, "ask again later"), temporary_folder() as folder:
         path = _fetch(connect(settings), version, bundle.METRICS, Path(folder))
@@ -185,7 +193,8 @@ def figures(version: Version, settings: Registry) -> Metrics:
     return Metrics.parse(found, place)
 
 
-def _expect_ours(version: Version) -> None:
+def _refuse_foreign(version: Version) -> None:
+    """Raises UserError where lcmlora did not register the version."""
     if not version.run_id:
         raise UserError(f"{version.reference}: has no run, so no release; it was registered by other means")
     if not records.is_digest(version.sha256):
@@ -198,23 +207,24 @@ def _expect_ours(version: Version) -> None:
 def pull(reference: str, settings: Registry, out: Path, *, everything: bool = False) -> Path:
     """Downloads the adapter of a version to the folder `out`, checks every file, and returns the folder.
 
-    That is the weights in diffusers' format with the scheduler's settings, the provenance and the checksums; the folder
+    The folder has the weights in diffusers' format, the scheduler's settings, the provenance and the checksums. It
     appears whole or not at all. The weights must have the SHA-256 that the registry knows.
 
     Args:
-        everything: the whole release, with card, report and the file for ComfyUI and A1111.
+        everything: download the whole release, with card, report and the file for ComfyUI and A1111.
 
     Raises:
-        UserError: a file is missing or another one, `out` is in the way, or MLflow cannot be reached.
+        UserError: a file is missing or differs from its checksum, `out` exists and is something else, or MLflow cannot
+            be reached.
     """
     version = resolve(reference, settings)
-    _expect_ours(version)
+    _refuse_foreign(version)
 
     def is_there() -> bool:
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return False
         if not (out / bundle.CHECKSUMS).is_file() or bundle.digest(out) != version.sha256:
-            raise UserError(f"{out}: is in the way; expected no such folder, an empty one or this very adapter")
+            raise UserError(f"{out}: exists; expected a new folder, an empty one, or a download of this adapter")
         bundle.verify(out, None if everything else bundle.ADAPTER)
         return True
 
@@ -238,28 +248,34 @@ def load_pipeline(
     base: Path | None = None,
     cache: Path | None = None,
 ) -> Pipeline:
-    """Returns a pipeline that draws with the adapter of a version: verified, on its pinned base, its scheduler set.
+    """Returns a pipeline that draws with the adapter of a version, on its pinned base and with its scheduler.
+
+    The adapter is downloaded once, and every file is checked.
 
     Args:
-        project: the project's folder. Its params.yaml says where the registry is, and a base that the adapter names by
-            a relative path lies there.
-        settings: of the registry, where they are not those of the project.
-        base: the folder of the base, where it is not the one that the adapter names.
-        cache: where the adapter is kept, which is downloaded once; by default $LCMLORA_CACHE/adapters or
-            ~/.cache/lcmlora/adapters.
+        reference: as for `resolve`.
+        device: auto, cpu or cuda.
+        project: the project's folder. Its params.yaml names the registry, and relative paths of bases start there.
+        settings: of the registry; those of the project by default.
+        base: the folder of the base; the one that the adapter names by default.
+        cache: the folder that keeps downloaded adapters; $LCMLORA_CACHE/adapters or ~/.cache/lcmlora/adapters by
+            default.
+
+    Raises:
+        UserError: as for `resolve` and `pull`; or the base is missing or has another digest.
     """
     from lcmlora.inference import pipelines
 
     settings = settings or Project(project).settings().registry
     cache = cache or downloads("adapters")
     version = resolve(reference, settings)
-    _expect_ours(version)
+    _refuse_foreign(version)
     folder = pull(version.reference, settings, cache / f"sha256-{version.sha256[:12]}")
     return pipelines.load(folder, base, device, sources=project)
 
 
-def _download(client: Any, version: Version, folder: Path, everything: bool) -> None:
-    """Writes the release of a version, or what `pull` takes of it, to the folder, and checks it."""
+def _download(client: MlflowClient, version: Version, folder: Path, everything: bool) -> None:
+    """Downloads the release of a version, or the part of it that drawing needs, and checks it."""
     listed = [PurePosixPath(item.path).name for item in client.list_artifacts(version.run_id, RELEASE)]
     if not listed:
         raise UserError(f"{version.reference}: has no release among the artifacts of its run {version.run_id}")
@@ -277,7 +293,7 @@ def _download(client: Any, version: Version, folder: Path, everything: bool) -> 
         )
 
 
-def _fetch(client: Any, version: Version, name: str, folder: Path) -> Path:
+def _fetch(client: MlflowClient, version: Version, name: str, folder: Path) -> Path:
     """Downloads one file of a version's release into the folder and returns its path."""
     from mlflow.exceptions import MlflowException
 
@@ -291,13 +307,10 @@ def _fetch(client: Any, version: Version, name: str, folder: Path) -> Path:
         return path.replace(folder / name)
 
 
-# --- finding ------------------------------------------------------------------------------------------------------
-
-
-def find(client: Any, reference: str, settings: Registry) -> Any:
+def find_version(client: MlflowClient, reference: str, settings: Registry) -> ModelVersion:
     """Returns MLflow's entity of the version that a reference names; see `resolve`."""
     if re.fullmatch(r"[0-9a-f]{12,64}", reference):
-        found = with_digest(client, reference)
+        found = versions_of_adapter(client, reference)
         if not found:
             raise UserError(f"{reference}: no adapter of this SHA-256 at {masking.address(settings.tracking_uri)}")
         return found[-1]
@@ -318,7 +331,7 @@ def find(client: Any, reference: str, settings: Registry) -> Any:
     return _get(client, name, aliases[alias], settings)
 
 
-def _get(client: Any, name: str, version: int, settings: Registry) -> Any:
+def _get(client: MlflowClient, name: str, version: int, settings: Registry) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -329,50 +342,52 @@ def _get(client: Any, name: str, version: int, settings: Registry) -> Any:
         raise UserError(f"{name}/{version}: not registered at {masking.address(settings.tracking_uri)}") from error
 
 
-def _is_registered(client: Any, name: str) -> bool:
+def _is_registered(client: MlflowClient, name: str) -> bool:
     return bool(client.search_registered_models(f"name = '{name}'", max_results=1))
 
 
-def with_digest(client: Any, sha256: str, name: str | None = None) -> list[Any]:
-    """Returns the versions with this digest, or one that begins so, the oldest first."""
+def versions_of_adapter(client: MlflowClient, sha256: str, name: str | None = None) -> list[ModelVersion]:
+    """Returns the versions whose adapter has this SHA-256, or one that begins with these digits, the oldest first."""
     condition = f"tags.sha256 = '{sha256}'" if len(sha256) == 64 else f"tags.sha256 LIKE '{sha256}%'"
     own = f"name = '{name}' and {condition}" if name else condition
-    return sorted(search(client.search_model_versions, own), key=lambda version: int(version.version))
+    return sorted(search_all(client.search_model_versions, own), key=lambda version: int(version.version))
 
 
-def search(method: Any, condition: str | None = None) -> list[Any]:
-    """Returns all answers of one of the client's search methods, which gives them in pages."""
-    page = method(condition, max_results=1000)
+def search_all(search: Callable[..., PagedList[T]], condition: str | None = None) -> list[T]:
+    """Returns all results of one of the client's search methods, which return them in pages."""
+    page = search(condition, max_results=1000)
     found = list(page)
     while page.token:
-        page = method(condition, max_results=1000, page_token=page.token)
+        page = search(condition, max_results=1000, page_token=page.token)
         found += page
     return found
 
 
-def read_aliases(client: Any, name: str) -> dict[str, int]:
+def read_aliases(client: MlflowClient, name: str) -> dict[str, int]:
+    """Returns the version number of each alias of a model. `search_model_versions` leaves aliases out."""
     return _aliases(client.get_registered_model(name))
 
 
-def _aliases(model: Any) -> dict[str, int]:
-    # Numbers from a database, text from a server; and search_model_versions leaves the aliases out.
+def _aliases(model: RegisteredModel) -> dict[str, int]:
+    # The numbers are integers from a database, and text from a server.
     return {alias: int(number) for alias, number in model.aliases.items()}
 
 
-def _described(client: Any, found: Sequence[Any], settings: Registry) -> list[Version]:
-    """Returns the versions with aliases and figures, which take a request for 1,000 models and for 100 runs."""
+def _described(client: MlflowClient, found: Sequence[ModelVersion], settings: Registry) -> list[Version]:
+    """Returns the versions with aliases and figures, by one request for 1,000 models and one for 100 runs."""
     names = {version.name for version in found}
-    if len(names) > 1:  # one question about all models, where one for each would be the longest part of a list
-        aliases = {model.name: _aliases(model) for model in search(client.search_registered_models)}
+    if len(names) > 1:  # one request for all models: one for each model would take most of the time
+        models: list[RegisteredModel] = search_all(client.search_registered_models)
+        aliases = {model.name: _aliases(model) for model in models}
     else:
         aliases = {name: read_aliases(client, name) for name in names}
-    # Whoever registers a version may name any text as its run.
+    # Other programs may have registered a version with any text as its run.
     runs = {version.run_id for version in found if re.fullmatch(r"[0-9a-f]{32}", version.run_id or "")}
     metrics = _metrics(client, sorted(runs))
     described = []
     for version in found:
         tags, number = dict(version.tags), int(version.version)
-        past = events.read(number, tags)
+        past = events.read_events(number, tags)
         promotions = [event.time for event in past if event.alias == settings.alias]
         described.append(
             Version(
@@ -383,7 +398,7 @@ def _described(client: Any, found: Sequence[Any], settings: Registry) -> list[Ve
                     "source": tags.get("base"),
                     "revision": tags.get("base_revision"),
                     "digest": tags.get("base_digest"),
-                    # Versions from before 2026-11 have no such tag, and their digest is the UNet's.
+                    # Versions from before 2026-11 have no such tag: their digest is the UNet's.
                     **({"unet": tags["base_unet"]} if "base_unet" in tags else {}),
                 },
                 objective=tags.get("objective", ""),
@@ -401,21 +416,21 @@ def _described(client: Any, found: Sequence[Any], settings: Registry) -> list[Ve
                 created=_iso(version.creation_timestamp),
                 updated=_iso(version.last_updated_timestamp),
                 promoted=promotions[-1] if promotions else None,
-                foreign_events=tuple(events.foreign(tags)),
+                foreign_events=tuple(events.foreign_tags(tags)),
                 tags=tags,
             )
         )
     return described
 
 
-def _metrics(client: Any, run_ids: Sequence[str]) -> dict[str, dict[str, float]]:
+def _metrics(client: MlflowClient, run_ids: Sequence[str]) -> dict[str, dict[str, float]]:
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, float]] = {}
     for start in range(0, len(run_ids), 100):
         listed = ", ".join(f"'{run_id}'" for run_id in run_ids[start : start + 100])
         for run in client.search_runs(experiments, f"attributes.run_id IN ({listed})", max_results=100):
-            found[run.info.run_id] = dict(run.data.metrics)
-    return found
+            metrics[run.info.run_id] = dict(run.data.metrics)
+    return metrics
 
 
 def _iso(milliseconds: int | None) -> str:

@@ -1,13 +1,13 @@
-"""Which version is champion: promoting through the gate, rolling back, and the history of both.
+"""Promoting a version to champion through the gate, rolling back, and the history of both.
 
-The alias moves first and the event is written after it, so that no history tells of what did not happen; a call that
-was killed in between is completed by the next one.
+The alias moves first and its event is written after it, so that the history has only what happened. If a call is killed
+in between, the next one completes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lcmlora import masking
 from lcmlora.config import Gate, Registry
@@ -15,15 +15,19 @@ from lcmlora.errors import Unavailable, UserError
 from lcmlora.evaluation import gate as gates
 from lcmlora.registry import events
 from lcmlora.registry.events import Event
-from lcmlora.registry.lookup import PASSED, Version, figures, find, read_aliases, resolve, search
+from lcmlora.registry.lookup import PASSED, Version, figures, find_version, read_aliases, resolve, search_all
 from lcmlora.registry.registration import Registered
 from lcmlora.registry.tracking import connect, reaching
 
-PREVIOUS = "previous"  # the alias of the champion before the present one
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+PREVIOUS = "previous"  # alias of the champion before the present one
 
 
 def history(name: str, settings: Registry) -> list[Event]:
-    """Returns what happened to the versions of a model, the oldest event first; nothing of what others wrote there.
+    """Returns the events of all versions of a model, the oldest first. Tags of other programs are left out.
 
     Raises:
         UserError: there is no such model, or MLflow cannot be reached.
@@ -36,21 +40,23 @@ def history(name: str, settings: Registry) -> list[Event]:
 
 
 def foreign_events(name: str, settings: Registry) -> list[str]:
-    """Returns NAME/VERSION: TAG for each tag that is named like an event but was not written by lcmlora: it is
-    passed over.
+    """Returns NAME/VERSION: TAG for each tag that is named like an event and that lcmlora did not write.
 
     Raises:
         UserError: MLflow cannot be reached.
     """
     with reaching(settings, "ask again later"):
         found = _versions(connect(settings), name)
-    return [f"{name}/{version.version}: {tag}" for version in found for tag in events.foreign(version.tags)]
+    return [f"{name}/{version.version}: {tag}" for version in found for tag in events.foreign_tags(version.tags)]
 
 
-def assign(version: Version | Registered, settings: Registry, *, reason: str, who: str | None = None) -> str:
-    """Gives the configured alias to a version that has been put through the gate, and returns its reference.
+def promote_passed(version: Version | Registered, settings: Registry, *, reason: str, who: str | None = None) -> str:
+    """Gives the configured alias to a version that has passed the gate already, and returns MODEL@ALIAS.
 
-    The champion before it becomes `previous`. Idempotent.
+    The champion before it gets the alias `previous`. Idempotent.
+
+    Raises:
+        UserError: MLflow cannot be reached.
     """
     return _move(version.name, version.version, settings, "promoted", reason, who)
 
@@ -64,20 +70,22 @@ def promote(
     who: str | None = None,
     override: bool = False,
 ) -> Version:
-    """Makes a version champion if it passed the gate and, by the registry's figures, is not worse than the champion.
+    """Makes a version champion if it passed the gate and is not worse than the present champion.
 
     Args:
-        override: go against the gate; the history says so.
+        reference: as for `lookup.resolve`.
+        reason, who: for the history.
+        override: promote it against the gate, which the history records.
 
     Raises:
-        UserError: the gate's reasons, or that the two cannot be compared.
+        UserError: the gate's reasons, or why the version cannot be compared with the champion.
     """
     candidate = resolve(reference, settings)
     if not override:
         refused = [] if candidate.gate == PASSED else [candidate.gate_reason or "did not pass the gate"]
         refused = refused or _worse(candidate, settings, gate)
         if refused:
-            advice = f"to make it {settings.alias} all the same: --override --reason"
+            advice = f"to make it {settings.alias} anyway, use --override with --reason"
             raise UserError(f"{candidate.reference}: {'; '.join(refused)}; {advice}")
     _move(candidate.name, candidate.version, settings, "promoted", reason, who, override=override)
     return resolve(candidate.reference, settings)
@@ -86,44 +94,46 @@ def promote(
 def rollback(name: str, settings: Registry, *, reason: str, who: str | None = None, to: int | None = None) -> Version:
     """Makes the champion before the present one champion again, or the version `to`, and returns it.
 
-    Called again, it goes further back. The flow does not promote again what was rolled back.
+    A second call goes back by one more champion. The flow does not promote a version again that was rolled back.
 
     Raises:
-        UserError: there is none to go back to, or MLflow cannot be reached.
+        UserError: there is no version to go back to, or MLflow cannot be reached.
     """
     with reaching(settings, "nothing was rolled back"):
         client = connect(settings)
         history(name, settings)
-        line = _champions(client, name, settings.alias)
-        if not line:
+        champions = _champions(client, name, settings.alias)
+        if not champions:
             raise UserError(f"{name}: no version has {settings.alias}, so there is nothing to roll back")
-        if to is None and len(line) < 2:
-            raise UserError(f"{name}/{line[-1]}: is the first {settings.alias}; name the version to go to with --to")
-        target = line[-2] if to is None else to
-        if target == line[-1]:
+        if to is None and len(champions) < 2:
+            raise UserError(
+                f"{name}/{champions[-1]}: is the first {settings.alias}; name the version to go to with --to"
+            )
+        target = champions[-2] if to is None else to
+        if target == champions[-1]:
             raise UserError(f"{name}/{target}: is {settings.alias} already")
-        find(client, f"{name}/{target}", settings)
+        find_version(client, f"{name}/{target}", settings)  # raises where there is no such version
     _move(name, target, settings, "rolled back", reason, who)
     return resolve(f"{name}/{target}", settings)
 
 
 def _worse(candidate: Version, settings: Registry, gate: Gate) -> list[str]:
-    """Returns in what the candidate is worse than the champion by the figures of their releases."""
+    """Returns why the candidate is worse than the champion by their releases' figures; empty if it is not."""
     reference = f"{candidate.name}@{settings.alias}"
     with reaching(settings, "nothing was promoted"):
         champion = read_aliases(connect(settings), candidate.name).get(settings.alias)
     if not gate.champion or champion in (None, candidate.version):
         return []
-    mine = figures(candidate, settings)
+    candidate_figures = figures(candidate, settings)
     try:
-        theirs = figures(resolve(reference, settings), settings)
+        champion_figures = figures(resolve(reference, settings), settings)
     except Unavailable:
         raise
-    except UserError as error:  # a champion that others made, or that has lost its run
+    except UserError as error:  # a champion that lcmlora did not register, or that has lost its run
         return [f"cannot be compared with {candidate.name}/{champion}, the {settings.alias}: {error}"]
-    if other := gates.incomparable(mine, theirs):
-        return [f"cannot be compared with {candidate.name}/{champion}, the {settings.alias}: {other}"]
-    return gates.against(mine, theirs, gate, f"{candidate.name}/{champion}")
+    if reason := gates.incomparable(candidate_figures, champion_figures):
+        return [f"cannot be compared with {candidate.name}/{champion}, the {settings.alias}: {reason}"]
+    return gates.against(candidate_figures, champion_figures, gate, f"{candidate.name}/{champion}")
 
 
 def _move(
@@ -136,52 +146,52 @@ def _move(
     *,
     override: bool = False,
 ) -> str:
-    """Moves the alias and `previous`, writes the event, and returns the version's reference by its alias.
+    """Moves the alias and `previous`, writes the event, and returns MODEL@ALIAS.
 
-    Nothing is written where all is so already.
+    Nothing is written if the version is champion already and the history says so.
     """
     alias = settings.alias
     with reaching(settings, "the version is registered; run again to promote it"):
         client = connect(settings)
-        line, present = _line(client, name, alias), read_aliases(client, name).get(alias)
-        if line[-1:] != [version] or present != version:
-            former = present if present != version else next((v for v in reversed(line) if v != version), None)
+        recorded, present = _recorded_champions(client, name, alias), read_aliases(client, name).get(alias)
+        if recorded[-1:] != [version] or present != version:
+            former = present if present != version else next((v for v in reversed(recorded) if v != version), None)
             client.set_registered_model_alias(name, alias, str(version))
-            key, event = events.tag(action, reason=reason, who=who, alias=alias, former=former, override=override)
+            key, event = events.event_tag(action, reason=reason, who=who, alias=alias, former=former, override=override)
             client.set_model_version_tag(name, str(version), key, event)
         _set_previous(client, name, alias)
     return f"{name}@{alias}"
 
 
-def _set_previous(client: Any, name: str, alias: str) -> None:
-    line, present = _champions(client, name, alias), read_aliases(client, name).get(PREVIOUS)
-    if len(line) > 1 and present != line[-2]:
-        client.set_registered_model_alias(name, PREVIOUS, str(line[-2]))
-    elif len(line) < 2 and present is not None:
+def _set_previous(client: MlflowClient, name: str, alias: str) -> None:
+    champions, present = _champions(client, name, alias), read_aliases(client, name).get(PREVIOUS)
+    if len(champions) > 1 and present != champions[-2]:
+        client.set_registered_model_alias(name, PREVIOUS, str(champions[-2]))
+    elif len(champions) < 2 and present is not None:
         client.delete_registered_model_alias(name, PREVIOUS)
 
 
-def _champions(client: Any, name: str, alias: str) -> list[int]:
-    """Returns the line of champions by the history; one that was made so elsewhere, in MLflow's pages, ends it."""
-    line, present = _line(client, name, alias), read_aliases(client, name).get(alias)
-    return line if present is None or line[-1:] == [present] else [*line, present]
+def _champions(client: MlflowClient, name: str, alias: str) -> list[int]:
+    """Returns the champions in their order, with the present one last, even if it got its alias in MLflow's pages."""
+    recorded, present = _recorded_champions(client, name, alias), read_aliases(client, name).get(alias)
+    return recorded if present is None or recorded[-1:] == [present] else [*recorded, present]
 
 
-def _line(client: Any, name: str, alias: str) -> list[int]:
-    """Returns the line of champions by the history, of versions that are there: they can be deleted, or never were."""
+def _recorded_champions(client: MlflowClient, name: str, alias: str) -> list[int]:
+    """Returns the champions that the history has, in their order, without versions that do not exist any more."""
     found = _versions(client, name)
-    there = {int(version.version) for version in found}
-    line: list[int] = []
+    existing = {int(version.version) for version in found}
+    champions: list[int] = []
     for number in events.champions(_events(found), alias):
-        if number in there and line[-1:] != [number]:
-            line.append(number)
-    return line
+        if number in existing and champions[-1:] != [number]:
+            champions.append(number)
+    return champions
 
 
-def _versions(client: Any, name: str) -> list[Any]:
-    return search(client.search_model_versions, f"name = '{name}'")
+def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    return search_all(client.search_model_versions, f"name = '{name}'")
 
 
-def _events(found: Sequence[Any]) -> list[Event]:
-    every = [event for version in found for event in events.read(int(version.version), version.tags)]
+def _events(found: Sequence[ModelVersion]) -> list[Event]:
+    every = [event for version in found for event in events.read_events(int(version.version), version.tags)]
     return sorted(every, key=lambda event: event.time)

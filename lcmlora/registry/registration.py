@@ -1,4 +1,4 @@
-"""A release becomes a version of `lcm-lora-<model>` in MLflow, once, whatever was killed before or runs beside it."""
+"""Registering a release as a version of `lcm-lora-<model>` in MLflow. Calls may be killed, repeated or concurrent."""
 
 from __future__ import annotations
 
@@ -7,24 +7,29 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lcmlora.config import Registry
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import record
 from lcmlora.io.files import temporary_folder
 from lcmlora.registry import events
-from lcmlora.registry.lookup import MODEL, PASSED, REJECTED, RELEASE, read_aliases, with_digest
-from lcmlora.registry.tracking import connect, create_run, existing, flat, reaching
+from lcmlora.registry.lookup import MODEL, PASSED, REJECTED, RELEASE, read_aliases, versions_of_adapter
+from lcmlora.registry.tracking import connect, create_run, existing_run, flat_settings, reaching
 from lcmlora.releases import bundle
+from lcmlora.releases.bundle import Provenance
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 _PREVIEW = "preview.png"
-_PREVIEW_WIDTH = 800  # pixels: MLflow's page shows pictures as they are, and cuts what does not fit
+_PREVIEW_WIDTH = 800  # pixels; MLflow's page does not scale pictures, and cuts wider ones off
 
 
 @dataclass(frozen=True)
 class Registered:
-    """What `register` made or found."""
+    """The version of a release, as `register_release` made or found it."""
 
     name: str
     version: int
@@ -32,43 +37,45 @@ class Registered:
     run_id: str
     created: bool  # by this call
     aliases: tuple[str, ...]
-    promoted: bool  # it has carried the configured alias at some time, perhaps not now
+    promoted: bool  # has had the configured alias at some time, perhaps not now
 
 
-def register(
+def register_release(
     model: str,
     settings: Registry,
     folder: Path,
     uri: str | None = None,
     gate_failures: Sequence[str] = (),
 ) -> Registered:
-    """Registers the release in `folder` as a version of `lcm-lora-<model>`; an adapter is registered once.
+    """Registers the release in `folder` as a version of `lcm-lora-<model>`. An adapter is registered only once.
 
-    A version with the adapter's SHA-256 is found again, and only tags that changed are written. A new one gets the
-    release as artifacts of its run, the metrics as the run's figures, the data as its input, and tags that say where it
-    comes from. One that failed the gate is a version too, `rejected`. Its run is the distillation's, which is known by
-    the adapter's SHA-256 (`tracking.Run.made`), whichever machine it ran on; where there is none, a new one is made.
+    If there is a version with the adapter's SHA-256, only tags that changed are written. Else a new version is made:
+    the release becomes artifacts of its run, the metrics its figures, the data its input, and tags say where it comes
+    from. A release that failed the gate becomes a version, too, with the tag `rejected`. The run is that of the
+    distillation, on whatever machine it was, which has the adapter's SHA-256 as a tag (`tracking.Run.tag_adapter`).
+    If there is no such run, a new one is made.
 
     Args:
-        uri: where the release was published, if it was.
+        uri: the address at which the release is published, if it is.
+        gate_failures: why the gate was not passed; empty if it was.
 
     Raises:
-        UserError: MLflow cannot be reached. The release is kept and the next run registers it.
+        UserError: MLflow cannot be reached. The release is kept, and the next run registers it.
     """
     bundle.verify(folder)
     sha256 = bundle.digest(folder)
     name = f"lcm-lora-{model}"
-    provenance = bundle.Provenance.read(folder / bundle.PROVENANCE)
+    provenance = Provenance.read(folder / bundle.PROVENANCE)
     figures = Metrics.read(folder / bundle.METRICS)
     tags = _tags(provenance, figures, uri, gate_failures)
     with reaching(settings, f"the release is kept in {folder} and the next run registers it"):
         client = connect(settings)
-        found = _with_release(client, with_digest(client, sha256, name))
+        found = _with_release(client, versions_of_adapter(client, sha256, name))
         if found:
             version = found[0]
             _update(client, version, tags)
         else:
-            run_id, ended = _run_for(client, settings, model, provenance)
+            run_id, ended = _run_of(client, settings, model, provenance)
             _log(client, run_id, provenance, figures, tags)
             _upload(client, run_id, folder, name)
             _create_model(client, name)
@@ -76,12 +83,12 @@ def register(
                 name,
                 f"runs:/{run_id}/{MODEL}",
                 run_id,
-                tags=tags | dict([events.tag("registered"), events.tag(tags["gate"], reason=tags.get("gate_reason"))]),
+                tags=tags | dict([events.event_tag("registered"), _gate_event(tags)]),
                 description=_description(figures, provenance, run_id),
             )
-            version = _only_one(client, version, sha256, own_run=not ended)
+            version = _remove_duplicate(client, version, sha256, own_run=not ended)
         aliases = read_aliases(client, name)
-        past = events.read(int(version.version), client.get_model_version(name, version.version).tags)
+        past = events.read_events(int(version.version), client.get_model_version(name, version.version).tags)
     return Registered(
         name=name,
         version=int(version.version),
@@ -93,20 +100,18 @@ def register(
     )
 
 
-def _with_release(client: Any, found: Sequence[Any]) -> list[Any]:
-    """Returns the versions whose run exists and has a release; those that other programs registered have none."""
+def _with_release(client: MlflowClient, found: Sequence[ModelVersion]) -> list[ModelVersion]:
+    """Returns the versions whose run exists and has a release. Versions of other programs have none."""
 
-    def has_release(version: Any) -> bool:
-        run_id = existing(client, version.run_id or None)
+    def has_release(version: ModelVersion) -> bool:
+        run_id = existing_run(client, version.run_id or None)
         listed = client.list_artifacts(run_id, RELEASE) if run_id else []
         return any(item.path.endswith(f"/{bundle.CHECKSUMS}") for item in listed)
 
     return [version for version in found if has_release(version)]
 
 
-def _tags(
-    provenance: bundle.Provenance, figures: Metrics, uri: str | None, gate_failures: Sequence[str]
-) -> dict[str, str]:
+def _tags(provenance: Provenance, figures: Metrics, uri: str | None, gate_failures: Sequence[str]) -> dict[str, str]:
     base = provenance.base
     tags = {
         "sha256": provenance.sha256,
@@ -127,20 +132,25 @@ def _tags(
     return {key: str(value) for key, value in tags.items() if value}
 
 
-def _update(client: Any, version: Any, tags: dict[str, str]) -> None:
-    """Writes the tags that changed; a gate that decides otherwise than before is an event."""
+def _update(client: MlflowClient, version: ModelVersion, tags: dict[str, str]) -> None:
+    """Writes the tags that changed. If the gate's decision changed, an event is added."""
     name, number = version.name, version.version
     for key in sorted(tags.keys() | ({"gate_reason"} & version.tags.keys())):
         if version.tags.get(key) != tags.get(key, ""):
             client.set_model_version_tag(name, number, key, tags.get(key, ""))
     if version.tags.get("gate") != tags["gate"]:
-        key, event = events.tag(tags["gate"], reason=tags.get("gate_reason"))
-        client.set_model_version_tag(name, number, key, event)
+        client.set_model_version_tag(name, number, *_gate_event(tags))
 
 
-def _run_for(client: Any, settings: Registry, model: str, provenance: bundle.Provenance) -> tuple[str, bool]:
-    """Returns the adapter's run, and whether it has ended: the last distillation that gave this adapter, or what a
-    killed registration left; else a new one."""
+def _gate_event(tags: dict[str, str]) -> tuple[str, str]:
+    return events.event_tag(tags["gate"], reason=tags.get("gate_reason"))
+
+
+def _run_of(client: MlflowClient, settings: Registry, model: str, provenance: Provenance) -> tuple[str, bool]:
+    """Returns the id of the adapter's run, and whether it has ended.
+
+    It is the last distillation with this adapter, or the run of a registration that was killed, or a new run.
+    """
     sha256 = provenance.sha256
     experiment = client.get_experiment_by_name(settings.experiment)
     found = (
@@ -158,36 +168,37 @@ def _run_for(client: Any, settings: Registry, model: str, provenance: bundle.Pro
     return create_run(client, settings, model, provenance.params.distill.plain(), {"sha256": sha256}), False
 
 
-def _log(client: Any, run_id: str, provenance: bundle.Provenance, figures: Metrics, tags: dict[str, str]) -> None:
-    """Logs the figures, the settings of all stages and the data as the run's input."""
+def _log(client: MlflowClient, run_id: str, provenance: Provenance, figures: Metrics, tags: dict[str, str]) -> None:
+    """Logs the tags, the figures, the settings of all stages, and the data as the run's input."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
     from mlflow.exceptions import MlflowException
 
     now = int(time.time() * 1000)
     metrics = [Metric(name, value, now, 0) for name, value in record(figures).items()]
-    settled = client.get_run(run_id).data.params
-    params = {key: str(value)[:6000] for key, value in flat(provenance.params.plain()).items()}
-    # Those of the distillation are there without a prefix, and a param cannot be changed.
-    new = [Param(k, v) for k, v in params.items() if not k.startswith("distill.") and k not in settled]
+    logged = client.get_run(run_id).data.params
+    params = {key: str(value)[:6000] for key, value in flat_settings(provenance.params.plain()).items()}
+    # The run has those of the distillation already, without a prefix. A param cannot be changed.
+    new = [Param(k, v) for k, v in params.items() if not k.startswith("distill.") and k not in logged]
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     for start in range(0, len(metrics), 1000):  # MLflow's limits for one request
         client.log_batch(run_id, metrics=metrics[start : start + 1000])
     for start in range(0, len(new), 100):
         client.log_batch(run_id, params=new[start : start + 100])
     digest = provenance.data_dvc or provenance.data_digest[:36]
-    source = json.dumps({"path": "data/pictures", "latents": provenance.data_digest})
-    data = Dataset("data/pictures", digest, "dvc" if provenance.data_dvc else "local", source)
+    source = json.dumps({"path": provenance.pictures, "latents": provenance.data_digest})
+    data = Dataset(provenance.pictures, digest, "dvc" if provenance.data_dvc else "local", source)
     inputs = [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
     try:
         client.log_inputs(run_id, inputs)
     except MlflowException as error:
-        # Of two that log the same new data set at the same moment one is refused by the database; it is there now.
+        # If two calls log the same new data set at once, the database refuses one of them. A second try succeeds.
         if error.error_code != "BAD_REQUEST":
             raise
         client.log_inputs(run_id, inputs)
 
 
-def _upload(client: Any, run_id: str, folder: Path, name: str) -> None:
+def _upload(client: MlflowClient, run_id: str, folder: Path, name: str) -> None:
+    """Uploads the MLflow model, the release inside it, and the contact sheet for MLflow's page."""
     from PIL import Image
 
     from lcmlora.inference import serving
@@ -201,24 +212,24 @@ def _upload(client: Any, run_id: str, folder: Path, name: str) -> None:
         client.log_image(run_id, grid.convert("RGB").resize(side, Image.Resampling.LANCZOS), _PREVIEW)
 
 
-def _only_one(client: Any, version: Any, sha256: str, *, own_run: bool) -> Any:
-    """Returns the version of this adapter: of two that were registered at the same moment, the first.
+def _remove_duplicate(client: MlflowClient, version: ModelVersion, sha256: str, *, own_run: bool) -> ModelVersion:
+    """Returns the first version of this adapter. If another call has registered one before, `version` is deleted.
 
     Args:
         own_run: the version's run was made for it, and ends here.
     """
-    first = _with_release(client, with_digest(client, sha256, version.name))[0]
-    lost = int(first.version) != int(version.version)
-    if lost:
+    first = _with_release(client, versions_of_adapter(client, sha256, version.name))[0]
+    duplicate = int(first.version) != int(version.version)
+    if duplicate:
         client.delete_model_version(version.name, version.version)
     if own_run:
         client.set_terminated(version.run_id)
-        if lost and first.run_id != version.run_id:
+        if duplicate and first.run_id != version.run_id:
             client.delete_run(version.run_id)
     return first
 
 
-def _create_model(client: Any, name: str) -> None:
+def _create_model(client: MlflowClient, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -228,8 +239,8 @@ def _create_model(client: Any, name: str) -> None:
             raise
 
 
-def _description(figures: Metrics, provenance: bundle.Provenance, run_id: str) -> str:
-    """Returns Markdown for MLflow's page of the version: figures, and grid and report from the run's artifacts."""
+def _description(figures: Metrics, provenance: Provenance, run_id: str) -> str:
+    """Returns Markdown for MLflow's page of the version: figures, and the contact sheet and report in the artifacts."""
     rows = []
     for key in figures.students:
         cost, excess, retrieval = figures.network_evaluations[key], figures.excess[key], figures.retrieval[key]

@@ -1,6 +1,6 @@
-"""MLflow: the run of a distillation, and how its server is reached.
+"""Logging a distillation to an MLflow run, and reaching MLflow's server or database.
 
-Every call names the tracking server it talks to; no process-wide state is set but MLflow's own environment defaults.
+Every call names its tracking server. The only process-wide state are defaults of MLflow's environment variables.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lcmlora import masking
 from lcmlora.config import Registry
@@ -23,13 +23,17 @@ from lcmlora.io.parsing import as_object, read_json
 from lcmlora.io.terminal import note
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
     from PIL.Image import Image
 
-_FLUSH_SECONDS = 5.0
-_SYSTEM_SECONDS = 10.0  # between two readings of the machine
-_RUN_FILE = "mlflow_run.json"  # in the scratch folder of a distillation: a resumed one continues its run
+Settings = Mapping[str, object]  # nested or flat, as MLflow's params show them
 
-# Set before MLflow is imported. Its own defaults retry for minutes where nothing listens.
+_FLUSH_SECONDS = 5.0
+_SYSTEM_SECONDS = 10.0  # between two measurements of the machine
+_RUN_FILE = "mlflow_run.json"  # in a distillation's scratch folder, so that a resumed one continues its run
+
+# Set before MLflow is imported. With its own defaults it retries for minutes where nothing listens.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
@@ -49,21 +53,21 @@ _BUSY = (429, 500, 502, 503, 504)  # HTTP
 
 
 class Run:
-    """One MLflow run that figures are logged to, in batches. Without a client it keeps nothing."""
+    """An MLflow run to which figures are logged in batches. Without a client it logs nothing."""
 
-    def __init__(self, client: Any, run_id: str | None, settings: Registry | None) -> None:
+    def __init__(self, client: MlflowClient | None, run_id: str | None, settings: Registry | None) -> None:
         self._monitor = None
         if run_id and settings and settings.system_metrics:
             self._monitor = start_system_monitor(run_id, settings.tracking_uri, _SYSTEM_SECONDS)
         self._client = client
-        self._given_up = client is None  # said once
+        self._given_up = client is None  # after the first failure, which is printed
         self._settings = settings
-        self._waiting: list[Any] = []
+        self._waiting: list[Metric] = []
         self._flushed = time.monotonic()
         self.id = run_id
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Logs figures at a step; they reach MLflow some seconds later, and at the end."""
+        """Logs figures at a step. They are sent some seconds later, or at the end."""
         if self._given_up:
             return
         from mlflow.entities import Metric
@@ -74,16 +78,16 @@ class Run:
             self._send()
 
     def picture(self, name: str, picture: Image, step: int) -> None:
-        """Logs a picture at a step, beside the figures of its name."""
-        if self._given_up:
+        """Logs a picture at a step under a name."""
+        if self._given_up or self._client is None:
             return
-        with self._carrying_on():
+        with self._tolerating_failure():
             self._client.log_image(self.id, picture, key=name, step=step)
 
-    def made(self, sha256: str, versions: dict[str, str]) -> None:
-        """Marks the run with the adapter that came of it, by which registration finds it, on whatever machine.
+    def tag_adapter(self, sha256: str, versions: dict[str, str]) -> None:
+        """Tags the run with the SHA-256 of its adapter. By this tag, registration on any machine finds the run.
 
-        Tried even where MLflow did not answer while training went on.
+        It is tried even if MLflow did not answer during training.
 
         Args:
             versions: of this machine's libraries.
@@ -92,18 +96,19 @@ class Run:
             return
         from mlflow.entities import RunTag
 
-        with self._carrying_on("the adapter gets another run when it is registered"):
+        with self._tolerating_failure("the adapter gets another run when it is registered"):
             self._client.log_batch(self.id, tags=[RunTag(k, v) for k, v in ({"sha256": sha256} | versions).items()])
 
     def end(self, status: str) -> None:
-        """Logs what still waits and closes the run."""
+        """Sends the figures that still wait, and closes the run. `status`: FINISHED, FAILED or KILLED."""
         if self._monitor is not None:
             self._monitor.finish()
         if not self._given_up:
             self._send(status)
 
     def _send(self, status: str | None = None) -> None:
-        with self._carrying_on():
+        assert self._client is not None
+        with self._tolerating_failure():
             for start in range(0, len(self._waiting), 1000):  # MLflow's limit for one request
                 self._client.log_batch(self.id, metrics=self._waiting[start : start + 1000])
             if status:
@@ -111,7 +116,8 @@ class Run:
         self._waiting, self._flushed = [], time.monotonic()
 
     @contextlib.contextmanager
-    def _carrying_on(self, consequence: str = "training goes on without it") -> Iterator[None]:
+    def _tolerating_failure(self, consequence: str = "training goes on without it") -> Iterator[None]:
+        """Turns an unreachable server into a warning. After it, nothing more is logged."""
         assert self._settings is not None
         try:
             with reaching(self._settings, consequence):
@@ -122,18 +128,16 @@ class Run:
 
 
 @contextlib.contextmanager
-def tracking(
-    settings: Registry | None, model: str, params: dict[str, Any], scratch: Path | None = None
-) -> Iterator[Run]:
-    """Yields the run to log a distillation to, and ends it as finished or failed.
+def log_run(settings: Registry | None, model: str, params: Settings, scratch: Path | None = None) -> Iterator[Run]:
+    """Yields the run to which a distillation is logged, and ends it as finished, failed or killed.
 
-    Where MLflow cannot be reached this is said once on standard error, training goes on and `run.id` is None; the
-    adapter gets its run when it is registered. Else `run.made` ties the run to the adapter.
+    If MLflow cannot be reached, a warning is printed, training goes on without a run (`run.id` is None), and the
+    adapter gets its run when it is registered.
 
     Args:
         settings: None logs nothing.
         params: settings of the run, nested or flat.
-        scratch: where the run's id is kept while it lasts, so that a resumed distillation continues the same run.
+        scratch: the folder that keeps the run's id, so that a resumed distillation continues the same run.
     """
     run = Run(None, None, settings)
     if settings is not None:
@@ -152,11 +156,12 @@ def tracking(
 
 
 def _continue_or_create(
-    client: Any, settings: Registry, model: str, params: dict[str, Any], scratch: Path | None
+    client: MlflowClient, settings: Registry, model: str, params: Settings, scratch: Path | None
 ) -> str:
+    """Returns the id of the run that a killed distillation has left in `scratch`, else of a new one."""
     marker = scratch / _RUN_FILE if scratch else None
     if marker and marker.is_file():
-        run_id = existing(client, as_object(read_json(marker), str(marker)).get("run_id"))
+        run_id = existing_run(client, as_object(read_json(marker), str(marker)).get("run_id"))
         if run_id:
             client.update_run(run_id, status="RUNNING")
             return run_id
@@ -167,26 +172,26 @@ def _continue_or_create(
 
 
 def create_run(
-    client: Any, settings: Registry, model: str, params: dict[str, Any], tags: dict[str, str] | None = None
+    client: MlflowClient, settings: Registry, model: str, params: Settings, tags: dict[str, str] | None = None
 ) -> str:
-    """Returns the id of a new run in the configured experiment, which is made where there is none."""
+    """Returns the id of a new run in the configured experiment. The experiment is made if there is none."""
     from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(settings.experiment)
     try:
         identity = experiment.experiment_id if experiment else client.create_experiment(settings.experiment)
-    except MlflowException as error:  # another run made it at the same moment
+    except MlflowException as error:  # another process has just made it
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
         identity = client.get_experiment_by_name(settings.experiment).experiment_id
     run_id: str = client.create_run(identity, run_name=model, tags={"model": model, **(tags or {})}).info.run_id
-    client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flat(params).items()])
+    client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flat_settings(params).items()])
     return run_id
 
 
-def existing(client: Any, run_id: str | None) -> str | None:
-    """Returns the run's id if this server knows it and it was not deleted."""
+def existing_run(client: MlflowClient, run_id: str | None) -> str | None:
+    """Returns the run's id if this server has the run and it was not deleted, else None."""
     from mlflow.exceptions import MlflowException
 
     if run_id is None:
@@ -194,15 +199,19 @@ def existing(client: Any, run_id: str | None) -> str | None:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        # A name that can be no run's is refused as such by a server.
+        # A server refuses a text that cannot be the id of a run.
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
     return run_id if run.info.lifecycle_stage == "active" else None
 
 
-def connect(settings: Registry) -> Any:
-    """Returns an MLflow client of the configured server; reaching a database is tried first, once."""
+def connect(settings: Registry) -> MlflowClient:
+    """Returns an MLflow client of the configured server or database.
+
+    Raises:
+        Exception: of the driver, where a database cannot be reached; see `reaching`.
+    """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
 
@@ -212,7 +221,7 @@ def connect(settings: Registry) -> Any:
 
     uri = settings.tracking_uri
     if re.match(r"(sqlite|postgresql|mysql|mssql)\b", uri):
-        # MLflow tries an unreachable database for 100 seconds.
+        # One try here, since MLflow retries an unreachable database for 100 seconds.
         from sqlalchemy import create_engine, make_url
 
         database = make_url(uri).database
@@ -226,11 +235,11 @@ def connect(settings: Registry) -> Any:
 
 @contextlib.contextmanager
 def reaching(settings: Registry, consequence: str) -> Iterator[None]:
-    """Turns what MLflow and its transports raise into one line with the tracking URI and what follows.
+    """Turns errors of MLflow and its transports into one line with the tracking URI and the consequence.
 
     Raises:
         Unavailable: the server or the database did not answer, or was busy.
-        UserError: it did, and refuses.
+        UserError: it answered, and refuses.
     """
     try:
         yield
@@ -240,19 +249,19 @@ def reaching(settings: Registry, consequence: str) -> Iterator[None]:
         if not foreign and not isinstance(error, OSError | ImportError):
             raise
         uri = settings.tracking_uri
-        told = masking.text(error, uri)
-        reason = (told or type(error).__name__).splitlines()[0][:300]
+        message = masking.text(error, uri)
+        reason = (message or type(error).__name__).splitlines()[0][:300]
         if getattr(error, "get_http_status_code", lambda: 0)() == 401:
             reason = "it asks for a name and a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            reason += " (`source .up/environment` knows those of `make up`)"
-        # The original message, which a log may print with the traceback, can hold the address as it is.
+            reason += " (`source .up/environment` sets those of `make up`)"
+        # The original message can contain the address with its password, and a log may print it with the traceback.
         cause = error if _is_clean(error, uri) else None
         kind = Unavailable if _is_passing(error) else UserError
         raise kind(f"MLflow at {masking.address(uri)}: {reason}; {consequence}") from cause
 
 
 def _is_clean(error: BaseException | None, uri: str) -> bool:
-    """Returns whether neither the error nor what it came of has a secret in its text."""
+    """Returns whether neither the error nor its causes have a secret in their text."""
     while error is not None:
         if masking.text(error, uri) != str(error):
             return False
@@ -261,9 +270,9 @@ def _is_clean(error: BaseException | None, uri: str) -> bool:
 
 
 def _is_passing(error: BaseException | None) -> bool:
-    """Returns whether the same call may succeed later, by the error or by what it came of.
+    """Returns whether the same call may succeed later, by the error and its causes.
 
-    MLflow wraps what its transport raised, and a database's driver says by its text alone what went wrong.
+    MLflow wraps its transport's errors, and a database's driver distinguishes errors only by their text.
     """
     while error is not None:
         names = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(error).__mro__}
@@ -278,8 +287,8 @@ def _is_passing(error: BaseException | None) -> bool:
     return False
 
 
-def page(settings: Registry, run_id: str) -> str | None:
-    """Returns the address of a run in the server's pages; None where there is no server, or it does not answer."""
+def run_page(settings: Registry, run_id: str) -> str | None:
+    """Returns the address of a run's page; None where there is no server, or it does not answer."""
     if not settings.tracking_uri.startswith("http"):
         return None
     try:
@@ -291,9 +300,9 @@ def page(settings: Registry, run_id: str) -> str | None:
     return f"{address}/#/experiments/{experiment}/runs/{run_id}"
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested settings under dotted names."""
-    found: dict[str, Any] = {}
+def flat_settings(values: Settings, prefix: str = "") -> dict[str, object]:
+    """Returns nested settings by their dotted names."""
+    flat: dict[str, object] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,38 +1,46 @@
-"""The release bundle of one adapter: its files, its identity, its checksums, and what it says of itself."""
+"""The release bundle of one adapter: its files, its identity, its checksums, its provenance."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-from lcmlora.adapters.metadata import FACTS, SCHEDULER, WEIGHTS, AdapterFacts, Sampler, SamplerFacts, read_sampler
+from lcmlora.adapters.metadata import (
+    FACTS,
+    SCHEDULER,
+    WEIGHTS,
+    AdapterFacts,
+    DistillSettings,
+    Sampler,
+    SamplerFacts,
+    read_sampler,
+)
 from lcmlora.errors import UserError
 from lcmlora.io.documents import Document, Number
 from lcmlora.io.files import sha256_file
-from lcmlora.io.parsing import as_object, read_bytes, read_json
+from lcmlora.io.parsing import JsonObject, as_object, read_bytes, read_json
 
 PROVENANCE = "provenance.json"
 METRICS = "metrics.json"
 REPORT = "report.html"
 CHECKSUMS = "SHA256SUMS"
-ADAPTER = (CHECKSUMS, WEIGHTS, SCHEDULER, PROVENANCE)  # what drawing takes of a release
+ADAPTER = (CHECKSUMS, WEIGHTS, SCHEDULER, PROVENANCE)  # the files that drawing needs
 
-_LONGEST_NAME = 200  # bytes; a file system has 255, and a download adds to it
-_ADDED = ("manifest.json", "yanked.json", "sha256sums.sig")  # in a store
+_LONGEST_NAME = 200  # bytes; a file system allows 255, and a download adds some to the name
+_RESERVED = ("manifest.json", "yanked.json", "sha256sums.sig")  # files that a store adds to a release
 
 
 class Proof(Document):
     """How close the reloaded adapter is to the trained one. Shares of the student's largest output."""
 
-    error: Number  # reloaded against trained student
-    effect: Number  # trained student against the bare base
+    error: Number  # largest difference of the reloaded student from the trained one
+    effect: Number  # largest difference of the trained student from the bare base
     tensors: int  # LoRA tensors that plain diffusers loaded
 
 
 class Decision(Document):
-    """What the gate said of the figures alone."""
+    """The gate's decision by the figures alone, without comparing them with a champion's."""
 
     passed: bool
     failures: list[str]
@@ -53,22 +61,15 @@ class Kohya(Document):
     reloaded: Proof
 
 
-class DistillSettings(Document):
-    """The settings of the distillation. Those that every release can be asked for have a field; the others are kept."""
-
-    objective: str = "lcm"
-    gamma: Number | None = None
-
-
 class GateSettings(Document):
-    """The settings of the gate that the release's figures were held against."""
+    """The settings of the gate that decided on the release."""
 
     steps: int
     min_retrieval: Number
 
 
 class StageSettings(Document):
-    """The settings of the stages: of these two, and of `data`, `encode` and `evaluation`, which nothing reads again."""
+    """The settings by stage. Those of `data`, `encode` and `evaluation` are kept, too; nothing here reads them."""
 
     distill: DistillSettings
     gate: GateSettings
@@ -78,13 +79,14 @@ class Provenance(Document):
     """provenance.json: what went into a release."""
 
     model: str
-    packaged: str | None = None  # releases from before 2026-11-28 do not say when
+    packaged: str | None = None  # time, ISO 8601, UTC; missing in releases from before 2026-11-28
     sha256: str
     base: dict[str, str | None]
     resolution: int | None = None
     sampler: SamplerFacts | None = None
     data_digest: str
     data_dvc: str | None = None
+    pictures: str = "data/pictures"  # where the project has the prepared pictures
     seed: int | None = None
     params: StageSettings
     versions: dict[str, str] | None = None
@@ -104,13 +106,13 @@ def digest(folder: Path) -> str:
 
 
 def fault_of_name(name: str) -> str | None:
-    """Returns why a bundle cannot hold a file of this name, None where it can."""
+    """Returns why a bundle cannot have a file of this name, None where it can."""
     if not name or "/" in name or "\\" in name or name.startswith("."):
         return "is not the name of a file in a release's folder"
     if not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
         return f"is not printable, or longer than {_LONGEST_NAME} bytes"
-    if name.casefold() in _ADDED:
-        return "is the name of what joins a release later"
+    if name.casefold() in _RESERVED:
+        return "is the name of a file that is added when a release is published"
     return None
 
 
@@ -125,7 +127,7 @@ def checksums(folder: Path) -> dict[str, str]:
         if match is None or fault_of_name(match[2]):
             raise UserError(f"{place}: line {number}: expected '<sha256>  <file name>', got {line[:200]!r}")
         if match[2] in sums:
-            raise UserError(f"{place}: line {number}: {match[2]} stands twice")
+            raise UserError(f"{place}: line {number}: lists {match[2]} twice")
         sums[match[2]] = match[1]
     return sums
 
@@ -134,7 +136,7 @@ def verify(folder: Path, names: Collection[str] | None = None) -> None:
     """Checks every file against SHA256SUMS. Raises UserError naming the first that is missing or differs.
 
     Args:
-        names: check these alone, where only the adapter was downloaded.
+        names: check only these files, for a download of the adapter alone.
     """
     sums = checksums(folder)
     for name in (WEIGHTS, SCHEDULER, PROVENANCE):
@@ -153,12 +155,12 @@ def verify(folder: Path, names: Collection[str] | None = None) -> None:
 
 
 def read_facts(folder: Path) -> AdapterFacts:
-    """Returns what lies beside an adapter of ours; nothing where that is another program's config.json.
+    """Returns the facts beside an adapter that lcmlora made; empty facts where another program wrote config.json.
 
-    In a release that is provenance.json, in any other folder the config.json that distill and combine write.
+    They come from provenance.json in a release, else from the config.json that distill and combine write.
 
     Raises:
-        UserError: a value of another type than ours have.
+        UserError: a value has another type than lcmlora writes.
     """
     path = next((folder / name for name in (PROVENANCE, FACTS) if (folder / name).is_file()), None)
     facts = _read(path) if path else {}
@@ -184,11 +186,16 @@ def read_facts(folder: Path) -> AdapterFacts:
     )
 
 
-def sampler_of(folder: Path, facts: dict[str, Any]) -> Sampler | None:
-    """Returns what the folder says of its sampler; what older ones lack follows from the scheduler's settings.
+def sampler_of(folder: Path, facts: JsonObject) -> Sampler | None:
+    """Returns the sampler settings of the adapter in a folder, None where it has none.
+
+    Adapters from before they were recorded get theirs from scheduler_config.json and the objective.
+
+    Args:
+        facts: the content of the folder's provenance.json or config.json.
 
     Raises:
-        UserError: settings that are none of a sampler.
+        UserError: the settings do not fit a sampler.
     """
     if "sampler" in facts:
         return read_sampler(as_object(facts["sampler"], f"{folder}: sampler"), f"{folder}: sampler")
@@ -197,7 +204,7 @@ def sampler_of(folder: Path, facts: dict[str, Any]) -> Sampler | None:
         return None
     settings = _read(path)
     distill = (facts.get("params") or facts).get("distill") or {}
-    # What these objectives were drawn with before their sampler was written down.
+    # The gamma of each objective's sampler before it was recorded.
     gamma = {"tcd": distill.get("gamma"), "tdd": distill.get("gamma"), "pcm": 0.0}.get(
         str(distill.get("objective", "lcm"))
     )
@@ -205,5 +212,5 @@ def sampler_of(folder: Path, facts: dict[str, Any]) -> Sampler | None:
     return read_sampler(found | {"grid": settings.get("original_inference_steps", 50)}, str(path))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     return as_object(read_json(path), str(path))

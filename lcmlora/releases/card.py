@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from lcmlora.adapters.metadata import Distilled
 from lcmlora.config import Base
 from lcmlora.diffusion import objectives
-from lcmlora.evaluation.figures import Advantage, Key, Metrics
-from lcmlora.evaluation.gate import unmeasured_retrieval
+from lcmlora.evaluation.figures import STUDENT, Advantage, Key, Metrics
+from lcmlora.evaluation.gate import unmeasured_diversity, unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
 from lcmlora.templates.loading import load_template
 
@@ -46,6 +46,7 @@ def render_card(model: str, base: Base, made: Distilled, figures: Metrics, failu
         failures: why the gate was not passed.
         kohya: the name of the release's file for ComfyUI and A1111.
     """
+    enough = _enough_steps(figures)
     styles = [v for v in figures.variations.values() if v.kind == "style"]
     return load_template("card.md.j2").render(
         front=_front_matter(model, base, made, figures),
@@ -54,15 +55,16 @@ def render_card(model: str, base: Base, made: Distilled, figures: Metrics, failu
         on_hub=_on_hub(base),
         listed=base.license in _LICENSES.split(),
         made=made,
-        method=objectives.described(made.distill["objective"]),
+        method=objectives.described(made.distill.objective),
         figures=figures,
         distance=_distance(figures),
         number=_number(figures),
         advantages=figures.advantage or _advantages(figures),
         steps=[key.steps for key in figures.students],
-        enough=_enough_steps(figures),
+        enough=enough,
         teacher=figures.teacher,
         unmeasured=unmeasured_retrieval(figures),
+        no_diversity=unmeasured_diversity(figures, Key.of(STUDENT, enough)),
         weights=next((v.weights for v in styles), [0.8, 1.0]),
         table=_table(figures),
         failures=failures,
@@ -82,7 +84,7 @@ def _front_matter(model: str, base: Base, made: Distilled, figures: Metrics) -> 
         base_model_relation="adapter" if _on_hub(base) else None,
         license="other" if name else base.license,
         license_name=name,
-        tags=["lora", "lcm", "latent-consistency", "text-to-image", "diffusers", made.distill["objective"]],
+        tags=["lora", "lcm", "latent-consistency", "text-to-image", "diffusers", made.distill.objective],
         inference=False,
         model_name=f"lcm-lora-{model}",
         eval_results=_results(made, figures),
@@ -125,7 +127,7 @@ def _results(made: Distilled, figures: Metrics) -> list[EvalResult]:
                     task_type="text-to-image",
                     dataset_type="captions-kept-from-training",
                     dataset_name="Captions kept from training",
-                    dataset_split="validation",
+                    dataset_split="test",
                     dataset_args=data,
                     metric_type=metric,
                     metric_name=f"{title}, {steps} step{'s' * (steps > 1)} ({network})",
@@ -142,6 +144,7 @@ def _table(figures: Metrics) -> tuple[list[str], list[list[str]]]:
     latency = {key: value.p50 for key, value in figures.latency.seconds.items()} if figures.latency else {}
     measures = [
         ("excess distance", "excess", figures.excess, _number(figures)),
+        ("distance to real pictures", "distance_real", figures.distance_real or {}, _number(figures)),
         ("retrieval@1", "retrieval", figures.retrieval, "{:.3f}".format),
         ("diversity", "diversity", figures.diversity, "{:.3f}".format),
         *((score, score, values, "{:.2f}".format) for score, values in figures.scores.items()),
@@ -149,15 +152,16 @@ def _table(figures: Metrics) -> tuple[list[str], list[list[str]]]:
         ("one alone, median", "latency", latency, "{:.4f}".format),
     ]
     measures = [measure for measure in measures if measure[2]]
-    cost, rows = figures.network_evaluations, []
+    cost, rows, baselines = figures.network_evaluations, [], figures.baselines
     for key in sorted(cost, key=lambda key: (cost[key], key)):
-        row = [key, str(cost[key])]
+        settings = [baselines[key].text if key in baselines else figures.count_label(key)] if baselines else []
+        row = [key, *settings, str(cost[key])]
         for _, name, values, show in measures:
             bounds = figures.interval(name, key)
             brackets = f" ({show(bounds[0])} to {show(bounds[1])})" if bounds else ""
             row.append(show(values[key]) + brackets if key in values else "")
         rows.append(row)
-    return ["network evaluations", *(measure[0] for measure in measures)], rows
+    return [*(["settings"] if baselines else []), "network evaluations", *(measure[0] for measure in measures)], rows
 
 
 def _advantages(figures: Metrics) -> dict[Key, Advantage]:

@@ -1,4 +1,4 @@
-"""Making the release bundle of one adapter: packed, reloaded in plain diffusers as a check, sealed with checksums."""
+"""Packaging the release bundle of one adapter: copied, reloaded in plain diffusers as a check, listed in SHA256SUMS."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
 from lcmlora.evaluation.figures import Metrics, Study
-from lcmlora.evaluation.gate import gate
+from lcmlora.evaluation.gate import gate_failures
 from lcmlora.evaluation.study import STUDY
 from lcmlora.io.files import atomic_folder, sha256_file
 from lcmlora.io.parsing import read_yaml
@@ -44,88 +44,97 @@ from lcmlora.releases.report import render_report
 _TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-2}
 
 
-def package(model: str, config: Config, project: Project, base_folder: Path) -> Provenance:
-    """Makes the bundle of a model and returns its provenance. The folder appears whole or not at all.
+def package_release(model: str, config: Config, project: Project, base_folder: Path) -> Provenance:
+    """Makes the release bundle of a model and returns its provenance. The folder appears whole or not at all.
 
-    Where this machine did not measure how long drawing takes (`Project.timings`), the bundle says nothing of it.
+    The bundle has latencies only if this machine measured them for this adapter (`Project.timings`).
 
     Args:
         base_folder: the base that the adapter was distilled with.
 
     Raises:
-        UserError: an input is missing, or the packed weights, reloaded by plain diffusers from either of their files,
-            do not draw as the trained student did.
+        UserError: an input is missing, or plain diffusers, given either of the two files with the weights, does not
+            draw as the trained student did.
     """
-    base = config.base(model)
-    adapter, evaluation, studied = project.adapter(model), project.evaluation(model), project.study(model)
-    evaluated = Metrics.read(project.metrics(model))
-    measured = _timings_of(model, evaluated, project.timings(model))
-    figures = evaluated.joined(measured, *_study_of(adapter, studied))
-    made = Distilled.read(adapter / FACTS)
-    failures = gate(figures, config.gate)
+    base, adapter = config.base(model), project.adapter(model)
+    distilled = Distilled.read(adapter / FACTS)
+    figures = _figures(model, project)
+    failures = gate_failures(figures, config.gate)
     with atomic_folder(project.release(model)) as folder:
-        for source, name in (
-            (adapter / WEIGHTS, WEIGHTS),
-            (adapter / SCHEDULER, SCHEDULER),
-            (evaluation / "grid.png", "grid.png"),
-        ):
-            if not source.is_file():
-                raise UserError(f"{source}: no such file; run the stages before package@{model} first")
-            shutil.copyfile(source, folder / name)
+        _copy_inputs(model, project, folder)
         _check_adapter(folder / WEIGHTS, base_folder)
-        witness = Witness(folder, base, base_folder, adapter / "probe.safetensors", config.distill_for(model).precision)
-        proof = witness.prove(folder / WEIGHTS)
-        kohya = folder / kohya_name(model)
-        _export(folder / WEIGHTS, kohya, base, base_folder, made.distill["alpha"])
+        precision = config.distill_for(model).precision
+        check = ReloadCheck(folder, base, base_folder, adapter / "probe.safetensors", precision)
+        reloaded = check.run(folder / WEIGHTS)
+        kohya = _write_kohya(folder, model, base, base_folder, distilled.distill.alpha)
         provenance = Provenance(
             model=model,
             packaged=_now(),
             sha256=digest(folder),
-            base=made.base | {"variant": base.variant},
+            base=distilled.base | {"variant": base.variant},
             resolution=base.resolution,
-            sampler=made.sampler,
-            data_digest=made.data_digest,
-            data_dvc=_dvc_digest(project),
-            seed=made.seed,
-            params=_stage_settings(model, config, made),
-            versions=made.versions | {"python": platform.python_version(), "lcmlora": __version__},
+            sampler=distilled.sampler,
+            data_digest=distilled.data_digest,
+            data_dvc=_dvc_digest(project, project.pictures_of(model, config)),
+            seed=distilled.seed,
+            params=_stage_settings(model, config, distilled),
+            versions=distilled.versions | {"python": platform.python_version(), "lcmlora": __version__},
             git=_git(project.root),
             dvc_lock=sha256_file(project.dvc_lock) if project.dvc_lock.is_file() else None,
             gate=Decision(passed=not failures, failures=failures),
-            reloaded=proof,
-            kohya=Kohya(file=kohya.name, sha256=sha256_file(kohya), reloaded=witness.prove(kohya)),
+            reloaded=reloaded,
+            kohya=Kohya(file=kohya.name, sha256=sha256_file(kohya), reloaded=check.run(kohya)),
         )
+        if config.has_own_data(model):
+            pictures = project.own_pictures(model).relative_to(project.root)
+            provenance = provenance.model_copy(update={"pictures": pictures.as_posix()})
         figures.write(folder / METRICS)
         provenance.write(folder / PROVENANCE)
-        page = render_report(
-            model,
-            figures,
-            provenance,
-            [evaluation, studied] if figures.variations or figures.guidance or figures.weights else [evaluation],
-            base_license=base.license,
-            kohya_file=kohya.name,
-        )
-        (folder / REPORT).write_text(page, encoding="utf-8")
-        (folder / "README.md").write_text(
-            render_card(model, base, made, figures, failures, kohya.name), encoding="utf-8"
-        )
-        _seal(folder)
+        _write_report(folder, model, figures, provenance, project, base)
+        page = render_card(model, base, distilled, figures, failures, kohya.name)
+        (folder / "README.md").write_text(page, encoding="utf-8")
+        _write_checksums(folder)
     return provenance
 
 
-def _stage_settings(model: str, config: Config, made: Distilled) -> StageSettings:
+def _figures(model: str, project: Project) -> Metrics:
+    """Returns the figures of the evaluation, of this machine's latencies, and of the study, as far as there are any."""
+    evaluated = Metrics.read(project.metrics(model))
+    latencies = _timings_of(model, evaluated, project.timings(model))
+    return evaluated.joined(latencies, *_study_of(project.adapter(model), project.study(model)))
+
+
+def _copy_inputs(model: str, project: Project, folder: Path) -> None:
+    """Copies weights, scheduler and contact sheet. Raises UserError where a stage has not written them."""
+    adapter, evaluation = project.adapter(model), project.evaluation(model)
+    for source in (adapter / WEIGHTS, adapter / SCHEDULER, evaluation / "grid.png"):
+        if not source.is_file():
+            raise UserError(f"{source}: no such file; run the stages before package@{model} first")
+        shutil.copyfile(source, folder / source.name)
+
+
+def _write_report(
+    folder: Path, model: str, figures: Metrics, provenance: Provenance, project: Project, base: Base
+) -> None:
+    studied = figures.variations or figures.guidance or figures.weights
+    pictures = [project.evaluation(model), *([project.study(model)] if studied else [])]
+    page = render_report(model, figures, provenance, pictures, base_license=base.license, kohya_file=kohya_name(model))
+    (folder / REPORT).write_text(page, encoding="utf-8")
+
+
+def _stage_settings(model: str, config: Config, distilled: Distilled) -> StageSettings:
     settings = {
-        "data": config.data,
+        "data": config.data_for(model),
         "encode": config.encode_for(model),
         "evaluation": config.evaluation_for(model),
         "gate": config.gate,
     }
     plain = {stage: each.model_dump(mode="json") for stage, each in settings.items()}
-    return StageSettings.model_validate(plain | {"distill": made.distill})
+    return StageSettings.model_validate(plain | {"distill": distilled.distill})
 
 
 def _check_adapter(weights: Path, base_folder: Path) -> None:
-    """Raises UserError where the weights are no finite adapter of this base."""
+    """Raises UserError where the weights are not finite or do not fit this base."""
     from lcmlora.adapters import formats
     from lcmlora.bases import architecture
 
@@ -133,56 +142,58 @@ def _check_adapter(weights: Path, base_folder: Path) -> None:
 
 
 def kohya_name(model: str) -> str:
-    """Returns the name of the bundle's file for ComfyUI and A1111, which show it to their users.
+    """Returns the name of the bundle's file for ComfyUI and A1111, which show this name to their users.
 
-    `load_lora_weights` of diffusers, given the folder, still takes the other: it prefers a file of that name.
+    diffusers' `load_lora_weights`, given the folder, still loads the other file, whose name it prefers.
     """
     return f"lcm-lora-{model}.safetensors"
 
 
 def _timings_of(model: str, figures: Metrics, folder: Path) -> timings.Measured:
-    """Returns what this machine measured of this very adapter, besides the figures that every machine gets."""
+    """Returns the latencies that this machine has measured for this adapter; empty where it has not."""
     file = folder / timings.EVALUATION
-    found = timings.read(file, reference_digest=figures.reference_digest, adapter=figures.adapter)
-    if not found.seconds_per_picture:
+    measured = timings.read(file, reference_digest=figures.reference_digest, adapter=figures.adapter)
+    if not measured.seconds_per_picture:
         note(
             f"{folder}: has no latencies of this adapter, which was evaluated on another machine; the release has "
             f"none (`dvc repro --force --single-item evaluate@{model}` measures them here)"
         )
-    return found
+    return measured
 
 
 def _study_of(adapter: Path, studied: Path) -> list[Study]:
-    """Returns the figures of a study of this very adapter; none where there is no such study."""
+    """Returns the study of this adapter; none where there is none, or only one of another adapter."""
     if not (studied / STUDY).is_file():
         return []
-    found = Study.read(studied / STUDY)
-    return [found] if found.adapter == sha256_file(adapter / WEIGHTS) else []
+    study = Study.read(studied / STUDY)
+    return [study] if study.adapter == sha256_file(adapter / WEIGHTS) else []
 
 
-def _export(weights: Path, out: Path, base: Base, base_folder: Path, alpha: float) -> None:
-    """Writes the kohya file. Raises UserError where it would not have the diffusers file's effect to the last bit."""
+def _write_kohya(folder: Path, model: str, base: Base, base_folder: Path, alpha: float | None) -> Path:
+    """Writes the kohya file and returns it. Raises UserError where its effect is not exactly the diffusers file's."""
     from lcmlora.adapters import formats
     from lcmlora.bases import architecture
 
+    out = folder / kohya_name(model)
     structure = replace(architecture.of_folder(base_folder), resolution=base.resolution)
-    error = formats.write(formats.read(weights, structure), out, formats.KOHYA, structure, alpha=alpha)
+    error = formats.write(formats.read(folder / WEIGHTS, structure), out, formats.KOHYA, structure, alpha=alpha)
     if error:
         raise UserError(f"{out}: its effect is {error:.1e} away from that of {WEIGHTS}, expected none; not released")
+    return out
 
 
-def _seal(folder: Path) -> None:
+def _write_checksums(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
     sums = "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names)
     (folder / CHECKSUMS).write_text(sums, encoding="utf-8")
 
 
-class Witness:
-    """Plain diffusers with the base, in which adapters are loaded as any user would and compared with the student.
+class ReloadCheck:
+    """Loads adapters into a plain diffusers pipeline, as any user would, and compares them with the trained student.
 
     Args:
         release: a folder with the weights and scheduler_config.json.
-        probe: the student's and the base's outputs on fixed inputs, written when the student was in memory.
+        probe: outputs of the student and of the base on fixed inputs, which distillation wrote.
         precision: `auto`, `fp32` or `bf16`, as the base was loaded for distillation.
 
     Raises:
@@ -195,21 +206,21 @@ class Witness:
 
         from lcmlora.bases import diffusers_pipeline, pick_device, pick_dtype
 
-        # An adapter of a half-precision base is saved in fp16, so its file tells how the probe was computed.
+        # The precision of the probe: adapters of half-precision bases are saved in fp16, all others in fp32.
         first = next(iter(load_file(release / WEIGHTS).values()))
         self._base_folder = base_folder
         self._device = pick_device("auto")
         dtype = torch.float32 if first.dtype == torch.float32 else pick_dtype(precision, self._device)
-        self._pipeline = diffusers_pipeline.assemble(base_folder, release / SCHEDULER, base.variant, dtype).to(
+        self._pipeline = diffusers_pipeline.assemble_pipeline(base_folder, release / SCHEDULER, base.variant, dtype).to(
             self._device
         )
         self._probe = {name: tensor.to(self._device) for name, tensor in load_file(probe).items()}
 
-    def prove(self, weights: Path) -> Proof:
-        """Loads the adapter of one file, in whatever format, and compares one forward with the student's.
+    def run(self, weights: Path) -> Proof:
+        """Loads an adapter file of either format and compares one forward with the trained student's.
 
         Raises:
-            UserError: naming the figure that is off.
+            UserError: with the figure that is outside its limit.
         """
         import torch
         from safetensors.torch import load_file
@@ -218,7 +229,7 @@ class Witness:
 
         written = load_file(weights)
         self._load(weights)
-        family, network = diffusers_pipeline.family_of(self._pipeline), diffusers_pipeline.network(self._pipeline)
+        family, network = diffusers_pipeline.family_of(self._pipeline), diffusers_pipeline.network_of(self._pipeline)
         expected = sum(not name.endswith(".alpha") for name in written)
         loaded = sum(".lora_A." in name or ".lora_B." in name for name, _ in network.named_parameters())
         if loaded != expected:
@@ -242,10 +253,10 @@ class Witness:
                 f"{weights}: reloaded by plain diffusers, its output is {error:.1e} of the largest value away from the "
                 f"trained student's, expected less than {tolerance:g}; not released, distil again"
             )
-        # An adapter whose effect drowns in the tolerance would pass the line above without being loaded at all.
+        # With an effect smaller than the tolerance, an adapter that was not loaded would pass the check above.
         if not error < effect / 2:
             raise UserError(
-                f"{weights}: reloaded it differs by {error:.1e}, its effect is only {effect:.1e}; not released"
+                f"{weights}: reloaded, it differs by {error:.1e}, and its effect is only {effect:.1e}; not released"
             )
         return Proof(error=error, effect=effect, tensors=loaded)
 
@@ -261,19 +272,19 @@ class Witness:
             raise UserError(f"{weights}: plain diffusers cannot load it on {self._base_folder}: {reason}") from error
 
 
-def _dvc_digest(project: Project) -> str | None:
-    """Returns the digest under which dvc.lock has the prepared pictures, None where it has not."""
-    out = project.pictures.relative_to(project.root).as_posix()
+def _dvc_digest(project: Project, pictures: Path) -> str | None:
+    """Returns the prepared pictures' digest in dvc.lock, None where there is none."""
+    out = pictures.relative_to(project.root).as_posix()
     try:
         stages = read_yaml(project.dvc_lock)["stages"].values()
-        found = (entry for stage in stages for entry in stage.get("outs", ()) if entry.get("path") == out)
-        return next((entry.get("md5") for entry in found), None)
+        entries = (entry for stage in stages for entry in stage.get("outs", ()) if entry.get("path") == out)
+        return next((entry.get("md5") for entry in entries), None)
     except (UserError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _now() -> str:
-    """Returns the time, or the one that SOURCE_DATE_EPOCH gives, as builds that are to give the same bytes set it."""
+    """Returns the present time, or that of SOURCE_DATE_EPOCH, which reproducible builds set."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch is not None and not re.fullmatch(r"\d{1,11}", epoch):
         raise UserError(f"SOURCE_DATE_EPOCH: expected seconds since 1970, got {epoch!r}")
@@ -282,18 +293,20 @@ def _now() -> str:
 
 
 def _git(root: Path) -> Commit:
-    """Returns the commit of the repository that a project lies in, and whether the project's tracked files differ from
-    it; both are None outside a repository."""
+    """Returns the commit of the project's repository, and whether tracked files of the project differ from it.
 
-    def ask(*arguments: str) -> str | None:
+    Both are None outside a repository.
+    """
+
+    def output_of(*arguments: str) -> str | None:
         try:
-            answer = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
         except (FileNotFoundError, subprocess.CalledProcessError):
             return None
-        return answer.stdout.strip()
+        return done.stdout.strip()
 
     # Results that the pipeline itself has just written do not make the code dirty.
-    written = [f":(exclude){name}" for name in ("dvc.lock", "resolved.yaml", "metrics", "plots")]
-    changes = ask("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
-    commit = ask("rev-parse", "--verify", "HEAD")
+    results = [f":(exclude){name}" for name in ("dvc.lock", "resolved.yaml", "metrics", "plots")]
+    changes = output_of("status", "--porcelain", "--untracked-files=no", "--", ".", *results)
+    commit = output_of("rev-parse", "--verify", "HEAD")
     return Commit(commit=commit, dirty=None if commit is None or changes is None else bool(changes))

@@ -1,4 +1,4 @@
-"""Curves against network evaluations, as geometry in pixels that the report's template draws as SVG."""
+"""The geometry of charts of figures against network evaluations, in pixels; the report's template draws them as SVG."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MINUS = "\N{MINUS SIGN}"
 
 
 class Point(NamedTuple):
-    """A figure at its cost, with the ends of its interval, which are the figure itself where there is none."""
+    """A figure at its cost, with the ends of its interval. Without an interval, these are the figure itself."""
 
     evaluations: int
     value: float
@@ -22,14 +22,16 @@ class Point(NamedTuple):
 
 
 class Name(NamedTuple):
+    """The label of a curve or a horizontal line, at the line's right end."""
+
     text: str
     css: str
-    x: float  # the end of what it names
+    x: float
     y: float
 
 
 class Line(NamedTuple):
-    """A method's curve: across, up, the ends of the interval, and a text for each point."""
+    """A method's curve. Each point has x, y, the ends of its interval, and a text."""
 
     method: str
     spots: list[tuple[float, float, float, float, str]]
@@ -61,8 +63,8 @@ def chart(
     Args:
         curves: points for each method.
         levels: horizontal lines by their names.
-        scale: what the vertical axis is linear in, increasing; None for the figures themselves.
-        margin: pixels at the right, for the names.
+        scale: an increasing function; the vertical axis is linear in its values. None for a linear axis.
+        margin: pixels at the right, for the labels.
     """
     points = [point for curve in curves.values() for point in curve]
     costs = sorted({point.evaluations for point in points})
@@ -84,7 +86,7 @@ def chart(
     for method, curve in curves.items():
         spots = []
         for point in sorted(curve):
-            # Points of equal cost stand side by side, so that none hides another's interval.
+            # Points of equal cost are drawn side by side, so that none hides another's interval.
             beside = [name for name, other in curves.items() if any(o.evaluations == point.evaluations for o in other)]
             aside = (beside.index(method) - (len(beside) - 1) / 2) * (6 if width > 400 else 4)
             x = across(point.evaluations) + aside
@@ -104,7 +106,7 @@ def chart(
 
 
 def _round(bounds: list[float]) -> list[float]:
-    """Returns zero and 1, 2, 5 times powers of ten between the bounds, those first that an axis should rather have."""
+    """Returns zero and 1, 2, 5 times powers of ten between the bounds, the preferred ticks first."""
     low, high = min(bounds), max(bounds)
     exponents = range(math.floor(math.log10(max(-low, high, 1e-9))), -10, -1)
     sizes = [step * 10.0**n for step in (1, 5, 2) for n in exponents]
@@ -130,9 +132,9 @@ def _apart(ticks: list[tuple[float, str]], gap: float) -> list[tuple[float, str]
 
 
 def _spread(names: list[Name], x: float, top: float, bottom: float, gap: float = 16) -> list[tuple[Name, float, float]]:
-    """Returns the names with places in a column at `x`, near what they name and `gap` pixels apart."""
+    """Returns the labels with their places in a column at `x`, near their lines and `gap` pixels apart."""
     ordered = sorted(names, key=lambda name: name.y)
-    # Least squares under the gap: what would overlap becomes a block around the mean of its wishes.
+    # Least squares under the gap: labels that would overlap form a block around the mean of their preferred places.
     blocks: list[tuple[float, int]] = []
     for i, name in enumerate(ordered):
         mean, count = name.y - i * gap, 1

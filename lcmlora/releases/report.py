@@ -2,126 +2,43 @@
 
 from __future__ import annotations
 
-import base64
-import io
+import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
-from lcmlora.errors import UserError
+from lcmlora.evaluation.comparisons.worst import WORST_PICTURES
 from lcmlora.evaluation.figures import (
     PARTS,
     REAL,
     STUDENT,
     TEACHER,
     Advantage,
+    Agreement,
     Guidance,
     Key,
     Metrics,
+    Saving,
     Variation,
     WeightsGrid,
+    WorstCaptions,
 )
-from lcmlora.evaluation.gate import unmeasured_retrieval
+from lcmlora.evaluation.gate import unmeasured_diversity, unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
-from lcmlora.io.documents import Document, Interval
+from lcmlora.evaluation.sets.own_prompts import OWN_PICTURES
+from lcmlora.io.documents import Interval
+from lcmlora.releases.album import SMALL, Album, Picture
 from lcmlora.releases.bundle import Provenance
 from lcmlora.releases.plots import MINUS, Chart, Point, chart
 from lcmlora.templates.loading import load_template
 
-_LARGEST, _SMALLER, _MANY = 256, 192, 400  # pixels of an embedded picture; fewer pixels for more pictures than _MANY
-_SMALL = 128  # pixels up to which a picture is kept as it is and enlarged without smoothing
-_QUALITY = 80  # of lossy WebP: some 10 kB for a photograph at 256 pixels, so 400 of them are below 6 MB
 _PICTURED = 2  # numbers of network evaluations at which a variation shows pictures
 
 _NONE = "\N{EN DASH}"
-
-
-class PictureCaptions(Document):
-    """prompts.json in a folder of thumbnails: the captions of the pictures, in their order."""
-
-    prompts: list[str]
-
-
-class PictureFacts(PictureCaptions):
-    """prompts.json of the base's thumbnails, which also has their side in pixels."""
-
-    side: int
-
-
-class Picture(NamedTuple):
-    """One embedded picture: a data: URI, and its description for people who cannot see it."""
-
-    source: str
-    alt: str
-
-
-class Album:
-    """The pictures in the folders of an evaluation, cut out of their rows of thumbnails."""
-
-    def __init__(self, folders: Sequence[Path], count: int) -> None:
-        """Reads pictures/prompts.json.
-
-        Args:
-            count: how many rows of thumbnails the page shows, which decides the size of each picture.
-        """
-        self._folders = [folder / "pictures" for folder in folders]
-        facts = PictureFacts.read(self._find("prompts.json"))
-        self.prompts = facts.prompts
-        self.side = facts.side
-        self._limit = _LARGEST if count * len(self.prompts) <= _MANY else _SMALLER
-
-    def prompts_of(self, group: str) -> list[str]:
-        """Returns the captions of a variation's pictures: its own where it has some, else the base's."""
-        own = any((folder / group / "prompts.json").is_file() for folder in self._folders)
-        return PictureCaptions.read(self._find(f"{group}/prompts.json")).prompts if own else self.prompts
-
-    def thumbnails(self, name: str, text: str, group: str = "") -> list[Picture]:
-        """Returns a picture for each prompt. Raises UserError if their file is missing or has another size."""
-        prompts = self.prompts_of(group) if group else self.prompts
-        cells = self._cells(f"{group}/{_file(name)}" if group else _file(name), len(prompts), 1)
-        return [self._embed(cell, f"{text}: {prompt}") for cell, prompt in zip(cells, prompts, strict=True)]
-
-    def sheet(self, name: str, texts: list[list[str]]) -> list[list[Picture]]:
-        """Returns a sheet's pictures in rows, each with its text for those who cannot see it."""
-        cells = self._cells(_file(name), len(texts), len(texts[0]))
-        return [[self._embed(next(cells), text) for text in row] for row in texts]
-
-    def _find(self, name: str) -> Path:
-        for folder in self._folders:
-            if (folder / name).is_file():
-                return folder / name
-        places = " or ".join(str(folder / name) for folder in self._folders)
-        raise UserError(f"{places}: no such file, and the report shows it; evaluate again")
-
-    def _cells(self, name: str, rows: int, columns: int) -> Iterator[Image.Image]:
-        path, side = self._find(name), self.side
-        with Image.open(path) as opened:
-            sheet = opened.convert("RGB")
-        if sheet.size != (columns * side, rows * side):
-            raise UserError(
-                f"{path}: is {sheet.width} x {sheet.height} pixels, expected {columns} x {rows} pictures of {side}; "
-                "evaluate again"
-            )
-        return (
-            sheet.crop((x * side, y * side, (x + 1) * side, (y + 1) * side))
-            for y in range(rows)
-            for x in range(columns)
-        )
-
-    def _embed(self, cell: Image.Image, alt: str) -> Picture:
-        out = io.BytesIO()
-        if self.side <= _SMALL:
-            cell.save(out, "WEBP", lossless=True, quality=100, method=4)
-        else:
-            size = min(self._limit, cell.width)
-            cell.resize((size, size), Image.Resampling.LANCZOS).save(out, "WEBP", quality=_QUALITY, method=4)
-        return Picture("data:image/webp;base64," + base64.b64encode(out.getvalue()).decode(), alt)
 
 
 def render_report(
@@ -147,13 +64,14 @@ def render_report(
     """
     variations, guidance, weights = figures.variations, figures.guidance, figures.weights
     steps = provenance.params.gate.steps
+    headline = _headline(figures, steps)
     shown = len(figures.network_evaluations) + 1 + (len(guidance.scales) if guidance else 0) + 7 * len(variations)
     album = Album([evaluation] if isinstance(evaluation, Path) else evaluation, shown)
     filters: dict[str, Callable[..., str]] = {
         "fixed": fixed,
         "span": span,
         "milliseconds": milliseconds,
-        "label": label,
+        "label": lambda key: figures.label(Key(key)),
         "over": over,
     }
     return load_template("report.html.j2", filters).render(
@@ -164,16 +82,21 @@ def render_report(
         kohya=kohya_file,
         distance=title_of(figures.features.distance),
         places=_places(figures.excess.values()),
+        check_places=_places(figures.check.excess.values()) if figures.check else 0,
         keys=_ordered(figures),
         teacher=figures.teacher,
-        headline=_headline(figures, steps),
+        headline=headline,
+        no_diversity=unmeasured_diversity(figures, headline.key),
         charts=_charts(figures),
+        beside=_side_by_side(figures, album),
         prompts=_prompts(figures, album),
+        own=_own_prompts(figures.own_prompts, album),
+        worst=_worst(figures, album),
         guidance=_guidance(guidance, album) if guidance else None,
         variations=[_variation(name, facts, steps, album) for name, facts in variations.items()],
         weights=_weights(weights, album) if weights else None,
         cells=_cell_sizes(album.side),
-        pixelated=album.side <= _SMALL,
+        pixelated=album.side <= SMALL,
         params=json.dumps(provenance.params.plain(), indent=2, sort_keys=True, ensure_ascii=False),
     )
 
@@ -206,19 +129,10 @@ def over(value: float, whole: float, form: str) -> str:
     return form % (value / whole) if whole else _NONE
 
 
-def label(key: str) -> str:
-    """Returns how a reader calls a drawn set: `DPM-Solver++, 2 steps`."""
-    return Key(key).label
-
-
 def _places(values: Iterable[float]) -> int:
     """Returns how many decimals show three figures of the median of these distances, zeros apart."""
     sizes = [abs(value) for value in values if value and math.isfinite(value)]
     return min(6, max(0, 2 - math.floor(math.log10(statistics.median(sizes))))) if sizes else 2
-
-
-def _file(name: str) -> str:
-    return f"{name.replace('/', '-')}.png"
 
 
 def _ordered(figures: Metrics) -> list[Key]:
@@ -242,6 +156,8 @@ class Headline:
     share: float | None  # of the teacher's retrieval
     unmeasured: str | None
     fewer: float  # how many times as many evaluations the teacher takes
+    saving: Saving | None
+    agreement: Agreement | None  # of the second features
 
 
 def _headline(figures: Metrics, steps: int) -> Headline:
@@ -261,14 +177,98 @@ def _headline(figures: Metrics, steps: int) -> Headline:
         share=None if unmeasured else retrieval[key] / retrieval[figures.teacher],
         unmeasured=unmeasured,
         fewer=cost[figures.teacher] / cost[key],
+        saving=figures.savings.get(key),
+        agreement=figures.agreement(key),
     )
 
 
 def _cell_sizes(side: int) -> dict[str, int]:
     """Returns how large a picture is shown, in CSS pixels: small ones by whole factors, so that pixels stay alike."""
-    if side > _SMALL:
+    if side > SMALL:
         return {"wide": 136, "narrow": 80}
     return {"wide": side * max(1, round(128 / side)), "narrow": side * max(1, 64 // side)}
+
+
+class Column(NamedTuple):
+    """A column of pictures: its key, and what neighbours of one group have in common."""
+
+    key: Key
+    name: str
+    details: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class PictureTable:
+    """Pictures by captions and methods."""
+
+    columns: list[Column]
+    rows: list[tuple[str, list[Picture]]]
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """The titles over the columns, each with its number of columns."""
+        return [(title, len(list(group))) for title, group in itertools.groupby(each.group for each in self.columns)]
+
+
+def _side_by_side(figures: Metrics, album: Album, group: str = "") -> PictureTable:
+    """Returns real pictures, the teacher's, and the best solver's beside the student's at equal network evaluations.
+
+    Args:
+        group: the folder of the pictures.
+    """
+    columns = [Column(Key(REAL), "real")] if figures.real_pictures != 0 else []
+    columns.append(Column(figures.teacher, "teacher", figures.count_label(figures.teacher)))
+    for rival, student in figures.pairs:
+        columns += [_column(figures, key, figures.network_evaluations[student]) for key in (rival, student) if key]
+    return _picture_table(figures, columns, album, group)
+
+
+def _column(figures: Metrics, key: Key, evaluations: int) -> Column:
+    details = figures.baselines[key].text if key in figures.baselines else figures.count_label(key)
+    return Column(key, key.name, details, f"{evaluations} network evaluation{'' if evaluations == 1 else 's'}")
+
+
+def _picture_table(figures: Metrics, columns: list[Column], album: Album, group: str) -> PictureTable:
+    pictures = [album.thumbnails(each.key, figures.label(each.key), group) for each in columns]
+    captions = album.prompts_of(group) if group else album.prompts
+    return PictureTable(columns, [(captions[i], list(row)) for i, row in enumerate(zip(*pictures, strict=True))])
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The captions at which the student is worst, with pictures; the figures stand in the same order as the rows."""
+
+    facts: WorstCaptions
+    places: int
+    pictures: PictureTable
+
+
+def _worst(figures: Metrics, album: Album) -> Worst | None:
+    facts = figures.worst
+    if facts is None:
+        return None
+    columns = [Column(Key(REAL), "real")] if figures.real_pictures != 0 else []
+    columns.append(Column(figures.teacher, "teacher", figures.count_label(figures.teacher)))
+    count = figures.network_evaluations[facts.student]
+    columns += [_column(figures, key, count) for key in (facts.rival, facts.student) if key]
+    places = _places([each.student for each in facts.captions])
+    return Worst(facts, places, _picture_table(figures, columns, album, WORST_PICTURES))
+
+
+@dataclass(frozen=True)
+class OwnPrompts:
+    """The section on prompts of one's own."""
+
+    figures: Metrics
+    places: int
+    pictures: PictureTable
+
+
+def _own_prompts(figures: Metrics | None, album: Album) -> OwnPrompts | None:
+    if figures is None:
+        return None
+    return OwnPrompts(figures, _places(figures.excess.values()), _side_by_side(figures, album, OWN_PICTURES))
 
 
 Row = tuple[str, str, float | None, list[Picture | None]]  # method, name, evaluations a step, pictures by steps
@@ -286,7 +286,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The pictures of all prompts, methods by steps."""
+    """The pictures of all prompts, methods by steps, or by network evaluations."""
 
     steps: list[int]
     teacher_steps: int
@@ -299,7 +299,7 @@ def _prompts(figures: Metrics, album: Album) -> Prompts:
     cost, teacher, real = figures.network_evaluations, figures.teacher, Key(REAL)
     keys = [key for key in _ordered(figures) if key != teacher]
     also = [] if figures.real_pictures == 0 else [real]
-    thumbnails = {key: album.thumbnails(key, key.label) for key in (*also, teacher, *keys)}
+    thumbnails = {key: album.thumbnails(key, figures.label(key)) for key in (*also, teacher, *keys)}
     steps = sorted({key.steps for key in keys})
     methods = []
     for method in dict.fromkeys(key.method for key in keys):
@@ -440,7 +440,7 @@ def _charts(figures: Metrics) -> list[Curves]:
             if key == teacher or key not in values:
                 continue
             value, interval = values[key], figures.interval(kind, key)
-            text = f"{key.label}, {cost[key]} network evaluations: {fixed(value, places)}"
+            text = f"{figures.label(key)}, {cost[key]} network evaluations: {fixed(value, places)}"
             text += f" ({span(interval, places)})" if interval else ""
             low, high = interval or (value, value)
             point = Point(cost[key], value, low, high, text)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from lcmlora.io.parsing import JsonObject
 from lcmlora.settings.data import Data, Encode
 from lcmlora.settings.evaluation import Evaluation
 from lcmlora.settings.fields import Name, Positive, Quotable, Strict
@@ -46,13 +47,16 @@ class Base(Strict):
     family's."""
     license: Quotable
     """License of the base, for the model card."""
-    encode: Annotated[dict[str, Any], Changes(Encode)] = {}
+    data: Annotated[JsonObject, Changes(Data)] = {}
+    """Changes of `data` for this base, which then learns from pictures of its own. After a change of which bases have
+    some, run `lcmlora resolve`: it writes the stages of dvc.yaml that read pictures."""
+    encode: Annotated[JsonObject, Changes(Encode)] = {}
     """Changes of `encode` for this base."""
-    launch: Annotated[dict[str, Any], Changes(Launch)] = {}
+    launch: Annotated[JsonObject, Changes(Launch)] = {}
     """Changes of `launch` for this base."""
-    distill: Annotated[dict[str, Any], Changes(Distill, extended_distill_settings)] = {}
+    distill: Annotated[JsonObject, Changes(Distill, extended_distill_settings)] = {}
     """Changes of `distill` for this base."""
-    evaluation: Annotated[dict[str, Any], Changes(Evaluation)] = {}
+    evaluation: Annotated[JsonObject, Changes(Evaluation)] = {}
     """Changes of `evaluation` for this base."""
 
     @model_validator(mode="after")
@@ -65,7 +69,7 @@ class Base(Strict):
 class Variation(Strict):
     """A style or a fine-tuned checkpoint: the pictures it learns from, and what differs in its training."""
 
-    data: Annotated[dict[str, Any], Changes(Data)] = {}
+    data: Annotated[JsonObject, Changes(Data)] = {}
     """Changes of `data`."""
-    training: Annotated[dict[str, Any], Changes(Tuning)] = {}
+    training: Annotated[JsonObject, Changes(Tuning)] = {}
     """Changes of `style` or `finetune`."""

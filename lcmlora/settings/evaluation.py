@@ -2,19 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
+from lcmlora.io.parsing import JsonObject
 from lcmlora.plugins import FEATURES, SCORES
 from lcmlora.settings.data import Data
 from lcmlora.settings.fields import Device, Name, OneOf, Positive, Seed, Share, Strict
 from lcmlora.settings.layers import Changes
 
 Solver = Literal["ddim", "dpm++", "unipc", "euler"]
+Spacing = Literal["trailing", "leading", "linspace"]
+Final = Literal["zero", "sigma_min", "euler_at_final"]
+KARRAS: tuple[Solver, ...] = ("dpm++", "unipc", "euler")  # which can take Karras sigmas (arXiv 2206.00364, eq. 5)
 
 
-def _several(count: int) -> int:
+def check_options(solver: str, karras: bool, final: str) -> None:
+    """Raises ValueError where this solver has no such option."""
+    if karras and solver not in KARRAS:
+        raise ValueError(f"{solver} has no Karras sigmas; {', '.join(KARRAS)} have")
+    if final != "zero" and solver != "dpm++":
+        raise ValueError(f"final is an option of dpm++, not of {solver}")
+
+
+class FixedSolver(Strict):
+    """A solver with settings fixed by hand."""
+
+    solver: Solver
+    """Which solver."""
+    guidance_scale: Annotated[float, Field(ge=1)]
+    """guidance_scale in the pipelines' convention. 1: unguided, in twice the steps."""
+    spacing: Spacing = "trailing"
+    """timestep_spacing of diffusers."""
+    karras: bool = False
+    """use_karras_sigmas of diffusers."""
+    final: Final = "zero"
+    """Last step of dpm++: final_sigmas_type, or euler_at_final, which goes to sigma_min too."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        check_options(self.solver, self.karras, self.final)
+        return self
+
+
+def _kind_of_entry(entry: object) -> str:
+    return "[fixed]" if isinstance(entry, dict | FixedSolver) else "[name]"
+
+
+# One kind is tried, so that a wrong entry has one error and not one for each kind.
+SolverEntry = Annotated[
+    Annotated[Solver, Tag("[name]")] | Annotated[FixedSolver, Tag("[fixed]")], Discriminator(_kind_of_entry)
+]
+
+
+def _none_or_several(count: int) -> int:
     if count == 1:
         raise ValueError("one has no spread; 0 for none, or at least 2")
     return count
@@ -30,31 +72,78 @@ class Evaluation(Strict):
     batch: Positive
     """Pictures drawn at once."""
     features: Annotated[str, OneOf(FEATURES)] = "efficientnet-lite0"
-    """Image features of the Frechet distance. inception and clip are downloaded."""
+    """Image features of the distance. efficientnet-lite0 sees pictures at 128 pixels and is refused for pictures above
+    256; inception and clip are downloaded; efficientnet-lite0-crops brings its weights and sees crops at full size."""
     features_source: str | None = None
     """inception: a file of weights; clip: a hub id or a folder. null: their hubs."""
+    check_features: Annotated[str, OneOf(FEATURES)] | None = "scattering"
+    """Second features, by which all is measured once more, so that no claim hangs on one network. scattering are fixed
+    wavelets on the full-sized picture, without weights. null: none."""
+    check_features_source: str | None = None
+    """As features_source, for check_features."""
     scores: tuple[Annotated[str, OneOf(SCORES)], ...] = ()
     """Scores by models of human preference or of text and picture. They are downloaded."""
     scores_source: dict[str, str] = {}
     """Hub id or folder for each score. Without one, its own hub."""
     guidance_scale: Annotated[float, Field(ge=1)] = 8.5
-    """guidance_scale of the teacher and of the solvers in the pipelines' convention: w + 1 of distill's w."""
+    """guidance_scale of the teacher in the pipelines' convention: w + 1 of distill's w."""
     teacher_steps: Positive = 50
     """DDIM steps of the teacher's pictures, which all else is compared with."""
-    solvers: Annotated[tuple[Solver, ...], Field(min_length=1)] = ("ddim", "dpm++", "unipc", "euler")
-    """Solvers that the student is compared with."""
-    solver_steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8, 16, 32)
-    """Steps with each solver."""
+    solvers: Annotated[tuple[SolverEntry, ...], Field(min_length=1)] = ("ddim", "dpm++", "unipc", "euler")
+    """Solvers that the student is compared with. A name: its best settings are searched on validation captions. An
+    object: they are fixed by hand, such as {solver: dpm++, guidance_scale: 4, spacing: trailing, karras: true}."""
+    solver_evaluations: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8, 16, 32)
+    """Network evaluations for one picture with each solver. A guided step costs two, an unguided one costs one."""
+    guidance_scales: Annotated[tuple[Annotated[float, Field(ge=1)], ...], Field(min_length=1)] = (
+        *(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
+    )
+    """Guidance scales that are searched for the solvers."""
+    choosing_pictures: Annotated[int, Field(ge=2)] = 128
+    """Pictures by which the search compares two settings of a solver. It ranks them only, so they may be fewer than
+    the features have dimensions."""
     student_steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8, 16)
     """Steps with the student."""
+    prompts: str | None = None
+    """A file of your own prompts (.txt with one in each line, .jsonl, .csv or .parquet). They are drawn and compared as
+    the test captions are, and reported in a section of their own. null: none."""
+    worst_captions: Annotated[int, Field(ge=0)] = 10
+    """The captions at which the student is farthest from the teacher, which the report shows."""
     grid_rows: Positive = 8
     """Rows of the contact sheet."""
-    resamples: Annotated[int, Field(ge=0), AfterValidator(_several)] = 200
-    """Bootstrap resamples for the confidence intervals. 0: no intervals."""
+    resamples: Annotated[int, Field(ge=0), AfterValidator(_none_or_several)] = 1000
+    """Bootstrap resamples of captions and seeds for the confidence intervals. 0: no intervals."""
     latency_repeats: Positive = 20
     """Pictures drawn one by one with each method, to measure seconds per picture."""
     device: Device = "auto"
     """auto: the GPU where there is one."""
+
+    @model_validator(mode="after")
+    def _two_views(self) -> Self:
+        if self.features == self.check_features:
+            raise ValueError(f"check_features: {self.features} are the features already; set others, or null")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replaced(cls, raw: object) -> object:
+        if isinstance(raw, dict) and "solver_steps" in raw:
+            raise ValueError(
+                "solver_steps was replaced by solver_evaluations, which counts network evaluations: a guided step "
+                "costs two of them, an unguided one costs one"
+            )
+        return raw
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = self.solver_names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"solvers: {twice[0]} stands there twice")
+        return self
+
+    @property
+    def solver_names(self) -> tuple[Solver, ...]:
+        """The names of the solvers, whether their settings are searched or fixed by hand."""
+        return tuple(entry.solver if isinstance(entry, FixedSolver) else entry for entry in self.solvers)
 
 
 class Study(Strict):
@@ -68,7 +157,7 @@ class Study(Strict):
     """Entries of `finetunes`. A whole checkpoint of each is trained for each of the studied models."""
     pictures: Annotated[int, Field(ge=2)] = 1024
     """Pictures of each style with each method."""
-    real: Annotated[dict[str, Any], Changes(Data)] = {}
+    real: Annotated[JsonObject, Changes(Data)] = {}
     """Changes of a style's `data` for the real pictures that it is measured against."""
     weights: tuple[float, float] = (0.8, 1.0)
     """Weights of the style and of the acceleration: lambda1 and lambda2 of equation (3) in arXiv 2311.05556, whose
@@ -102,15 +191,43 @@ class Study(Strict):
         return self
 
 
+class Limit(Strict):
+    """What a mean score of the student must not be below or above. At least one of the two."""
+
+    min: float | None = None
+    """Lowest mean score that may become champion. null: no limit."""
+    max: float | None = None
+    """Highest one, for scores of which less is better. null: no limit."""
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Self:
+        if self.min is None and self.max is None:
+            raise ValueError("expected min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}")
+        return self
+
+
 class Gate(Strict):
     """When a candidate may become champion."""
 
     steps: Positive = 4
     """The student at this many steps must be nearer to the teacher than every solver at as many network
     evaluations."""
+    beyond_chance: bool = True
+    """The confidence interval of its lead over the best of these solvers must not include zero, as it does where there
+    are few captions. Without intervals (evaluation.resamples: 0) the figures alone decide."""
     min_retrieval: Share = 0.8
     """Lowest caption retrieval@1 of the student, as a share of the teacher's."""
+    min_diversity: Share = 0.85
+    """Lowest diversity of the student's pictures of one caption, as a share of the teacher's: below it, seeds draw
+    much the same. On the emoji base students of 1 to 16 steps had 0.94 to 1.05 of it, and guided solvers in one step,
+    whose pictures of a caption are much the same blur, 0.79. Not asked for where each caption has one picture
+    (evaluation.pictures). 0: no limit."""
     max_excess: float | None = None
     """Highest Frechet distance of the student above the floor, in the units of the features. null: no limit."""
+    limits: dict[str, Limit] = {}
+    """Limits for the student's mean scores, by their names in evaluation.scores: {clip-score: {min: 24}}. Own measures
+    are added to these scores by an entry point (docs/evaluation.md)."""
     champion: bool = True
     """The candidate must not be worse than the champion by more than the confidence interval."""

@@ -1,4 +1,4 @@
-"""What all settings share: strict, frozen models, and the types of their fields."""
+"""The base class of all settings, strict and frozen, and the types of their fields."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from lcmlora import names
@@ -34,7 +35,7 @@ class OneOf:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self.table.check, handler(source))
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return handler(schema) | {"examples": self.table.names}
 
 
@@ -48,7 +49,7 @@ class Strict(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """`steps: yes` is true in YAML, and would be taken for 1."""
         if isinstance(value, bool) and info.field_name:
             kind = cls.model_fields[info.field_name].annotation
@@ -58,7 +59,7 @@ class Strict(BaseModel):
 
     @classmethod
     def advice_on_keys(cls, values: Mapping[str, Any]) -> str:
-        """Returns what the message on an unknown key among these values ends with."""
+        """Returns the end of the message about an unknown key among these values."""
         del values
         return ""
 

@@ -1,6 +1,6 @@
 """Settings in layers: package defaults, a family's preset, a section of params.yaml, a base's changes of it.
 
-A later layer goes before an earlier one, key by key. Every error names the layer that its key stands in.
+A later layer overrides an earlier one, key by key. Every error names the layer that has its key.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import GetJsonSchemaHandler, ValidationError
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from lcmlora.errors import UserError
+from lcmlora.io.parsing import JsonObject
 from lcmlora.io.terminal import shown
 from lcmlora.settings.fields import Strict
 
@@ -32,8 +34,8 @@ class Changes:
     of: type[Strict]
     extensions: Callable[[], Mapping[str, type[Strict]]] = dict
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        found = handler(self.of.__pydantic_core_schema__)
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        found = dict(handler.resolve_ref_schema(handler(self.of.__pydantic_core_schema__)))
         keys = dict(found["properties"])
         for name, extension in self.extensions().items():
             extended = handler(extension.__pydantic_core_schema__)["properties"]
@@ -46,13 +48,13 @@ class Changes:
 
 @dataclass(frozen=True)
 class Layer:
-    """Some settings, and where they stand."""
+    """Some settings, and the place that they come from."""
 
     where: str  # distill, bases.emoji.distill, preset sdxl
-    values: dict[str, Any]
+    values: JsonObject
 
     def has(self, location: Location) -> bool:
-        """Returns whether it says anything about this key."""
+        """Returns whether the layer sets this key."""
         values: Any = self.values
         for key in location:
             if not isinstance(values, dict) or key not in values:
@@ -61,17 +63,17 @@ class Layer:
         return bool(location)
 
 
-def merged(layers: Sequence[Layer]) -> dict[str, Any]:
-    """Returns the settings of all layers; of settings within settings, each key from the last layer that has it."""
-    found: dict[str, Any] = {}
+def merge(layers: Sequence[Layer]) -> JsonObject:
+    """Returns the settings of all layers. Mappings within them are merged key by key."""
+    found: JsonObject = {}
     for layer in layers:
-        found = _merge(found, layer.values)
+        found = _overridden(found, layer.values)
     return found
 
 
-def _merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _overridden(settings: JsonObject, changes: JsonObject) -> JsonObject:
     within = {
-        key: _merge(settings[key], value)
+        key: _overridden(settings[key], value)
         for key, value in changes.items()
         if isinstance(value, dict) and isinstance(settings.get(key), dict)
     }
@@ -84,36 +86,36 @@ def combine(cls: type[S], layers: Sequence[Layer]) -> S:
     Raises:
         UserError: a key or value does not fit, or one without a default is missing.
     """
-    values = merged(layers)
+    values = merge(layers)
     try:
         return cls.model_validate(values)
     except ValidationError as error:
         advice = cls.advice_on_keys(values)
-        raise UserError(explain(error, lambda location: place(layers, location), advice=advice)) from None
+        raise UserError(explain(error, lambda location: origin(layers, location), advice=advice)) from None
 
 
 def faults(cls: type[Strict], layers: Sequence[Layer]) -> str:
-    """Returns what does not fit in these layers, as `explain` says it, though other layers may give what is missing."""
-    values = merged(layers)
+    """Returns the faults of these layers, in the lines of `explain`. Other layers may add the keys that are missing."""
+    values = merge(layers)
     try:
         cls.model_validate(values)
     except ValidationError as error:
         advice = cls.advice_on_keys(values)
-        return explain(error, lambda location: place(layers, location), but="missing", advice=advice)
+        return explain(error, lambda location: origin(layers, location), but="missing", advice=advice)
     return ""
 
 
-def missing(cls: type[Strict], layers: Sequence[Layer]) -> list[str]:
+def missing_keys(cls: type[Strict], layers: Sequence[Layer]) -> list[str]:
     """Returns the keys without a default that no layer has."""
     try:
-        cls.model_validate(merged(layers))
+        cls.model_validate(merge(layers))
     except ValidationError as error:
         return [".".join(map(str, item["loc"])) for item in error.errors() if item["type"] == "missing"]
     return []
 
 
-def place(layers: Sequence[Layer], location: Location) -> str:
-    """Returns where a key stands: in the last layer that has it, or else in the last that has what it belongs to."""
+def origin(layers: Sequence[Layer], location: Location) -> str:
+    """Returns the place that a key comes from: the last layer that has it, or else the last that has its section."""
     for depth in range(len(location), 0, -1):
         for layer in reversed(layers):
             if layer.has(location[:depth]):
@@ -122,28 +124,30 @@ def place(layers: Sequence[Layer], location: Location) -> str:
 
 
 def explain(error: ValidationError, where: Callable[[Location], str], but: str = "", advice: str = "") -> str:
-    """Returns one line per error: the key, the value that stands there, and what was expected.
+    """Returns one line for each error: the key, its value, and what was expected.
 
     Args:
-        where: what stands before the key at this place.
+        where: returns the text before a key.
         but: a type of errors that is left out.
-        advice: what is added where a key is unknown, and not within another.
+        advice: the end of the line about an unknown key of the top level.
     """
     lines = []
     for item in error.errors():
-        if item["type"] == but:
+        # Entries of a list come from one place, so that no other layer gives what is missing in one.
+        if item["type"] == but and not any(isinstance(part, int) for part in item["loc"]):
             continue
-        location = tuple(part for part in item["loc"] if part != "[key]")
+        # [key], and the names of alternatives, are no keys of the file.
+        location = tuple(part for part in item["loc"] if not str(part).startswith("["))
         key = ".".join(shown(part, 80) for part in location)
         before = where(location)
         path = f"{before}.{key}" if before and key else before or key
-        told = item["msg"].removeprefix("Value error, ")
+        message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             lines.append(f"{path}: there is no such key{advice if len(location) == 1 else ''}")
         elif item["type"] == "missing":
             lines.append(f"{path}: is missing")
         else:
             value = "" if item["loc"] == () else f"got {shown(repr(item['input']), 200)}: "
-            lines.append(f"{path}: {value}{told}" if path else f"{value}{told}")
+            lines.append(f"{path}: {value}{message}" if path else f"{value}{message}")
     more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
     return "\n".join(lines[:_MOST_LINES] + more)

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lcmlora.errors import UserError
-from lcmlora.io.parsing import as_object, parse_yaml, read_json
+from lcmlora.io.parsing import JsonObject, as_object, parse_yaml, read_json
 from lcmlora.io.terminal import shown
 
 # A layer of a single file's UNet that reads the text embeddings; its weight is as wide as they are.
@@ -29,9 +29,9 @@ class FamilySettings:
 
     name: str
     title: str
-    unet: dict[str, Any]  # keys of unet/config.json by which it is recognised
+    unet: JsonObject  # keys of unet/config.json that identify the family
     resolution: int
-    sections: dict[str, dict[str, Any]]  # by the name of the section: encode, distill, evaluation, style, finetune
+    sections: dict[str, JsonObject]  # by the name of the section: encode, distill, evaluation, style, finetune
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Presets:
     """All of presets.yaml."""
 
     families: dict[str, FamilySettings]
-    bases: dict[str, dict[str, Any]]
+    bases: dict[str, JsonObject]
 
 
 @functools.cache
@@ -61,25 +61,25 @@ def family(name: str | None) -> FamilySettings | None:
 
 @dataclass(frozen=True)
 class Completed:
-    """An entry of `bases` with what the presets and its own files know about it."""
+    """An entry of `bases`, completed by presets and by the base's own files."""
 
-    values: dict[str, Any]
+    values: JsonObject
     origins: dict[str, str] = field(default_factory=dict)  # of the keys that the person did not write
 
 
-def complete(name: str, entry: dict[str, Any], sources: Path = Path()) -> Completed:
-    """Returns an entry of `bases` with the values that it leaves out, as far as they are known.
+def complete(name: str, entry: JsonObject, sources: Path = Path()) -> Completed:
+    """Returns an entry of `bases`, completed by presets and by the base's own files.
 
     Args:
         sources: the folder that relative paths are relative to.
 
     Raises:
-        UserError: `like` is no family or not this base's, or there is no resolution and nothing tells one.
+        UserError: `like` is no family or another one's, or neither presets nor files tell the resolution.
     """
     known = load().bases
     values, origins = dict(entry), {}
 
-    def fill(more: dict[str, Any], origin: str) -> None:
+    def fill(more: JsonObject, origin: str) -> None:
         for key, value in more.items():
             if key not in values:
                 values[key], origins[key] = value, origin
@@ -97,12 +97,14 @@ def complete(name: str, entry: dict[str, Any], sources: Path = Path()) -> Comple
         values["like"] = like = known[like]["like"]
     if _is_path(values.get("source"), sources):
         try:
-            unet, file = _unet(values, sources)
+            unet, file = _unet_config(values, sources)
             resolution = _resolution(file, unet)
-        except UserError:  # `fetch` says what is wrong with the files, and `unknown` where something is missing for it
+        except (
+            UserError
+        ):  # `fetch` names faults of the files, and `explain_unknown_family` is asked if settings are missing
             pass
         else:
-            found = recognised(unet)
+            found = recognise_family(unet)
             fill({"like": found.name} if found else {}, str(file))
             fill({"resolution": resolution} if resolution else {}, str(file))
             if found and like is not None and found.name != like:
@@ -110,24 +112,25 @@ def complete(name: str, entry: dict[str, Any], sources: Path = Path()) -> Comple
     if values.get("like") is not None:
         fill({"resolution": load().families[values["like"]].resolution}, f"preset {values['like']}")
     if "resolution" not in values and "source" in values:
-        raise UserError(f"{unknown(values, sources)}; or write `resolution` in pixels, and the batches of each section")
+        reason = explain_unknown_family(values, sources)
+        raise UserError(f"{reason}; or write `resolution` in pixels, and the batches of each section")
     return Completed(values, origins)
 
 
-def unknown(values: dict[str, Any], sources: Path = Path()) -> str:
+def explain_unknown_family(values: JsonObject, sources: Path = Path()) -> str:
     """Returns why the family of a base is not known, and what to write."""
     families = " or ".join(f"`like: {name}`" for name in load().families)
     try:
         why = f"{shown(str(values.get('source')), 200)} is none of the published bases"
         if _is_path(values.get("source"), sources):
-            _, file = _unet(values, sources)
+            _, file = _unet_config(values, sources)
             why = f"{file} has the width of no known family"
     except UserError as error:
         why = str(error)
     return f"its family is not known ({why}); write {families}, whose settings it then gets"
 
 
-def recognised(unet: dict[str, Any]) -> FamilySettings | None:
+def recognise_family(unet: JsonObject) -> FamilySettings | None:
     """Returns the family whose UNet has this configuration."""
     for found in load().families.values():
         if all(unet.get(key) == value for key, value in found.unet.items()):
@@ -135,8 +138,8 @@ def recognised(unet: dict[str, Any]) -> FamilySettings | None:
     return None
 
 
-def _resolution(file: Path, unet: dict[str, Any]) -> int | None:
-    """Returns the pixels for which a folder's UNet was made; None where its configuration does not say it.
+def _resolution(file: Path, unet: JsonObject) -> int | None:
+    """Returns the pixels for which a folder's UNet was made; None if its configuration does not say so.
 
     Raises:
         UserError: the configuration of the VAE is missing or damaged.
@@ -153,8 +156,8 @@ def _is_path(source: Any, sources: Path) -> bool:
     return isinstance(source, str) and (source.endswith(".safetensors") or (sources / source).is_dir())
 
 
-def _unet(values: dict[str, Any], sources: Path) -> tuple[dict[str, Any], Path]:
-    """Returns what is known of the UNet of a folder or single file, without torch, and the file that says it.
+def _unet_config(values: JsonObject, sources: Path) -> tuple[JsonObject, Path]:
+    """Returns the known keys of the UNet's configuration, read without torch, and the file that has them.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -166,15 +169,15 @@ def _unet(values: dict[str, Any], sources: Path) -> tuple[dict[str, Any], Path]:
         elif isinstance(config, str):
             like = next((base["like"] for base in load().bases.values() if base["source"] == config), None)
             found = family(like)
-            return (dict(found.unet) if found else _of_weights(source)), source
+            return (dict(found.unet) if found else _unet_config_of_weights(source)), source
         else:
-            return _of_weights(source), source
+            return _unet_config_of_weights(source), source
     path = source / "unet" / "config.json"
     return as_object(read_json(path), str(path)), path
 
 
-def _of_weights(path: Path) -> dict[str, Any]:
-    """Returns the width of the text embeddings that a single file's UNet takes, as its header says."""
+def _unet_config_of_weights(path: Path) -> JsonObject:
+    """Returns the keys of a UNet's configuration that follow from the header of a single file with its weights."""
     try:
         with safe_open(path, framework="numpy") as file:
             names = file.keys()

@@ -17,7 +17,7 @@ class Registry(Strict):
 
     # It may hold a password, so that no text of settings has it.
     tracking_uri: Annotated[str, Field(repr=False)] = "sqlite:///mlflow.db"
-    """Address of MLflow. The environment variable MLFLOW_TRACKING_URI goes before it: an address with a password does
+    """Address of MLflow. The environment variable MLFLOW_TRACKING_URI overrides it: an address with a password does
     not belong in a file."""
     experiment: Annotated[
         str, Field(max_length=256, pattern=r"^/?[A-Za-z0-9][A-Za-z0-9._@ -]*(/[A-Za-z0-9][A-Za-z0-9._@ -]*)*$")
@@ -42,7 +42,7 @@ class Publish(Strict):
     """Where releases are published."""
 
     to: str = "releases"
-    """A directory, or s3://bucket/prefix. The environment variable LCMLORA_PUBLISH_TO goes before it."""
+    """A directory, or s3://bucket/prefix. The environment variable LCMLORA_PUBLISH_TO overrides it."""
     endpoint_url: str | None = None
     """Address of MinIO, R2, SeaweedFS and the like. The environment variable AWS_ENDPOINT_URL does as well."""
     region: str | None = None
@@ -70,7 +70,7 @@ class Flow(Strict):
 
     gpu_limit: Name = "gpu"
     """Prefect's concurrency limit for what trains or draws, one at a time. The environment variable LCMLORA_GPU_LIMIT
-    goes before it, for a worker with GPUs of its own."""
+    overrides it, for a worker with GPUs of its own."""
     models_at_once: Positive = 4
     """Models that are worked on at once."""
     retries: Annotated[int, Field(ge=0)] = 3
@@ -82,5 +82,5 @@ class Flow(Strict):
 
     @property
     def limit(self) -> str:
-        """The limit's name; LCMLORA_GPU_LIMIT, which a worker with GPUs of its own sets, goes before `gpu_limit`."""
+        """The limit's name; LCMLORA_GPU_LIMIT, which a worker with GPUs of its own sets, overrides `gpu_limit`."""
         return names.check(os.environ.get("LCMLORA_GPU_LIMIT") or self.gpu_limit, "LCMLORA_GPU_LIMIT")

@@ -1,7 +1,7 @@
-"""Which pictures a step sees, and all its random numbers, as a pure function of the seed and the place in the stream.
+"""The samples of a step: pictures and random numbers, as a pure function of the seed and the sample index.
 
-The stream of samples is the same on any number of processes and after any interruption; so a run's position in it is
-its step, and no generator has a state to keep.
+The sample index numbers the samples of a run: step n has those from n * batch on. The stream of samples is the same on
+any number of processes and after any interruption, so a run continues from its step alone, without a generator's state.
 """
 
 from __future__ import annotations
@@ -15,57 +15,60 @@ from torch import Tensor
 from lcmlora.bases.families import Conditioning
 from lcmlora.config import Training
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.sampling_plan import Plan, Shard
+from lcmlora.data.latents.sampling_plan import SamplingPlan, Shard
 from lcmlora.diffusion.noise import generator
 from lcmlora.parallel.ranks import Ranks
 
+# Multiples of these, modulo 1, are spread evenly over [0, 1): the golden and the silver ratio, less their whole part.
 _GOLDEN = 0.6180339887498949
 _SILVER = 0.4142135623730951
 
 
 @dataclass
 class Batch:
-    """Samples and all their randomness, on the device."""
+    """Samples with all their random numbers, on the device.
 
-    places: range  # in the stream
-    z: Tensor  # (B, C, h, w) clean latents, drawn anew from the VAE's posterior
-    noise: Tensor  # (B, C, h, w)
-    index: Tensor  # (B,) int64, rows of the solver's grid
-    w: Tensor  # (B,) guidance in the papers' convention
-    u: Tensor  # (B, 2) uniform numbers for the objective
-    conditioning: Conditioning
-    # Where the noisy states are not z with noise:
-    # (2, B, C, h, w) of the teacher's own run, the states at `index` and a step further; z and noise then have no rows
-    pair: Tensor | None = None
-    stops: Tensor | None = None  # (J, B) int64, the rows of the grid at which the student's own run halts, then `index`
-    fresh: Tensor | None = None  # (J, B, C, h, w) noise that it takes up there
-
-
-def split(cache: LatentCache, settings: Training) -> tuple[Tensor, Tensor]:
-    """Returns the rows to train on and those to validate with, both (N,) int64, ascending.
-
-    Whole captions are kept from training, as many as make up `validation_pictures` or a tenth of the cache; where all
-    pictures have one caption, pictures.
+    The noisy states of a step are z with noise, or those of a teacher rollout (`pair`), or those that a student rollout
+    reaches (`stops`, `fresh`).
     """
-    wanted = min(settings.validation_pictures, max(1, len(cache) // 10))
+
+    sample_indices: range
+    z: Tensor  # (B, C, h, w) clean latents, sampled from the VAE's posterior; without rows if there is a pair
+    noise: Tensor  # (B, C, h, w); without rows if there is a pair
+    index: Tensor  # (B,) int64, rows of the solver timesteps
+    w: Tensor  # (B,) guidance weight in the papers' convention
+    u: Tensor  # (B, 2) uniform numbers in [0, 1) for the objective
+    conditioning: Conditioning
+    pair: Tensor | None = None  # (2, B, C, h, w) states of the teacher rollout at `index` and one solver step later
+    stops: Tensor | None = None  # (J, B) int64, solver timesteps' rows where the rollout's steps end; last `index`
+    fresh: Tensor | None = None  # (J, B, C, h, w) noise that the student's sampler adds at these stops
+
+
+def split_rows(cache: LatentCache, settings: Training) -> tuple[Tensor, Tensor]:
+    """Returns the rows of the cache to train on and those to validate with, both (N,) int64, ascending.
+
+    All pictures of a caption are on one side. Captions are kept from training until there are `validation_pictures`
+    pictures or a tenth of the cache. If all pictures have the same caption, single pictures are kept.
+    """
+    least = min(settings.validation_pictures, max(1, len(cache) // 10))
     groups = cache.captions()
     if int(groups.max()) == 0:
         groups = torch.arange(len(cache))
     order = torch.randperm(int(groups.max()) + 1, generator=generator("validation", settings.seed))
     sizes = torch.bincount(groups, minlength=len(order))[order]
-    taken = int((sizes.cumsum(0) < wanted).sum()) + 1
+    taken = int((sizes.cumsum(0) < least).sum()) + 1
     held = torch.isin(groups, order[: min(taken, len(order) - 1)])
     return torch.nonzero(~held).flatten(), torch.nonzero(held).flatten()
 
 
 def chunks(cache: LatentCache, rows: Tensor, size: int) -> list[Tensor]:
-    """Returns the rows (N,) in parts of at most `size`, each of one bucket."""
+    """Returns the rows (N,) in parts of at most `size`, each of one aspect bucket."""
     bucket = cache.bucket(rows)
     return [part for number in bucket.unique() for part in rows[bucket == number].split(size)]
 
 
 class Batches:
-    """The stream of samples over these rows of the cache, and this process's part of every step."""
+    """The stream of samples from rows of the cache, and this process's part of each step."""
 
     def __init__(
         self,
@@ -82,9 +85,9 @@ class Batches:
     ) -> None:
         """Args:
         rows: (N,) int64, of the cache.
-        grid: how many timesteps `index` chooses from.
-        guidance: the range of w.
-        trajectory, rollout: shares of the steps that have states of the teacher's run, and of the student's.
+        grid: number of timesteps that `index` is drawn from.
+        guidance: lowest and highest w.
+        trajectory, rollout: shares of the steps that begin at states of teacher rollouts, and of student rollouts.
         """
         self._cache = cache
         self._candidates = rows
@@ -102,34 +105,34 @@ class Batches:
         """Samples in one forward of this process."""
         return self._settings.batch // (self._ranks.size * self._settings.accumulate)
 
-    def positions(self, step: int, part: int) -> range:
-        """Returns the places in the stream of this process's `part`-th forward of a step."""
+    def sample_indices(self, step: int, part: int) -> range:
+        """Returns the sample indices of this process's `part`-th forward of a step."""
         start = step * self._settings.batch + (self._ranks.rank * self._settings.accumulate + part) * self.size
         return range(start, start + self.size)
 
-    def rows(self, positions: range) -> Tensor:
-        """Returns rows of the cache (B,) int64 for places of one step: what the plan says of it."""
-        step, start = divmod(positions.start, self._settings.batch)
+    def rows(self, sample_indices: range) -> Tensor:
+        """Returns the rows of the cache, (B,) int64, that the plan has for these samples of one step."""
+        step, start = divmod(sample_indices.start, self._settings.batch)
         if step != self._step:
             plan = self._plan
-            self._cache.reach(step)
-            batch = plan.at(step)
+            self._cache.advance_to(step)
+            batch = plan.batch(step)
             first = self._counts.cumsum(0) - self._counts
             order = first[torch.from_numpy(batch.shards)] + torch.from_numpy(batch.rows)
             self._step, self._order = step, self._candidates[order]
-        return self._order[start : start + len(positions)]
+        return self._order[start : start + len(sample_indices)]
 
     @cached_property
     def _counts(self) -> Tensor:
-        """How many of the candidates each shard has."""
+        """The number of candidates in each shard."""
         return self._cache.shards(self._candidates).bincount()
 
     @cached_property
-    def _plan(self) -> Plan:
+    def _plan(self) -> SamplingPlan:
         s = self._settings
         shards = [Shard(self._cache.bucket_of_shard(i), n) for i, n in enumerate(self._counts.tolist())]
-        plan = Plan(s.seed, shards, s.batch, window=s.window)
-        self._cache.follow(plan, s.batch, s.window)
+        plan = SamplingPlan(s.seed, shards, s.batch, window=s.window)
+        self._cache.follow_plan(plan, s.batch, s.window)
         return plan
 
     def names(self, rows: Tensor) -> list[str]:
@@ -138,27 +141,35 @@ class Batches:
 
     def draw(self, step: int, part: int = 0) -> Batch:
         """Returns the samples of this process's `part`-th forward of a step."""
-        positions = self.positions(step, part)
-        rows = self.rows(positions)
-        # Spread evenly over the steps, as places are over the grid, by another number of that kind.
+        sample_indices = self.sample_indices(step, part)
+        rows = self.rows(sample_indices)
+        # Uniform over the steps and evenly spread, so that each kind of step has its share in a short run, too.
         kind = (step * _SILVER + float(self._offset)) % 1
-        batch = self.at(positions, rows, noised=kind >= self._trajectory)
+        batch = self.at(sample_indices, rows, noised=kind >= self._trajectory)
         if kind < self._trajectory:
-            batch.pair = self._cache.states(rows, self._index(positions)).to(self._device)
+            batch.pair = self._cache.states(rows, self._index(sample_indices)).to(self._device)
         elif kind < self._trajectory + self._rollout:
-            self._add_run(batch, halts=step % 2)
+            self._add_student_rollout(batch, halts=step % 2)
         return batch
 
-    def _index(self, positions: range) -> Tensor:
-        # Places follow each other by the golden ratio: each is uniform by itself, and however many make a step, they
-        # lie evenly over the grid, so that its loss hardly depends on the draw.
-        even = (torch.arange(positions.start, positions.stop, dtype=torch.float64) * _GOLDEN + self._offset) % 1
+    def _index(self, sample_indices: range) -> Tensor:
+        """Returns the rows of the solver timesteps (B,) int64 for these samples.
+
+        Each is uniform by itself. Those of a step are spread evenly, whatever its size, so that the loss of a step
+        hardly depends on which timesteps it has.
+        """
+        numbers = torch.arange(sample_indices.start, sample_indices.stop, dtype=torch.float64)
+        even = (numbers * _GOLDEN + self._offset) % 1
         return (even * self._grid).long()
 
-    def _add_run(self, batch: Batch, halts: int) -> None:
-        """Says where the student's own run to these samples' timesteps ends, and where it halts before."""
-        generators = [generator("run", self._settings.seed, position) for position in batch.places]
-        index, last = self._index(batch.places), self._grid - 1
+    def _add_student_rollout(self, batch: Batch, halts: int) -> None:
+        """Adds a student rollout from pure noise to these samples' timesteps.
+
+        Args:
+            halts: stops before the last one.
+        """
+        generators = [generator("run", self._settings.seed, number) for number in batch.sample_indices]
+        index, last = self._index(batch.sample_indices), self._grid - 1
         stops, fresh = [index], []
         for _ in range(halts):
             above = torch.stack([torch.rand((), generator=g) for g in generators])
@@ -168,11 +179,15 @@ class Batches:
         batch.stops = torch.stack(stops).to(self._device)
         batch.fresh = torch.stack(fresh).to(self._device)
 
-    def at(self, positions: range, rows: Tensor, *, noised: bool = True) -> Batch:
-        """Returns these rows with the random numbers of these places; with `noised` off without z and noise."""
+    def at(self, sample_indices: range, rows: Tensor, *, noised: bool = True) -> Batch:
+        """Returns samples: these rows of the cache with the random numbers of these sample indices.
+
+        Args:
+            noised: with latents and noise. Without, `z` and `noise` have no rows.
+        """
         s, (w_min, w_max) = self._settings, self._guidance
-        # Drawn on the CPU, so that a GPU trains on the very same numbers; each place has its own.
-        generators = [generator("sample", s.seed, position) for position in positions]
+        # Each sample has a generator of its own, on the CPU: a GPU then trains on the very same numbers.
+        generators = [generator("sample", s.seed, number) for number in sample_indices]
         z = noise = torch.empty(0, *self._cache.latent_shape)
         if noised:
             mean, logvar = self._cache.latents(rows)
@@ -187,13 +202,14 @@ class Batches:
         for name, value in self._unconditional.items():
             conditioning[name][empty] = value.to(conditioning[name].device)
         batch = Batch(
-            places=positions,
+            sample_indices=sample_indices,
             z=z,
             noise=noise,
-            index=self._index(positions),
+            index=self._index(sample_indices),
             w=w_min + (w_max - w_min) * u[:, 0],
             u=u[:, 2:],
             conditioning=conditioning,
         )
         moved = {name: value.to(self._device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
-        return Batch(positions, **moved, conditioning={k: v.to(self._device) for k, v in conditioning.items()})
+        moved_conditioning = {name: value.to(self._device) for name, value in conditioning.items()}
+        return Batch(sample_indices, **moved, conditioning=moved_conditioning)

@@ -1,16 +1,18 @@
-"""The training loop, readable from top to bottom, for whatever has a loss: distillation, style LoRAs, fine-tunes.
+"""The training loop of all that has a loss: distillation, style LoRAs, fine-tunes.
 
-It steps, looks at the losses now and then, validates, keeps the best weights and a checkpoint. What a step sees is a
-pure function of the seed and the step (batches.py), so a run that was killed ends, started again, with the same bytes.
+Every few steps the loop logs the losses, validates, keeps the best weights and writes a checkpoint. The samples of a
+step are a pure function of the seed and the step (batches.py), so a killed run that is started again ends with the same
+bytes as an undisturbed one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from lcmlora.io.terminal import note
 from lcmlora.parallel.ranks import Ranks
 from lcmlora.progress import track
 from lcmlora.training.batches import Batch, Batches
-from lcmlora.training.checkpoint import Checkpoints
+from lcmlora.training.checkpoint import BestWeights, Checkpoints
 from lcmlora.training.optimization import Optimization
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ _PATIENCE = 10  # steps in a row whose loss is not finite
 
 
 class Logger(Protocol):
-    """Where figures go while the loop runs."""
+    """Keeps the figures and pictures of a run."""
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 
@@ -39,7 +41,7 @@ class Logger(Protocol):
 
 
 class NullLogger:
-    """Keeps nothing; the loop never asks whether anybody listens."""
+    """Keeps nothing. It stands in where no figures are wanted, so that the loop always has a logger."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         del metrics, step
@@ -49,7 +51,7 @@ class NullLogger:
 
 
 class Trainable(Protocol):
-    """What is learned."""
+    """Computes the loss that is minimized."""
 
     def losses(self, batch: Batch, optimization: Optimization) -> Tensor:
         """Returns the loss of each sample, (B,), with gradients to the weights under training."""
@@ -57,11 +59,21 @@ class Trainable(Protocol):
 
 
 class Validator(Protocol):
-    """How far the student has come."""
+    """Measures the network on pictures kept from training."""
 
-    def look(self, step: int, logger: Logger) -> float:
-        """Logs what there is to see of the live weights at this step and returns their loss."""
+    def validate(self, step: int, logger: Logger) -> float:
+        """Logs the figures and pictures of the network as it is at this step, and returns its loss."""
         ...
+
+
+@dataclass
+class TrainingState:
+    """The progress of a run, without the optimizer's tensors."""
+
+    step: int = 0  # steps done
+    loss: float = float("nan")  # mean of the last steps
+    best: BestWeights | None = None  # on the first process alone, which validates
+    history: dict[str, float] = field(default_factory=dict)  # validation loss by step
 
 
 def train(
@@ -74,63 +86,83 @@ def train(
     scratch: Path,
     *,
     check: Callable[[], None],
-    agree: dict[str, Any],
+    agree: Mapping[str, object],
     logger: Logger,
     ranks: Ranks,
-) -> dict[str, Any]:
-    """Trains to the last step and returns the state: `best` (of the first process), `history` of validation, `loss`.
+) -> TrainingState:
+    """Trains to the last step and returns the final state.
 
     Args:
         label: of the progress bar.
-        validator: makes the validation, once the weights are those of the checkpoint that is continued.
+        validator: returns the validator. It is called after the weights of a checkpoint are loaded, on the first
+            process alone.
         scratch: a locked folder of this configuration alone; a checkpoint in it is continued.
-        check: called after steps that were looked at; raises where training has no effect.
-        agree: what all processes must have in common.
+        check: is called when losses are logged; it raises if training has no effect.
+        agree: by name, what must be equal on all processes: values that JSON can hold.
 
     Raises:
         UserError: the loss is not finite ten times in a row, or the processes have different files.
     """
     checkpoints = Checkpoints(scratch)
-    state = checkpoints.load() or {"step": 0, "loss": float("nan"), "best": None, "history": {}}
-    if "optimization" in state:
-        optimization.restore(state["optimization"])
-    ranks.agree(**agree, settings=settings, first_step=state["step"])
-    validation = validator() if ranks.first and state["step"] < settings.steps else None
-
-    window = _Window(batches, settings, ranks)
-    remaining = range(state["step"], settings.steps)
+    state = _continue(checkpoints, optimization)
+    ranks.agree(**agree, settings=settings, first_step=state.step)
+    validation = validator() if ranks.first and state.step < settings.steps else None
+    recent = _RecentLosses(batches, settings, ranks)
     progress = track(
-        remaining,
+        range(state.step, settings.steps),
         label,
         total=settings.steps,
-        completed=remaining.start,
+        completed=state.step,
         unit=settings.batch,
         quiet=not ranks.first,
     )
     for step in progress:
         losses, norm = take_step(trainable, optimization, batches, settings, step)
-        window.add(step, losses)
+        recent.add(step, losses)
 
-        done = state["step"] = step + 1
+        done = state.step = step + 1
         last = done == settings.steps
         saving = last or done % settings.checkpoint_every == 0
         if saving or done % settings.log_every == 0:
-            figures = window.close(norm)
+            figures = recent.close(norm)
             check()
-            state["loss"] = figures["loss"]
+            state.loss = figures["loss"]
             logger.log(figures | {"learning_rate": optimization.rate(step)}, done)
-            progress.note(loss=figures["loss"])
+            progress.note(loss=state.loss)
         if validation and (last or done % settings.validate_every == 0):
-            with window.paused(), optimization.averaged() as weights:
-                loss = validation.look(done, logger)
-                if state["best"] is None or loss < state["best"]["loss"]:
-                    state["best"] = {"step": done, "loss": loss, "weights": weights.to("cpu", copy=True)}
-            progress.note(validation=loss)
-            state["history"][str(done)] = loss
+            with recent.paused():
+                progress.note(validation=_validate(validation, optimization, state, logger))
         if saving and ranks.first:
-            with window.paused():
-                checkpoints.save(state | {"optimization": optimization.state()})
+            with recent.paused():
+                checkpoints.save(
+                    {
+                        "step": state.step,
+                        "loss": state.loss,
+                        "best": state.best,
+                        "history": state.history,
+                        "optimization": optimization.state(),
+                    }
+                )
     return state
+
+
+def _continue(checkpoints: Checkpoints, optimization: Optimization) -> TrainingState:
+    """Returns the state of the latest checkpoint, with the optimization restored, or that of a new run."""
+    checkpoint = checkpoints.load()
+    if checkpoint is None:
+        return TrainingState()
+    optimization.restore(checkpoint["optimization"])
+    return TrainingState(checkpoint["step"], checkpoint["loss"], checkpoint["best"], checkpoint["history"])
+
+
+def _validate(validation: Validator, optimization: Optimization, state: TrainingState, logger: Logger) -> float:
+    """Validates the averaged weights, keeps them in `state` if they are the best so far, and returns their loss."""
+    with optimization.averaged() as weights:
+        loss = validation.validate(state.step, logger)
+        if state.best is None or loss < state.best["loss"]:
+            state.best = {"step": state.step, "loss": loss, "weights": weights.to("cpu", copy=True)}
+    state.history[str(state.step)] = loss
+    return loss
 
 
 def take_step(
@@ -145,21 +177,21 @@ def take_step(
     return torch.stack(losses), optimization.step(step)
 
 
-class _Window:
-    """The losses since the last look at them. They stay on the device, which the host waits for only when looking."""
+class _RecentLosses:
+    """The losses since they were last read. They stay on the device: the host waits for it only when it reads them."""
 
     def __init__(self, batches: Batches, settings: Training, ranks: Ranks) -> None:
         self._batches = batches
         self._settings = settings
         self._ranks = ranks
-        self._loss = float("nan")  # of the last window that had one
+        self._loss = float("nan")  # the last mean that was finite
         self._bad = 0  # steps in a row up to now whose loss is not finite
         self._losses: list[tuple[int, Tensor]] = []
         self._began = time.monotonic()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """The rate does not count the time spent in this block."""
+        """Leaves the time spent in this block out of the rate."""
         paused = time.monotonic()
         yield
         self._began += time.monotonic() - paused
@@ -171,15 +203,15 @@ class _Window:
         """Returns the figures of the steps since the last call: the mean of the losses that are finite, and the rate.
 
         Raises:
-            UserError: too many steps in a row had a loss that is not finite; with the pictures it came from.
+            UserError: too many steps in a row had a loss that is not finite; it names the pictures of the last one.
         """
         s = self._settings
         first, last = self._losses[0][0], self._losses[-1][0]
         losses = torch.zeros(last - first + 1, s.batch, device=norm.device)
         for step, values in self._losses:
-            place = self._batches.positions(step, 0).start - step * s.batch
-            losses[step - first, place : place + values.numel()] = values.flatten()
-        self._ranks.add_up(losses)
+            start = self._batches.sample_indices(step, 0).start - step * s.batch
+            losses[step - first, start : start + values.numel()] = values.flatten()
+        self._ranks.all_reduce_sum(losses)
         finite = losses.isfinite().all(1).tolist()
         for offset, fine in enumerate(finite):
             self._bad = 0 if fine else self._bad + 1
@@ -193,8 +225,7 @@ class _Window:
                 )
         skipped = len(finite) - sum(finite)
         if skipped and self._ranks.first:
-            told = f"of the steps {first + 1} to {last + 1} {skipped} were skipped: their loss was not finite"
-            note(f"warning: {told}")
+            note(f"warning: of the steps {first + 1} to {last + 1} {skipped} were skipped: their loss was not finite")
         if any(finite):
             self._loss = losses[torch.tensor(finite)].mean().item()
         rate = losses.numel() / (time.monotonic() - self._began)

@@ -1,15 +1,15 @@
-"""From gradients to the next adapter: optimizer, clipping, loss scale, moving average.
+"""An optimization step: mean over processes, clipping, loss scale, optimizer, moving average.
 
-The adapter's weights and its average are one flat buffer each, of which the layers' tensors are views, and so is its
-gradient when a step is taken. Averaging over processes, the norm, the update and the moving average are then one kernel
-each, however many layers.
+The weights under training are one flat buffer, of which the layers' parameters are views. Their moving average is
+another, and so are the gradients during a step. Averaging over processes, the norm, the update and the moving average
+are then one kernel each, however many layers there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,23 @@ from lcmlora.errors import UserError
 from lcmlora.parallel.ranks import Ranks
 from lcmlora.patches.torch_internals import amp_update_scale_, foreach_copy_
 
-_ALIGN = 64  # elements: every view starts where vectorized kernels like it
-# GradScaler's numbers, but for the first scale: its 65536 spends the first steps of a short run on overflows.
+_ALIGN = 64  # elements: each view begins at a multiple, as vectorized kernels need it
+# GradScaler's numbers, except for the first scale: with its 65536 the first steps of a short run would overflow.
 _FIRST_SCALE, _GROWTH, _BACKOFF, _INTERVAL = 4096.0, 2.0, 0.5, 2000
 
 
+class OptimizationState(TypedDict):
+    """What a checkpoint holds of an Optimization."""
+
+    weights: Tensor  # (N,) fp32
+    average: Tensor  # (N,) fp32
+    optimizer: dict[str, Any]  # `state_dict` of torch's optimizer
+    scale: Tensor | None  # of the loss, ()
+    growth: Tensor  # steps since the scale last changed, ()
+
+
 class Optimization:
-    """The adapter under training, and everything that a checkpoint must hold of it."""
+    """The weights under training with their optimizer, loss scale and moving average."""
 
     def __init__(
         self,
@@ -37,7 +47,7 @@ class Optimization:
     ) -> None:
         """Args:
             parameters: fp32, on one device; they become views of one buffer.
-            scaled: multiply the loss, for gradients in fp16.
+            scaled: multiply the loss by a scale, as gradients in fp16 need it.
 
         Raises:
             UserError: the optimizer's library is not installed, or has no kernel for this device.
@@ -63,18 +73,22 @@ class Optimization:
         self._growth = torch.zeros((), dtype=torch.int32, device=device)
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        """Returns what each parameter's numbers are of a flat buffer."""
+        """Returns each parameter's part of a flat buffer, in the parameter's shape."""
         pairs = zip(self._starts, self._parameters, strict=True)
         return [flat[start : start + p.numel()].view_as(p) for start, p in pairs]
 
     def _changed(self) -> None:
-        """Tells autograd, and who goes by its count, what was done to the parameters by way of the buffer."""
+        """Counts a change of all parameters.
+
+        They are views of a buffer, and writing to the buffer alone leaves the version counters that autograd and the
+        merged forward compare as they are.
+        """
         torch.autograd.graph.increment_version(self._parameters)
 
     def _gather(self) -> Tensor:
-        """Returns the gradients, flat; the parameters then have none.
+        """Returns the gradients, flat, (N,), and takes them from the parameters.
 
-        There is no buffer for them before: while activations fill the memory, there is none to spare.
+        The buffer is allocated here and not before, since activations fill the memory until now.
         """
         filled = self._gapless and all(p.grad is not None for p in self._parameters)
         gradient = (torch.empty_like if filled else torch.zeros_like)(self._weights, requires_grad=False)
@@ -87,7 +101,7 @@ class Optimization:
         return gradient
 
     def rate(self, step: int) -> float:
-        """Linear warm-up, constant, then linear to zero over the last `cooldown` of the steps."""
+        """Returns the learning rate: linear warm-up, constant, then linear to zero over the `cooldown` share."""
         s = self._settings
         warm = min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0
         cool = min(1.0, (s.steps - step) / (s.cooldown * s.steps)) if s.cooldown else 1.0
@@ -106,7 +120,7 @@ class Optimization:
         for group in self._optimizer.param_groups:
             group["lr"] = self.rate(step)
         self._weights.grad = gradient = self._gather()
-        self._ranks.add_up(gradient)
+        self._ranks.all_reduce_sum(gradient)
         norm = torch.linalg.vector_norm(gradient) / self._ranks.size
         divisor = torch.ones_like(norm) * self._ranks.size
         if self._scale is not None:
@@ -133,13 +147,16 @@ class Optimization:
 
     @contextmanager
     def averaged(self) -> Iterator[Tensor]:
-        """Within the block the student has its averaged weights, which are yielded, flat: what is validated and
-        released. No backward pass may cross the block's border."""
+        """Gives the network its averaged weights within the block, and yields them, flat, (N,).
+
+        They are what is validated and released. A backward pass must not begin outside the block and end inside it, nor
+        the other way round.
+        """
         with torch.no_grad():
             live = self._weights.detach().clone()
             if self._settings.optimizer == "schedule-free":
                 optimizer: Any = self._optimizer
-                optimizer.eval()  # puts its own average into the weights
+                optimizer.eval()  # copies its own average into the weights
                 self._average.copy_(self._weights)
                 optimizer.train()
             self._weights.copy_(self._average)
@@ -148,16 +165,17 @@ class Optimization:
             yield self._average
         finally:
             with torch.no_grad():
-                self._weights.copy_(live)  # schedule-free's own way back would round
+                self._weights.copy_(live)  # `optimizer.train()` alone would restore them with rounding errors
             self._changed()
 
     @torch.no_grad()
-    def use(self, weights: Tensor, dtype: torch.dtype) -> None:
-        """Puts flat weights, rounded as the file will round them, into the live student."""
+    def load_weights(self, weights: Tensor, dtype: torch.dtype) -> None:
+        """Gives the network these flat weights, (N,), rounded to `dtype`, in which the file will have them."""
         self._weights.copy_(weights.to(self._weights.device, dtype))
         self._changed()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> OptimizationState:
+        """Returns the state for a checkpoint; its tensors are the live ones."""
         return {
             "weights": self._weights.detach(),
             "average": self._average,
@@ -167,34 +185,36 @@ class Optimization:
         }
 
     @torch.no_grad()
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: OptimizationState) -> None:
+        """Continues from the state of a checkpoint."""
         self._weights.copy_(state["weights"])
         self._changed()
         self._average.copy_(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
         if self._scale is not None:
+            assert state["scale"] is not None  # the checkpoint's settings are the same
             self._scale.copy_(state["scale"])
             self._growth.copy_(state["growth"])
 
 
 def _optimizer(weights: nn.Parameter, settings: Training) -> torch.optim.Optimizer:
-    options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    lr, weight_decay = settings.lr, settings.weight_decay
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW([weights], fused=True, **options)
+        return torch.optim.AdamW([weights], lr=lr, weight_decay=weight_decay, fused=True)
     try:
         if settings.optimizer == "adamw8bit":
             if weights.device.type != "cuda":
                 raise UserError("distill.optimizer: adamw8bit needs a GPU; use adamw")
             from bitsandbytes.optim import AdamW8bit
 
-            return AdamW8bit([weights], **options)
+            return AdamW8bit([weights], lr=lr, weight_decay=weight_decay)
         if settings.optimizer == "prodigy":
             from prodigyopt import Prodigy
 
-            return Prodigy([weights], **options, use_bias_correction=True, safeguard_warmup=True)
+            return Prodigy([weights], lr=lr, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)
         from schedulefree import AdamWScheduleFree
 
-        optimizer = AdamWScheduleFree([weights], **options)
+        optimizer = AdamWScheduleFree([weights], lr=lr, weight_decay=weight_decay)
         optimizer.train()
         return optimizer
     except ImportError as error:

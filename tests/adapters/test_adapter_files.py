@@ -1,4 +1,4 @@
-"""The files and folders in which adapters come: opened within limits, read or named, and never run."""
+"""Adapters' files and folders: opened within limits, read or refused by name, and never run."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def _entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, obje
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "a web page"),
     ],
 )
-def test_a_damaged_file_is_refused_in_a_line(sd15: Architecture, tmp_path: Path, content: bytes, words: str):
+def test_a_damaged_file_is_refused_in_one_line(sd15: Architecture, tmp_path: Path, content: bytes, words: str):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -90,7 +90,7 @@ def test_a_file_over_the_limits_is_not_read(sd15: Architecture, tmp_path: Path, 
         formats.read(path, sd15)
 
 
-def test_what_is_no_file_does_not_block(sd15: Architecture, tmp_path: Path):
+def test_a_pipe_or_a_folder_is_refused_without_blocking(sd15: Architecture, tmp_path: Path):
     os.mkfifo(tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="is no file"):
         formats.read(tmp_path / "a.safetensors", sd15)
@@ -126,7 +126,7 @@ def test_another_programs_config_beside_a_file_does_not_matter(tmp_path: Path):
         assert (found.base, found.sampler) == (None, None)
 
 
-def test_a_name_that_no_file_can_have_is_a_line(tmp_path: Path):
+def test_a_name_that_no_file_can_have_is_refused_in_one_line(tmp_path: Path):
     for name in ("a" * 5000, "a\0b"):
         with pytest.raises(UserError):
             references.open_adapter(name, None, tmp_path)
@@ -137,7 +137,7 @@ def _styled_by(folder: Path) -> Base:
     return Base.model_validate({"source": "x", "resolution": 16, "license": "mit", "style": style})
 
 
-def test_a_trainers_folder_is_read_where_it_has_one_adapter_and_its_files_are_named_where_it_has_more(tmp_path: Path):
+def test_a_trainers_folder_of_one_adapter_is_read_and_of_several_their_names_are_listed(tmp_path: Path):
     save_file(_one(), tmp_path / "mine.safetensors")
     (tmp_path / "sample").mkdir()
     (tmp_path / "mine.json").write_text("{}")
@@ -158,7 +158,7 @@ def test_a_trainers_folder_is_read_where_it_has_one_adapter_and_its_files_are_na
     assert found() == tmp_path / lora.WEIGHTS
 
 
-def test_folders_without_an_adapter_say_what_they_are(tmp_path: Path, miniatures: Miniatures):
+def test_the_error_about_a_folder_without_an_adapter_says_what_it_is(tmp_path: Path, miniatures: Miniatures):
     with pytest.raises(UserError, match=r"is not the folder of an adapter: expected pytorch_lora_weights"):
         references.open_adapter(str(tmp_path), None, tmp_path / "cache")
     with pytest.raises(UserError, match=r"is a base .*, not an adapter"):

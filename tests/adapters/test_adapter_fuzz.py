@@ -140,7 +140,7 @@ def _settings(count: int) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("count", [QUICK, pytest.param(FULL, marks=pytest.mark.slow)])
-def test_mutated_adapters_are_read_or_refused_in_a_line(count: int):
+def test_mutated_adapters_are_read_or_refused_in_one_line(count: int):
     layer_names.published()  # once, not in every process
     counts = check(_convert, _inputs(count)) + check(_described, _settings(count))
     assert counts.total() >= count - 4 and counts["taken"] > count // 50 and counts["refused"] > count // 4

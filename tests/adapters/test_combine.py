@@ -50,7 +50,7 @@ def test_one_adapter_is_what_diffusers_draws_with_both(miniatures: Miniatures, t
     alone = adapters.forward(base, pipeline.unet)
     pipeline.unload_lora_weights()
 
-    whole = combine.combine([(first, 0.8), (second, 1.0)])
+    whole = combine.combine_adapters([(first, 0.8), (second, 1.0)])
     assert {layer.rank for n, layer in whole.layers.items() if ATTENTION in n} == {6}
     assert {layer.rank for n, layer in whole.layers.items() if ATTENTION not in n} == {4}
     assert formats.write(whole, tmp_path / "one.safetensors", style, structure) == 0
@@ -61,9 +61,9 @@ def test_one_adapter_is_what_diffusers_draws_with_both(miniatures: Miniatures, t
     assert (adapters.forward(base) - expected).abs().max() < 1e-5
 
 
-def test_a_rank_that_is_large_enough_loses_nothing_and_a_smaller_one_says_what_it_lost(miniatures: Miniatures):
+def test_a_rank_that_is_large_enough_has_no_error_and_a_smaller_one_has_the_reported_error(miniatures: Miniatures):
     _, style, student = _two(miniatures, "sd15")
-    whole = combine.combine([(style, 0.8), (student, 1.0)])
+    whole = combine.combine_adapters([(style, 0.8), (student, 1.0)])
     same, loss = combine.truncate(whole, 6)
     assert loss.overall < 1e-6 and formats.compare(whole, same) < 1e-6
     smaller, loss = combine.truncate(whole, 3)
@@ -86,13 +86,13 @@ def test_a_rank_that_is_large_enough_loses_nothing_and_a_smaller_one_says_what_i
 def test_half_precision_parts_make_a_half_precision_sum(miniatures: Miniatures, tmp_path: Path):
     _, style, student = _two(miniatures, "sd15")
     half = [replace(adapter, dtype=torch.float16) for adapter in (style, student)]
-    whole = combine.combine([(half[0], 0.8), (half[1], 1.0)])
+    whole = combine.combine_adapters([(half[0], 0.8), (half[1], 1.0)])
     assert whole.dtype == torch.float16
     assert 0 < formats.write(whole, tmp_path / "a.safetensors", DIFFUSERS) < 2e-3
-    assert combine.combine([(half[0], 0.8), (student, 1.0)]).dtype == torch.float32
+    assert combine.combine_adapters([(half[0], 0.8), (student, 1.0)]).dtype == torch.float32
 
 
-def test_the_folder_says_what_it_was_made_of_and_how_to_draw_with_it(miniatures: Miniatures, tmp_path: Path):
+def test_the_folder_of_a_combination_has_its_parts_and_its_sampler(miniatures: Miniatures, tmp_path: Path):
     base, style, student = _two(miniatures, "sdxl")
     structure = architecture.of_folder(base.folder)
     formats.write(style, tmp_path / "style.safetensors", KOHYA, structure)
@@ -107,7 +107,7 @@ def test_the_folder_says_what_it_was_made_of_and_how_to_draw_with_it(miniatures:
     assert [part["weight"] for part in facts["combined"]] == [0.8, 1.0]
     assert facts["combined"][0]["adapter"] == "style.safetensors"
     assert facts["base"]["digest"] == "a" * 64 and facts["sampler"]["gamma"] == 0.3
-    assert facts["rank"] == made["rank"] == 3 and 0 < facts["truncation"]["overall"] < 1
+    assert facts["rank"] == made.facts.rank == 3 and 0 < facts["truncation"]["overall"] < 1
     assert (out / "scheduler_config.json").is_file()
     bare = adapters.load(base.folder)
     lora.load(bare.network, out / lora.WEIGHTS)
@@ -118,7 +118,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(miniatures: Miniatures
     _, style, _ = _two(miniatures, "sd15")
     formats.write(style, tmp_path / "a.safetensors", DIFFUSERS)
     part = _reference(tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="is in the way and is no earlier combination"):
+    with pytest.raises(UserError, match="exists and is no earlier combination"):
         write_combined(part, part, (0.8, 1.0), tmp_path)
     assert (tmp_path / "a.safetensors").is_file()
 
@@ -129,7 +129,7 @@ def test_adapters_of_different_bases_are_refused_by_name(miniatures: Miniatures,
     with pytest.raises(
         UserError, match=r"student: down_blocks\.1\..*attn2\.to_k takes \(16,\) to 16, and in style .*40"
     ):
-        combine.combine([(other, 0.8), (student, 1.0)])
+        combine.combine_adapters([(other, 0.8), (student, 1.0)])
     formats.write(style, tmp_path / "style.safetensors", DIFFUSERS)
     formats.write(student, tmp_path / "lcm.safetensors", DIFFUSERS)
     one, two = _reference(tmp_path / "style.safetensors", "a" * 64), _reference(tmp_path / "lcm.safetensors", "b" * 64)
@@ -138,4 +138,4 @@ def test_adapters_of_different_bases_are_refused_by_name(miniatures: Miniatures,
         UserError, match=r"lcm.* was made for bases/b+ \(digest b{12}\.\.\.\), and style.* for bases/a+ "
     ):
         write_combined(one, two, (0.8, 1.0), out)
-    assert write_combined(one, two, (0.8, 1.0), out, other_base=True)["rank"] == 6
+    assert write_combined(one, two, (0.8, 1.0), out, other_base=True).facts.rank == 6

@@ -1,4 +1,4 @@
-"""Adapters as many programs write them, and as they should not be: read rightly, or refused in one line."""
+"""Adapters of many programs, and damaged ones: read, or refused in one line."""
 
 import json
 from collections.abc import Callable
@@ -73,9 +73,6 @@ def _refused(path: Path, tensors: dict[str, Tensor], base: Architecture | None, 
     return line
 
 
-# --- spellings ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("stem", "original"),
     [
@@ -128,7 +125,7 @@ def test_dotted_and_flat_spellings_of_either_names_are_the_same_adapter(
         "clip_l.text_model.encoder.layers.0.mlp.fc1",
     ],
 )
-def test_text_encoders_are_known_by_every_spelling_and_left_out_on_demand(
+def test_text_encoders_are_recognised_in_every_spelling_and_left_out_on_demand(
     sd15: Architecture, tmp_path: Path, name: str
 ):
     text = {f"{name}.lora_down.weight": torch.zeros(4, 8), f"{name}.lora_up.weight": torch.zeros(8, 4)}
@@ -178,8 +175,6 @@ def test_other_kinds_of_adapters_are_named_after_what_they_are(
     others = {"LoHa", "LoKr", "DoRA"} - {kind}
     assert not any(other in line for other in others)
 
-
-# --- other models -------------------------------------------------------------------------------------------------
 
 FAMILIES = {
     "transformer.single_transformer_blocks.0.attn.to_k": "Flux",
@@ -271,9 +266,6 @@ def test_whole_weights_are_not_taken_for_an_adapter(sd15: Architecture, tmp_path
         assert "the file has a model's whole weights, and is no adapter" in line
 
 
-# --- numbers ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
@@ -300,14 +292,14 @@ def test_whole_weights_are_not_taken_for_an_adapter(sd15: Architecture, tmp_path
         ({"lora_down.weight": torch.ones(4, 24)}, "it was made for another base"),
     ],
 )
-def test_numbers_that_make_no_product_are_refused_by_the_tensors_name(
+def test_factors_of_no_product_are_refused_by_the_tensors_name(
     sd15: Architecture, tmp_path: Path, parts: dict[str, Tensor], words: str
 ):
     line = _refused(tmp_path / "a.safetensors", _one(**parts), sd15)
     assert words in line and (_flat(QUERY) in line or QUERY in line or _flat(QUERY).removeprefix("lora_unet_") in line)
 
 
-def test_what_a_half_precision_file_cannot_hold_is_refused_before_it_is_written(sd15: Architecture, tmp_path: Path):
+def test_numbers_that_half_precision_cannot_hold_are_refused_before_writing(sd15: Architecture, tmp_path: Path):
     path = tmp_path / "a.safetensors"
     save_file({n: t.half() for n, t in _one(**{"lora_up.weight": torch.full((16, 4), 6e4)}).items()}, path)
     tensors = load_file(path)
@@ -343,10 +335,7 @@ def test_combine_leaves_text_encoders_out_on_demand(sd15: Architecture, tmp_path
     with pytest.raises(UserError, match=r"1 of 4 tensors are for a text encoder.*--unet-only"):
         write_combined(style, lcm, (0.8, 1.0), tmp_path / "b.safetensors", sd15)
     made = write_combined(style, lcm, (0.8, 1.0), tmp_path / "b.safetensors", sd15, unet_only=True)
-    assert (made["layers"], made["left_out"]) == (1, 1)
-
-
-# --- settings that PEFT writes ------------------------------------------------------------------------------------
+    assert (made.facts.layers, made.left_out) == (1, 1)
 
 
 def _peft(prefix: str = "unet.") -> dict[str, Tensor]:
@@ -419,7 +408,7 @@ def test_settings_beside_the_tensors_are_read_without_running_anything(
         {"text_encoder.target_modules": ENDLESS},
     ],
 )
-def test_diffusers_is_given_no_file_whose_settings_it_might_run(tmp_path: Path, settings: dict[str, object]):
+def test_diffusers_gets_no_file_whose_settings_it_might_run(tmp_path: Path, settings: dict[str, object]):
     path = tmp_path / lora.WEIGHTS
     save_file(_peft(), path, metadata={peft_settings.METADATA: json.dumps(settings)})
     with pytest.raises(UserError) as caught:
@@ -430,7 +419,7 @@ def test_diffusers_is_given_no_file_whose_settings_it_might_run(tmp_path: Path, 
         tensorfile.check_harmless(path)
 
 
-def test_diffusers_is_given_what_this_pipeline_writes(sd15: Architecture, tmp_path: Path):
+def test_diffusers_gets_the_files_that_lcmlora_writes(sd15: Architecture, tmp_path: Path):
     mixed = _factors(sd15, "attn1") | _factors(sd15, "attn2", rank=2)
     layers = {name: formats.Layer(down, up, 2.0) for name, (down, up) in mixed.items()}
     adapter = formats.Adapter("a", layers, torch.float32)
@@ -454,7 +443,9 @@ def test_every_layer_of_the_published_bases_is_named_as_diffusers_names_it():
             assert spellings.Name(name, "down").is_diffusers, name
         stems = [*base.shapes, *layer_names._original(base.shapes).values()]
         assert (
-            spellings.family([f"{prefix}{stem}" for stem in stems for prefix in ("", "unet.", "diffusion_model.")])
+            spellings.foreign_model(
+                [f"{prefix}{stem}" for stem in stems for prefix in ("", "unet.", "diffusion_model.")]
+            )
             is None
         )
-        assert spellings.family([_flat(stem) for stem in stems]) is None
+        assert spellings.foreign_model([_flat(stem) for stem in stems]) is None

@@ -43,9 +43,6 @@ def base(miniatures: Miniatures) -> layer_names.Architecture:
     return architecture.of_folder(miniatures("sd15"))
 
 
-# --- round trips ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("alpha", [8, 4, 3, 0.5])
 def test_diffusers_to_kohya_to_diffusers_gives_the_same_tensors(
@@ -134,14 +131,11 @@ def test_a_half_precision_file_is_folded_within_its_rounding(miniatures: Miniatu
     assert {t.dtype for t in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
 
 
-# --- alpha ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("alpha", "dtype", "kept"),
     [(8.0, "float32", 8.0), (0.5, "float16", 0.5), (3.0, "float32", 3.0), (3.0, "float16", 4.0)],
 )
-def test_a_kohya_file_gets_the_trainings_alpha_back_where_no_bit_is_lost(
+def test_a_kohya_file_has_the_trainings_alpha_if_no_bit_is_lost(
     student: Adapter, base: layer_names.Architecture, tmp_path: Path, alpha: float, dtype: str, kept: float
 ):
     trained = replace(student, layers={n: replace(layer, alpha=alpha) for n, layer in student.layers.items()})
@@ -166,7 +160,7 @@ def test_kohya_to_kohya_keeps_an_alpha_that_could_not_be_folded(
     _same(formats.read(tmp_path / "b.safetensors", base), odd)
 
 
-def test_layers_of_different_ranks_are_one_rank_and_one_alpha_to_kohya_and_the_same_to_diffusers(
+def test_layers_of_different_ranks_have_one_rank_and_one_alpha_in_kohyas_file_and_the_same_effect(
     miniatures: Miniatures, tmp_path: Path
 ):
     base = adapters.load(miniatures("sdxl"))
@@ -189,9 +183,6 @@ def test_layers_of_different_ranks_are_one_rank_and_one_alpha_to_kohya_and_the_s
     assert ranks == {4}
     ranks = {t.shape[0] for n, t in load_file(tmp_path / "diffusers.safetensors").items() if "lora_A" in n}
     assert ranks == {2, 4}
-
-
-# --- other people's files -----------------------------------------------------------------------------------------
 
 
 def _peft(student: Adapter, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -282,9 +273,6 @@ def test_pickles_and_other_kinds_of_adapters_are_refused_by_name(student: Adapte
         formats.read(path)
 
 
-# --- what is lost, extra, or another base's -----------------------------------------------------------------------
-
-
 @pytest.fixture
 def written(student: Adapter, base: layer_names.Architecture, tmp_path: Path) -> Path:
     formats.write(student, tmp_path / "kohya.safetensors", KOHYA, base, alpha=8)
@@ -304,7 +292,7 @@ def test_a_lost_and_an_extra_tensor_are_errors_by_name(student: Adapter, base: l
         formats.compare(student, formats.read(written, base))
 
     save_file(tensors | {"lora_unet_conv_in.alpha": torch.tensor(1.0)}, written)
-    with pytest.raises(UserError, match=r"1 were not asked for, the first is lora_unet_conv_in\.alpha"):
+    with pytest.raises(UserError, match=r"1 tensors are superfluous, the first is lora_unet_conv_in\.alpha"):
         formats.verify(written, student, names, base)
 
     save_file({n: t for n, t in tensors.items() if n != f"{stem}.lora_up.weight"}, written)
@@ -365,9 +353,6 @@ def test_a_published_base_is_recognised_by_its_layers(tmp_path: Path):
         assert adapters.header(tmp_path / "kohya.safetensors")["ss_base_model_version"] == version
 
 
-# --- the header and the bytes -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "model", "version", "implementation"),
     [
@@ -381,7 +366,7 @@ def test_a_published_base_is_recognised_by_its_layers(tmp_path: Path):
         ),
     ],
 )
-def test_kohyas_header_says_what_programs_ask(
+def test_kohyas_header_has_the_keys_that_programs_read(
     miniatures: Miniatures, tmp_path: Path, name: str, model: str, version: str, implementation: str
 ):
     live = adapters.load(miniatures(name))

@@ -60,7 +60,7 @@ def test_ssd_1bs_depths_leave_its_names_as_sdxl_has_them():
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_layer_has_its_place_in_a_checkpoint_of_the_original_code(name: str):
+def test_every_layer_has_its_name_in_a_checkpoint_of_the_original_code(name: str):
     base = _published(name)
     expected = original._unet({f"{layer}.weight": layer for layer in base.shapes})  # type: ignore[misc]
     plain = {layer: layer.replace(".", "_") for layer in base.shapes}
@@ -86,7 +86,7 @@ def test_every_layer_that_is_distilled_has_a_name_for_kohya(name: str, layers: i
         ("ssd1b", "sdxl", "epsilon"),
     ],
 )
-def test_a_bases_folder_tells_its_architecture_without_weights(
+def test_a_bases_folder_gives_its_architecture_without_weights(
     miniatures: Callable[[str], Path], tmp_path: Path, name: str, family: str, prediction: str
 ):
     folder = shutil.copytree(miniatures(name), tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -33,7 +33,7 @@ def _forward(base: LoadedBase) -> torch.Tensor:
 
 
 def _trained(base: LoadedBase, alpha: float = 8) -> None:
-    """Gives the adapter weights as if it had been trained."""
+    """Gives the adapter random weights, as if it had been trained."""
     generator = torch.Generator().manual_seed(2)
     for parameter in lora.inject(base.network, rank=4, alpha=alpha, seed=0).values():
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
@@ -144,7 +144,7 @@ def test_a_layer_of_another_size_and_a_lost_tensor_are_refused_by_name(base: Loa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_applied_adapter_draws_as_the_student_and_leaves_the_base_bare_to_the_bit(
+def test_an_applied_adapter_draws_as_the_student_and_its_undoing_restores_the_base_to_the_bit(
     base: LoadedBase, dtype: torch.dtype
 ):
     _trained(base, alpha=8)

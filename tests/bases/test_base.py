@@ -33,7 +33,7 @@ def _changed(folder: Path, to: Path, file: str, **changes: object) -> Path:
 
 
 def _encode(pipeline: Any, captions: list[str]) -> tuple[torch.Tensor, ...]:
-    """The pipeline's own embeddings: conditional, unconditional and, for SDXL, the pooled ones of both."""
+    """Returns the pipeline's own embeddings: conditional, unconditional and, for SDXL, the pooled ones of both."""
     return pipeline.encode_prompt(captions, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
 
 
@@ -169,7 +169,7 @@ def test_a_folder_of_fp16_files_loads_as_its_variant(tmp_path: Path, architectur
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text"])
-def test_a_variant_that_is_not_there_is_named_by_its_key(base_folder: Path, tmp_path: Path, part: str):
+def test_a_missing_variant_is_refused_by_its_key(base_folder: Path, tmp_path: Path, part: str):
     with pytest.raises(UserError, match=r"bases.mine.variant: .*has no fp16 file, but .*safetensors; remove the key"):
         _load(base_folder, parts=(part,), variant="fp16")
     folder = save_base(tmp_path / "mine", variant="fp16")
@@ -210,10 +210,10 @@ def test_micro_conditioning_is_height_before_width(miniatures: Callable[[str], P
 
 
 # What the presets' hub repositories hold, from listings of their files.
-def test_asking_for_a_gpu_that_is_not_there_is_an_error():
+def test_a_device_that_the_machine_lacks_is_refused():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(UserError, match="cuda was asked for"):
+    with pytest.raises(UserError, match="device: cuda, and this machine has no usable GPU"):
         bases.pick_device("cuda")
     assert bases.pick_device("auto").type == "cpu"
     assert bases.pick_dtype("auto", torch.device("cpu")) == torch.float32

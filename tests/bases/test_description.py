@@ -30,8 +30,8 @@ def _params(tmp_path: Path, entries: dict[str, Any] | None = None) -> Path:
 def test_the_shipped_presets_have_the_papers_adapters_before_anything_is_downloaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    rows = description.rows(config.load(_params(tmp_path)), Project(ROOT))
-    counted = {r["name"]: (r["unet_parameters"], r["lora_parameters"], r["adapted_layers"]) for r in rows}
+    described = description.describe_all(config.load(_params(tmp_path)), Project(ROOT))
+    counted = {base.name: (base.unet_parameters, base.lora_parameters, base.adapted_layers) for base in described}
     assert (
         counted
         | {
@@ -42,7 +42,7 @@ def test_the_shipped_presets_have_the_papers_adapters_before_anything_is_downloa
         }
         == counted
     )
-    description.print_table(rows)
+    description.print_table(described)
     shown = capsys.readouterr().out
     for name, adapter in {
         "sd15": "67,252,224 (278)",
@@ -75,7 +75,9 @@ def test_a_base_that_cannot_be_described_says_why_and_stops_no_other(
     assert broken["reason"].startswith("broken/unet/config.json: not JSON")
     assert (mine["rank"], mine["adapted_layers"], mine["prediction_type"]) == (4, 278, "v_prediction")
     assert mine["unet_parameters"] == 546_588
-    description.print_table(rows)
+    description.print_table(
+        [description.Undescribed(**row) if "reason" in row else description.Description(**row) for row in rows]
+    )
     shown = capsys.readouterr().out
     for part in ("546,588", "(278)", "v_prediction", "run `lcmlora fetch unknown`", "not JSON"):
         assert part in shown

@@ -1,4 +1,4 @@
-"""A kind of base is one class in a table: what another package adds is fetched, loaded, encoded and trained."""
+"""A family of bases is one class in a table: a family of another package is fetched, loaded, encoded and trained."""
 
 from pathlib import Path
 

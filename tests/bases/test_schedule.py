@@ -76,12 +76,12 @@ def test_new_noise_brings_a_state_to_the_level_of_a_noisier_timestep():
     torch.testing.assert_close(schedule.renoise(found, fresh, below, following), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_network_is_told_of_the_time_that_the_table_has():
+def test_the_time_input_of_the_network_is_the_tables():
     schedule = replace(_noise(), time=1 - torch.arange(1000) / 1000)
     assert schedule.time[torch.tensor([250])].item() == 0.75
 
 
-def test_a_schedule_that_is_none_is_refused_by_name():
+def test_a_schedule_of_an_unknown_type_or_of_unequal_columns_is_refused():
     with pytest.raises(ValueError, match="'flow'"):
         _noise("flow")
     with pytest.raises(ValueError, match=r"must be \(T,\), got \(1000,\), \(1000,\) and \(3,\)"):

@@ -25,7 +25,7 @@ Miniatures = Callable[[str], Path]
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Where bases are put."""
+    """The folder of the fetched bases."""
     return tmp_path / "bases"
 
 
@@ -40,7 +40,7 @@ def _load(folder: Path) -> bases.LoadedBase:
 
 
 def _made(root: Path) -> list[Path]:
-    """Returns what a fetch left behind, locks that nobody holds included."""
+    """Returns all files that a fetch left, with locks."""
     return [*root.rglob("*")]
 
 
@@ -211,13 +211,13 @@ def test_a_file_with_a_fault_is_refused_by_the_tensor(
         ("something.else", r"has no UNet \(no tensor begins with model\.diffusion_model\.\)"),
     ],
 )
-def test_a_file_of_another_kind_is_told_what_it_is(tmp_path: Path, root: Path, name: str, message: str):
+def test_the_error_about_another_kind_of_file_says_what_it_is(tmp_path: Path, root: Path, name: str, message: str):
     save_file({name: torch.zeros(1)}, tmp_path / "mine.safetensors")
     with pytest.raises(UserError, match=f"mine.safetensors: {message}"):
         fetching.fetch("mine", _settings(tmp_path / "mine.safetensors", None), root)
 
 
-def test_a_configuration_that_was_put_right_is_taken(miniatures: Miniatures, tmp_path: Path, root: Path):
+def test_a_corrected_configuration_converts_the_file_again(miniatures: Miniatures, tmp_path: Path, root: Path):
     config = shutil.copytree(miniatures("sd15"), tmp_path / "config")
     settings = _settings(save_original(config, tmp_path / "mine.safetensors"), config)
     tokenizer = config / "tokenizer" / "tokenizer.json"
@@ -229,7 +229,7 @@ def test_a_configuration_that_was_put_right_is_taken(miniatures: Miniatures, tmp
     _load(fetching.fetch("mine", settings, root))
 
 
-def test_pickles_and_files_that_are_not_there_are_refused(tmp_path: Path, root: Path):
+def test_pickles_and_missing_files_are_refused(tmp_path: Path, root: Path):
     for ending in ("ckpt", "pt", "bin"):
         with pytest.raises(UserError, match=rf"bases.mine.source: .*\.{ending} is a pickle.*expected .safetensors"):
             fetching.fetch("mine", _settings(tmp_path / f"mine.{ending}", None), root)
@@ -275,9 +275,7 @@ def test_a_configuration_of_another_architecture_is_refused(
     assert not _made(root)
 
 
-def test_a_file_marked_as_predicting_v_wants_a_scheduler_that_says_so(
-    miniatures: Miniatures, tmp_path: Path, root: Path
-):
+def test_a_file_marked_as_predicting_v_needs_such_a_scheduler(miniatures: Miniatures, tmp_path: Path, root: Path):
     file = save_original(miniatures("sdxl"), tmp_path / "mine.safetensors", marks=("v_pred", "ztsnr"))
     with pytest.raises(UserError, match=r"marked v_pred, and its scheduler's prediction_type is epsilon"):
         fetching.fetch("mine", _settings(file, miniatures("sdxl")), root)

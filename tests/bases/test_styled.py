@@ -65,7 +65,7 @@ def test_a_styled_base_draws_as_the_base_with_the_lora_at_its_weight(
                        base.encode_text(["tree"])["encoder_hidden_states"])  # fmt: skip
 
 
-def test_half_precision_stays_so(tmp_path: Path):
+def test_a_styled_base_in_half_precision_stays_in_half_precision(tmp_path: Path):
     plain = save_base(tmp_path / "plain", "sd15", variant="fp16")
     style = _style(plain, tmp_path / "style", "fp16")
     found = fetching.fetch("mine", _settings(plain, style, variant="fp16"), tmp_path / "bases")
@@ -74,7 +74,7 @@ def test_half_precision_stays_so(tmp_path: Path):
     _load(found, "fp16")
 
 
-def test_a_styled_base_is_made_once_and_anew_where_something_changed(base_folder: Path, tmp_path: Path):
+def test_a_styled_base_is_made_once_and_again_after_a_change(base_folder: Path, tmp_path: Path):
     style, root = _style(base_folder, tmp_path / "style"), tmp_path / "bases"
     weights = fetching.fetch("mine", _settings(base_folder, style), root) / "unet/diffusion_pytorch_model.safetensors"
     first = weights.stat().st_mtime_ns
@@ -88,7 +88,7 @@ def test_a_styled_base_is_made_once_and_anew_where_something_changed(base_folder
     assert not fetching.fetch("mine", heavier, root).is_symlink()
 
 
-def test_a_styled_base_is_made_anew_where_another_part_of_its_base_changed(base_folder: Path, tmp_path: Path):
+def test_a_styled_base_is_made_again_after_a_change_of_any_part_of_its_base(base_folder: Path, tmp_path: Path):
     plain = shutil.copytree(base_folder, tmp_path / "plain")
     settings = _settings(plain, _style(plain, tmp_path / "style"))
     weights = fetching.fetch("mine", settings, tmp_path / "bases") / "vae/diffusion_pytorch_model.safetensors"
@@ -99,7 +99,9 @@ def test_a_styled_base_is_made_anew_where_another_part_of_its_base_changed(base_
     assert torch.equal(load_file(weights)["quant_conv.bias"], tensors["quant_conv.bias"])
 
 
-def test_what_cannot_be_summed_in_is_refused(base_folder: Path, miniatures: Callable[[str], Path], tmp_path: Path):
+def test_a_style_that_does_not_fit_the_base_is_refused(
+    base_folder: Path, miniatures: Callable[[str], Path], tmp_path: Path
+):
     with pytest.raises(UserError, match=r"bases\.mine\.style\.source: .*nowhere: no such file"):
         fetching.fetch("mine", _settings(base_folder, tmp_path / "nowhere"), tmp_path / "bases")
     other = _style(miniatures("sdxl"), tmp_path / "style")
@@ -111,14 +113,14 @@ def test_what_cannot_be_summed_in_is_refused(base_folder: Path, miniatures: Call
         fetching.fetch("full", _settings(base_folder, _style(base_folder, tmp_path / "own")), tmp_path / "bases")
 
 
-def test_a_change_of_the_style_is_seen(base_folder: Path, tmp_path: Path):
+def test_a_change_of_the_style_changes_the_state_of_the_base(base_folder: Path, tmp_path: Path):
     style = _style(base_folder, tmp_path / "style")
     before = fetching.base_state("mine", _settings(base_folder, style))
     (style / lora.WEIGHTS).write_bytes(b"other")
     assert fetching.base_state("mine", _settings(base_folder, style)) != before
 
 
-def test_a_release_of_a_styled_base_asks_for_its_folder(tmp_path: Path):
+def test_a_release_of_a_styled_base_needs_the_bases_folder(tmp_path: Path):
     made_for = {"source": "team/base", "revision": "0" * 40, "digest": "1" * 64, "style": "ink at 0.5"}
-    with pytest.raises(UserError, match=r"made for team/base with the style ink at 0\.5 summed into it; say where"):
-        pipelines._base(tmp_path, made_for, None, tmp_path)
+    with pytest.raises(UserError, match=r"made for team/base with the style ink at 0\.5 added to it; name the folder"):
+        pipelines._base_folder(tmp_path, made_for, None, tmp_path)

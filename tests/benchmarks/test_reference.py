@@ -19,11 +19,11 @@ def test_both_compute_the_same_losses_from_the_same_samples(base_folder: Path, c
     optimization = equip(base, settings)
     distillation = Distillation(base, cache.unconditional(), settings)
     for step in range(5):
-        theirs = reference.step(batches.draw(step), cache.unconditional())
-        ours, _ = take_step(distillation, optimization, batches, settings, step)
-        torch.testing.assert_close(ours[0], theirs, rtol=1e-3, atol=1e-6)
+        of_recipe = reference.step(batches.draw(step), cache.unconditional())
+        losses, _ = take_step(distillation, optimization, batches, settings, step)
+        torch.testing.assert_close(losses[0], of_recipe, rtol=1e-3, atol=1e-6)
     first = reference.step(batches.draw(0), cache.unconditional())
-    assert not torch.allclose(first, ours[0], rtol=0.1)  # it has something to see
+    assert not torch.allclose(first, losses[0], rtol=0.1)  # the losses of other samples differ
 
 
 def test_the_recipe_encodes_pictures_and_captions_in_every_step(base_folder: Path, cache: LatentCache):

@@ -15,8 +15,8 @@ from lcmlora.cli.adapters.references import AdapterReference
 from lcmlora.config import Config
 from lcmlora.errors import UserError
 from lcmlora.project import Project
-from lcmlora.registry.promotion import assign
-from lcmlora.registry.registration import register
+from lcmlora.registry.promotion import promote_passed
+from lcmlora.registry.registration import register_release
 from lcmlora.releases import catalog, publish
 from lcmlora.releases.bundle import ADAPTER, SCHEDULER, WEIGHTS, digest, verify
 from tests.support import releases
@@ -103,7 +103,7 @@ def test_a_damaged_release_and_a_name_of_nothing_are_refused(bundle: Path, tmp_p
 
 
 def test_a_registered_version_is_downloaded_once_by_its_alias(config: Config, bundle: Path, tmp_path: Path):
-    assign(register("mini", config.registry, bundle), config.registry, reason="first")
+    promote_passed(register_release("mini", config.registry, bundle), config.registry, reason="first")
     for name in ("models:/lcm-lora-mini@champion", "models:/lcm-lora-mini/1"):
         found = references.open_adapter(name, config, tmp_path / "cache")
         assert found.shown == name and found.model == "mini"
@@ -117,7 +117,7 @@ def test_a_registered_version_is_downloaded_once_by_its_alias(config: Config, bu
 
 
 def test_a_registered_release_that_was_changed_is_not_kept(config: Config, bundle: Path, tmp_path: Path):
-    register("mini", config.registry, bundle)
+    register_release("mini", config.registry, bundle)
     (stored,) = (path for path in tmp_path.rglob("artifacts/release/scheduler_config.json"))
     stored.write_bytes(b"[]")
     with pytest.raises(UserError, match=r"scheduler_config\.json: expected sha256"):
@@ -131,23 +131,23 @@ def test_a_registered_release_that_was_changed_is_not_kept(config: Config, bundl
 def test_a_published_release_is_downloaded_file_by_file_as_its_manifest_lists_them(bundle: Path, tmp_path: Path):
     """In a directory; tests/integration has the same from S3."""
     store = settings.Publish(to=str(tmp_path / "store"))
-    publish.publish(bundle, "mini", store)
+    publish.publish_release(bundle, "mini", store)
     place = str(tmp_path / "store" / "mini" / f"sha256-{digest(bundle)[:12]}")
-    assert catalog.find(place, store) == (Path(place).as_uri(), digest(bundle))
+    assert catalog.find_release(place, store) == (Path(place).as_uri(), digest(bundle))
     (tmp_path / "out").mkdir()
-    catalog.download(place, store, tmp_path / "out")
+    catalog.download_release(place, store, tmp_path / "out")
     verify(tmp_path / "out")
     Path(place, "grid.png").write_bytes(b"pnG")
     with pytest.raises(UserError, match=r"grid\.png: has 3 bytes, and 73 are listed"):
-        catalog.download(place, store, tmp_path / "out")
+        catalog.download_release(place, store, tmp_path / "out")
     Path(place, "grid.png").unlink()
     with pytest.raises(UserError, match=r"grid\.png: is listed in manifest\.json and missing"):
-        catalog.download(place, store, tmp_path / "out")
+        catalog.download_release(place, store, tmp_path / "out")
     _change(Path(place, "manifest.json"), files=[{"name": "../evil", "bytes": 1, "sha256": "0" * 64}])
     with pytest.raises(UserError, match=r"'\.\./evil' is not the name of a file"):
-        catalog.download(place, store, tmp_path / "out")
+        catalog.download_release(place, store, tmp_path / "out")
     with pytest.raises(UserError, match=r"store: holds no manifest\.json, so no release"):
-        catalog.find(str(tmp_path / "store"), store)
+        catalog.find_release(str(tmp_path / "store"), store)
 
 
 # --- bases --------------------------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ from PIL import Image
 
 from lcmlora import bases
 from lcmlora.config import Base, Data
+from lcmlora.data.sources.source import survey, write_records
 from tests.support.miniature import save_base
 
 NODE_MODULES = Path(__file__).parents[2] / "node_modules"
 
 
 def data_in(folder: Path, **changes: Any) -> Data:
-    plain = {"source": "folder", "path": folder, "min_side": 16, "max_aspect": 2.0, "validation": 0.25, "seed": 0}
+    plain = {"source": "folder", "path": folder, "min_side": 16, "max_aspect": 2.0, "seed": 0}
     return Data.model_validate(plain | changes)
 
 
@@ -49,6 +50,16 @@ def folder(tmp_path: Path) -> Path:
     for number in range(8):
         add(tmp_path / "in", f"{number}.png", f"subject {number}", picture(number))
     return tmp_path / "in"
+
+
+@pytest.fixture
+def listed(folder: Path, tmp_path: Path) -> Data:
+    """Forty pictures of various shapes under eight captions, all of them for training."""
+    for number in range(8, 40):
+        add(folder, f"{number:02d}.png", f"subject {number % 8}", picture(number, (40 + number % 7, 40 + number % 5)))
+    data = data_in(folder)
+    write_records(tmp_path / "pictures" / "train.jsonl", survey(data).records)
+    return data
 
 
 @pytest.fixture

@@ -16,33 +16,33 @@ from safetensors.torch import load_file
 
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Encode
-from lcmlora.data.latents.aspect import chosen, nearest, table
+from lcmlora.data.latents.aspect import bucket_sizes, nearest, used_sizes
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.encode import encode
-from lcmlora.data.sources.source import find, fit, open_picture, read_records, write_records
-from lcmlora.distillation.distill import distill
+from lcmlora.data.latents.encode import encode_latents
+from lcmlora.data.sources.source import fit, open_picture, read_records, survey, write_records
+from lcmlora.distillation.distill import distill_adapter
 from lcmlora.errors import UserError
 from lcmlora.training.batches import Batches, chunks
 from lcmlora.training.loop import NullLogger
 from tests.data.conftest import add, data_in, load_encoders, picture
-from tests.data.test_cache import Load, count_batches, tree
 from tests.support.distillation import CPU, SETTINGS, load_parts
+from tests.support.latents import Load, count_batches, tree
 
 SHAPES = [(40, 40), (64, 40), (40, 64), (72, 40), (41, 40)]  # width and height
 
 
 def test_shapes_have_the_area_of_the_square_and_sides_of_whole_units() -> None:
-    sizes = table(512, 64, 2.0)
+    sizes = bucket_sizes(512, 64, 2.0)
     assert sizes == [(640, 384), (576, 448), (512, 512), (448, 576), (384, 640)]
-    assert (1024, 1024) in table(1024, 64, 2.0) and (832, 1216) in table(1024, 64, 2.0)  # of SDXL's own
-    for height, width in table(1024, 64, 4.0):
+    assert (1024, 1024) in bucket_sizes(1024, 64, 2.0) and (832, 1216) in bucket_sizes(1024, 64, 2.0)  # of SDXL's own
+    for height, width in bucket_sizes(1024, 64, 4.0):
         assert height % 64 == width % 64 == 0 and 0.85 * 1024 * 1024 <= height * width <= 1024 * 1024
         assert max(height, width) <= 4 * min(height, width)
-    assert table(64, 64, 4.0) == [(64, 64)]
+    assert bucket_sizes(64, 64, 4.0) == [(64, 64)]
 
 
 def test_a_picture_goes_to_the_shape_of_the_closest_aspect() -> None:
-    sizes = table(1024, 64, 2.0)
+    sizes = bucket_sizes(1024, 64, 2.0)
     found = nearest([(1000, 1000), (1920, 1080), (1080, 1920), (1, 3000)], sizes)
     assert [sizes[number] for number in found] == [(1024, 1024), (768, 1344), (1344, 768), sizes[0]]
 
@@ -52,8 +52,8 @@ SIDES = st.integers(1, 3000)
 
 @given(st.dictionaries(st.tuples(SIDES, SIDES), st.integers(1, 200), min_size=1), st.integers(1, 300))
 def test_no_shape_that_is_chosen_has_too_few_pictures_but_the_only_one(shapes: dict[Any, int], least: int) -> None:
-    sizes, pairs, counts = table(512, 64, 2.0), list(shapes), list(shapes.values())
-    found = chosen(pairs, counts, sizes, least)
+    sizes, pairs, counts = bucket_sizes(512, 64, 2.0), list(shapes), list(shapes.values())
+    found = used_sizes(pairs, counts, sizes, least)
     assert found == [size for size in sizes if size in found]
     each = np.bincount(nearest(pairs, found), counts, minlength=len(found))
     assert (len(found) == 1 and each.min() > 0) or each.min() >= least
@@ -71,9 +71,9 @@ def fill(base: LoadedBase, work: Path, count: int, **changes: Any) -> LatentCach
         if not (work / "in" / f"{number:03d}.png").exists():
             add(work / "in", f"{number:03d}.png", f"subject {number % 9}", picture(number, SHAPES[number % 5]))
     data = data_in(work / "in")
-    write_records(work / "pictures" / "train.jsonl", find(data)[0])
+    write_records(work / "pictures" / "train.jsonl", survey(data).records)
     settings = Encode.model_validate({"batch": 4, "aspect_buckets": True, "bucket_pictures": 8} | changes)
-    encode(base, data, settings, work / "pictures", work / "scratch", work / "latents")
+    encode_latents(base, data, settings, work / "pictures", work / "scratch", work / "latents")
     return LatentCache(work / "latents")
 
 
@@ -94,7 +94,7 @@ def test_each_picture_is_encoded_in_its_shape_and_told_so(base_folder: Path, mad
         found, _ = cache.latents(torch.tensor([row]))
         assert found.shape == (1, 4, size[0] // 2, size[1] // 2)
         torch.testing.assert_close(found, mean, rtol=2e-3, atol=1e-3)
-        assert cache._small["crop_tl"][row].tolist() == list(crop)
+        assert cache._rows["crop_tl"][row].tolist() == list(crop)
 
 
 def test_sdxl_is_told_the_shape(load_base: Load, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_batch_is_of_one_shape_and_all_are_seen(made: Path) -> None:
     batches = Batches(cache, torch.arange(60), SETTINGS, CPU, grid=50)
     shapes, seen = Counter[tuple[int, ...]](), Counter[int]()
     for step in range(15):
-        rows = batches.rows(batches.positions(step, 0))
+        rows = batches.rows(batches.sample_indices(step, 0))
         assert len(cache.bucket(rows).unique()) == 1
         shapes[tuple(batches.draw(step).z.shape[2:])] += 1
         seen.update(rows.tolist())
@@ -134,13 +134,13 @@ def test_a_distillation_on_many_shapes_learns(made: Path, base_folder: Path, tmp
     settings = SETTINGS.model_copy(update=changes)
     arguments = (cache, settings, tmp_path, tmp_path / "adapter")
     told: dict[str, Any] = {"identity": {"digest": "0"}, "logger": Recorder(), "decode": base.decode}
-    distill(base, *arguments, **told)
+    distill_adapter(base, *arguments, **told)
     found = [loss for loss in losses if loss is not None]
     assert found[-1] < 0.95 * found[0]
     fresh = load_parts(base_folder, "network")
     fresh.resolution = 32
-    with pytest.raises(UserError, match="teacher_cache_gb: keeps what is said of one shape"):
-        distill(fresh, *arguments, **told | {"teacher_cache": (tmp_path / "teacher", 1 << 20)})
+    with pytest.raises(UserError, match="teacher_cache_gb: outputs of one shape are kept"):
+        distill_adapter(fresh, *arguments, **told | {"teacher_cache": (tmp_path / "teacher", 1 << 20)})
 
 
 def test_a_set_that_grows_keeps_its_shards_whatever_stands_before_them(base_folder: Path, tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from lcmlora.config import Data
-from lcmlora.data.prepare import prepare_pictures
+from lcmlora.data.prepare import PARTS, prepare_pictures
 from lcmlora.data.reading import candidates, tar_members, tar_samples
 from lcmlora.data.sources import tars
 from lcmlora.data.sources.guess import source_of
 from lcmlora.data.sources.parquet import NO_BYTES
-from lcmlora.data.sources.source import find, open_picture, read_records
+from lcmlora.data.sources.source import open_picture, read_records, survey
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 
@@ -53,7 +53,7 @@ def sample(number: int) -> list[Member]:
 
 
 def reasons(data: Data) -> dict[str, str]:
-    return {rejection.name: rejection.reason for rejection in find(data)[1]}
+    return {rejection.name: rejection.reason for rejection in survey(data).rejections}
 
 
 def layouts(root: Path, count: int = 8) -> dict[str, Data]:
@@ -90,10 +90,10 @@ def test_the_same_pictures_are_the_same_in_every_layout(tmp_path: Path):
     found = {}
     for name, data in layouts(tmp_path).items():
         assert source_of(data.path) == data.source
-        records, rejections = find(data)
-        assert rejections == []
-        found[name] = [(r.caption, r.sha256, r.width, r.height) for r in records]
-        last = records[-1]
+        in_layout = survey(data)
+        assert in_layout.rejections == []
+        found[name] = [(r.caption, r.sha256, r.width, r.height) for r in in_layout.records]
+        last = in_layout.records[-1]
         assert np.array_equal(np.asarray(open_picture(data, last)), np.asarray(picture(7))), name
     assert all(each == found["folder"] for each in found.values())
     assert [caption for caption, *_ in found["folder"]] == [f"subject {number}" for number in range(8)]
@@ -102,7 +102,7 @@ def test_the_same_pictures_are_the_same_in_every_layout(tmp_path: Path):
 def test_a_caption_is_also_found_in_a_samples_json(tmp_path: Path):
     told = json.dumps({"url": "x", "caption": " in  JSON "}).encode()
     tar(tmp_path / "a.tar", ("dir.v1/1.json", told), ("dir.v1/1.jpg", png(1)), ("dir.v1/1.cls", b"7"))
-    (record,) = find(data_in(tmp_path / "a.tar", source="webdataset"))[0]
+    (record,) = survey(data_in(tmp_path / "a.tar", source="webdataset")).records
     assert (record.key, record.caption) == ("a.tar/dir.v1/1.jpg", "in JSON")
 
 
@@ -149,7 +149,7 @@ def test_hostile_tar_files_give_a_reason_each_and_run_nothing(tmp_path: Path):
         *sample(9),
     )
     data = data_in(tmp_path / "in", source="webdataset")
-    assert [record.key for record in find(data)[0]] == ["a.tar/0000.png", "a.tar/0009.png"]
+    assert [record.key for record in survey(data).records] == ["a.tar/0000.png", "a.tar/0009.png"]
     assert reasons(data) == {
         "a.tar/code": tars.NO_PICTURE,
         "a.tar/0001.png": candidates.NO_CAPTION,
@@ -176,7 +176,8 @@ def test_a_tar_file_that_was_cut_off_or_is_none_is_told_and_the_others_are_read(
     (tmp_path / "in" / "c.tar").write_bytes(b"not a tar file at all" * 100)
     (tmp_path / "in" / "d.tar").write_bytes(b"")
     data = data_in(tmp_path / "in", source="webdataset")
-    records, rejections = find(data)
+    found = survey(data)
+    records, rejections = found.records, found.rejections
     assert [record.key for record in records][:4] == [f"a.tar/{number:04d}.png" for number in range(4)]
     told = {rejection.name: rejection.reason for rejection in rejections}
     assert [told[name] for name in ("b.tar", "c.tar", "d.tar")] == [tar_members.CUT_OFF] * 3
@@ -188,7 +189,7 @@ def test_rows_that_cannot_be_used_give_a_reason_each(tmp_path: Path):
     pictures = [png(0), png(1), png(2), png(3), png(4), None, b"", png(7)[:60]]
     table(tmp_path / "a.parquet", caption=texts, jpg=pictures)
     data = data_in(tmp_path / "a.parquet", source="parquet")
-    assert [(r.key, r.caption) for r in find(data)[0]] == [("a.parquet/000000", "one")]
+    assert [(r.key, r.caption) for r in survey(data).records] == [("a.parquet/000000", "one")]
     assert reasons(data) == {
         "a.parquet/000001": candidates.NO_CAPTION,
         "a.parquet/000002": candidates.NOT_UTF8,
@@ -215,21 +216,21 @@ def test_rows_that_cannot_be_used_give_a_reason_each(tmp_path: Path):
 def test_tables_that_cannot_be_meant_are_an_error_naming_the_column(tmp_path: Path, columns: dict, message: str):
     table(tmp_path / "a.parquet", **columns)
     with pytest.raises(UserError, match=message):
-        find(data_in(tmp_path, source="parquet"))
+        survey(data_in(tmp_path, source="parquet"))
 
 
 def test_nothing_to_read_is_an_error(tmp_path: Path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more")
     for source, message in (("parquet", "not a parquet file"), ("webdataset", r"no \.tar files")):
         with pytest.raises(UserError, match=message):
-            find(data_in(tmp_path, source=source))
+            survey(data_in(tmp_path, source=source))
         with pytest.raises(UserError, match="no such file or folder"):
-            find(data_in(tmp_path / "nowhere", source=source))
+            survey(data_in(tmp_path / "nowhere", source=source))
 
 
 def test_a_picture_that_changed_after_the_list_was_made_is_an_error(tmp_path: Path):
     data = data_in(tar(tmp_path / "a.tar", *sample(0)), source="webdataset")
-    (record,), _ = find(data)
+    (record,) = survey(data).records
     tar(tmp_path / "a.tar", *sample(1))
     with pytest.raises(UserError, match=r"0000\.png: it has changed.*lcmlora prepare"):
         open_picture(data, record)
@@ -269,7 +270,7 @@ def test_what_img2dataset_writes_is_read_whatever_lies_beside(tmp_path: Path):
     (tmp_path / "tars/00000_stats.json").write_text("{}")
     data = data_in(tmp_path / "tars", source="webdataset")
     report = prepare_pictures(data, 1, tmp_path / "out")
-    kept = [r for part in ("train", "validation") for r in read_records(tmp_path / f"out/{part}.jsonl")]
+    kept = [r for part in PARTS for r in read_records(tmp_path / f"out/{part}.jsonl")]
     assert report["kept"] == 8 and {r.caption for r in kept} == {f"subject {number}" for number in range(8)}
     assert "00001.tar.gz" in json.dumps(report["passed_over"])
 

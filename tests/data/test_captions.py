@@ -143,7 +143,7 @@ def test_the_report_and_the_table_tell_what_was_not_read_and_what_was_cleaned(
 
 def test_a_set_without_anything_else_has_no_further_keys(folder: Path, tmp_path: Path) -> None:
     assert sorted(prepare_pictures(data_in(folder), 2, tmp_path / "out")) == [
-        "dropped", "kept", "read", "source", "train", "validation",
+        "dropped", "kept", "read", "source", "test", "train", "validation",
     ]  # fmt: skip
 
 

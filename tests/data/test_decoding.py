@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from lcmlora.data.decoding import BAD_PROFILE, decode
-from lcmlora.data.reading.candidates import LFS, Unusable
+from lcmlora.data.reading.candidates import LFS_POINTER, Unusable
 from tests.data.conftest import picture
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -179,5 +179,5 @@ def test_stereo_pictures_and_gain_maps_give_their_first_frame() -> None:
 
 
 def test_a_pointer_of_git_lfs_is_named() -> None:
-    with pytest.raises(Unusable, match=LFS):
+    with pytest.raises(Unusable, match=LFS_POINTER):
         decode(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from lcmlora.data.duplicates import NearDuplicates, perceptual_hash
-from lcmlora.data.prepare import NEAR_DUPLICATE, prepare_pictures
+from lcmlora.data.prepare import NEAR_DUPLICATE, PARTS, prepare_pictures
 from lcmlora.data.sources.source import read_records
 from tests.data.conftest import add, data_in
 
@@ -60,6 +60,6 @@ def test_of_pictures_that_look_the_same_the_first_is_kept_if_that_is_asked_for(t
     assert prepare_pictures(data_in(tmp_path / "in"), 2, tmp_path / "all")["kept"] == 12
     report = prepare_pictures(data_in(tmp_path / "in", near_duplicates=6), 2, tmp_path / "out")
     assert report["dropped"] == {NEAR_DUPLICATE: {"count": 6, "first": [f"{number}.png" for number in range(6)]}}
-    kept = read_records(tmp_path / "out/train.jsonl") + read_records(tmp_path / "out/validation.jsonl")
+    kept = [r for part in PARTS for r in read_records(tmp_path / f"out/{part}.jsonl")]
     assert {r.key for r in kept} == {f"{number}-again.jpg" for number in range(6)}
     assert all(r.look is not None and len(r.look) == 16 for r in kept)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lcmlora.data.reading.candidates import AMBIGUOUS, MISSING, OUTSIDE, TWICE, Unusable
-from lcmlora.data.reading.file_names import Names
+from lcmlora.data.reading.candidates import AMBIGUOUS, MISSING, NAMED_TWICE, OUTSIDE, Unusable
+from lcmlora.data.reading.file_names import FileNames
 from lcmlora.data.sources.folder import Folder
 from tests.data.conftest import add, data_in, picture
 
@@ -52,11 +52,11 @@ THERE = [
     ],
 )
 def test_a_name_that_is_written_otherwise_means_the_one_file_that_is_like_it(named: str, meant: str) -> None:
-    assert Names(THERE, ROOT).find(named) == meant
+    assert FileNames(THERE, ROOT).find(named) == meant
 
 
 def test_a_name_in_metadata_of_a_subfolder_is_of_that_folder() -> None:
-    names = Names(THERE, ROOT)
+    names = FileNames(THERE, ROOT)
     assert names.find("img_1.jpg", "images") == "images/IMG_1.JPG"
     assert names.find("..\\sub\\S.png", "images") == "sub/s.png"
     assert names.find(f"{ROOT}/sub/s.png", "images") == "sub/s.png"
@@ -80,13 +80,13 @@ def test_a_name_in_metadata_of_a_subfolder_is_of_that_folder() -> None:
 )
 def test_several_files_or_none_are_a_reason_with_the_nearest(named: str, reason: str, detail: str) -> None:
     with pytest.raises(Unusable) as refused:
-        Names(["a.png", "A.png", "cat-0001.png"], ROOT).find(named)
+        FileNames(["a.png", "A.png", "cat-0001.png"], ROOT).find(named)
     assert (str(refused.value), refused.value.detail) == (reason, detail)
 
 
 def test_the_exact_name_goes_before_what_is_like_it() -> None:
-    assert Names(["a.png", "A.png"]).find("a.png") == "a.png"
-    assert Names(["a.png", "A.png"]).find("A.png") == "A.png"
+    assert FileNames(["a.png", "A.png"]).find("a.png") == "a.png"
+    assert FileNames(["a.png", "A.png"]).find("A.png") == "A.png"
 
 
 def test_no_picture_is_counted_twice(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_no_picture_is_counted_twice(tmp_path: Path) -> None:
         ("images/IMG_0.JPG", "row 0"), ("images/IMG_1.JPG", "row 2"), ("images/IMG_2.JPG", "beside"),
     ]  # fmt: skip
     assert [(r.name, r.reason, r.detail) for r in rejections] == [
-        ("images/img_0.jpg", TWICE, "row 2 of metadata.jsonl"), ("images/gone.jpg", MISSING, ""),
+        ("images/img_0.jpg", NAMED_TWICE, "row 2 of metadata.jsonl"), ("images/gone.jpg", MISSING, ""),
     ]  # fmt: skip
 
 

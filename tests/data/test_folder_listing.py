@@ -11,7 +11,7 @@ import pytest
 
 from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.reading.candidates import LINKED, MISSING, NO_FILE
-from lcmlora.data.reading.folder_listing import Links, walk
+from lcmlora.data.reading.folder_listing import LinkRule, list_folder
 from lcmlora.data.sources.source import survey
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
@@ -27,7 +27,7 @@ def put(path: Path, content: str = "x") -> Path:
 
 
 def names(root: Path, rule: str = "refuse") -> list[str]:
-    return walk(Links(root, rule)).names
+    return list_folder(LinkRule(root, rule)).names
 
 
 def test_links_within_the_folder_are_read_and_out_of_it_are_told(tmp_path: Path) -> None:
@@ -37,9 +37,9 @@ def test_links_within_the_folder_are_read_and_out_of_it_are_told(tmp_path: Path)
     (root / "a.png").symlink_to(root / "real/a.png")
     (root / "more").symlink_to(tmp_path / "out")
     (root / "b.png").symlink_to(tmp_path / "out/b.png")
-    tree = walk(Links(root, "refuse"))
-    assert tree.names == ["a.png", "real/a.png"]
-    assert tree.refused == {"more/": LINKED, "b.png": LINKED}
+    listing = list_folder(LinkRule(root, "refuse"))
+    assert listing.names == ["a.png", "real/a.png"]
+    assert listing.refused == {"more/": LINKED, "b.png": LINKED}
     assert names(root, "follow") == ["a.png", "b.png", "more/b.png", "real/a.png"]
 
 
@@ -53,10 +53,10 @@ def test_a_folder_is_read_once_however_many_links_lead_to_it(tmp_path: Path) -> 
     (root / "one").symlink_to(tmp_path / "out")
     (root / "two").symlink_to(tmp_path / "out")
     (tmp_path / "out/back").symlink_to(root)
-    tree = walk(Links(root, "follow"))
-    assert tree.names == ["b/a.png", "one/c.png"]
-    assert tree.repeated == ["again/", "two/", "b/up/", "one/back/"]
-    assert tree.refused == {"b/self": MISSING}
+    listing = list_folder(LinkRule(root, "follow"))
+    assert listing.names == ["b/a.png", "one/c.png"]
+    assert listing.repeated == ["again/", "two/", "b/up/", "one/back/"]
+    assert listing.refused == {"b/self": MISSING}
 
 
 def test_pipes_broken_links_and_hidden_files_are_told_apart(tmp_path: Path) -> None:
@@ -66,10 +66,10 @@ def test_pipes_broken_links_and_hidden_files_are_told_apart(tmp_path: Path) -> N
     os.mkfifo(tmp_path / "metadata.jsonl")
     (tmp_path / "device.png").symlink_to("/dev/null")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    tree = walk(Links(tmp_path, "follow"))
-    assert tree.names == ["a.png"]
-    assert tree.hidden == ["._a.png", ".git"]
-    assert tree.refused == {"metadata.jsonl": NO_FILE, "device.png": NO_FILE, "gone.png": MISSING}
+    listing = list_folder(LinkRule(tmp_path, "follow"))
+    assert listing.names == ["a.png"]
+    assert listing.hidden == ["._a.png", ".git"]
+    assert listing.refused == {"metadata.jsonl": NO_FILE, "device.png": NO_FILE, "gone.png": MISSING}
 
 
 def test_dvcs_cache_of_the_same_repository_counts_as_part_of_the_folder(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def all_of(read: Callable[[Any], Piece[Any, Any]], place: Any) -> list[Any]:
 
 def read_parquet(content: bytes) -> None:
     def use(folder: str, name: str) -> None:
-        found = all_of(lambda place: parquet._read(("score",), place), parquet_files.Position(folder, name))
+        found = all_of(lambda place: parquet._read_piece(("score",), place), parquet_files.Position(folder, name))
         reader = parquet.Parquet(data_in(Path(folder), source="parquet"))
         for each in found:
             if isinstance(each, Candidate):
@@ -56,16 +56,16 @@ def read_parquet(content: bytes) -> None:
                     reader.read(each.place)
                 except Unusable:
                     continue
-        all_of(lambda place: tables._read(None, place), parquet_files.Position(folder, name))
+        all_of(lambda place: tables._read_piece(None, place), parquet_files.Position(folder, name))
 
     in_a_file(".parquet", content, use)
 
 
 def read_tar(content: bytes) -> None:
     def use(folder: str, name: str) -> None:
-        reader, alone = tars.Tars(data_in(Path(folder), source="webdataset")), tars._Alone()
-        for each in all_of(lambda place: tars._read(("score",), place), tars._Place(folder, name)):
-            if isinstance(each, tars._Half):
+        reader, alone = tars.Tars(data_in(Path(folder), source="webdataset")), tars._UnmatchedParts()
+        for each in all_of(lambda place: tars._read_piece(("score",), place), tars._Position(folder, name)):
+            if isinstance(each, tars._Unmatched):
                 alone.add(each)
             elif each.place is not None:
                 try:
@@ -90,8 +90,8 @@ def mended(content: bytes) -> bytes:
 
 def read_text(ending: str, content: bytes) -> None:
     def use(folder: str, name: str) -> None:
-        rows = all_of(lambda place: tables._read(None, place), tables._Place(folder, name, None))
-        prompts.distinct(rows)
+        rows = all_of(lambda place: tables._read_piece(None, place), tables._TextPosition(folder, name, None))
+        prompts.distinct_prompts(rows)
 
     in_a_file(ending, content, use)
 

@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from lcmlora.data.prepare import DUPLICATE, prepare_pictures
 from lcmlora.data.reading import candidates
 from lcmlora.data.sources.folder import Folder
-from lcmlora.data.sources.source import find
+from lcmlora.data.sources.source import survey
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 
@@ -154,7 +154,8 @@ def test_a_hostile_folder_costs_each_picture_alone(tmp_path: Path) -> None:
     sizes, reasons = odd_but_good(folder), bad(folder, tmp_path / "outside")
     assert len(sizes) + len(reasons) >= 60
     data = data_in(folder)
-    records, rejections = find(data)
+    found = survey(data)
+    records, rejections = found.records, found.rejections
     assert {r.key: (r.width, r.height) for r in records if r.key not in reasons} == sizes
     later = (DUPLICATE, SMALL, LONG)  # found in what could be decoded
     assert {r.name: r.reason for r in rejections} == {n: r for n, r in reasons.items() if r not in later}
@@ -171,10 +172,12 @@ def test_no_process_takes_a_gigabyte_for_a_hostile_folder(tmp_path: Path) -> Non
     # In a process of its own, whose children are those that read the folder and no other test's. They are children of
     # the fork server: only when that has ended and was waited for are they among those of this process.
     script = (
-        "import resource, sys; from lcmlora.data.sources.source import find; from tests.data.conftest import data_in\n"
+        "import resource, sys\n"
+        "from lcmlora.data.sources.source import survey\n"
+        "from tests.data.conftest import data_in\n"
         "from multiprocessing import forkserver; from pathlib import Path\n"
         "if __name__ == '__main__':\n"
-        "    find(data_in(Path(sys.argv[1])))\n"
+        "    survey(data_in(Path(sys.argv[1])))\n"
         "    forkserver._forkserver._stop()\n"
         "    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
     )
@@ -192,4 +195,4 @@ def test_where_most_pictures_have_no_caption_the_layout_is_wrong(folder: Path) -
     for number in range(2):
         add(folder, f"barer-{number}.png", None, picture(100 + number))
     with pytest.raises(UserError, match=r"9 of 17 pictures have no caption \(bare-0.png, bare-1.png, bare-2.png, "):
-        find(data_in(folder))
+        survey(data_in(folder))

@@ -35,7 +35,7 @@ def told(folder: Path, name: str) -> dict[str, str]:
     found: dict[str, str] = {}
     reader = Parquet(data_in(folder, source="parquet"))
     while position is not None:
-        piece = parquet._read((), position)
+        piece = parquet._read_piece((), position)
         assert piece.rest != position
         for each in piece.results:
             if isinstance(each, Candidate):
@@ -154,7 +154,7 @@ def pieces(folder: Path, name: str) -> list[Any]:
     position: Position | None = Position(str(folder), name)
     found: list[Any] = []
     while position is not None:
-        piece = parquet._read((), position)
+        piece = parquet._read_piece((), position)
         found, position = [*found, *piece.results], piece.rest
     return found
 

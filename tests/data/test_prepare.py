@@ -8,7 +8,7 @@ import pytest
 
 from lcmlora.config import Data
 from lcmlora.data.decoding import BAD_PROFILE
-from lcmlora.data.prepare import DUPLICATE, choose_validation, prepare_pictures, print_report
+from lcmlora.data.prepare import DUPLICATE, PARTS, hold_out, prepare_pictures, print_report
 from lcmlora.data.reading.candidates import DAMAGED
 from lcmlora.data.sources.source import read_records
 from lcmlora.errors import UserError
@@ -39,9 +39,9 @@ def test_the_report_counts_what_was_read_kept_and_dropped(folder: Path, tmp_path
         small: {"count": 1, "first": ["small.png"]},
         long: {"count": 1, "first": ["long.png"]},
     }
-    assert report["train"]["pictures"] + report["validation"]["pictures"] == 9
+    assert sum(report[part]["pictures"] for part in PARTS) == 9
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
-    names = ["rejected.html", "rejected.parquet", "report.json", "train.jsonl", "validation.jsonl"]
+    names = ["rejected.html", "rejected.parquet", "report.json", "test.jsonl", "train.jsonl", "validation.jsonl"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     table = pyarrow.parquet.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
     assert dict(zip(table["name"], table["reason"], strict=True)) == {
@@ -59,47 +59,70 @@ def test_only_the_first_ten_offenders_are_named(folder: Path, tmp_path: Path) ->
     assert [(d["count"], len(d["first"]), d["first"][0]) for d in dropped.values()] == [(12, 10, "z00.png")]
 
 
-def test_no_caption_is_on_both_sides(folder: Path, tmp_path: Path) -> None:
+def test_no_caption_is_in_two_parts(folder: Path, tmp_path: Path) -> None:
     for number in range(40):
         add(folder, f"more{number:02d}.png", f"subject {number % 10}", picture(100 + number, (32, 32 + number % 20)))
     report = prepare_pictures(data_in(folder), 4, tmp_path / "out")
-    train, validation = captions(tmp_path / "out" / "train.jsonl"), captions(tmp_path / "out" / "validation.jsonl")
-    assert train and validation
-    assert not train & validation
-    assert len(train | validation) == 10
-    assert report["train"]["captions"] == len(train)
+    parts = {part: captions(tmp_path / "out" / f"{part}.jsonl") for part in PARTS}
+    assert all(parts.values())
+    assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == 10
+    assert {part: report[part]["captions"] for part in PARTS} == {part: len(found) for part, found in parts.items()}
 
 
 def test_the_same_input_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     for out in ("a", "b"):
         prepare_pictures(data_in(folder), 4, tmp_path / out)
-    for name in ("train.jsonl", "validation.jsonl", "report.json"):
+    for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "report.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@pytest.mark.parametrize("share", [0.001, 0.25, 0.999])
-@pytest.mark.parametrize("count", [2, 3, 500])
-def test_at_least_one_caption_is_held_out_and_never_all(count: int, share: float) -> None:
+@pytest.mark.parametrize(("validation", "test"), [(0.001, 0.001), (0.09, 0.16), (0.5, 0.499), (0.001, 0.99)])
+@pytest.mark.parametrize("count", [3, 4, 500])
+def test_every_part_has_a_caption_at_least(count: int, validation: float, test: float) -> None:
     names = {f"caption {i}" for i in range(count)}
-    chosen = choose_validation(names, share, seed=0)
-    assert 1 <= len(chosen) < count
+    held = hold_out(names, validation, test, seed=0)
+    assert held.validation and held.test and not held.validation & held.test
+    assert len(held.validation) + len(held.test) < count
     if count == 500:
-        assert abs(len(chosen) / count - share) < 0.06
+        assert abs(len(held.validation) / count - validation) < 0.05 and abs(len(held.test) / count - test) < 0.05
+
+
+def test_two_captions_are_for_training_and_for_test() -> None:
+    held = hold_out({"a fox", "an owl"}, 0.09, 0.16, seed=0)
+    assert (len(held.validation), len(held.test)) == (0, 1)
+    assert hold_out({"a fox"}, 0.09, 0.16, seed=0) == (set(), set())
+
+
+def test_without_validation_all_others_are_for_training() -> None:
+    names = {f"caption {i}" for i in range(100)}
+    whole, divided = hold_out(names, 0, 0.25, seed=0), hold_out(names, 0.09, 0.16, seed=0)
+    assert not whole.validation and whole.test == divided.validation | divided.test
+
+
+def test_the_captions_of_test_do_not_depend_on_the_share_for_validation() -> None:
+    names = {f"caption {i}" for i in range(100)}
+    one, other = (hold_out(names, validation, 0.16, seed=0) for validation in (0.09, 0.5))
+    assert one.test == other.test and one.validation < other.validation
 
 
 def test_the_split_depends_on_the_seed_and_not_on_the_case() -> None:
     names = {f"caption {i}" for i in range(100)}
-    assert choose_validation(names, 0.3, seed=0) != choose_validation(names, 0.3, seed=1)
-    both = names | {name.upper() for name in names}
-    chosen = choose_validation(both, 0.3, seed=0)
-    assert {c.upper() for c in chosen if c.islower()} == {c for c in chosen if c.isupper()}
+    one, other = (hold_out(names, 0.2, 0.3, seed=seed) for seed in (0, 1))
+    assert one.validation != other.validation and one.test != other.test
+    for chosen in hold_out(names | {name.upper() for name in names}, 0.2, 0.3, seed=0):
+        assert {c.upper() for c in chosen if c.islower()} == {c for c in chosen if c.isupper()}
 
 
-def test_more_data_moves_no_caption_to_the_other_side() -> None:
+def test_more_data_moves_no_caption_to_another_part() -> None:
     names = {f"caption {i}" for i in range(200)}
-    before = choose_validation(names, 0.3, seed=0)
-    after = choose_validation(names | {f"new {i}" for i in range(200)}, 0.3, seed=0)
-    assert after & names == before
+    before = hold_out(names, 0.2, 0.3, seed=0)
+    after = hold_out(names | {f"new {i}" for i in range(200)}, 0.2, 0.3, seed=0)
+    assert (after.validation & names, after.test & names) == before
+
+
+def test_shares_that_leave_nothing_for_training_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"validation 0\.5 and test 0\.5 leave no caption for training"):
+        data_in(tmp_path, validation=0.5, test=0.5)
 
 
 def test_less_than_a_batch_is_an_error_with_the_reasons_and_leaves_the_former_result(
@@ -124,7 +147,7 @@ def test_one_caption_for_all_is_an_error(tmp_path: Path) -> None:
 def test_emoji_are_all_kept_whatever_the_smallest_side(emoji_data: Data, tmp_path: Path) -> None:
     report = prepare_pictures(emoji_data.model_copy(update={"min_side": 512}), 32, tmp_path / "out")
     assert report["dropped"] == {}
-    assert report["read"] == report["train"]["pictures"] + report["validation"]["pictures"] > 400
+    assert report["read"] == sum(report[part]["pictures"] for part in PARTS) > 400
 
 
 def test_the_printed_report_names_counts_and_offenders(

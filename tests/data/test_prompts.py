@@ -10,11 +10,11 @@ import torch
 from lcmlora import bases
 from lcmlora.config import Data, Encode, Rollouts
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.encode import encode
+from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.latents.rollouts import RolloutEncoder
-from lcmlora.data.prepare import prepare_pictures
+from lcmlora.data.prepare import PARTS, prepare_pictures
 from lcmlora.data.preview import draw_sheet
-from lcmlora.data.sources.source import Record, find, read_records
+from lcmlora.data.sources.source import Record, read_records, survey
 from lcmlora.diffusion.noise import generator
 from lcmlora.diffusion.sampling import text_conditioning
 from lcmlora.diffusion.teacher import Teacher
@@ -41,7 +41,7 @@ def ten(root: Path, **changes: Any) -> Data:
 def draw(base_folder: Path, data: Data, work: Path, settings: Encode = SETTINGS) -> LatentCache:
     prepare_pictures(data, 1, work / "prompts")
     base = load_parts(base_folder, "network", "text")
-    encode(base, data, settings, work / "prompts", work / "scratch", work / "latents")
+    encode_latents(base, data, settings, work / "prompts", work / "scratch", work / "latents")
     return LatentCache(work / "latents")
 
 
@@ -53,7 +53,8 @@ def cache(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Latent
 
 def test_a_text_file_has_a_prompt_in_each_line(tmp_path: Path) -> None:
     lines = b"a red\tapple \r\n\n\xef\xbc\xa1 tree\na red apple\nbroken \xff\n" + b"x" * 70000 + b"\n\x01\nlast"
-    records, rejections = find(prompts(tmp_path / "p.txt", lines))
+    found = survey(prompts(tmp_path / "p.txt", lines))
+    records, rejections = found.records, found.rejections
     assert [(r.key, r.caption) for r in records] == [
         ("p.txt/000001/0", "a red apple"), ("p.txt/000003/0", "A tree"), ("p.txt/000008/0", "last"),
     ]  # fmt: skip
@@ -73,7 +74,8 @@ def test_a_text_file_has_a_prompt_in_each_line(tmp_path: Path) -> None:
     ],
 )
 def test_lines_of_json_and_tables_name_their_prompts(tmp_path: Path, name: str, content: bytes | str) -> None:
-    records, rejections = find(prompts(tmp_path / name, content))
+    found = survey(prompts(tmp_path / name, content))
+    records, rejections = found.records, found.rejections
     assert [r.caption for r in records] == ["one", "two", "three"]
     assert [r.reason for r in rejections] == ["file name or caption is not UTF-8"]
 
@@ -97,15 +99,16 @@ def test_a_file_that_is_none_of_prompts_is_refused(
     tmp_path: Path, name: str, content: bytes | str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        find(prompts(tmp_path / name, content))
+        survey(prompts(tmp_path / name, content))
 
 
 def test_copies_of_a_prompt_are_told_apart_and_fall_on_one_side(tmp_path: Path) -> None:
     report = prepare_pictures(ten(tmp_path, copies=3), 4, tmp_path / "out")
-    train, held = (read_records(tmp_path / f"out/{part}.jsonl") for part in ("train", "validation"))
-    assert report["kept"] == len(train) + len(held) == 30
-    assert len({r.sha256 for r in train + held}) == len({r.key for r in train + held}) == 30
-    assert not {r.caption for r in train} & {r.caption for r in held}
+    train, validation, test = (read_records(tmp_path / f"out/{part}.jsonl") for part in PARTS)
+    everything = train + validation + test
+    assert report["kept"] == len(everything) == 30
+    assert len({r.sha256 for r in everything}) == len({r.key for r in everything}) == 30
+    assert sum(len({r.caption for r in part}) for part in (train, validation, test)) == 10
 
 
 def test_there_is_nothing_to_preview(tmp_path: Path) -> None:
@@ -142,9 +145,9 @@ def test_the_cache_says_how_it_was_drawn_and_gives_neighbouring_states(cache: La
 def test_shards_end_early_enough_for_a_killed_run_and_give_the_same_states(
     base_folder: Path, cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lcmlora.data.latents.encode.MOST", 3)
+    monkeypatch.setattr("lcmlora.data.latents.encode.SHARD_ROWS", 3)
     parts = draw(base_folder, ten(tmp_path), tmp_path)
-    assert len(parts.manifest["shards"]) == 3 < len(cache)
+    assert len(parts.manifest.shards) == 3 < len(cache)
     mapped = LatentCache(tmp_path / "latents", ram_bytes=0)
     rows, index = torch.arange(len(cache)), torch.arange(len(cache)) % 5
     for other in (parts, mapped):  # batches of another size round otherwise
@@ -154,7 +157,7 @@ def test_shards_end_early_enough_for_a_killed_run_and_give_the_same_states(
 def test_states_come_out_of_a_bucket_before_its_shards_are_here_and_after(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lcmlora.data.latents.encode.MOST", 3)
+    monkeypatch.setattr("lcmlora.data.latents.encode.SHARD_ROWS", 3)
     here = draw(base_folder, ten(tmp_path), tmp_path / "here")
     there = draw(base_folder, ten(tmp_path), tmp_path, SETTINGS.model_copy(update={"shards": str(tmp_path / "bucket")}))
     rows, index = torch.arange(len(here)), torch.arange(len(here)) % 5
@@ -170,7 +173,7 @@ def test_states_come_out_of_a_bucket_before_its_shards_are_here_and_after(
 def test_a_killed_run_goes_on_at_the_next_shard_with_the_same_bytes(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lcmlora.data.latents.encode.MOST", 4)
+    monkeypatch.setattr("lcmlora.data.latents.encode.SHARD_ROWS", 4)
     whole = draw(base_folder, ten(tmp_path / "whole"), tmp_path / "whole")
     taken: list[int] = []
     real = RolloutEncoder.__call__
@@ -200,6 +203,6 @@ def test_a_teacher_that_is_not_finite_is_told_by_the_prompt(base: bases.LoadedBa
 def test_pictures_have_no_rollouts(base_folder: Path, tmp_path: Path, folder: Path) -> None:
     prepare_pictures(data_in(folder), 1, tmp_path / "pictures")
     base = load_parts(base_folder, "vae", "text")
-    encode(base, data_in(folder), SETTINGS, tmp_path / "pictures", tmp_path / "scratch", tmp_path / "latents")
+    encode_latents(base, data_in(folder), SETTINGS, tmp_path / "pictures", tmp_path / "scratch", tmp_path / "latents")
     assert LatentCache(tmp_path / "latents").rollouts is None
     assert "rollouts" not in json.loads((tmp_path / "latents/manifest.json").read_text())

@@ -16,17 +16,17 @@ from lcmlora import stages
 from lcmlora.config import Encode
 from lcmlora.data.latents import shards
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.encode import encode
-from lcmlora.data.latents.shards import Shards
+from lcmlora.data.latents.encode import encode_latents
+from lcmlora.data.latents.shards import RemoteShards, ShardFile
 from lcmlora.data.prepare import prepare_pictures
-from lcmlora.data.sources.source import find, write_records
+from lcmlora.data.sources.source import survey, write_records
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io import temporaries
 from lcmlora.io.remote import Files
 from lcmlora.training.batches import Batches
 from tests.data.conftest import add, data_in, picture
-from tests.data.test_cache import count_batches, tree
 from tests.support.distillation import CPU, SETTINGS, load_parts
+from tests.support.latents import count_batches, tree
 
 SIDE = 128  # pixels; the latent is 4 x 64 x 64, and 1 MB holds 15 of them
 PICTURES = 150
@@ -38,12 +38,12 @@ def fill(base_folder: Path, work: Path, count: int, *, shards: str | None = None
         if not (work / "in" / f"{number:03d}.png").exists():
             add(work / "in", f"{number:03d}.png", f"subject {number % 9}", picture(number))
     data = data_in(work / "in")
-    write_records(work / "pictures" / "train.jsonl", find(data)[0])
+    write_records(work / "pictures" / "train.jsonl", survey(data).records)
     base = load_parts(base_folder, "vae", "text")
     base.resolution = SIDE
     sizes = count_batches(base)
     settings = Encode(batch=5, shard_mb=1, shards=shards)
-    encode(base, data, settings, work / "pictures", work / "scratch", work / out)
+    encode_latents(base, data, settings, work / "pictures", work / "scratch", work / out)
     return sizes
 
 
@@ -276,8 +276,8 @@ def test_a_bucket_that_does_not_answer_for_a_while_is_asked_again_and_not_for_ev
     assert "no answer; asking again for 600 s" in capfd.readouterr().err
     silent[0] = 1 << 30
     cache = far(places, tmp_path / "b", 4.2)
-    assert cache._far is not None
-    cache._far._patience = 2.0
+    assert cache._remote is not None
+    cache._remote._patience = 2.0
     with pytest.raises(Unavailable, match="no answer"):
         stream(cache).draw(0)
 
@@ -292,12 +292,12 @@ def test_a_shard_that_is_damaged_there_is_refused_and_one_that_is_damaged_here_c
     content[-1] ^= 1
     one.write_bytes(content)
     assert torch.equal(stream(far(places, tmp_path / "disk", 4.2)).draw(0).z, expected)
-    manifest = json.loads((places[1] / "manifest.json").read_text())
-    entries = [entry | {"sha256": "0" * 64} for entry in manifest["shards"]]
+    listed = LatentCache(places[1]).manifest.shards
+    files = [ShardFile.model_validate(shard.plain() | {"sha256": "0" * 64}) for shard in listed]
     bucket = tmp_path / "bucket"
     bucket.mkdir()
-    (bucket / f"{'0' * 64}.safetensors").write_bytes(bytes(max(entry["bytes"] for entry in entries)))
-    damaged = Shards(Files(str(bucket)), entries, tmp_path / "other", 1 << 30)
+    (bucket / f"{'0' * 64}.safetensors").write_bytes(bytes(max(file.bytes for file in files)))
+    damaged = RemoteShards(Files(str(bucket)), files, tmp_path / "other", 1 << 30)
     with pytest.raises(UserError, match="is damaged in the bucket"):
         damaged._fetch(0)
     assert not list((tmp_path / "other").iterdir())

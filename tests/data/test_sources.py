@@ -12,7 +12,7 @@ from lcmlora.config import Data
 from lcmlora.data.reading import candidates, tables, tar_samples
 from lcmlora.data.reading.candidates import NO_NAME
 from lcmlora.data.sources import source as sources
-from lcmlora.data.sources.source import Record, find, fit, open_picture
+from lcmlora.data.sources.source import Record, fit, open_picture, survey
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
 from tests.data.test_bulk_sources import table, tar
@@ -20,17 +20,17 @@ from tests.data.test_bulk_sources import table, tar
 
 def found(folder: Path) -> dict[str, str]:
     """Captions by key."""
-    return {r.key: r.caption for r in find(data_in(folder))[0]}
+    return {r.key: r.caption for r in survey(data_in(folder)).records}
 
 
 def rejected(folder: Path) -> dict[str, str]:
     """Reasons by name."""
-    return {r.name: r.reason for r in find(data_in(folder))[1]}
+    return {r.name: r.reason for r in survey(data_in(folder)).rejections}
 
 
 def opened(folder: Path, key: str) -> np.ndarray:
     data = data_in(folder)
-    record = next(r for r in find(data)[0] if r.key == key)
+    record = next(r for r in survey(data).records if r.key == key)
     image = open_picture(data, record)
     assert image.mode == "RGB"
     assert image.size == (record.width, record.height)
@@ -51,7 +51,7 @@ def test_pictures_beside_captions_are_found_in_nested_folders(folder: Path) -> N
 
 def test_a_record_carries_the_digest_and_the_size_of_the_file(folder: Path) -> None:
     path = add(folder, "wide.png", "wide", picture(30, (48, 32)))
-    record = next(r for r in find(data_in(folder))[0] if r.key == "wide.png")
+    record = next(r for r in survey(data_in(folder)).records if r.key == "wide.png")
     assert (record.width, record.height) == (48, 32)
     assert record.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -87,7 +87,7 @@ def test_metadata_rows_without_a_file_or_out_of_the_folder_or_twice_are_reported
         "gone.png": candidates.MISSING,
         "../secret.png": candidates.OUTSIDE,
         str(tmp_path / "secret.png"): candidates.OUTSIDE,
-        "a.png": candidates.TWICE,
+        "a.png": candidates.NAMED_TWICE,
         "x" * 5000: candidates.MISSING,
         "nul\0.png": candidates.MISSING,
     }
@@ -130,7 +130,8 @@ def test_a_row_of_metadata_that_cannot_be_understood_costs_itself(
     if name.endswith("csv"):
         lines.insert(0, "file_name,text")
     (folder / name).write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
-    records, rejections = find(data_in(folder))
+    found = survey(data_in(folder))
+    records, rejections = found.records, found.rejections
     captions = {r.key: r.caption for r in records}
     assert [captions[f"{n}.png"] for n in range(3)] == ["first", "last", "subject 2"]
     assert [(r.name, r.reason) for r in rejections] == [(f"{name}/{number:06d}", reason)]
@@ -140,7 +141,8 @@ def test_a_row_without_a_caption_names_the_picture_and_the_row(folder: Path) -> 
     add(folder, "bare.png", None, picture(30))
     rows = [_row("0.png", "first"), '{"file_name": "bare.png", "text": null}', '{"file_name": "1.png", "text": " "}']
     (folder / "metadata.jsonl").write_text("\n".join(rows))
-    records, rejections = find(data_in(folder))
+    found = survey(data_in(folder))
+    records, rejections = found.records, found.rejections
     assert {r.key: r.caption for r in records}["1.png"] == "subject 1"  # as the file beside it says
     assert [(r.name, r.reason, r.detail) for r in rejections] == [
         ("bare.png", candidates.NO_CAPTION, "row 2 of metadata.jsonl")
@@ -166,9 +168,9 @@ def test_maps_beside_their_pictures_are_not_trained_on_and_do_not_stop_the_run(f
 
 def test_an_empty_or_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no pictures"):
-        find(data_in(tmp_path))
+        survey(data_in(tmp_path))
     with pytest.raises(UserError, match=r"nowhere is not a folder"):
-        find(data_in(tmp_path / "nowhere"))
+        survey(data_in(tmp_path / "nowhere"))
 
 
 def test_a_truncated_png_or_jpeg_is_dropped_and_reported(folder: Path) -> None:
@@ -250,7 +252,7 @@ def test_cmyk_and_animations_become_one_rgb_picture(folder: Path) -> None:
 
 def test_a_picture_that_changed_after_the_list_was_made_is_an_error(folder: Path) -> None:
     data = data_in(folder)
-    record = find(data)[0][0]
+    record = survey(data).records[0]
     add(folder, record.key, None, picture(99))
     with pytest.raises(UserError, match=r"0\.png: it has changed.*lcmlora prepare"):
         open_picture(data, record)
@@ -311,7 +313,7 @@ def test_no_caption_takes_long_to_clean(part: str) -> None:
 
 def test_the_list_has_the_raw_caption_beside_the_clean_one(folder: Path) -> None:
     add(folder, "0.png", "<i>subject</i> 0", picture(0))
-    records = {r.key: r for r in find(data_in(folder))[0]}
+    records = {r.key: r for r in survey(data_in(folder)).records}
     assert (records["0.png"].caption, records["0.png"].raw_caption) == ("subject 0", "<i>subject</i> 0")
     assert records["1.png"].raw_caption is None
 
@@ -355,7 +357,8 @@ def test_pictures_whose_scores_are_out_of_range_or_missing_are_dropped_before_th
     else:
         (tmp_path / "in" / source).write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = data_in(path, source=kind, scores={"aesthetic": {"min": 5}, "risk": {"max": 0.25}})
-    records, rejections = find(data)
+    found = survey(data)
+    records, rejections = found.records, found.rejections
     assert [r.caption for r in records] == ["subject 0"]
     assert [r.reason for r in rejections] == [
         "aesthetic under 5 (data.scores)", "no aesthetic (data.scores)", "risk over 0.25 (data.scores)",
@@ -367,13 +370,13 @@ def test_a_table_without_the_column_of_a_score_is_an_error(tmp_path: Path) -> No
     table(tmp_path / "a.parquet", image=[b"x"], text=["t"])
     data = data_in(tmp_path / "a.parquet", source="parquet", scores={"aesthetic": {"min": 5}})
     with pytest.raises(UserError, match=r"a\.parquet: no column aesthetic \(data\.scores\)"):
-        find(data)
+        survey(data)
 
 
 def test_one_file_of_metadata_names_the_pictures_that_count(folder: Path) -> None:
     (folder / "some.csv").write_text("file_name,text\n3.png,three\n5.png,five\n")
     data = data_in(folder / "some.csv")
-    records = find(data)[0]
+    records = survey(data).records
     assert [(r.key, r.caption) for r in records] == [("3.png", "three"), ("5.png", "five")]
     assert open_picture(data, records[1]).size == (32, 32)
 
@@ -399,7 +402,8 @@ def test_a_missing_or_foreign_list_is_an_error_that_says_what_to_run(tmp_path: P
 
 
 def test_emoji_have_a_record_for_every_style_subject_and_copy(emoji_data: Data) -> None:
-    records, rejections = find(emoji_data)
+    found = survey(emoji_data)
+    records, rejections = found.records, found.rejections
     apples = [r for r in records if r.caption == "red apple"]
     assert [r.key for r in apples] == [f"{s}/1f34e/{c}" for s in ("noto", "fluent-emoji-flat") for c in (0, 1)]
     assert len({r.sha256 for r in records}) == len(records) > 400
@@ -407,7 +411,7 @@ def test_emoji_have_a_record_for_every_style_subject_and_copy(emoji_data: Data) 
 
 
 def test_emoji_are_drawn_at_the_size_asked_for_and_always_the_same(emoji_data: Data) -> None:
-    record = find(emoji_data)[0][0]
+    record = survey(emoji_data).records[0]
     first, second = (open_picture(emoji_data, record, size=64) for _ in range(2))
     assert first.size == (64, 64)
     assert first.tobytes() == second.tobytes()
@@ -416,4 +420,4 @@ def test_emoji_are_drawn_at_the_size_asked_for_and_always_the_same(emoji_data: D
 
 def test_emoji_without_styles_are_an_error(emoji_data: Data) -> None:
     with pytest.raises(UserError, match=r"data\.styles and data\.groups"):
-        find(emoji_data.model_copy(update={"styles": ()}))
+        survey(emoji_data.model_copy(update={"styles": ()}))

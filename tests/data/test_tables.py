@@ -30,11 +30,11 @@ def in_this_process(folder: Path, name: str) -> list[Row | Rejection]:
     place: Any = (
         parquet_files.Position(str(folder), name)
         if name.endswith(".parquet")
-        else tables._Place(str(folder), name, None)
+        else tables._TextPosition(str(folder), name, None)
     )
     found: list[Row | Rejection] = []
     while place is not None:
-        piece = tables._read(None, place)
+        piece = tables._read_piece(None, place)
         assert piece.rest != place
         found, place = [*found, *piece.results], piece.rest
     return found
@@ -189,16 +189,19 @@ def test_a_table_that_is_garbage_throughout_is_given_up(tmp_path: Path, monkeypa
 def test_a_group_of_rows_whose_process_ends_costs_itself(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": list("abcdef")}), tmp_path / "a.parquet", row_group_size=2)
     place = parquet_files.Position(str(tmp_path), "a.parquet", group=1, number=2)
-    alone = parquet_files.lost(place, CRASHED)
+    alone = parquet_files.after_loss(place, CRASHED)
     assert not alone.results and alone.rest == place._replace(alone=True)
     assert alone.rest is not None
-    skipping = parquet_files.lost(alone.rest, CRASHED)
-    piece = tables._read(None, skipping.rest)
+    skipping = parquet_files.after_loss(alone.rest, CRASHED)
+    piece = tables._read_piece(None, skipping.rest)
     assert [(each.name, each.reason) for each in piece.results if isinstance(each, Rejection)] == [
         (f"a.parquet/{row:06d}", f"its group of rows {CRASHED}") for row in (2, 3)
     ]
-    assert [each.name for each in tables._read(None, piece.rest).results] == ["a.parquet/000004", "a.parquet/000005"]
-    (rejection,) = tables._lost(tables._Place("x", "a.csv", None, number=7), TOO_LONG).results
+    assert [each.name for each in tables._read_piece(None, piece.rest).results] == [
+        "a.parquet/000004",
+        "a.parquet/000005",
+    ]
+    (rejection,) = tables._after_loss(tables._TextPosition("x", "a.csv", None, number=7), TOO_LONG).results
     assert isinstance(rejection, Rejection) and rejection.name == "a.csv/000008" and TOO_LONG in rejection.reason
 
 

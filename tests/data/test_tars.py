@@ -12,7 +12,7 @@ import pytest
 
 from lcmlora.data.reading import tar_members, tar_samples
 from lcmlora.data.reading.candidates import LONG_CAPTION, NO_CAPTION, NOT_UTF8, UNREADABLE, Candidate, Unusable
-from lcmlora.data.reading.tar_members import Member, members
+from lcmlora.data.reading.tar_members import Member, read_members
 from lcmlora.data.sources import tars
 from lcmlora.data.sources.tars import Tars
 from tests.data.conftest import data_in
@@ -32,17 +32,17 @@ def packed(*files: tuple[str, bytes], format: int = tarfile.GNU_FORMAT) -> bytes
 
 def told(path: Path, name: str = "a.tar") -> dict[str, str]:
     """The caption of each picture, or why it is refused."""
-    place: tars._Place | None = tars._Place(str(path), name)
-    found, alone = {}, tars._Alone()
-    while place is not None:
-        piece = tars._read((), place)
-        assert piece.rest != place
+    position: tars._Position | None = tars._Position(str(path), name)
+    found, alone = {}, tars._UnmatchedParts()
+    while position is not None:
+        piece = tars._read_piece((), position)
+        assert piece.rest != position
         for each in piece.results:
-            if isinstance(each, tars._Half):
+            if isinstance(each, tars._Unmatched):
                 alone.add(each)
             else:
                 found[each.key if isinstance(each, Candidate) else each.name] = each
-        place = piece.rest
+        position = piece.rest
     found |= {each.name: each for each in alone.rejections()}
     return {
         key.removeprefix(f"{name}/"): each.caption.text if isinstance(each, Candidate) else each.reason
@@ -118,7 +118,10 @@ def test_names_with_dots_keep_their_own_captions(tmp_path: Path) -> None:
         # What is behind the first dot says which picture it is: these are two.
         (["2021.05.png", "2021.06.txt"], {"2021.05.png": NO_CAPTION, "2021.06": tars.NO_PICTURE}),
         (["2021.png", "2021.06.txt"], {"2021.png": NO_CAPTION, "2021.06": tars.NO_PICTURE}),
-        (["1.left.jpg", "1.right.jpg", "1.txt"], {"1.left.jpg": tar_samples.SHARED, "1.right.jpg": tar_samples.SHARED}),
+        (
+            ["1.left.jpg", "1.right.jpg", "1.txt"],
+            {"1.left.jpg": tar_samples.AMBIGUOUS_CAPTION, "1.right.jpg": tar_samples.AMBIGUOUS_CAPTION},
+        ),
         (["1.jpg", "1.jpg.txt", "1.png", "1.png.txt"], {"1.jpg": "1.jpg.txt", "1.png": "1.png.txt"}),
         (
             ["2021.05.png", "2021.05.png.txt", "2021.06.png"],
@@ -162,9 +165,9 @@ def test_maps_beside_a_picture_are_not_trained_on(tmp_path: Path) -> None:
 
 def test_files_of_a_sample_that_are_not_together_are_told_with_how_to_sort_them(tmp_path: Path) -> None:
     names = [f"{n}.jpg" for n in range(3)] + [f"{n}.txt" for n in range(1, 4)]
-    apart = {"1.jpg": tars.APART, "2.jpg": tars.APART}
+    apart = {"1.jpg": tars.CAPTION_ELSEWHERE, "2.jpg": tars.CAPTION_ELSEWHERE}
     assert of(tmp_path, *names) == {"0.jpg": NO_CAPTION, **apart, "3": tars.NO_PICTURE}
-    assert "--sort=name" in tars.APART
+    assert "--sort=name" in tars.CAPTION_ELSEWHERE
 
 
 def test_what_macos_puts_between_files_does_not_part_them(tmp_path: Path) -> None:
@@ -178,7 +181,7 @@ def test_long_names_are_read_as_tarfile_reads_them(tmp_path: Path, format: int) 
     content = packed((f"{folder}/1.jpg", PICTURE), (f"{folder}/1.txt", b"one"), ("x/2.jpg", PICTURE), format=format)
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar]
-    assert [(m.name, m.offset, m.size) for m in members(io.BytesIO(content))] == expected
+    assert [(m.name, m.offset, m.size) for m in read_members(io.BytesIO(content))] == expected
 
 
 def test_tar_files_one_behind_the_other_are_all_read(tmp_path: Path) -> None:
@@ -186,7 +189,7 @@ def test_tar_files_one_behind_the_other_are_all_read(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(one + two + b"\0" * 20_000)
     assert told(tmp_path) == {"1.jpg": "one", "2.jpg": "two"}
     (tmp_path / "a.tar").write_bytes(one + b"\0" * 20_000 + b"else" * 200)
-    assert told(tmp_path) == {"1.jpg": "one", "a.tar": tar_members.BEHIND}
+    assert told(tmp_path) == {"1.jpg": "one", "a.tar": tar_members.TRAILING_DATA}
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, raw_size: bytes | None = None) -> bytes:
@@ -235,7 +238,7 @@ def test_a_header_that_lies_costs_what_is_behind_it(tmp_path: Path, lie: str) ->
 
 def test_a_file_of_headers_alone_is_read_once(tmp_path: Path) -> None:
     content = header("1.jpg", 0) * 24 + bytes(1024)
-    assert len(list(members(io.BytesIO(content)))) == 24
+    assert len(list(read_members(io.BytesIO(content)))) == 24
 
 
 def test_what_is_no_file_is_never_one(tmp_path: Path) -> None:
@@ -284,16 +287,16 @@ def test_a_name_that_stands_twice_counts_once(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(packed(*twice))
     found, rejections = Tars(data_in(tmp_path, source="webdataset")).candidates()
     assert {each.key: each.caption.text for each in found} == {"a.tar/1.jpg": "one", "a.tar/2.jpg": "two"}
-    assert [(each.name, each.reason) for each in rejections] == [("a.tar/1.jpg", tars.TWICE)]
+    assert [(each.name, each.reason) for each in rejections] == [("a.tar/1.jpg", tars.SECOND_PICTURE)]
 
 
 def test_a_sample_of_very_many_members_is_sorted_out_in_one_go(tmp_path: Path) -> None:
     pictures = [Member(f"1.{n}.jpg", 0, 0, 1, True) for n in range(20_000)]
     texts = [Member(f"1.a{n}.txt", 0, 0, 1, True) for n in range(20_000)]
-    found = tar_samples.sort_out("1", [*pictures, *texts], lambda member: b"text", scores=False)
-    assert len(found.refused) == len(found.unused) == 20_000
+    found = tar_samples.match_captions("1", [*pictures, *texts], lambda member: b"text", scores=False)
+    assert len(found.refused) == len(found.bare_captions) == 20_000
 
 
 def test_a_member_whose_headers_never_end_is_refused() -> None:
     with pytest.raises(Unusable, match=tar_members.CUT_OFF):
-        list(members(io.BytesIO(LIES["long names for ever"])))
+        list(read_members(io.BytesIO(LIES["long names for ever"])))

@@ -19,13 +19,13 @@ def _objective(name: str, **changes: object) -> Objective:
 
 
 def _drawn(objective: Objective, rounds: int = 400) -> torch.Tensor:
-    """(rounds, 50): where the objective jumps to from each row of the grid."""
+    """Returns the destinations (rounds, 50) of the objective from each row of the solver timesteps."""
     generator = torch.Generator().manual_seed(0)
     return torch.stack([objective.destination(INDEX, torch.rand(50, 2, generator=generator)) for _ in range(rounds)])
 
 
 @pytest.mark.parametrize("name", ["lcm", "tcd", "pcm", "tdd"])
-def test_no_destination_lies_above_where_the_teacher_steps_to(name: str):
+def test_no_destination_lies_above_the_end_of_the_teachers_step(name: str):
     objective = _objective(name)
     drawn = _drawn(objective)
     assert (drawn >= 0).all() and (drawn <= LOWER).all()
@@ -61,7 +61,7 @@ def test_tdd_goes_to_the_steps_of_4_to_8_step_students_or_up_to_a_third_lower():
 
 
 @pytest.mark.parametrize("name", ["tcd", "pcm", "tdd"])
-def test_a_jump_is_a_ddim_step_and_the_identity_where_it_goes_nowhere(name: str):
+def test_a_jump_is_a_ddim_step_and_to_its_own_timestep_the_identity(name: str):
     objective = _objective(name)
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
@@ -77,7 +77,7 @@ def test_a_jump_is_a_ddim_step_and_the_identity_where_it_goes_nowhere(name: str)
 
 
 @pytest.mark.parametrize(("name", "gamma"), [("tcd", 0.3), ("tcd", 0.0), ("pcm", None)])
-def test_the_way_to_a_timestep_is_a_step_of_the_students_sampler(name: str, gamma: float | None):
+def test_a_step_of_an_objective_is_a_step_of_its_students_sampler(name: str, gamma: float | None):
     objective = _objective(name, **({} if gamma is None else {"gamma": gamma}))
     scheduler = TCDScheduler(**SCHEDULE | {"prediction_type": "epsilon"})
     scheduler.set_timesteps(4, original_inference_steps=50)
@@ -92,7 +92,7 @@ def test_the_way_to_a_timestep_is_a_step_of_the_students_sampler(name: str, gamm
     torch.testing.assert_close(arrived, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_way_of_lcm_leads_over_zero():
+def test_a_step_of_lcm_leads_over_zero():
     scheduler = LCMScheduler(**SCHEDULE | {"prediction_type": "epsilon"})
     scheduler.set_timesteps(4, original_inference_steps=50)
     generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ from lcmlora import bases
 from lcmlora.config import Distill
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion.teacher_cache import TeacherCache
-from lcmlora.distillation.distill import distill
+from lcmlora.distillation.distill import distill_adapter
 from lcmlora.training.loop import NullLogger
 from tests.support.distillation import SETTINGS
 
@@ -19,15 +19,15 @@ SHAPE = (4, 8, 8)
 
 class Losses(NullLogger):
     def __init__(self) -> None:
-        self.found: list[float] = []
+        self.losses: list[float] = []
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        self.found.append(metrics.get("loss", metrics.get("validation_loss", 0.0)))
+        self.losses.append(metrics.get("loss", metrics.get("validation_loss", 0.0)))
 
 
 @pytest.fixture
 def run(base_folder: Path, cache: LatentCache, tmp_path: Path) -> Callable[..., tuple[list[float], int]]:
-    """Distils the miniature and returns the losses and how many rows went through the teacher."""
+    """Distils the miniature; returns the losses, and the number of rows of the teacher's forwards."""
 
     def distilled(limit: int = 10**9, settings: Distill = SETTINGS) -> tuple[list[float], int]:
         from tests.support.distillation import load_parts
@@ -43,7 +43,7 @@ def run(base_folder: Path, cache: LatentCache, tmp_path: Path) -> Callable[..., 
         base.network.register_forward_pre_hook(count)
         losses = Losses()
         (tmp_path / "scratch").mkdir(exist_ok=True)
-        distill(
+        distill_adapter(
             base,
             cache,
             settings,
@@ -55,7 +55,7 @@ def run(base_folder: Path, cache: LatentCache, tmp_path: Path) -> Callable[..., 
         )
         for left in (tmp_path / "scratch").iterdir():
             left.unlink()
-        return losses.found, rows
+        return losses.losses, rows
 
     return distilled
 
@@ -64,7 +64,7 @@ def adapter(tmp_path: Path) -> bytes:
     return (tmp_path / "adapter/pytorch_lora_weights.safetensors").read_bytes()
 
 
-def test_a_second_run_asks_the_teacher_nothing_and_ends_with_the_same_bytes(run: Callable, tmp_path: Path):
+def test_a_second_run_needs_no_forward_of_the_teacher_and_ends_with_the_same_bytes(run: Callable, tmp_path: Path):
     without = run(limit=0)
     expected = adapter(tmp_path)
     assert run() == without
@@ -74,7 +74,7 @@ def test_a_second_run_asks_the_teacher_nothing_and_ends_with_the_same_bytes(run:
     assert adapter(tmp_path) == expected
 
 
-def test_of_other_guidance_rank_rate_and_objective_the_teacher_says_the_same(run: Callable):
+def test_runs_of_other_guidance_rank_rate_and_objective_read_the_same_cache(run: Callable):
     run()
     other = SETTINGS.model_copy(update={"w_min": 1.0, "w_max": 2.0, "rank": 2, "lr": 1e-3, "objective": "tcd"})
     losses, rows = run(settings=other)
@@ -83,7 +83,7 @@ def test_of_other_guidance_rank_rate_and_objective_the_teacher_says_the_same(run
     assert run(settings=SETTINGS.model_copy(update={"seed": 4}))[1] > 0  # other samples
 
 
-def test_what_does_not_fit_is_computed_anew(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_samples_beyond_the_limit_are_computed_again(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture):
     record = TeacherCache(tmp_path / "one", SHAPE, torch.float32, 1, 10**9).record
     without = run(limit=0)
     run(limit=10 * record)  # of 24 samples, two forwards of four
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_computed_anew(run: Callable, tmp_path: Path, capsy
     assert rows == without[1] * 4 // 6
 
 
-def test_a_record_that_is_torn_or_was_never_written_is_not_there(tmp_path: Path):
+def test_damaged_and_missing_records_are_not_read(tmp_path: Path):
     cache = TeacherCache(tmp_path / "cache", SHAPE, torch.bfloat16, 8, 10**9)
     outputs = torch.randn(2, 3, *SHAPE).bfloat16()
     assert cache.read(range(2, 5)) is None
@@ -111,7 +111,7 @@ def test_a_record_that_is_torn_or_was_never_written_is_not_there(tmp_path: Path)
     assert cache.read(range(2, 4)) is not None
 
 
-def test_a_full_disk_ends_the_keeping_and_not_the_run(
+def test_a_run_continues_without_the_cache_if_the_disk_is_full(
     run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     def full(*arguments: object) -> int:

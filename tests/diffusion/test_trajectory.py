@@ -1,4 +1,4 @@
-"""Steps that start from states of the teacher's runs, or of the student's own."""
+"""Training steps that start from states of teacher rollouts or of student rollouts."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.config import Encode, Rollouts
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.encode import encode
+from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import prepare_pictures
 from lcmlora.diffusion import solver
 from lcmlora.diffusion.objectives import pseudo_huber
@@ -22,19 +22,19 @@ from tests.support.distillation import CPU, SETTINGS, Recorder, draw_batch, load
 
 @pytest.fixture(scope="module")
 def drawn(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
-    """Sixteen prompts with the states of the teacher's runs to their latents."""
+    """The latents of sixteen prompts, with the states of the teacher rollouts."""
     root = tmp_path_factory.mktemp("drawn")
     (root / "prompts.txt").write_text("".join(f"subject {n}\n" for n in range(16)))
-    data = data_in(root / "prompts.txt", source="prompts", validation=0.01)
+    data = data_in(root / "prompts.txt", source="prompts", validation=0, test=0.01)
     prepare_pictures(data, 1, root / "list")
     rollouts = Rollouts(steps=50, w=5.0, states=True)
-    encode(load_parts(base_folder, "network", "text"), data, Encode(batch=16, rollouts=rollouts), root / "list",
+    encode_latents(load_parts(base_folder, "network", "text"), data, Encode(batch=16, rollouts=rollouts), root / "list",
            root / "scratch", root / "latents")  # fmt: skip
     return LatentCache(root / "latents")
 
 
 def _forwards(base: bases.LoadedBase) -> list[tuple[int, bool]]:
-    """Notes of each forward how many rows it has, and whether the adapter is on."""
+    """Returns a list that fills with the number of rows of each forward, and whether the adapter is on."""
     seen: list[tuple[int, bool]] = []
     layer = next(module for _, module in lora._layers(base.network))
     base.network.register_forward_pre_hook(lambda _, args: seen.append((len(args[0]), not layer.disable_adapters)))
@@ -73,10 +73,10 @@ def test_every_objective_learns_from_trajectories_and_from_its_own_runs(
         load_parts(base_folder, "network"), drawn, tmp_path, SETTINGS.model_copy(update=changes), logger
     )
     assert logger.losses[-1] < 0.95 * logger.losses[0]
-    assert facts["distill"]["trajectory"] == 0.5
+    assert facts.distill.plain()["trajectory"] == 0.5
 
 
-def test_on_policy_the_student_goes_to_its_timestep_by_itself(base: bases.LoadedBase, cache: LatentCache):
+def test_a_student_rollout_leads_to_the_timestep_of_the_step(base: bases.LoadedBase, cache: LatentCache):
     settings = SETTINGS.model_copy(update={"rollout": 1.0, "objective": "tcd"})
     for parameter in lora.inject(base.network, 4, 4, 0).values():
         parameter.data.normal_(std=0.1)
@@ -88,7 +88,7 @@ def test_on_policy_the_student_goes_to_its_timestep_by_itself(base: bases.Loaded
         batch.index[0] = batch.stops[:, 0] = 49  # from where there is no way to go
         distillation.losses(batch).mean().backward()
         assert seen == [(4, True)] * way + [(8, False), (4, True), (4, True)]
-        x = distillation._travelled(batch)
+        x = distillation._student_rollout(batch)
         assert torch.equal(x[0], batch.noise[0]) and not x.requires_grad
         assert not torch.allclose(x[1:], distillation.noisy(batch, batch.index)[1:], atol=0.1)
 

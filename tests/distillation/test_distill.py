@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from lcmlora import bases
 from lcmlora.adapters import lora
+from lcmlora.adapters.metadata import Distilled
 from lcmlora.bases.schedule import add_noise
 from lcmlora.config import Base
 from lcmlora.data.latents import texts
@@ -36,10 +37,10 @@ def test_the_teacher_takes_one_guided_ddim_step_of_the_base_alone(base: bases.Lo
     teacher = Teacher(base, cache.unconditional(), SETTINGS.grid)
     parameters = lora.inject(base.network, 4, 4, 0)
     for parameter in parameters.values():
-        parameter.data.normal_()  # an adapter that must not be heard
+        parameter.data.normal_()  # an adapter that must have no effect
     batch = draw_batch(cache)
     t, t_prev = teacher.t[batch.index], teacher.t_prev[batch.index]
-    ours = teacher.step(batch.noise, t, t_prev, batch.w, batch.conditioning)
+    x_prev = teacher.step(batch.noise, t, t_prev, batch.w, batch.conditioning)
 
     scheduler = DDIMScheduler.from_config(base.scheduler_config, timestep_spacing="trailing")
     scheduler.set_timesteps(50)
@@ -52,7 +53,7 @@ def test_the_teacher_takes_one_guided_ddim_step_of_the_base_alone(base: bases.Lo
             if t[i] == 19:
                 continue  # diffusers ends at its final alpha, the papers at alpha_0: checked by the algebra's own test
             expected = scheduler.step(guided, t[i].item(), x).prev_sample
-            torch.testing.assert_close(ours[i : i + 1], expected, atol=2e-4, rtol=1e-3)
+            torch.testing.assert_close(x_prev[i : i + 1], expected, atol=2e-4, rtol=1e-3)
 
 
 def test_batched_guidance_equals_two_passes(base: bases.LoadedBase, cache: LatentCache):
@@ -63,13 +64,13 @@ def test_batched_guidance_equals_two_passes(base: bases.LoadedBase, cache: Laten
         c, u = base.predict(batch.noise, t, batch.conditioning), base.predict(batch.noise, t, empty)
     guided = solver.guide(c, u, batch.w)
     expected = base.schedule.state(*base.schedule.prediction(guided, batch.noise, t), t_prev)
-    ours = teacher.step(batch.noise, t, t_prev, batch.w, batch.conditioning)
-    assert ((ours - expected).abs() / expected.abs().clamp(min=1)).max() <= 1e-5
+    x_prev = teacher.step(batch.noise, t, t_prev, batch.w, batch.conditioning)
+    assert ((x_prev - expected).abs() / expected.abs().clamp(min=1)).max() <= 1e-5
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "snr+1"])
 def test_the_loss_is_algorithm_1_of_the_paper(base: bases.LoadedBase, cache: LatentCache, weighting: str):
-    """Written out a second time, sample by sample, from arXiv 2310.04378."""
+    """Computed a second time, sample by sample, from arXiv 2310.04378."""
     distillation = Distillation(base, cache.unconditional(), SETTINGS.model_copy(update={"weighting": weighting}))
     teacher = distillation.teacher
     for parameter in lora.inject(base.network, 4, 4, 0).values():
@@ -129,9 +130,9 @@ def test_a_run_writes_an_adapter_its_facts_and_a_probe(base_folder: Path, cache:
         lora.WEIGHTS, "scheduler_config.json", "config.json", "probe.safetensors",
     }  # fmt: skip
     assert logger.steps == [2, 4, 6]
-    assert facts == json.loads((out / "config.json").read_text())
-    assert facts["adapted_layers"] * 2 == len(load_file(out / lora.WEIGHTS))
-    assert facts["final_loss"] == logger.losses[-1]
+    assert facts == Distilled.read(out / "config.json")
+    assert facts.adapted_layers * 2 == len(load_file(out / lora.WEIGHTS))
+    assert facts.final_loss == logger.losses[-1]
 
     probe = load_file(out / "probe.safetensors")
     fresh = load_parts(base_folder, "network")
@@ -157,11 +158,11 @@ def test_the_best_weights_by_validation_are_saved_and_config_json_says_which(
 ):
     base = load_parts(base_folder, "network", "vae")
     logger = Recorder()
-    # A rate at which the student gets worse and worse.
+    # With this learning rate the student gets worse.
     settings = SETTINGS.model_copy(update={"lr": 0.03, "warmup": 0, "cooldown": 0.0, "ema": 0.0, "validate_every": 1})
     facts = run_distill(base, cache, tmp_path, settings, logger, decode=base.decode)
-    best = facts["validation"]["best_step"]
-    assert logger.validation == {int(step): loss for step, loss in facts["validation"]["loss"].items()}
+    best = facts.validation.best_step
+    assert logger.validation == {int(step): loss for step, loss in facts.validation.loss.items()}
     assert logger.validation[best] == min(logger.validation.values()) < logger.validation[6]
     assert {step: picture.size for step, picture in logger.pictures.items()} == dict.fromkeys(range(1, 7), (16, 16))
 
@@ -180,7 +181,7 @@ def test_the_best_weights_by_validation_are_saved_and_config_json_says_which(
 def test_memory_is_saved_without_changing_the_adapter(
     base_folder: Path, cache: LatentCache, tmp_path: Path, changes: dict[str, Any]
 ):
-    slow = SETTINGS.model_copy(update={"lr": 1e-4})  # Adam makes steps of a gradient's last bits
+    slow = SETTINGS.model_copy(update={"lr": 1e-4})  # Adam turns rounding of a gradient into whole steps
     for name, settings in (("plain", slow), ("saving", slow.model_copy(update=changes))):
         run_distill(load_parts(base_folder, "network"), cache, tmp_path / name, settings)
     plain, saving = (load_file(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("plain", "saving"))
@@ -230,7 +231,7 @@ def test_a_compiled_run_makes_the_adapter_of_an_eager_one(base_folder: Path, cac
         torch.testing.assert_close(compiled[name], eager[name], atol=2e-5, rtol=0)
 
 
-# The golden outcomes of the stage hold all four at every run.
+# In an ordinary test run the golden outcomes of the stage check all four.
 @pytest.mark.parametrize(
     "objective", ["tcd", *(pytest.param(o, marks=pytest.mark.slow) for o in ("lcm", "pcm", "tdd"))]
 )
@@ -244,9 +245,9 @@ def test_every_objective_learns_and_names_its_scheduler(
     )
     assert logger.losses[-1] < 0.95 * logger.losses[0]
     scheduler = json.loads((tmp_path / "adapter/scheduler_config.json").read_text())
-    assert scheduler["_class_name"] == facts["sampler"]["scheduler"]
-    assert scheduler["original_inference_steps"] == facts["sampler"]["grid"] == 50
-    assert facts["sampler"]["gamma"] == {"lcm": None, "pcm": 0.0, "tcd": 0.3, "tdd": 0.3}[objective]
+    assert scheduler["_class_name"] == facts.sampler.scheduler
+    assert scheduler["original_inference_steps"] == facts.sampler.grid == 50
+    assert facts.sampler.gamma == {"lcm": None, "pcm": 0.0, "tcd": 0.3, "tdd": 0.3}[objective]
 
 
 def test_the_target_has_the_averaged_weights_where_that_is_asked_for(base: bases.LoadedBase, cache: LatentCache):
@@ -277,11 +278,11 @@ def test_the_target_is_computed_with_the_adapter_on(base: bases.LoadedBase, cach
     distillation = Distillation(base, cache.unconditional(), SETTINGS)
     for parameter in parameters.values():
         parameter.data.normal_(std=0.1)
-    seen: list[bool] = []
+    adapter_off: list[bool] = []
     layer = next(module for _, module in lora._layers(base.network))
-    layer.register_forward_pre_hook(lambda module, _: seen.append(module.disable_adapters))
+    layer.register_forward_pre_hook(lambda module, _: adapter_off.append(module.disable_adapters))
     distillation.losses(draw_batch(cache))
-    assert seen == [True, False, False]  # teacher, target, student
+    assert adapter_off == [True, False, False]  # teacher, target, student
 
 
 def test_the_schedule_is_fp32_under_a_half_precision_base(base_folder: Path, cache: LatentCache):
@@ -345,7 +346,7 @@ def test_ten_losses_in_a_row_that_are_not_finite_stop_the_run_with_the_pictures(
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_loss_that_is_not_finite_is_skipped_and_told(
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_reported(
     base_folder: Path, cache: LatentCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     logger = Recorder()

@@ -8,7 +8,7 @@ from lcmlora import patches
 from lcmlora.config import Launch
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation import doctor
-from lcmlora.distillation.distill import distill
+from lcmlora.distillation.distill import distill_adapter
 from lcmlora.distillation.doctor import Trial
 from lcmlora.distillation.loss import Distillation
 from lcmlora.errors import UserError
@@ -16,14 +16,14 @@ from lcmlora.training.loop import NullLogger
 from tests.support.distillation import SETTINGS, load_parts
 
 
-def _examine(base_folder: Path, cache: LatentCache, scratch: Path, processes: int = 1, **changes: object):
+def _estimate(base_folder: Path, cache: LatentCache, scratch: Path, processes: int = 1, **changes: object):
     base = load_parts(base_folder, "network", "vae")
     settings = SETTINGS.model_copy(update=changes)
-    return base, doctor.examine(base, cache, settings, Launch(processes=processes), scratch)
+    return base, doctor.estimate_run(base, cache, settings, Launch(processes=processes), scratch)
 
 
 def test_the_figures_are_those_of_the_run_that_follows(base_folder: Path, cache: LatentCache, tmp_path: Path):
-    base, found = _examine(base_folder, cache, tmp_path)
+    base, found = _estimate(base_folder, cache, tmp_path)
     assert (found.pictures, found.validation_pictures, found.captions) == (8, 1, 9)
     assert found.epochs == pytest.approx(SETTINGS.steps * SETTINGS.batch / 8)
     (trial,) = found.trials
@@ -34,37 +34,37 @@ def test_the_figures_are_those_of_the_run_that_follows(base_folder: Path, cache:
     assert found.checkpoint == 5 * 4 * adapter
     assert found.patches == [str(each) for each in patches.installed(base.network)]
     assert [patch.partition(":")[0] for patch in found.patches] == ["direct attention", "LoRA forwards"]
-    assert json.loads(json.dumps(found.plain()))["device"].startswith("cpu")
+    assert json.loads(found.to_json())["device"].startswith("cpu")
 
 
-def test_a_checkpoint_is_as_large_as_was_said(base_folder: Path, cache: LatentCache, tmp_path: Path):
-    _, found = _examine(base_folder, cache, tmp_path)
-    distill(load_parts(base_folder, "network"), cache, SETTINGS, tmp_path, tmp_path / "out", identity={},
+def test_a_checkpoint_has_the_estimated_size(base_folder: Path, cache: LatentCache, tmp_path: Path):
+    _, found = _estimate(base_folder, cache, tmp_path)
+    distill_adapter(load_parts(base_folder, "network"), cache, SETTINGS, tmp_path, tmp_path / "out", identity={},
             logger=NullLogger())  # fmt: skip
     size = (tmp_path / "checkpoint.pt").stat().st_size
-    assert found.checkpoint <= size < 1.2 * found.checkpoint + 20_000  # besides, the views' alignment and a header
+    assert found.checkpoint <= size < 1.2 * found.checkpoint + 20_000  # plus the alignment of the views and a header
 
 
 def test_each_of_many_processes_takes_its_share_of_a_step(base_folder: Path, cache: LatentCache, tmp_path: Path):
-    _, found = _examine(base_folder, cache, tmp_path, processes=2)
+    _, found = _estimate(base_folder, cache, tmp_path, processes=2)
     assert found.images_per_second == pytest.approx(SETTINGS.batch / found.trials[0].seconds)
 
 
-def test_too_few_pictures_and_too_small_a_disk_are_told_before(
+def test_too_few_pictures_and_too_small_a_disk_are_errors(
     base_folder: Path, cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with pytest.raises(UserError, match=r"distill\.batch: 12 is more than the 8 pictures"):
-        _examine(base_folder, cache, tmp_path, batch=12)
+        _estimate(base_folder, cache, tmp_path, batch=12)
     usage = doctor.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"a checkpoint takes \d+ MB, and its successor needs as much"):
-        _examine(base_folder, cache, tmp_path)
+    with pytest.raises(UserError, match=r"a checkpoint takes \d+ MB, and the next one is written beside it"):
+        _estimate(base_folder, cache, tmp_path)
 
 
-def test_where_it_does_not_fit_settings_that_do_are_told(
+def test_settings_that_fit_are_named_if_the_chosen_ones_do_not(
     base_folder: Path, cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Memory stands for a GPU's here: a forward of more than two pictures has none."""
+    """A forward of more than two pictures raises what a GPU without memory raises."""
     losses = Distillation.losses
 
     def short_of_memory(self: Distillation, batch, optimization=None):
@@ -75,11 +75,11 @@ def test_where_it_does_not_fit_settings_that_do_are_told(
     monkeypatch.setattr(Distillation, "losses", short_of_memory)
     with pytest.raises(UserError, match=r"4 pictures at a time do not fit cpu.*; "
                        r"distill\.accumulate: 2 with distill\.checkpointing: none does"):  # fmt: skip
-        _examine(base_folder, cache, tmp_path)
+        _estimate(base_folder, cache, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "how", "fits", "expected"),
+    ("accumulate", "checkpointing", "fits", "expected"),
     [
         (1, "none", False, [(1, "selective"), (1, "full"), (2, "none"), (2, "selective"), (2, "full"),
                             (4, "none"), (4, "selective"), (4, "full")]),
@@ -87,7 +87,7 @@ def test_where_it_does_not_fit_settings_that_do_are_told(
         (2, "full", False, [(4, "full")]),
     ],
 )  # fmt: skip
-def test_other_ways_are_tried_from_the_fastest_on(accumulate: int, how: str, fits: bool, expected: list):
-    settings = SETTINGS.model_copy(update={"accumulate": accumulate, "checkpointing": how})
+def test_other_settings_are_tried_from_the_fastest_on(accumulate: int, checkpointing: str, fits: bool, expected: list):
+    settings = SETTINGS.model_copy(update={"accumulate": accumulate, "checkpointing": checkpointing})
     others = list(doctor._others(settings, fits=fits))
     assert others == [Trial(*pair) for pair in expected]

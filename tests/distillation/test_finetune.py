@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 
 from lcmlora import bases
 from lcmlora.adapters import lora
+from lcmlora.adapters.metadata import Tuned
 from lcmlora.bases import folders
 from lcmlora.config import Base, Tuning
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.finetune import Denoising, tune
+from lcmlora.distillation.finetune import Denoising, train_variation
 from lcmlora.errors import UserError
 from lcmlora.training.batches import Batches
 from lcmlora.training.loop import NullLogger
@@ -31,12 +32,15 @@ class Recorder(NullLogger):
         self.validation += [value for name, value in metrics.items() if name == "validation_loss"]
 
 
-def _tune(
+def _train(
     folder: Path, cache: LatentCache, work: Path, settings: Tuning, logger: Any = None, variant: str | None = None
-) -> dict[str, Any]:
+) -> Tuned:
     (work / "scratch").mkdir(parents=True, exist_ok=True)
     base, logger = load_parts(folder, "network", variant=variant), logger or NullLogger()
-    return tune(base, cache, settings, work / "scratch", work / "out", identity={"digest": "0"}, logger=logger)
+    scratch, out = work / "scratch", work / "out"
+    made = train_variation(base, cache, settings, scratch, out, identity={"digest": "0"}, logger=logger)
+    assert made is not None and made == Tuned.read(out / "config.json")
+    return made
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -50,32 +54,30 @@ def test_the_loss_is_that_of_the_bases_own_training(cache: LatentCache, tmp_path
     scheduler = DDPMScheduler.from_config(base.scheduler_config)
     x = scheduler.add_noise(batch.z, batch.noise, batch.index)
     velocity = scheduler.get_velocity(batch.z, batch.noise, batch.index)
-    wanted = {"epsilon": batch.noise, "sample": batch.z, "v_prediction": velocity}[kind]
+    target = {"epsilon": batch.noise, "sample": batch.z, "v_prediction": velocity}[kind]
     with torch.no_grad():
-        expected = (base.predict(x, batch.index, batch.conditioning) - wanted).square().flatten(1).mean(1)
+        expected = (base.predict(x, batch.index, batch.conditioning) - target).square().flatten(1).mean(1)
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [STYLE, WHOLE], ids=["style", "whole"])
-def test_what_is_tuned_gets_better_on_pictures_it_never_saw(
-    base_folder: Path, cache: LatentCache, tmp_path: Path, settings: Tuning
-):
+def test_the_loss_falls_on_validation_pictures(base_folder: Path, cache: LatentCache, tmp_path: Path, settings: Tuning):
     logger = Recorder()
     longer = settings.model_copy(update={"steps": 60, "batch": 8, "validate_every": 10, "checkpoint_every": 60})
-    facts = _tune(base_folder, cache, tmp_path, longer, logger)
+    facts = _train(base_folder, cache, tmp_path, longer, logger)
     assert min(logger.validation) < 0.9 * logger.validation[0]
-    assert facts["validation"]["best_step"] == 10 * (1 + logger.validation.index(min(logger.validation)))
+    assert facts.validation.best_step == 10 * (1 + logger.validation.index(min(logger.validation)))
 
 
 def test_a_style_is_an_adapter_that_loads(base_folder: Path, cache: LatentCache, tmp_path: Path):
-    _tune(base_folder, cache, tmp_path, STYLE)
+    _train(base_folder, cache, tmp_path, STYLE)
     base = load_parts(base_folder, "network")
     lora.load(base.network, tmp_path / "out" / lora.WEIGHTS)
     assert lora.adapted_layers(base.network) * 2 == len(load_file(tmp_path / "out" / lora.WEIGHTS))
 
 
 def test_a_whole_checkpoint_is_a_base_of_its_own(base_folder: Path, cache: LatentCache, tmp_path: Path):
-    _tune(base_folder, cache, tmp_path, WHOLE)
+    _train(base_folder, cache, tmp_path, WHOLE)
     settings = Base(source=str(tmp_path / "out"), resolution=RESOLUTION, license="apache-2.0")
     tuned = bases.load("tuned", settings, tmp_path / "out", device=CPU)
     before = load_parts(base_folder, "network", "vae", "text")
@@ -100,10 +102,10 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
             if step == 4:
                 raise Killed
 
-    _tune(base_folder, cache, tmp_path / "whole", settings)
+    _train(base_folder, cache, tmp_path / "whole", settings)
     with pytest.raises(Killed):
-        _tune(base_folder, cache, tmp_path / "killed", settings, Killer())
-    _tune(base_folder, cache, tmp_path / "killed", settings)
+        _train(base_folder, cache, tmp_path / "killed", settings, Killer())
+    _train(base_folder, cache, tmp_path / "killed", settings)
     for path in (tmp_path / "whole/out").rglob("*"):
         if path.is_file():
             assert (
@@ -117,9 +119,9 @@ def test_a_whole_checkpoint_in_half_precision_and_too_few_pictures_are_refused(
     base = load_parts(base_folder, "network")
     base.dtype = torch.bfloat16
     with pytest.raises(UserError, match="a whole checkpoint is trained in fp32"):
-        tune(base, cache, WHOLE, tmp_path, tmp_path / "out", identity={}, logger=NullLogger())
+        train_variation(base, cache, WHOLE, tmp_path, tmp_path / "out", identity={}, logger=NullLogger())
     with pytest.raises(UserError, match="8 pictures to train on are less than a batch of 64"):
-        _tune(base_folder, cache, tmp_path, STYLE.model_copy(update={"batch": 64}))
+        _train(base_folder, cache, tmp_path, STYLE.model_copy(update={"batch": 64}))
 
 
 @pytest.mark.slow
@@ -130,6 +132,6 @@ def test_a_whole_checkpoint_of_a_base_in_a_variant_is_loaded_in_that_variant(
     shutil.copytree(base_folder, half)
     for path in list(half.rglob("*.safetensors")):
         path.rename(path.with_suffix(".fp16.safetensors"))
-    _tune(half, cache, tmp_path, WHOLE, variant="fp16")
+    _train(half, cache, tmp_path, WHOLE, variant="fp16")
     settings = Base(source=str(tmp_path / "out"), resolution=RESOLUTION, license="apache-2.0", variant="fp16")
     bases.load("tuned", settings, tmp_path / "out", device=CPU)

@@ -10,13 +10,13 @@ from lcmlora.distillation.validation import Validation
 from lcmlora.errors import UserError
 from tests.support.distillation import SETTINGS
 
-HELD = torch.tensor([0, 3])
+VALIDATION_ROWS = torch.tensor([0, 3])
 
 
 def _validation(base: LoadedBase, cache: LatentCache, **changes: object) -> tuple[Distillation, Validation]:
     settings = SETTINGS.model_copy(update={"w_min": 3.0, "w_max": 5.0} | changes)
     distillation = Distillation(base, cache.unconditional(), settings)
-    return distillation, Validation(distillation, cache, HELD, settings, 2, base.decode)
+    return distillation, Validation(distillation, cache, VALIDATION_ROWS, settings, 2, base.decode)
 
 
 @pytest.mark.parametrize(("objective", "ends"), [("lcm", [0] * 4), ("pcm", [759, 499, 259, 0])])

@@ -38,16 +38,32 @@ class Quarters:
         return torch.nn.functional.adaptive_avg_pool2d(pictures, 2).flatten(1) * 10
 
 
+class Halves(Quarters):
+    """The mean colour of a picture's upper and lower half."""
+
+    name = "halves/6"
+    dimensions = 6
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(pictures, (2, 1)).flatten(1) * 10
+
+
 @pytest.fixture(scope="module")
 def small_features() -> None:
     FEATURES.register("quarters", Quarters)
+    FEATURES.register("halves", Halves)
+
+
+FIXED = {"solver": "ddim", "guidance_scale": 4.0}
 
 
 def settings(**changes: Any) -> Evaluation:
     values: dict[str, Any] = {
-        "seed": 1000, "pictures": 20, "batch": 8, "features": "quarters", "guidance_scale": 4.0,
-        "teacher_steps": 6, "solvers": ("ddim", "dpm++"), "solver_steps": (1, 2), "student_steps": (1, 2, 4),
-        "grid_rows": 3, "resamples": 20, "latency_repeats": 2, "device": "cpu",
+        "seed": 1000, "pictures": 20, "batch": 8, "features": "quarters", "check_features": "halves",
+        "guidance_scale": 4.0, "teacher_steps": 6, "solvers": (FIXED, FIXED | {"solver": "dpm++"}),
+        "solver_evaluations": (2, 4),
+        "student_steps": (1, 2, 4), "grid_rows": 3, "resamples": 20, "worst_captions": 2,
+        "latency_repeats": 2, "device": "cpu",
     }  # fmt: skip
     return Evaluation(**values | changes)
 
@@ -65,7 +81,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
         pixels = torch.randint(0, 256, (3, 3, 3), generator=generator, dtype=torch.uint8).numpy()
         Image.fromarray(pixels).resize((20, 24), Image.Resampling.NEAREST).save(folder / f"{i:02d}.png")
         (folder / f"{i:02d}.txt").write_text(WORDS[i % len(WORDS)])
-    return Data(source="folder", path=folder, min_side=8, max_aspect=2.0, validation=0.4, seed=0)
+    return Data(source="folder", path=folder, min_side=8, max_aspect=2.0, validation=0.2, test=0.4)
 
 
 @pytest.fixture(scope="module")

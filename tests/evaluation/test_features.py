@@ -50,6 +50,56 @@ def test_features_do_not_depend_on_batch_and_hardly_on_resolution(efficientnet: 
     assert (vectors - small).norm(dim=1).max() < 0.1 * apart
 
 
+def test_crops_see_the_blur_of_a_large_picture_which_the_whole_at_128_pixels_does_not(
+    efficientnet: features.Features,
+) -> None:
+    crops = features.load("efficientnet-lite0-crops", CPU)
+    sharp, blurred = _sharp_and_blurred(512)
+    whole, both = efficientnet(sharp), crops(sharp)
+    assert both.shape == (2, crops.dimensions) == (2, 640)
+    torch.testing.assert_close(both[:, :320], whole)
+    seen = [_share_moved(view(sharp), view(blurred)) for view in (efficientnet, lambda x: crops(x)[:, 320:])]
+    assert seen[1] > 5 * seen[0]
+    small = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))  # its own and only crop
+    torch.testing.assert_close(crops(small)[:, 320:], efficientnet(small))
+
+
+def test_scattering_sees_blur_noise_and_colour_at_full_size(efficientnet: features.Features) -> None:
+    scattering = features.load("scattering", CPU)
+    sharp, blurred = _sharp_and_blurred(512)
+    vectors = scattering(sharp)
+    assert vectors.shape == (2, scattering.dimensions) == (2, 192)
+    moved = _share_moved(vectors, scattering(blurred))
+    assert moved > 3 * _share_moved(efficientnet(sharp), efficientnet(blurred))
+    finest = slice(0, 4)  # the luminance's first order at the finest scale, four angles
+    assert (scattering(blurred)[:, finest] < vectors[:, finest] - 0.2).all()
+    flat = scattering(torch.full((1, 3, 256, 256), 0.5))[:, :48]
+    torch.testing.assert_close(flat, torch.full_like(flat, 1 / 510).log())  # nothing but the least contrast
+    torch.testing.assert_close(vectors[1:], scattering(sharp[1:]), rtol=1e-4, atol=1e-4)
+    x = torch.arange(64) / 64
+    stripes = (0.5 + 0.4 * torch.sin(2 * torch.pi * 16 * x)).expand(1, 3, 64, 64)
+    along, across = scattering(stripes)[0, finest], scattering(stripes.mT)[0, finest]
+    assert along.argmax() == 0 and across.argmax() == 2  # angles in steps of 45 degrees
+
+
+def test_scattering_takes_the_smallest_pictures_and_no_weights() -> None:
+    assert features.load("scattering", CPU)(torch.rand(2, 3, 16, 16)).isfinite().all()
+    with pytest.raises(UserError, match=r"scattering features have no weights; remove other\.pth"):
+        features.load("scattering", CPU, "other.pth")
+
+
+def _sharp_and_blurred(side: int) -> tuple[Tensor, Tensor]:
+    """Returns two pictures of coloured tiles (2, 3, side, side), and the same after a blur of five pixels."""
+    tiles = torch.rand(2, 3, side // 16, side // 16, generator=torch.Generator().manual_seed(1))
+    sharp = torch.nn.functional.interpolate(tiles, size=side, mode="nearest")
+    return sharp, torch.nn.functional.avg_pool2d(sharp, 5, stride=1, padding=2, count_include_pad=False)
+
+
+def _share_moved(before: Tensor, after: Tensor) -> float:
+    """Returns how far the features moved, in units of how far the two pictures are apart."""
+    return ((after - before).norm(dim=1).mean() / (before[0] - before[1]).norm()).item()
+
+
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(UserError, match=r"lcmlora\[emoji\]"):
@@ -60,7 +110,9 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: p
 
 
 def test_unknown_features_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match="features: got 'dino': expected one of efficientnet-lite0, inception, clip"):
+    with pytest.raises(
+        UserError, match="features: got 'dino': expected one of efficientnet-lite0, efficientnet-lite0-crops, inception"
+    ):
         features.load("dino", CPU)
 
 

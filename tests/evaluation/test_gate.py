@@ -8,7 +8,7 @@ import pytest
 
 from lcmlora.config import Gate
 from lcmlora.evaluation import gate as decisions
-from lcmlora.evaluation.figures import Metrics
+from lcmlora.evaluation.figures import Key, Metrics
 
 GATE = Gate(steps=4, min_retrieval=0.8)
 METRICS: dict[str, Any] = {
@@ -26,7 +26,7 @@ METRICS: dict[str, Any] = {
 
 
 def gate(metrics: dict[str, Any], settings: Gate) -> list[str]:
-    return decisions.gate(Metrics.parse(metrics, "metrics"), settings)
+    return decisions.gate_failures(Metrics.parse(metrics, "metrics"), settings)
 
 
 def against(metrics: dict[str, Any], champion: dict[str, Any], settings: Gate, name: str) -> list[str]:
@@ -78,11 +78,70 @@ def test_retrieval_that_says_nothing_is_not_measured_and_does_not_pass(metrics: 
     assert bool(gate(metrics, Gate(steps=4, min_retrieval=0))) != measured
 
 
+def led(interval: list[float] | None, captions: int | None = 32) -> dict[str, Any]:
+    """Returns the figures with an interval of the student's lead over the best solver."""
+    intervals = {"level": 0.95, "resamples": 1000, "captions": captions, "excess": {}, "retrieval": {}}
+    lead = {"rival": "dpm++@2", "network_evaluations": 4, "difference": -28.0, "interval": interval}
+    return METRICS | {"prompts": captions, "intervals": intervals, "advantage": {"student@4": lead}}
+
+
+def test_a_lead_that_other_captions_or_seeds_may_undo_fails_unless_chance_is_allowed() -> None:
+    assert gate(led([-50.0, -6.0]), GATE) == [] == gate(led(None), GATE)
+    (line,) = gate(led([-60.0, 4.0]), GATE)
+    assert "lead of 28.00 over dpm++@2 may be chance: the difference is between -60.00 and 4.00" in line
+    assert "(95% interval, 512 pictures of 32 captions)" in line
+    assert gate(led([-60.0, 4.0]), Gate(steps=4, beyond_chance=False)) == []
+    (line,) = gate(led([-60.0, 4.0]) | {"excess": METRICS["excess"] | {"student@4": 43.5}}, GATE)
+    assert "is not below dpm++@2's 40.00" in line  # said once
+
+
+def test_a_lead_on_one_caption_says_nothing_of_others() -> None:
+    (line,) = gate(led([-50.0, -6.0], captions=1), Gate(steps=4, min_retrieval=0))
+    assert "it was compared on one caption, which says nothing of others" in line
+
+
+DIVERSE = METRICS | {"prompts": 32, "diversity": {"teacher@50": 0.5, "student@4": 0.44, "student@2": 0.3}}
+
+
+def test_seeds_that_draw_much_the_same_fail_with_what_was_needed() -> None:
+    assert gate(DIVERSE, GATE) == []
+    (line,) = gate(DIVERSE, Gate(steps=4, min_diversity=0.9))
+    assert "diversity of seeds 0.440 is below 0.450 (0.9 of teacher@50's 0.500): 0.010 too low" in line
+    assert gate(DIVERSE, Gate(steps=4, min_diversity=0)) == []
+    (line,) = gate(DIVERSE | {"diversity": {"teacher@50": 0.5, "student@4": float("nan")}}, GATE)
+    assert "diversity of seeds nan is below 0.425" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prompts": 512, "diversity": {}}, "each caption has one picture"),
+        ({"diversity": {}}, "the figures have none"),
+        ({"diversity": {"teacher@50": 0.0, "student@4": 0.1}}, "teacher@50 draws the same picture from all seeds"),
+    ],
+)
+def test_diversity_that_cannot_be_measured_is_not_asked_for_and_says_why(changes: dict[str, Any], reason: str) -> None:
+    assert gate(DIVERSE | changes, Gate(steps=4, min_diversity=1.0)) == []
+    figures = Metrics.parse(DIVERSE | changes, "metrics")
+    assert decisions.unmeasured_diversity(figures, Key("student@4")) == reason
+
+
 def test_nothing_to_compare_with_is_a_failure_and_not_a_pass() -> None:
     (line,) = gate(changed("network_evaluations", "student@4", 6), GATE)
-    assert "no solver" in line and "add 3 to evaluation.solver_steps" in line
+    assert "no solver" in line and "add 6 to evaluation.solver_evaluations" in line
     (line,) = gate(METRICS, Gate(steps=8, min_retrieval=0.8))
-    assert line.startswith("student@8: was not drawn") and "student@2, student@4" in line
+    assert line.startswith("student@8: was not drawn") and "gave student@2, student@4; add 8 to them" in line
+
+
+def test_at_one_step_a_guided_solver_cannot_be_met_and_the_advice_says_so() -> None:
+    one = {group: METRICS[group] | {"student@1": value} for group, value in (("excess", 20.0), ("retrieval", 0.7))}
+    costs = METRICS["network_evaluations"] | {"student@1": 1}
+    (line,) = gate(METRICS | one | {"network_evaluations": costs}, Gate(steps=1))
+    assert line.endswith(
+        "no solver was drawn at its 1 network evaluations, so nothing was beaten; add 1 to "
+        "evaluation.solver_evaluations (with a solver of guidance scale 1, since a guided step costs two), or change "
+        "gate.steps"
+    )
 
 
 def test_recorded_names_are_those_that_mlflow_takes() -> None:

@@ -11,7 +11,7 @@ from lcmlora import bases
 from lcmlora.cli.adapters import references
 from lcmlora.config import Data, Gate
 from lcmlora.errors import UserError
-from lcmlora.evaluation.evaluate import evaluate
+from lcmlora.evaluation.evaluate import evaluate_student
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import against, incomparable
 from lcmlora.evaluation.remeasure import measure_again
@@ -40,7 +40,7 @@ def test_the_figures_are_those_of_an_evaluation_and_can_be_compared_with_it(
     measured = again(base_folder, adapter, pictures, reference, tmp_path)
     (tmp_path / "evaluating").mkdir()
     files = (tmp_path / "evaluation", tmp_path / "metrics.json", tmp_path / "steps.csv", tmp_path / "timings")
-    whole = evaluate(base, adapter, data, settings(), pictures, reference, tmp_path / "evaluating", *files)
+    whole = evaluate_student(base, adapter, data, settings(), pictures, reference, tmp_path / "evaluating", *files)
     figures, expected = measured.plain(), whole.plain()
     for key in ("excess", "retrieval"):
         assert figures[key]["student@4"] == expected[key]["student@4"]

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.config import Data, Study
-from lcmlora.diffusion import sampling
+from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
-from lcmlora.evaluation.drawing import Artist, Way
+from lcmlora.evaluation.image_sets import ImageSets, StudentSettings
 from lcmlora.evaluation.measures.distances import Frechet
-from lcmlora.evaluation.study import Variation, draw_alone, study
+from lcmlora.evaluation.study import Variation, draw_alone, run_study
 from lcmlora.io.files import sha256_file
 from tests.evaluation.conftest import CPU, Quarters, made_of, settings, write_adapter
 from tests.support.miniature import RESOLUTION
@@ -75,7 +75,7 @@ def run(load: Load, adapter: Path, variations: list[Variation], reference: Path,
     root = adapter.parent
     scratch = root / "studying"
     scratch.mkdir(exist_ok=True)
-    found = study(load, adapter, variations, asked(**changes), settings(), reference, scratch, root / "study")
+    found = run_study(load, adapter, variations, asked(**changes), settings(), reference, scratch, root / "study")
     return json.loads(json.dumps(found.plain()))  # type: ignore[no-any-return]
 
 
@@ -89,10 +89,10 @@ def test_a_style_is_drawn_alone_by_every_solver_at_equal_cost_and_beside_its_own
     assert all(sets[key].shape == (24, 12) for key in SOLVERS)
     assert facts["network_evaluations"] == {"alone/dpm++@1": 2, "alone/dpm++@2": 4, "alone/ddim@2": 4}
     base = load(None)
-    artist = Artist(base, Quarters(CPU), facts["prompts"], 24, 8, 3)
-    plain = artist.draw("plain", Way("ddim", 2, 4.0), facts["seed"]).features
+    image_sets = ImageSets(base, Quarters(CPU), facts["prompts"], 24, 8, 3)
+    plain = image_sets.draw("plain", SolverSettings.of("ddim", 2, 4.0), facts["seed"]).features
     lora.load(base.network, variations[0].folder / lora.WEIGHTS)
-    styled = artist.draw("styled", Way("ddim", 2, 4.0), facts["seed"]).features
+    styled = image_sets.draw("styled", SolverSettings.of("ddim", 2, 4.0), facts["seed"]).features
     torch.testing.assert_close(sets["alone/ddim@2"].float(), styled.float(), atol=0.05, rtol=0)
     assert (plain - styled).abs().max() > 0.1
 
@@ -112,8 +112,8 @@ def test_the_figures_of_a_style_are_those_of_the_sum_of_both_adapters(
         base.network.load_lora_adapter(tensors, prefix=None, adapter_name=name)
     base.network.set_adapters(["lcm", "style"], [1.0, 0.8])
     facts = json.loads((variations[0].alone / "alone.json").read_text())
-    artist = Artist(base, Quarters(CPU), facts["prompts"], 24, 8, 3)
-    drawn = artist.draw("both", Way(sampling.STUDENT, 4), facts["seed"]).features
+    image_sets = ImageSets(base, Quarters(CPU), facts["prompts"], 24, 8, 3)
+    drawn = image_sets.draw("both", StudentSettings(4), facts["seed"]).features
     real = load_file(variations[0].alone / "features.safetensors")["real"]
     assert ink["distance_real"]["accelerated@4"] == pytest.approx(Frechet().between(real, drawn), rel=0.02)
 
@@ -135,8 +135,8 @@ def test_a_checkpoint_is_accelerated_by_the_adapter_as_it_is(
     tuned = load(variations[1].folder)
     lora.load(tuned.network, adapter / lora.WEIGHTS)
     facts = json.loads((variations[1].alone / "alone.json").read_text())
-    artist = Artist(tuned, Quarters(CPU), facts["prompts"], 24, 8, 3)
-    drawn = artist.draw("tuned", Way(sampling.STUDENT, 4), facts["seed"]).features
+    image_sets = ImageSets(tuned, Quarters(CPU), facts["prompts"], 24, 8, 3)
+    drawn = image_sets.draw("tuned", StudentSettings(4), facts["seed"]).features
     real = load_file(variations[1].alone / "features.safetensors")["real"]
     assert clay["distance_real"]["accelerated@4"] == pytest.approx(Frechet().between(real, drawn), rel=0.02)
 
@@ -210,7 +210,7 @@ def test_too_few_real_pictures_and_other_features_are_refused_by_name(
     for path in sorted(Path(data.path).iterdir())[:32]:
         shutil.copy(path, few / path.name)
     scarce = data.model_copy(update={"path": str(few)})
-    with pytest.raises(UserError, match=r"real validation pictures are too few for 12 dimensions; give it more"):
+    with pytest.raises(UserError, match=r"real test pictures are too few for 12 dimensions; give it more"):
         draw_alone(
             load(None), "style", variations[0].folder, scarce, asked(), settings(), tmp_path / "s", tmp_path / "o"
         )

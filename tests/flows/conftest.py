@@ -116,7 +116,7 @@ def stock(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, model in enumerate(MODELS):
         loaded = bases.load(model, base, base_folder, device=torch.device("cpu"))
         write_stages(loaded, root, model=model, seed=seed)
-        package.package(model, config, lcmlora.project.Project(root), base_folder)
+        package.package_release(model, config, lcmlora.project.Project(root), base_folder)
     return root
 
 

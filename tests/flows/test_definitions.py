@@ -34,7 +34,7 @@ from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 from rich.console import Console
 
 from flows.provision import dead_runs
-from flows.retrain import stages_of
+from flows.retrain import prepare_of, stages_of
 from flows.serve import read_deployments
 from flows.services import POOL
 from flows.watch import BASE_CHANGED, DATASET_CHANGED
@@ -121,7 +121,7 @@ def test_every_schedule_has_a_slug_of_its_own_and_a_time_zone(entries: list[dict
 
 def test_retrain_listens_for_what_watch_says_and_runs_once_at_a_time(deployments: list[RunnerDeployment]):
     retrain = next(each for each in deployments if each.flow_name == "retrain")
-    expected = {DATASET_CHANGED: "lcmlora.dataset", BASE_CHANGED: "lcmlora.base.*"}
+    expected = {DATASET_CHANGED: "lcmlora.dataset*", BASE_CHANGED: "lcmlora.base.*"}
     found = {}
     for trigger in retrain.triggers:
         assert isinstance(trigger, DeploymentEventTrigger)
@@ -143,9 +143,9 @@ def test_both_ways_to_deploy_find_the_same(entries: list[dict[str, Any]], deploy
 
 
 def test_a_mistake_in_a_definition_is_told_with_the_deployment(tmp_path: Path):
-    entry = {"entrypoint": "flows/report.py:report", "name": "weekly", "schedules": [{"cron": "0 7 * * mondays"}]}
+    entry = {"entrypoint": "flows/report.py:leave_digest", "name": "weekly", "schedules": [{"cron": "0 7 * * mondays"}]}
     (tmp_path / "prefect.yaml").write_text(yaml.safe_dump({"deployments": [entry]}))
-    with pytest.raises(UserError, match=r"flows/report\.py:report, weekly: .*mondays"):
+    with pytest.raises(UserError, match=r"flows/report\.py:leave_digest, weekly: .*mondays"):
         read_deployments(tmp_path / "prefect.yaml")
 
 
@@ -155,7 +155,7 @@ def test_every_stage_that_the_flow_names_is_in_dvc_yaml():
     studied = settings.model_copy(update={"study": settings.study.model_copy(update={"models": settings.models})})
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     for model in settings.models:
-        names = {name.split("@")[0] for name in stages_of(model, studied)}
+        names = {name.split("@")[0] for name in (prepare_of(model, studied), *stages_of(model, studied))}
         assert names <= set(stages), f"dvc.yaml lacks {names - set(stages)}"
         assert {"study", "style", "package"} <= names
 
@@ -301,7 +301,7 @@ def test_the_notices_have_the_licences_of_what_is_installed():
 def _prepared(kind: type[BaseJobConfiguration], pool: str, flow: str, entries: list[dict[str, Any]]) -> Any:
     """Returns what a worker of this pool would start for a run of this flow's deployment."""
     template = json.loads((ROOT / "deploy" / pool / "base-job-template.json").read_text())
-    entry = next(each for each in entries if each["entrypoint"].endswith(f":{flow}"))
+    entry = next(each for each in entries if each["entrypoint"].startswith(f"flows/{flow}.py:"))
     # Nothing of the template is on a server, and so nothing is asked of this one.
     client = PrefectClient("http://prefect.example.org/api")
     variables = entry["work_pool"].get("job_variables", {})

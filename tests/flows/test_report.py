@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flows.report import report
-from flows.retrain import retrain
+from flows.report import leave_digest
+from flows.retrain import retrain_models
 from flows.status import status
 from tests.flows.conftest import Project, artifacts
 
@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 def test_digest_and_status_tell_champions_events_runs_and_what_needs_a_person(project: Project, capsys):
     (project.root / "broken-b").touch()
-    retrain(return_state=True)
-    state = report(return_state=True)
+    retrain_models(return_state=True)
+    state = leave_digest(return_state=True)
     assert (state.is_completed(), state.name) == (True, "Reported")
     text = artifacts("digest")[-1].data
     assert "| a | lcm-lora-a/1 | 20" in text

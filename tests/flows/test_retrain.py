@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.retrain import retrain, stages_of
+from flows.retrain import retrain_models, stages_of
 from lcmlora import registry
 from lcmlora.config import Config, load
 from lcmlora.registry import promotion, registration
@@ -32,7 +32,7 @@ def test_of_three_models_one_fails_the_others_are_finished_and_the_next_runs_do_
 ):
     project.change(lambda raw: raw.update(models=["a", "b", "c"]))
     (project.root / "broken-b").touch()
-    state = retrain(return_state=True)
+    state = retrain_models(return_state=True)
     assert state.is_failed()
     assert state.message == "b: distill@b: step 7: the loss is not finite"
     table = capfd.readouterr().out
@@ -49,7 +49,7 @@ def test_of_three_models_one_fails_the_others_are_finished_and_the_next_runs_do_
     check_page_of_the_run(project)
 
     (project.root / "broken-b").unlink()
-    state = retrain(return_state=True)
+    state = retrain_models(return_state=True)
     assert (state.is_completed(), state.name) == (True, "Promoted")
     assert sorted(project.distilled()) == ["a", "b", "c"]
     assert [len(project.versions(model)) for model in ("a", "b", "c")] == [1, 1, 1]
@@ -59,7 +59,7 @@ def test_of_three_models_one_fails_the_others_are_finished_and_the_next_runs_do_
 
     before = sorted((str(p), p.stat().st_mtime_ns) for p in (project.root / "releases").rglob("*"))
     stamps = [project.versions(model)[0].last_updated_timestamp for model in ("a", "b", "c")]
-    state = retrain(return_state=True)
+    state = retrain_models(return_state=True)
     assert (state.is_completed(), state.name) == (True, "UpToDate")
     shown = capfd.readouterr()
     assert "nothing was stale" in shown.out
@@ -91,7 +91,7 @@ def test_an_unreachable_registry_and_bucket_leave_the_release_for_the_next_run(p
         registry={"tracking_uri": f"http://127.0.0.1:{closed_port()}"},
         publish={"to": "s3://bucket/team", "endpoint_url": f"http://127.0.0.1:{closed_port()}"},
     )
-    state = retrain(["a"], params=down, return_state=True)
+    state = retrain_models(["a"], params=down, return_state=True)
     assert state.is_failed()
     table = capfd.readouterr().out
     assert "publish.to: bucket bucket at http://127.0.0.1:" in table
@@ -99,7 +99,7 @@ def test_an_unreachable_registry_and_bucket_leave_the_release_for_the_next_run(p
     assert "release/a, not published" in table
     assert (project.root / "release/a/SHA256SUMS").is_file()
 
-    state = retrain(["a"], return_state=True)
+    state = retrain_models(["a"], return_state=True)
     assert (state.is_completed(), state.name) == (True, "Promoted")  # a version is new, though no stage ran
     assert project.distilled() == ["a"]
     assert project.aliases("a") == {"champion": 1}
@@ -108,7 +108,7 @@ def test_an_unreachable_registry_and_bucket_leave_the_release_for_the_next_run(p
 
 def test_a_candidate_that_fails_the_gate_is_registered_with_the_reason_and_without_alias(project: Project, capfd):
     strict = project.params("strict.yaml", gate={"min_retrieval": 1.0})
-    state = retrain(["a"], params=strict, return_state=True)
+    state = retrain_models(["a"], params=strict, return_state=True)
     assert state.is_completed()
     version = project.versions("a")[0]
     assert version.tags["gate"] == "rejected"
@@ -117,20 +117,20 @@ def test_a_candidate_that_fails_the_gate_is_registered_with_the_reason_and_witho
     assert not (project.root / "releases/a/channels").exists()
     assert "failed: student@4: caption retrieval 0.850" in capfd.readouterr().out
 
-    retrain(["a"])  # the same adapter under the milder gate
+    retrain_models(["a"])  # the same adapter under the milder gate
     assert project.versions("a")[0].tags["gate"] == "passed"
     assert project.aliases("a") == {"champion": 1}
 
 
 def test_a_champion_that_a_person_rolled_back_stays_rolled_back(project: Project):
-    retrain(["a"])
+    retrain_models(["a"])
     name = "lcm-lora-a"
     settings = load().registry
-    older = registration.register("a", settings, write_sealed(project.root / "older"))
-    promotion.assign(registry.resolve(f"{name}/{older.version}", settings), settings, reason="blurred")
+    older = registration.register_release("a", settings, write_sealed(project.root / "older"))
+    promotion.promote_passed(registry.resolve(f"{name}/{older.version}", settings), settings, reason="blurred")
     pointer = project.root / "releases/a/channels/champion.json"
     pointer.write_text("moved by hand")
-    retrain(["a"])
+    retrain_models(["a"])
     assert project.aliases("a") == {"champion": older.version, "previous": 1}
     assert pointer.read_text() == "moved by hand"
 
@@ -140,13 +140,13 @@ def test_without_publishing_and_promoting_there_is_a_version_only_and_force_runs
         identity = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
         return subprocess.run(["git", *identity, *arguments], check=True, capture_output=True, text=True).stdout
 
-    retrain(["a"], publish=False, promote=False)
+    retrain_models(["a"], publish=False, promote=False)
     assert project.releases() == []
     assert project.aliases("a") == {}
     assert "as in Git" not in capfd.readouterr().out  # which has nothing yet
     git("add", "dvc.lock", "metrics")
     git("commit", "-qm", "first")
-    state = retrain(["a"], force=True, publish=False, return_state=True)
+    state = retrain_models(["a"], force=True, publish=False, return_state=True)
     assert state.name == "Promoted"
     assert project.distilled() == ["a", "a"]
     assert len(project.versions("a")) == 1
@@ -159,14 +159,14 @@ def test_without_publishing_and_promoting_there_is_a_version_only_and_force_runs
 
 @pytest.mark.slow
 def test_settings_of_one_model_retrain_that_model_only_and_a_data_change_retrains_all(project: Project):
-    retrain()
+    retrain_models()
     project.change(lambda raw: raw["bases"].update(b=raw["bases"]["b"] | {"distill": {"steps": 3}}))
-    state = retrain(return_state=True)
+    state = retrain_models(return_state=True)
     assert sorted(project.distilled()) == ["a", "b", "b"]
     assert state.name == "Reproduced"  # the stock's adapter is the same for all settings
     assert state.message.startswith("a: UpToDate lcm-lora-a/1; b: Reproduced lcm-lora-b/1; ")
     (project.root / "pictures").write_text('{"more": 1}\n')
-    retrain()
+    retrain_models()
     assert sorted(project.distilled()) == ["a", "a", "b", "b", "b"]
     assert [len(project.versions(model)) for model in ("a", "b")] == [1, 1]
 
@@ -227,6 +227,35 @@ def test_every_stage_that_the_flow_names_is_in_dvc_yaml_and_the_other_way_round(
     assert sorted(listed) == sorted(["resolve", "pretrain", "prepare", *named])
 
 
+@pytest.mark.slow
+def test_of_models_with_different_pictures_those_run_whose_pictures_have_changed(project: Project):
+    raw = yaml.safe_load((project.root / "dvc.yaml").read_text())
+    prepare = "mkdir -p data/own-pictures/${key} && cp ${item} data/own-pictures/${key}/train.jsonl"
+    outs = ["data/own-pictures/${key}"]
+    raw["stages"]["prepare-own"] = {"foreach": {"b": "own"}, "do": {"cmd": prepare, "deps": ["${item}"], "outs": outs}}
+    folders = dict.fromkeys("abc", "data/pictures") | {"b": "data/own-pictures/b"}
+    for name in ("encode", "reference"):
+        stage = {key: value for key, value in raw["stages"][name].items() if key != "matrix"}
+        text = json.dumps(stage).replace("data/pictures", "${item}").replace("${item.model}", "${key}")
+        raw["stages"][name] = {"foreach": folders, "do": json.loads(text)}
+    (project.root / "dvc.yaml").write_text(yaml.safe_dump(raw))
+    (project.root / "own").write_text('{"own": 1}\n')
+    project.change(lambda raw: raw["bases"].update(b=raw["bases"]["b"] | {"data": {"path": "own"}}))
+
+    def ran() -> dict[str, list[str]]:
+        """Runs the flow and returns the stages that ran for each model."""
+        state = retrain_models(publish=False, promote=False, return_state=True)
+        assert state.is_completed(), state.message
+        rows = [line.strip("| ").split(" | ") for line in artifacts("retrain")[-1].data.splitlines()]
+        return {row[0]: [each.split()[0] for each in row[2].split(", ")] for row in rows if row[1:2] == ["ran"]}
+
+    assert [found[:2] for found in ran().values()] == [["prepare", "encode"], ["prepare-own", "encode"]]
+    (project.root / "own").write_text('{"own": 2}\n')
+    assert ran() == {"a": ["nothing"], "b": ["prepare-own", "encode", "reference", "distill", "evaluate"]}
+    (project.root / "pictures").write_text('{"more": 1}\n')
+    assert ran() == {"a": ["prepare", "encode", "reference", "distill", "evaluate"], "b": ["nothing"]}
+
+
 def test_help_shows_examples_without_importing_prefect():
     script = "import sys; sys.argv[1:] = ['--help']\ntry:\n    from flows.command import main; main()\nfinally:\n"
     script += "    assert not {'prefect', 'torch', 'mlflow', 'pydantic'} & set(sys.modules), 'heavy'\n"
@@ -238,8 +267,8 @@ def test_help_shows_examples_without_importing_prefect():
 
 def test_a_gpu_model_is_examined_before_it_is_trained(project: Project):
     project.change(lambda raw: raw["bases"].update(a=raw["bases"]["a"] | {"distill": {"device": "cuda"}}))
-    state = retrain(["a"], return_state=True)
-    assert state.message == "a: doctor a: device: cuda was asked for and this machine has no usable GPU"
+    state = retrain_models(["a"], return_state=True)
+    assert state.message == "a: doctor a: device: cuda, and this machine has no usable GPU"
     assert not (project.root / "distilled").exists()
 
 
@@ -274,8 +303,8 @@ def test_the_command_runs_without_a_server_and_ends_with_its_trainer_saying_wher
     assert err.splitlines() == [
         "starting Prefect ...",
         *(f"Running stage '{stage}':" for stage in ("prepare", "encode@a", "reference@a", "distill@a")),
-        "ending what runs ...",
-        "ended in distill@a; the same command goes on there, with all that is done so far",
+        "ending the processes that run ...",
+        "ended in distill@a; the same command goes on from there and keeps all results so far",
     ]
     shown = subprocess.run(["ps", "-o", "stat=", "-p", pid.read_text().strip()], capture_output=True, text=True)
     assert shown.stdout.strip() in ("", "Z")

@@ -18,8 +18,8 @@ from lcmlora.errors import Unavailable, UserError
 from tasks import prefect_internals
 from tasks.devices import occupied
 from tasks.dvc import StageFailed, repro, run_stage
-from tasks.output import told
-from tasks.processes import Processes, stream
+from tasks.output import line_listener
+from tasks.processes import Command, Processes, stream
 from tasks.retrying import networked
 from tests.flows.conftest import LIMIT, artifacts
 from tests.support import repositories
@@ -80,15 +80,15 @@ def test_prefect_says_by_the_cause_of_its_error_whether_a_limit_is_unknown_or_ta
 
 def test_a_slot_that_another_machine_holds_is_waited_for(capfd: pytest.CaptureFixture):
     taken = threading.Event()
-    told, released = [""], list[float]()
+    shown, released = [""], list[float]()
 
     def elsewhere() -> None:
         with concurrency(LIMIT, strict=True):
             taken.set()
             until = time.monotonic() + 60
-            while "waiting" not in told[0] and time.monotonic() < until:
+            while "waiting" not in shown[0] and time.monotonic() < until:
                 time.sleep(0.1)
-                told[0] += capfd.readouterr().err
+                shown[0] += capfd.readouterr().err
             released.append(time.monotonic())
 
     machine = threading.Thread(target=elsewhere)
@@ -97,7 +97,7 @@ def test_a_slot_that_another_machine_holds_is_waited_for(capfd: pytest.CaptureFi
     with Processes() as processes, occupied(LIMIT, processes):
         assert time.monotonic() > released[0]
     machine.join()
-    assert f"waiting for a slot of Prefect's limit {LIMIT}" in told[0]
+    assert f"waiting for a slot of Prefect's limit {LIMIT}" in shown[0]
 
 
 def test_what_was_out_of_reach_is_tried_again_and_nothing_else_is(settings: config.Config):
@@ -142,8 +142,8 @@ def test_lines_are_in_the_log_and_progress_is_an_artifact_that_follows():
 
     @task(cache_policy=NO_CACHE)
     def train() -> None:
-        with Processes() as processes, told("distill@a-B", "a-B") as listen:
-            stream(processes, {"command": ["sh", "-c", script]}, listen=listen)
+        with Processes() as processes, line_listener("distill@a-B", "a-B") as listen:
+            stream(processes, Command(["sh", "-c", script]), listen=listen)
 
     @flow
     def run() -> str:

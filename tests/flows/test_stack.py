@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from flows import background, credentials, services, stack
-from flows.background import Part
+from flows.background import StartedProcess
 from flows.services import HOST, Service
 from flows.stack import BUCKET, Plan, State
 from lcmlora import config
@@ -66,7 +66,7 @@ def test_without_s3_a_bucket_is_served_for_releases_and_artifacts(project: Path)
 def test_secrets_are_for_their_owner_alone_and_on_no_command_line(project: Path):
     state = State()
     plan = planned(project, state)
-    credentials.write(project / ".up/environment", stack._as_shell(plan))
+    credentials.write_secret(project / ".up/environment", stack._as_shell(plan))
     keys = {path.name: path for path in (project / ".up/keys").iterdir()}
     assert {"identities.json", "security.toml", "key.pem", "mlflow.ini"} <= keys.keys()
     for path in (project / ".up/environment", *keys.values()):
@@ -125,7 +125,7 @@ def test_a_folder_that_another_user_has_put_there_is_not_used(project: Path):
     os.chown(project / ".up", 65534, 65534)
     refused = _run(project, "up")
     assert refused.returncode == 2
-    assert "it belongs to another user, who would know our passwords; remove it" in refused.stderr
+    assert "belongs to another user, who could read the passwords in it; remove it" in refused.stderr
 
 
 def test_releases_that_go_to_s3_need_no_bucket_here(project: Path):
@@ -191,26 +191,26 @@ def part(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Servi
 def test_starting_twice_is_one_process_and_one_that_died_is_started_again(part: tuple[Service, Path]):
     service, folder = part
     state = State()
-    assert background.start([service], folder, state.parts, inherited) == [service]
-    background.wait([service], folder, state.parts)
-    first = state.parts["mlflow"].pid
-    assert background.start([service], folder, state.parts, inherited) == []
-    assert state.parts["mlflow"].pid == first
+    assert background.start([service], folder, state.started, inherited) == [service]
+    background.wait([service], folder, state.started)
+    first = state.started["mlflow"].pid
+    assert background.start([service], folder, state.started, inherited) == []
+    assert state.started["mlflow"].pid == first
     os.kill(first, signal.SIGKILL)
     os.waitpid(first, 0)
-    assert background.start([service], folder, state.parts, inherited) == [service]
-    assert state.parts["mlflow"].pid != first
+    assert background.start([service], folder, state.started, inherited) == [service]
+    assert state.started["mlflow"].pid != first
     changed = Service("mlflow", service.command, {"MORE": "1"}, service.answers)
-    assert background.start([changed], folder, state.parts, inherited) == [changed]
+    assert background.start([changed], folder, state.started, inherited) == [changed]
     leaders = [each.pid for each in background.family(folder / "mlflow") if each.pid == os.getsid(each.pid)]
-    assert state.parts["mlflow"].pid in leaders
+    assert state.started["mlflow"].pid in leaders
 
 
 def test_what_will_not_end_is_killed_with_all_it_started(part: tuple[Service, Path]):
     service, folder = part
     state = State()
-    background.start([service], folder, state.parts, inherited)
-    background.wait([service], folder, state.parts)
+    background.start([service], folder, state.started, inherited)
+    background.wait([service], folder, state.started)
     assert len(background.family(folder / "mlflow")) == 2
     assert background.end(folder / "mlflow") == 2
     assert background.family(folder / "mlflow") == []
@@ -219,20 +219,20 @@ def test_what_will_not_end_is_killed_with_all_it_started(part: tuple[Service, Pa
 def test_a_process_number_from_before_a_reboot_is_nobodys(part: tuple[Service, Path]):
     service, folder = part
     state = State()
-    background.start([service], folder, state.parts, inherited)
-    digest = state.parts["mlflow"].digest
+    background.start([service], folder, state.started, inherited)
+    digest = state.started["mlflow"].digest
     background.end(folder / "mlflow")
-    state.parts["mlflow"] = Part(pid=os.getpid(), digest=digest)  # somebody has the number now
-    assert background.start([service], folder, state.parts, inherited) == [service]
+    state.started["mlflow"] = StartedProcess(pid=os.getpid(), digest=digest)  # somebody has the number now
+    assert background.start([service], folder, state.started, inherited) == [service]
     assert psutil.pid_exists(os.getpid())
 
 
 def test_a_part_that_ends_at_once_is_told_with_the_end_of_its_log(project: Path):
     service = Service("mlflow", [sys.executable, "-c", "raise SystemExit('no such table')"], {}, lambda: False)
     state = State()
-    background.start([service], project / ".up", state.parts, inherited)
+    background.start([service], project / ".up", state.started, inherited)
     with pytest.raises(UserError, match=r"mlflow has ended; \.up/mlflow\.log ends with:\nno such table"):
-        background.wait([service], project / ".up", state.parts)
+        background.wait([service], project / ".up", state.started)
 
 
 def _run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -267,7 +267,7 @@ def _of(project: Path) -> list[str]:
 
 def _assert_nobody_else_gets_in(project: Path, state: State) -> None:
     """Tries every port that anything of ours listens on, as another user; what each asks for has tests of its own."""
-    running = {name: background.family(project / ".up" / name) for name in state.parts}
+    running = {name: background.family(project / ".up" / name) for name in state.started}
     known: dict[str, list[int]] = {}
     for name, family in running.items():
         sockets = [each for process in family for each in process.net_connections("tcp")]
@@ -315,12 +315,12 @@ def test_a_run_goes_through_the_worker_and_nothing_is_left_after_down(project: P
         state = stack._read(project / ".up")
         again = _run(project, "up")
         assert again.returncode == 0, again.stdout + again.stderr
-        assert stack._read(project / ".up").parts == state.parts
-        os.kill(state.parts["prefect"].pid, signal.SIGKILL)
+        assert stack._read(project / ".up").started == state.started
+        os.kill(state.started["prefect"].pid, signal.SIGKILL)
         repaired = _run(project, "up")
         assert repaired.returncode == 0, repaired.stdout + repaired.stderr
-        now = stack._read(project / ".up").parts
-        assert {name for name in now if now[name] != state.parts[name]} == {"prefect"}
+        now = stack._read(project / ".up").started
+        assert {name for name in now if now[name] != state.started[name]} == {"prefect"}
         assert stat.S_IMODE((project / ".up").stat().st_mode) == 0o700
         _assert_nobody_else_gets_in(project, state)
         name, password = state.exported["PREFECT_API_AUTH_STRING"].split(":")
@@ -343,3 +343,9 @@ def test_a_run_goes_through_the_worker_and_nothing_is_left_after_down(project: P
     assert ended.returncode == 0, ended.stderr
     assert _of(project) == []
     assert (project / ".up/prefect/prefect.db").exists()
+
+
+def test_the_state_that_an_earlier_version_wrote_is_read():
+    state = State.model_validate_json('{"ports": {"mlflow": [5000]}, "parts": {"mlflow": {"pid": 7, "digest": "a"}}}')
+    assert state.started == {"mlflow": StartedProcess(pid=7, digest="a")}
+    assert State.model_validate_json(state.model_dump_json()) == state

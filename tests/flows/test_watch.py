@@ -7,7 +7,8 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.events.filters import EventFilter, EventNameFilter
 
-from flows.watch import watch
+from flows.watch import data_sets, watch_inputs
+from lcmlora import config
 from tests.flows.conftest import Project
 
 
@@ -28,39 +29,53 @@ def watched(project: Project, base_folder: Path) -> Project:
 
 def test_the_first_look_remembers_and_each_change_is_told_once(watched: Project):
     def look() -> tuple[str, str]:
-        state = watch(return_state=True)
+        state = watch_inputs(return_state=True)
         assert state.is_completed(), state.message
         return state.name, state.message
 
-    assert look() == ("Unchanged", "as it was")
+    assert look() == ("Unchanged", "nothing has changed")
     (watched.root / "data/in/dog.txt").write_text("dog")
     assert look() == ("Changed", "the data set at data/in has changed")
-    assert look() == ("Unchanged", "as it was")
+    assert look() == ("Unchanged", "nothing has changed")
     (watched.root / "sources/b/model_index.json").touch()
     name, message = look()
     assert name == "Changed"
     assert message.startswith("the base of b, sources/b, is at ")
-    assert look() == ("Unchanged", "as it was")
+    assert look() == ("Unchanged", "nothing has changed")
+
+
+def test_a_model_with_pictures_of_its_own_is_told_of_by_itself(watched: Project):
+    (watched.root / "data/own").mkdir()
+    (watched.root / "data/own/fox.txt").write_text("fox")
+    watched.change(lambda raw: raw["bases"]["b"].update(data={"path": "data/own"}))
+    settings = config.load(watched.root / "params.yaml")
+    assert {key: (data.path, models) for key, (data, models) in data_sets(settings).items()} == {
+        "dataset": ("data/in", ["a"]),
+        "dataset.b": ("data/own", ["b"]),
+    }
+    assert watch_inputs(return_state=True).name == "Unchanged"
+    (watched.root / "data/own/owl.txt").write_text("owl")
+    assert watch_inputs(return_state=True).message == "the data set at data/own has changed"
 
 
 def test_what_cannot_be_looked_at_fails_the_watch_and_the_rest_is_told(watched: Project):
-    watch()
+    watch_inputs()
     shutil.rmtree(watched.root / "data/in")
     (watched.root / "sources/a/model_index.json").touch()
-    state = watch(return_state=True)
+    state = watch_inputs(return_state=True)
     assert state.is_failed()
     assert state.message == "data/in: no such file or folder"
-    assert "lcmlora.base.a" in told("lcmlora.base.changed")
+    assert "lcmlora.base.a" in changed_resources("lcmlora.base.changed")
 
 
-def told(event: str) -> set[str]:
-    """Returns the resources of the events of this name, once there are any: they reach the server by and by."""
-    wanted = EventFilter(event=EventNameFilter(name=[event])).model_dump(mode="json")
+def changed_resources(event: str) -> set[str]:
+    """Returns the resources of the events of this name, waiting until the server has them."""
+    event_filter = EventFilter(event=EventNameFilter(name=[event])).model_dump(mode="json")
     until = time.monotonic() + 30
     resources: set[str] = set()
     with get_client(sync_client=True) as client:
         while "lcmlora.base.a" not in resources and time.monotonic() < until:
             time.sleep(0.2)
-            found = client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"]
+            found = client.request("POST", "/events/filter", json={"filter": event_filter}).json()["events"]
             resources = {each["resource"]["prefect.resource.id"] for each in found}
     return resources

@@ -21,8 +21,8 @@ from lcmlora.config import Base
 from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.project import Project
-from lcmlora.registry.promotion import assign
-from lcmlora.registry.registration import register
+from lcmlora.registry.promotion import promote_passed
+from lcmlora.registry.registration import register_release
 from lcmlora.releases import bundle, package
 from tests.support import adapters, releases
 from tests.support.miniature import RESOLUTION
@@ -49,7 +49,7 @@ def root(
     identity = folders.identity(config.base("mini"), folder)
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": identity}))
     fetching.fetch("mini", config.base("mini"), Path("bases"))
-    package.package("mini", config, Project(), Path("bases/mini"))
+    package.package_release("mini", config, Project(), Path("bases/mini"))
     return tmp_path
 
 
@@ -70,7 +70,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_a_folder_a_release_its_files_and_its_alias_draw_the_same_picture(root: Path):
     registry = settings.load(root / "params.yaml").registry
-    assign(register("mini", registry, root / "release/mini"), registry, reason="first")
+    promote_passed(register_release("mini", registry, root / "release/mini"), registry, reason="first")
     names = (
         "adapters/mini",
         "release/mini",
@@ -144,7 +144,7 @@ def test_gamma_comes_from_the_release(root: Path):
     conditioning = sampling.text_conditioning(loaded, [PROMPTS[0]])
     noise = sampling.initial_noise(loaded.latent_shape, 0, [0])
     tcd = Sampler("TCDScheduler", 0.3)
-    latents = sampling.sample(loaded, conditioning, noise, method="lcm", steps=4, indices=[0], sampler=tcd)
+    latents = sampling.sample_student(loaded, conditioning, noise, steps=4, indices=[0], sampler=tcd)
     expected = loaded.decode(latents)[0].mul(255).round().permute(1, 2, 0).numpy()
     assert np.abs(pixels(after) - expected).max() <= 1 < np.abs(pixels(before) - expected).max()
 
@@ -184,13 +184,15 @@ def test_a_file_without_facts_needs_a_base_and_is_drawn_with_as_lcm_loras_are(ro
     (expected,) = draw("a.png", "--adapter", "release/mini")
     Path("loras").mkdir()
     Path("release/mini/lcm-lora-mini.safetensors").rename("loras/found.safetensors")
-    with pytest.raises(UserError, match=r"found\.safetensors: does not say where its base is; name it with --base"):
+    with pytest.raises(
+        UserError, match=r"found\.safetensors: does not say where its base is; name the base with --base"
+    ):
         draw("b.png", "--adapter", "loras/found.safetensors")
     for base in ("mini", "bases/mini"):
         result = run(
             *("--adapter", "loras/found.safetensors", "--base", base, "--prompt", PROMPTS[0], "--out", "b.png")
         )
-        assert "note: nothing beside loras/found.safetensors says how to draw with it" in result.stderr
+        assert "note: loras/found.safetensors has no sampler settings" in result.stderr
         assert Path("b.png").read_bytes() == expected.read_bytes()
 
 

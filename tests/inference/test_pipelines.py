@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lcmlora.bases.examination.examine import examine
+from lcmlora.bases.examination.examine import examine_base
 from lcmlora.cli.adapters import drawing, references
 from lcmlora.errors import UserError
 from lcmlora.inference import pipelines
@@ -156,7 +156,7 @@ def test_gamma_and_grid_are_those_of_the_release(made: Path, draw: Pipeline, tmp
 
 
 def test_another_base_is_refused_by_both_digests(made: Path, miniatures: Callable[[str], Path], tmp_path: Path):
-    mine, theirs = (examine(name, miniatures(name)).digest[:12] for name in ("sd15", "sd2"))
+    mine, theirs = (examine_base(name, miniatures(name)).digest[:12] for name in ("sd15", "sd2"))
     message = rf"made: was made for .*sd15 \(digest {mine}\.\.\.\), and the base in .*sd2 has digest {theirs}\.\.\.;"
     folder = served.copy(made, tmp_path / "made")
     with pytest.raises(UserError, match=message):
@@ -177,7 +177,24 @@ def test_a_base_with_another_vae_is_refused_unless_the_release_is_from_before_th
     facts = json.loads((made / bundle.PROVENANCE).read_text())["base"]
     before = {key: value for key, value in facts.items() if key != "unet"} | {"digest": facts["unet"]}
     old = served.copy(made, tmp_path / "old", base=before)
-    assert pipelines.load(old, other, warm=False).provenance["base"]["digest"] == sha256_folder(other / "unet")
+    assert pipelines.load(old, other, warm=False).provenance.base["digest"] == sha256_folder(other / "unet")
+
+
+@pytest.mark.parametrize("day", ["2026-11-23", "2026-11-25", "2026-11-28"])
+def test_a_release_of_an_earlier_version_is_drawn_with(made: Path, draw: Pipeline, tmp_path: Path, day: str):
+    """Its provenance.json is of that version, but for the adapter's and the base's digests; see test_provenance.py."""
+    written = json.loads((Path(__file__).parents[1] / f"releases/files/provenance-{day}.json").read_text())
+    facts = json.loads((made / bundle.PROVENANCE).read_text())
+    digest = facts["base"]["unet" if day < "2026-11-28" else "digest"]  # what versions before called the base's digest
+    written["base"] |= {"source": facts["base"]["source"], "digest": digest}
+    if "unet" in written["base"]:
+        written["base"]["unet"] = facts["base"]["unet"]
+    folder = served.copy(made, tmp_path / day)
+    (folder / bundle.PROVENANCE).write_text(json.dumps(written | {"sha256": facts["sha256"], "resolution": RESOLUTION}))
+    old = pipelines.load(folder, warm=False)
+    assert old.provenance.params.distill.objective == written["params"]["distill"]["objective"]
+    assert old.sampler.grid == (written.get("sampler") or {"grid": 20})["grid"]
+    assert old("tree")[0].size == (RESOLUTION, RESOLUTION)
 
 
 def test_changed_weights_are_refused_before_anything_is_loaded(made: Path, tmp_path: Path):
@@ -188,7 +205,7 @@ def test_changed_weights_are_refused_before_anything_is_loaded(made: Path, tmp_p
     with pytest.raises(UserError, match=rf"{bundle.WEIGHTS}: expected sha256 [0-9a-f]{{12}}\.\.\., got [0-9a-f]{{12}}"):
         pipelines.load(folder)
     (folder / bundle.PROVENANCE).unlink()
-    with pytest.raises(UserError, match=r"provenance\.json: no such file"):
+    with pytest.raises(UserError, match=r"provenance\.json: No such file"):
         pipelines.load(folder)
 
 
@@ -196,7 +213,7 @@ def test_a_local_base_that_is_not_here_is_named(made: Path, miniatures: Callable
     found = json.loads((made / bundle.PROVENANCE).read_text())["base"]
     for source in ("bases/mini", "checkpoints/mini.safetensors"):
         folder = served.copy(made, tmp_path / Path(source).stem / Path(source).suffix, base=found | {"source": source})
-        with pytest.raises(UserError, match=rf"was made for the local base {source} \(digest .*, which is no folder"):
+        with pytest.raises(UserError, match=rf"was made for the local base {source} \(digest .*, which is not here"):
             pipelines.load(folder)
     assert pipelines.load(folder, miniatures("sd15"), warm=False)("tree")[0].size == (RESOLUTION, RESOLUTION)
 

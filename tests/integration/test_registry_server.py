@@ -21,7 +21,7 @@ from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file
 from lcmlora.registry import promotion, registration
 from lcmlora.registry.lookup import Version
-from lcmlora.registry.tracking import tracking
+from lcmlora.registry.tracking import log_run
 from lcmlora.releases import bundle
 from tests.integration.relay import Relay
 from tests.integration.seaweed import SeaweedFS
@@ -75,13 +75,13 @@ def shelf(relay: Relay, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     settings = Registry(tracking_uri=relay.uri, experiment="shelf", alias="champion")
     gate = load_settings(root).gate
     folders = tuple(write_sealed(root / name, weights=name.encode()) for name in ("first", "second", "third"))
-    with tracking(settings, "mini", {"steps": 600}) as run:
+    with log_run(settings, "mini", {"steps": 600}) as run:
         run.log({"loss": 0.5}, 1)
-        run.made(sha256_file(folders[0] / WEIGHTS), {})
+        run.tag_adapter(sha256_file(folders[0] / WEIGHTS), {})
     assert run.id
-    registration.register("mini", settings, folders[0], "s3://bucket/team/mini")
-    registration.register("mini", settings, folders[1])
-    registration.register("mini", settings, folders[2], gate_failures=["too bad"])
+    registration.register_release("mini", settings, folders[0], "s3://bucket/team/mini")
+    registration.register_release("mini", settings, folders[1])
+    registration.register_release("mini", settings, folders[2], gate_failures=["too bad"])
     promotion.promote(f"{NAME}/1", settings, gate, reason="the first one", who="ada")
     promotion.promote(f"{NAME}/2", settings, gate, reason="better", who="bob")
     promotion.rollback(NAME, settings, reason="complaints", who="cleo")
@@ -220,7 +220,9 @@ def elsewhere() -> Any:
 def test_two_processes_that_register_one_adapter_at_the_same_moment_leave_one_version(
     settings: Registry, sealed: Path, elsewhere: Any
 ):
-    processes = [elsewhere.Process(target=registration.register, args=("twice", settings, sealed)) for _ in range(2)]
+    processes = [
+        elsewhere.Process(target=registration.register_release, args=("twice", settings, sealed)) for _ in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -239,13 +241,13 @@ def versions(settings: Registry, name: str) -> list[Version]:
 def test_a_process_killed_while_it_uploads_leaves_no_orphan_to_the_next_one(
     settings: Registry, sealed: Path, relay: Relay, elsewhere: Any
 ):
-    process = elsewhere.Process(target=registration.register, args=("killed", settings, sealed))
+    process = elsewhere.Process(target=registration.register_release, args=("killed", settings, sealed))
     relay.at("PUT .*/release/", lambda: os.kill(process.pid, signal.SIGKILL))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert versions(settings, "lcm-lora-killed") == []
-    assert registration.register("killed", settings, sealed).created
+    assert registration.register_release("killed", settings, sealed).created
     assert [version.sha256 for version in versions(settings, "lcm-lora-killed")] == [bundle.digest(sealed)]
     assert len(runs(settings)) == 1
 
@@ -256,15 +258,15 @@ def test_mlflow_killed_at_registration_is_told_in_one_line_and_the_next_one_make
 ):
     relay.at("PUT .*/release/", mlflow_server.kill)
     with pytest.raises(UserError) as caught:
-        registration.register("down", settings, sealed)
+        registration.register_release("down", settings, sealed)
     assert str(caught.value).startswith(f"MLflow at {relay.uri}: ")
     assert str(caught.value).endswith(f"the release is kept in {sealed} and the next run registers it")
     assert "\n" not in str(caught.value)
     bundle.verify(sealed)
     mlflow_server.start()
-    registered = registration.register("down", settings, sealed)
+    registered = registration.register_release("down", settings, sealed)
     assert (registered.version, registered.created) == (1, True)
-    assert not registration.register("down", settings, sealed).created
+    assert not registration.register_release("down", settings, sealed).created
     assert [version.sha256 for version in versions(settings, "lcm-lora-down")] == [bundle.digest(sealed)]
     assert len(runs(settings)) == 1
 
@@ -276,7 +278,7 @@ def test_a_wrong_database_password_is_refused_without_being_told(
     directly = settings.model_copy(update={"tracking_uri": wrong})
     began = time.monotonic()
     with pytest.raises(UserError, match="password authentication failed") as caught:
-        registration.register("secret", directly, sealed)
+        registration.register_release("secret", directly, sealed)
     assert "MARKED" not in f"{caught.value}{caught.value.__cause__}"
     assert "\n" not in str(caught.value)
     assert time.monotonic() - began < 30  # MLflow itself tries for 100 seconds
@@ -286,7 +288,7 @@ def test_no_password_and_no_secret_went_to_the_server_to_its_tables_or_to_the_bu
     shelf: Shelf, s3: SeaweedFS, postgresql: PostgreSQL, relay: Relay
 ):
     directly = shelf.settings.model_copy(update={"tracking_uri": postgresql.uri("mlflow"), "experiment": "directly"})
-    with tracking(directly, "secret", {"steps": 600}) as run:
+    with log_run(directly, "secret", {"steps": 600}) as run:
         run.log({"loss": 0.5}, 1)
     assert run.id
     assert len(relay.requests) > 200

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 TO = "s3://team/releases"
 CHAMPION = "lcm-lora-a@champion"
-HEADERS = {"Content-Type": "application/json", "Authorization": services.basic(PREFECT)}
+HEADERS = {"Content-Type": "application/json", "Authorization": services.basic_authorization(PREFECT)}
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def stock(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts["base"]["digest"] = sha256_folder(base_folder / "unet")
     made.write_text(json.dumps(facts))
     settings = load_settings(base_folder, models=("a",))
-    package.package("a", settings, Project(root), base_folder)
+    package.package_release("a", settings, Project(root), base_folder)
     (root / "a").write_text("a")
     return root
 

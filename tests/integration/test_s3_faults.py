@@ -16,8 +16,8 @@ import pytest
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.releases.bundle import digest
-from lcmlora.releases.catalog import find, pull, releases, verify
-from lcmlora.releases.publish import point, publish, yank
+from lcmlora.releases.catalog import find_release, list_releases, pull_release, verify_release
+from lcmlora.releases.publish import point_channel, publish_release, yank_release
 from tests.integration import seaweed
 from tests.integration.seaweed import IDENTITIES, Identity, SeaweedFS
 from tests.support.releases import write_sealed
@@ -122,15 +122,15 @@ def test_a_server_killed_in_mid_upload_leaves_no_release_and_the_next_run_comple
     server.restart()
     left = objects(server, settings)
     assert f"{prefix}/SHA256SUMS" in left and f"{prefix}/pytorch_lora_weights.safetensors" not in left
-    assert [row.whole for row in releases(settings)] == [False]
+    assert [row.whole for row in list_releases(settings)] == [False]
     with pytest.raises(UserError, match=r"holds no manifest\.json, so no release"):
-        find(f"{settings.to}/{prefix}", settings)
+        find_release(f"{settings.to}/{prefix}", settings)
     second = Publisher(bundle, settings)
     second.go()
     assert second.end() == (0, f"{settings.to}/{prefix}", "")
     assert left.items() <= objects(server, settings).items()
-    assert [(row.whole, row.files) for row in releases(settings)] == [(True, 8)]
-    assert verify(f"{settings.to}/{prefix}", settings).files == 8
+    assert [(row.whole, row.files) for row in list_releases(settings)] == [(True, 8)]
+    assert verify_release(f"{settings.to}/{prefix}", settings).files == 8
 
 
 def test_a_publisher_killed_in_mid_upload_leaves_no_release_and_the_next_run_completes_it(
@@ -143,9 +143,9 @@ def test_a_publisher_killed_in_mid_upload_leaves_no_release_and_the_next_run_com
         assert first.process.poll() is None
     first.process.kill()
     assert first.end()[0] == -9
-    assert [row.whole for row in releases(settings)] == [False]
-    uri = publish(bundle, "mini", settings)
-    assert [(row.uri, row.whole) for row in releases(settings)] == [(uri, True)]
+    assert [row.whole for row in list_releases(settings)] == [False]
+    uri = publish_release(bundle, "mini", settings)
+    assert [(row.uri, row.whole) for row in list_releases(settings)] == [(uri, True)]
 
 
 def test_two_processes_that_publish_the_same_bytes_at_once_both_succeed(
@@ -158,8 +158,8 @@ def test_two_processes_that_publish_the_same_bytes_at_once_both_succeed(
             each.go()
         ended = [each.end() for each in publishers]
         assert ended[0] == ended[1]
-        assert ended[0][0] == 0 and verify(ended[0][1], settings).files == 8
-    assert [row.whole for row in releases(settings)] == [True, True]
+        assert ended[0][0] == 0 and verify_release(ended[0][1], settings).files == 8
+    assert [row.whole for row in list_releases(settings)] == [True, True]
 
 
 @pytest.mark.slow
@@ -179,52 +179,55 @@ def test_of_two_processes_that_publish_different_files_at_once_one_wins_and_the_
         uri, error = ended[winner][1], ended[1 - winner][2]
         assert error.startswith(f"error: {uri}/SHA256SUMS: holds sha256 {claims[winner]}...")
         assert f"expected {claims[1 - winner]}...; another publisher began this release with other files" in error
-        out = pull(uri, settings, tmp_path / f"out{turn}", everything=True)
+        out = pull_release(uri, settings, tmp_path / f"out{turn}", everything=True)
         assert (out / "README.md").read_text() == f"timings {'ab'[winner]}\n"
         before = objects(server, settings)
-        assert publish(bundles[1 - winner], "mini", settings) == uri
+        assert publish_release(bundles[1 - winner], "mini", settings) == uri
         assert objects(server, settings) == before
-    assert [row.whole for row in releases(settings)] == [True] * 3
+    assert [row.whole for row in list_releases(settings)] == [True] * 3
 
 
 def test_a_publisher_that_may_not_move_the_champion_publishes_and_leaves_it(
     server: SeaweedFS, settings: Publish, tmp_path: Path, monkeypatch
 ):
-    first = publish(write_sealed(tmp_path / "first"), "mini", settings)
-    pointer = point("mini", hashlib.sha256(b"weights").hexdigest(), settings)
+    first = publish_release(write_sealed(tmp_path / "first"), "mini", settings)
+    pointer = point_channel("mini", hashlib.sha256(b"weights").hexdigest(), settings)
     become(server, "publisher", monkeypatch)
-    uri = publish(write_sealed(tmp_path / "better", weights=b"better"), "mini", settings)
+    uri = publish_release(write_sealed(tmp_path / "better", weights=b"better"), "mini", settings)
     better = hashlib.sha256(b"better").hexdigest()
     with pytest.raises(
         UserError, match=r"AccessDenied .* for .*/mini/channels/champion\.json; the channel was not moved"
     ):
-        point("mini", better, settings)
-    assert find(pointer, settings)[0] == first
-    assert find(uri, settings)[1] == better
+        point_channel("mini", better, settings)
+    assert find_release(pointer, settings)[0] == first
+    assert find_release(uri, settings)[1] == better
     become(server, "writer", monkeypatch)
-    point("mini", better, settings)
-    assert find("mini@champion", settings) == (uri, better)
+    point_channel("mini", better, settings)
+    assert find_release("mini@champion", settings) == (uri, better)
 
 
 def test_a_directory_whose_champion_cannot_be_written_is_named(tmp_path: Path):
     settings = Publish(to=str(tmp_path / "store"))
-    publish(write_sealed(tmp_path / "bundle"), "mini", settings)
+    publish_release(write_sealed(tmp_path / "bundle"), "mini", settings)
     # A file in its place: root may write to any folder.
     (tmp_path / "store" / "mini" / "channels").write_text("")
     with pytest.raises(UserError, match=r"publish\.to: cannot use .*champion\.json: .*; the channel was not moved"):
-        point("mini", hashlib.sha256(b"weights").hexdigest(), settings)
+        point_channel("mini", hashlib.sha256(b"weights").hexdigest(), settings)
 
 
 def test_a_flipped_byte_of_the_adapter_is_refused_by_name_and_digest(
     server: SeaweedFS, settings: Publish, tmp_path: Path
 ):
-    uri = publish(write_sealed(tmp_path / "bundle"), "mini", settings)
-    point("mini", hashlib.sha256(b"weights").hexdigest(), settings)
+    uri = publish_release(write_sealed(tmp_path / "bundle"), "mini", settings)
+    point_channel("mini", hashlib.sha256(b"weights").hexdigest(), settings)
     key = f"{uri.removeprefix(f's3://{BUCKET}/')}/pytorch_lora_weights.safetensors"
     server.client().put_object(Bucket=BUCKET, Key=key, Body=b"weighus")
     expected, got = (hashlib.sha256(content).hexdigest()[:12] for content in (b"weights", b"weighus"))
     message = rf"{uri}/pytorch_lora_weights\.safetensors: expected sha256 {expected}\.\.\., got {got}\.\.\.;"
-    for refused in (lambda: verify(uri, settings), lambda: pull("mini@champion", settings, tmp_path / "out")):
+    for refused in (
+        lambda: verify_release(uri, settings),
+        lambda: pull_release("mini@champion", settings, tmp_path / "out"),
+    ):
         with pytest.raises(UserError, match=message):
             refused()
     assert not list(tmp_path.glob("*out*"))
@@ -233,7 +236,7 @@ def test_a_flipped_byte_of_the_adapter_is_refused_by_name_and_digest(
 def test_a_server_that_dies_while_pulling_leaves_nothing_and_the_next_run_has_it(
     server: SeaweedFS, settings: Publish, tmp_path: Path
 ):
-    uri = publish(write_sealed(tmp_path / "bundle", weights=large(256 * MIB, b"pulled")), "mini", settings)
+    uri = publish_release(write_sealed(tmp_path / "bundle", weights=large(256 * MIB, b"pulled")), "mini", settings)
     command = [*lcmlora("pull", uri, "--out", str(tmp_path / "out"), "--to", settings.to)]
     (tmp_path / "params.yaml").write_text(params(settings))
     first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -282,7 +285,7 @@ def small_disk(folder: Path, command: list[str], size: str) -> subprocess.Comple
 def test_a_disk_that_is_full_while_pulling_is_one_line_and_nothing_is_left(
     server: SeaweedFS, settings: Publish, tmp_path: Path, size: str
 ):
-    uri = publish(write_sealed(tmp_path / "bundle", weights=large(MIB, b"full")), "mini", settings)
+    uri = publish_release(write_sealed(tmp_path / "bundle", weights=large(MIB, b"full")), "mini", settings)
     (tmp_path / "params.yaml").write_text(params(settings))
     out = tmp_path / "disk" / "out"
     ended = small_disk(tmp_path / "disk", lcmlora("pull", uri, "--out", str(out)), size)
@@ -319,8 +322,8 @@ def test_a_wrong_secret_and_a_missing_bucket_are_one_line_of_every_verb(
         assert "MARKED-SECRET-1" not in ended.stderr + ended.stdout
     assert not (tmp_path / "out").exists()
     for action in (
-        lambda: publish(write_sealed(tmp_path / "bundle"), "mini", wrong),
-        lambda: point("mini", "0" * 64, wrong),
+        lambda: publish_release(write_sealed(tmp_path / "bundle"), "mini", wrong),
+        lambda: point_channel("mini", "0" * 64, wrong),
     ):
         with pytest.raises(UserError, match=rf"publish\.to: bucket {bucket} at .*: {reason}"):
             action()
@@ -328,8 +331,8 @@ def test_a_wrong_secret_and_a_missing_bucket_are_one_line_of_every_verb(
 
 def test_secrets_are_in_nothing_that_is_stored(server: SeaweedFS, settings: Publish, tmp_path: Path, monkeypatch):
     become(server, "publisher", monkeypatch)
-    uri = publish(write_sealed(tmp_path / "bundle"), "mini", settings)
-    yank(uri, settings, reason="six fingers", who="ann")
+    uri = publish_release(write_sealed(tmp_path / "bundle"), "mini", settings)
+    yank_release(uri, settings, reason="six fingers", who="ann")
     contents = everything(server, settings)
     assert {name.rpartition("/")[2] for name in contents} > {"manifest.json", "yanked.json", "SHA256SUMS"}
     assert not [name for name, content in contents.items() if b"MARKED-SECRET" in content]

@@ -11,7 +11,7 @@ import torch
 
 from lcmlora.config import Encode, Publish
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.encode import encode
+from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import prepare_pictures
 from tests.data.conftest import add, data_in, picture
 from tests.data.test_shards import held, stream
@@ -30,17 +30,17 @@ def test_training_reads_a_bucket_within_its_budget_and_survives_that_it_is_cut_o
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     for number in range(160):
         add(tmp_path / "in", f"{number:03d}.png", f"subject {number}", picture(number))
-    data = data_in(tmp_path / "in", validation=0.01)
+    data = data_in(tmp_path / "in", validation=0, test=0.01)
     prepare_pictures(data, 4, tmp_path / "pictures")
     base = load_parts(base_folder, "vae", "text")
     base.resolution = 128
     for name, shards in (("here", None), ("there", f"{bucket.to}/shards")):
         settings = Encode(batch=5, shard_mb=1, shards=shards)
-        encode(base, data, settings, tmp_path / "pictures", tmp_path / "scratch", tmp_path / name)
+        encode_latents(base, data, settings, tmp_path / "pictures", tmp_path / "scratch", tmp_path / name)
     place = bucket.to.removeprefix("s3://")
     keys = [o["Key"] for o in s3.client().list_objects_v2(Bucket=place.split("/")[0])["Contents"]]
     whole = LatentCache(tmp_path / "here")
-    assert len([key for key in keys if "/shards/mini/" in f"/{key}"]) == len(whole.manifest["shards"]) >= 10
+    assert len([key for key in keys if "/shards/mini/" in f"/{key}"]) == len(whole.manifest.shards) >= 10
 
     here = stream(whole)
     there = stream(LatentCache(tmp_path / "there", shards=tmp_path / "disk", budget=BUDGET))

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("model_signing", reason="no model-signing (extra `signing`) here")
 
 from lcmlora.config import Publish
-from lcmlora.releases.catalog import pull
+from lcmlora.releases.catalog import pull_release
 from lcmlora.releases.trust import rollback_protection
 from tests.integration.seaweed import SeaweedFS
 from tests.releases import test_records
@@ -39,4 +39,4 @@ def test_a_pointer_that_is_older_changed_anothers_or_of_the_future_is_refused(pe
 @pytest.mark.slow
 def test_a_yank_stays_although_its_record_is_deleted_or_changed(peer: Peer, tmp_path: Path):
     assert list(test_records.yanks(peer)) == ["deleted", "of another release", "changed"]
-    assert pull(f"mini/sha256-{OLD[:12]}", peer.reader, tmp_path / "out", yanked=True)
+    assert pull_release(f"mini/sha256-{OLD[:12]}", peer.reader, tmp_path / "out", yanked=True)

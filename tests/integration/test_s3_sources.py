@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from lcmlora.config import Encode, Publish
 from lcmlora.data.fingerprints import fingerprint
-from lcmlora.data.latents.encode import encode
+from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.guess import source_of
-from lcmlora.data.sources.source import find, open_picture
+from lcmlora.data.sources.source import open_picture, survey
 from lcmlora.errors import Unavailable, UserError
 from tests.data.conftest import data_in
 from tests.data.test_bulk_sources import layouts
@@ -38,19 +38,20 @@ def uploaded(s3: SeaweedFS, bucket: Publish, tmp_path: Path, monkeypatch: pytest
 
 
 def test_pictures_in_a_bucket_are_those_of_the_folder(s3: SeaweedFS, uploaded: str, tmp_path: Path):
-    expected = find(data_in(tmp_path / "folder"))[0]
+    expected = survey(data_in(tmp_path / "folder")).records
     names = {"folder": "folder", "jsonl": "folder", "csv": "folder", "tars": "webdataset", "tables": "parquet"}
     for name, source in names.items():
         data = data_in(f"{uploaded}/{name}", source=source)
         assert source_of(data.path) == source
-        records, rejections = find(data)
+        found = survey(data)
+        records, rejections = found.records, found.rejections
         assert rejections == []
         assert [(r.caption, r.sha256) for r in records] == [(r.caption, r.sha256) for r in expected]
         assert open_picture(data, records[5]).size == (32, 32)
     for file in (f"tars/{COUNT // 2:04d}.tar", f"tables/{COUNT // 2:04d}.parquet"):
-        one = find(data_in(f"{uploaded}/{file}", source=names[file.partition("/")[0]]))[0]
+        one = survey(data_in(f"{uploaded}/{file}", source=names[file.partition("/")[0]])).records
         assert [r.caption for r in one] == [f"subject {number}" for number in range(COUNT // 2, COUNT)]
-    table = find(data_in(f"{uploaded}/csv/metadata.csv"))[0]
+    table = survey(data_in(f"{uploaded}/csv/metadata.csv")).records
     assert [(r.caption, r.sha256) for r in table] == [(r.caption, r.sha256) for r in expected]
 
 
@@ -65,7 +66,7 @@ def test_the_same_pictures_have_the_same_latents_wherever_they_lie(
         for name, source in names.items():
             data, work = data_in(f"{place}/{name}", source=source), tmp_path / f"work-{len(caches)}"
             prepare_pictures(data, 4, work / "pictures")
-            encode(base, data, Encode(batch=64), work / "pictures", work / "scratch", work / "latents")
+            encode_latents(base, data, Encode(batch=64), work / "pictures", work / "scratch", work / "latents")
             caches[f"{place}/{name}"] = load_file(work / "latents" / "shard-00000.safetensors")
     first = caches[f"{tmp_path}/folder"]
     assert len(first["key"]) >= COUNT // 2
@@ -78,14 +79,14 @@ def test_a_bucket_that_grows_is_seen(s3: SeaweedFS, uploaded: str, tmp_path: Pat
     assert fingerprint(f"{uploaded}/tars") == before
     s3.client().upload_file(str(tmp_path / "tars" / "0000.tar"), uploaded.removeprefix("s3://"), "tars/9999.tar")
     assert fingerprint(f"{uploaded}/tars") != before
-    assert len(find(data_in(f"{uploaded}/tars", source="webdataset"))[0]) == COUNT + COUNT // 2
+    assert len(survey(data_in(f"{uploaded}/tars", source="webdataset")).records) == COUNT + COUNT // 2
 
 
 def test_what_is_not_there_or_does_not_answer_is_one_line(uploaded: str, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="nothing: no such file or folder"):
-        find(data_in(f"{uploaded}/nothing", source="webdataset"))
+        survey(data_in(f"{uploaded}/nothing", source="webdataset"))
     (port,) = free_ports(1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(Unavailable, match=f"127.0.0.1:{port}"):
-        find(data_in(f"{uploaded}/tars", source="webdataset"))
+        survey(data_in(f"{uploaded}/tars", source="webdataset"))

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.services import POOL, QUIET
+from flows.services import NO_TELEMETRY, POOL
 from tests.integration.tracking_servers import PREFECT, PrefectServer
 
 pytestmark = pytest.mark.integration
@@ -40,7 +40,7 @@ emit_event("lcmlora.base.changed", resource={"prefect.resource.id": "lcmlora.bas
 def api(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """Asks the server, on which everything is deployed, with a POST of JSON."""
     prefect_server.wait()
-    environment = os.environ | QUIET | prefect_server.environment
+    environment = os.environ | NO_TELEMETRY | prefect_server.environment
     environment["PREFECT_HOME"] = str(tmp_path_factory.mktemp("prefect"))
     done = subprocess.run([sys.executable, "-c", DEPLOY], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -118,7 +118,7 @@ def _requests(address: str, known: list[tuple[str, str]], **headers: str) -> lis
 
 def test_prefect_and_mlflow_answer_nobody_without_a_password(machine: Machine):
     asked = _requests(machine.prefect, PREFECT_REQUESTS) + _requests(machine.mlflow, MLFLOW_REQUESTS)
-    guessed = services.basic(Login("lcmlora", "guessed"))
+    guessed = services.basic_authorization(Login("lcmlora", "guessed"))
     asked += _requests(machine.prefect, PREFECT_REQUESTS[:3], Authorization=guessed)
     asked += _requests(machine.mlflow, MLFLOW_REQUESTS[:3], Authorization=guessed)
     for attempt, found in zip(asked, stranger.attempt(asked), strict=True):
@@ -137,7 +137,11 @@ def test_no_other_page_is_answered_whatever_it_knows(machine: Machine, origin: s
         (machine.prefect, PREFECT, [*PREFECT_REQUESTS[:2], ("GET", "/api/health")]),
         (machine.mlflow, MLFLOW, [*MLFLOW_REQUESTS[:3], ("GET", "/health"), ("OPTIONS", MLFLOW_REQUESTS[2][1])]),
     ):
-        headers = {"Authorization": services.basic(login), "Origin": origin, "Access-Control-Request-Method": "POST"}
+        headers = {
+            "Authorization": services.basic_authorization(login),
+            "Origin": origin,
+            "Access-Control-Request-Method": "POST",
+        }
         for request in _requests(address, [*known, ("OPTIONS", known[0][1])], **headers):
             answer = httpx.request(**request)
             assert answer.status_code == 403, request
@@ -148,7 +152,7 @@ def test_no_other_page_is_answered_whatever_it_knows(machine: Machine, origin: s
 def test_a_name_that_points_at_this_machine_is_refused(machine: Machine, host: str):
     for address, login in ((machine.prefect, PREFECT), (machine.mlflow, MLFLOW)):
         for path in ("/", "/health", "/api/health"):
-            headers = {"Authorization": services.basic(login), "Host": host}
+            headers = {"Authorization": services.basic_authorization(login), "Host": host}
             assert httpx.get(address + path, headers=headers).status_code in (400, 403), (address, path)
 
 
@@ -158,10 +162,14 @@ def test_own_pages_are_answered(machine: Machine):
         (machine.mlflow, MLFLOW_REQUESTS[2][1], MLFLOW),
     ):
         for page in (address, address.replace("127.0.0.1", "localhost")):
-            headers = {"Authorization": services.basic(login), "Origin": page}
+            headers = {"Authorization": services.basic_authorization(login), "Origin": page}
             answer = httpx.get(address + path, headers=headers)
             assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, page)
-        headers = {"Authorization": services.basic(login), "Host": "localhost:9000", "Origin": "http://localhost:9000"}
+        headers = {
+            "Authorization": services.basic_authorization(login),
+            "Host": "localhost:9000",
+            "Origin": "http://localhost:9000",
+        }
         assert httpx.get(address + path, headers=headers).status_code == 200  # ssh -L 9000:...
 
 

@@ -254,7 +254,7 @@ def _environment() -> dict[str, str]:
     """Returns this process's environment without what would lead a server, or a client, elsewhere."""
     foreign = ("AWS_", "MLFLOW_", "PREFECT_", "PG")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    return kept | services.QUIET | {"AWS_EC2_METADATA_DISABLED": "true"}
+    return kept | services.NO_TELEMETRY | {"AWS_EC2_METADATA_DISABLED": "true"}
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
 from lcmlora.io import faults, files
 from lcmlora.training import checkpoint
@@ -36,11 +36,11 @@ def line_of(action: Callable[[], object], verb: str = "") -> str:
     """Returns the one line that a person is told."""
     told = None
     try:
-        with reporting(verb=verb):
+        with reporting_errors(verb=verb):
             try:
                 action()
             except Exception as error:
-                told = str(error) if isinstance(error, UserError) else faults.told(error, verb)
+                told = str(error) if isinstance(error, UserError) else faults.explain(error, verb)
                 raise
     except SystemExit as end:
         assert end.code == 2, "a traceback"
@@ -150,8 +150,8 @@ _OTHER = """
 import sys
 from pathlib import Path
 from lcmlora.io import files
-from lcmlora.cli.reporting import reporting
-with reporting():
+from lcmlora.cli.reporting import reporting_errors
+with reporting_errors():
     if sys.argv[1] == "folder":
         with files.atomic_folder(Path(sys.argv[2])) as folder:
             (folder / "a").write_text("1")
@@ -207,7 +207,7 @@ def test_too_many_open_files(tmp_path: Path):
         for each in held:
             each.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert "Too many open files; raise the limit of open files (ulimit -n 4096)" in str(faults.told(caught.value))
+    assert "Too many open files; raise the limit of open files (ulimit -n 4096)" in str(faults.explain(caught.value))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
@@ -298,7 +298,7 @@ def test_a_database_on_a_full_disk(full: Path):
 
 
 def test_other_errors_keep_their_traceback_and_lose_secrets(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as caught, reporting():
+    with pytest.raises(SystemExit) as caught, reporting_errors():
         raise ValueError("a fault of ours, at http://me:sesame@h/x")
     assert caught.value.code == 1
     told = capsys.readouterr().err

@@ -11,7 +11,7 @@ from rich.table import Table
 from flows import outcomes
 from lcmlora import progress
 from lcmlora.cli.registry import print_table
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
 from lcmlora.io import terminal
 
@@ -62,7 +62,7 @@ def test_a_table_shows_a_name_as_it_is_written(text: str, capsys: pytest.Capture
 
 
 def test_an_error_line_is_told_as_text_and_not_without_end(capsys: pytest.CaptureFixture):
-    with pytest.raises(SystemExit), reporting():
+    with pytest.raises(SystemExit), reporting_errors():
         raise UserError("\x1b[31m" + "x" * 100_000 + "\x1b[0m\nsecond \ud800 line")
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(r"error: \x1b[31mxxx") and len(first) < 2100 and first.isascii()

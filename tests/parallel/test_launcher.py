@@ -21,8 +21,10 @@ RUN = "0123456789abcdef"
 
 def _start(folder: Path, *acts: str, machines: int = 1, place: str = "", **environment: str) -> subprocess.Popen[str]:
     settings = f"processes={len(acts) // machines}, machines={machines}, rendezvous={place or None!r}"
-    script = "import sys; from lcmlora.cli.reporting import reporting; from lcmlora.parallel.launcher import launch; "
-    script += "from lcmlora.config import Launch\nwith reporting():\n"
+    script = (
+        "import sys; from lcmlora.cli.reporting import reporting_errors; from lcmlora.parallel.launcher import launch; "
+    )
+    script += "from lcmlora.config import Launch\nwith reporting_errors():\n"
     script += f"  sys.exit(launch(Launch({settings}), 'tests.support.rank', sys.argv[1:]))"
     return subprocess.Popen(
         [sys.executable, "-c", script, str(folder), *acts],
@@ -113,6 +115,6 @@ def test_machines_meet_and_end_together(tmp_path: Path, acts: tuple[str, ...], s
 def test_another_run_at_the_same_place_is_not_joined(monkeypatch: pytest.MonkeyPatch):
     place = f"127.0.0.1:{_free_port()}"
     monkeypatch.setenv(launcher.RUN, RUN)
-    monkeypatch.setattr(launcher, "_ARRIVAL", 1.0)
+    monkeypatch.setattr(launcher, "_JOIN_TIMEOUT", 1.0)
     with pytest.raises(UserError, match=rf"1 of 2 machines came to {place}"):
         launcher.launch(Launch(machines=2, rendezvous=place), "tests.support.rank", [])

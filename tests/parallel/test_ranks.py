@@ -134,7 +134,7 @@ def test_a_run_of_one_process_goes_on_in_two(adapters: Path, base_folder: Path, 
 
 def test_alone_there_is_nothing_to_exchange():
     place, tensor = Ranks(), torch.ones(2)
-    place.add_up(tensor)
+    place.all_reduce_sum(tensor)
     place.agree(anything=1)
     place.wait()
     assert tensor.tolist() == [1, 1] and place.first and not ranks.launched()
@@ -177,7 +177,7 @@ def test_of_different_settings_the_one_that_differs_is_told():
 def test_a_sum_is_that_of_all_in_the_order_of_the_ranks(dtype: torch.dtype):
     parts = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     held = [part.T.contiguous().T if rank == 1 else part.clone() for rank, part in enumerate(parts)]
-    _together(*(lambda place, mine=mine: place.add_up(mine) for mine in held))
+    _together(*(lambda place, mine=mine: place.all_reduce_sum(mine) for mine in held))
     assert all(torch.equal(mine, parts[0] + parts[1] + parts[2]) for mine in held)
 
 

@@ -108,7 +108,7 @@ def test_a_loaded_base_with_an_adapter_lists_exactly_what_it_has(base: LoadedBas
 
 def test_a_compiled_network_lists_its_compilation(base: LoadedBase, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(execution, "has_cpp_compiler", lambda: True)  # nothing is compiled before the first call
-    execution.compiled(base.network)
+    execution.compile_network(base.network)
     names = [each.patch.name for each in patches.installed(base.network)]
     assert names == ["direct attention", "expanding upsampling", "compilation"]
 

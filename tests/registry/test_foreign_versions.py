@@ -17,7 +17,7 @@ from lcmlora.config import Registry
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.registry import events, promotion
-from lcmlora.registry.registration import register
+from lcmlora.registry.registration import register_release
 from tasks.models import pass_gate, read_champion
 from tests.support import fuzzing, releases
 from tests.support.registries import fresh
@@ -70,8 +70,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Registry,
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         settings = fresh(root, tmp_path_factory)
-        ours = register("mini", settings, releases.write_sealed(root / "ours", weights=b"ours"))
-        promotion.assign(ours, settings, reason="first")
+        ours = register_release("mini", settings, releases.write_sealed(root / "ours", weights=b"ours"))
+        promotion.promote_passed(ours, settings, reason="first")
         client = MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=settings.tracking_uri)
         for name in list(FOREIGN)[-3:]:
             client.set_model_version_tag(NAME, "1", name, FOREIGN[name])
@@ -101,7 +101,7 @@ def test_events_of_others_are_counted_and_passed_over(shared: tuple[Registry, Pa
     version = registry.resolve(f"{NAME}/1", settings)
     assert set(version.foreign_events) == set(list(FOREIGN)[-3:])
     assert set(registry.resolve(f"{NAME}/2", settings).foreign_events) == FOREIGN.keys()
-    assert [event.action for event in events.read(1, version.tags)] == ["registered", "passed", "promoted"]
+    assert [event.action for event in events.read_events(1, version.tags)] == ["registered", "passed", "promoted"]
     told = promotion.history(NAME, settings)
     assert [event.version for event in told if event.version == 1] == [1, 1, 1]
     assert f"{NAME}/2: event.x" in promotion.foreign_events(NAME, settings)
@@ -163,16 +163,16 @@ def test_registering_promoting_and_rolling_back_go_on(shared: tuple[Registry, Pa
     settings, root = shared
     client = MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=settings.tracking_uri)
     bundle = releases.write_sealed(root / "release" / "mini")
-    made = register("mini", settings, bundle)
+    made = register_release("mini", settings, bundle)
     # Two versions of others have its SHA-256 in a tag, and no release.
     assert made.created and made.version == 7
-    assert (register("mini", settings, bundle).created, made.promoted) == (False, False)
-    promotion.assign(made, settings, reason="better")
+    assert (register_release("mini", settings, bundle).created, made.promoted) == (False, False)
+    promotion.promote_passed(made, settings, reason="better")
     client.set_model_version_tag(
         NAME, "2", "event.20270101T000000.000000Z", json.dumps(GOOD | {"alias": "champion", "former": 98})
     )
     assert promotion.rollback(NAME, settings, reason="blurred", to=1).version == 1
-    promotion.assign(made, settings, reason="better")
+    promotion.promote_passed(made, settings, reason="better")
     assert client.get_registered_model(NAME).aliases["champion"] in (7, "7")
     # Somebody makes a version of theirs champion: what follows is compared with nothing, and says so.
     client.set_registered_model_alias(NAME, "champion", "2")
@@ -192,8 +192,8 @@ def read(content: bytes) -> None:
     """What MLflow gives as a tag's value is a text; a name can be mutated as well."""
     text = content.decode("utf-8", "surrogateescape")
     tags: dict[str, Any] = {f"event.{text[:30]}": text, "event.20261128T210000.000000Z": text}
-    found = events.read(1, tags)
-    assert len(found) + len(events.foreign(tags)) == len(tags)
+    found = events.read_events(1, tags)
+    assert len(found) + len(events.foreign_tags(tags)) == len(tags)
     assert set(events.champions(found, "champion")) <= {1, *(event.former for event in found)}
 
 

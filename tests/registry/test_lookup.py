@@ -15,9 +15,9 @@ from lcmlora.errors import Unavailable, UserError
 from lcmlora.inference.mlflow_internals import start_system_monitor
 from lcmlora.io.files import sha256_file
 from lcmlora.registry.lookup import champion, compare, condition, figures, pull, resolve, versions
-from lcmlora.registry.promotion import assign
-from lcmlora.registry.registration import register
-from lcmlora.registry.tracking import tracking
+from lcmlora.registry.promotion import promote_passed
+from lcmlora.registry.registration import register_release
+from lcmlora.registry.tracking import log_run
 from lcmlora.releases.bundle import ADAPTER, verify
 from tests.support.registries import fresh
 from tests.support.releases import write_sealed
@@ -59,7 +59,7 @@ def client(settings: Registry) -> Any:
 
 
 def test_mlflow_system_metrics_monitor_logs_the_machines_figures_to_a_run(settings: Registry):
-    with tracking(settings, "mini", {}) as run:
+    with log_run(settings, "mini", {}) as run:
         assert run.id
         monitor = start_system_monitor(run.id, settings.tracking_uri, 0.05)
         until = time.monotonic() + 30
@@ -70,7 +70,7 @@ def test_mlflow_system_metrics_monitor_logs_the_machines_figures_to_a_run(settin
 
 
 def test_a_run_keeps_its_params_and_every_figure_at_its_step(settings: Registry):
-    with tracking(settings, "mini", {"steps": 600, "nested": {"lr": 0.5}}) as run:
+    with log_run(settings, "mini", {"steps": 600, "nested": {"lr": 0.5}}) as run:
         for step in range(1, 4):
             run.log({"loss": 1 / step}, step)
     data = client(settings).get_run(run.id)
@@ -81,7 +81,7 @@ def test_a_run_keeps_its_params_and_every_figure_at_its_step(settings: Registry)
 
 
 def test_pictures_are_kept_with_their_step(settings: Registry, tmp_path: Path):
-    with tracking(settings, "mini", {}) as run:
+    with log_run(settings, "mini", {}) as run:
         for step, colour in ((100, "red"), (200, "blue")):
             run.picture("validation", Image.new("RGB", (16, 8), colour), step)
     kept = client(settings).download_artifacts(run.id, "images", str(tmp_path))
@@ -92,7 +92,7 @@ def test_pictures_are_kept_with_their_step(settings: Registry, tmp_path: Path):
 
 
 def test_a_run_whose_body_fails_is_failed_and_keeps_what_was_logged(settings: Registry):
-    with pytest.raises(ZeroDivisionError), tracking(settings, "mini", {}) as run:
+    with pytest.raises(ZeroDivisionError), log_run(settings, "mini", {}) as run:
         run.log({"loss": 2.0}, 1)
         run.log({"loss": 1 / 0}, 2)
     data = client(settings).get_run(run.id)
@@ -101,17 +101,17 @@ def test_a_run_whose_body_fails_is_failed_and_keeps_what_was_logged(settings: Re
 
 
 def test_a_resumed_distillation_continues_its_run(settings: Registry, tmp_path: Path):
-    with pytest.raises(KeyboardInterrupt), tracking(settings, "mini", {"a": 1}, tmp_path) as first:
+    with pytest.raises(KeyboardInterrupt), log_run(settings, "mini", {"a": 1}, tmp_path) as first:
         raise KeyboardInterrupt
     assert client(settings).get_run(first.id).info.status == "KILLED"
-    with tracking(settings, "mini", {"a": 1}, tmp_path) as second:
+    with log_run(settings, "mini", {"a": 1}, tmp_path) as second:
         assert client(settings).get_run(first.id).info.status == "RUNNING"
     assert second.id == first.id
     assert client(settings).get_run(first.id).info.status == "FINISHED"
 
 
 def test_training_goes_on_where_mlflow_does_not_answer_and_says_so_once(unreachable: Registry, capsys):
-    with tracking(unreachable, "mini", {}) as run:
+    with log_run(unreachable, "mini", {}) as run:
         run.log({"loss": 1.0}, 1)
     assert run.id is None
     said = capsys.readouterr().err.splitlines()
@@ -122,7 +122,7 @@ def test_training_goes_on_where_mlflow_does_not_answer_and_says_so_once(unreacha
 
 
 def test_training_goes_on_where_mlflow_goes_away_in_the_middle(settings: Registry, tmp_path: Path, capsys):
-    with tracking(settings, "mini", {}) as run:
+    with log_run(settings, "mini", {}) as run:
         (tmp_path / "mlflow.db").write_bytes(b"no database any more" * 1000)
         run.log({"loss": 1.0}, 1)
     assert capsys.readouterr().err.count("warning: MLflow at") == 1
@@ -132,41 +132,41 @@ def test_the_run_of_a_distillation_that_mlflow_missed_a_part_of_is_the_adapters_
     settings: Registry, bundle: Path, tmp_path: Path, capsys
 ):
     database = tmp_path / "mlflow.db"
-    with tracking(settings, "mini", {}) as run:
+    with log_run(settings, "mini", {}) as run:
         run.log({"loss": 2.0}, 1)
         whole = database.read_bytes()
         database.write_bytes(b"no database for a while" * 1000)
         run._send()
         assert "training goes on without it" in capsys.readouterr().err
         database.write_bytes(whole)
-        run.made(SHA, {"torch": "2.13.0+cpu"})
+        run.tag_adapter(SHA, {"torch": "2.13.0+cpu"})
     assert "warning" not in capsys.readouterr().err
-    assert register("mini", settings, bundle).run_id == run.id
+    assert register_release("mini", settings, bundle).run_id == run.id
     assert client(settings).get_run(run.id).data.tags["torch"] == "2.13.0+cpu"
 
 
 def test_of_two_distillations_that_gave_the_same_adapter_the_last_one_is_its_run(settings: Registry, bundle: Path):
     ids = []
     for _ in range(2):
-        with tracking(settings, "mini", {}) as run:
-            run.made(SHA, {})
+        with log_run(settings, "mini", {}) as run:
+            run.tag_adapter(SHA, {})
         ids.append(run.id)
         time.sleep(0.01)  # MLflow orders them by the millisecond
-    assert register("mini", settings, bundle).run_id == ids[1]
+    assert register_release("mini", settings, bundle).run_id == ids[1]
 
 
 def test_without_settings_nothing_is_logged():
-    with tracking(None, "mini", {}) as run:
+    with log_run(None, "mini", {}) as run:
         run.log({"loss": 1.0}, 1)
-        run.made(SHA, {})
+        run.tag_adapter(SHA, {})
     assert run.id is None
 
 
 def test_a_release_becomes_a_version_with_artifacts_figures_and_tags(settings: Registry, bundle: Path, tmp_path: Path):
-    with tracking(settings, "mini", {}) as run:
+    with log_run(settings, "mini", {}) as run:
         run.log({"loss": 1.0}, 1)
-        run.made(SHA, {"torch": "2.13.0+cpu"})
-    registered = register("mini", settings, bundle, "file:///releases/mini")
+        run.tag_adapter(SHA, {"torch": "2.13.0+cpu"})
+    registered = register_release("mini", settings, bundle, "file:///releases/mini")
     assert (registered.name, registered.version, registered.created) == ("lcm-lora-mini", 1, True)
     assert (registered.sha256, registered.aliases, registered.promoted) == (SHA, (), False)
     version = client(settings).get_model_version("lcm-lora-mini", "1")
@@ -200,9 +200,9 @@ def test_a_release_becomes_a_version_with_artifacts_figures_and_tags(settings: R
 
 
 def test_registering_again_finds_the_version_and_writes_nothing(settings: Registry, bundle: Path):
-    register("mini", settings, bundle, "file:///releases/mini")
+    register_release("mini", settings, bundle, "file:///releases/mini")
     before = client(settings).get_model_version("lcm-lora-mini", "1").last_updated_timestamp
-    again = register("mini", settings, bundle, "file:///releases/mini")
+    again = register_release("mini", settings, bundle, "file:///releases/mini")
     assert (again.version, again.created) == (1, False)
     assert len(client(settings).search_model_versions("name = 'lcm-lora-mini'")) == 1
     assert client(settings).get_model_version("lcm-lora-mini", "1").last_updated_timestamp == before
@@ -211,38 +211,39 @@ def test_registering_again_finds_the_version_and_writes_nothing(settings: Regist
 
 
 def test_registering_again_completes_the_tags_that_a_former_run_could_not_know(settings: Registry, bundle: Path):
-    register("mini", settings, bundle, gate_failures=["too bad", "too slow"])
+    register_release("mini", settings, bundle, gate_failures=["too bad", "too slow"])
     tags = client(settings).get_model_version("lcm-lora-mini", "1").tags
     assert (tags["gate"], tags["gate_reason"]) == ("rejected", "too bad; too slow")
     assert "release_uri" not in tags
-    register("mini", settings, bundle, "s3://bucket/mini")
+    register_release("mini", settings, bundle, "s3://bucket/mini")
     tags = client(settings).get_model_version("lcm-lora-mini", "1").tags
     assert (tags["gate"], tags["gate_reason"], tags["release_uri"]) == ("passed", "", "s3://bucket/mini")
 
 
 def test_an_adapter_whose_distillation_this_server_does_not_know_gets_a_new_run(settings: Registry, bundle: Path):
-    with tracking(settings, "mini", {}) as run:
-        run.made("0" * 64, {})
-    register("mini", settings, bundle)
+    with log_run(settings, "mini", {}) as run:
+        run.tag_adapter("0" * 64, {})
+    register_release("mini", settings, bundle)
     version = client(settings).get_model_version("lcm-lora-mini", "1")
     assert version.run_id != run.id
     run = client(settings).get_run(version.run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.params == {"objective": "lcm", "steps": "600"}
+    gate = {"gate.steps": "4", "gate.min_retrieval": "0.8"}
+    assert run.data.params == {"objective": "lcm", "steps": "600"} | gate
     assert run.data.tags["sha256"] == SHA
     assert run.data.metrics["efficientnet-lite0/retrieval.student_4"] == 0.85
 
 
 def test_other_weights_are_another_version(settings: Registry, bundle: Path, tmp_path: Path):
-    register("mini", settings, bundle)
-    other = register("mini", settings, write_sealed(tmp_path / "other", weights=b"better"))
+    register_release("mini", settings, bundle)
+    other = register_release("mini", settings, write_sealed(tmp_path / "other", weights=b"better"))
     assert (other.version, other.created) == (2, True)
 
 
 def test_a_version_is_resolved_by_alias_by_number_and_by_digest(settings: Registry, bundle: Path):
-    registered = register("mini", settings, bundle, "s3://bucket/mini")
+    registered = register_release("mini", settings, bundle, "s3://bucket/mini")
     assert champion("mini", settings) is None
-    assign(registered, settings, reason="first")
+    promote_passed(registered, settings, reason="first")
     version = resolve("lcm-lora-mini@champion", settings)
     assert version == resolve("lcm-lora-mini/1", settings) == resolve(SHA, settings) == resolve(SHA[:12], settings)
     assert version == resolve("models:/lcm-lora-mini@champion", settings) == champion("mini", settings)
@@ -257,10 +258,10 @@ def test_a_version_is_resolved_by_alias_by_number_and_by_digest(settings: Regist
 def test_versions_are_listed_with_their_aliases_and_searched_by_tag_and_figure(
     settings: Registry, bundle: Path, tmp_path: Path
 ):
-    register("mini", settings, bundle)
-    other = register("mini", settings, write_sealed(tmp_path / "other", weights=b"better"))
-    register("other", settings, write_sealed(tmp_path / "third", weights=b"third"), gate_failures=["too bad"])
-    assign(other, settings, reason="better")
+    register_release("mini", settings, bundle)
+    other = register_release("mini", settings, write_sealed(tmp_path / "other", weights=b"better"))
+    register_release("other", settings, write_sealed(tmp_path / "third", weights=b"third"), gate_failures=["too bad"])
+    promote_passed(other, settings, reason="better")
     listed = [(v.reference, v.aliases, v.gate) for v in versions(settings)]
     assert listed == [
         ("lcm-lora-mini/2", ("champion",), "passed"),
@@ -283,12 +284,12 @@ def test_versions_are_listed_with_their_aliases_and_searched_by_tag_and_figure(
 
 
 def test_two_versions_are_compared_figure_by_figure(settings: Registry, bundle: Path, tmp_path: Path):
-    register("mini", settings, bundle)
+    register_release("mini", settings, bundle)
     other = write_sealed(tmp_path / "other", weights=b"better")
     changed = json.loads((other / "metrics.json").read_text())
     changed["excess"]["student@4"] = 3.0
     rewrite(other, "metrics.json", json.dumps(changed).encode())
-    register("mini", settings, other)
+    register_release("mini", settings, other)
     rows = {row.figure: row for row in compare(*(resolve(f"lcm-lora-mini/{n}", settings) for n in (1, 2)))}
     row = rows["efficientnet-lite0/excess.student_4"]
     assert (row.first, row.second, row.change) == (4.5, 3.0, -1.5)
@@ -300,7 +301,7 @@ def test_two_versions_are_compared_figure_by_figure(settings: Registry, bundle: 
 def test_pulling_writes_the_adapter_alone_and_only_if_it_is_the_registered_one(
     settings: Registry, bundle: Path, tmp_path: Path
 ):
-    register("mini", settings, bundle)
+    register_release("mini", settings, bundle)
     out = pull("lcm-lora-mini/1", settings, tmp_path / "out")
     names = ["SHA256SUMS", "provenance.json", "pytorch_lora_weights.safetensors", "scheduler_config.json"]
     assert sorted(path.name for path in out.iterdir()) == names
@@ -309,7 +310,7 @@ def test_pulling_writes_the_adapter_alone_and_only_if_it_is_the_registered_one(
     assert {path.name for path in whole.iterdir()} == {path.name for path in bundle.iterdir()}
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").touch()
-    with pytest.raises(UserError, match="taken: is in the way"):
+    with pytest.raises(UserError, match="taken: exists"):
         pull("lcm-lora-mini/1", settings, tmp_path / "taken")
 
     stored = next((tmp_path / "mlruns").rglob("pytorch_lora_weights.safetensors"))
@@ -335,7 +336,7 @@ def _pulled(settings: Registry, out: Path) -> int:
 def test_of_twelve_processes_that_pull_a_version_into_one_cache_all_have_it_whole(
     settings: Registry, bundle: Path, tmp_path: Path
 ):
-    register("mini", settings, bundle)
+    register_release("mini", settings, bundle)
     cache = tmp_path / "cache" / "mini"
     assert at_once(_pulled, settings, cache) == [4] * 12
     assert [path.name for path in cache.parent.iterdir()] == ["mini"]
@@ -352,7 +353,7 @@ def test_of_twelve_processes_that_pull_a_version_into_one_cache_all_have_it_whol
     ],
 )
 def test_what_cannot_be_resolved_is_named(reference: str, expected: str, settings: Registry, bundle: Path):
-    register("mini", settings, bundle)
+    register_release("mini", settings, bundle)
     with pytest.raises(UserError, match=expected) as caught:
         resolve(reference, settings)
     assert reference in str(caught.value)
@@ -360,7 +361,7 @@ def test_what_cannot_be_resolved_is_named(reference: str, expected: str, setting
 
 def test_a_registry_that_does_not_answer_is_named_and_the_release_is_kept(unreachable: Registry, bundle: Path):
     with pytest.raises(Unavailable) as caught:
-        register("mini", unreachable, bundle)
+        register_release("mini", unreachable, bundle)
     line = str(caught.value)
     assert "\n" not in line
     assert line.startswith("MLflow at http://user:***@127.0.0.1:")
@@ -371,4 +372,4 @@ def test_a_registry_that_does_not_answer_is_named_and_the_release_is_kept(unreac
 def test_a_database_that_cannot_be_opened_is_told_at_once(bundle: Path):
     settings = Registry(tracking_uri="sqlite:////proc/mlflow.db", experiment="lcmlora", alias="champion")
     with pytest.raises(UserError, match=r"MLflow at sqlite:////proc/mlflow\.db: .*unable to open database file"):
-        register("mini", settings, bundle)
+        register_release("mini", settings, bundle)

@@ -10,8 +10,8 @@ from mlflow import MlflowClient
 from lcmlora.config import Gate, Registry
 from lcmlora.errors import UserError
 from lcmlora.registry.lookup import resolve
-from lcmlora.registry.promotion import assign, history, promote, rollback
-from lcmlora.registry.registration import Registered, register
+from lcmlora.registry.promotion import history, promote, promote_passed, rollback
+from lcmlora.registry.registration import Registered, register_release
 from tests.support.registries import fresh
 from tests.support.releases import write_sealed
 
@@ -28,7 +28,7 @@ def settings(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypat
 def add(settings: Registry, weights: str, *, rejected: str = "", **figures: Any) -> Registered:
     """Registers an adapter of these bytes, whose metrics.json has these changes."""
     folder = write_sealed(Path(weights), weights=weights.encode(), metrics=figures)
-    return register("mini", settings, folder, gate_failures=[rejected] if rejected else [])
+    return register_release("mini", settings, folder, gate_failures=[rejected] if rejected else [])
 
 
 def aliases(settings: Registry) -> dict[str, int]:
@@ -36,15 +36,15 @@ def aliases(settings: Registry) -> dict[str, int]:
     return {alias: int(number) for alias, number in client.get_registered_model(NAME).aliases.items()}
 
 
-def told(settings: Registry) -> list[tuple[str, int, int | None]]:
+def promotions(settings: Registry) -> list[tuple[str, int, int | None]]:
     return [(e.action, e.version, e.former) for e in history(NAME, settings) if e.alias]
 
 
 def test_the_champion_before_is_previous_and_the_history_says_who_when_and_why(settings: Registry):
     first, second = add(settings, "one"), add(settings, "two")
-    assert assign(first, settings, reason="passed the gate") == f"{NAME}@champion"
+    assert promote_passed(first, settings, reason="passed the gate") == f"{NAME}@champion"
     assert aliases(settings) == {"champion": 1}
-    assign(second, settings, reason="sharper", who="ada")
+    promote_passed(second, settings, reason="sharper", who="ada")
     assert aliases(settings) == {"champion": 2, "previous": 1}
     events = history(NAME, settings)
     assert [(e.action, e.version) for e in events[:4]] == [
@@ -56,14 +56,14 @@ def test_the_champion_before_is_previous_and_the_history_says_who_when_and_why(s
     assert (events[5].who, events[5].reason, events[5].former, events[5].override) == ("ada", "sharper", 1, False)
     assert [e.time for e in events] == sorted(e.time for e in events)
     before = [v.updated for v in (resolve(f"{NAME}/1", settings), resolve(f"{NAME}/2", settings))]
-    assign(second, settings, reason="again")
+    promote_passed(second, settings, reason="again")
     assert history(NAME, settings) == events
     assert before == [v.updated for v in (resolve(f"{NAME}/1", settings), resolve(f"{NAME}/2", settings))]
 
 
 def test_rolling_back_goes_further_back_each_time_and_never_forth(settings: Registry):
     for weights in ("one", "two", "three"):
-        assign(add(settings, weights), settings, reason="better")
+        promote_passed(add(settings, weights), settings, reason="better")
     assert rollback(NAME, settings, reason="blurred", who="bob").version == 2
     assert aliases(settings) == {"champion": 2, "previous": 1}
     assert rollback(NAME, settings, reason="still blurred").version == 1
@@ -76,8 +76,8 @@ def test_rolling_back_goes_further_back_each_time_and_never_forth(settings: Regi
         rollback(NAME, settings, reason="no", to=3)
     with pytest.raises(UserError, match="lcm-lora-mini/9: not registered"):
         rollback(NAME, settings, reason="no", to=9)
-    assert told(settings)[3:] == [("rolled back", 2, 3), ("rolled back", 1, 2), ("rolled back", 3, 1)]
-    assert register("mini", settings, Path("two")).promoted  # so that no flow promotes it again
+    assert promotions(settings)[3:] == [("rolled back", 2, 3), ("rolled back", 1, 2), ("rolled back", 3, 1)]
+    assert register_release("mini", settings, Path("two")).promoted  # so that no flow promotes it again
 
 
 def test_without_a_champion_there_is_nothing_to_roll_back(settings: Registry):
@@ -109,7 +109,7 @@ def test_a_worse_version_is_refused_with_figure_and_difference_and_a_better_one_
         "excess": {"student@4": [3.0, 6.0]},
         "retrieval": {"student@4": [0.8, 0.9]},
     }
-    assign(add(settings, "one", intervals=chance), settings, reason="first")
+    promote_passed(add(settings, "one", intervals=chance), settings, reason="first")
     excess = {"student@4": 9.0}
     add(settings, "two", excess=excess, intervals=chance)
     with pytest.raises(UserError, match=r"excess distance 9\.000 is worse than lcm-lora-mini/1's 4\.500 by 4\.500"):
@@ -121,7 +121,7 @@ def test_a_worse_version_is_refused_with_figure_and_difference_and_a_better_one_
 
 
 def test_versions_measured_on_other_prompts_are_not_compared_behind_ones_back(settings: Registry):
-    assign(add(settings, "one", reference_digest="a" * 64), settings, reason="first")
+    promote_passed(add(settings, "one", reference_digest="a" * 64), settings, reason="first")
     add(settings, "two", reference_digest="b" * 64)
     with pytest.raises(UserError, match=r"cannot be compared with lcm-lora-mini/1, the champion: .*reference_digest"):
         promote(f"{NAME}/2", settings, GATE, reason="please")
@@ -129,11 +129,11 @@ def test_versions_measured_on_other_prompts_are_not_compared_behind_ones_back(se
 
 def test_a_promotion_killed_before_its_event_is_completed_by_the_next_call(settings: Registry):
     first, second = add(settings, "one"), add(settings, "two")
-    assign(first, settings, reason="first")
+    promote_passed(first, settings, reason="first")
     client = MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=settings.tracking_uri)
     client.set_registered_model_alias(NAME, "champion", "2")
-    assign(second, settings, reason="second")
-    assert told(settings) == [("promoted", 1, None), ("promoted", 2, 1)]
+    promote_passed(second, settings, reason="second")
+    assert promotions(settings) == [("promoted", 1, None), ("promoted", 2, 1)]
     assert aliases(settings) == {"champion": 2, "previous": 1}
 
 
@@ -142,7 +142,7 @@ def test_a_champion_that_was_made_in_mlflows_own_pages_can_be_rolled_back_to(set
         add(settings, weights)
     client = MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=settings.tracking_uri)
     client.set_registered_model_alias(NAME, "champion", "1")
-    assign(resolve(f"{NAME}/3", settings), settings, reason="third")
+    promote_passed(resolve(f"{NAME}/3", settings), settings, reason="third")
     assert aliases(settings) == {"champion": 3, "previous": 1}
     client.set_registered_model_alias(NAME, "champion", "2")
     assert rollback(NAME, settings, reason="no").version == 3
@@ -150,7 +150,7 @@ def test_a_champion_that_was_made_in_mlflows_own_pages_can_be_rolled_back_to(set
 
 def test_a_gate_that_decides_otherwise_than_before_is_an_event(settings: Registry):
     add(settings, "one", rejected="too blurred")
-    register("mini", settings, Path("one"))
-    register("mini", settings, Path("one"))
+    register_release("mini", settings, Path("one"))
+    register_release("mini", settings, Path("one"))
     assert [e.action for e in history(NAME, settings)] == ["registered", "rejected", "passed"]
     assert json.loads(json.dumps(resolve(f"{NAME}/1", settings).plain()))["gate_reason"] is None

@@ -9,6 +9,7 @@ from lcmlora.adapters.metadata import Distilled
 from lcmlora.config import Base, Merged
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.releases.card import render_card
+from tests.releases.test_report import searched
 from tests.support.releases import METRICS
 
 HUB = Base(source="someone/base", revision="c" * 40, resolution=512, license="openrail++")
@@ -134,6 +135,18 @@ def test_the_hubs_parser_finds_every_figure_of_the_student_without_a_network(fig
     assert {result.task_type for result in found.values()} == {"text-to-image"}
 
 
+@pytest.mark.parametrize(
+    ("captions", "text"),
+    [(None, "seeds alone"), (1, "seeds alone, since there is one caption"), (45, "captions and seeds")],
+)
+def test_the_card_says_how_many_captions_there_were_and_whether_they_were_resampled(captions: int | None, text: str):
+    intervals = FULL["intervals"] | {"captions": captions}
+    card = render(figures=FULL | {"prompts": captions, "intervals": intervals})
+    drawn = {None: "512 pictures for", 1: "512 pictures of 1 caption for", 45: "512 pictures of 45 captions for"}
+    assert f"\n{drawn[captions]} each row; training never saw the captions." in card
+    assert f"95 % intervals, from 200 bootstrap resamples of {text}." in card
+
+
 def test_a_result_says_how_it_was_measured():
     result = results(render(figures=FULL))["excess-frechet", 4]
     assert result.metric_name == "Excess Fréchet distance to the teacher, 4 steps (efficientnet-lite0)"
@@ -145,7 +158,7 @@ def test_a_result_says_how_it_was_measured():
         "level": 0.95,
         "floor": 78.0,
     }
-    assert (result.dataset_name, result.dataset_split) == ("Captions kept from training", "validation")
+    assert (result.dataset_name, result.dataset_split) == ("Captions kept from training", "test")
     assert result.dataset_args["data_digest"] == "d" * 64
     assert result.dataset_args["reference_digest"] == "e" * 64
     score = results(render(figures=FULL))["clip-score", 4]
@@ -227,18 +240,39 @@ def test_the_table_has_a_column_for_everything_that_was_measured():
     body = section(render(figures=FULL), "Figures")
     rows = [line for line in body.splitlines() if line.startswith("| ")]
     assert rows[0] == (
-        "| | network evaluations | excess distance | retrieval@1 | diversity | clip-score/ViT-L-14 | "
-        "seconds per picture | one alone, median |"
+        "| | network evaluations | excess distance | distance to real pictures | retrieval@1 | diversity | "
+        "clip-score/ViT-L-14 | seconds per picture | one alone, median |"
     )
-    student = "| student@4 | 4 | 4.50 (4.00 to 5.00) | 0.850 (0.800 to 0.900) | 0.250 | 21.50 | 0.0200 | 0.0625 |"
+    student = (
+        "| student@4 | 4 | 4.50 (4.00 to 5.00) | 321.50 | 0.850 (0.800 to 0.900) | 0.250 | 21.50 | 0.0200 | 0.0625 |"
+    )
     assert student in rows
-    assert {line.count("|") for line in rows} == {9}
+    assert {line.count("|") for line in rows} == {10}
 
 
 def test_the_advantage_is_said_with_its_interval_and_doubted_where_that_holds_zero():
     body = section(render(figures=FULL), "Figures")
     assert "* student@2 against ddim@1, 2 evaluations: excess lower by 275.00 (difference -300.00 to -250.00)\n" in body
     assert "excess lower by 88.50 (difference -90.00 to 1.00; it may be none)\n" in body
+
+
+def test_solvers_stand_with_their_settings_and_all_comparisons_are_told():
+    body = section(render(figures=searched()), "Figures")
+    rows = [line for line in body.splitlines() if line.startswith("| ")]
+    assert rows[0].startswith("| | settings | network evaluations | excess distance | distance to real pictures |")
+    assert "| dpm++@4 | 4 steps, unguided | 4 | 290.00 | 790.00 |" in "\n".join(rows)
+    assert "| student@4 | 4 steps | 4 | 81.00 (70.00 to 92.00) | 610.00 (580.00 to 640.00) |" in "\n".join(rows)
+    assert len({line.count("|") for line in rows}) == 1
+    assert "validation captions and other seeds." in body
+    assert "* student@4 against dpm++@4 (4 steps, unguided), 4 evaluations: excess lower by 209.00" in body
+    assert "* student@4 against dpm++@4 (4 steps, unguided): excess lower by 200.00" in body
+    assert "2.1 (1.9 to 2.4) for student@4. Below 1 the solvers are nearer" in body
+    assert "* student@4: ranked against the best solver as by the first features (excess 0.75, best solver 3, " in body
+    assert "Of 29 captions, student@4 is farthest from the teacher at wombat; report.html shows them." in body
+    assert (
+        "(`evaluation.prompts`, 512 pictures of 2 captions), the excess is 66.00 for student@4 (best solver 99.00)."
+        in body
+    )
 
 
 def test_the_advantage_of_old_figures_is_that_over_the_best_solver_at_as_many_evaluations():
@@ -272,7 +306,7 @@ def test_the_limits_say_what_was_measured_and_what_was_not():
     assert "scale 3 costs 8 evaluations and gives excess 60.25." in measured
     assert "differ by 0.250 at student@4, the teacher's by 0.375, real ones by 0.500" in measured
     assert "it was not measured for this one" in old
-    assert "**Diversity** was not measured" in old
+    assert "**Diversity** of seeds was not measured: the figures have none." in old
     assert "student@4 finds its caption 94 % as often as teacher@50" in old
 
 
@@ -291,7 +325,7 @@ def test_styles_have_a_table_of_claims_and_their_measured_weight_in_the_snippet(
 
 def test_a_distance_to_real_pictures_is_told_or_why_there_is_none():
     assert "to 500 real pictures is 321.50 for student@4 and 321.50 for teacher@50" in render(figures=FULL)
-    assert "no distance to real pictures: 24 real validation pictures are too few" in render()
+    assert "no distance to real pictures: 24 real test pictures are too few" in render()
 
 
 @pytest.mark.parametrize("figures", [METRICS, FULL], ids=["old figures", "full figures"])

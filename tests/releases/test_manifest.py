@@ -13,8 +13,8 @@ import pytest
 
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
-from lcmlora.releases.catalog import find, pull, releases, verify
-from lcmlora.releases.publish import point, publish, yank
+from lcmlora.releases.catalog import find_release, list_releases, pull_release, verify_release
+from lcmlora.releases.publish import point_channel, publish_release, yank_release
 from tests.support import fuzzing
 from tests.support.releases import write_sealed
 
@@ -27,8 +27,8 @@ HEX = "0" * 64
 def store(tmp_path: Path) -> Path:
     """A directory with one release, and a channel that points to it."""
     settings = Publish(to=str(tmp_path / "store"))
-    publish(write_sealed(tmp_path / "bundle"), "mini", settings)
-    point("mini", SHA, settings)
+    publish_release(write_sealed(tmp_path / "bundle"), "mini", settings)
+    point_channel("mini", SHA, settings)
     return tmp_path / "store"
 
 
@@ -63,7 +63,7 @@ def test_names_that_are_no_files_of_a_release_are_refused_and_nothing_is_written
     seal_again(folder, files_of(folder) | {name: hashlib.sha256(b"evil").hexdigest()})
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=r"manifest\.json: ") as caught:
-        pull("mini@champion", Publish(to=str(store)), tmp_path / "out", everything=True)
+        pull_release("mini@champion", Publish(to=str(store)), tmp_path / "out", everything=True)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -93,7 +93,7 @@ def test_manifests_that_are_none_are_refused(store: Path, change: dict[str, Any]
     path = store / PREFIX / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        find("mini@champion", Publish(to=str(store)))
+        find_release("mini@champion", Publish(to=str(store)))
 
 
 @pytest.mark.parametrize("content", [b"", b"[", b"\xff", b"[" * 100_000, b'"\\ud800"', b"null", b"9" * 5000, b"[]"])
@@ -102,15 +102,15 @@ def test_what_is_no_record_at_all_is_refused_in_a_line_and_does_not_hide_the_oth
     store: Path, tmp_path: Path, name: str, content: bytes
 ):
     settings = Publish(to=str(store))
-    better = publish(write_sealed(tmp_path / "better", weights=b"better"), "mini", settings)
+    better = publish_release(write_sealed(tmp_path / "better", weights=b"better"), "mini", settings)
     folder = store / PREFIX
     (folder / name).write_bytes(content)
     if name == "provenance.json":
         seal_again(folder, files_of(folder) | {name: hashlib.sha256(content).hexdigest()})
     with pytest.raises(UserError, match=Path(name).name) as caught:
-        find("mini@champion", settings)
+        find_release("mini@champion", settings)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
-    rows = {row.uri: row for row in releases(settings)}
+    rows = {row.uri: row for row in list_releases(settings)}
     assert rows.keys() == {folder.as_uri(), better} and rows[better].fault is None
     assert bool(rows[folder.as_uri()].fault) == (name in ("manifest.json", "yanked.json"))
 
@@ -124,9 +124,9 @@ def test_a_file_that_is_larger_or_smaller_than_listed_is_not_kept(store: Path, t
     ):
         weights.write_bytes(content)
         with pytest.raises(UserError, match=rf"pytorch_lora_weights\.safetensors: {message}"):
-            pull("mini@champion", Publish(to=str(store)), tmp_path / "out")
+            pull_release("mini@champion", Publish(to=str(store)), tmp_path / "out")
         with pytest.raises(UserError, match="pytorch_lora_weights"):
-            verify("mini@champion", Publish(to=str(store)))
+            verify_release("mini@champion", Publish(to=str(store)))
         assert not (tmp_path / "out").exists()
 
 
@@ -137,16 +137,16 @@ def test_records_of_gigabytes_are_not_read(store: Path):
         with path.open("wb") as file:
             file.truncate(8 << 30)  # sparse
         with pytest.raises(UserError, match="has more than 8388608 bytes, expected a small file"):
-            find("mini@champion", Publish(to=str(store)))
+            find_release("mini@champion", Publish(to=str(store)))
         path.unlink() if kept is None else path.write_bytes(kept)
-    assert find("mini@champion", Publish(to=str(store)))[1] == SHA
+    assert find_release("mini@champion", Publish(to=str(store)))[1] == SHA
 
 
 def test_of_thousands_of_files_that_nobody_listed_a_few_are_named(store: Path):
     for number in range(3000):
         (store / PREFIX / f"\x1b[31m{number}").touch()
     with pytest.raises(UserError) as caught:
-        verify("mini@champion", Publish(to=str(store)))
+        verify_release("mini@champion", Publish(to=str(store)))
     lines = str(caught.value).splitlines()
     assert len(lines) == 21 and lines[-1].endswith("and 2980 more")
     assert all(line.isprintable() for line in lines)
@@ -162,10 +162,10 @@ def signed_store(root: Path) -> tuple[Publish, dict[str, bytes]]:
 
     private, public = write_keys(root, "ours")
     settings = Publish(to=str(root / "store"), signing_key=private, verify_key=public)
-    publish(write_sealed(root / "bundle"), "mini", settings)
-    other = publish(write_sealed(root / "other", weights=b"other"), "mini", settings)
-    point("mini", SHA, settings)
-    yank(other, settings, reason="worse", who="ann")
+    publish_release(write_sealed(root / "bundle"), "mini", settings)
+    other = publish_release(write_sealed(root / "other", weights=b"other"), "mini", settings)
+    point_channel("mini", SHA, settings)
+    yank_release(other, settings, reason="worse", who="ann")
     folder = root / "store" / PREFIX
     names = ("manifest.json", "SHA256SUMS", "SHA256SUMS.sig", "provenance.json")
     examples = {name: (folder / name).read_bytes() for name in names}
@@ -182,9 +182,9 @@ def use(settings: Publish, name: str, content: bytes) -> None:
     (root / "store" / PREFIX / name).write_bytes(content)
     os.environ["LCMLORA_STATE"] = str(root / "state")
     plain = settings.model_copy(update={"to": str(root / "store"), "signing_key": None, "verify_key": None})
-    releases(plain, "mini")
+    list_releases(plain, "mini")
     for asked in (plain, plain.model_copy(update={"verify_key": settings.verify_key})):
-        out = pull("mini@champion", asked, root / ("signed" if asked.verify_key else "plain"))
+        out = pull_release("mini@champion", asked, root / ("signed" if asked.verify_key else "plain"))
         assert {path.name for path in out.iterdir()} <= {
             *("pytorch_lora_weights.safetensors", "scheduler_config.json", "provenance.json"),
             *("SHA256SUMS", "SHA256SUMS.sig"),

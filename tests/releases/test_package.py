@@ -23,7 +23,7 @@ from tests.support.releases import METRICS, load_settings, write_stages
 
 
 def package(root: Path, base_folder: Path, **changes: Any) -> dict[str, Any]:
-    made = release.package("mini", load_settings(base_folder, **changes), Project(root), base_folder)
+    made = release.package_release("mini", load_settings(base_folder, **changes), Project(root), base_folder)
     return made.plain()
 
 

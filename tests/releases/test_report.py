@@ -128,6 +128,72 @@ def whole() -> dict[str, Any]:
     }
 
 
+def searched() -> dict[str, Any]:
+    """Figures of today: solvers by network evaluations with the settings that were found, and all comparisons."""
+    sets = {"teacher@50": 100, "ddim@4": 4, "dpm++@4": 4, "student@4": 4}
+    settings = {"steps": 4, "guidance_scale": 1, "spacing": "trailing", "karras": False, "final": "zero"}
+    won = {"rival": "dpm++@4", "network_evaluations": 4, "difference": -209.0, "interval": [-230.0, -190.0]}
+    figures = minimal() | {
+        "prompts": 29,
+        "excess": {"teacher": 0.0, "ddim@4": 330.0, "dpm++@4": 290.0, "student@4": 81.0},
+        "distance_teacher": {"teacher": 118.2, "ddim@4": 448.2, "dpm++@4": 408.2, "student@4": 199.2},
+        "distance_real": {"teacher@50": 561.0, "ddim@4": 820.0, "dpm++@4": 790.0, "student@4": 610.0},
+        "distance_real_missing": None,
+        "retrieval": dict.fromkeys(sets, 0.4),
+        "diversity": dict.fromkeys(sets, 0.44),
+        "network_evaluations": sets,
+        "baselines": {
+            "ddim@4": settings | {"solver": "ddim", "steps": 2, "guidance_scale": 3.0, "spacing": "leading"},
+            "dpm++@4": settings | {"solver": "dpm++"},
+        },
+        "solvers_chosen_on": "validation",
+        "intervals": {
+            "level": 0.95, "resamples": 200, "captions": 29, "excess": {"student@4": [70.0, 92.0]}, "retrieval": {},
+            "distance_real": {"student@4": [580.0, 640.0]},
+        },
+        "advantage": {"student@4": won},
+        "advantage_at_steps": {"student@4": won | {"difference": -200.0}},
+        "savings": {
+            "student@4": {"evaluations": 4, "factor": 2.13, "relation": "equal", "interval": [1.9, 2.4]}
+        },
+        "check": {
+            "features": {"name": "scattering/192@full-size", "dimensions": 192},
+            "floor": 1.5,
+            "excess": {"ddim@4": 3.0, "dpm++@4": 4.0, "student@4": 0.75},
+            "advantage": {"student@4": won | {"rival": "ddim@4", "difference": -2.25, "interval": [-3.0, -1.5]}},
+        },
+        "worst": {
+            "student": "student@4", "rival": "dpm++@4", "of": 29,
+            "captions": [
+                {
+                    "caption": "wombat", "pictures": 18, "student": 6.5, "rival": 7.5, "teacher": 1.25,
+                    "retrieval": 0.1, "teacher_retrieval": 0.9,
+                }
+            ],
+        },
+    }  # fmt: skip
+    own = {"pictures": 512, "prompts": 2, "real_pictures": 0, "distance_real_missing": "the data are prompts"}
+    return figures | {
+        "own_prompts": figures | own | {"distance_real": None, "excess": {"student@4": 66.0, "dpm++@4": 99.0}}
+    }
+
+
+def write_searched_pictures(folder: Path, side: int = 16) -> Path:
+    """Writes the thumbnails that `searched` speaks of."""
+    for group, rows, prompts in (
+        ("", 2, PROMPTS),
+        ("@worst", 1, ["wombat"]),
+        ("@own-prompts", 2, ["my cat", "my dog"]),
+    ):
+        pictures = folder / "pictures" / group
+        pictures.mkdir(parents=True)
+        (pictures / "prompts.json").write_text(json.dumps({"prompts": prompts, "side": side}))
+        names = ["teacher@50", "dpm++@4", "student@4"] + (["ddim@4"] if group != "@worst" else [])
+        for i, key in enumerate((*names, "real") if group != "@own-prompts" else names):
+            _sheet(1, rows, side, 10 * len(group) + i).save(pictures / f"{key}.png")
+    return folder
+
+
 def provenance(**changes: Any) -> dict[str, Any]:
     proof = {"error": 6.7e-7, "effect": 0.59, "tensors": 258}
     return {
@@ -223,12 +289,13 @@ def evaluation(tmp_path: Path) -> Path:
 def test_a_whole_evaluation_has_all_sections_in_order_and_the_contents_lead_to_them(evaluation: Path) -> None:
     seen = Reader(render(whole(), evaluation))
     middle = ["guidance", "variation-1", "weights", "diversity", "latency"]
-    assert seen.sections == ["figures", "pictures", *middle, "table", "use", "limits", "provenance"]
+    first = ["figures", "costs", "distances", "pictures"]
+    assert seen.sections == [*first, *middle, "table", "use", "limits", "provenance"]
     assert [link for link in seen.attributes("a", "href") if link.startswith("#")] == [f"#{s}" for s in seen.sections]
 
 
 def test_sections_without_figures_are_left_out(evaluation: Path) -> None:
-    bare = ["figures", "pictures", "table", "use", "limits", "provenance"]
+    bare = ["figures", "distances", "pictures", "table", "use", "limits", "provenance"]
     assert Reader(render(minimal(), evaluation)).sections == bare
     absent = {"variations": {}, "guidance": None, "weights": None, "diversity": {}, "latency": None, "scores": {}}
     assert Reader(render(minimal() | absent, evaluation)).sections == bare
@@ -242,6 +309,50 @@ def test_the_page_says_first_how_the_student_stands_against_the_best_solver_and_
     assert "-12 against 445" in head and "difference -457, 95% interval -501 to -411" in head
     assert "0.400 against 0.500" in head and "80% of it" in head
     assert "25x fewer network evaluations" in head and "20.0 ms against 300 ms (p50, cpu), 15.0 times as fast" in head
+
+
+def test_solvers_are_named_with_their_settings_and_cost_is_counted_in_three_ways(tmp_path: Path) -> None:
+    text = Reader(render(searched(), write_searched_pictures(tmp_path / "evaluation"))).text
+    head = text[: text.index("The gate was passed")]
+    assert "best solver at as many network evaluations, DPM-Solver++, 4 evaluations (4 steps, unguided)" in head
+    assert "For the same distance the best solvers take 2.1 (1.9 to 2.4) times as many network evaluations." in head
+    assert "Second features agree on the rank" in head
+    costs = text[text.index("Cost, three ways A solver") : text.index("Two distances To the teacher")]
+    assert "on validation captions and on seeds that no figure here comes from." in costs
+    assert "best solver at as many evaluations" in costs and "best solver in as many steps" in costs
+    assert "-209" in costs and "-200" in costs and "2.1x (1.9 to 2.4)" in costs
+    on_test = searched() | {"solvers_chosen_on": "test"}
+    assert "to the solvers' advantage" in Reader(render(on_test, tmp_path / "evaluation")).text
+
+
+def test_both_distances_and_the_second_features_stand_side_by_side(tmp_path: Path) -> None:
+    figures, folder = searched(), write_searched_pictures(tmp_path / "evaluation")
+    text = Reader(render(figures, folder)).text
+    both = text[text.index("Two distances To the teacher") : text.index("Second features The same")]
+    row = both[both.index("student, 4 steps") :]
+    assert row.replace(" ", "").startswith("student,4steps8170to92610580to6400.4000.440")
+    second = text[text.index("Second features The same") : text.index("Pictures The first")]
+    assert "scattering/192@full-size (192 dimensions)" in second and "as by the first features" in second
+    assert "DDIM, 4 evaluations (2 steps, guidance 3, leading)" in second and "-3.00 to -1.50" in second
+    figures["check"]["advantage"]["student@4"] |= {"difference": 2.25, "interval": [1.5, 3.0]}
+    assert "the other way round" in Reader(render(figures, folder)).text
+    del figures["check"]
+    figures["check_missing"] = "20 pictures are too few"
+    assert "hang on efficientnet-lite0 alone: 20 pictures are too few." in Reader(render(figures, folder)).text
+
+
+def test_pictures_stand_beside_those_of_the_best_solver_of_as_many_evaluations(tmp_path: Path) -> None:
+    seen = Reader(render(searched(), write_searched_pictures(tmp_path / "evaluation")))
+    told = seen.attributes("img", "alt")
+    solver = "DPM-Solver++, 4 evaluations (4 steps, unguided)"
+    beside = [f"{who}: {PROMPTS[0]}" for who in ("real", "teacher, 50 steps", solver, "student, 4 steps")]
+    assert told[:4] == beside
+    assert [alt for alt in told if alt.endswith(": wombat")] == [each.replace(PROMPTS[0], "wombat") for each in beside]
+    own = [alt for alt in told if alt.endswith(": my cat")]
+    assert own == [each.replace(PROMPTS[0], "my cat") for each in beside[1:]]
+    assert "Worst captions The 1 of 29 captions at which the student in 4 steps is farthest" in seen.text
+    assert "wombat6.507.501.250.100.9018" in seen.text.replace(" ", "")
+    assert "Your own prompts 512 pictures of 2 captions from evaluation.prompts" in seen.text
 
 
 @pytest.mark.parametrize(
@@ -302,8 +413,9 @@ def test_every_picture_is_told_to_those_who_cannot_see_it(evaluation: Path) -> N
     assert "student, 4 steps, guidance scale 1.5: red apple" in told
     assert "noto-v1 accelerated, 4 steps: red apple" in told and "noto-v1 alone, DDIM, 2 steps: red apple" in told
     assert "noto-v1 weight 0.8, adapter weight 0.5, 4 steps: red apple" in told
-    # Two prompts: real and 7 sets, 2 guidance scales, real and the three parts of the style; and 2 x 3 weights.
-    assert len(told) == 2 * (8 + 2 + 4) + 6 and all(told)
+    # Two prompts: real, teacher and two pairs side by side; real and 7 sets; 2 guidance scales; real and the three
+    # parts of the style; and 2 x 3 weights.
+    assert len(told) == 2 * (6 + 8 + 2 + 4) + 6 and all(told)
     assert all(attributes.get("aria-label") for tag, attributes in seen.tags if tag == "svg")
 
 

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
-from lcmlora.releases.catalog import download, find, pull, releases, verify
-from lcmlora.releases.publish import publish
+from lcmlora.releases.catalog import download_release, find_release, list_releases, pull_release, verify_release
+from lcmlora.releases.publish import publish_release
 from lcmlora.releases.trust.signing import check, sign
 from tests.support.releases import write_sealed
 
@@ -51,35 +51,35 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def test_a_signed_release_is_verified_by_its_key(settings: Publish, bundle: Path, tmp_path: Path):
-    uri = publish(bundle, "mini", settings)
-    assert verify(uri, settings).signature == "valid"
-    assert verify(uri, settings.model_copy(update={"verify_key": None})).signature == "unchecked"
-    assert [row.signed for row in releases(settings)] == [True]
-    out = pull(uri, settings, tmp_path / "out")
+    uri = publish_release(bundle, "mini", settings)
+    assert verify_release(uri, settings).signature == "valid"
+    assert verify_release(uri, settings.model_copy(update={"verify_key": None})).signature == "unchecked"
+    assert [row.signed for row in list_releases(settings)] == [True]
+    out = pull_release(uri, settings, tmp_path / "out")
     signature = (out / "SHA256SUMS.sig").read_bytes()
     assert signature == (Path(settings.to) / PREFIX / "SHA256SUMS.sig").read_bytes()
-    assert pull(uri, settings, out) == out
+    assert pull_release(uri, settings, out) == out
     check((out / "SHA256SUMS").read_bytes(), signature, str(settings.verify_key), "here")
 
 
 def test_publishing_again_keeps_the_signature_that_is_there(settings: Publish, bundle: Path):
-    publish(bundle, "mini", settings)
+    publish_release(bundle, "mini", settings)
     path = Path(settings.to) / PREFIX / "SHA256SUMS.sig"
     first = path.read_bytes()
     assert sign((bundle / "SHA256SUMS").read_bytes(), str(settings.signing_key)) != first
-    publish(bundle, "mini", settings)
+    publish_release(bundle, "mini", settings)
     assert path.read_bytes() == first
 
 
 def test_a_release_that_stands_is_signed_later(settings: Publish, bundle: Path, tmp_path: Path):
-    uri = publish(bundle, "mini", settings.model_copy(update={"signing_key": None}))
+    uri = publish_release(bundle, "mini", settings.model_copy(update={"signing_key": None}))
     with pytest.raises(UserError, match=r"is not signed, and publish\.verify_key asks for it; do not use it"):
-        find(uri, settings)
+        find_release(uri, settings)
     again = write_sealed(tmp_path / "again", card="other figures\n")
     with pytest.raises(UserError, match=r"is unsigned, and its SHA256SUMS .* is not that of this run"):
-        publish(again, "mini", settings)
-    publish(bundle, "mini", settings)
-    assert verify(uri, settings).signature == "valid"
+        publish_release(again, "mini", settings)
+    publish_release(bundle, "mini", settings)
+    assert verify_release(uri, settings).signature == "valid"
 
 
 def test_the_signature_of_another_key_is_refused_by_readers_and_by_publishers(
@@ -87,31 +87,31 @@ def test_the_signature_of_another_key_is_refused_by_readers_and_by_publishers(
 ):
     private, public = write_keys(tmp_path, "theirs", curve=ec.SECP384R1())
     theirs = settings.model_copy(update={"signing_key": private, "verify_key": public})
-    uri = publish(bundle, "mini", theirs)
-    assert verify(uri, theirs).signature == "valid"
+    uri = publish_release(bundle, "mini", theirs)
+    assert verify_release(uri, theirs).signature == "valid"
     for refused in (
-        lambda: find(uri, settings),
-        lambda: download(uri, settings, tmp_path),
-        lambda: verify(uri, settings),
+        lambda: find_release(uri, settings),
+        lambda: download_release(uri, settings, tmp_path),
+        lambda: verify_release(uri, settings),
     ):
         with pytest.raises(UserError, match=r"SHA256SUMS\.sig: is no signature of its SHA256SUMS by the key of .*ours"):
             refused()
     with pytest.raises(UserError, match=r"SHA256SUMS\.sig: is no signature .* by publish\.signing_key"):
-        publish(bundle, "mini", settings)
+        publish_release(bundle, "mini", settings)
 
 
 def test_a_release_that_was_changed_with_its_checksums_and_manifest_is_refused(
     settings: Publish, bundle: Path, tmp_path: Path
 ):
-    uri = publish(bundle, "mini", settings)
+    uri = publish_release(bundle, "mini", settings)
     folder = Path(settings.to) / PREFIX
     forged = write_sealed(tmp_path / "forged", card="trust me\n")
-    forged_uri = publish(forged, "mini", Publish(to=str(tmp_path / "elsewhere")))
+    forged_uri = publish_release(forged, "mini", Publish(to=str(tmp_path / "elsewhere")))
     for path in Path(forged_uri.removeprefix("file://")).iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    assert verify(uri, settings.model_copy(update={"verify_key": None})).signature == "unchecked"
+    assert verify_release(uri, settings.model_copy(update={"verify_key": None})).signature == "unchecked"
     with pytest.raises(UserError, match=r"SHA256SUMS\.sig: is no signature of its SHA256SUMS"):
-        pull(uri, settings, tmp_path / "out")
+        pull_release(uri, settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -158,17 +158,17 @@ def test_keys_that_cannot_be_used_are_named_and_never_quoted_and_nothing_is_publ
     unsupported, _ = write_keys(tmp_path, "k1", curve=ec.SECP256K1())
     for path in (encrypted, other, marked, unsupported, public, tmp_path / "none.pem"):
         with pytest.raises(UserError, match=rf"publish\.signing_key: {path}: .*expected a PEM file") as caught:
-            publish(bundle, "mini", settings.model_copy(update={"signing_key": str(path)}))
+            publish_release(bundle, "mini", settings.model_copy(update={"signing_key": str(path)}))
         assert "MARKED-SECRET-1" not in str(caught.value) and "\n" not in str(caught.value)
     assert not Path(settings.to).exists()
-    uri = publish(bundle, "mini", settings)
+    uri = publish_release(bundle, "mini", settings)
     for path in (ours, str(marked), str(tmp_path / "none.pub")):
         with pytest.raises(UserError, match=rf"publish\.verify_key: {path}: .*public key"):
-            find(uri, settings.model_copy(update={"verify_key": path}))
+            find_release(uri, settings.model_copy(update={"verify_key": path}))
 
 
 def test_no_key_is_in_what_was_published(settings: Publish, bundle: Path):
-    publish(bundle, "mini", settings)
+    publish_release(bundle, "mini", settings)
     secret = "".join(Path(str(settings.signing_key)).read_text().splitlines()[1:-1])
     for path in Path(settings.to).rglob("*"):
         if path.is_file():

@@ -66,15 +66,19 @@ SHARED: dict[str, dict[str, Any]] = {
         "pictures": 512,
         "features": "efficientnet-lite0",
         "features_source": None,
+        "check_features": "scattering",
+        "check_features_source": None,
         "scores": [],
         "scores_source": {},
         "guidance_scale": 8.5,
         "teacher_steps": 50,
         "solvers": ["ddim", "dpm++", "unipc", "euler"],
-        "solver_steps": [1, 2, 4, 8, 16, 32],
+        "solver_evaluations": [1, 2, 4, 8, 16, 32],
+        "guidance_scales": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
+        "choosing_pictures": 128,
         "student_steps": [1, 2, 4, 8, 16],
         "grid_rows": 8,
-        "resamples": 200,
+        "resamples": 1000,
         "latency_repeats": 20,
         "device": "auto",
     },
@@ -97,14 +101,19 @@ EMOJI = {
 }
 TODAY = {
     "emoji": (64, EMOJI),
-    "sd15": (512, {"encode": {"batch": 16}, "distill": {"batch": 16}, "evaluation": {"batch": 16}}),
-    "sd21": (768, {"encode": {"batch": 8}, "distill": {"batch": 16}, "evaluation": {"batch": 8}}),
+    "sd15": (512, {"encode": {"batch": 16}, "distill": {"batch": 16}, "evaluation": {"batch": 16, "features": "clip"}}),
+    "sd21": (768, {"encode": {"batch": 8}, "distill": {"batch": 16}, "evaluation": {"batch": 8, "features": "clip"}}),
     "sdxl": (
         1024,
         {
             "encode": {"batch": 4},
             "distill": {"batch": 8},
-            "evaluation": {"batch": 4, "solver_steps": [1, 2, 4, 8]},
+            "evaluation": {
+                "batch": 4,
+                "features": "clip",
+                "solver_evaluations": [1, 2, 4, 8, 16],
+                "choosing_pictures": 64,
+            },
         },
     ),
 }
@@ -129,7 +138,7 @@ def test_every_shipped_base_has_the_settings_that_its_figures_were_made_with(mod
 
 def test_the_emoji_bases_data_styles_and_study_are_what_they_were():
     loaded = config.load(ROOT / "params.yaml")
-    data = {"min_side": 64, "max_aspect": 2.0, "validation": 0.25, "seed": 0, "copies": 4}
+    data = {"min_side": 64, "max_aspect": 2.0, "validation": 0.09, "test": 0.16, "seed": 0, "copies": 4}
     assert loaded.data.model_dump(include=set(data)) == data
     for kind, name, numbers in (
         ("style", "noto-v1", {"lr": 1e-3, "rank": 16, "weight_decay": 0.0, "precision": "auto"}),
@@ -146,7 +155,8 @@ def test_the_emoji_bases_data_styles_and_study_are_what_they_were():
     study |= {"steps": 4, "guidance_scales": (1.5, 2.0, 3.0), "grid_style_weights": (0.0, 0.4, 0.8, 1.2)}
     study |= {"grid_adapter_weights": (0.0, 0.5, 1.0, 1.5), "real": {"copies": 32}}
     assert loaded.study.model_dump(include=set(study)) == study
-    assert loaded.gate.model_dump() == {"steps": 4, "min_retrieval": 0.8, "max_excess": None, "champion": True}
+    asked = {"steps": 4, "min_retrieval": 0.8, "min_diversity": 0.85, "max_excess": None, "champion": True}
+    assert loaded.gate.model_dump() == asked | {"beyond_chance": True, "limits": {}}
 
 
 def test_a_published_base_needs_no_entry_and_an_entry_under_its_name_changes_it(tmp_path: Path):

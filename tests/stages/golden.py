@@ -1,4 +1,4 @@
-"""The golden outcomes: what each stage made of the fixed inputs when its version was last raised."""
+"""The golden outcomes: the figures of each stage on fixed inputs when its version was last raised."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE = Path(__file__).with_name("golden.json")
 # Processors round differently, which moves these figures by less than a thousandth; a change of method moves some of
 # them by per cents.
 TOLERANCE = 5e-3
-# Adam's first steps follow the sign of each gradient, also where it is nearly zero and rounding decides.
+# Adam's first steps depend on the sign of each gradient, which rounding decides where the gradient is nearly zero.
 TOLERANCE_OF_WEIGHTS = 3e-2
 _TRAINED = ("weights", "changes", "unet", "vae", "text_encoder")
 _SHOWN = 5  # differences that a message names
@@ -27,7 +27,7 @@ def load() -> dict[str, Any]:
 
 
 def keep(stage: str, outcome: Outcome) -> None:
-    """Writes an outcome down as that of the stage's present version."""
+    """Writes an outcome to golden.json as that of the stage's present version."""
     every = load() if FILE.is_file() else {}
     every[stage] = {"version": stages.VERSIONS[stage], "outcome": _rounded(outcome)}
     ordered = {name: every[name] for name in stages.VERSIONS if name in every}
@@ -35,7 +35,7 @@ def keep(stage: str, outcome: Outcome) -> None:
 
 
 def check(stage: str, outcome: Outcome) -> None:
-    """Raises AssertionError, which says what to do, where the outcome is not that of the stage's version."""
+    """Raises AssertionError, with what to do, if the outcome is not that of the stage's version."""
     kept = load()[stage]
     found = differences(kept["outcome"], _rounded(outcome))
     command = f"python -m tests.stages.raise_version {stage}"
@@ -44,8 +44,8 @@ def check(stage: str, outcome: Outcome) -> None:
             f"{stage}: the same inputs and settings give another result than version {kept['version']} did:\n  "
             + "\n  ".join(found[:_SHOWN])
             + (f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
-            + f"\nIf that is what you wanted, run `{command}`: it raises the stage's version, so that every project "
-            "runs it again. If not, your change has broken something. See docs/staleness.md"
+            + f"\nIf you meant to change the result, run `{command}`: it raises the stage's version, so that every "
+            "project runs it again. If not, your change has broken something. See docs/staleness.md"
         )
     if kept["version"] != stages.VERSIONS[stage]:
         raise AssertionError(

@@ -22,18 +22,20 @@ from safetensors.torch import load_file, save_file
 from lcmlora import bases
 from lcmlora.bases import folders
 from lcmlora.config import Base, Data, Encode, Evaluation, Study
-from lcmlora.data.latents.encode import encode
+from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.sources.source import Record, write_records
 from lcmlora.evaluation.reference import draw_reference
 from lcmlora.evaluation.study import Variation, draw_alone
 from lcmlora.io.files import sha256_file
 from lcmlora.plugins import FEATURES
-from tests.evaluation.conftest import WORDS, Quarters, made_of, settings, write_adapter
+from tests.evaluation.conftest import WORDS, Halves, Quarters, made_of, settings, write_adapter
 from tests.support.miniature import save_base
 
 KEPT = Path(__file__).with_name("inputs")
 FEATURES.register("quarters", Quarters)  # of twelve dimensions, which need few pictures
+FEATURES.register("halves", Halves)
 EVALUATION: Evaluation = settings(solvers=("ddim", "dpm++", "unipc", "euler"), resamples=8, latency_repeats=1)
+CHOSEN_BY = ("red tree", "fruit apple")  # captions for validation
 STUDY = Study(
     models=("mini",),
     styles=("ink",),
@@ -58,11 +60,14 @@ class Inputs:
 
     @property
     def data(self) -> Data:
-        return Data(source="folder", path=str(self.root / "in"), min_side=8, max_aspect=2.0, validation=0.4, seed=0)
+        return Data(source="folder", path=str(self.root / "in"), min_side=8, max_aspect=2.0, validation=0.2, test=0.4)
 
     @property
     def pictures(self) -> Path:
-        """What `prepare` might have written: twelve pictures of each of eight captions, four of them kept back."""
+        """What `prepare` might have written: twelve pictures of each of ten captions.
+
+        Four of the captions are for test and two for validation.
+        """
         return self.root / "pictures"
 
     @property
@@ -118,18 +123,19 @@ def _write_pictures(inputs: Inputs) -> None:
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     records = []
-    for number in range(96):
+    for number in range(120):
         pixels = torch.randint(0, 256, (3, 3, 3), generator=generator, dtype=torch.uint8).numpy()
         name = f"{number:02d}.png"
         # Stored, not deflated: the same bytes by every version of zlib, and these decide which pictures are chosen.
         drawn = Image.fromarray(pixels).resize((20, 24), Image.Resampling.NEAREST)
         drawn.save(folder / name, compress_level=0)
-        caption = WORDS[number % len(WORDS)]
+        caption = WORDS[number % len(WORDS)] if number < 96 else CHOSEN_BY[number % 2]
         (folder / name).with_suffix(".txt").write_text(caption)
         records.append(Record(name, caption, sha256_file(folder / name), 20, 24))
     inputs.pictures.mkdir()
     write_records(inputs.pictures / "train.jsonl", [r for r in records if r.caption in WORDS[4:]])
-    write_records(inputs.pictures / "validation.jsonl", [r for r in records if r.caption in WORDS[:4]])
+    write_records(inputs.pictures / "validation.jsonl", [r for r in records if r.caption in CHOSEN_BY])
+    write_records(inputs.pictures / "test.jsonl", [r for r in records if r.caption in WORDS[:4]])
 
 
 def _write_checkpoint(base: Path, folder: Path) -> None:
@@ -148,7 +154,7 @@ def main() -> None:
         root = Path(work)
         inputs = make(root, save_base(root / "mini"), anew=True)
         shutil.rmtree(KEPT, ignore_errors=True)
-        encode(
+        encode_latents(
             inputs.load("vae", "text"), inputs.data, Encode(batch=8), inputs.pictures, root / "scratch", inputs.latents
         )
         base: Any = inputs.load()

@@ -26,25 +26,25 @@ from torch import Tensor
 from lcmlora.adapters import lora
 from lcmlora.config import Data, Encode, Rollouts
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.data.latents.encode import encode
-from lcmlora.data.prepare import prepare_pictures
+from lcmlora.data.latents.encode import encode_latents
+from lcmlora.data.prepare import PARTS, prepare_pictures
 from lcmlora.data.sources.source import Record, write_records
-from lcmlora.distillation.distill import distill
-from lcmlora.distillation.finetune import tune
-from lcmlora.evaluation.evaluate import evaluate
+from lcmlora.distillation.distill import distill_adapter
+from lcmlora.distillation.finetune import train_variation
+from lcmlora.evaluation.evaluate import evaluate_student
 from lcmlora.evaluation.measures import features
 from lcmlora.evaluation.reference import draw_reference
-from lcmlora.evaluation.study import draw_alone, study
+from lcmlora.evaluation.study import draw_alone, run_study
 from lcmlora.io.documents import Document
 from lcmlora.project import Project
-from lcmlora.releases.package import package
+from lcmlora.releases.package import package_release
 from lcmlora.training.loop import NullLogger
 from tests.data.conftest import add, data_in, picture
+from tests.demo.test_pretrain import MODULES, TINY
 from tests.distillation.test_finetune import STYLE, WHOLE
 from tests.stages.inputs import EVALUATION, STUDY, Inputs
 from tests.support.distillation import SETTINGS
 from tests.support.releases import load_settings, write_stages
-from tests.training.test_pretrain import MODULES, TINY
 
 Outcome = dict[str, Any]
 
@@ -89,15 +89,12 @@ def read(path: Path) -> Any:
     return plain(json.loads(path.read_text()))
 
 
-# --- the stages -------------------------------------------------------------------------------------------------
-
-
 def of_pretrain(inputs: Inputs, work: Path) -> Outcome:
     from lcmlora.demo import pretrain
 
     settings = TINY.model_copy(update={"lr": 1e-2, "vae_lr": 1e-2, "vae_styles": ("noto",), "vae_groups": TINY.groups})
     base = work / "base"
-    pretrain.pretrain(settings, MODULES, work / "scratch", base, torch.device("cpu"))
+    pretrain.pretrain_base(settings, MODULES, work / "scratch", base, torch.device("cpu"))
     parts = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
     found = {
         part: tell_weights(load_file(work / "base" / part / f"{name}.safetensors")) for part, name in parts.items()
@@ -124,12 +121,12 @@ def of_prepare(inputs: Inputs, work: Path) -> Outcome:
 
 def _prepared(data: Data, out: Path) -> Outcome:
     prepare_pictures(data, 1, out)
-    told = read(out / "report.json")
-    for part in ("train", "validation"):
+    report = read(out / "report.json")
+    for part in PARTS:
         rows = [json.loads(line) for line in (out / f"{part}.jsonl").read_text().splitlines()]
         keys = ("key", "caption", "width", "height", "look", "raw_caption", "note")
-        told[f"{part} list"] = [[row.get(key) for key in keys] for row in rows[:24]]
-    return told
+        report[f"{part} list"] = [[row.get(key) for key in keys] for row in rows[:24]]
+    return report
 
 
 def _folder(folder: Path) -> Data:
@@ -179,16 +176,16 @@ def _prompts(path: Path) -> Data:
 
 def of_encode(inputs: Inputs, work: Path) -> Outcome:
     def cached(name: str, base: Any, data: Data, settings: Encode, pictures: Path) -> Outcome:
-        encode(base, data, settings, pictures, work / "scratch", work / name)
+        encode_latents(base, data, settings, pictures, work / "scratch", work / name)
         cache = LatentCache(work / name)
-        told = {
+        figures = {
             "pictures": len(cache),
             "latent_shape": list(cache.latent_shape),
             "files": sorted(path.name for path in (work / name).iterdir()),
         }
         for path in sorted((work / name).glob("*.safetensors")):
-            told[path.stem] = tell_all({key: value for key, value in load_file(path).items() if key != "key"})
-        return told
+            figures[path.stem] = tell_all({key: value for key, value in load_file(path).items() if key != "key"})
+        return figures
 
     pictures = work / "pictures"
     pictures.mkdir()
@@ -224,17 +221,18 @@ def of_distill(inputs: Inputs, work: Path) -> Outcome:
         scratch.mkdir()
         cache, logger = LatentCache(inputs.latents), _Losses()
         base = inputs.load("network")
-        facts = distill(base, cache, settings, scratch, out, identity={}, logger=logger)
+        made = distill_adapter(base, cache, settings, scratch, out, identity={}, logger=logger)
+        assert made is not None
         found[objective] = {
             "losses": logger.losses,
-            "sampler": facts["sampler"],
+            "sampler": made.sampler.plain(),
             "weights": tell_weights(load_file(out / lora.WEIGHTS)),
         }
     return found
 
 
 def of_evaluate(inputs: Inputs, work: Path) -> Outcome:
-    metrics = evaluate(
+    metrics = evaluate_student(
         inputs.load(),
         inputs.adapter,
         inputs.data,
@@ -271,7 +269,7 @@ def of_finetune(inputs: Inputs, work: Path) -> Outcome:
 def _tuned(inputs: Inputs, work: Path, settings: Any) -> Outcome:
     (work / "scratch").mkdir()
     cache, logger = LatentCache(inputs.latents), _Losses()
-    tune(inputs.load("network"), cache, settings, work / "scratch", work / "out", identity={}, logger=logger)
+    train_variation(inputs.load("network"), cache, settings, work / "scratch", work / "out", identity={}, logger=logger)
     return {"losses": logger.losses}
 
 
@@ -284,7 +282,7 @@ def of_alone(inputs: Inputs, work: Path) -> Outcome:
 
 def of_study(inputs: Inputs, work: Path) -> Outcome:
     (work / "scratch").mkdir()
-    figures = study(
+    figures = run_study(
         lambda folder: inputs.load(folder=folder),
         inputs.adapter,
         inputs.variations,
@@ -300,7 +298,7 @@ def of_study(inputs: Inputs, work: Path) -> Outcome:
 def of_package(inputs: Inputs, work: Path) -> Outcome:
     base = inputs.load()
     write_stages(base, work)
-    provenance = package("mini", load_settings(inputs.base), Project(work), inputs.base).plain()
+    provenance = package_release("mini", load_settings(inputs.base), Project(work), inputs.base).plain()
     release = work / "release/mini"
     weights = {path.name: load_file(path) for path in sorted(release.glob("*.safetensors"))}
     steady = {key: provenance[key] for key in ("resolution", "sampler", "gate", "seed")}
@@ -327,9 +325,6 @@ OUTCOMES: dict[str, Callable[[Inputs, Path], Outcome]] = {
     "study": of_study,
     "package": of_package,
 }
-
-
-# --- helpers ----------------------------------------------------------------------------------------------------
 
 
 class _Losses(NullLogger):

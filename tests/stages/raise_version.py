@@ -1,7 +1,7 @@
-"""Raises the versions of stages whose results have changed, as was meant, and keeps the new results as golden ones.
+"""Raises the versions of stages whose results have changed on purpose, and keeps the new results as golden outcomes.
 
-python -m tests.stages.raise_version encode           its version in lcmlora/stages.py, its entry in golden.json
-python -m tests.stages.raise_version --keep encode    the golden entry alone: the test asks for something else now
+python -m tests.stages.raise_version encode           raises the version, keeps the outcome
+python -m tests.stages.raise_version --keep encode    keeps the outcome: only the test has changed
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from lcmlora import config, resolved, stages
+from lcmlora import config, stages
+from lcmlora.dvc_files import resolved
 from lcmlora.project import Project
 from tests.stages import golden, inputs
 from tests.stages.outcomes import OUTCOMES
@@ -23,10 +24,10 @@ from tests.support.miniature import save_base
 ROOT = Path(__file__).parents[2]
 
 
-def raise_version(stage: str, outcome: dict[str, object], *, keep: bool = False) -> str:
-    """Raises the version where the outcome is not the golden one, and returns what was done."""
+def keep_outcome(stage: str, outcome: dict[str, object], *, same_version: bool = False) -> str:
+    """Keeps the outcome as golden, raises the version if the outcome has changed, and returns a line that says so."""
     kept = golden.load().get(stage)
-    if kept and not keep:
+    if kept and not same_version:
         if not golden.differences(kept["outcome"], golden._rounded(outcome)):
             return f"{stage}: gives what version {kept['version']} gave; nothing to raise"
         stages.VERSIONS[stage] = kept["version"] + 1
@@ -52,7 +53,7 @@ def main() -> None:
         made = inputs.make(work / "inputs", save_base(work / "mini"))
         for stage in arguments.stages:
             (work / stage).mkdir()
-            print(raise_version(stage, OUTCOMES[stage](made, work / stage), keep=arguments.keep))
+            print(keep_outcome(stage, OUTCOMES[stage](made, work / stage), same_version=arguments.keep))
     if resolved.refresh(config.load(ROOT / "params.yaml"), Project(ROOT).resolved):
         print("resolved.yaml: is up to date now; `dvc status` says what is stale", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""Every stage gives what it gave when its version was last raised; see docs/staleness.md for what to do where not."""
+"""Every stage has the outcome it had when its version was last raised; docs/staleness.md says what to do if not."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 
 from lcmlora import stages
 from lcmlora.bases.families import Family
+from tests.demo.test_pretrain import MODULES
 from tests.stages import golden, inputs, raise_version
 from tests.stages.inputs import Inputs
 from tests.stages.outcomes import OUTCOMES, of_encode
-from tests.training.test_pretrain import MODULES
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def test_another_scaling_of_the_vae_is_noticed_and_its_version_can_be_raised(
     scale = Family.latent_scale
     monkeypatch.setattr(Family, "latent_scale", lambda family, vae: 1.02 * scale(family, vae))
     outcome = of_encode(made, tmp_path)
-    with pytest.raises(AssertionError, match=r"shard-00000\.latent_mean\.log_size: was ") as told:
+    with pytest.raises(AssertionError, match=r"shard-00000\.latent_mean\.log_size: was ") as error:
         golden.check("encode", outcome)
-    assert "run `python -m tests.stages.raise_version encode`" in str(told.value)
+    assert "run `python -m tests.stages.raise_version encode`" in str(error.value)
 
     # As that command does it, on copies of the files that it writes.
     source, kept = tmp_path / "stages.py", tmp_path / "golden.json"
@@ -45,11 +45,11 @@ def test_another_scaling_of_the_vae_is_noticed_and_its_version_can_be_raised(
     monkeypatch.setattr(golden, "FILE", kept)
     monkeypatch.setattr(stages, "VERSIONS", dict(stages.VERSIONS))
     before = stages.VERSIONS["encode"]
-    assert raise_version.raise_version("encode", outcome) == f"encode: version {before + 1}"
+    assert raise_version.keep_outcome("encode", outcome) == f"encode: version {before + 1}"
     golden.check("encode", outcome)
     (raised,) = re.findall(r'^    "encode": (\d+),', source.read_text(), flags=re.MULTILINE)
     assert int(raised) == before + 1
-    assert raise_version.raise_version("encode", outcome).endswith("nothing to raise")
+    assert raise_version.keep_outcome("encode", outcome).endswith("nothing to raise")
 
 
 def test_a_version_that_was_raised_by_hand_is_noticed(monkeypatch: pytest.MonkeyPatch):

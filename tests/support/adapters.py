@@ -48,10 +48,10 @@ def forward(base: LoadedBase, unet: Any = None) -> Tensor:
     unet = unet or base.network
     width = unet.config.cross_attention_dim
     conditioning = {"encoder_hidden_states": torch.randn(2, 5, width, generator=generator)}
-    if told := base.micro_conditioning(rows=2):
+    if micro := base.micro_conditioning(rows=2):
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         conditioning["text_embeds"] = torch.randn(2, pooled, generator=generator)
-        conditioning |= told
+        conditioning |= micro
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     return base.family.forward(unet, latents, torch.tensor([999, 259]), conditioning)
 

@@ -71,6 +71,12 @@ class Brightness:
         return pictures.float().mean(dim=(1, 2, 3))
 
 
+def contrast(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+    """How far the brightest and the darkest value of a picture are apart; a plain function."""
+    del prompts
+    return pictures.amax(dim=(1, 2, 3)) - pictures.amin(dim=(1, 2, 3))
+
+
 class Memory(Store):
     """Releases in the memory of this process."""
 

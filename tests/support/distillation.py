@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from lcmlora import bases
+from lcmlora.adapters.metadata import Distilled
 from lcmlora.config import Base, Distill
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.distill import distill
+from lcmlora.distillation.distill import distill_adapter
 from lcmlora.distillation.loss import samples
 from lcmlora.training.loop import NullLogger
 from tests.support.miniature import RESOLUTION
@@ -76,9 +77,9 @@ def run_distill(
     settings: Distill = SETTINGS,
     logger: Any = None,
     decode: Any = None,
-) -> dict[str, Any]:
+) -> Distilled:
     (work / "scratch").mkdir(parents=True, exist_ok=True)
-    return distill(
+    made = distill_adapter(
         base,
         cache,
         settings,
@@ -88,6 +89,8 @@ def run_distill(
         logger=logger or NullLogger(),
         decode=decode,
     )
+    assert made is not None
+    return made
 
 
 def draw_batch(cache: LatentCache, settings: Distill = SETTINGS, step: int = 0) -> Any:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lcmlora.adapters.layer_names import Naming
 from lcmlora.adapters.lora import Placement
-from lcmlora.bases.examination.weightfiles import DIFFUSERS, json_of
+from lcmlora.bases.examination.library_config import DigestInput, LibraryConfig
+from lcmlora.bases.examination.weightfiles import DIFFUSERS
 from lcmlora.bases.families.family import Conditioning, Part, network_dtype
 from lcmlora.bases.families.stable_diffusion import StableDiffusion
 from lcmlora.bases.schedule import PredictionType, Schedule
@@ -35,23 +36,23 @@ class FlowTransformer(StableDiffusion):
     placement = Placement(r"transformer_blocks\.\d+\.(attn[12]\.to_([qkv]|out\.0)|ff\.net\.2)", "transformer")
     single_file = None
 
-    def recognises(self, config: dict[str, Any]) -> bool:
+    def recognises(self, config: LibraryConfig) -> bool:
         return config.get("_class_name") == "PixArtTransformer2DModel"
 
-    def naming(self, config: dict[str, Any]) -> Naming:
+    def naming(self, config: LibraryConfig) -> Naming:
         return Naming("flow-transformer", "flow-transformer", "flow-transformer")
 
-    def digested(self, index: dict[str, Any]) -> dict[str, Any]:
+    def drawing_options(self, index: LibraryConfig) -> DigestInput:
         return {"family": self.name}
 
     def check(self, folder: Path) -> None:
-        self.check_network(folder / "transformer" / "config.json", json_of(folder / "transformer" / "config.json"))
+        self.check_network(LibraryConfig.read(folder / "transformer" / "config.json"))
 
-    def check_network(self, path: Path, config: dict[str, Any]) -> None:
-        assert config["_class_name"] == "PixArtTransformer2DModel", path
+    def check_network(self, config: LibraryConfig) -> None:
+        assert config["_class_name"] == "PixArtTransformer2DModel", config.place
 
-    def examined_schedule(self, folder: Path) -> dict[str, Any]:
-        return {"shift": json_of(folder / "scheduler" / "scheduler_config.json")["shift"]}
+    def examine_schedule(self, folder: Path) -> DigestInput:
+        return {"shift": LibraryConfig.read(folder / "scheduler" / "scheduler_config.json")["shift"]}
 
     def size_unit(self, folder: Path) -> int:
         return 4
@@ -59,10 +60,11 @@ class FlowTransformer(StableDiffusion):
     def prepare(self, network: Any) -> None:
         """Its attention is left as it is."""
 
-    def schedule(self, folder: Path, resolution: int) -> tuple[Schedule, dict[str, Any]]:
-        config = json_of(folder / "scheduler" / "scheduler_config.json")
+    def schedule(self, folder: Path, resolution: int) -> tuple[Schedule, LibraryConfig]:
+        config = LibraryConfig.read(folder / "scheduler" / "scheduler_config.json")
+        shift = config.number("shift", 1.0)
         p = torch.arange(1, 1001) / 1000
-        sigma = config["shift"] * p / (1 + (config["shift"] - 1) * p)
+        sigma = shift * p / (1 + (shift - 1) * p)
         return Schedule(1 - sigma, sigma, 1000 * sigma, "flow"), config
 
     def forward(self, network: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

@@ -1,6 +1,6 @@
-"""The losses of twenty steps of each objective under a fixed seed, which a change of the core must not change unseen.
+"""The golden losses: twenty steps of each objective under a fixed seed. A change of them must be on purpose.
 
-python -m tests.support.golden    writes them anew, where a change is meant
+python -m tests.support.golden    writes them again after a change on purpose
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.distill import distill
+from lcmlora.distillation.distill import distill_adapter
 from lcmlora.training.loop import NullLogger
 from tests.conftest import make_latents
 from tests.support.distillation import SETTINGS, load_parts
@@ -36,7 +36,7 @@ def losses(objective: str, base: Path, cache: LatentCache, work: Path) -> list[f
     settings = SETTINGS.model_copy(update=changes | {"checkpoint_every": 20, "validate_every": 20})
     logger = _Losses()
     work.mkdir(parents=True, exist_ok=True)
-    distill(load_parts(base, "network"), cache, settings, work, work / "out", identity={}, logger=logger)
+    distill_adapter(load_parts(base, "network"), cache, settings, work, work / "out", identity={}, logger=logger)
     return logger.losses
 
 

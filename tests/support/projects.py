@@ -15,7 +15,8 @@ from tests.support.miniature import RESOLUTION
 OBJECTIVES = {"sd15": "lcm", "sd2": "tcd", "sdxl": "pcm", "ssd1b": "tdd"}  # each at least once
 DISTILL = {"steps": 6, "batch": 4, "rank": 4, "alpha": 8, "lr": 1e-2, "warmup": 0, "checkpoint_every": 3}
 DISTILL |= {"log_every": 2, "validate_every": 3, "grid": 50}
-EVALUATION = {"pictures": 336, "batch": 56, "teacher_steps": 4, "solvers": ["ddim"], "solver_steps": [1, 2]}
+EVALUATION = {"pictures": 336, "batch": 56, "teacher_steps": 4, "solvers": ["ddim"], "solver_evaluations": [2, 4]}
+EVALUATION |= {"guidance_scales": [1.0, 8.5], "choosing_pictures": 16}
 EVALUATION |= {"student_steps": [1, 2, 4], "grid_rows": 2, "resamples": 20, "latency_repeats": 1}
 TUNE = {"steps": 4, "batch": 4, "checkpoint_every": 4, "validate_every": 2, "validation_pictures": 4}
 STUDY = {"pictures": 16, "real": {}, "solver_steps": [2], "student_steps": [2, 4], "guidance_scales": [2.0]}

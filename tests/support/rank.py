@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from lcmlora.cli.reporting import reporting
+from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
 
 rank = int(os.environ["RANK"])
@@ -21,7 +21,7 @@ elif act == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(60)
 elif act == "wrong":
-    with reporting(f"process {rank}: "):
+    with reporting_errors(f"process {rank}: "):
         raise UserError("distill.batch: is too much")
 elif act == "left":
     sys.exit(75)

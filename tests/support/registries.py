@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lcmlora.config import Registry
-from lcmlora.registry.tracking import tracking
+from lcmlora.registry.tracking import log_run
 
 _TEMPLATE = "mlflow-template"
 
@@ -19,7 +19,7 @@ def fresh(folder: Path, factory: pytest.TempPathFactory) -> Registry:
     if not template.exists():
         template.parent.mkdir()
         settings = Registry(tracking_uri=f"sqlite:///{template}", experiment="template", alias="champion")
-        with tracking(settings, "template", {}) as run:
+        with log_run(settings, "template", {}) as run:
             assert run.id
     shutil.copyfile(template, folder / "mlflow.db")
     return Registry(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}", experiment="lcmlora", alias="champion")

@@ -28,7 +28,7 @@ METRICS: dict[str, Any] = {
     "distance_teacher": {"teacher": 78.0, "student@2": 88.0, "student@4": 82.5, "ddim@1": 363.0, "dpm++@2": 171.0},
     "excess": {"teacher": 0.0, "student@2": 10.0, "student@4": 4.5, "ddim@1": 285.0, "dpm++@2": 93.0},
     "distance_real": None,
-    "distance_real_missing": "24 real validation pictures are too few for 320 dimensions",
+    "distance_real_missing": "24 real test pictures are too few for 320 dimensions",
     "retrieval": {"teacher@50": 0.9, "student@2": 0.7, "student@4": 0.85, "ddim@1": 0.1, "dpm++@2": 0.5},
     "seconds_per_picture": {"teacher@50": 0.2, "student@2": 0.01, "student@4": 0.02, "ddim@1": 0.01, "dpm++@2": 0.02},
     "network_evaluations": {"teacher@50": 100, "student@2": 2, "student@4": 4, "ddim@1": 2, "dpm++@2": 4},
@@ -114,6 +114,19 @@ def _png() -> bytes:
     return content.getvalue()
 
 
+def provenance(model: str, sha256: str) -> dict[str, Any]:
+    """Returns what every provenance.json has, of a release of the first version."""
+    return {
+        "model": model,
+        "packaged": "2026-11-28T00:00:00Z",
+        "sha256": sha256,
+        "base": {"source": "bases/mini", "revision": None, "digest": "b" * 64},
+        "data_digest": "d" * 64,
+        "git": {"commit": "c" * 40, "dirty": False},
+        "params": {"distill": {"objective": "lcm", "steps": 600}, "gate": {"steps": 4, "min_retrieval": 0.8}},
+    }
+
+
 def write_sealed(
     folder: Path,
     *,
@@ -131,20 +144,11 @@ def write_sealed(
     for key, value in (metrics or {}).items():
         figures[key] = METRICS[key] | value if isinstance(METRICS.get(key), dict) else value
     folder.mkdir(parents=True)
-    provenance = {
-        "model": model,
-        "packaged": "2026-11-28T00:00:00Z",
-        "sha256": hashlib.sha256(weights).hexdigest(),
-        "base": {"source": "bases/mini", "revision": None, "digest": "b" * 64},
-        "data_digest": "d" * 64,
-        "git": {"commit": "c" * 40, "dirty": False},
-        "params": {"distill": {"objective": "lcm", "steps": 600}, "gate": {"steps": 4, "min_retrieval": 0.8}},
-    }
     contents = {
         "pytorch_lora_weights.safetensors": weights,
         "scheduler_config.json": b"{}\n",
         "README.md": card.encode(),
-        "provenance.json": json.dumps(provenance).encode(),
+        "provenance.json": json.dumps(provenance(model, hashlib.sha256(weights).hexdigest())).encode(),
         "metrics.json": json.dumps(figures).encode(),
         "grid.png": _png(),
     }

@@ -35,9 +35,7 @@ def make(base_folder: Path, folder: Path, *, gamma: float | None = None, grid: i
     scheduler = getattr(diffusers, sampler["scheduler"]).from_config(base.scheduler_config)
     settings = dict(scheduler.config) | {"_class_name": sampler["scheduler"], "original_inference_steps": grid}
     (folder / SCHEDULER).write_text(json.dumps(settings))
-    provenance = {
-        "model": "mini",
-        "sha256": sha256_file(folder / WEIGHTS),
+    provenance = releases.provenance("mini", sha256_file(folder / WEIGHTS)) | {
         "base": _identity(base_folder),
         "resolution": RESOLUTION,
         "sampler": sampler,
@@ -51,7 +49,7 @@ def package(base_folder: Path, root: Path) -> Path:
     releases.write_stages(adapters.load(base_folder, "network", "vae", "text"), root)
     facts = root / "adapters/mini/config.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": _identity(base_folder)}))
-    release.package("mini", releases.load_settings(base_folder), Project(root), base_folder)
+    release.package_release("mini", releases.load_settings(base_folder), Project(root), base_folder)
     return root / "release/mini"
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.distill import distill
+from lcmlora.distillation.distill import distill_adapter
 from lcmlora.io.files import locked
 from lcmlora.parallel import ranks
 from lcmlora.training.loop import NullLogger
 from tests.support.distillation import SETTINGS, load_parts
 
-SLOW = SETTINGS.model_copy(update={"lr": 1e-4})  # Adam makes steps of a gradient's last bits
+SLOW = SETTINGS.model_copy(update={"lr": 1e-4})  # Adam turns rounding of a gradient into whole steps
 
 
 class Killer(NullLogger):
@@ -42,7 +42,7 @@ def main(base: str, latents: str, work: str, kill_at: str, victim: str) -> None:
     scratch = Path(work, "scratch")
     scratch.mkdir(parents=True, exist_ok=True)
     with ranks.connected("cpu") as place, locked(scratch / str(place.rank)):
-        distill(
+        distill_adapter(
             load_parts(Path(base), "network"),
             LatentCache(Path(latents)),
             SLOW,

@@ -17,7 +17,7 @@ FLOW = """
 from tasks.devices import *
 from tasks.processes import *
 with Processes() as p, occupied("gpu", p):
-    stream(p, {"command": ["sh", "-c", "trap '' TERM; echo $$ > trainer.part; mv trainer.part trainer; sleep 60; :"]})
+    stream(p, Command(["sh", "-c", "trap '' TERM; echo $$ > trainer.part; mv trainer.part trainer; sleep 60; :"]))
 """
 
 

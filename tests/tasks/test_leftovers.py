@@ -8,7 +8,7 @@ import pytest
 import yaml
 from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 
-from tasks.leftovers import mend
+from tasks.leftovers import repair
 from tests.support.repositories import make
 
 STAGES = """
@@ -38,27 +38,27 @@ def dvc(*arguments: str) -> str:
 
 def test_a_lock_file_that_was_cut_off_anywhere_is_one_that_dvc_reads_again(repository: Path):
     dvc("repro")
-    mend()
+    repair()
     whole = Path("dvc.lock").read_text()
     restored = 0
     for length in range(0, len(whole), 3):
         Path("dvc.lock").write_text(whole[:length])
-        mend()
+        repair()
         text = Path("dvc.lock").read_text()
         COMPILED_LOCKFILE_SCHEMA(yaml.safe_load(text))
         restored += text == whole
         Path("dvc.lock").write_text(whole)
-        mend()
+        repair()
     assert restored > len(whole) / 9  # the others end between two entries, or within a name or a number
     Path("dvc.lock").write_text(whole[: whole.index("first:") + 2])
-    mend()
+    repair()
     assert dvc("status").strip() == "Data and pipelines are up to date."
 
 
 def test_without_a_copy_the_lock_file_goes_and_the_run_cache_gives_the_stages_back(repository: Path):
     dvc("repro")
     Path("dvc.lock").write_text("schema: '2.0'\nstages:\n  first:\n    cmd:")
-    mend()
+    repair()
     assert not Path("dvc.lock").exists()
     assert "Stage 'first' is cached" in dvc("repro")
 
@@ -67,7 +67,7 @@ def test_of_the_readers_and_writers_those_who_are_no_dvc_are_forgotten(repositor
     table = Path(".dvc/tmp/rwlock")
     other = {"pid": os.getppid(), "cmd": "dvc repro"}  # a number that another program was given
     table.write_text(json.dumps({"write": {str(repository / "first"): other}, "read": {"x": [other]}}))
-    mend()
+    repair()
     assert json.loads(table.read_text()) == {"write": {}, "read": {}}
     dvc("repro", "first")
 
@@ -75,6 +75,6 @@ def test_of_the_readers_and_writers_those_who_are_no_dvc_are_forgotten(repositor
 def test_a_table_of_readers_and_writers_that_was_cut_off_becomes_empty(repository: Path):
     table = Path(".dvc/tmp/rwlock")
     table.write_text('{"write": {"a": {"pid": 1')
-    mend()
+    repair()
     assert json.loads(table.read_text()) == {}
     dvc("repro", "first")

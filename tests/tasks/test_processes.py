@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks import supervisor
-from tasks.processes import Ended, Processes, reason, stream
+from tasks.processes import Command, Ended, Processes, reason, stream
 from tests.support.repositories import alive
 
 ROOT = Path(__file__).parents[2]
@@ -25,8 +25,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def shell(script: str) -> dict:
-    return {"command": ["sh", "-c", script]}
+def shell(script: str) -> Command:
+    return Command(["sh", "-c", script])
 
 
 def wait_for(what: Callable[[], object], seconds: float = 30) -> None:
@@ -103,7 +103,7 @@ def test_a_flow_notices_that_a_supervisor_was_killed_and_ends_the_rest():
 
 def test_what_does_not_end_when_it_is_asked_to_is_killed(monkeypatch: pytest.MonkeyPatch):
     with Processes() as processes:
-        with processes.start(["sh", "-c", "trap '' TERM; echo $$ > pid.part; mv pid.part pid; sleep 60 & wait; wait"]):
+        with processes.start(shell("trap '' TERM; echo $$ > pid.part; mv pid.part pid; sleep 60 & wait; wait")):
             stubborn = pid("pid")
             raised = time.monotonic()
             processes.__exit__(None, None, None)
@@ -140,7 +140,9 @@ def test_a_command_that_takes_too_long_is_ended():
 @pytest.mark.skipif(sys.platform != "linux", reason="others hide the environment of processes")
 def test_what_is_not_started_here_ends_with_a_marked_process_that_is_killed():
     server = ["sh", "-c", "echo $$ > server.part; mv server.part server; exec sleep 60"]
-    flow = run_flow(f"mark()\nsubprocess.Popen({server}, start_new_session=True)\ntime.sleep(60)\n")
+    flow = run_flow(
+        f"end_children_with_this_process()\nsubprocess.Popen({server}, start_new_session=True)\ntime.sleep(60)\n"
+    )
     started = pid("server")
     flow.kill()
     flow.wait()

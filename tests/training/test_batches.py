@@ -3,7 +3,7 @@ import torch
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation.loss import samples
 from lcmlora.parallel.ranks import Ranks
-from lcmlora.training.batches import Batch, Batches, split
+from lcmlora.training.batches import Batch, Batches, split_rows
 from tests.support.distillation import CPU, SETTINGS
 
 NAMES = ("z", "noise", "index", "w", "u")
@@ -14,19 +14,19 @@ def _batches(cache: LatentCache, ranks: Ranks | None = None, **changes: object) 
 
 
 def _at(batches: Batches, cache: LatentCache, count: int, first: int = 0) -> Batch:
-    """Returns samples of these places, more than there are pictures."""
-    places = range(first, first + count)
-    return batches.at(places, torch.tensor(places) % len(cache))
+    """Returns samples with these sample indices, more than there are pictures."""
+    sample_indices = range(first, first + count)
+    return batches.at(sample_indices, torch.tensor(sample_indices) % len(cache))
 
 
 def test_every_picture_is_seen_once_in_an_epoch(cache: LatentCache):
     batches = _batches(cache, batch=len(cache))
-    orders = [batches.rows(batches.positions(step, 0)).tolist() for step in range(3)]
+    orders = [batches.rows(batches.sample_indices(step, 0)).tolist() for step in range(3)]
     assert all(sorted(order) == list(range(len(cache))) for order in orders)
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_a_sample_depends_on_seed_and_place_alone(cache: LatentCache):
+def test_a_sample_depends_on_the_seed_and_its_index_alone(cache: LatentCache):
     forward = _batches(cache)
     for step in range(5):
         forward.draw(step)
@@ -79,25 +79,25 @@ def test_the_share_of_empty_prompts_gets_the_unconditional_embedding(cache: Late
 
 
 def test_validation_takes_whole_captions_and_the_rest_is_trained_on(cache: LatentCache):
-    rows, held = split(cache, SETTINGS)
-    assert sorted([*rows.tolist(), *held.tolist()]) == list(range(len(cache)))
+    rows, validation_rows = split_rows(cache, SETTINGS)
+    assert sorted([*rows.tolist(), *validation_rows.tolist()]) == list(range(len(cache)))
     captions = cache.captions()
-    assert not set(captions[rows].tolist()) & set(captions[held].tolist())
-    assert len(held) == 1
-    assert not torch.equal(split(cache, SETTINGS.model_copy(update={"seed": 5}))[1], held)
+    assert not set(captions[rows].tolist()) & set(captions[validation_rows].tolist())
+    assert len(validation_rows) == 1
+    assert not torch.equal(split_rows(cache, SETTINGS.model_copy(update={"seed": 5}))[1], validation_rows)
 
 
 def test_at_most_a_tenth_is_kept_and_pictures_of_one_caption_can_be_told_apart(cache: LatentCache):
     many = SETTINGS.model_copy(update={"validation_pictures": 1000})
-    assert len(split(cache, many)[1]) == 1  # of nine
+    assert len(split_rows(cache, many)[1]) == 1  # of nine
     same = LatentCache.__new__(LatentCache)
     vars(same).update(vars(cache))
-    same._small = cache._small | {"text_row": torch.zeros(len(cache), dtype=torch.int32)}
-    rows, held = split(same, SETTINGS)
-    assert (len(rows), len(held)) == (len(cache) - 1, 1)
+    same._rows = cache._rows | {"text_row": torch.zeros(len(cache), dtype=torch.int32)}
+    rows, validation_rows = split_rows(same, SETTINGS)
+    assert (len(rows), len(validation_rows)) == (len(cache) - 1, 1)
 
 
-def test_the_students_own_runs_halt_on_the_way_down_to_the_timestep_and_are_the_same_on_any_number_of_processes(
+def test_student_rollouts_stop_on_the_way_to_the_timestep_and_are_the_same_on_any_number_of_processes(
     cache: LatentCache,
 ):
     alone = _batches(cache, batch=8, rollout=1.0)
@@ -113,9 +113,11 @@ def test_the_students_own_runs_halt_on_the_way_down_to_the_timestep_and_are_the_
         assert torch.equal(torch.cat([p.fresh for p in parts], dim=1), batch.fresh)
 
 
-def test_as_many_steps_are_of_each_kind_as_was_asked_for_and_the_others_are_as_ever(cache: LatentCache):
+def test_student_rollouts_have_their_share_of_the_steps_and_leave_the_others_as_they_are(
+    cache: LatentCache,
+):
     mixed, plain = _batches(cache, rollout=0.3), _batches(cache)
-    own = [mixed.draw(step).stops is not None for step in range(100)]
-    assert 28 <= sum(own) <= 32
-    for step in (own.index(False), own.index(True)):
+    rollout = [mixed.draw(step).stops is not None for step in range(100)]
+    assert 28 <= sum(rollout) <= 32
+    for step in (rollout.index(False), rollout.index(True)):
         assert all(torch.equal(getattr(mixed.draw(step), n), getattr(plain.draw(step), n)) for n in NAMES)

@@ -37,7 +37,7 @@ def _compile(base: LoadedBase, backend: str | Callable[..., Any], monkeypatch: p
     if backend != "inductor":
         monkeypatch.setattr(execution, "has_cpp_compiler", lambda: True)  # the machine may have none, and needs none
     monkeypatch.setattr(base.network, "compile", partial(base.network.compile, backend=backend))
-    execution.compiled(base.network)
+    execution.compile_network(base.network)
 
 
 def test_an_adapter_that_is_off_must_leave_the_base_as_it_was(base: LoadedBase):
@@ -136,7 +136,7 @@ def test_compiling_without_a_compiler_is_refused(base: LoadedBase, tmp_path: Pat
     monkeypatch.setenv("PATH", str(tmp_path))
     cpp_compiler_search.cache_clear()  # where an earlier test has found one
     with pytest.raises(UserError, match=r"compile: true needs a C\+\+ compiler"):
-        execution.compiled(base.network)
+        execution.compile_network(base.network)
 
 
 def test_where_nothing_is_said_only_a_gpu_recomputes():

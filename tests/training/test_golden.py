@@ -9,7 +9,7 @@ from tests.support import golden
 
 @pytest.mark.parametrize("objective", golden.OBJECTIVES)
 def test_the_losses_are_the_golden_ones(objective: str, base_folder: Path, cache: LatentCache, tmp_path: Path):
-    """`python -m tests.support.golden` writes them anew, where a change of the core is meant."""
+    """`python -m tests.support.golden` writes them again after a change on purpose."""
     expected = json.loads(golden.FILE.read_text())[objective]
-    # Machines round differently; a change of method moves the losses by per cents.
+    # Machines round differently; a change of method changes the losses by several per cent.
     assert golden.losses(objective, base_folder, cache, tmp_path) == pytest.approx(expected, rel=1e-3)

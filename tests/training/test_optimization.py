@@ -19,17 +19,17 @@ def _optimization(scaled: bool = False, **changes: Any) -> tuple[torch.nn.Parame
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_clipping_clips_as_torch_does(scaled: bool):
-    """In the reference scripts it does nothing: their iterator over the parameters is used up."""
-    mine, optimization = _optimization(scaled)
-    theirs = torch.nn.Parameter(torch.ones(3))
-    adamw = torch.optim.AdamW([theirs], lr=SETTINGS.lr, weight_decay=0.0)
+    """In the common training scripts clipping does nothing, since their iterator over the parameters is used up."""
+    parameter, optimization = _optimization(scaled)
+    reference = torch.nn.Parameter(torch.ones(3))
+    adamw = torch.optim.AdamW([reference], lr=SETTINGS.lr, weight_decay=0.0)
     for step, scale in enumerate((100.0, 0.1)):  # AdamW forgets one scale; two steps show the ratio
-        optimization.backward((mine * scale).sum())
-        theirs.grad = torch.full((3,), scale)
+        optimization.backward((parameter * scale).sum())
+        reference.grad = torch.full((3,), scale)
         assert optimization.step(step).item() == pytest.approx(scale * 3**0.5)
-        torch.nn.utils.clip_grad_norm_([theirs], SETTINGS.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_([reference], SETTINGS.max_grad_norm)
         adamw.step()
-    torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(parameter, reference, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "prodigy", "schedule-free"])
@@ -65,7 +65,7 @@ def test_every_optimizer_descends_and_goes_on_from_its_state_to_the_bit(optimize
             optimization.backward((parameter - 3).square().sum())
             optimization.step(step)
 
-    rate, steps = (1.0, 400) if optimizer == "prodigy" else (0.1, 40)  # it has to find its own rate first
+    rate, steps = (1.0, 400) if optimizer == "prodigy" else (0.1, 40)  # which has to find its own rate first
     whole, first = _optimization(optimizer=optimizer, lr=rate)
     quadratic(first, whole, range(steps))
     assert (whole - 3).abs().max() < 1.0
@@ -77,8 +77,8 @@ def test_every_optimizer_descends_and_goes_on_from_its_state_to_the_bit(optimize
     third.restore(state)
     quadratic(third, again, range(steps // 2, steps))
     assert torch.equal(again, whole)
-    with first.averaged() as ours, third.averaged() as theirs:
-        assert torch.equal(ours, theirs)
+    with first.averaged() as uninterrupted, third.averaged() as resumed:
+        assert torch.equal(uninterrupted, resumed)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "schedule-free"])
@@ -111,23 +111,23 @@ def test_a_layer_follows_every_change_of_its_adapter(merged: bool, dtype: torch.
         torch.testing.assert_close(output, expected, atol=0.02, rtol=0.02)
         return output
 
-    seen = [follows()]
+    outputs = [follows()]
     before = {name: value.clone() for name, value in optimization.state().items() if name in ("weights", "average")}
     for step in range(3):
         optimization.backward(unet.conv1(x).square().sum())
         optimization.step(step)
-        seen.append(follows())
+        outputs.append(follows())
     with optimization.averaged() as average:
-        seen.append(follows())
-    torch.testing.assert_close(follows(), seen[-2])
-    optimization.use(2 * average, torch.float32)
-    seen.append(follows())
+        outputs.append(follows())
+    torch.testing.assert_close(follows(), outputs[-2])
+    optimization.load_weights(2 * average, torch.float32)
+    outputs.append(follows())
     optimization.restore(optimization.state() | before)
-    torch.testing.assert_close(follows(), seen[0])
-    assert len({tuple(output.flatten().tolist()) for output in seen}) == len(seen)
+    torch.testing.assert_close(follows(), outputs[0])
+    assert len({tuple(output.flatten().tolist()) for output in outputs}) == len(outputs)
 
 
-def test_an_optimizer_that_this_device_has_not_is_refused_by_name():
+def test_an_optimizer_that_needs_another_device_is_refused_by_name():
     with pytest.raises(UserError, match=r"distill\.optimizer: adamw8bit needs a GPU"):
         _optimization(optimizer="adamw8bit")
 

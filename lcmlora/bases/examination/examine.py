@@ -1,9 +1,9 @@
-"""A base examined: every part there, whole, finite and fitting the others. And the digests that name it for good.
+"""The examination of a base: every part is there, whole, finite and fits the others; and the base's digests.
 
-Reading all weights takes seconds for each gigabyte, so the result is kept, with size, times and inode of every file
-that it is about; while these are the same, nothing is read again. `fetch` keeps it beside the base's folder, in
-`.examined/`. For a folder that was never fetched there is no such place, or it cannot be written: then each process
-reads the base once.
+Reading all weights takes seconds for each gigabyte. The result is therefore kept in a record, with a stamp of size,
+times and inode of every file that was examined; while the stamp is the same, nothing is read again. `fetch` makes the
+folder of the records, `.examined/`, beside the bases' folders. A base that was never fetched has no such folder, and on
+a read-only disk no record can be written: then each process reads the base once.
 """
 
 from __future__ import annotations
@@ -11,176 +11,197 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from lcmlora.bases import families
 from lcmlora.bases.examination import structure
-from lcmlora.bases.examination.weightfiles import SHORT, Entry, find, json_of, read
+from lcmlora.bases.examination.library_config import DigestInput, LibraryConfig
+from lcmlora.bases.examination.weightfiles import PRECISIONS, Entry, find_weights, read_weights
 from lcmlora.bases.families.family import Family, Part
 from lcmlora.errors import UserError
-from lcmlora.io.files import sha256_file, write_json
-from lcmlora.io.parsing import Malformed, parse_json
+from lcmlora.io.documents import Document
+from lcmlora.io.files import sha256_file
 
-RECORDS = ".examined"  # beside the bases' folders
-_VERSION = 1  # of what is examined; a record of another version is made anew
+RECORDS = ".examined"  # the folder of the records, beside the bases' folders
+_VERSION = 2  # of the examination; a record of another version is not used
 
-# Parts that play no part in drawing as it is done here, and that a download leaves out.
-_IDLE = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
-_KINDS = {
+# Parts of published pipelines that lcmlora does not use and does not download.
+_UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
+# What a pipeline that cannot be distilled is, by a word in its class.
+_OTHER_PIPELINES = {
     "Inpaint": "this one is for inpainting",
     "Img2Img": "this one goes from picture to picture, as SDXL's refiner does",
     "Pix2Pix": "this one is for editing",
     "Upscale": "this one is an upscaler",
-    "Depth2Img": "this one wants depth maps",
-    "ControlNet": "this one wants control pictures",
+    "Depth2Img": "this one takes depth maps",
+    "ControlNet": "this one takes control pictures",
     "LatentConsistency": "this one is distilled already",
 }
-# What the libraries write into a configuration of themselves; another version of them is no other base.
-_BOOKKEEPING = ("transformers_version", "torch_dtype", "dtype", "architectures")
-
-Stamp = tuple[tuple[str, int, int, int, int], ...]
+# Keys that describe the library that wrote a configuration, not the base.
+_LIBRARY_KEYS = ("transformers_version", "torch_dtype", "dtype", "architectures")
 
 
 @dataclass(frozen=True)
 class Examination:
-    """What an examined base is."""
+    """The result of an examination."""
 
-    digest: str  # of all that draws: UNet, VAE, text encoders, tokenizers, schedule
-    unet: str  # of the files of its UNet alone, by which releases before 2026-11 name their base
+    digest: str  # of all parts that draw: UNet, VAE, text encoders, tokenizers, schedule
+    unet_digest: str  # of the files of the UNet's folder alone, by which releases before 2026-11 name their base
     dtypes: dict[str, str]  # of the weights, by part: fp32, fp16, bf16, or several as fp16+fp32
 
     def __str__(self) -> str:
-        told = ", ".join(f"{part} {dtype}" for part, dtype in self.dtypes.items())
-        return f"{told}; digest {self.digest[:12]}"
+        dtypes = ", ".join(f"{part} {dtype}" for part, dtype in self.dtypes.items())
+        return f"{dtypes}; digest {self.digest[:12]}"
 
 
-def examine(name: str, folder: Path, variant: str | None = None) -> Examination:
-    """Returns what the base in a diffusers folder is, from the record of an earlier call while no file has changed.
+class _Record(Document):
+    """The file in `.examined/` that keeps an examination."""
+
+    version: int
+    folder: str
+    variant: str | None
+    stamp: str
+    digest: str
+    unet_digest: str
+    dtypes: dict[str, str]
+
+
+def examine_base(name: str, folder: Path, variant: str | None = None) -> Examination:
+    """Examines the base in a diffusers folder; returns the result of an earlier call if no file has changed since.
 
     Args:
-        name: of the base, for messages about its keys in params.yaml.
-        variant: in which its weights are loaded, such as fp16.
+        name: the base's name, for errors about its keys in params.yaml.
+        variant: the variant in which its weights are loaded, such as fp16.
 
     Raises:
-        UserError: the first fault, and in which parts there are others.
+        UserError: the first fault, with the number of the others.
     """
     try:
-        return _known_or_examined(name, folder, variant)
+        return _recorded_or_examined(name, folder, variant)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
 
 
-def _known_or_examined(name: str, folder: Path, variant: str | None) -> Examination:
+def _recorded_or_examined(name: str, folder: Path, variant: str | None) -> Examination:
     check_parts(folder)
     stamp = _stamp(folder)
-    record = folder.parent / RECORDS / f"{folder.name}.json"
-    wanted = {"version": _VERSION, "folder": str(folder.resolve()), "variant": variant}
-    wanted["files"] = [list(each) for each in stamp]
-    if (kept := _kept(record, wanted)) is not None:
-        return kept
-    found = _examined(name, folder, variant, folder.resolve(), stamp)
-    if record.parent.is_dir() and os.access(record.parent, os.W_OK):
-        write_json(record, wanted | {"found": asdict(found)})
-    return found
+    path = folder.parent / RECORDS / f"{folder.name}.json"
+    if (record := _read_record(path)) is not None:
+        examined = record.version, record.folder, record.variant, record.stamp
+        if examined == (_VERSION, str(folder.resolve()), variant, stamp):
+            return Examination(record.digest, record.unet_digest, record.dtypes)
+    examination = _examine(name, folder, variant, folder.resolve(), stamp)
+    if path.parent.is_dir() and os.access(path.parent, os.W_OK):
+        _Record(
+            version=_VERSION,
+            folder=str(folder.resolve()),
+            variant=variant,
+            stamp=stamp,
+            digest=examination.digest,
+            unet_digest=examination.unet_digest,
+            dtypes=examination.dtypes,
+        ).write(path)
+    return examination
 
 
-def _kept(record: Path, wanted: dict[str, Any]) -> Examination | None:
-    """Returns what a record holds, or None where it is about other files or is none of this version's."""
-    if not record.is_file():
+def _read_record(path: Path) -> _Record | None:
+    """Returns the record in a file; None if there is none, or the file is damaged or another version's."""
+    if not path.is_file():
         return None
     try:
-        value = parse_json(record.read_bytes())
-    except Malformed:  # then it is made again
+        return _Record.read(path)
+    except UserError:  # the examination is made again, and the record with it
         return None
-    if not isinstance(value, dict) or {key: value.get(key) for key in wanted} != wanted:
-        return None
-    found = value.get("found")
-    return Examination(**found) if isinstance(found, dict) and found.keys() == {"digest", "unet", "dtypes"} else None
 
 
-@lru_cache(maxsize=32)
-def _examined(name: str, folder: Path, variant: str | None, place: Path, stamp: Stamp) -> Examination:
-    """Examines once in a process what `place` and `stamp` tell to be the same."""
-    faults: list[str] = []
+class _Faults(list[str]):
+    """The faults of a base: the examination continues after each with what does not depend on it."""
 
     @contextmanager
-    def noting() -> Iterator[None]:
+    def collected(self) -> Iterator[None]:
         try:
             yield
         except UserError as error:
-            faults.append(str(error))
+            self.append(str(error))
 
-    pieces: dict[str, str] = {}
-    dtypes: dict[str, str] = {}
-    hashes: dict[str, str] = {}
-    index, family = _index(folder)
-    pieces["index"] = _digest(family.digested(index))
-    with noting():
+    def check(self) -> None:
+        """Raises UserError if there is a fault."""
+        if self:
+            raise UserError(self[0] if len(self) == 1 else f"{self[0]} (the first of {len(self)} faults)")
+
+
+@lru_cache(maxsize=32)
+def _examine(name: str, folder: Path, variant: str | None, resolved: Path, stamp: str) -> Examination:
+    """Examines a base once in a process while `resolved` and `stamp`, of its files, are the same."""
+    faults = _Faults()
+    digested: dict[str, str] = {}  # the digest of each piece that draws
+    index, family = _read_index(folder)
+    digested["index"] = _digest(family.drawing_options(index))
+    with faults.collected():
         family.check(folder)
-    with noting():
-        pieces["schedule"] = _digest(family.examined_schedule(folder))
-    # The small parts come first: what is wrong with them is told before gigabytes are read.
+    with faults.collected():
+        digested["schedule"] = _digest(family.examine_schedule(folder))
+    # The small parts come first: their faults are reported before gigabytes are read.
     for tokenizer, encoder in zip(family.tokenizers, family.text_encoders, strict=True) if not faults else ():
-        with noting():
-            pieces[tokenizer.folder] = _digest(family.examined_tokenizer(folder, tokenizer, encoder))
+        with faults.collected():
+            digested[tokenizer.folder] = _digest(family.examine_tokenizer(folder, tokenizer, encoder))
     files: dict[Part, list[Path]] = {}
     for part in (family.network, family.vae, *family.text_encoders) if not faults else ():
-        with noting():
-            files[part] = find(name, folder / part.folder, part.weights, variant)
+        with faults.collected():
+            files[part] = find_weights(name, folder / part.folder, part.weights, variant)
+    dtypes: dict[str, str] = {}
+    hashes: dict[Path, str] = {}
     for part, paths in files.items() if not faults else ():
-        place = folder / part.folder
-        with noting():
-            held, found = _weights(paths)
-            hashes |= {str(path): sha256 for path, sha256 in zip(paths, found, strict=True)}
-            structure.check_weights(place, family.shapes(folder, part), held, text=part in family.text_encoders)
-            dtypes[part.folder] = "+".join(sorted({SHORT[e.dtype] for e in held.values() if e.dtype in SHORT}))
-            pieces[part.folder] = _digest({"config": _configuration(place), "files": found})
-    if faults:
-        more = f" (and {len(faults) - 1} more faults; this one is told first)" if len(faults) > 1 else ""
-        raise UserError(faults[0] + more)
-    return Examination(_digest(pieces), _folder_digest(folder / family.network.folder, hashes), dtypes)
+        with faults.collected():
+            entries, file_hashes = _read_files(paths)
+            hashes |= file_hashes
+            text = part in family.text_encoders
+            structure.check_weights(folder / part.folder, family.shapes(folder, part), entries, text=text)
+            dtypes[part.folder] = "+".join(
+                sorted({PRECISIONS[entry.dtype] for entry in entries.values() if entry.dtype in PRECISIONS})
+            )
+            settings = _drawing_settings(folder / part.folder / "config.json")
+            digested[part.folder] = _digest({"config": settings, "files": list(file_hashes.values())})
+    faults.check()
+    return Examination(_digest(digested), _folder_digest(folder / family.network.folder, hashes), dtypes)
 
 
 def check_parts(folder: Path) -> None:
-    """Raises UserError where the folder is not a pipeline of a known family in diffusers' layout.
-
-    Only names are looked at: what `examine` says first.
-    """
+    """Raises UserError if the folder is not a pipeline of a known family in diffusers' layout, by file names alone."""
     if folder.is_file():
         raise UserError(f"{folder}: is a file; expected a diffusers folder, or a checkpoint that ends in .safetensors")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such base folder")
     index = folder / "model_index.json"
     if not index.exists():
-        raise UserError(f"{folder}: a diffusers base needs {index.name}, and there is none{_other(folder)}")
-    # Of another pipeline's folder it is told first what it lacks of the commonest.
+        raise UserError(f"{folder}: a diffusers base needs {index.name}, and there is none{_hint(folder)}")
+    # The folder of an unknown pipeline is compared with the default family's.
     family = families.of_folder(folder)
-    first = [family.network.folder, family.vae.folder, "scheduler"]
-    first += [family.tokenizers[0].folder, family.text_encoders[0].folder]
-    for part in first:
-        needed = folder / part / "config.json" if part in first[:2] else folder / part
+    required = [family.network.folder, family.vae.folder, "scheduler"]
+    required += [family.tokenizers[0].folder, family.text_encoders[0].folder]
+    for part in required:
+        needed = folder / part / "config.json" if part in required[:2] else folder / part
         if not needed.exists():
             missing = needed.relative_to(folder) if (folder / part).is_dir() else f"{part}/"
-            raise UserError(f"{folder}: a diffusers base needs {missing}, and there is none{_other(folder)}")
-    _index(folder)
+            raise UserError(f"{folder}: a diffusers base needs {missing}, and there is none{_hint(folder)}")
+    _read_index(folder)
     for each in family.parts:
-        if each.folder not in first and not (folder / each.folder).is_dir():
+        if each.folder not in required and not (folder / each.folder).is_dir():
             raise UserError(
                 f"{folder}: model_index.json names {each.folder}, and there is no {each.folder}/; a base of "
                 f"{family.title}'s family needs it: get the base again"
             )
-    for part in first:
+    for part in required:
         if not (folder / part).is_dir():
             raise UserError(f"{folder / part}: is no folder; get the base again")
 
 
-def _other(folder: Path) -> str:
-    """Returns what the folder seems to be instead."""
+def _hint(folder: Path) -> str:
+    """Returns the end of an error about a folder that is no base: what it seems to be, and what to do."""
     if (folder / "transformer").is_dir():
         return ": its network is a transformer (as Flux, SD3 or PixArt), and Stable Diffusion and SDXL are distilled"
     if (folder / "snapshots").is_dir():
@@ -193,95 +214,100 @@ def _other(folder: Path) -> str:
     return ""
 
 
-def family_of(folder: Path, index: dict[str, Any]) -> Family:
+def family_of(index: LibraryConfig) -> Family:
     """Returns the family that a base's model_index.json names.
 
     Raises:
-        UserError: it is another pipeline's.
+        UserError: the pipeline is of no known family, or SDXL's refiner.
     """
-    path = folder / "model_index.json"
-    kind = index.get("_class_name")
+    class_name = index.get("_class_name")
     if index.get("requires_aesthetics_score"):
-        raise UserError(f"{path}: requires_aesthetics_score is set: this is SDXL's refiner; expected the base model")
-    if (family := families.by_pipeline(kind)) is None:
-        why = next((f"; {told}" for word, told in _KINDS.items() if word in str(kind)), "")
+        raise UserError(
+            f"{index.place}: requires_aesthetics_score is set: this is SDXL's refiner; expected the base model"
+        )
+    if (family := families.by_pipeline(class_name)) is None:
+        hint = next((f"; {kind}" for word, kind in _OTHER_PIPELINES.items() if word in str(class_name)), "")
         known = " or ".join(sorted(each.pipeline for each in families.known()))
-        raise UserError(f"{path}: _class_name is {str(kind)[:100]!r}; expected {known}{why}")
+        raise UserError(f"{index.place}: _class_name is {str(class_name)[:100]!r}; expected {known}{hint}")
     return family
 
 
-def _named(index: dict[str, Any], part: str) -> bool:
+def _class_of(index: LibraryConfig, part: str) -> str | None:
+    """Returns the class that model_index.json names for a part as [library, class]; None if it names none."""
     value = index.get(part)
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value):
+        return str(value[1])
+    return None
 
 
-def _index(folder: Path) -> tuple[dict[str, Any], Family]:
-    """Returns model_index.json and its family. Raises UserError where it lacks a part of that, or has others."""
-    path = folder / "model_index.json"
-    index = json_of(path)
-    family = family_of(folder, index)
+def _read_index(folder: Path) -> tuple[LibraryConfig, Family]:
+    """Returns model_index.json and its family. Raises UserError if it lacks a part of that family or has others."""
+    index = LibraryConfig.read(folder / "model_index.json")
+    family = family_of(index)
     for part in family.parts:
-        named = index.get(part.folder)
-        if not _named(index, part.folder):
-            told = "null" if named in (None, [None, None]) else str(named)[:100]
+        class_name = _class_of(index, part.folder)
+        if class_name is None:
+            value = index.get(part.folder)
+            shown = "null" if value in (None, [None, None]) else str(value)[:100]
             raise UserError(
-                f"{path}: {part.folder} is {told}, and {family.pipeline} draws with it; expected {part.classes[0]}"
+                f"{index.place}: {part.folder} is {shown}, and {family.pipeline} draws with it; expected "
+                f"{part.classes[0]}"
             )
-        if index[part.folder][1] not in part.classes:
-            told = index[part.folder][1][:100]
-            raise UserError(f"{path}: {part.folder} is {told!r}; expected {' or '.join(part.classes)}")
-    if not _named(index, "scheduler"):
-        raise UserError(f"{path}: names no scheduler; expected its library and class")
-    known = {*_IDLE, "scheduler", *(part.folder for part in family.parts)}
-    for name, value in index.items():
-        if name not in known and _named(index, name):
-            told = f"{name[:60]} ({value[1][:60]})"
-            raise UserError(f"{path}: names the part {told}, which {family.pipeline} here does not have")
+        if class_name not in part.classes:
+            raise UserError(
+                f"{index.place}: {part.folder} is {class_name[:100]!r}; expected {' or '.join(part.classes)}"
+            )
+    if _class_of(index, "scheduler") is None:
+        raise UserError(f"{index.place}: names no scheduler; expected its library and class")
+    known = {*_UNUSED_PARTS, "scheduler", *(part.folder for part in family.parts)}
+    for name in index:
+        if name not in known and (class_name := _class_of(index, name)) is not None:
+            raise UserError(
+                f"{index.place}: names the part {name[:60]} ({class_name[:60]}), which {family.pipeline} here does not "
+                "have"
+            )
     return index, family
 
 
-def _weights(paths: list[Path]) -> tuple[dict[str, Entry], list[str]]:
-    """Returns the tensors of a part's files and the files' SHA-256."""
-    held: dict[str, Entry] = {}
-    hashes = []
+def _read_files(paths: list[Path]) -> tuple[dict[str, Entry], dict[Path, str]]:
+    """Returns the tensors of a part's files by name, and the files' SHA-256."""
+    entries: dict[str, Entry] = {}
+    hashes = {}
     for path in paths:
-        entries, sha256 = read(path)
-        held |= entries
-        hashes.append(sha256)
-    return held, hashes
+        tensors, hashes[path] = read_weights(path)
+        entries |= tensors
+    return entries, hashes
 
 
-def _configuration(part: Path) -> dict[str, Any]:
-    """Returns what decides in a part's config.json, so that libraries that write more nulls change no digest."""
-    config = json_of(part / "config.json")
+def _drawing_settings(path: Path) -> DigestInput:
+    """Returns the settings in a part's config.json that are not null, so that a library's new ones change no digest."""
     return {
         key: value
-        for key, value in config.items()
-        if value is not None and not key.startswith("_") and key not in _BOOKKEEPING
+        for key, value in LibraryConfig.read(path).items()
+        if value is not None and not key.startswith("_") and key not in _LIBRARY_KEYS
     }
 
 
-def _digest(value: Any) -> str:
+def _digest(value: DigestInput) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def _folder_digest(folder: Path, hashes: dict[str, str]) -> str:
-    """Returns what files.sha256_folder does, without reading again the files whose SHA-256 is known."""
-    known = hashlib.sha256()
+def _folder_digest(folder: Path, hashes: Mapping[Path, str]) -> str:
+    """Returns the digest of files.sha256_folder without reading the files again whose SHA-256 is known."""
+    sha256 = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        sha256 = hashes.get(str(path)) or sha256_file(path)
-        known.update(f"{path.relative_to(folder).as_posix()}\0{sha256}\n".encode())
-    return known.hexdigest()
+        sha256.update(f"{path.relative_to(folder).as_posix()}\0{hashes.get(path) or sha256_file(path)}\n".encode())
+    return sha256.hexdigest()
 
 
-def _stamp(folder: Path) -> Stamp:
-    """Returns size, times and inode of every file of the parts that draw."""
+def _stamp(folder: Path) -> str:
+    """Returns a digest of name, size, times and inode of every file of the parts that draw."""
     family = families.of_folder(folder)
     parts = [folder / part for part in (*(each.folder for each in family.parts), "scheduler")]
     paths = [folder / "model_index.json", *(path for part in parts for path in part.rglob("*") if path.is_file())]
-    stamp = []
+    stamp = hashlib.sha256()
     for path in sorted(paths):
-        told = path.stat()
-        name = path.relative_to(folder).as_posix()
-        stamp.append((name, told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino))
-    return tuple(stamp)
+        name, status = path.relative_to(folder).as_posix(), path.stat()
+        times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
+        stamp.update(f"{name}\0{status.st_size}\0{times}\0{status.st_ino}\n".encode())
+    return stamp.hexdigest()

@@ -1,95 +1,98 @@
-"""Whether a base's tokenizer tells captions apart, and fits the text encoder that reads what it gives."""
+"""Checks of a base's tokenizer: it gives different captions different tokens, and fits its text encoder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from lcmlora.bases.examination.weightfiles import json_of, text_of
+from lcmlora.bases.examination.library_config import DigestInput, LibraryConfig, read_object, read_small_file
+from lcmlora.bases.examination.structure import TextConfig
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import Malformed, decoded
 
-# Different in every word, in plain letters that every vocabulary has.
-PROBES = ("a red apple on the table", "two old boats under blue sky")
+# Two captions without a common word, in letters that every vocabulary has.
+_PROBES = ("a red apple on the table", "two old boats under blue sky")
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
-# Embeddings are padded to a multiple of 64 or 128 at most; a vocabulary that fills less than this is another model's.
-_FILLED = 0.9
+# Embeddings are padded to a multiple of 64 or 128 at most. A vocabulary below this share of the embedding's rows is
+# another model's.
+_MIN_FILLED = 0.9
 
 
-def examine(folder: Path, encoder: dict[str, Any], *, pooled: bool = False) -> dict[str, Any]:
-    """Returns what a tokenizer makes of text: vocabulary, merges, special tokens, length.
+def examine_tokenizer(folder: Path, encoder: TextConfig, *, pooled: bool = False) -> DigestInput:
+    """Returns what decides the tokens of a text: vocabulary, merges, special tokens, maximal length.
 
     Args:
-        folder: tokenizer or tokenizer_2 in a base's folder.
-        encoder: the configuration of the text encoder that reads its tokens.
-        pooled: that encoder's pooled embedding is used, which it takes at the end-of-text token.
+        folder: the tokenizer's folder, such as BASE/tokenizer.
+        encoder: the configuration of the text encoder that reads the tokens.
+        pooled: the base uses that encoder's pooled embedding, which is taken at the end-of-text token.
 
     Raises:
-        UserError: files are missing or damaged, or the two do not fit.
+        UserError: files are missing or damaged, or the tokenizer does not fit the encoder.
     """
     vocabulary, merges = _files(folder)
     if not (folder / "tokenizer_config.json").exists():
         raise UserError(f"{folder}: has no tokenizer_config.json, which tells how many tokens a caption may have")
-    length = _length(folder / "tokenizer_config.json", encoder)
+    length = _max_length(folder / "tokenizer_config.json", encoder)
     from transformers import CLIPTokenizer
 
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        rows = tokenizer(list(PROBES), padding="max_length", truncation=True, max_length=length).input_ids
+        rows = tokenizer(list(_PROBES), padding="max_length", truncation=True, max_length=length).input_ids
         special = {key: getattr(tokenizer, key) for key in _SPECIAL}
-        everything = tokenizer.get_vocab()
+        known_tokens = tokenizer.get_vocab()
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # tokenizers is Rust, whose panics are no Exception
         raise UserError(f"{folder}: transformers cannot read it: {' '.join(str(error).split())[:200]}") from error
     if any(value is None for value in special.values()):
         raise UserError(f"{folder}/tokenizer_config.json: has no bos_token, eos_token, pad_token or unk_token")
-    size, last = encoder["vocab_size"], max(everything.values(), default=0)
+    size, last = encoder.vocab_size, max(known_tokens.values(), default=0)
     if last >= size:
         raise UserError(
             f"{folder}: its vocabulary goes up to token {last}, and the text encoder's embedding has {size} rows; "
             "expected the tokenizer that the text encoder was trained with"
         )
-    if len(everything) < _FILLED * size:
+    if len(known_tokens) < _MIN_FILLED * size:
         raise UserError(
-            f"{folder}: has a vocabulary of {len(everything)} tokens, and the text encoder's embedding {size} rows; "
+            f"{folder}: has a vocabulary of {len(known_tokens)} tokens, and the text encoder's embedding {size} rows; "
             "expected the tokenizer that the text encoder was trained with"
         )
     words = [[token for token in row if token not in special.values()] for row in rows]
     if words[0] == words[1] or not all(words) or any(len(row) != length for row in rows):
         raise UserError(
-            f"{folder}: makes the same tokens of different captions, {PROBES[0]!r} and {PROBES[1]!r}; its vocabulary "
+            f"{folder}: makes the same tokens of different captions, {_PROBES[0]!r} and {_PROBES[1]!r}; its vocabulary "
             "is not the one that the text encoder was trained with"
         )
     if pooled:
         _check_end(folder, encoder, rows, special["eos_token_id"])
-    return {"vocabulary": everything | vocabulary, "merges": merges, "length": length} | special
+    return {"vocabulary": known_tokens | vocabulary, "merges": merges, "length": length} | special
 
 
 def _files(folder: Path) -> tuple[dict[str, int], list[list[str]]]:
-    """Returns vocabulary and merges: those of tokenizer.json, where there is one, as transformers does."""
-    whole, parts = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
-    for path in (whole, *parts, folder / "tokenizer_config.json"):
+    """Returns vocabulary and merges: of tokenizer.json if the folder has one, as transformers does."""
+    combined, parts = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
+    for path in (combined, *parts, folder / "tokenizer_config.json"):
         if path.is_symlink() and not path.exists():
             raise UserError(f"{path}: is a link to nothing; get the file again")
-    if whole.exists():
-        model = json_of(whole).get("model")
+    if combined.exists():
+        model = read_object(combined).get("model")
         if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-            raise UserError(f"{whole}: model: expected the byte-pair encoding (BPE) of CLIP")
-        return _checked(whole, model.get("vocab"), model.get("merges"))
-    if lost := [path.name for path in parts if not path.exists()]:
-        missing = " and ".join(lost)
-        alike = "; without them every caption becomes the same tokens" if len(lost) == 2 else ""
-        raise UserError(f"{folder}: has no {missing}, and no tokenizer.json that would hold them{alike}; get it again")
+            raise UserError(f"{combined}: model: expected the byte-pair encoding (BPE) of CLIP")
+        return _checked(combined, model.get("vocab"), model.get("merges"))
+    if missing := [path.name for path in parts if not path.exists()]:
+        effect = "; without them every caption becomes the same tokens" if len(missing) == 2 else ""
+        raise UserError(
+            f"{folder}: has no {' and '.join(missing)}, and no tokenizer.json that would hold them{effect}; get it "
+            "again"
+        )
     try:
-        lines = decoded(text_of(parts[1])).splitlines()
+        lines = decoded(read_small_file(parts[1])).splitlines()
     except Malformed as error:
         raise UserError(f"{parts[1]}: {error}") from None
     merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-    return _checked(folder, json_of(parts[0]), merges)
+    return _checked(folder, read_object(parts[0]), merges)
 
 
-def _checked(place: Path, vocabulary: Any, merges: Any) -> tuple[dict[str, int], list[list[str]]]:
+def _checked(place: Path, vocabulary: object, merges: object) -> tuple[dict[str, int], list[list[str]]]:
     if not isinstance(vocabulary, dict) or not all(type(n) is int and n >= 0 for n in vocabulary.values()):
         raise UserError(f"{place}: its vocabulary: expected the number of each token")
     if not vocabulary or not isinstance(merges, list) or not merges:
@@ -100,17 +103,17 @@ def _checked(place: Path, vocabulary: Any, merges: Any) -> tuple[dict[str, int],
     if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
         raise UserError(f"{place}: its merges: expected pairs of tokens")
     for one, other in pairs:
-        if lost := next((token for token in (one, other, one + other) if token not in vocabulary), None):
-            raise UserError(f"{place}: merges name {lost[:60]!r}, which the vocabulary does not have; get it again")
+        if missing := next((token for token in (one, other, one + other) if token not in vocabulary), None):
+            raise UserError(f"{place}: merges name {missing[:60]!r}, which the vocabulary does not have; get it again")
     return vocabulary, pairs
 
 
-def _length(path: Path, encoder: dict[str, Any]) -> int:
-    config = json_of(path)
-    kind = str(config.get("tokenizer_class", "CLIPTokenizer"))
-    if kind not in ("CLIPTokenizer", "CLIPTokenizerFast"):
-        raise UserError(f"{path}: tokenizer_class is {kind[:100]!r}; expected CLIPTokenizer")
-    length, most = config.get("model_max_length"), encoder["max_position_embeddings"]
+def _max_length(path: Path, encoder: TextConfig) -> int:
+    config = LibraryConfig.read(path)
+    class_name = str(config.get("tokenizer_class", "CLIPTokenizer"))
+    if class_name not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+        raise UserError(f"{path}: tokenizer_class is {class_name[:100]!r}; expected CLIPTokenizer")
+    length, most = config.get("model_max_length"), encoder.max_position_embeddings
     if type(length) is not int or not 3 <= length <= most:
         raise UserError(
             f"{path}: model_max_length is {str(length)[:40]}; expected the {most} tokens that the text encoder reads "
@@ -119,16 +122,15 @@ def _length(path: Path, encoder: dict[str, Any]) -> int:
     return length
 
 
-def _check_end(folder: Path, encoder: dict[str, Any], rows: list[list[int]], end: int) -> None:
-    """Raises UserError where the text encoder does not find the end of a text, at which its pooled embedding is.
+def _check_end(folder: Path, encoder: TextConfig, rows: list[list[int]], end: int) -> None:
+    """Raises UserError if the text encoder does not find the end of a text, where it takes its pooled embedding.
 
-    Transformers takes the token `eos_token_id`; where that is 2, as in the published configurations, the highest.
+    Transformers looks for the token `eos_token_id`; if that is 2, as in the published configurations, for the highest.
     """
-    told = encoder.get("eos_token_id", 2)
     for row in rows:
-        found = max(row) if told == 2 else told
-        if found not in row or row.index(found) != row.index(end):
+        sought = max(row) if encoder.eos_token_id == 2 else encoder.eos_token_id
+        if not isinstance(sought, int) or sought not in row or row.index(sought) != row.index(end):
             raise UserError(
-                f"{folder}: ends a text with token {end}, and the text encoder looks for {found} (eos_token_id in its "
+                f"{folder}: ends a text with token {end}, and the text encoder looks for {sought} (eos_token_id in its "
                 "config.json), so that all captions would have one pooled embedding"
             )

@@ -1,7 +1,7 @@
-"""The kinds of bases: one class for each, by name in `lcmlora.plugins.FAMILIES`."""
+"""The families of bases: one class for each, by name in `lcmlora.plugins.FAMILIES`."""
 
 from lcmlora.bases.families.family import (
-    COMMONEST,
+    DEFAULT_FAMILY,
     Conditioning,
     Family,
     by_name,
@@ -13,7 +13,7 @@ from lcmlora.bases.families.family import (
 )
 
 __all__ = [
-    "COMMONEST",
+    "DEFAULT_FAMILY",
     "Conditioning",
     "Family",
     "by_name",

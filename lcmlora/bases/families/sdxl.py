@@ -1,4 +1,4 @@
-"""SDXL: a UNet that reads two CLIP text encoders, and is told of a picture's size and crop."""
+"""SDXL: a UNet that is conditioned on two CLIP text encoders and on a picture's size and crop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lcmlora.bases.examination import structure, vocabulary
+from lcmlora.bases.examination.library_config import DigestInput, LibraryConfig
+from lcmlora.bases.examination.structure import TextConfig
 from lcmlora.bases.examination.weightfiles import TRANSFORMERS
 from lcmlora.bases.families.family import Conditioning, Part, SingleFile
 from lcmlora.bases.families.stable_diffusion import StableDiffusion
@@ -17,7 +19,7 @@ from lcmlora.errors import UserError
 
 
 class SDXL(StableDiffusion):
-    """As Stable Diffusion, with a second text encoder, its pooled embedding and micro-conditioning."""
+    """Stable Diffusion with a second text encoder, its pooled embedding and micro-conditioning."""
 
     name = "sdxl"
     title = "SDXL"
@@ -35,22 +37,23 @@ class SDXL(StableDiffusion):
     )
     _embed_type = "text_time"
 
-    def _text_config(self, folder: Path, encoder: Part) -> dict[str, Any]:
-        return structure.text_config(folder, encoder.folder, penultimate=encoder == self.text_encoders[1])
+    def _text_config(self, folder: Path, encoder: Part) -> TextConfig:
+        return structure.read_text_config(folder / encoder.folder, penultimate=encoder == self.text_encoders[1])
 
-    def examined_tokenizer(self, folder: Path, tokenizer: Part, encoder: Part) -> dict[str, Any]:
-        pooled = encoder == self.text_encoders[1]
-        return vocabulary.examine(folder / tokenizer.folder, self._text_config(folder, encoder), pooled=pooled)
+    def examine_tokenizer(self, folder: Path, tokenizer: Part, encoder: Part) -> DigestInput:
+        config, pooled = self._text_config(folder, encoder), encoder == self.text_encoders[1]
+        return vocabulary.examine_tokenizer(folder / tokenizer.folder, config, pooled=pooled)
 
-    def _check_text(self, folder: Path, unet: dict[str, Any], texts: Sequence[dict[str, Any]]) -> None:
-        super()._check_text(folder, unet, texts)
-        told = unet.get("projection_class_embeddings_input_dim")
+    def _check_text(self, unet: LibraryConfig, texts: Sequence[TextConfig]) -> None:
+        super()._check_text(unet, texts)
+        inputs = unet.get("projection_class_embeddings_input_dim")
         time = unet.get("addition_time_embed_dim")
-        if not isinstance(time, int) or told != texts[1]["projection_dim"] + 6 * time:
+        pooled = texts[1].projection_dim
+        if not isinstance(time, int) or inputs != pooled + 6 * time:
             raise UserError(
-                f"{folder}/unet/config.json: projection_class_embeddings_input_dim is {told}; expected the second text "
-                f"encoder's {texts[1]['projection_dim']} and 6 times addition_time_embed_dim ({time}): six numbers of "
-                "size and crop. SDXL's refiner has five"
+                f"{unet.place}: projection_class_embeddings_input_dim is {inputs}; expected the second text encoder's "
+                f"{pooled} and 6 times addition_time_embed_dim ({time}): six numbers of size and crop. SDXL's refiner "
+                "has five"
             )
 
     def micro_conditioning(self, sizes: Tensor, crops: Tensor, targets: Tensor) -> Conditioning:
@@ -65,5 +68,5 @@ class SDXL(StableDiffusion):
         # The pooled embedding is the second encoder's projection.
         return {"encoder_hidden_states": torch.cat(hidden, dim=-1), "text_embeds": output[0].float()}
 
-    def empty_is_zeros(self, index: dict[str, Any]) -> bool:
-        return bool(index.get("force_zeros_for_empty_prompt", True))
+    def empty_is_zeros(self, index: LibraryConfig) -> bool:
+        return index.flag("force_zeros_for_empty_prompt", True)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 and 2: a UNet that reads one CLIP text encoder."""
+"""Stable Diffusion 1 and 2: a UNet that is conditioned on one CLIP text encoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from lcmlora.adapters import layer_names, lora
 from lcmlora.adapters.layer_names import Naming
 from lcmlora.bases.examination import structure, vocabulary
-from lcmlora.bases.examination.weightfiles import DIFFUSERS, TRANSFORMERS, json_of
+from lcmlora.bases.examination.library_config import DigestInput, LibraryConfig
+from lcmlora.bases.examination.structure import Shapes, TextConfig
+from lcmlora.bases.examination.weightfiles import DIFFUSERS, TRANSFORMERS
 from lcmlora.bases.families.family import Conditioning, Family, Part, SingleFile, network_dtype
 from lcmlora.bases.schedule import Schedule
 from lcmlora.errors import UserError
@@ -22,7 +24,7 @@ _CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 
 class StableDiffusion(Family):
-    """What `UNet2DConditionModel` and its folder need; SDXL is made of it."""
+    """Bases with a `UNet2DConditionModel`; SDXL is a subclass."""
 
     name = "sd"
     title = "Stable Diffusion"
@@ -37,62 +39,62 @@ class StableDiffusion(Family):
         text=("cond_stage_model.",),
         text_encoders={"text_encoder": "cond_stage_model."},
     )
-    _embed_type: ClassVar[str | None] = None  # of micro-conditioning, as the UNet's configuration has it
+    _embed_type: ClassVar[str | None] = None  # `addition_embed_type` of the UNet's configuration
 
-    def recognises(self, config: dict[str, Any]) -> bool:
+    def recognises(self, config: LibraryConfig) -> bool:
         is_unet = config.get("_class_name", self.network.classes[0]) == self.network.classes[0]
         return is_unet and config.get("addition_embed_type") == self._embed_type
 
-    def naming(self, config: dict[str, Any]) -> Naming:
+    def naming(self, config: LibraryConfig) -> Naming:
         return layer_names.naming_of_unet(config)
 
-    def digested(self, index: dict[str, Any]) -> dict[str, Any]:
-        zeros = bool(index.get("force_zeros_for_empty_prompt", True))
+    def drawing_options(self, index: LibraryConfig) -> DigestInput:
+        zeros = index.flag("force_zeros_for_empty_prompt", True)
         return {"second": len(self.text_encoders) == 2, "zeros": zeros}
 
     def check(self, folder: Path) -> None:
-        unet, vae = json_of(folder / "unet" / "config.json"), json_of(folder / "vae" / "config.json")
-        structure.check_class(folder / "vae" / "config.json", vae, "AutoencoderKL")
-        structure.check_latents(folder, unet, vae)
-        self.check_network(folder / "unet" / "config.json", unet)
-        self._check_text(folder, unet, [self._text_config(folder, part) for part in self.text_encoders])
+        unet, vae = (LibraryConfig.read(folder / part / "config.json") for part in ("unet", "vae"))
+        structure.check_class(vae, "AutoencoderKL")
+        structure.check_latents(unet, vae)
+        self.check_network(unet)
+        self._check_text(unet, [self._text_config(folder, part) for part in self.text_encoders])
 
-    def check_network(self, path: Path, config: dict[str, Any]) -> None:
-        structure.check_unet(path, config)
+    def check_network(self, config: LibraryConfig) -> None:
+        structure.check_unet(config)
 
-    def _text_config(self, folder: Path, encoder: Part) -> dict[str, Any]:
-        return structure.text_config(folder, encoder.folder)
+    def _text_config(self, folder: Path, encoder: Part) -> TextConfig:
+        return structure.read_text_config(folder / encoder.folder)
 
-    def examined_schedule(self, folder: Path) -> dict[str, Any]:
-        return structure.schedule(folder / "scheduler" / "scheduler_config.json")
+    def examine_schedule(self, folder: Path) -> DigestInput:
+        return structure.examine_schedule(folder / "scheduler" / "scheduler_config.json")
 
-    def examined_tokenizer(self, folder: Path, tokenizer: Part, encoder: Part) -> dict[str, Any]:
-        return vocabulary.examine(folder / tokenizer.folder, self._text_config(folder, encoder))
+    def examine_tokenizer(self, folder: Path, tokenizer: Part, encoder: Part) -> DigestInput:
+        return vocabulary.examine_tokenizer(folder / tokenizer.folder, self._text_config(folder, encoder))
 
-    def shapes(self, folder: Path, part: Part) -> dict[str, tuple[int, ...]]:
+    def shapes(self, folder: Path, part: Part) -> Shapes:
         if part in self.text_encoders:
-            return structure.text_shapes(folder, part.folder, part.classes[0])
-        path = folder / part.folder / "config.json"
-        return structure.diffusers_shapes(path, json_of(path), part.classes[0])
+            return structure.text_shapes(folder / part.folder, part.classes[0])
+        config = LibraryConfig.read(folder / part.folder / "config.json")
+        return structure.diffusers_shapes(config, part.classes[0])
 
-    def _check_text(self, folder: Path, unet: dict[str, Any], texts: Sequence[dict[str, Any]]) -> None:
-        """Raises UserError where the UNet does not read what the text encoders of these configurations give."""
-        path = f"{folder}/unet/config.json"
-        if (found := unet.get("addition_embed_type")) != self._embed_type:
+    def _check_text(self, unet: LibraryConfig, texts: Sequence[TextConfig]) -> None:
+        """Raises UserError if the UNet's inputs are not the outputs of text encoders of these configurations."""
+        if (embed_type := unet.get("addition_embed_type")) != self._embed_type:
             raise UserError(
-                f"{path}: addition_embed_type is {found!r}, and the base has {len(texts)} text encoder(s), with which "
-                f"{self.title} has {self._embed_type!r}"
+                f"{unet.place}: addition_embed_type is {embed_type!r}, and the base has {len(texts)} text encoder(s), "
+                f"with which {self.title} has {self._embed_type!r}"
             )
-        width = sum(int(text["hidden_size"]) for text in texts)
-        if unet.get("cross_attention_dim", 1280) != width:
+        width = sum(text.hidden_size for text in texts)
+        if (inputs := unet.get("cross_attention_dim", 1280)) != width:
             raise UserError(
-                f"{path}: cross_attention_dim is {unet.get('cross_attention_dim', 1280)}, and the text encoders give "
-                f"{width}; expected {self.title}'s own text encoders"
+                f"{unet.place}: cross_attention_dim is {inputs}, and the text encoders give {width}; expected "
+                f"{self.title}'s own text encoders"
             )
 
     def size_unit(self, folder: Path) -> int:
-        unet, vae = (json_of(folder / part / "config.json") for part in ("unet", "vae"))
-        return int(self.latent_factor(vae) * 2 ** (len(unet["block_out_channels"]) - 1))  # the UNet halves them, too
+        unet, vae = (LibraryConfig.read(folder / part / "config.json") for part in ("unet", "vae"))
+        # Each of the UNet's blocks but the last halves the latent's sides.
+        return int(self.latent_factor(vae) * 2 ** (unet.length("block_out_channels", 4) - 1))
 
     def load(self, part: Part, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
         if part == self.vae and dtype == torch.float16:
@@ -104,12 +106,12 @@ class StableDiffusion(Family):
         if network.device.type == "cpu" and network.dtype != torch.float32:
             WideAttention().install(network)
 
-    def schedule(self, folder: Path, resolution: int) -> tuple[Schedule, dict[str, Any]]:
+    def schedule(self, folder: Path, resolution: int) -> tuple[Schedule, LibraryConfig]:
         from diffusers import DDIMScheduler
 
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-        kind = scheduler.config.prediction_type
-        return Schedule.variance_preserving(scheduler.alphas_cumprod, kind), dict(scheduler.config)
+        schedule = Schedule.variance_preserving(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+        return schedule, LibraryConfig.of_module(scheduler)
 
     def forward(self, network: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = network_dtype(network)

@@ -1,1 +1,1 @@
-"""Verbs for adapters, whoever made them: which one is meant, and what is done with it."""
+"""Verbs for adapters of any origin: finding the named adapter, converting, combining and drawing with it."""

@@ -1,4 +1,4 @@
-"""Pictures of prompts, drawn with an adapter in few steps."""
+"""Drawing pictures of prompts with an adapter in few steps, and saving them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from lcmlora import bases
 from lcmlora.adapters import formats, lora
-from lcmlora.adapters.combine import check_weights, combine
+from lcmlora.adapters.combine import check_weights, combine_adapters
 from lcmlora.adapters.layer_names import Architecture
 from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases import folders
@@ -23,17 +23,17 @@ from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write
 from lcmlora.progress import track
 
-_STRONG = 2.0  # guidance above which distilled students saturate (the report's advice is 1 to 2)
+_STRONG = 2.0  # guidance above which colours saturate (the report advises 1 to 2)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be drawn."""
+    """The pictures to draw."""
 
     prompts: Sequence[str]
     steps: int = 4
     seed: int = 0
-    guidance: float = 1.0  # the pipelines' convention; 1 is none
+    guidance: float = 1.0  # `guidance_scale` of diffusers; 1 is no guidance
     batch: int = 4
 
 
@@ -47,12 +47,12 @@ def load(
     other_base: bool = False,
     unet_only: bool = False,
 ) -> LoadedBase:
-    """Returns the base with the adapter active in its UNet, and the style with it.
+    """Returns the base with the adapter, and the style if there is one, active in its UNet.
 
     Args:
-        other_base: draw though the adapter was made for a base with another digest, such as the one that this base is a
+        other_base: accept an adapter that was made for a base with another digest, such as the one that this base is a
             fine-tune of.
-        unet_only: leave tensors of text encoders out.
+        unet_only: leave out the tensors of text encoders.
 
     Raises:
         UserError: the base was not fetched, or an adapter does not fit it or was made for another one.
@@ -65,10 +65,10 @@ def load(
         for reference in references:
             folders.check_same_base(reference.shown, reference.base, identity, "this base is")
     layers = _layers(adapter, style, style_weight, base.architecture(), unet_only)
-    place = bases.pick_device(device)
-    dtype = bases.pick_dtype("auto", place)
-    loaded = bases.load(base.name, base.settings, base.folder, device=place, dtype=dtype)
-    lora.put(loaded.network, {name: (layer.down, layer.folded.up) for name, layer in layers.items()}, adapter.shown)
+    torch_device = bases.pick_device(device)
+    dtype = bases.pick_dtype("auto", torch_device)
+    loaded = bases.load(base.name, base.settings, base.folder, device=torch_device, dtype=dtype)
+    lora.apply(loaded.network, {name: (layer.down, layer.folded.up) for name, layer in layers.items()}, adapter.shown)
     return loaded
 
 
@@ -79,11 +79,11 @@ def _layers(
     if style is None:
         return student.layers
     check_weights("--style-weight", weight)
-    return combine([(formats.read(style.weights, base, unet_only=unet_only), weight), (student, 1.0)]).layers
+    return combine_adapters([(formats.read(style.weights, base, unet_only=unet_only), weight), (student, 1.0)]).layers
 
 
 def check(sampler: Sampler, request: Request) -> None:
-    """Warns of guidance that is too strong; asked before anything is loaded.
+    """Checks a request before anything is loaded. Warns of guidance that is too strong.
 
     Raises:
         UserError: more steps than the adapter's grid has, or guidance below 1.
@@ -101,7 +101,7 @@ def check(sampler: Sampler, request: Request) -> None:
 
 
 def draw(base: LoadedBase, sampler: Sampler, request: Request) -> list[Image.Image]:
-    """Returns a picture of each prompt. The i-th starts from the noise (seed, i), whatever the size of a batch.
+    """Returns one picture for each prompt. The i-th uses the noise of (seed, i), whatever the size of a batch.
 
     Raises:
         UserError: pictures that are not finite.
@@ -110,11 +110,10 @@ def draw(base: LoadedBase, sampler: Sampler, request: Request) -> list[Image.Ima
     pictures: list[Image.Image] = []
     for start in track(range(0, len(request.prompts), request.batch), "draw", unit=request.batch):
         indices = range(start, min(start + request.batch, len(request.prompts)))
-        latents = sampling.sample(
+        latents = sampling.sample_student(
             base,
             sampling.text_conditioning(base, [request.prompts[i] for i in indices]),
             sampling.initial_noise(base.latent_shape, request.seed, indices),
-            method=sampling.STUDENT,
             steps=request.steps,
             guidance_scale=request.guidance,
             unconditional=unconditional,
@@ -131,13 +130,14 @@ def draw(base: LoadedBase, sampler: Sampler, request: Request) -> list[Image.Ima
 
 
 def save(pictures: Sequence[Image.Image], out: Path, *, grid: bool = False) -> list[Path]:
-    """Writes one file for each picture, `out`, then `out` with -1, -2, ... before its ending, or one grid of all.
+    """Writes each picture to a file, or all of them to one contact sheet, and returns the files.
 
-    Returns:
-        The files.
+    Args:
+        out: the first file; the next ones have -1, -2, ... before the ending.
+        grid: write a contact sheet.
 
     Raises:
-        UserError: the ending is that of no picture.
+        UserError: the ending is not that of a picture file.
     """
     check_ending(out)
     if grid:
@@ -150,13 +150,13 @@ def save(pictures: Sequence[Image.Image], out: Path, *, grid: bool = False) -> l
 
 
 def check_ending(out: Path) -> None:
-    """Raises UserError where the file's ending is that of no picture; asked before anything is drawn."""
+    """Raises UserError where the ending is not that of a picture file. To be called before anything is drawn."""
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out: {out}: expected a file that ends in .png, .jpg or .webp")
 
 
 def tile(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Returns the pictures, all of one size, in rows that make a square as nearly as may be."""
+    """Returns a contact sheet of pictures of the same size, nearly square."""
     columns = math.ceil(math.sqrt(len(pictures)))
     width, height = pictures[0].size
     sheet = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")

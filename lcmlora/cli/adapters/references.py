@@ -1,7 +1,7 @@
-"""What people name on the command line: an adapter by path, registered version or published release, and a base.
+"""Finding the adapters and bases that people name on the command line.
 
 adapters/emoji, release/emoji                     a folder that `distill`, `combine` or `package` wrote
-style.safetensors                                 a file in any format, with what lies beside it
+style.safetensors                                 a file in any format, with the files beside it
 models:/lcm-lora-emoji@champion, models:/NAME/3   a registered version (registry in params.yaml)
 s3://bucket/prefix/MODEL/sha256-...               a published release, or a channel's pointer (.../champion.json)
 """
@@ -29,9 +29,9 @@ from lcmlora.releases.stores.store import scheme_of
 
 @dataclass(frozen=True)
 class AdapterReference:
-    """An adapter that was asked for, and what is known of it; None where nothing is."""
+    """An adapter that a person named, and the facts about it; None for unknown ones."""
 
-    shown: str  # as it was named
+    shown: str  # the reference as it was given
     weights: Path
     model: str | None = None
     base: dict[str, str | None] | None = None  # source, revision and digest of the base that it was made for
@@ -40,14 +40,14 @@ class AdapterReference:
 
 
 def open_adapter(reference: str, config: Config | None, cache: Path) -> AdapterReference:
-    """Returns the adapter that the reference names; a registered or published one is downloaded, once.
+    """Returns the adapter that a reference names. A registered or published one is downloaded once.
 
     Args:
-        config: params.yaml, where there is one; says where the registry is and how S3 is reached.
-        cache: where downloaded releases are kept.
+        config: the settings, if there is a params.yaml: they name the registry, and how S3 is reached.
+        cache: the folder for downloaded releases.
 
     Raises:
-        UserError: there is no such adapter, its files are not those that its checksums list, or it is out of reach.
+        UserError: there is no such adapter, a file differs from its checksum, or a server cannot be reached.
     """
     if reference.startswith("models:/"):
         return _described(_registered(reference, config, cache), reference)
@@ -56,12 +56,12 @@ def open_adapter(reference: str, config: Config | None, cache: Path) -> AdapterR
     path = Path(reference)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
-    except OSError as error:  # a name that is too long, a folder that is closed to us
+    except OSError as error:  # such as a name that is too long, or a folder without permission
         raise UserError(f"{terminal.shown(reference)}: {error.strerror}") from None
     if is_folder:
         return _described(path, reference)
     if is_file:
-        # Other files may lie there by chance, and so may a config.json that is not ours.
+        # Only lcmlora's own files have facts beside them: any folder may have a config.json of another program.
         ours = path.name == lora.WEIGHTS or (
             (path.parent / bundle.PROVENANCE).is_file() and path.name == bundle.read_facts(path.parent).kohya
         )
@@ -85,8 +85,8 @@ def _published(reference: str, config: Config | None, cache: Path) -> Path:
     from lcmlora.releases import catalog
 
     settings = config.publish if config else Publish(to=reference)
-    uri, sha256 = catalog.find(reference, settings)
-    return _cached(cache, sha256, lambda folder: catalog.download(uri, settings, folder))
+    uri, sha256 = catalog.find_release(reference, settings)
+    return _cached(cache, sha256, lambda folder: catalog.download_release(uri, settings, folder))
 
 
 def _cached(cache: Path, sha256: str, download: Callable[[Path], None]) -> Path:
@@ -124,41 +124,41 @@ def _described(folder: Path, shown: str, weights: Path | None = None) -> Adapter
 
 @dataclass(frozen=True)
 class BaseReference:
-    """A base that was asked for. Of one in params.yaml that was not fetched, the folder is not there."""
+    """A base that a person named. The folder is missing if it is a base in params.yaml that was not fetched."""
 
     name: str
     settings: Base
     folder: Path
-    sources: Path = Path()  # the folder that relative paths in the settings are relative to
+    sources: Path = Path()  # the folder that the settings' relative paths start in
 
     def architecture(self) -> Architecture:
-        """Returns its layers by its configuration alone."""
+        """Returns its layers, by its configuration."""
         return architecture.of_base(self.settings, self.folder, self.sources)
 
 
 def find_base(
-    wanted: str | None, adapter: AdapterReference, config: Config | None, project: Project
+    name: str | None, adapter: AdapterReference, config: Config | None, project: Project
 ) -> BaseReference | None:
-    """Returns the base that is asked for, else the adapter's own; None where it does not tell where that is.
+    """Returns the named base, else the adapter's own. Returns None if the adapter does not name its base.
 
     Args:
-        wanted: a name under `bases` in params.yaml, or a diffusers folder.
-        project: that of params.yaml; the adapter's own base may be named as it lies there.
+        name: a name under `bases` in params.yaml, or a diffusers folder; None for the adapter's own base.
+        project: the adapter's own base may be named by a path in it.
 
     Raises:
         UserError: there is no such base.
     """
-    if wanted is None:
+    if name is None:
         source = (adapter.base or {}).get("source") or ""
         if config and adapter.model in config.bases and config.bases[adapter.model].source == source:
             return _in_project(adapter.model, config, project)
         return _at(project.root / source, adapter) if source and (project.root / source).is_dir() else None
-    if config and wanted in config.bases:
-        return _in_project(wanted, config, project)
-    if not Path(wanted).is_dir():
+    if config and name in config.bases:
+        return _in_project(name, config, project)
+    if not Path(name).is_dir():
         known = f"params.yaml has {', '.join(config.bases)}" if config else "there is no params.yaml here"
-        raise UserError(f"--base: {wanted}: no such folder and no such base; {known}")
-    return _at(Path(wanted), adapter)
+        raise UserError(f"--base: {name}: no such folder and no such base; {known}")
+    return _at(Path(name), adapter)
 
 
 def _in_project(name: str, config: Config, project: Project) -> BaseReference:
@@ -169,6 +169,8 @@ def _at(folder: Path, adapter: AdapterReference) -> BaseReference:
     folders.check_folder(folder)
     resolution = adapter.resolution or architecture.of_folder(folder).resolution
     if resolution is None:
-        raise UserError(f"{folder}/unet/config.json: sample_size tells no resolution; name a base of params.yaml")
+        raise UserError(
+            f"{folder}/unet/config.json: has no sample_size, which gives the resolution; name a base of params.yaml"
+        )
     base = Base(source=str(folder), resolution=resolution, variant=folders.variant(folder), license="unknown")
     return BaseReference(folder.resolve().name, base, folder)

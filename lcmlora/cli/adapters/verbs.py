@@ -1,4 +1,4 @@
-"""Verbs of the command line for adapters, whoever made them: convert, combine, generate, remeasure."""
+"""Verbs for adapters of any origin: convert, combine, generate, remeasure."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from lcmlora.errors import UserError
 from lcmlora.io.files import locked
 from lcmlora.io.terminal import note, say
 
-Adapter = Annotated[
-    str,
-    typer.Option(
-        help="A folder, a .safetensors file, models:/NAME@ALIAS or s3://bucket/.../MODEL/sha256-...", show_default=False
-    ),
-]
+_FORMS = "a folder, a .safetensors file, models:/NAME@ALIAS or s3://bucket/.../MODEL/sha256-..."
+
+Adapter = Annotated[str, typer.Option(help=f"The adapter: {_FORMS}", show_default=False)]
 UnetOnly = Annotated[bool, typer.Option("--unet-only", help="Leave out the text encoders' tensors.")]
 AnyBase = Annotated[
     str | None,
-    typer.Option("--base", help="A name in params.yaml or a diffusers folder; the adapter's own by default."),
+    typer.Option("--base", help="A base in params.yaml or a diffusers folder; the adapter's own base by default."),
 ]
 OtherBase = Annotated[
-    bool, typer.Option("--other-base", help="Go on with an adapter of another base: one is a fine-tune of the other.")
+    bool,
+    typer.Option(
+        "--other-base", help="Accept an adapter of another base, such as one that this base is a fine-tune of."
+    ),
 ]
 
 
 def _downloads(context: Context) -> Path:
-    """Returns where registered and published releases are kept: in the project, else in the user's cache."""
+    """Returns the folder for downloaded releases: in the project, outside a project in the user's cache."""
     from lcmlora.io.private import downloads
 
     is_project = context.named or context.project.params_file.exists()
@@ -38,16 +38,25 @@ def _downloads(context: Context) -> Path:
 
 def convert(
     call: typer.Context,
-    source: Annotated[str, typer.Argument(metavar="IN", help="An adapter: a file, a folder, models:/ or s3://.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="IN",
+            help=f"The adapter: {_FORMS}",
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write.", show_default=False)],
-    style: Annotated[str, typer.Option("--format", help="diffusers, or kohya for ComfyUI and A1111.")],
+    style: Annotated[
+        str, typer.Option("--format", help="The format to write: diffusers, or kohya for ComfyUI and A1111.")
+    ],
     base: AnyBase = None,
     unet_only: UnetOnly = False,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; that of IN by default.")] = None,
 ) -> None:
-    """Convert an adapter between the formats of diffusers and of kohya; what is written is read again and compared.
+    """Convert an adapter between the formats of diffusers and of kohya (ComfyUI, A1111).
 
-    The base is needed where its layers tell no base: adapters of one that is not SD-V1.5, SD 2, SDXL or SSD-1B.
+    The written file is read again and compared with IN. Adapters of SD-V1.5, SD 2, SDXL and SSD-1B are recognised by
+    their layers; for other bases, name the base with --base.
 
     Example: lcmlora convert release/emoji emoji.safetensors --format kohya
     """
@@ -83,18 +92,24 @@ def convert(
 
 def combine(
     call: typer.Context,
-    style: Adapter,
-    lcm: Adapter,
-    out: Annotated[Path, typer.Option(help="A folder, or a .safetensors file.", show_default=False)],
-    weights: Annotated[tuple[float, float], typer.Option(help="Of the style and of the acceleration.")] = (0.8, 1.0),
+    style: Annotated[str, typer.Option(help=f"The style LoRA: {_FORMS}", show_default=False)],
+    lcm: Annotated[str, typer.Option(help=f"The acceleration adapter: {_FORMS}", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder or .safetensors file to write.", show_default=False)],
+    weights: Annotated[
+        tuple[float, float], typer.Option(help="The weights of the style and of the acceleration adapter.")
+    ] = (
+        0.8,
+        1.0,
+    ),
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Cut the sum down to this rank, and say what it lost.")
+        int | None,
+        typer.Option(min=1, help="Reduce the sum to this rank, and print the loss. By default, the ranks add up."),
     ] = None,
     base: AnyBase = None,
     other_base: OtherBase = False,
     unet_only: UnetOnly = False,
 ) -> None:
-    """Combine a style and an acceleration adapter into one of summed rank: eq. (3) of arXiv 2311.05556.
+    """Add a style LoRA and an acceleration adapter up into one adapter (equation 3 of arXiv 2311.05556).
 
     Example: lcmlora combine --style style.safetensors --lcm release/emoji --weights 0.8 1.0 --out adapters/styled
     """
@@ -115,34 +130,41 @@ def combine(
         other_base=other_base,
         unet_only=unet_only,
     )
-    if made["left_out"]:
-        print(f"left out: {made['left_out']} tensors of text encoders or trained tokens")
-    say(f"{out}: {made['layers']} layers, rank {made['rank']}, rounding of an effective weight {made['error']:.1e}")
-    if lost := made["truncation"]:
+    if made.left_out:
+        print(f"left out: {made.left_out} tensors of text encoders or trained tokens")
+    facts = made.facts
+    say(f"{out}: {facts.layers} layers, rank {facts.rank}, rounding of an effective weight {made.error:.1e}")
+    if lost := facts.truncation:
         say(
-            f"lost by rank {rank} (relative Frobenius norm of effective weights): {lost['overall']:.2e} overall, at "
-            f"worst {lost['worst']:.2e} in {lost['worst_layer']}"
+            f"lost by rank {rank} (relative Frobenius norm of effective weights): {lost.overall:.2e} overall, at "
+            f"worst {lost.worst:.2e} in {lost.worst_layer}"
         )
 
 
 def generate(
     call: typer.Context,
     adapter: Adapter,
-    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The picture; of several the next are FILE-1, FILE-2.", show_default=False)],
-    style: Annotated[str | None, typer.Option(help="A style adapter, named as --adapter is.")] = None,
-    style_weight: Annotated[float, typer.Option(help="How much of the style.")] = 0.8,
-    steps: Annotated[int, typer.Option(min=1)] = 4,
+    prompt: Annotated[list[str], typer.Option(help="The text to draw a picture of. Repeatable.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="The picture to write. Further ones get -1, -2 before the ending.", show_default=False)
+    ],
+    style: Annotated[str | None, typer.Option(help="A style LoRA, in the same forms as --adapter.")] = None,
+    style_weight: Annotated[float, typer.Option(help="The weight of the style LoRA.")] = 0.8,
+    steps: Annotated[int, typer.Option(min=1, help="The number of sampling steps; 1 to 8 are usual.")] = 4,
     seed: Annotated[int, typer.Option(help="The same seed draws the same pictures.")] = 0,
-    guidance: Annotated[float, typer.Option(help="1 is none; more than 2 saturates.")] = 1.0,
+    guidance: Annotated[
+        float, typer.Option(help="The guidance scale. 1 is no guidance; above 2, colours saturate.")
+    ] = 1.0,
     base: AnyBase = None,
     other_base: OtherBase = False,
     unet_only: UnetOnly = False,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
-    grid: Annotated[bool, typer.Option("--grid", help="One picture of all.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="The number of pictures that are drawn at once.")] = 4,
+    grid: Annotated[bool, typer.Option("--grid", help="Write one contact sheet of all pictures.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Draw pictures of prompts with an adapter, in the way that it was distilled for.
+    """Draw pictures of prompts with an adapter, by the sampler that it was distilled for.
+
+    A registered or published adapter is downloaded once. Its base must be in params.yaml or be named with --base.
 
     Example: lcmlora generate --adapter models:/lcm-lora-emoji@champion --prompt owl --prompt fox --out animals.png
     """
@@ -156,9 +178,9 @@ def generate(
     styles = references.open_adapter(style, config, _downloads(context)) if style else None
     found = references.find_base(base, chosen, config, context.project)
     if found is None:
-        raise UserError(f"{adapter}: does not say where its base is; name it with --base")
+        raise UserError(f"{adapter}: does not say where its base is; name the base with --base")
     if chosen.sampler is None:
-        note(f"note: nothing beside {adapter} says how to draw with it; drawn as LCM-LoRAs are")
+        note(f"note: {adapter} has no sampler settings; it is drawn with as an LCM-LoRA")
     request = drawing.Request(prompt, steps, seed, guidance, batch)
     sampler = chosen.sampler or LATENT_CONSISTENCY
     drawing.check(sampler, request)
@@ -175,9 +197,9 @@ def remeasure(
     adapter: Adapter,
     out: Annotated[Path, typer.Option(help="The JSON file to write.", show_default=False)],
 ) -> None:
-    """Measure an adapter that was made on other data on the model's present reference, at the gate's steps.
+    """Evaluate an older adapter against the model's present reference, at the gate's number of steps.
 
-    The flow does so with the champion where new data has changed the reference, so that the gate can compare.
+    When new data has changed the reference, the flow does this with the champion, so that the gate can compare the two.
 
     Example: lcmlora remeasure emoji --adapter models:/lcm-lora-emoji@champion --out scratch/champion.json
     """
@@ -203,7 +225,7 @@ def remeasure(
             chosen.sampler or LATENT_CONSISTENCY,
             evaluation,
             settings.gate.steps,
-            project.pictures,
+            project.pictures_of(model, settings),
             project.reference(model),
             scratch,
         )

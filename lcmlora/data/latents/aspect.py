@@ -1,7 +1,7 @@
-"""Aspect buckets: the shapes in which pictures are trained on, so that a wide one keeps its sides.
+"""Aspect buckets: the sizes to which pictures are cropped, so that a wide picture does not lose its sides.
 
-All have about the area of the base's square, and sides of whole units. (The scheme of NovelAI's "aspect ratio
-bucketing", 2022, with which SDXL was trained: arXiv 2307.01952, section 2.3.)
+All sizes have about the area of the base's square, and sides that are multiples of a unit. (This is NovelAI's "aspect
+ratio bucketing" of 2022, with which SDXL was trained: arXiv 2307.01952, section 2.3.)
 """
 
 from __future__ import annotations
@@ -14,38 +14,44 @@ import numpy.typing as npt
 Size = tuple[int, int]  # height and width in pixels
 
 
-def table(resolution: int, unit: int, max_aspect: float) -> list[Size]:
-    """Returns all shapes, from tall to wide: of each height the widest that has no more than resolution^2 pixels."""
-    found = {(resolution, resolution)}
+def bucket_sizes(resolution: int, unit: int, max_aspect: float) -> list[Size]:
+    """Returns all sizes, from tall to wide: for each height the widest that has at most resolution^2 pixels.
+
+    Args:
+        unit: pixels; sides are multiples of it.
+        max_aspect: the longer side over the shorter, at most.
+    """
+    sizes = {(resolution, resolution)}
     for side in range(unit, resolution, unit):
         other = resolution * resolution // side // unit * unit
         if other <= max_aspect * side:
-            found |= {(side, other), (other, side)}
-    return sorted(found, key=lambda size: size[1] / size[0])
+            sizes |= {(side, other), (other, side)}
+    return sorted(sizes, key=lambda size: size[1] / size[0])
 
 
 def nearest(shapes: npt.ArrayLike, sizes: Sequence[Size]) -> npt.NDArray[np.int64]:
-    """Returns for each width and height (N, 2) the number of the size whose aspect is closest, as a ratio, (N,)."""
-    wide, high = np.asarray(shapes, dtype=np.float64).T
-    wanted = np.log(wide / high)[:, None]
-    return np.abs(wanted - np.log([width / height for height, width in sizes])).argmin(axis=1)
+    """Returns for each picture's width and height (N, 2) the index (N,) of the size with the closest aspect ratio."""
+    width, height = np.asarray(shapes, dtype=np.float64).T
+    ratios = np.log(width / height)[:, None]
+    return np.abs(ratios - np.log([width / height for height, width in sizes])).argmin(axis=1)
 
 
-def chosen(shapes: npt.ArrayLike, counts: npt.ArrayLike, sizes: Sequence[Size], least: int) -> list[Size]:
-    """Returns the sizes that are needed, in their order, each for `least` pictures or more, or one.
+def used_sizes(shapes: npt.ArrayLike, counts: npt.ArrayLike, sizes: Sequence[Size], least: int) -> list[Size]:
+    """Returns the sizes that have at least `least` pictures, in their order; at least one size.
 
-    The one with the fewest goes first, and its pictures to what is then closest, until none has too few.
+    The size with the fewest pictures is dropped first, and its pictures go to the size that is then closest, until no
+    size has too few.
 
     Args:
-        shapes: every width and height that there is, (N, 2).
-        counts: pictures of each, (N,).
+        shapes: every distinct width and height of the pictures, (N, 2).
+        counts: how many pictures have it, (N,).
     """
-    left = list(sizes)
+    used = list(sizes)
     while True:
-        found = np.bincount(nearest(shapes, left), counts, minlength=len(left))
-        needed = [size for size, count in zip(left, found, strict=True) if count]
-        if len(needed) == len(left):
-            if len(left) == 1 or found.min() >= least:
-                return left
-            needed.pop(int(found.argmin()))
-        left = needed
+        pictures = np.bincount(nearest(shapes, used), counts, minlength=len(used))
+        not_empty = [size for size, count in zip(used, pictures, strict=True) if count]
+        if len(not_empty) == len(used):
+            if len(used) == 1 or pictures.min() >= least:
+                return used
+            not_empty.pop(int(pictures.argmin()))
+        used = not_empty

@@ -1,19 +1,19 @@
-"""The latent cache: all that training reads, made by the stage `encode` (encode.py).
+"""The latent cache: all data that training reads, made by the stage `encode` (encode.py).
 
 A cache is a folder:
-    manifest.json              counts, shapes, and size and SHA-256 of every other file that training reads
+    manifest.json              counts, shapes, and the size and SHA-256 of every other file that training reads
     shard-00000.safetensors    latent_mean, latent_logvar (N, C, h, w) fp16; orig_size (N, 2) height and width of the
-                               picture, crop_tl (N, 2) top and left of the crop, text_row (N,), all int32;
-                               key (N, 16) uint8, the first bytes of the picture's SHA-256; of prompts without
-                               pictures what rollouts.py says
-                               With `encode.shards` these files are in a bucket (shards.py), and here is
-    rows.safetensors           all that is in them but latents and states
-    text.safetensors           embeddings of the distinct captions, `text_row` numbers them; `unconditional.*` one row.
-                               Where those would be large (texts.py) `token_ids` (N, T) int32 instead of embeddings,
-                               and `token_ids_2` for a second text encoder
+                               picture, crop_tl (N, 2) top and left of the crop, text_row (N,) the caption's row in
+                               text.safetensors, all int32; key (N, 16) uint8, the first bytes of the picture's
+                               SHA-256. rollouts.py says what they are for prompts without pictures.
+                               With `encode.shards` these files are in a bucket (shards.py), and the folder has
+    rows.safetensors           all their tensors except latents and states
+    text.safetensors           one row for each distinct caption: embeddings, or, if these would be large (texts.py),
+                               `token_ids` (N, T) int32 and `token_ids_2` for a second text encoder;
+                               and `unconditional.*`, one row
     captions-00000.jsonl       key and caption of each row of the shard, for people
-A shard has latents of one shape. With aspect buckets the manifest has the `buckets` (height and width in pixels) and
-which one each shard is of.
+All latents of a shard have one shape. With aspect buckets the manifest lists the `buckets` (height and width in
+pixels), and each shard says which one it is of.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import torch
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_serializer, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,94 +32,121 @@ from torch import Tensor
 from lcmlora import config
 from lcmlora.bases import families
 from lcmlora.bases.families import Conditioning
-from lcmlora.data.latents.sampling_plan import Plan
-from lcmlora.data.latents.shards import Shards
+from lcmlora.data.latents.sampling_plan import SamplingPlan
+from lcmlora.data.latents.shards import CacheFile, RemoteShards, ShardFile
 from lcmlora.errors import UserError
+from lcmlora.io.documents import Document
 from lcmlora.io.files import sha256_file
-from lcmlora.io.parsing import Malformed, parse_json
+from lcmlora.io.parsing import JsonObject, Malformed, parse_json
 from lcmlora.io.remote import Files
 
 VERSION = 1
 MANIFEST = "manifest.json"
 TEXT = "text.safetensors"
 ROWS = "rows.safetensors"
-UNCONDITIONAL = "unconditional."  # begins the names of such embeddings
-TOKENS = "token_ids"  # and token_ids_2 and so on, of further text encoders
+UNCONDITIONAL = "unconditional."  # prefix of the names of unconditional embeddings
+TOKEN_IDS = "token_ids"  # token_ids_2 and so on for further text encoders
 
 Tensors = dict[str, Tensor]
-Entry = dict[str, Any]  # of the manifest: name, bytes and sha256 of a file
+Size = Annotated[tuple[config.Positive, config.Positive], Field(strict=False)]  # height and width; a list in JSON
 
 
-def fault(folder: Path, entry: Entry, *, contents: bool) -> str | None:
-    """Returns what is wrong with a file of the manifest, or None; `contents` reads it whole."""
-    path = folder / entry["name"]
+def fault(folder: Path, file: CacheFile, *, contents: bool) -> str | None:
+    """Returns what is wrong with a file of a cache, or None; `contents` compares its SHA-256, too."""
+    path = folder / file.name
     if not path.is_file():
         return f"{path}: is missing"
-    if path.stat().st_size != entry["bytes"]:
-        return f"{path}: has {path.stat().st_size} bytes and the manifest says {entry['bytes']}"
-    if contents and sha256_file(path) != entry["sha256"]:
+    if path.stat().st_size != file.bytes:
+        return f"{path}: has {path.stat().st_size} bytes and the manifest says {file.bytes}"
+    if contents and sha256_file(path) != file.sha256:
         return f"{path}: is damaged, its SHA-256 is not the manifest's"
     return None
 
 
-class _File(BaseModel):
-    """A file of the manifest."""
+class TextFile(CacheFile):
+    """text.safetensors, as the manifest lists it.
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # in the cache, and nowhere else
-    bytes: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    captions: how many it has.
+    cut: how many of them have more tokens than the text encoder reads.
+    """
 
-
-class _Shard(_File):
-    pictures: config.Positive
-    bucket: Annotated[int, Field(ge=0)] = 0
+    captions: int | None = None
+    cut: int | None = None
 
 
-class _Manifest(BaseModel):
-    """What a manifest must have; others may know more of it."""
+class Manifest(Document):
+    """The content of manifest.json.
+
+    kind: the base's family.
+    captions: distinct ones.
+    fingerprint: SHA-256 of what made the latents: weights, precision, scaling.
+    at: s3://bucket/prefix of the shards, if they are not in the folder; `rows` then lists rows.safetensors.
+    buckets: height and width in pixels of each aspect bucket; without it all pictures are squares of `resolution`.
+    rollouts: how the teacher drew the latents, if there were no pictures.
+    """
 
     version: int
+    model: str = ""
     kind: str
     pictures: config.Positive
+    captions: int | None = None
     resolution: config.Positive
-    latent_shape: tuple[config.Positive, config.Positive, config.Positive]
-    shards: Annotated[list[_Shard], Field(min_length=1)]
-    text: _File
-    rows: _File | None = None
+    latent_shape: Annotated[tuple[config.Positive, config.Positive, config.Positive], Field(strict=False)]
+    fingerprint: str = ""
+    shards: Annotated[list[ShardFile], Field(min_length=1)]
+    text: TextFile
+    rows: CacheFile | None = None
     at: str | None = None
-    buckets: Annotated[list[tuple[config.Positive, config.Positive]], Field(min_length=1)] | None = None
+    buckets: Annotated[list[Size], Field(min_length=1)] | None = None
     rollouts: config.Rollouts | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _is_consistent(self) -> Self:
         if self.at and not self.rows:
             raise ValueError(f"rows: is missing, and the shards are at {self.at}")
         if max(shard.bucket for shard in self.shards) >= len(self.buckets or [()]):
             raise ValueError("shards: one is of a bucket that is not among buckets")
         return self
 
+    @field_serializer("rollouts")
+    def _with_defaults(self, rollouts: config.Rollouts | None) -> JsonObject | None:
+        return None if rollouts is None else rollouts.model_dump()  # also defaults: they may be others later
 
-def parse_manifest(content: bytes) -> dict[str, Any]:
-    """Returns what a manifest says. Raises Malformed where it does not say what a cache has, or has another version."""
-    found = parse_json(content)
-    if not isinstance(found, dict) or found.get("version") != VERSION:
-        told = found.get("version") if isinstance(found, dict) else "none"
-        raise Malformed(f"version {told}, expected {VERSION}")
+    def plain(self) -> JsonObject:
+        """Returns the manifest as it is in its file: without the parts that this cache does not have."""
+        return self.model_dump(exclude_unset=True, exclude_none=True)
+
+
+def parse_manifest(content: bytes) -> Manifest:
+    """Returns the manifest. Raises Malformed if it has another version, or is not what a manifest must be."""
+    value = parse_json(content)
+    version = value.get("version") if isinstance(value, dict) else "none"
+    if version != VERSION:
+        raise Malformed(f"version {version}, expected {VERSION}")
     try:
-        _Manifest.model_validate(found)
+        return Manifest.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise Malformed(f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}") from None
-    return found
 
 
-def tokens(number: int) -> str:
-    """Returns what the token ids for a text encoder are called, counted from 0."""
-    return f"{TOKENS}_{number + 1}" if number else TOKENS
+def token_ids_name(encoder: int) -> str:
+    """Returns the name of the tensor with the token ids for a text encoder; encoders count from 0."""
+    return f"{TOKEN_IDS}_{encoder + 1}" if encoder else TOKEN_IDS
 
 
 class LatentCache:
-    """A cache opened for training. Rows are numbered through all shards."""
+    """A cache opened for training. Rows are numbered through all shards.
+
+    Attributes:
+        manifest: the content of manifest.json.
+        digest: SHA-256 of that file.
+        latent_shape: (C, h, w) of the base's square.
+        rollouts: how the teacher drew the latents; None if they are of pictures.
+        buckets: height and width in pixels of each aspect bucket.
+        embed: makes conditioning from the token ids (B, T) int64 of each text encoder. A cache that is `tokenized`
+            needs it; whoever opens the cache sets it.
+    """
 
     def __init__(
         self, folder: Path, *, ram_bytes: int = 4 << 30, shards: Path | None = None, budget: int = 50 << 30
@@ -127,117 +154,115 @@ class LatentCache:
         """Opens the cache in `folder`; latents of up to `ram_bytes` are read into memory, larger ones are mapped.
 
         Args:
-            shards: a folder for shards that lie in a bucket, beside the cache by default.
-            budget: bytes that it may hold.
+            shards: a folder for shards that are downloaded from a bucket; by default beside the cache.
+            budget: bytes that this folder may hold.
 
         Raises:
-            UserError: no manifest, or a file of it missing, of the wrong size or unreadable.
+            UserError: there is no manifest, or a file that it lists is missing, unreadable or of the wrong size.
         """
         self._folder = folder
-        try:
-            content = (folder / MANIFEST).read_bytes()
-            self.manifest = parse_manifest(content)
-        except OSError as error:
-            raise self._unusable(f"{folder / MANIFEST}: cannot be read ({error.strerror})") from None
-        except Malformed as error:
-            raise self._unusable(f"{folder / MANIFEST}: {error}") from None
-        self.digest = hashlib.sha256(content).hexdigest()
-        channels, height, width = self.manifest["latent_shape"]
-        self.latent_shape: tuple[int, int, int] = (channels, height, width)
-        told = self.manifest.get("rollouts")
-        self.rollouts = None if told is None else config.Rollouts(**told)  # how the teacher drew what is in it
-        entries = self.manifest["shards"]
-        side = self.manifest["resolution"]
-        # Height and width in pixels of the shapes that there are, and which one each shard has.
-        self.buckets = [(high, wide) for high, wide in self.manifest.get("buckets", [(side, side)])]
-        self._bucket_of = torch.tensor([entry.get("bucket", 0) for entry in entries])
-        self._latents: dict[str, list[Tensor]] = {}
-        self._far: Shards | None = None
-        if place := self.manifest.get("at"):
+        self.manifest, self.digest = self._read_manifest()
+        manifest = self.manifest
+        self.latent_shape = manifest.latent_shape
+        self.rollouts = manifest.rollouts
+        self.buckets = manifest.buckets or [(manifest.resolution, manifest.resolution)]
+        self._bucket_of_shard = torch.tensor([shard.bucket for shard in manifest.shards])
+        self._latents: dict[str, list[Tensor]] = {}  # one tensor for each shard, or one for all of them
+        self._remote: RemoteShards | None = None
+        if manifest.at and manifest.rows:
             beside = folder.with_name(f".{folder.name}.shards")
-            self._far = Shards(Files(place), entries, shards or beside, budget)
-            self._small = self._open(self.manifest["rows"])
-            lengths = torch.tensor([entry["pictures"] for entry in entries])
+            self._remote = RemoteShards(Files(manifest.at), manifest.shards, shards or beside, budget)
+            self._rows = self._open(manifest.rows)
+            lengths = torch.tensor([shard.pictures for shard in manifest.shards])
         else:
-            opened = [self._open(entry) for entry in entries]
-            self._small = {name: torch.cat([s[name] for s in opened]) for name in ("orig_size", "crop_tl", "text_row")}
+            tensors = [self._open(shard) for shard in manifest.shards]
+            self._rows = {name: torch.cat([s[name] for s in tensors]) for name in ("orig_size", "crop_tl", "text_row")}
             large = ("latent_mean", "latent_logvar", *(["states"] if self.rollouts and self.rollouts.states else []))
-            self._latents = {name: [s[name] for s in opened] for name in large}
+            self._latents = {name: [s[name] for s in tensors] for name in large}
             lengths = torch.tensor([len(part) for part in self._latents["latent_mean"]])
         self._stops = lengths.cumsum(0)
         self._starts = self._stops - lengths
-        if self._latents and len(self.buckets) == 1 and sum(entry["bytes"] for entry in entries) <= ram_bytes:
+        if self._latents and len(self.buckets) == 1 and sum(shard.bytes for shard in manifest.shards) <= ram_bytes:
             self._latents = {name: [torch.cat(parts)] for name, parts in self._latents.items()}
-        self._family = families.by_name(self.manifest["kind"])
-        text = self._open(self.manifest["text"])
+        self._family = families.by_name(manifest.kind)
+        text = self._open(manifest.text)
         self._unconditional = {n.removeprefix(UNCONDITIONAL): v for n, v in text.items() if n.startswith(UNCONDITIONAL)}
-        self._text = {n: v for n, v in text.items() if not n.startswith((UNCONDITIONAL, TOKENS))}
-        self._tokens = [text[name] for name in map(tokens, range(len(text))) if name in text]
-        # Makes conditioning of token ids (B, T) int64 of each text encoder; whoever opens a tokenized cache sets it.
+        self._embeddings = {n: v for n, v in text.items() if not n.startswith((UNCONDITIONAL, TOKEN_IDS))}
+        self._token_ids = [text[name] for name in map(token_ids_name, range(len(text))) if name in text]
         self.embed: Callable[[list[Tensor]], Conditioning] | None = None
-        if len(self) != self.manifest["pictures"] or len(self) != len(self._small["text_row"]):
-            raise self._unusable(
-                f"{folder}: has {len(self)} pictures and the manifest says {self.manifest['pictures']}"
-            )
+        if len(self) != manifest.pictures or len(self) != len(self._rows["text_row"]):
+            raise self._unusable(f"{folder}: has {len(self)} pictures and the manifest says {manifest.pictures}")
+
+    def _read_manifest(self) -> tuple[Manifest, str]:
+        """Returns the manifest and the SHA-256 of its file."""
+        path = self._folder / MANIFEST
+        try:
+            content = path.read_bytes()
+            return parse_manifest(content), hashlib.sha256(content).hexdigest()
+        except OSError as error:
+            raise self._unusable(f"{path}: cannot be read ({error.strerror})") from None
+        except Malformed as error:
+            raise self._unusable(f"{path}: {error}") from None
 
     def __len__(self) -> int:
         return int(self._stops[-1])
 
     @property
     def tokenized(self) -> bool:
-        """Whether the captions are kept as token ids, of which `embed` has to make conditioning."""
-        return bool(self._tokens)
+        """Whether the captions are kept as token ids, from which `embed` makes the conditioning."""
+        return bool(self._token_ids)
 
-    def follow(self, plan: Plan, batch: int, window: int) -> None:
-        """Prepares for a run by this plan. Raises as Shards.follow does, where the shards are in a bucket."""
-        if self._far:
-            self._far.follow(plan, batch, window)
+    def follow_plan(self, plan: SamplingPlan, batch: int, window: int) -> None:
+        """Prepares for a run by this plan. If the shards are in a bucket, raises as RemoteShards.follow_plan does."""
+        if self._remote:
+            self._remote.follow_plan(plan, batch, window)
 
-    def reach(self, step: int) -> None:
-        """Says that the run is at this step of its plan. Raises as Shards.reach does."""
-        if self._far:
-            self._far.reach(step)
+    def advance_to(self, step: int) -> None:
+        """Makes the shards of this step of the plan readable. Raises as RemoteShards.advance_to does."""
+        if self._remote:
+            self._remote.advance_to(step)
 
     def bucket(self, rows: Tensor) -> Tensor:
-        """Returns the number of the bucket of each row, (B,) int64."""
-        return self._bucket_of[self.shards(rows)]
+        """Returns the number of each row's aspect bucket, (B,) int64."""
+        return self._bucket_of_shard[self.shards(rows)]
 
     def bucket_of_shard(self, number: int) -> int:
-        return int(self._bucket_of[number])
+        """Returns the number of a shard's aspect bucket."""
+        return int(self._bucket_of_shard[number])
 
     def latents(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and log-variance (B, C, h, w) fp32 of the rows (B,) int64, which are of one bucket."""
+        """Returns mean and log-variance (B, C, h, w) fp32 of the rows (B,) int64, which are of one aspect bucket."""
         return self._gather("latent_mean", rows), self._gather("latent_logvar", rows)
 
     def states(self, rows: Tensor, index: Tensor) -> Tensor:
-        """Returns two neighbouring states of the teacher's run, (2, B, C, h, w) fp32, for the rows (B,) int64: at the
-        timestep of the grid that `index` (B,) int64 numbers, and where the teacher steps from there."""
-        at = torch.stack([index + 1, index])
+        """Returns two neighbouring states of the teacher rollouts in the rows (B,) int64, as (2, B, C, h, w) fp32: the
+        state at the solver timestep with number `index` (B,) int64, and the one after the teacher's step from there."""
+        numbers = torch.stack([index + 1, index])
         pairs = torch.empty(2, len(rows), *self.latent_shape)
-        for mine, states, places in self._parts("states", rows):
-            pairs[:, mine] = states[places, at[:, mine]].float()
+        for selected, states, indices in self._parts("states", rows):
+            pairs[:, selected] = states[indices, numbers[:, selected]].float()
         return pairs
 
     def conditioning(self, rows: Tensor) -> Conditioning:
-        """Returns what the network is given for the rows (B,) int64, fp32: that of the captions, and what the base's
-        family tells it of the pictures."""
-        text_rows = self._small["text_row"][rows]
-        conditioning = {name: value.index_select(0, text_rows).float() for name, value in self._text.items()}
-        if self._tokens:
+        """Returns the network's conditioning for the rows (B,) int64, fp32: the captions' embeddings, and the
+        micro-conditioning of families that have one."""
+        text_rows = self._rows["text_row"][rows]
+        conditioning = {name: value.index_select(0, text_rows).float() for name, value in self._embeddings.items()}
+        if self._token_ids:
             assert self.embed, "a cache of token ids needs text encoders"
-            conditioning = self.embed([ids.index_select(0, text_rows).long() for ids in self._tokens])
+            conditioning = self.embed([ids.index_select(0, text_rows).long() for ids in self._token_ids])
         targets = torch.tensor(self.buckets)[self.bucket(rows)]
         return conditioning | self._family.micro_conditioning(
-            self._small["orig_size"][rows], self._small["crop_tl"][rows], targets
+            self._rows["orig_size"][rows], self._rows["crop_tl"][rows], targets
         )
 
     def unconditional(self) -> Conditioning:
-        """Returns the unconditional embedding as one row, fp32, without what belongs to the picture."""
+        """Returns the unconditional embedding as one row, fp32, without micro-conditioning."""
         return {name: value.float() for name, value in self._unconditional.items()}
 
     def captions(self) -> Tensor:
         """Returns the number of each picture's caption, (N,) int64: pictures with equal captions have equal ones."""
-        return self._small["text_row"].long()
+        return self._rows["text_row"].long()
 
     def shards(self, rows: Tensor) -> Tensor:
         """Returns the number of the shard that holds each row, (B,) int64."""
@@ -254,41 +279,43 @@ class LatentCache:
         return [names[row] for row in rows.tolist()]
 
     def verify(self) -> None:
-        """Reads every file that is here. Raises UserError naming the first whose SHA-256 is not the manifest's."""
-        here = [self.manifest["rows"]] if self._far else self.manifest["shards"]
-        for entry in [*here, self.manifest["text"]]:
-            if found := fault(self._folder, entry, contents=True):
-                raise self._unusable(found)
+        """Reads every file of the folder. Raises UserError with the first whose SHA-256 is not the manifest's."""
+        manifest = self.manifest
+        rows_or_shards: list[CacheFile] = [manifest.rows] if manifest.at and manifest.rows else [*manifest.shards]
+        for file in [*rows_or_shards, manifest.text]:
+            if reason := fault(self._folder, file, contents=True):
+                raise self._unusable(reason)
 
     def _gather(self, name: str, rows: Tensor) -> Tensor:
-        parts = [(mine, tensor.index_select(0, places).float()) for mine, tensor, places in self._parts(name, rows)]
+        parts = [(selected, tensor.index_select(0, i).float()) for selected, tensor, i in self._parts(name, rows)]
         if len(parts) == 1:
             return parts[0][1]
         gathered = torch.empty(len(rows), *parts[0][1].shape[1:])
-        for mine, values in parts:
-            gathered[mine] = values
+        for selected, values in parts:
+            gathered[selected] = values
         return gathered
 
     def _parts(self, name: str, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields for each tensor that holds some of the rows (B,) which ones, the tensor, and the places in it."""
-        here = self._latents.get(name, ())
-        if len(here) == 1:
-            yield torch.arange(len(rows)), here[0], rows
+        """Yields, for each tensor that has some of the rows (B,): their indices in `rows`, the tensor, and their
+        indices in the tensor."""
+        tensors = self._latents.get(name, ())
+        if len(tensors) == 1:
+            yield torch.arange(len(rows)), tensors[0], rows
             return
-        shard_of = self.shards(rows)
-        for shard in shard_of.unique().tolist():
-            mine = torch.nonzero(shard_of == shard).flatten()
-            places = rows[mine] - self._starts[shard]
-            yield mine, *(self._far.find(shard, name, places) if self._far else (here[shard], places))
+        shard_of_row = self.shards(rows)
+        for shard in shard_of_row.unique().tolist():
+            selected = torch.nonzero(shard_of_row == shard).flatten()
+            indices = rows[selected] - self._starts[shard]
+            yield selected, *(self._remote.find(shard, name, indices) if self._remote else (tensors[shard], indices))
 
-    def _open(self, entry: Entry) -> Tensors:
-        if found := fault(self._folder, entry, contents=False):
-            raise self._unusable(found)
+    def _open(self, file: CacheFile) -> Tensors:
+        if reason := fault(self._folder, file, contents=False):
+            raise self._unusable(reason)
         try:
-            tensors: Tensors = load_file(self._folder / entry["name"])  # mapped, not read
+            tensors: Tensors = load_file(self._folder / file.name)  # mapped, not read
             return tensors
         except SafetensorError as error:
-            raise self._unusable(f"{self._folder / entry['name']}: cannot be read ({error})") from None
+            raise self._unusable(f"{self._folder / file.name}: cannot be read ({error})") from None
 
-    def _unusable(self, fault: str) -> UserError:
-        return UserError(f"{fault}; make the cache again with `lcmlora encode {self._folder.name}`")
+    def _unusable(self, reason: str) -> UserError:
+        return UserError(f"{reason}; make the cache again with `lcmlora encode {self._folder.name}`")

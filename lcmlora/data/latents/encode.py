@@ -1,6 +1,6 @@
-"""Stage `encode`: pictures, or what the teacher draws of prompts, and captions go through the frozen parts once.
+"""Stage `encode`: encodes the prepared pictures and captions once into a latent cache (cache.py).
 
-What it makes is described in cache.py.
+The VAE makes the latents of pictures (pictures.py); of prompts without pictures the teacher draws them (rollouts.py).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,24 +23,26 @@ import torch
 from lcmlora import config, stages
 from lcmlora.bases.base import LoadedBase
 from lcmlora.data.latents import aspect, texts
-from lcmlora.data.latents.cache import MANIFEST, ROWS, TEXT, VERSION, Tensors, parse_manifest
+from lcmlora.data.latents.cache import MANIFEST, ROWS, TEXT, VERSION, Manifest, Tensors, parse_manifest
 from lcmlora.data.latents.pictures import picture_encoder
-from lcmlora.data.latents.rollouts import MOST, RolloutEncoder
+from lcmlora.data.latents.rollouts import SHARD_ROWS, RolloutEncoder
+from lcmlora.data.latents.shards import CacheFile, ShardFile
 from lcmlora.data.latents.store import Store, link
 from lcmlora.data.sources.source import RESIZE_FILTER, Record
 from lcmlora.errors import UserError
-from lcmlora.io.files import atomic_folder, atomic_write, discard, locked, sha256_folder, write_json
+from lcmlora.io.files import atomic_folder, atomic_write, discard, locked, sha256_folder
 from lcmlora.io.parsing import Malformed
 from lcmlora.parallel.ranks import Ranks
 from lcmlora.plugins import SOURCES
 from lcmlora.progress import track
 
+ROW_BYTES = 8 + 8 + 16 + 4  # of a picture besides its latent: orig_size, crop_tl, key, text_row
+
 _MB = 1 << 20
-_ROW_BYTES = 8 + 8 + 16 + 4  # of a picture besides its latent: orig_size, crop_tl, key, text_row
 _HEADER_BYTES = 4096  # room for a safetensors header
 
 
-def encode(
+def encode_latents(
     base: LoadedBase,
     data: config.Data,
     settings: config.Encode,
@@ -48,188 +51,251 @@ def encode(
     out: Path,
     ranks: Ranks | None = None,
 ) -> None:
-    """Encodes the training pictures and captions of `pictures` into a cache in the folder `out`.
+    """Encodes the training pictures and captions of `pictures` into a latent cache in the folder `out`.
 
-    A shard that is finished stays in `scratch` until the whole cache is, so a killed run goes on at the next shard, on
-    any number of processes. The cache has the same bytes for any number.
+    Finished shards stay in `scratch` until the whole cache is finished, so a run that was killed continues at the next
+    shard, on any number of processes. The cache has the same bytes on any number of processes.
 
     Args:
-        base: with its VAE and text encoders; for prompts with its UNet instead of the VAE.
+        base: with its VAE and text encoders; for prompts with its network instead of the VAE.
         pictures: the folder that `prepare` wrote.
         scratch: folder for unfinished work, best on the same disk as `out`, and the same for all processes.
         ranks: this process among those that encode together; alone by default.
 
     Raises:
-        UserError: no list of pictures, a picture that changed, latents or embeddings that are not finite, too little
-            disk, another run at work on the same, or processes with other files. `out` is then as it was before.
+        UserError: there is no list of pictures, a picture changed, latents or embeddings are not finite, the disk is
+            too small, another run works on the same cache, or the processes have different files. `out` is then as it
+            was before.
     """
     ranks = ranks or Ranks()
-    listed = _List(pictures / "train.jsonl")
-    channels, height, width = base.latent_shape
-    rollouts = None if SOURCES.get(data.source).has_pictures else settings.rollouts
-    tensors = 2 + (rollouts.steps + 1 if rollouts and rollouts.states else 0)
-    row_bytes = 2 * tensors * channels * height * width + _ROW_BYTES
-    if settings.aspect_buckets and not rollouts:
-        listed.sort(aspect.table(base.resolution, base.size_unit, data.max_aspect), settings.bucket_pictures)
-    else:
-        listed.sort([(base.resolution, base.resolution)], 1)
-    shards = _plan(listed, row_bytes, settings, most=MOST if rollouts else None)
-    # Dealt out in turn, so that what a killed run has left to do is divided evenly as well.
-    own = list(shards)[ranks.rank :: ranks.size]
-    text = _fingerprint(base, "text_encoder*", "tokenizer*", dtype=str(base.dtype))
-    fingerprint = _latents_fingerprint(base, rollouts, text)
-    sizes = {"model": base.name, "resolution": base.resolution, "batch": settings.batch, "shard_mb": settings.shard_mb}
-    place = f"{settings.shards.rstrip('/')}/{base.name}" if settings.shards else None
-    plan = texts.plan(base, len(listed.captions), settings.text_cache_mb)
-    varied = sizes | {"shards": place, "shapes": listed.sizes, "tokenized": plan.tokenized}
-    work = scratch / config.digest(listed.digest, fingerprint, text, varied)[:16]
+    job = _Job.plan(base, data, settings, pictures)
+    own = list(job.shards)[ranks.rank :: ranks.size]  # in turn, so that the rest of a killed run is divided evenly, too
+    work = job.work_folder(scratch)
     with locked(work) if ranks.first else nullcontext():
-        store = Store(work, fingerprint, own, place)
-        made_of = {name: listed.digest_of(shards[name], text) for name in own}
-        _take_over(out, store, made_of)
-        missing = {name: shards[name] for name in own if name not in store.done}
-        left = [rows for name, rows in shards.items() if name not in store.done] if ranks.first else missing.values()
-        needed = plan.size if ranks.first else 0
-        pictures_left = sum(map(len, left))
-        if place:  # a shard is here until it is there
-            needed += _ROW_BYTES * pictures_left
-            pictures_left = max(map(len, left), default=0)
-        with _room(scratch, needed + row_bytes * pictures_left):
-            # Nobody writes before all have looked at the disk and the first one has the lock.
-            ranks.agree(listed_pictures=listed.digest, base=(fingerprint, text), settings=varied)
-            if ranks.first and TEXT not in store.done:
-                kept, cut = texts.tensors(base, list(listed.captions), settings.batch, plan)
-                store.save(TEXT, kept, captions=len(listed.captions), cut=cut)
-            total = sum(len(_batches(shards[name], settings.batch)) for name in own)
-            for name, rows in _encode_shards(base, data, settings, listed, missing, total, ranks):
-                store.save_shard(name, rows, made_of[name])
+        store = Store(work, job.fingerprint, own, job.place)
+        digests = {name: job.listed.digest_of(job.shards[name], job.text_fingerprint) for name in own}
+        _reuse_shards(out, store, digests)
+        with _disk_space(scratch, job.bytes_needed(store, own, ranks)):
+            # No process writes before all have checked the disk and the first one has the lock.
+            ranks.agree(
+                listed_pictures=job.listed.digest,
+                base=(job.fingerprint, job.text_fingerprint),
+                settings=job.varied_settings(),
+            )
+            if ranks.first and store.text is None:
+                tensors, cut = texts.encode_captions(base, list(job.listed.captions), settings.batch, job.text)
+                store.save_text(tensors, captions=len(job.listed.captions), cut=cut)
+            for name, shard in _encode_shards(job, store, own, ranks):
+                store.save_shard(name, shard, digests[name])
             ranks.wait()
             if ranks.first:
-                store.gather([*shards, TEXT])
-                _finish(base, listed, shards, store, out, rollouts)
+                store.wait_for_others(list(job.shards))
+                _assemble_cache(job, store, out)
             ranks.wait()
         if ranks.first:
             discard(work)
 
 
-def _finish(
-    base: LoadedBase,
-    listed: _List,
-    shards: dict[str, range],
-    store: Store,
-    out: Path,
-    rollouts: config.Rollouts | None,
-) -> None:
-    """Writes what people read and the manifest, and puts the finished files in place."""
-    names = [*([ROWS] if store.place else shards), TEXT, MANIFEST]
-    if store.place:
-        store.save(ROWS, store.small_rows(shards))
-    for number, rows in enumerate(shards.values()):
-        told = (json.dumps({"key": r.key, "caption": r.caption}) + "\n" for r in listed.read(rows))
+@dataclass(frozen=True)
+class _Job:
+    """What is encoded, and how.
+
+    rollouts: how the teacher draws the latents, if there are no pictures.
+    row_bytes: of a picture in a shard.
+    shards: the rows of each shard, by its name.
+    place: s3://bucket/prefix of the shards, if they go to a bucket.
+    text: how the captions are kept.
+    text_fingerprint: SHA-256 of what makes the embeddings.
+    fingerprint: SHA-256 of what makes the latents.
+    """
+
+    base: LoadedBase
+    data: config.Data
+    settings: config.Encode
+    listed: PictureList
+    rollouts: config.Rollouts | None
+    row_bytes: int
+    shards: dict[str, range]
+    place: str | None
+    text: texts.TextPlan
+    text_fingerprint: str
+    fingerprint: str
+
+    @classmethod
+    def plan(cls, base: LoadedBase, data: config.Data, settings: config.Encode, pictures: Path) -> _Job:
+        listed = PictureList(pictures / "train.jsonl")
+        rollouts = None if SOURCES.get(data.source).has_pictures else settings.rollouts
+        if settings.aspect_buckets and not rollouts:
+            sizes = aspect.bucket_sizes(base.resolution, base.size_unit, data.max_aspect)
+            listed.sort(sizes, settings.bucket_pictures)
+        else:
+            listed.sort([(base.resolution, base.resolution)], 1)
+        channels, height, width = base.latent_shape
+        latents = 2 + (rollouts.steps + 1 if rollouts and rollouts.states else 0)  # mean, log-variance, states
+        row_bytes = 2 * latents * channels * height * width + ROW_BYTES
+        text_fingerprint = _fingerprint(base, "text_encoder*", "tokenizer*", dtype=str(base.dtype))
+        return cls(
+            base=base,
+            data=data,
+            settings=settings,
+            listed=listed,
+            rollouts=rollouts,
+            row_bytes=row_bytes,
+            shards=_shard_rows(listed, row_bytes, settings, SHARD_ROWS if rollouts else None),
+            place=f"{settings.shards.rstrip('/')}/{base.name}" if settings.shards else None,
+            text=texts.plan_text(base, len(listed.captions), settings.text_cache_mb),
+            text_fingerprint=text_fingerprint,
+            fingerprint=_latents_fingerprint(base, rollouts, text_fingerprint),
+        )
+
+    def varied_settings(self) -> dict[str, object]:
+        """Returns what decides the bytes of the cache besides the list of pictures and the base's weights."""
+        return {
+            "model": self.base.name,
+            "resolution": self.base.resolution,
+            "batch": self.settings.batch,
+            "shard_mb": self.settings.shard_mb,
+            "shards": self.place,
+            "shapes": self.listed.sizes,
+            "tokenized": self.text.tokenized,
+        }
+
+    def work_folder(self, scratch: Path) -> Path:
+        """Returns the folder for unfinished work, which a later run of the same job finds again."""
+        key = config.digest(self.listed.digest, self.fingerprint, self.text_fingerprint, self.varied_settings())
+        return scratch / key[:16]
+
+    def bytes_needed(self, store: Store, own: list[str], ranks: Ranks) -> int:
+        """Returns how many bytes of disk are still needed: the first process counts all shards, others their own."""
+        missing = [len(self.shards[name]) for name in (self.shards if ranks.first else own) if name not in store.shards]
+        text = self.text.size if ranks.first else 0
+        if self.place:  # each shard is on this disk until it is in the bucket; its small tensors stay
+            return text + ROW_BYTES * sum(missing) + self.row_bytes * max(missing, default=0)
+        return text + self.row_bytes * sum(missing)
+
+
+def _assemble_cache(job: _Job, store: Store, out: Path) -> None:
+    """Writes the manifest and the captions for people, and puts all files of the cache into the folder `out`."""
+    rows = store.save_rows(job.shards) if store.place else None
+    names = [*([ROWS] if rows else job.shards), TEXT, MANIFEST]
+    for number, shard_rows in enumerate(job.shards.values()):
+        lines = [json.dumps({"key": r.key, "caption": r.caption}) + "\n" for r in job.listed.read(shard_rows)]
         names.append(f"captions-{number:05d}.jsonl")
-        content = "".join(told).encode()
-        atomic_write(store.files / names[-1], lambda path, content=content: path.write_bytes(content))  # type: ignore[misc]
-    manifest: dict[str, Any] = {
-        "version": VERSION,
-        "model": base.name,
-        "kind": base.family.name,
-        "pictures": len(listed),
-        "captions": len(listed.captions),
-        "latent_shape": list(base.latent_shape),
-        "resolution": base.resolution,
-        "fingerprint": store.fingerprint,
-        "shards": [dict(store.done[name]) for name in shards],
-        "text": store.done[TEXT],
-    } | ({"rollouts": rollouts.model_dump()} if rollouts else {})
-    if listed.sizes != [(base.resolution, base.resolution)]:
-        manifest["buckets"] = [list(size) for size in listed.sizes]
-        for entry, rows in zip(manifest["shards"], shards.values(), strict=True):
-            entry["bucket"] = listed.bucket(rows.start)
-    if store.place:
-        manifest |= {"at": store.place, "rows": store.done[ROWS]}
-    write_json(store.files / MANIFEST, manifest)
+        atomic_write(store.files / names[-1], partial(Path.write_bytes, data="".join(lines).encode()))
+    _manifest(job, store, rows).write(store.files / MANIFEST)
     with atomic_folder(out) as folder:
         for name in names:  # and not what a killed process left half written
             link(store.files / name, folder / name)
 
 
-def _take_over(out: Path, store: Store, made_of: dict[str, str]) -> None:
-    """Reuses the shards of the old cache in `out` whose inputs are unchanged."""
+def _manifest(job: _Job, store: Store, rows: CacheFile | None) -> Manifest:
+    base, listed = job.base, job.listed
+    shards, buckets = [store.shards[name] for name in job.shards], None
+    if listed.sizes != [(base.resolution, base.resolution)]:
+        buckets = listed.sizes
+        numbers = [listed.bucket(shard_rows.start) for shard_rows in job.shards.values()]
+        shards = [shard.model_copy(update={"bucket": n}) for shard, n in zip(shards, numbers, strict=True)]
+    assert store.text is not None
+    return Manifest(
+        version=VERSION,
+        model=base.name,
+        kind=base.family.name,
+        pictures=len(listed),
+        captions=len(listed.captions),
+        latent_shape=base.latent_shape,
+        resolution=base.resolution,
+        fingerprint=store.fingerprint,
+        shards=shards,
+        text=store.text,
+        rows=rows,
+        at=store.place,
+        buckets=buckets,
+        rollouts=job.rollouts,
+    )
+
+
+def _reuse_shards(out: Path, store: Store, digests: dict[str, str]) -> None:
+    """Keeps the shards of the old cache in `out` whose inputs are unchanged.
+
+    Args:
+        digests: of the inputs of each shard that is wanted, by the shard's name.
+    """
     try:
         manifest = parse_manifest((out / MANIFEST).read_bytes())
-    except (OSError, Malformed):  # nothing that can be taken over
+    except (OSError, Malformed):  # there is no cache, or none that can be reused
         return
-    if manifest.get("fingerprint") != store.fingerprint:
+    if manifest.fingerprint != store.fingerprint or manifest.at != store.place:
         return
-    if manifest.get("at") != store.place:
-        return
-    there, start = {}, 0
-    for entry in manifest["shards"]:
-        there[entry.get("made_of")] = entry, range(start, start + entry["pictures"])
-        start += entry["pictures"]
-    for name, digest in made_of.items():
-        if name not in store.done and digest in there:
-            store.adopt(out, *there[digest], name)
+    old: dict[str | None, tuple[ShardFile, range]] = {}
+    start = 0
+    for shard in manifest.shards:
+        old[shard.made_of] = shard, range(start, start + shard.pictures)
+        start += shard.pictures
+    for name, digest in digests.items():
+        if name not in store.shards and digest in old:
+            store.adopt(out, *old[digest], name)
 
 
-class _List:
-    """The list of pictures that `prepare` wrote, read where it is wanted: millions would fill every process's memory.
+class PictureList:
+    """The list of pictures that `prepare` wrote. Only what is needed of it is read: millions of records would fill the
+    memory of every process.
 
-    captions: the distinct captions and their numbers, in the order of the list.
-    digest: SHA-256 of the list.
-    sizes: shapes in which the pictures are wanted; rows of one stand together, and else in the order of the list.
+    Attributes:
+        captions: the distinct captions and their numbers, in the order of the list.
+        digest: SHA-256 of the list.
+        sizes: the sizes to which pictures are cropped. Rows are sorted by size, then by the order of the list.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError where this is no list of pictures, or an empty one."""
+        """Raises UserError if this is no list of pictures, or an empty one."""
         self._path = path
-        self._places = array("Q")  # in the file, of each picture
+        self._offsets = array("Q")  # of each row's line in the file
         self._shapes: list[array[int]] = [array("I"), array("I")]  # widths and heights
         self.sizes: list[aspect.Size] = []
-        self._starts = [0]  # of the rows of each size
+        self._starts = [0]  # the first row of each size
         self.captions: dict[str, int] = {}
-        digest, place = hashlib.sha256(), 0
+        digest, offset = hashlib.sha256(), 0
         try:
             with path.open("rb") as file:
                 for line in file:
                     record = Record(**json.loads(line))
                     self.captions.setdefault(record.caption, len(self.captions))
-                    self._places.append(place)
+                    self._offsets.append(offset)
                     self._shapes[0].append(record.width)
                     self._shapes[1].append(record.height)
                     digest.update(line)
-                    place += len(line)
+                    offset += len(line)
         except FileNotFoundError:
             raise UserError(f"{path}: no such list of pictures; run `lcmlora prepare`") from None
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not a list of pictures ({error}); run `lcmlora prepare`") from None
-        if not self._places:
+        if not self._offsets:
             raise UserError(f"{path}: lists no pictures; run `lcmlora prepare`")
         self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def sort(self, sizes: list[aspect.Size], least: int) -> None:
-        """Sorts the pictures by the size that they are cropped to, the nearest of those that are used.
+        """Chooses the sizes that are used, and sorts the rows by the size that each picture is cropped to.
 
         Args:
             sizes: that may be used.
-            least: pictures that a size must have to be used, unless it is the only one.
+            least: the number of pictures that a size must have to be used, unless it is the only one.
         """
         if len(sizes) == 1:
             self.sizes = sizes
             return
         shapes = np.stack([np.asarray(sides) for sides in self._shapes], axis=1)
-        different, number, count = np.unique(shapes, axis=0, return_inverse=True, return_counts=True)
-        self.sizes = aspect.chosen(different, count, sizes, least)
-        near = aspect.nearest(different, self.sizes)[number]
-        self._places = array("Q", np.asarray(self._places)[np.argsort(near, kind="stable")].tolist())
-        counts = np.bincount(near, minlength=len(self.sizes))
+        distinct, index, count = np.unique(shapes, axis=0, return_inverse=True, return_counts=True)
+        self.sizes = aspect.used_sizes(distinct, count, sizes, least)
+        size_of_row = aspect.nearest(distinct, self.sizes)[index]
+        self._offsets = array("Q", np.asarray(self._offsets)[np.argsort(size_of_row, kind="stable")].tolist())
+        counts = np.bincount(size_of_row, minlength=len(self.sizes))
         self._starts = (counts.cumsum() - counts).tolist()
 
     def bucket(self, row: int) -> int:
-        """Returns the number of the size of this row."""
+        """Returns the index in `sizes` of the size of this row."""
         return bisect.bisect_right(self._starts, row) - 1
 
     def parts(self) -> list[range]:
@@ -238,27 +304,28 @@ class _List:
         return [range(start, end) for start, end in zip(self._starts, ends, strict=True)]
 
     def digest_of(self, rows: range, text: str) -> str:
-        """Returns a SHA-256 of the pictures, captions and sizes of these rows; the VAE is not part of it.
+        """Returns a SHA-256 of the pictures, captions and size of these rows; the VAE is not part of it.
 
         Args:
-            text: a digest of the text encoders, by whose embeddings the rows are numbered.
+            text: the fingerprint of the text encoders, by whose embeddings the rows are numbered.
         """
-        told = hashlib.sha256(f"{text} {self.sizes[self.bucket(rows.start)]}\n".encode())
+        digest = hashlib.sha256(f"{text} {self.sizes[self.bucket(rows.start)]}\n".encode())
         for record in self.read(rows):
-            told.update(f"{record.sha256} {self.captions[record.caption]} {record.caption}\n".encode())
-        return told.hexdigest()
+            digest.update(f"{record.sha256} {self.captions[record.caption]} {record.caption}\n".encode())
+        return digest.hexdigest()
 
     def read(self, rows: range) -> list[Record]:
+        """Returns the records of these rows."""
         records = []
         with self._path.open("rb") as file:
             for row in rows:
-                file.seek(self._places[row])
+                file.seek(self._offsets[row])
                 records.append(Record(**json.loads(file.readline())))
         return records
 
 
-def _plan(listed: _List, row_bytes: int, settings: config.Encode, most: int | None = None) -> dict[str, range]:
-    """Returns the rows of each shard by its name, at most so many, and of one size."""
+def _shard_rows(listed: PictureList, row_bytes: int, settings: config.Encode, most: int | None) -> dict[str, range]:
+    """Returns the rows of each shard by its name: at most `most` rows, and all of one size."""
     rows = max(1, (settings.shard_mb * _MB - _HEADER_BYTES) // row_bytes)
     rows = min(rows, most or rows)
     if rows > settings.batch:
@@ -272,18 +339,19 @@ def _batches(rows: range, size: int) -> list[range]:
 
 
 def _fingerprint(base: LoadedBase, *parts: str, **also: object) -> str:
-    """Returns a SHA-256 over these folders of the base and what else decides what comes out of them."""
+    """Returns a SHA-256 of these parts of the base, by the patterns of their folders, and of what else decides their
+    output."""
     folders = sorted(folder for part in parts for folder in base.folder.glob(part))
-    # Caches from before algorithms had versions are of the first one.
+    # Caches that were made before stages had versions are of version 1.
     version = {"version": stages.VERSIONS["encode"]} if stages.VERSIONS["encode"] > 1 else {}
     return config.digest({folder.name: sha256_folder(folder) for folder in folders} | also | version)
 
 
 def _latents_fingerprint(base: LoadedBase, rollouts: config.Rollouts | None, text: str) -> str:
-    """Returns a SHA-256 over what makes the latents.
+    """Returns a SHA-256 of what makes the latents.
 
     Args:
-        text: that of the text encoders, which has a part in what the teacher draws.
+        text: the fingerprint of the text encoders, which take part in teacher rollouts.
     """
     if rollouts is None:
         vae = {"scaling": base.latent_scale, "dtype": str(base.vae.dtype), "resize": RESIZE_FILTER}
@@ -293,68 +361,63 @@ def _latents_fingerprint(base: LoadedBase, rollouts: config.Rollouts | None, tex
 
 
 @contextmanager
-def _room(folder: Path, needed: int) -> Iterator[None]:
-    """Raises UserError with the bytes that are needed and free, if the disk is full or becomes so in the block."""
+def _disk_space(folder: Path, needed: int) -> Iterator[None]:
+    """Raises UserError with the bytes that are needed and free, if the disk is full or becomes full in the block."""
 
-    def full(where: Path) -> UserError:
+    def disk_full(path: Path) -> UserError:
         return UserError(
-            f"{where}: no disk space: the latent cache needs {needed} bytes more in {folder} and "
+            f"{path}: no disk space: the latent cache needs {needed} bytes more in {folder} and "
             f"{shutil.disk_usage(folder).free} are free; make room and run it again, finished shards are kept"
         )
 
     if needed > shutil.disk_usage(folder).free:
-        raise full(folder)
+        raise disk_full(folder)
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise full(error.filename or folder) from error
+        raise disk_full(error.filename or folder) from error
 
 
-# --- latents ----------------------------------------------------------------------------------------------------
+def _encode_shards(job: _Job, store: Store, own: list[str], ranks: Ranks) -> Iterator[tuple[str, Tensors]]:
+    """Yields name and tensors of each of this process's shards that is not finished yet."""
+    listed, batch_size = job.listed, job.settings.batch
+    missing = {name: job.shards[name] for name in own if name not in store.shards}
+    batches = [(name, batch) for name, rows in missing.items() for batch in _batches(rows, batch_size)]
+    total = sum(len(_batches(job.shards[name], batch_size)) for name in own)
+    sizes = {name: listed.sizes[listed.bucket(rows.start)] for name, rows in missing.items()}
+    cropped = ((record, sizes[name]) for name, batch in batches for record in listed.read(batch))
+    progress = track(
+        batches,
+        "draw rollouts" if job.rollouts else "encode pictures",
+        total=total,
+        completed=total - len(batches),
+        unit=batch_size * ranks.size,
+        quiet=not ranks.first,
+    )
+    parts: list[Tensors] = []
+    with _encoder(job, cropped) as encode:
+        for name, batch in progress:
+            records = listed.read(batch)
+            tensors = encode(records)
+            tensors["key"] = torch.tensor([list(bytes.fromhex(r.sha256)[:16]) for r in records], dtype=torch.uint8)
+            tensors["text_row"] = torch.tensor([listed.captions[r.caption] for r in records], dtype=torch.int32)
+            parts.append(tensors)
+            if batch.stop == missing[name].stop:
+                yield name, {key: torch.cat([part[key] for part in parts]) for key in tensors}
+                parts = []
 
 
 @contextmanager
-def _encoder(
-    base: LoadedBase, data: config.Data, settings: config.Encode, wanted: Iterable[tuple[Record, aspect.Size]]
-) -> Iterator[Callable[[list[Record]], Tensors]]:
-    """Gives what makes the latents of a batch of records, all of which come in the order of `wanted`."""
-    if not SOURCES.get(data.source).has_pictures:
-        yield RolloutEncoder(base, settings.rollouts)
-        return
-    with picture_encoder(base, data, wanted, settings.batch) as encoder:
-        yield encoder
-
-
-def _encode_shards(
-    base: LoadedBase,
-    data: config.Data,
-    settings: config.Encode,
-    listed: _List,
-    shards: dict[str, range],
-    total: int,
-    ranks: Ranks,
-) -> Iterator[tuple[str, Tensors]]:
-    """Yields name and tensors of each of `shards`.
+def _encoder(job: _Job, records: Iterable[tuple[Record, aspect.Size]]) -> Iterator[Callable[[list[Record]], Tensors]]:
+    """Gives the function that makes the latents of a batch of records.
 
     Args:
-        total: batches of this process, for the progress; those of an earlier run, too.
+        records: all records in the order of the batches, with the sizes that they are cropped to.
     """
-    batches = [(name, batch) for name, rows in shards.items() for batch in _batches(rows, settings.batch)]
-    sizes = {name: listed.sizes[listed.bucket(rows.start)] for name, rows in shards.items()}
-    wanted = ((record, sizes[name]) for name, batch in batches for record in listed.read(batch))
-    parts: list[Tensors] = []
-    done, unit = total - len(batches), settings.batch * ranks.size
-    label = "encode pictures" if SOURCES.get(data.source).has_pictures else "draw rollouts"
-    progress = track(batches, label, total=total, completed=done, unit=unit, quiet=not ranks.first)
-    with _encoder(base, data, settings, wanted) as encoded:
-        for name, batch in progress:
-            mine = listed.read(batch)
-            tensors = encoded(mine)
-            tensors["key"] = torch.tensor([list(bytes.fromhex(r.sha256)[:16]) for r in mine], dtype=torch.uint8)
-            tensors["text_row"] = torch.tensor([listed.captions[r.caption] for r in mine], dtype=torch.int32)
-            parts.append(tensors)
-            if batch.stop == shards[name].stop:
-                yield name, {key: torch.cat([part[key] for part in parts]) for key in tensors}
-                parts = []
+    if job.rollouts:
+        yield RolloutEncoder(job.base, job.rollouts)
+        return
+    with picture_encoder(job.base, job.data, records, job.settings.batch) as encoder:
+        yield encoder

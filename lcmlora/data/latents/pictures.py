@@ -1,4 +1,4 @@
-"""Latents of pictures: read ahead in threads, cropped, and sent through the VAE in batches."""
+"""Latents of pictures: threads read and crop the pictures ahead, and the VAE encodes them in batches."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,40 +25,52 @@ _LOGVAR = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clamps it
 T = TypeVar("T")
 R = TypeVar("R")
 Tensors = dict[str, Tensor]
-Loaded = tuple[np.ndarray, tuple[int, int], tuple[int, int]]
+
+
+class _Crop(NamedTuple):
+    """A cropped picture.
+
+    pixels: (height, width, 3) uint8.
+    original_size: height and width of the picture before.
+    corner: top and left of the crop in the resized picture.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    original_size: tuple[int, int]
+    corner: tuple[int, int]
 
 
 @contextmanager
 def picture_encoder(
-    base: LoadedBase, data: Data, wanted: Iterable[tuple[Record, Size]], batch: int
+    base: LoadedBase, data: Data, records: Iterable[tuple[Record, Size]], batch: int
 ) -> Iterator[Callable[[list[Record]], Tensors]]:
     """Gives a function from the records of a batch to the rows of a shard (cache.py).
 
     Args:
         base: with its VAE.
-        wanted: all records in the order in which the function will be given them, so that it need not wait for them,
-            each with the size in which it is wanted.
+        records: all records, in the order in which the function will get them, so that their pictures are read ahead;
+            each with the size that it is cropped to.
         batch: pictures in a call.
     """
 
     source = open_source(data)
 
-    def load(item: tuple[Record, Size]) -> Loaded:
+    def load(item: tuple[Record, Size]) -> _Crop:
         record, size = item
         picture = source.picture(record, base.resolution)
-        fitted, crop = fit(picture, *size)
-        return np.asarray(fitted), (picture.height, picture.width), crop
+        cropped, corner = fit(picture, *size)
+        return _Crop(np.asarray(cropped), (picture.height, picture.width), corner)
 
     with ThreadPoolExecutor(source.readers()) as pool:
-        loaded = _ahead(pool, load, wanted, depth=2 * batch)
+        crops = _ahead(pool, load, records, depth=2 * batch)
         try:
-            yield lambda records: _encode(base, records, list(islice(loaded, len(records))))
+            yield lambda of_batch: _encode(base, of_batch, list(islice(crops, len(of_batch))))
         finally:
-            loaded.close()
+            crops.close()
 
 
-def _encode(base: LoadedBase, records: list[Record], loaded: list[Loaded]) -> Tensors:
-    pixels, sizes, crops = zip(*loaded, strict=True)
+def _encode(base: LoadedBase, records: list[Record], crops: list[_Crop]) -> Tensors:
+    pixels, sizes, corners = zip(*crops, strict=True)
     pictures = torch.from_numpy(np.stack(pixels)).to(base.device).permute(0, 3, 1, 2).contiguous()
     mean, logvar = base.encode_pictures(pictures.float().div_(127.5).sub_(1))
     mean = mean.half()
@@ -71,14 +84,14 @@ def _encode(base: LoadedBase, records: list[Record], loaded: list[Loaded]) -> Te
         "latent_mean": mean.cpu(),
         "latent_logvar": logvar.clamp(*_LOGVAR).half().cpu(),
         "orig_size": torch.tensor(sizes, dtype=torch.int32),
-        "crop_tl": torch.tensor(crops, dtype=torch.int32),
+        "crop_tl": torch.tensor(corners, dtype=torch.int32),
     }
 
 
 def _ahead(
     pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], depth: int
 ) -> Generator[R, None, None]:
-    """Yields function(item) in order, computed in the pool at most `depth` items ahead."""
+    """Yields function(item) for each item in order; the pool computes up to `depth` results ahead."""
     source = iter(items)
     waiting = deque(pool.submit(function, item) for item in islice(source, depth))
     try:

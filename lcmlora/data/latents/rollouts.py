@@ -1,7 +1,7 @@
-"""Latents of prompts that come without pictures: the teacher draws them, by guided DDIM on the grid of a distillation.
+"""Teacher rollouts: latents of prompts without pictures, which the teacher draws by guided DDIM.
 
-They stand in the latent cache where those of pictures would, as `latent_mean` with no spread. With `states` the cache
-also has the way there, and a distillation can start from it (arXiv 2511.20410 has the idea).
+The latent cache has them in place of latents of pictures, as `latent_mean` with a variance of almost zero. With
+`states` it also has the latents of all steps, from which a distillation can start (the idea of arXiv 2511.20410).
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from lcmlora.diffusion.noise import generator
 from lcmlora.diffusion.teacher import Teacher
 from lcmlora.errors import UserError
 
-MOST = 512  # rows of a shard: what a killed run has to draw again at most
-NO_SPREAD = -30.0  # log-variance, the lowest of diffusers' DiagonalGaussianDistribution
+SHARD_ROWS = 512  # at most; a run that is killed loses no more rollouts than that
+MIN_LOGVAR = -30.0  # the lowest log-variance of diffusers' DiagonalGaussianDistribution
 
 
 class RolloutEncoder:
-    """Draws with the base alone.
+    """A function from the records (N,) of a batch to the rows of a shard (cache.py), drawn by the teacher.
 
-    Args of its call: the records (N,) of a batch. It returns the rows of a shard (cache.py), and `states`
-    (N, steps + 1, C, h, w) fp16 where the settings ask for them: at t = 0, then at every timestep of the grid.
+    If the settings ask for them, the rows have `states` (N, steps + 1, C, h, w) fp16: the latents at t = 0, then at
+    every solver timestep, ascending.
     """
 
     def __init__(self, base: LoadedBase, settings: Rollouts) -> None:
         """Args:
-        base: with its UNet and text encoders.
+        base: with its network and text encoders.
         """
         self._base, self._settings = base, settings
         self._teacher = Teacher(base, base.unconditional(), settings.steps)
 
     def __call__(self, records: list[Record]) -> dict[str, Tensor]:
-        """Raises UserError where a latent is not finite."""
+        """Raises UserError if a latent is not finite."""
         base, teacher, count = self._base, self._teacher, len(records)
         conditioning = sampling.text_conditioning(base, [record.caption for record in records])
-        # The noise is the prompt's own, so that a list that grows changes no latent.
+        # Each prompt has noise of its own, so that a list that grows changes no latent.
         noise = [torch.randn(base.latent_shape, generator=generator("rollout", record.sha256)) for record in records]
         x = torch.stack(noise).to(base.device)
         w = torch.full((count,), self._settings.w, device=base.device)
@@ -56,7 +56,7 @@ class RolloutEncoder:
             )
         rows = {
             "latent_mean": x.half().cpu(),
-            "latent_logvar": torch.full(x.shape, NO_SPREAD, dtype=torch.float16),
+            "latent_logvar": torch.full(x.shape, MIN_LOGVAR, dtype=torch.float16),
             "orig_size": torch.full((count, 2), base.resolution, dtype=torch.int32),
             "crop_tl": torch.zeros(count, 2, dtype=torch.int32),
         }

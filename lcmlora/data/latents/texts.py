@@ -1,4 +1,4 @@
-"""The text of a latent cache: embeddings of the distinct captions or, where those would take too much, token ids."""
+"""The captions of a latent cache: their embeddings, or their token ids if the embeddings would be too large."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.families import Conditioning
-from lcmlora.data.latents.cache import UNCONDITIONAL, Tensors, tokens
+from lcmlora.data.latents.cache import UNCONDITIONAL, Tensors, token_ids_name
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import note
 from lcmlora.progress import track
@@ -18,22 +18,22 @@ _MB = 1 << 20
 
 @dataclass(frozen=True)
 class TextPlan:
-    """What is kept of the captions.
+    """How the captions are kept.
 
-    tokenized: token ids alone; the text encoders run in every step of training.
-    size: bytes.
+    tokenized: only as token ids; the text encoders run in every step of training.
+    size: bytes that text.safetensors takes.
     """
 
     tokenized: bool
     size: int
 
 
-def plan(base: LoadedBase, captions: int, limit_mb: int) -> TextPlan:
-    """Returns how so many captions are kept.
+def plan_text(base: LoadedBase, captions: int, limit_mb: int) -> TextPlan:
+    """Returns how this number of distinct captions is kept.
 
     Args:
         base: with its text encoders.
-        limit_mb: that embeddings may take.
+        limit_mb: megabytes that embeddings may take.
     """
     row = sum(value.numel() for value in base.unconditional().values()) * _dtype(base).itemsize
     size = row * (captions + 1)
@@ -42,39 +42,40 @@ def plan(base: LoadedBase, captions: int, limit_mb: int) -> TextPlan:
     return TextPlan(tokenized=True, size=row + 4 * captions * sum(base.token_lengths))
 
 
-def tensors(base: LoadedBase, captions: list[str], size: int, text: TextPlan) -> tuple[Tensors, int]:
-    """Returns what text.safetensors holds (cache.py), and how many captions a text encoder does not read to their end.
+def encode_captions(base: LoadedBase, captions: list[str], batch: int, plan: TextPlan) -> tuple[Tensors, int]:
+    """Returns the tensors of text.safetensors (cache.py), and how many captions have more tokens than a text encoder
+    reads.
 
     Args:
-        size: captions in a forward.
+        batch: captions in a forward.
 
     Raises:
-        UserError: an embedding that is not finite.
+        UserError: an embedding is not finite.
     """
-    if text.tokenized:
-        _say(
+    if plan.tokenized:
+        _note(
             f"the embeddings of {len(captions)} captions are over encode.text_cache_mb: their token ids are kept, and "
             "the text encoders run in every step of training"
         )
-    batches = [captions[start : start + size] for start in range(0, len(captions), size)]
-    label = "tokenize captions" if text.tokenized else "encode captions"
-    kept = _token_ids if text.tokenized else _embeddings
+    batches = [captions[start : start + batch] for start in range(0, len(captions), batch)]
+    label = "tokenize captions" if plan.tokenized else "encode captions"
+    make_rows = _token_ids if plan.tokenized else _embeddings
     parts, cut = [], 0
-    for batch in track(batches, label, unit=size):
-        parts.append(kept(base, batch))
-        cut += base.cut(batch)
+    for texts in track(batches, label, unit=batch):
+        parts.append(make_rows(base, texts))
+        cut += base.count_truncated(texts)
     if cut:
-        _say(f"{cut} of {len(captions)} captions have more tokens than the text encoder reads; the rest is cut off")
+        _note(f"{cut} of {len(captions)} captions have more tokens than the text encoder reads; the rest is cut off")
     whole = {name: torch.cat([rows[name] for rows in parts]) for name in parts[0]}
     return whole | {UNCONDITIONAL + name: value for name, value in _stored(base, base.unconditional()).items()}, cut
 
 
-def _say(told: str) -> None:
-    note(f"encode: {told}")
+def _note(line: str) -> None:
+    note(f"encode: {line}")
 
 
 def _token_ids(base: LoadedBase, captions: list[str]) -> Tensors:
-    return {tokens(number): ids.int() for number, ids in enumerate(base.tokenize(captions))}
+    return {token_ids_name(number): ids.int() for number, ids in enumerate(base.tokenize(captions))}
 
 
 def _embeddings(base: LoadedBase, captions: list[str]) -> Tensors:

@@ -1,4 +1,4 @@
-"""What a source finds before anything is decoded: pictures with captions, where they lie, and why one is refused."""
+"""Candidates, which are pictures with captions that are not decoded yet, and rejections with their reasons."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any, NamedTuple
 
 from lcmlora.io import terminal
 
-# What a person would call a picture. Those that are not decoded are reported instead of overlooked.
+# Endings of pictures. Pictures in formats that are not decoded are rejected with a reason, not overlooked.
 SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2",
 }  # fmt: skip
-TEXTS = (".txt", ".caption", ".text")  # files with the caption of a picture; where several have one, the first counts
+TEXTS = (".txt", ".caption", ".text")  # endings of caption files, in the order in which they count
 MAX_BYTES = 1 << 28  # of a file; uncompressed, the largest picture that Pillow opens has as many
 MAX_CAPTION = 1 << 16  # bytes; text encoders read 77 tokens of it
 
-CAPTIONS = ("caption", "text", "TEXT", "prompt")  # by which tables, JSON and metadata name it
+CAPTIONS = ("caption", "text", "TEXT", "prompt")  # names of the caption in tables, JSON and metadata
 
 _MAX_NAME = 200  # characters of a displayed name
 
 NOT_A_PICTURE = "not a JPEG, PNG or WebP picture, or its header is broken"
-LFS = "a pointer of Git LFS instead of a picture"
+LFS_POINTER = "a pointer of Git LFS instead of a picture"
 DAMAGED = "damaged or truncated"
 TOO_LARGE = "too many pixels or bytes (decompression bomb)"
 EMPTY = "file of zero bytes"
@@ -34,7 +34,7 @@ UNREADABLE = "file cannot be read"
 AMBIGUOUS = "several files have this name but for upper case, accents or slashes"
 NO_FILE = "no file but a pipe, a socket or a device"
 LINKED = "link that leads out of the folder (data.links)"
-TWICE = "named twice in the metadata; the first caption counts"
+NAMED_TWICE = "named twice in the metadata; the first caption counts"
 OUTSIDE = "leads out of the folder"
 NOT_UTF8 = "file name or caption is not UTF-8"
 NO_CAPTION = "no caption"
@@ -66,7 +66,11 @@ _ADDRESS = re.compile(r"(?:https?://|www\.)\S+")
 
 
 class Caption(NamedTuple):
-    """A caption: cleaned, empty where it says nothing; and as it was written, where cleaning took words from it."""
+    """A caption.
+
+    text: cleaned; may be empty.
+    raw: as it was written, if cleaning took words from it.
+    """
 
     text: str
     raw: str | None = None
@@ -74,12 +78,12 @@ class Caption(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A picture that is named with a caption.
+    """A picture with a caption, not decoded yet.
 
-    key: unique and stable, told to people.
+    key: unique and stable; people see it.
     caption: not empty.
-    place: by which its source reads it.
-    scores: what the source says of it in numbers, of those that are asked for.
+    place: where its source reads it.
+    scores: its numbers for `data.scores`.
     """
 
     key: str
@@ -92,9 +96,9 @@ class Candidate:
 class Rejection:
     """A picture that cannot be used, and why.
 
-    reason: the same for all that have it, since they are counted by it.
-    place: by which its source reads it, where it can be read.
-    detail: what is known of this one alone, for the line that stops a run and names the first of its reason.
+    reason: one of a few texts; rejections are counted by it.
+    place: where its source reads it, if it can be read.
+    detail: about this picture only; an error that stops a run shows it.
     """
 
     name: str
@@ -104,7 +108,7 @@ class Rejection:
 
 
 class Unusable(Exception):
-    """The reason why the picture at hand is rejected, and what is true of this one alone."""
+    """A picture or row cannot be used: the reason, and a detail about this one only."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -114,7 +118,7 @@ class Unusable(Exception):
 def clean_caption(text: str) -> Caption:
     """Returns the caption in NFKC without control characters, HTML, addresses and surplus white space."""
     plain = _plain(text)
-    unescaped = _ENTITY.sub(lambda found: html.unescape(found[0]), plain)
+    unescaped = _ENTITY.sub(lambda entity: html.unescape(entity[0]), plain)
     bare = _plain(_ADDRESS.sub(" ", _MARKUP.sub(" ", unescaped)))
     return Caption(bare, plain if plain != bare else None)
 
@@ -126,17 +130,17 @@ def _plain(text: str) -> str:
     return " ".join("".join(kept).split())
 
 
-def scores_in(told: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
-    """Returns the numbers under these names; what is none, or not there, is left out."""
-    found = {}
+def scores_in(fields: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+    """Returns the numbers with these names; leaves out what is missing or no number."""
+    scores = {}
     for name in names:
         try:
-            value = float(told[name])
+            value = float(fields[name])
         except (KeyError, TypeError, ValueError):
             continue
         if not math.isnan(value):
-            found[name] = value
-    return found
+            scores[name] = value
+    return scores
 
 
 def printable(name: str) -> str:
@@ -150,7 +154,7 @@ def display_name(name: str) -> str:
 
 
 def decoded_caption(content: bytes) -> Caption:
-    """Returns the caption that these bytes are. Raises Unusable."""
+    """Returns the caption in these bytes of UTF-8. Raises Unusable."""
     if len(content) > MAX_CAPTION:
         raise Unusable(LONG_CAPTION)
     try:

@@ -1,15 +1,15 @@
-"""Which files of a folder have the captions of which pictures, and what they say.
+"""Captions in files beside the pictures of a folder: finds the files of each picture, and reads them.
 
-A caption lies beside its picture under the same name: `cat.png` has `cat.txt` or `cat.png.txt`, in any case of letters.
-Where several files have one, the first that says something counts: .txt, then .caption, then .text, then the `caption`,
+The caption file has the picture's name: `cat.png` has `cat.txt` or `cat.png.txt`, in any case of letters. If several
+files have a caption, the first one that is not empty counts: .txt, then .caption, then .text, then the `caption`,
 `text` or `prompt` of a .json. Several lines are one caption.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lcmlora.data.reading.candidates import (
     AMBIGUOUS,
@@ -23,110 +23,124 @@ from lcmlora.data.reading.candidates import (
     decoded_caption,
     scores_in,
 )
-from lcmlora.data.reading.file_names import Names
-from lcmlora.data.reading.picture_folders import Place
-from lcmlora.io.parsing import Malformed, parse_json
+from lcmlora.data.reading.file_names import FileNames
+from lcmlora.data.reading.picture_folders import PictureFolder
+from lcmlora.io.parsing import JsonObject, Malformed, parse_json
 
 JSON = ".json"
 BAD_JSON = "the JSON beside it cannot be read"
-_MAX_JSON = 1 << 20  # bytes; it may have more than a caption
-
-Told = tuple[Caption, dict[str, float]]
+_MAX_JSON = 1 << 20  # bytes; it may hold more than a caption
 
 
-class Found(NamedTuple):
-    """What the files beside a picture say of it, or why it is refused; and which files that were."""
+class Description(NamedTuple):
+    """A picture's caption, and its numbers for `data.scores`."""
 
-    told: Told | Unusable
+    caption: Caption
+    scores: dict[str, float]
+
+
+class ReadDescription(NamedTuple):
+    """A picture's description, or why the picture is refused; and the files that were read for it."""
+
+    description: Description | Unusable
     files: list[str]
 
 
-class Beside:
-    """The files of captions in a folder, and those of each picture."""
+class CaptionFiles:
+    """The caption files of a folder, by picture."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._files: dict[str, list[str]] = {}  # by their names without the ending, the first that counts first
+        self._files: dict[str, list[str]] = {}  # by name without ending; the file that counts first comes first
         for name in sorted(names, key=_order):
             if _ending(name) in (*TEXTS, JSON):
                 self._files.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name)
-        self._stems = Names(self._files)
+        self._stems = FileNames(self._files)
 
     def of(self, picture: str) -> list[str]:
-        """Returns the files with captions of a picture, the one that counts first. Raises Unusable: it is ambiguous."""
-        found: list[str] = []
+        """Returns the caption files of a picture, the one that counts first. Raises Unusable if they are ambiguous."""
+        files: list[str] = []
         for stem in _stems(picture):
-            stems = self._stems.alike(stem)
-            if len(stems) > 1:
-                files = " or ".join(self._files[each][0] for each in stems[:3])
-                raise Unusable(AMBIGUOUS, f"its caption could be {files}")
-            found += [name for each in stems for name in self._files[each] if name not in found]
-        return found
+            matches = self._stems.matches(stem)
+            if len(matches) > 1:
+                possible = " or ".join(self._files[match][0] for match in matches[:3])
+                raise Unusable(AMBIGUOUS, f"its caption could be {possible}")
+            files += [name for match in matches for name in self._files[match] if name not in files]
+        return files
 
-    def all_of(self, picture: str) -> list[str]:
-        """Returns the files that may have a caption of this picture, however ambiguous."""
-        stems = {each for stem in _stems(picture) for each in self._stems.alike(stem)}
-        return [name for each in stems for name in self._files[each]]
+    def possible(self, picture: str) -> list[str]:
+        """Returns the files that may have this picture's caption, also if they are ambiguous."""
+        stems = {match for stem in _stems(picture) for match in self._stems.matches(stem)}
+        return [name for stem in stems for name in self._files[stem]]
 
 
-def read(place: Place, files: dict[str, list[str]], scores: tuple[str, ...]) -> dict[str, Found]:
-    """Returns what the files beside pictures say of each; nothing of those whose files say nothing.
+def read_captions(
+    folder: PictureFolder, files: dict[str, list[str]], scores: tuple[str, ...]
+) -> dict[str, ReadDescription]:
+    """Returns the descriptions of pictures from the files beside them; leaves out pictures whose files are all empty.
 
     Args:
         files: of each picture, the one that counts first.
-        scores: numbers that are wanted of each; a .json has them, whichever file has the caption.
+        scores: names of the numbers that are wanted; a .json has them, whichever file has the caption.
     """
-    found: dict[str, Found] = {}
+    found: dict[str, ReadDescription] = {}
     texts = {picture: [name for name in names if _ending(name) != JSON] for picture, names in files.items()}
-    while left := {picture: names.pop(0) for picture, names in texts.items() if names and picture not in found}:
-        for picture, content in _contents(place, left, MAX_CAPTION):
+    while next_files := {picture: names.pop(0) for picture, names in texts.items() if names and picture not in found}:
+        for picture, content in _contents(folder, next_files, MAX_CAPTION):
             try:
                 if isinstance(content, Unusable):
                     raise content
                 if (caption := decoded_caption(content)).text:
-                    found[picture] = Found((caption, {}), [left[picture]])
+                    found[picture] = ReadDescription(Description(caption, {}), [next_files[picture]])
             except Unusable as reason:
-                found[picture] = Found(reason, [left[picture]])
+                found[picture] = ReadDescription(reason, [next_files[picture]])
     jsons = {picture: names[-1] for picture, names in files.items() if names and _ending(names[-1]) == JSON}
     jsons = {picture: name for picture, name in jsons.items() if scores or picture not in found}
-    for picture, content in _contents(place, jsons, _MAX_JSON):
+    for picture, content in _contents(folder, jsons, _MAX_JSON):
         known, read = found.get(picture, (None, []))
         try:
             fields = _json(content)
-            caption = known[0] if isinstance(known, tuple) else caption_in(fields)
+            caption = known.caption if isinstance(known, Description) else caption_in(fields)
             if isinstance(known, Unusable) or not caption.text:
                 continue
-            found[picture] = Found((caption, scores_in(fields, scores)), [*read, jsons[picture]])
+            description = Description(caption, scores_in(fields, scores))
+            found[picture] = ReadDescription(description, [*read, jsons[picture]])
         except Unusable as reason:
-            found[picture] = Found(reason, [*read, jsons[picture]])
+            found[picture] = ReadDescription(reason, [*read, jsons[picture]])
     return found
 
 
-def caption_in(fields: dict[str, Any], names: Collection[str] = CAPTIONS) -> Caption:
-    """Returns the caption that a row or a JSON object has; an empty one where it has none. Raises Unusable."""
-    text = next((fields[name] for name in names if isinstance(fields.get(name), str) and fields[name].strip()), "")
+def caption_in(fields: Mapping[str, object], names: Collection[str] = CAPTIONS) -> Caption:
+    """Returns the caption in a row or a JSON object: the first of these fields that is not empty; else an empty one.
+
+    Raises:
+        Unusable: it is too long.
+    """
+    texts = (text for name in names if isinstance(text := fields.get(name), str))
+    text = next((text for text in texts if text.strip()), "")
     if len(text) > MAX_CAPTION:
         raise Unusable(LONG_CAPTION)
     return clean_caption(text)
 
 
-def _contents(place: Place, files: dict[str, str], limit: int) -> Iterable[tuple[str, bytes | Unusable]]:
-    """Yields the content of each picture's file, or why there is none."""
-    refused = {picture: place.tree.refused[name] for picture, name in files.items() if name in place.tree.refused}
+def _contents(folder: PictureFolder, files: dict[str, str], limit: int) -> Iterable[tuple[str, bytes | Unusable]]:
+    """Yields the content of each picture's file, or the reason why it cannot be used."""
+    all_refused = folder.listing.refused
+    refused = {picture: all_refused[name] for picture, name in files.items() if name in all_refused}
     yield from ((picture, Unusable(reason)) for picture, reason in refused.items())
-    wanted = [picture for picture in files if picture not in refused]
-    yield from zip(wanted, place.texts([files[picture] for picture in wanted], limit), strict=True)
+    readable = [picture for picture in files if picture not in refused]
+    yield from zip(readable, folder.read_small_files([files[picture] for picture in readable], limit), strict=True)
 
 
-def _json(content: bytes | Unusable) -> dict[str, Any]:
+def _json(content: bytes | Unusable) -> JsonObject:
     if isinstance(content, Unusable):
         raise content
     if len(content) > _MAX_JSON:
         raise Unusable(BAD_JSON)
     try:
-        told = parse_json(content, nan_is_null=True)
+        value = parse_json(content, nan_is_null=True)
     except Malformed:
         raise Unusable(BAD_JSON) from None
-    return told if isinstance(told, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _stems(picture: str) -> tuple[str, str]:
@@ -138,7 +152,7 @@ def _ending(name: str) -> str:
 
 
 def _order(name: str) -> tuple[int, bool, str]:
-    """Sorts by which ending counts first; the one that is spelled as people mostly do goes before one in capitals."""
+    """Sorts by the ending that counts first; an ending in lower case comes before the same one in capitals."""
     ending = PurePosixPath(name).suffix
     rank = (*TEXTS, JSON).index(ending.lower()) if ending.lower() in (*TEXTS, JSON) else 9
     return rank, ending != ending.lower(), name

@@ -1,10 +1,10 @@
-"""What lies in a folder of this machine, and which links in it are followed.
+"""The files below a folder of this machine, and which symbolic links in it are followed.
 
-A link may lead anywhere within its own data folder. What it may reach besides is said by `data.links`, and is the same
-for pictures, tables and tar files. Caches that tools fill with the files of a folder, and link to, always count as
-part of it: DVC's or git-annex's of the repository that the folder lies in, and the blobs of the hub's snapshot that it
-is. The project is the nearest folder above the data that has a params.yaml: one that comes with a data set only makes
-narrower what its links may reach.
+A link may lead anywhere within its own data folder; the setting `data.links` says where else it may lead, for pictures,
+tables and tar files alike. Caches that tools fill with a folder's files and link to always count as part of the folder:
+the cache of DVC or git-annex in the folder's repository, and the blobs of a snapshot of the Hugging Face hub. The
+project is the nearest folder at or above the data that has a params.yaml, so a params.yaml that comes with a data set
+only narrows where its links may lead.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ _ANNEX = Path(".git", "annex", "objects")
 _SNAPSHOT = re.compile(r"(?P<hub>.*/(?:datasets|models|spaces)--[^/]+)/snapshots/[^/]+(?:/.*)?")
 
 
-class Links:
-    """Where links of a folder may lead: refuse, project or follow, as `data.links` has them."""
+class LinkRule:
+    """Where the links of a folder may lead: refuse, project or follow, as in `data.links`."""
 
     def __init__(self, root: Path, rule: str) -> None:
         self.root = root.resolve()
         self._rule = rule
-        self._whole = [self.root, *_hub_blobs(self.root)]
-        self._whole += [p / _ANNEX for p in self.root.parents if (p / _ANNEX).is_dir()][:1]
-        # A repository may come with a data set. Of a cache outside of it only what has a blob's name is taken.
-        self._blobs: list[Path] = []
+        self._own_folders = [self.root, *_hub_blobs(self.root)]
+        self._own_folders += [p / _ANNEX for p in self.root.parents if (p / _ANNEX).is_dir()][:1]
+        # A repository may come with a data set, so in a cache outside of it only files with a blob's name may be read.
+        self._outer_caches: list[Path] = []
         if repository := next((p for p in self.root.parents if (p / ".dvc").is_dir()), None):
             for cache in _dvc_caches(repository):
-                (self._whole if cache.is_relative_to(repository) else self._blobs).append(cache)
-        above = (self.root, *self.root.parents)
-        self._project = next((folder for folder in above if (folder / PARAMS).is_file()), None)
+                (self._own_folders if cache.is_relative_to(repository) else self._outer_caches).append(cache)
+        at_or_above = (self.root, *self.root.parents)
+        self._project = next((folder for folder in at_or_above if (folder / PARAMS).is_file()), None)
 
-    def allow(self, path: str | Path) -> bool:
-        """Whether what this path is, with all links in it followed, may be read."""
+    def allows(self, path: str | Path) -> bool:
+        """Returns whether the file or folder to which this path leads, over all links, may be read."""
         real = Path(os.path.realpath(path))
-        if self._rule == "follow" or any(real.is_relative_to(folder) for folder in self._whole):
+        if self._rule == "follow" or any(real.is_relative_to(folder) for folder in self._own_folders):
             return True
-        if any(_BLOB.fullmatch(_below(real, cache)) for cache in self._blobs):
+        if any(_BLOB.fullmatch(_below(real, cache)) for cache in self._outer_caches):
             return True
         if self._rule == "project" and self._project and real.is_relative_to(self._project):
             return not any(part.startswith(".") for part in real.relative_to(self._project).parts)
@@ -53,13 +53,13 @@ class Links:
 
 
 @dataclass
-class Tree:
+class FolderListing:
     """The files below a folder, by their paths below it.
 
     names: files that may be read.
-    refused: other files and links to folders (their names end in /), with the reason.
+    refused: files and folders that must not or cannot be read, with the reason; names of folders end in a slash.
     repeated: links to folders that are read under another name.
-    hidden: names that begin with a dot, which are not looked at.
+    hidden: files and folders whose names begin with a dot; they are not read.
     """
 
     names: list[str] = field(default_factory=list)
@@ -68,54 +68,54 @@ class Tree:
     hidden: list[str] = field(default_factory=list)
 
 
-def walk(links: Links) -> Tree:
-    """Returns what lies below the folder whose links these are. A folder is looked into once, however many lead to it.
+def list_folder(links: LinkRule) -> FolderListing:
+    """Returns the files below the rule's folder. Each folder is read once, however many links lead to it.
 
-    What lies there in truth comes before what a link leads to.
+    Folders that are really there are read before those that links lead to.
     """
-    tree = Tree()
-    seen: set[tuple[int, int]] = set()
+    listing = FolderListing()
+    seen: set[tuple[int, int]] = set()  # device and inode
     folders, linked = [""], list[str]()
     while folders or linked:
         folder = folders.pop() if folders else linked.pop(0)
         path = links.root / folder
         try:
-            told = path.stat()
+            status = path.stat()
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError:
-            tree.refused[f"{folder}/"] = UNREADABLE
+            listing.refused[f"{folder}/"] = UNREADABLE
             continue
-        if (told.st_dev, told.st_ino) in seen:
-            tree.repeated.append(f"{folder}/")
+        if (status.st_dev, status.st_ino) in seen:
+            listing.repeated.append(f"{folder}/")
             continue
-        seen.add((told.st_dev, told.st_ino))
+        seen.add((status.st_dev, status.st_ino))
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.name.startswith("."):
-                tree.hidden.append(name)
+                listing.hidden.append(name)
             elif entry.is_dir(follow_symlinks=False):
                 folders.append(name)
             elif entry.is_file(follow_symlinks=False):
-                tree.names.append(name)
+                listing.names.append(name)
             elif not entry.is_symlink():
-                tree.refused[name] = NO_FILE
+                listing.refused[name] = NO_FILE
             elif reason := _refusal(entry, links):
-                tree.refused[f"{name}/" if _is_folder(entry) else name] = reason
+                listing.refused[f"{name}/" if _is_folder(entry) else name] = reason
             elif _is_folder(entry):
                 linked.append(name)
             else:
-                tree.names.append(name)
-    tree.names.sort()
-    return tree
+                listing.names.append(name)
+    listing.names.sort()
+    return listing
 
 
-def _refusal(entry: os.DirEntry[str], links: Links) -> str:
-    """Returns why this link is not followed; nothing where it is."""
-    if not links.allow(entry.path):
+def _refusal(entry: os.DirEntry[str], links: LinkRule) -> str:
+    """Returns why this link is not followed; empty if it is."""
+    if not links.allows(entry.path):
         return LINKED
     try:
-        found = entry.is_dir() or entry.is_file()
-        return "" if found else NO_FILE if Path(entry.path).exists() else MISSING
+        is_found = entry.is_dir() or entry.is_file()
+        return "" if is_found else NO_FILE if Path(entry.path).exists() else MISSING
     except OSError:  # it leads to itself
         return MISSING
 
@@ -128,16 +128,18 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _below(path: Path, folder: Path) -> str:
+    """Returns the path relative to a folder; empty if it is not in the folder."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else ""
 
 
 def _hub_blobs(root: Path) -> Iterator[Path]:
-    if found := _SNAPSHOT.fullmatch(root.as_posix()):
-        yield Path(found["hub"], "blobs").resolve()
+    """Yields the folder of blobs of a hub's snapshot, if the folder is one."""
+    if snapshot := _SNAPSHOT.fullmatch(root.as_posix()):
+        yield Path(snapshot["hub"], "blobs").resolve()
 
 
 def _dvc_caches(repository: Path) -> Iterator[Path]:
-    """Yields where DVC keeps a repository's files: by default, and by the settings of it, the user and the machine."""
+    """Yields the caches of a repository: DVC's default, and those in the settings of repository, user and machine."""
     yield Path(os.path.realpath(repository / ".dvc" / "cache"))
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     own = Path(os.environ.get("DVC_GLOBAL_CONFIG_DIR") or home / "dvc")

@@ -1,7 +1,8 @@
-"""Parquet files, read within limits: whatever a damaged or hostile one does is an `Unusable` with a reason.
+"""Reads Parquet files within limits; a damaged or hostile one raises `Unusable` with a reason.
 
-Its footer says how many rows and bytes there are, and neither is believed: a file of a kilobyte may say millions of
-rows, and a page of a kilobyte expand to gigabytes. Read from outside only in processes that may end (isolation.py).
+The numbers of rows and bytes in the footer are checked first: a file of a kilobyte may claim millions of rows, and a
+page of a kilobyte may expand to gigabytes. Files of others are read only in processes that may crash
+(lcmlora/io/isolation.py).
 """
 
 from __future__ import annotations
@@ -25,25 +26,35 @@ EXPANDS = "expands to far more than its bytes (decompression bomb)"
 TWO_COLUMNS = "two columns of one name"
 
 GIVEN_UP = "most rows before it are damaged; the table is not read from here on"
-MAX_REFUSED = 100_000  # rows of a table that are rejected one by one, where they are most of its rows
+MAX_REFUSED = 100_000  # rows that are rejected one by one, if they are most rows of the table
 PIECE_ROWS = 50_000
 PIECE_BYTES = 16 << 20  # of texts
 PIECE_SECONDS = 10.0  # a bucket may be slow, and a piece has 60 seconds
-MAX_LOST = 8  # groups of rows of a table that may hang or crash before no further one is tried
+MAX_LOST = 8  # groups of rows of a table that may crash or hang the process before the rest is given up
 
 _BATCH = 1024  # rows
-_ROWS = 1 << 16  # that any file may have; more need bytes
-_ROWS_OF_BYTE = 16
-_BYTES = 64 << 20  # to which any file, or a column of a group of rows, may expand; more need bytes in the file
-_RATIO = 256
-_BUFFER = 4 << 20  # bytes read at once; without it a whole column of a group is
+_ROWS = 1 << 16  # rows that a file of any size may have in a group
+_ROWS_PER_BYTE = 16  # further rows for each byte of the file
+_BYTES = 64 << 20  # bytes to which a file of any size may expand
+_EXPANSION = 256  # further bytes for each byte of the file
+_BUFFER = 4 << 20  # bytes read at once; by default a whole column of a group is
+
+# A row's values by column, as Python objects of any type; texts are bytes, and a value that cannot be read is Unusable.
+ParquetRow = dict[str, Any]
 
 
 class ParquetTable:
-    """One parquet file, opened. `names` are those of its columns."""
+    """One Parquet file that is open.
+
+    Attributes:
+        size: bytes of the file.
+        names: of the columns.
+        groups: how many groups of rows it has.
+        limit: bytes to which its texts may expand.
+    """
 
     def __init__(self, path: str, table: str) -> None:
-        """Raises Unusable; UserError where it cannot be opened as a file."""
+        """Raises Unusable; UserError if the file cannot be opened."""
         import pyarrow.parquet
 
         file = Files(path).open(table)
@@ -57,36 +68,36 @@ class ParquetTable:
             raise
         except Exception as error:  # Arrow raises whatever broken bytes lead it to
             raise Unusable(NOT_PARQUET) from error
-        self.limit = _BYTES + _RATIO * self.size  # bytes to which all its texts may expand
+        self.limit = _BYTES + _EXPANSION * self.size
 
-    def named(self, name: str) -> list[str]:
-        """Returns the columns of this name: the one itself, else those that differ in case."""
+    def columns_named(self, name: str) -> list[str]:
+        """Returns the column with exactly this name; if there is none, those whose names differ only in case."""
         return [name] if name in self.names else [n for n in self.names if n.casefold() == name.casefold()]
 
-    def kind(self, name: str) -> Any:
-        """Returns the type of a column; of a dictionary that of its values. Raises Unusable."""
+    def type_of(self, name: str) -> Any:
+        """Returns the Arrow type of a column; for a dictionary, the type of its values. Raises Unusable."""
         import pyarrow.types
 
         if self.names.count(name) > 1:
             raise Unusable(TWO_COLUMNS)
-        kind = self._file.schema_arrow.field(name).type
-        return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        column_type = self._file.schema_arrow.field(name).type
+        return column_type.value_type if pyarrow.types.is_dictionary(column_type) else column_type
 
     def rows(self, group: int) -> int:
-        """Returns how many rows a group has. Raises Unusable where they are more than its bytes can be."""
+        """Returns how many rows a group has. Raises Unusable if they are more than the file's bytes can hold."""
         try:
             rows = int(self._metadata.row_group(group).num_rows)
         except Exception as error:
             raise Unusable(CORRUPT) from error
-        if not 0 <= rows <= _ROWS + _ROWS_OF_BYTE * self.size:
+        if not 0 <= rows <= _ROWS + _ROWS_PER_BYTE * self.size:
             raise Unusable(EXPANDS if rows > 0 else CORRUPT)
         return rows
 
     def batches(self, group: int, columns: Collection[str], size: int) -> Iterator[Any]:
-        """Yields the rows of a group in record batches of `size`. Raises Unusable, after what could be read."""
+        """Yields the rows of a group in record batches of `size` rows. Raises Unusable after the last readable one."""
         if not columns:
             return
-        self._check(group)
+        self._check_size(group)
         try:
             yield from self._file.iter_batches(size, row_groups=[group], columns=[*columns], use_threads=False)
         except (UserError, GeneratorExit):
@@ -96,10 +107,10 @@ class ParquetTable:
         except Exception as error:
             raise Unusable(CORRUPT) from error
 
-    def _check(self, group: int) -> None:
-        """Raises Unusable where a group says that it expands to more than the bytes of its file can be.
+    def _check_size(self, group: int) -> None:
+        """Raises Unusable if a group claims to expand to more than the file's bytes can.
 
-        The sizes of its columns are not looked at: Arrow ends the process where their statistics are damaged.
+        The sizes of its columns are not read, because Arrow ends the process if their statistics are damaged.
         """
         self.rows(group)
         try:
@@ -128,14 +139,14 @@ def is_bytes(kind: Any) -> bool:
 
 
 def has_bytes(kind: Any) -> bool:
-    """Returns whether these are structs with a field "bytes", as Hugging Face's tables have pictures."""
+    """Returns whether values of this type have a field "bytes", as the pictures in Hugging Face's tables do."""
     import pyarrow.types
 
     return pyarrow.types.is_struct(kind) and any(field.name == "bytes" and is_bytes(field.type) for field in kind)
 
 
-def undecoded(column: Any) -> list[bytes | None]:
-    """Returns the values of a column of texts or bytes. Text that is not UTF-8 must not stop the others."""
+def as_bytes(column: Any) -> list[bytes | None]:
+    """Returns the values of a column of texts or bytes as bytes, so that a text that is not UTF-8 stops no other."""
     import pyarrow
 
     try:
@@ -149,13 +160,13 @@ def undecoded(column: Any) -> list[bytes | None]:
     return values
 
 
-def values(column: Any) -> list[Any]:
-    """Returns the values of a column as Python has them: texts as bytes, and Unusable for a value that is none."""
+def as_python(column: Any) -> list[Any]:
+    """Returns the values of a column as in a ParquetRow."""
     import pyarrow
 
-    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
-    if is_text(kind) or is_bytes(kind):
-        return undecoded(column)
+    value_type = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    if is_text(value_type) or is_bytes(value_type):
+        return as_bytes(column)
     return [_value(each) for each in column]
 
 
@@ -167,14 +178,14 @@ def _value(scalar: Any) -> Any:
 
 
 class Position(NamedTuple):
-    """Where to go on in a table, for `read_piece`.
+    """Where the next piece of a table begins, for `read_piece`.
 
-    row: in its group.
-    number: rows of the table before it.
+    row: the number of the next row in its group.
+    number: the number of the next row in the table.
     expanded: bytes of the texts before it.
-    refused, lost: rows that were rejected, and groups whose reading hung or crashed.
-    alone: whether to read no further group in the same piece.
-    skip: why to pass over the rest of the group.
+    refused, lost: rows before it that were rejected, and groups that crashed or hung the process.
+    alone: whether the piece ends with the group.
+    skip: why the rest of the group is rejected; empty if it is read.
     """
 
     path: str
@@ -190,7 +201,7 @@ class Position(NamedTuple):
 
 
 class RowAt(NamedTuple):
-    """A row: its place in the groups of its table, and its number in all of it, from 0."""
+    """Where a row is: the group, the row's number in the group, and its number in the table, all from 0."""
 
     table: str
     group: int
@@ -198,8 +209,11 @@ class RowAt(NamedTuple):
     number: int
 
 
-def lost(position: Position, reason: str) -> Piece[Position, Any]:
-    """Returns what stands in for a piece whose process ended: first its groups are tried one by one."""
+def after_loss(position: Position, reason: str) -> Piece[Position, Any]:
+    """Returns the piece that stands in for one whose process crashed or hung.
+
+    First the groups are read one by one; then the group that fails is skipped; after MAX_LOST groups the table ends.
+    """
     if position.skip or position.lost >= MAX_LOST:
         return Piece(
             [Rejection(f"{printable(position.table)}/{position.number:06d}", f"from this row on, {reason}")], None
@@ -212,17 +226,17 @@ def lost(position: Position, reason: str) -> Piece[Position, Any]:
 def read_piece(
     position: Position,
     choose: Callable[[ParquetTable], Sequence[str]],
-    make: Callable[[RowAt, dict[str, Any]], R | Rejection],
+    make: Callable[[RowAt, ParquetRow], R | Rejection],
 ) -> Piece[Position, R | Rejection]:
-    """Returns what `make` makes of the next rows.
+    """Returns the results of `make` for the next rows.
 
     Args:
-        choose: which columns are read. Raises Unusable with the reason why the table is refused.
-        make: of a row and its values (see `values`).
+        choose: returns the columns to read. Raises Unusable with the reason why the table is refused.
+        make: returns a row's result.
     """
     try:
-        opened = _opened(position.path, position.table)
-        columns = choose(opened)
+        table = _open_table(position.path, position.table)
+        columns = choose(table)
     except Unavailable:
         raise
     except Unusable as reason:
@@ -233,102 +247,105 @@ def read_piece(
     results: list[R | Rejection] = []
     until = time.monotonic() + PIECE_SECONDS
     start = position
-    while position.group < opened.groups:
-        position, done = _read_group(opened, position, columns, make, results, until, start)
-        if opened.limit < position.expanded or MAX_REFUSED < position.refused > position.number / 2:
-            if not done or position.group + 1 < opened.groups:
-                results.append(Rejection(_name(position), EXPANDS if opened.limit < position.expanded else GIVEN_UP))
+    while position.group < table.groups:
+        position, done = _read_group(table, position, columns, make, results, until, start)
+        if table.limit < position.expanded or MAX_REFUSED < position.refused > position.number / 2:
+            if not done or position.group + 1 < table.groups:
+                results.append(Rejection(_row_name(position), EXPANDS if table.limit < position.expanded else GIVEN_UP))
             return Piece(results, None)
         if not done:
             return Piece(results, position)
         position = position._replace(group=position.group + 1, row=0, alone=False, skip="")
-        if start.alone or _enough(results, position, start, until):
+        if start.alone or _is_piece_full(results, position, start, until):
             return Piece(results, position)
     return Piece(results, None)
 
 
 def _read_group(
-    opened: ParquetTable,
+    table: ParquetTable,
     position: Position,
     columns: Sequence[str],
-    make: Callable[[RowAt, dict[str, Any]], R | Rejection],
+    make: Callable[[RowAt, ParquetRow], R | Rejection],
     results: list[R | Rejection],
     until: float,
     start: Position,
 ) -> tuple[Position, bool]:
-    """Adds the rows of one group, and returns the position behind the last, and whether the group is done."""
+    """Adds results of one group's rows. Returns the position after the last of them, and whether the group is done."""
     rows = None
     try:
-        rows = opened.rows(position.group)
+        rows = table.rows(position.group)
         if position.skip:
             raise Unusable(position.skip)
-        batches = _going_on(opened, position, columns)
+        batches = _batches_from(table, position, columns)
         for batch in batches:
-            read = {name: values(batch.column(name)) for name in columns}
-            expanded = position.expanded + sum(len(v) for c in read.values() for v in c if isinstance(v, bytes))
-            if expanded > opened.limit:
+            values = {name: as_python(batch.column(name)) for name in columns}
+            expanded = position.expanded + sum(len(v) for c in values.values() for v in c if isinstance(v, bytes))
+            if expanded > table.limit:
                 position = position._replace(expanded=expanded)
                 raise Unusable(EXPANDS)
             refused = 0
             for i in range(batch.num_rows):
-                fields = {name: column[i] for name, column in read.items()}
-                made = make(RowAt(position.table, position.group, position.row + i, position.number + i), fields)
-                results.append(made)
-                refused += isinstance(made, Rejection)
+                row = {name: column[i] for name, column in values.items()}
+                result = make(RowAt(position.table, position.group, position.row + i, position.number + i), row)
+                results.append(result)
+                refused += isinstance(result, Rejection)
             position = position._replace(
                 row=position.row + batch.num_rows,
                 number=position.number + batch.num_rows,
                 expanded=expanded,
                 refused=position.refused + refused,
             )
-            if position.row < rows and _enough(results, position, start, until):
-                _kept.append((position[:4], batches))
+            if position.row < rows and _is_piece_full(results, position, start, until):
+                _unfinished.append((position[:4], batches))
                 return position, False
         if position.row != rows:
             raise Unusable(CORRUPT)
     except Unusable as reason:
-        return _refuse(position, max(1, (rows or 0) - position.row), reason, results), True
+        return _reject_rows(position, max(1, (rows or 0) - position.row), reason, results), True
     return position, True
 
 
-_kept: list[tuple[tuple[Any, ...], Iterator[Any]]] = []  # at most one iterator, which stands at this position
+# At most one iterator over the batches of a group, and the position (path, table, group, row) of its next batch: the
+# next piece continues with it.
+_unfinished: list[tuple[tuple[str, str, int, int], Iterator[Any]]] = []
 
 
-def _going_on(opened: ParquetTable, position: Position, columns: Sequence[str]) -> Iterator[Any]:
-    """Returns the batches of a group from this row on, without decoding those before again where that can be."""
-    kept = _kept.pop() if _kept else None
-    _kept.clear()
+def _batches_from(table: ParquetTable, position: Position, columns: Sequence[str]) -> Iterator[Any]:
+    """Returns the batches of a group from this row on; decodes those before it only if no iterator was kept for it."""
+    kept = _unfinished.pop() if _unfinished else None
+    _unfinished.clear()
     if kept is not None and kept[0] == position[:4]:
         return kept[1]
-    batches = opened.batches(position.group, columns, _BATCH)
-    passed = 0
-    while passed < position.row:
+    batches = table.batches(position.group, columns, _BATCH)
+    skipped = 0
+    while skipped < position.row:
         batch = next(batches, None)
         if batch is None:
             raise Unusable(CORRUPT)
-        passed += batch.num_rows
+        skipped += batch.num_rows
     return batches
 
 
-def _enough(results: list[Any], position: Position, start: Position, until: float) -> bool:
+def _is_piece_full(results: list[Any], position: Position, start: Position, until: float) -> bool:
     return len(results) >= PIECE_ROWS or position.expanded - start.expanded >= PIECE_BYTES or time.monotonic() > until
 
 
-def _refuse(position: Position, count: int, why: Unusable, results: list[Any]) -> Position:
-    """Rejects the rest of a group; where it says that it has very many rows, in one piece."""
-    detail = joined(why.__cause__ or "")
+def _reject_rows(position: Position, count: int, reason: Unusable, results: list[Any]) -> Position:
+    """Rejects the next rows, which are the rest of a group: one by one, or all at once if they are very many."""
+    detail = joined(reason.__cause__ or "")
     if count > PIECE_ROWS:
-        results.append(Rejection(_name(position), str(why), detail=f"and the {count - 1} rows after it"))
+        results.append(Rejection(_row_name(position), str(reason), detail=f"and the {count - 1} rows after it"))
     else:
-        rows = range(position.number, position.number + count)
-        results += [Rejection(_name(position._replace(number=row)), str(why), detail=detail) for row in rows]
+        numbers = range(position.number, position.number + count)
+        names = [_row_name(position._replace(number=number)) for number in numbers]
+        results += [Rejection(name, str(reason), detail=detail) for name in names]
     return position._replace(number=position.number + count, refused=position.refused + min(count, PIECE_ROWS))
 
 
-def _name(position: Position) -> str:
+def _row_name(position: Position) -> str:
     return f"{printable(position.table)}/{position.number:06d}"
 
 
 @lru_cache(1)
-def _opened(path: str, table: str) -> ParquetTable:
+def _open_table(path: str, table: str) -> ParquetTable:
     return ParquetTable(path, table)

@@ -1,4 +1,4 @@
-"""Where the files of a folder of pictures lie, on this machine or in a bucket, by their paths below it."""
+"""A folder of pictures, on this machine or in a bucket: its files, by their paths below it."""
 
 from __future__ import annotations
 
@@ -8,50 +8,54 @@ from pathlib import Path
 from typing import Protocol
 
 from lcmlora.data.reading.candidates import LINKED, LONG_CAPTION, MISSING, UNREADABLE, Unusable
-from lcmlora.data.reading.folder_listing import Links, Tree, walk
+from lcmlora.data.reading.folder_listing import FolderListing, LinkRule, list_folder
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.remote import Files
 
 
-class Place(Protocol):
-    """A folder. `path` is how `remote.Files` takes it, `root` its own absolute path, empty in a bucket."""
+class PictureFolder(Protocol):
+    """A folder of pictures.
+
+    path: the folder, as `remote.Files` takes it.
+    root: its absolute path; empty in a bucket.
+    """
 
     path: str
     root: str
 
     @property
-    def tree(self) -> Tree: ...
+    def listing(self) -> FolderListing: ...
 
-    def check(self, name: str) -> None:
-        """Raises Unusable where there is no such file, or it must not be read; it need not be in the tree."""
+    def check_readable(self, name: str) -> None:
+        """Raises Unusable if there is no such file, or it must not be read. The listing need not have it."""
 
     def read(self, name: str, limit: int) -> bytes:
-        """Returns the file's first bytes, one more than the limit at most. Raises Unusable."""
+        """Returns the file's first bytes, at most one more than the limit. Raises Unusable."""
 
-    def texts(self, names: list[str], limit: int) -> Iterator[bytes | Unusable]:
-        """Yields the contents of small files, or why there is none."""
+    def read_small_files(self, names: list[str], limit: int) -> Iterator[bytes | Unusable]:
+        """Yields each file's content, or the reason why it cannot be used."""
 
 
-class Here:
+class LocalFolder:
     """A folder of this machine."""
 
     def __init__(self, path: Path, links: str) -> None:
-        self._links = Links(path, links)
+        self._links = LinkRule(path, links)
         self.path = str(path)
         self.root = str(self._links.root)
 
     @cached_property
-    def tree(self) -> Tree:
-        return walk(self._links)
+    def listing(self) -> FolderListing:
+        return list_folder(self._links)
 
-    def check(self, name: str) -> None:
+    def check_readable(self, name: str) -> None:
         path = self._links.root / name
         try:
             if not path.is_file():
                 raise Unusable(MISSING)
         except (OSError, ValueError):  # a name too long, or with a zero in it
             raise Unusable(MISSING) from None
-        if not self._links.allow(path):
+        if not self._links.allows(path):
             raise Unusable(LINKED)
 
     def read(self, name: str, limit: int) -> bytes:
@@ -61,7 +65,7 @@ class Here:
         except OSError:
             raise Unusable(UNREADABLE) from None
 
-    def texts(self, names: list[str], limit: int) -> Iterator[bytes | Unusable]:
+    def read_small_files(self, names: list[str], limit: int) -> Iterator[bytes | Unusable]:
         for name in names:
             try:
                 yield self.read(name, limit)
@@ -69,8 +73,8 @@ class Here:
                 yield reason
 
 
-class Bucket:
-    """A prefix of a bucket. Its listing is read once."""
+class BucketFolder:
+    """A prefix of a bucket. It is listed once."""
 
     root = ""
 
@@ -80,11 +84,11 @@ class Bucket:
         self.path = files.path
 
     @cached_property
-    def tree(self) -> Tree:
+    def listing(self) -> FolderListing:
         self._sizes = self._files.sizes()
-        return Tree(names=list(self._sizes))
+        return FolderListing(names=list(self._sizes))
 
-    def check(self, name: str) -> None:
+    def check_readable(self, name: str) -> None:
         if name not in self._sizes:
             raise Unusable(MISSING)
 
@@ -96,7 +100,7 @@ class Bucket:
         except UserError:
             raise Unusable(UNREADABLE) from None
 
-    def texts(self, names: list[str], limit: int) -> Iterator[bytes | Unusable]:
-        found = self._files.read_many([name for name in names if self._sizes[name] <= limit])
+    def read_small_files(self, names: list[str], limit: int) -> Iterator[bytes | Unusable]:
+        contents = self._files.read_many([name for name in names if self._sizes[name] <= limit])
         for name in names:
-            yield found.get(name, Unusable(LONG_CAPTION if self._sizes[name] > limit else UNREADABLE))
+            yield contents.get(name, Unusable(LONG_CAPTION if self._sizes[name] > limit else UNREADABLE))

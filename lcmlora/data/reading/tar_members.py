@@ -1,7 +1,7 @@
-"""Members of a tar file, found by its headers within limits: what a header says is checked before it is believed.
+"""Reads the headers of a tar file within limits, and checks what a header says before it is used.
 
-A header is decoded by `tarfile`; what surrounds it is not, since `tarfile` follows sizes that lead back (a file of 12
-kilobytes is then read for ever), reads names of gigabytes, and has a regular expression that a header can stall.
+`tarfile` decodes each header. It does not read the file, because it follows sizes that lead backwards (and reads a file
+of 12 kilobytes for ever), reads names of gigabytes, and has a regular expression that a header can stall.
 """
 
 from __future__ import annotations
@@ -13,25 +13,33 @@ from typing import IO, NamedTuple
 from lcmlora.data.reading.candidates import Unusable
 
 CUT_OFF = "the tar file is damaged from here on"
-BEHIND = "the tar file has something else behind its end"
+TRAILING_DATA = "the tar file has something else behind its end"
 COMPRESSED = "the tar file is compressed; unpack it to a plain .tar (gunzip, unzstd, xz -d)"
 
 _BLOCK = tarfile.BLOCKSIZE
-_MAX_EXTENSION = 1 << 20  # bytes of a long name, or of the records of a PAX header, of which some have attributes
-_MAX_EXTENSIONS = 16  # headers before the one of a member
+_MAX_EXTENSION = 1 << 20  # bytes of a long name, or of the records of a PAX header, which may hold file attributes
+_MAX_EXTENSIONS = 16  # extension headers before the header of a member
 _MAX_SPARSE = 1 << 12  # further headers of a sparse file
 _MAX_NAME = 1 << 12  # bytes; no file system takes longer ones
-_ZEROS = 1 << 26  # behind the end, among which another beginning is looked for; archives are filled up to 10 KiB
-_STEP = 1 << 20
-_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"PK\x03\x04", b"7z\xbc\xaf")
+_MAX_ZEROS = 1 << 26  # bytes after the end in which another archive is sought; archives are padded to 10 KiB
+_ZEROS_STEP = 1 << 20
+_COMPRESSED = (
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ",
+    b"\x28\xb5\x2f\xfd",
+    b"\x04\x22\x4d\x18",
+    b"PK\x03\x04",
+    b"7z\xbc\xaf",
+)
 
 
 class Member(NamedTuple):
     """A member that is not a folder.
 
-    start: where its first header begins.
-    offset, size: of its content, in bytes; size 0 where it is no file.
-    plain: whether it is a file, and not a link, a device or a sparse file.
+    start: the byte at which its first header begins.
+    offset, size: of its content, in bytes; size 0 if it is no file.
+    plain: whether it is an ordinary file, not a link, a device or a sparse file.
     """
 
     name: str
@@ -41,24 +49,24 @@ class Member(NamedTuple):
     plain: bool
 
 
-def members(file: IO[bytes], start: int = 0) -> Iterator[Member]:
-    """Yields the members from a header on, each once and in the order of their headers.
+def read_members(file: IO[bytes], start: int = 0) -> Iterator[Member]:
+    """Yields the members from the header at `start` on, in the order of their headers.
 
-    Tar files that were written one behind the other (`cat a.tar b.tar`) are read as one.
+    Concatenated tar files (`cat a.tar b.tar`) are read as one.
 
     Raises:
-        Unusable: after what could be read; the rest cannot.
+        Unusable: the rest of the file cannot be read; the members before it were yielded.
     """
     end = file.seek(0, 2)
     at = start
-    if not at and _at(file, 0, 8).startswith(_PACKED):
+    if not at and _read_at(file, 0, 8).startswith(_COMPRESSED):
         raise Unusable(COMPRESSED)
     while True:
-        block = _at(file, at, _BLOCK)
+        block = _read_at(file, at, _BLOCK)
         if len(block) < _BLOCK:
             raise Unusable(CUT_OFF)
         if not any(block):
-            at = _behind(file, at, end)
+            at = _next_archive(file, at, end)
             if at >= end:
                 return
             continue
@@ -68,34 +76,38 @@ def members(file: IO[bytes], start: int = 0) -> Iterator[Member]:
 
 
 def _member(file: IO[bytes], start: int, end: int) -> tuple[Member | None, int]:
-    """Returns the member whose headers begin here, None for a folder, and where the next begins. Raises Unusable."""
+    """Returns the member whose headers begin at `start`, None for a folder, and where the next one begins.
+
+    Raises:
+        Unusable: the headers are damaged.
+    """
     at, name, size, sparse = start, None, None, False
     for _ in range(_MAX_EXTENSIONS):
-        header = _header(_at(file, at, _BLOCK))
+        header = _header(_read_at(file, at, _BLOCK))
         at += _BLOCK
         if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE):
             records = _records(_extension(file, at, header.size, end))
-            if header.type != tarfile.XGLTYPE:  # which is for all that follow, and names none of them
+            if header.type != tarfile.XGLTYPE:  # a global header is for all later members, and names none of them
                 sparse = sparse or any(key.startswith(b"GNU.sparse.") for key in records)
-                name = _named(records.get(b"GNU.sparse.name", records.get(b"path"))) or name
+                name = _decoded_name(records.get(b"GNU.sparse.name", records.get(b"path"))) or name
                 size = _number(records[b"size"]) if b"size" in records else size
         elif header.type == tarfile.GNUTYPE_LONGNAME:
-            name = _named(_extension(file, at, header.size, end).partition(b"\0")[0]) or name
+            name = _decoded_name(_extension(file, at, header.size, end).partition(b"\0")[0]) or name
         elif header.type == tarfile.GNUTYPE_LONGLINK:
             _extension(file, at, header.size, end)
         else:
             break
-        at += _whole(header.size)
+        at += _padded(header.size)
     else:
         raise Unusable(CUT_OFF)
     if header.type == tarfile.GNUTYPE_SPARSE:
-        at = _behind_sparse(file, at)
+        at = _skip_sparse_headers(file, at)
         sparse = True
     size = header.size if size is None else size
     has_content = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES
     if size < 0 or (has_content and size > end - at):
         raise Unusable(CUT_OFF)
-    following = at + (_whole(size) if has_content else 0)
+    following = at + (_padded(size) if has_content else 0)
     if header.isdir():
         return None, following
     plain = header.isreg() and header.type != tarfile.GNUTYPE_SPARSE and not sparse
@@ -105,17 +117,18 @@ def _member(file: IO[bytes], start: int, end: int) -> tuple[Member | None, int]:
 def _header(block: bytes) -> tarfile.TarInfo:
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except (tarfile.TarError, ValueError, OverflowError):  # ValueError: numbers that are none
+    except (tarfile.TarError, ValueError, OverflowError):  # ValueError: a number has other characters than digits
         raise Unusable(CUT_OFF) from None
-    if header.size < 0:  # in base 256
+    if header.size < 0:  # possible in base 256
         raise Unusable(CUT_OFF)
     return header
 
 
 def _extension(file: IO[bytes], at: int, size: int, end: int) -> bytes:
+    """Returns the content of an extension header. Raises Unusable."""
     if size > min(_MAX_EXTENSION, end - at):
         raise Unusable(CUT_OFF)
-    return _at(file, at, size)
+    return _read_at(file, at, size)
 
 
 def _records(content: bytes) -> dict[bytes, bytes]:
@@ -140,19 +153,19 @@ def _number(digits: bytes) -> int:
     return int(digits)
 
 
-def _named(name: bytes | None) -> str | None:
+def _decoded_name(name: bytes | None) -> str | None:
     if name is not None and len(name) > _MAX_NAME:
         raise Unusable(CUT_OFF)
     return name.decode("utf-8", "surrogateescape") if name else None
 
 
-def _behind_sparse(file: IO[bytes], at: int) -> int:
-    """Returns where the content of a sparse file begins, behind the headers that say where its holes are."""
-    more = _at(file, at - _BLOCK, _BLOCK)[482]
+def _skip_sparse_headers(file: IO[bytes], at: int) -> int:
+    """Returns where the content of a sparse file begins, after the headers that say where its holes are."""
+    more = _read_at(file, at - _BLOCK, _BLOCK)[482]
     for _ in range(_MAX_SPARSE):
         if not more:
             return at
-        block = _at(file, at, _BLOCK)
+        block = _read_at(file, at, _BLOCK)
         if len(block) < _BLOCK:
             break
         more = block[504]
@@ -160,24 +173,25 @@ def _behind_sparse(file: IO[bytes], at: int) -> int:
     raise Unusable(CUT_OFF)
 
 
-def _behind(file: IO[bytes], at: int, end: int) -> int:
-    """Returns where another tar file begins behind the zeros that end this one, else the end of the file."""
-    for start in range(at, min(end, at + _ZEROS), _STEP):
-        zeros = _at(file, start, _STEP)
+def _next_archive(file: IO[bytes], at: int, end: int) -> int:
+    """Returns where another tar file begins after the zeros that end this one; without one, the end of the file."""
+    for start in range(at, min(end, at + _MAX_ZEROS), _ZEROS_STEP):
+        zeros = _read_at(file, start, _ZEROS_STEP)
         if rest := zeros.lstrip(b"\0"):
             following = start + (len(zeros) - len(rest)) // _BLOCK * _BLOCK
             try:
-                _header(_at(file, following, _BLOCK))
+                _header(_read_at(file, following, _BLOCK))
             except Unusable:
-                raise Unusable(BEHIND) from None
+                raise Unusable(TRAILING_DATA) from None
             return following
     return end
 
 
-def _whole(size: int) -> int:
+def _padded(size: int) -> int:
+    """Returns the bytes that a content of this size takes in a tar file."""
     return -(-size // _BLOCK) * _BLOCK
 
 
-def _at(file: IO[bytes], at: int, size: int) -> bytes:
+def _read_at(file: IO[bytes], at: int, size: int) -> bytes:
     file.seek(at)
     return file.read(size)

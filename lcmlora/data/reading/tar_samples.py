@@ -1,8 +1,8 @@
-"""One sample of a tar file: which of its members are pictures to train on, and which caption belongs to which.
+"""Matches the pictures of a tar file's sample with their captions, and recognises maps of another picture.
 
-WebDataset takes members that follow each other and have one name up to the first dot for one sample. Where all files
-are named by dates or versions (2021.05.png, 2021.06.png) such a sample has several pictures, so a caption first belongs
-to the picture with its own name up to the last dot, and else to the only picture of its sample.
+In WebDataset's layout, members that follow each other and have the same name up to the first dot are one sample. If
+files are named by dates or versions (2021.05.png, 2021.06.png), a sample has several pictures. So a caption belongs to
+the picture with its own name up to the last dot; if there is none, to the only picture of its sample.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lcmlora.data.reading.candidates import (
     CAPTIONS,
@@ -23,17 +23,17 @@ from lcmlora.data.reading.candidates import (
     decoded_caption,
 )
 from lcmlora.data.reading.tar_members import Member
-from lcmlora.io.parsing import Malformed, parse_json
+from lcmlora.io.parsing import JsonObject, Malformed, parse_json
 
-ENDINGS = (".txt", ".text", ".caption")  # of captions, the first counts first; and all before .json
+ENDINGS = (".txt", ".text", ".caption")  # of captions, in the order in which they count; .json comes after them
 JSON = ".json"
-MAX_JSON = 1 << 20  # bytes; it may have more than a caption
+MAX_JSON = 1 << 20  # bytes; it may hold more than a caption
 
 BAD_JSON = "its JSON cannot be read"
 AUXILIARY = "a map of another picture (depth, mask, ...), not one to train on"
-SHARED = "one of several pictures in a sample whose captions are not named after one of them"
+AMBIGUOUS_CAPTION = "one of several pictures in a sample whose captions are not named after one of them"
 
-# What ControlNet's and WebDataset's samples have beside a picture, as `000.depth.png`.
+# Names of the maps that ControlNet's and WebDataset's samples have beside a picture, as in `000.depth.png`.
 _MAPS = {
     "depth", "disparity", "mask", "masks", "matte", "trimap", "alpha", "seg", "segm", "segmentation", "semantic",
     "panoptic", "instance", "canny", "edge", "edges", "hed", "pidi", "softedge", "scribble", "sketch", "lineart",
@@ -41,22 +41,22 @@ _MAPS = {
     "albedo", "label", "labels", "annotation", "control", "conditioning", "condition", "hint", "heatmap", "saliency",
     "thumb", "thumbnail", "preview", "masklabel", "condlabel",
 }  # fmt: skip
-_OF_PICTURES = {"image", "img", "picture", "photo", "rgb", "color", "colour", "original", "orig", "input", "output"}
-_OF_TEXTS = {"caption", "captions", "text", "txt", "prompt", "alt", "description", "title", "tags", "blip", "llava"}
-_TRIED = 16  # captions of other names, for the only picture of a sample
+_PICTURE_WORDS = {"image", "img", "picture", "photo", "rgb", "color", "colour", "original", "orig", "input", "output"}
+_TEXT_WORDS = {"caption", "captions", "text", "txt", "prompt", "alt", "description", "title", "tags", "blip", "llava"}
+_MAX_LOOSE = 16  # captions with other names that are tried for the only picture of a sample
 _WORD = re.compile(r"[a-z]+")
 
 
 class Captioned(NamedTuple):
-    """A picture with its caption, and what its JSON says."""
+    """A picture with its caption, and the content of its JSON."""
 
     member: Member
     caption: Caption
-    told: dict[str, Any]
+    json: JsonObject
 
 
 class Refused(NamedTuple):
-    """A picture that is not used, and why; None where no caption was found for it."""
+    """A picture that is not used, and the reason; None if no caption was found for it."""
 
     member: Member
     reason: str | None
@@ -64,19 +64,20 @@ class Refused(NamedTuple):
 
 @dataclass
 class Sample:
-    """Members with one name up to the first dot.
+    """Members with the same name up to the first dot.
 
     captioned, refused: its pictures.
-    unused: names, up to the last dot, of captions that belong to no picture here.
+    bare_captions: names, up to the last dot, of captions that belong to none of its pictures.
     """
 
     key: str
     captioned: list[Captioned] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
+    bare_captions: list[str] = field(default_factory=list)
 
 
 def sample_key(name: str) -> str:
+    """Returns a name up to the first dot, which the members of a sample have in common."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]
 
@@ -87,17 +88,17 @@ def stem(name: str) -> str:
 
 
 def ending(name: str) -> str:
-    """Returns what `PurePosixPath.suffix` does; that takes most of the time of reading a tar file."""
+    """Returns `PurePosixPath(name).suffix`, which would take most of the time of reading a tar file."""
     dot = name.rfind(".")
     return name[dot:] if name.rfind("/") + 1 < dot < len(name) - 1 else ""
 
 
-def sort_out(key: str, members: Sequence[Member], read: Callable[[Member], bytes], *, scores: bool) -> Sample:
-    """Returns what there is in a sample.
+def match_captions(key: str, members: Sequence[Member], read: Callable[[Member], bytes], *, scores: bool) -> Sample:
+    """Returns the pictures of a sample with their captions.
 
     Args:
         read: returns the content of a member.
-        scores: whether numbers are wanted of a picture, which its JSON has.
+        scores: whether the numbers in a picture's JSON are wanted.
     """
     sample = Sample(key)
     texts: dict[str, dict[str, Member]] = {}
@@ -114,33 +115,33 @@ def sort_out(key: str, members: Sequence[Member], read: Callable[[Member], bytes
         pictures = [picture for picture in pictures if picture not in maps]
     stems = {stem(picture.name) for picture in pictures}
     used = stems | {picture.name for picture in pictures}  # 1.jpg may have 1.txt, and 1.jpg.txt
-    loose = [_Other(each, key) for each in texts if each not in used]
+    loose = [_LooseCaption(name, key) for name in texts if name not in used]
     # The first that may belong to any picture, and the first that may belong to some: there can be 100,000 of both.
     likely = [*[o for o in loose if o.for_any][:1], *[o for o in loose if o.for_some][:1]]
-    related = sorted((o for o in loose if len(stems) == 1 and o.belongs_to(*stems)), key=_Other.order)
-    used |= {other.name for other in related}
+    related = sorted((o for o in loose if len(stems) == 1 and o.may_belong_to(*stems)), key=_LooseCaption.order)
+    used |= {caption.name for caption in related}
     for picture in pictures:
         own = stem(picture.name)
-        names = [own, picture.name, *(other.name for other in related[:_TRIED])]
+        names = [own, picture.name, *(caption.name for caption in related[:_MAX_LOOSE])]
         try:
-            sources = [texts[name] for name in names if name in texts]
-            caption, told = _told(sources, read, scores)
+            files = [texts[name] for name in names if name in texts]
+            caption, json = _read_caption(files, read, scores)
         except Unusable as reason:
             sample.refused.append(Refused(picture, str(reason)))
             continue
         if caption.text:
-            sample.captioned.append(Captioned(picture, caption, told))
-        elif len(stems) > 1 and (shared := [other for other in likely if other.belongs_to(own)]):
-            used.add(shared[0].name)
-            sample.refused.append(Refused(picture, SHARED))
+            sample.captioned.append(Captioned(picture, caption, json))
+        elif len(stems) > 1 and (ambiguous := [each for each in likely if each.may_belong_to(own)]):
+            used.add(ambiguous[0].name)
+            sample.refused.append(Refused(picture, AMBIGUOUS_CAPTION))
         else:
             sample.refused.append(Refused(picture, None))
-    sample.unused = [each for each in texts if each not in used]
+    sample.bare_captions = [each for each in texts if each not in used]
     return sample
 
 
 def _is_map(picture: Member, key: str, texts: dict[str, dict[str, Member]]) -> bool:
-    """Whether a picture says by its name that it is one of another: `x.depth.png`, without a caption of its own."""
+    """Returns whether a picture is by its name a map of another one: `x.depth.png`, without a caption of its own."""
     name = stem(picture.name)
     part = name.removeprefix(key).lower()
     if "." not in part or " " in part or {*ENDINGS} & {*texts.get(name, {})}:
@@ -152,33 +153,38 @@ def _is_map(picture: Member, key: str, texts: dict[str, dict[str, Member]]) -> b
 
 
 def maps_beside(bare: Iterable[str], pictures: Iterable[str]) -> set[str]:
-    """Returns those pictures without a caption that are maps of another in their folder by name: `cat-mask.png` beside
-    `cat.png`, as trainers keep them."""
+    """Returns those of the pictures without a caption that are by their name maps of another picture in their folder:
+    `cat-mask.png` beside `cat.png`, as other trainers lay them out."""
     stems = {stem(name) for name in pictures}
-    found = set()
+    maps = set()
     for name in bare:
         parts = max((stem(name).rpartition(mark) for mark in "-_."), key=lambda each: len(each[0]))
         if parts[0] in stems and parts[2].lower() in _MAPS:
-            found.add(name)
-    return found
+            maps.add(name)
+    return maps
 
 
-class _Other:
-    """A caption whose name, up to the last dot, no picture of the sample has."""
+class _LooseCaption:
+    """A caption whose name, up to the last dot, no picture of the sample has.
+
+    for_any: its name says that it is a caption, so it may belong to any picture.
+    for_some: its name has words, so it may belong to a picture whose name has none.
+    """
 
     def __init__(self, name: str, key: str) -> None:
         words = _words(name, key)
         self.name = name
         self._key = key
-        self.for_any = name == key or bool(words & _OF_TEXTS)
+        self.for_any = name == key or bool(words & _TEXT_WORDS)
         self.for_some = bool(words)
 
-    def belongs_to(self, picture: str) -> bool:
+    def may_belong_to(self, picture: str) -> bool:
         """Returns whether the caption may belong to this picture if the sample has no other.
 
         One of the two names must have nothing, or a kind of file, after its first dot. A caption that has only a number
-        there, such as 2021.05.txt, belongs to one of several pictures."""
-        bare = picture == self._key or bool(_words(picture, self._key) & _OF_PICTURES)
+        there, such as 2021.05.txt, belongs to one of several pictures.
+        """
+        bare = picture == self._key or bool(_words(picture, self._key) & _PICTURE_WORDS)
         return self.for_any or (self.for_some and bare)
 
     def order(self) -> tuple[bool, bool]:
@@ -189,29 +195,33 @@ def _words(name: str, key: str) -> set[str]:
     return {*_WORD.findall(name.removeprefix(key).lower())}
 
 
-def _told(
-    sources: list[dict[str, Member]], read: Callable[[Member], bytes], scores: bool
-) -> tuple[Caption, dict[str, Any]]:
-    """Returns the first caption that says something, and what the first JSON says. Raises Unusable."""
-    caption, told = Caption(""), dict[str, Any]()
-    for source in sources:
+def _read_caption(
+    files: list[dict[str, Member]], read: Callable[[Member], bytes], scores: bool
+) -> tuple[Caption, JsonObject]:
+    """Returns the first caption that is not empty, and the first JSON that is not. Raises Unusable.
+
+    Args:
+        files: for each possible name of the caption, the members by their endings.
+    """
+    caption, json = Caption(""), JsonObject()
+    for by_ending in files:
         for ending in ENDINGS:
-            if not caption.text and (member := source.get(ending)) is not None:
+            if not caption.text and (member := by_ending.get(ending)) is not None:
                 if member.size > MAX_CAPTION:
                     raise Unusable(LONG_CAPTION)
                 caption = decoded_caption(read(member))
-    for source in sources:
-        if (member := source.get(JSON)) is not None and not (caption.text and (told or not scores)):
+    for by_ending in files:
+        if (member := by_ending.get(JSON)) is not None and not (caption.text and (json or not scores)):
             if member.size > MAX_JSON:
                 raise Unusable(BAD_JSON)
-            found = _json(read(member))
-            told = told or found
-            caption = caption if caption.text else _named(found)
-    return caption, told
+            content = _parse(read(member))
+            json = json or content
+            caption = caption if caption.text else _caption_in(content)
+    return caption, json
 
 
-def _named(told: dict[str, Any]) -> Caption:
-    texts = (told[name] for name in CAPTIONS if isinstance(told.get(name), str))
+def _caption_in(json: JsonObject) -> Caption:
+    texts = (json[name] for name in CAPTIONS if isinstance(json.get(name), str))
     for text in texts:
         if len(text) > MAX_CAPTION:
             raise Unusable(LONG_CAPTION)
@@ -220,9 +230,9 @@ def _named(told: dict[str, Any]) -> Caption:
     return Caption("")
 
 
-def _json(content: bytes) -> dict[str, Any]:
+def _parse(content: bytes) -> JsonObject:
     try:
-        told = parse_json(content, nan_is_null=True)
+        value = parse_json(content, nan_is_null=True)
     except Malformed:
         raise Unusable(BAD_JSON) from None
-    return told if isinstance(told, dict) else {}
+    return value if isinstance(value, dict) else {}

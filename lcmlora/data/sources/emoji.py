@@ -1,7 +1,7 @@
-"""Emoji as captioned pictures: one subject in several artists' styles, placed at random on a random ground.
+"""Source `emoji`: emoji as captioned pictures, in several artists' styles, placed at random on a random background.
 
-The artwork and its names come from npm packages (see package.json). Every style is keyed by code point, so one
-caption names the same subject in every style, which is what gives the embedded base its entropy.
+The artwork and its names come from npm packages (see package.json). Every style is keyed by code point, so one caption
+belongs to the same subject in every style: the embedded base has several pictures to draw for it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import random
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -22,7 +23,7 @@ from lcmlora.data.reading.candidates import clean_caption
 from lcmlora.data.sources.source import Record, Source, Survey
 from lcmlora.errors import UserError
 
-SIDE = 128  # pixels of a drawing that nobody asked for in another size
+SIDE = 128  # pixels of a drawing if no other size is asked for
 
 # Iconify ships no code points for these two sets; their icons carry the names of a set that has them.
 _NAMED_LIKE = {"noto-v1": "noto", "fluent-emoji": "fluent-emoji-flat"}
@@ -40,11 +41,11 @@ class Subject:
 
 
 def _normal(code: str) -> str:
-    # FE0F only asks for the coloured presentation; sets disagree on writing it.
+    # FE0F only asks for the coloured presentation; some sets write it and some do not.
     return "-".join(part for part in code.lower().split("-") if part != "fe0f")
 
 
-def _read_json(modules: Path, name: str) -> dict:
+def _read_json(modules: Path, name: str) -> Any:
     path = modules / name
     if not path.is_file():
         raise UserError(f"{path}: the emoji artwork is not installed; run `make install` (npm ci) in {modules.parent}")
@@ -87,7 +88,7 @@ class Artwork:
 
 @cache
 def artwork(modules: Path, style: str) -> Artwork:
-    """Returns the drawings of one style. Raises UserError where the style is not known or not installed."""
+    """Returns the drawings of one style. Raises UserError if the style is not known or not installed."""
     if style not in STYLES:
         raise UserError(f"data.styles: no emoji style {style!r}; there are {', '.join(STYLES)}")
     names = _read_json(modules, f"@iconify-json/{_NAMED_LIKE.get(style, style)}/chars.json")
@@ -103,7 +104,7 @@ def artwork(modules: Path, style: str) -> Artwork:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an emoji stands in its square picture; lengths as shares of the side, `turn` in degrees."""
+    """The placement of an emoji in its square picture: lengths are shares of the side, `turn` is in degrees."""
 
     scale: float
     x: float
@@ -114,7 +115,7 @@ class Placement:
 
     @classmethod
     def draw(cls, key: str) -> Placement:
-        """Returns the placement that belongs to this key, always the same one."""
+        """Returns the placement for this key, always the same one."""
         rng = random.Random(key)
         scale = rng.uniform(0.72, 0.98)
         room = (1 - scale) / 2
@@ -188,4 +189,4 @@ class Emoji(Source):
         return render(art, code, size or record.width, Placement.draw(record.key))
 
     def readers(self) -> int:
-        return 1  # drawing holds the interpreter's lock: a second thread would only wait
+        return 1  # drawing holds Python's global lock, so a second thread would only wait

@@ -1,30 +1,30 @@
-"""Which source can read a path that somebody names without saying so."""
+"""Guesses which source can read a path."""
 
 from __future__ import annotations
 
 from pathlib import PurePosixPath
 
 from lcmlora.data.reading.candidates import SUFFIXES
-from lcmlora.data.sources.inputs import Inputs
-from lcmlora.data.sources.parquet import with_pictures
+from lcmlora.data.sources.inputs import InputFiles
+from lcmlora.data.sources.parquet import any_has_pictures
 
-_TRIED = 3  # tables; those of one data set have the same columns
+_MAX_TABLES = 3  # tables that are opened; those of one data set have the same columns
 _METADATA = "metadata.parquet"  # beside the pictures that it names
 
 
 def source_of(path: str, links: str = "project") -> str:
-    """Returns `parquet`, `webdataset` or `folder` by what lies there.
+    """Returns `parquet`, `webdataset` or `folder`, by the files at the path.
 
-    Tables without pictures are the metadata of what lies beside them, as img2dataset and others write them. Where there
-    are tar files and pictures, what there is more of counts; the report of `prepare` tells of the rest.
+    Tables without pictures are the metadata of the files beside them, as img2dataset and others write them. If there
+    are tar files and pictures, those that are more decide; the report of `prepare` counts the others as unused.
 
     Raises:
         UserError: there is no such path.
-        Unavailable: it cannot be reached.
+        Unavailable: the bucket does not answer.
     """
-    files = Inputs(path, links, ("train", "validation", "test"))
+    files = InputFiles(path, links, ("train", "validation", "test"))
     tables = [name for name in files.list(".parquet") if PurePosixPath(name).name.lower() != _METADATA]
-    if tables and with_pictures(path, tables[:_TRIED]):
+    if tables and any_has_pictures(path, tables[:_MAX_TABLES]):
         return "parquet"
     tars = len(files.list(".tar"))
     pictures = len(files.list(*SUFFIXES))
@@ -32,4 +32,4 @@ def source_of(path: str, links: str = "project") -> str:
         return "webdataset"
     if pictures or not tables or files.list(".jsonl", ".csv"):
         return "folder"
-    return "parquet"  # which says what it misses in them
+    return "parquet"  # its error says which columns are missing

@@ -1,6 +1,6 @@
-"""Source `parquet`: tables with a caption and the bytes of a picture in each row (LAION's names of columns are known).
+"""Source `parquet`: tables with a caption and the bytes of a picture in each row (columns may have LAION's names).
 
-Addresses are not fetched: tools like img2dataset do that, and write tables or tar files that can be read here.
+Addresses are not downloaded: tools like img2dataset do that, and write tables or tar files that can be read here.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from lcmlora.data.reading.candidates import (
 )
 from lcmlora.data.reading.parquet_files import (
     CORRUPT,
+    ParquetRow,
     ParquetTable,
     Position,
     RowAt,
+    after_loss,
+    as_bytes,
     has_bytes,
     is_bytes,
     is_text,
-    lost,
     read_piece,
-    undecoded,
 )
 from lcmlora.data.reading.tables import PRELOAD, row_name
-from lcmlora.data.sources.inputs import Inputs
+from lcmlora.data.sources.inputs import InputFiles
 from lcmlora.data.sources.source import EncodedPictures
 from lcmlora.data.unused_files import UnusedFiles
 from lcmlora.errors import Unavailable, UserError
@@ -48,21 +49,21 @@ from lcmlora.progress import track
 
 _PICTURES = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 _ADDRESSES = ("url", "image_url")
-_KEPT = 2  # groups of rows of which pictures are in memory
+_MAX_GROUPS = 2  # groups of rows whose pictures are in memory
 _BATCH = 8  # pictures decoded from a page at once
-_KEPT_BYTES = 256 << 20  # of a group's last pictures; rows are asked for in order, by several threads
+_KEPT_BYTES = 256 << 20  # of a group's last pictures; several threads ask for rows, roughly in order
 
 NO_BYTES = "no bytes of a picture in its row"
 NO_COLUMN = "table without a column of captions or of pictures"
 
 
 class Parquet(EncodedPictures):
-    """A parquet file, or a folder of them. A place is `file@group+row`, a key `file/row`."""
+    """A Parquet file, or a folder of them. A place is `file@group+row`, a key `file/row`."""
 
     def __init__(self, data: Data) -> None:
         super().__init__(data)
         self._path = data.path
-        self._files = Inputs(data.path, data.links, data.split)
+        self._files = InputFiles(data.path, data.links, data.split)
         self._lock = threading.Lock()
         self._groups: OrderedDict[tuple[str, int], _Pictures] = OrderedDict()
 
@@ -70,29 +71,29 @@ class Parquet(EncodedPictures):
         tables = self._files.list(".parquet")
         if not tables:
             raise UserError(f"data.path: {self._path}: no .parquet files")
-        found: list[Candidate] = []
+        candidates: list[Candidate] = []
         rejections: list[Rejection] = []
         positions = [Position(self._path, table) for table in track(tables, "read tables")]
-        read = partial(_read, tuple(self.data.scores))
-        for each in in_pieces(read, positions, lost, processes(len(tables)), preload=PRELOAD):
+        read = partial(_read_piece, tuple(self.data.scores))
+        for each in in_pieces(read, positions, after_loss, processes(len(tables)), preload=PRELOAD):
             if isinstance(each, Candidate):
-                found.append(each)
+                candidates.append(each)
             else:
                 rejections.append(each)
-        if not found and not rejections:
+        if not candidates and not rejections:
             raise UserError(f"data.path: {self._path}: no rows in {len(tables)} parquet files")
-        if not found and all(rejection.name in tables for rejection in rejections):
+        if not candidates and all(rejection.name in tables for rejection in rejections):
             first = rejections[0]
             raise UserError(f"data.path: {self._path}: {first.name}: {first.detail or first.reason}")
         self.left_out = self._files.left_out
-        return found, rejections + self._files.rejections()
+        return candidates, rejections + self._files.rejections()
 
     def unused_files(self) -> UnusedFiles:
         return self._files.unused_files()
 
     def read(self, place: str) -> bytes:
-        table, _, where = place.rpartition("@")
-        group, _, row = where.partition("+")
+        table, _, group_and_row = place.rpartition("@")
+        group, _, row = group_and_row.partition("+")
         try:
             content = self._picture(table, int(group), int(row))
         except Unavailable:
@@ -109,38 +110,39 @@ class Parquet(EncodedPictures):
         with self._lock:
             if (table, group) not in self._groups:
                 self._groups[table, group] = _Pictures(self._path, table, group)
-                if len(self._groups) > _KEPT:
+                if len(self._groups) > _MAX_GROUPS:
                     self._groups.popitem(last=False)
-            return self._groups[table, group].at(row)
+            return self._groups[table, group].read(row)
 
 
 class _Pictures:
-    """The pictures of one group of rows, decoded as they are asked for; the last of them are kept."""
+    """The pictures of one group of rows, decoded when they are asked for; the last ones are kept in memory."""
 
     def __init__(self, path: str, table: str, group: int) -> None:
         self._path, self._table, self._group = path, table, group
         self._kept: deque[bytes | None] = deque()
         self._bytes = 0
-        self._first = self._next = 0  # rows: of the first that is kept, and behind the last
+        self._first = self._next = 0  # the first row that is kept, and the row after the last
         self._batches: Iterator[Any] | None = None
-        self._wrong: str | None = None  # why nothing can be read from `_next` on; it would be tried for each row
+        self._failure: str | None = None  # why no row can be read from `_next` on, so that it is not tried for each row
 
-    def at(self, row: int) -> bytes | None:
+    def read(self, row: int) -> bytes | None:
+        """Returns the picture of a row; None if the row has none. Raises Unusable."""
         if row < self._first:
-            self._batches, self._wrong = None, None
+            self._batches, self._failure = None, None
         if self._batches is None:
             self._kept.clear()
             self._bytes = self._first = self._next = 0
-            self._batches = self._all()
+            self._batches = self._decode()
         while row >= self._next:
-            if self._wrong is not None:
-                raise Unusable(self._wrong)
+            if self._failure is not None:
+                raise Unusable(self._failure)
             try:
                 pictures = next(self._batches, None)
                 if pictures is None:
                     raise Unusable(CORRUPT)
             except Unusable as reason:
-                self._wrong = str(reason)
+                self._failure = str(reason)
                 raise
             self._kept.extend(pictures)
             self._next += len(pictures)
@@ -150,16 +152,17 @@ class _Pictures:
                 self._first += 1
         return self._kept[row - self._first]
 
-    def _all(self) -> Iterator[list[bytes | None]]:
-        opened = ParquetTable(self._path, self._table)
-        column = _picture_column(opened)
-        for batch in opened.batches(self._group, [column], _BATCH):
-            found = batch.column(column)
-            yield undecoded(found if is_bytes(opened.kind(column)) else _bytes_of(found))
+    def _decode(self) -> Iterator[list[bytes | None]]:
+        """Yields the pictures of the group, a few rows at a time."""
+        table = ParquetTable(self._path, self._table)
+        name = _picture_column(table)
+        for batch in table.batches(self._group, [name], _BATCH):
+            column = batch.column(name)
+            yield as_bytes(column if is_bytes(table.type_of(name)) else _bytes_of(column))
 
 
 def _bytes_of(structs: Any) -> Any:
-    """Returns the field "bytes" of a column of structs, null where the struct is."""
+    """Returns the field "bytes" of a column of structs; it is null in rows whose struct is null."""
     import pyarrow.compute
 
     try:
@@ -168,21 +171,21 @@ def _bytes_of(structs: Any) -> Any:
         raise Unusable(CORRUPT) from error
 
 
-def _read(scores: tuple[str, ...], position: Position) -> Piece[Position, Candidate | Rejection]:
+def _read_piece(scores: tuple[str, ...], position: Position) -> Piece[Position, Candidate | Rejection]:
     return read_piece(position, partial(_columns, scores), partial(_candidate, scores))
 
 
-def _columns(scores: tuple[str, ...], opened: ParquetTable) -> list[str]:
+def _columns(scores: tuple[str, ...], table: ParquetTable) -> list[str]:
     """Returns the columns of captions, in the order in which they count, and of scores."""
-    captions = _caption_columns(opened)
-    _picture_column(opened)
+    captions = _caption_columns(table)
+    _picture_column(table)
     for name in scores:
-        if name not in opened.names:
-            raise _refused(f"no column {name} (data.scores): it has {_listed(opened)}")
+        if name not in table.names:
+            raise _no_column(f"no column {name} (data.scores): it has {_column_names(table)}")
     return [*captions, *scores]
 
 
-def _candidate(scores: tuple[str, ...], at: RowAt, fields: dict[str, Any]) -> Candidate | Rejection:
+def _candidate(scores: tuple[str, ...], at: RowAt, fields: ParquetRow) -> Candidate | Rejection:
     name = row_name(at.table, at.number)
     try:
         caption = Caption("")
@@ -198,42 +201,42 @@ def _candidate(scores: tuple[str, ...], at: RowAt, fields: dict[str, Any]) -> Ca
     return Candidate(name, caption, f"{at.table}@{at.group}+{at.row}", scores_in(fields, scores))
 
 
-def _caption_columns(opened: ParquetTable) -> list[str]:
-    known = [column for name in CAPTIONS for column in opened.named(name)]
-    texts = [column for column in dict.fromkeys(known) if is_text(kind := opened.kind(column)) or is_bytes(kind)]
+def _caption_columns(table: ParquetTable) -> list[str]:
+    known = [column for name in CAPTIONS for column in table.columns_named(name)]
+    texts = [column for column in dict.fromkeys(known) if is_text(kind := table.type_of(column)) or is_bytes(kind)]
     if known and not texts:
-        raise _refused(f"column {known[0]} has {opened.kind(known[0])}, expected texts")
+        raise _no_column(f"column {known[0]} has {table.type_of(known[0])}, expected texts")
     if not texts:
-        raise _refused(f"no column of a caption: expected one of {', '.join(CAPTIONS)}, got {_listed(opened)}")
+        raise _no_column(f"no column of a caption: expected one of {', '.join(CAPTIONS)}, got {_column_names(table)}")
     return texts
 
 
-def _picture_column(opened: ParquetTable) -> str:
-    known = [column for name in _PICTURES for column in opened.named(name)]
+def _picture_column(table: ParquetTable) -> str:
+    known = [column for name in _PICTURES for column in table.columns_named(name)]
     for column in known:
-        kind = opened.kind(column)
+        kind = table.type_of(column)
         if is_bytes(kind) or has_bytes(kind):
             return column
-    address = next((column for name in _ADDRESSES for column in opened.named(name)), None)
+    address = next((column for name in _ADDRESSES for column in table.columns_named(name)), None)
     if known:
-        raise _refused(f"column {known[0]} has {opened.kind(known[0])}, expected bytes of pictures")
+        raise _no_column(f"column {known[0]} has {table.type_of(known[0])}, expected bytes of pictures")
     if address is not None:
-        raise _refused(
+        raise _no_column(
             f"has addresses ({address}) and no pictures; addresses are not fetched: img2dataset makes tables or tar "
             "files with the pictures in them"
         )
-    raise _refused(f"no column of pictures: expected one of {', '.join(_PICTURES)}, got {_listed(opened)}")
+    raise _no_column(f"no column of pictures: expected one of {', '.join(_PICTURES)}, got {_column_names(table)}")
 
 
-def with_pictures(path: str, tables: list[str]) -> bool:
-    """Whether a table has a column of pictures, or none of them can be opened, which `Parquet` then says."""
-    found = isolated(partial(_has_pictures, path), tables, lambda table, reason: None, 1, preload=PRELOAD)
-    told = [each for each in found if each is not None]
-    return any(told) or not told
+def any_has_pictures(path: str, tables: list[str]) -> bool:
+    """Returns whether a table has a column of pictures. Also true if no table can be opened: `Parquet` says so."""
+    answers = isolated(partial(_has_pictures, path), tables, lambda table, reason: None, 1, preload=PRELOAD)
+    opened = [answer for answer in answers if answer is not None]
+    return any(opened) or not opened
 
 
 def _has_pictures(path: str, table: str) -> bool | None:
-    """Whether there is such a column; None where the table cannot be opened."""
+    """Returns whether the table has a column of pictures; None if it cannot be opened."""
     try:
         opened = ParquetTable(path, table)
     except (Unusable, UserError):
@@ -244,12 +247,12 @@ def _has_pictures(path: str, table: str) -> bool | None:
         return False
 
 
-def _listed(opened: ParquetTable) -> str:
-    return ", ".join(opened.names)[:300]
+def _column_names(table: ParquetTable) -> str:
+    return ", ".join(table.names)[:300]
 
 
-def _refused(detail: str) -> Unusable:
-    """Returns the reason why a table is refused, with what is wrong with it as its cause."""
-    refused = Unusable(NO_COLUMN)
-    refused.__cause__ = Unusable(detail)
-    return refused
+def _no_column(detail: str) -> Unusable:
+    """Returns the reason why a table is refused; its cause says what is wrong with the table's columns."""
+    reason = Unusable(NO_COLUMN)
+    reason.__cause__ = Unusable(detail)
+    return reason

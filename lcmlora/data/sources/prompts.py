@@ -1,10 +1,9 @@
-"""Source `prompts`: captions without pictures. The teacher makes the latents (rollouts.py)."""
+"""Source `prompts`: captions without pictures. The teacher draws the latents (lcmlora/data/latents/rollouts.py)."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
 
 from lcmlora.data.reading.candidates import (
     NO_CAPTION,
@@ -15,26 +14,26 @@ from lcmlora.data.reading.candidates import (
     decoded_caption,
 )
 from lcmlora.data.reading.tables import Row, read_rows
-from lcmlora.data.sources.inputs import Inputs
+from lcmlora.data.sources.inputs import InputFiles
 from lcmlora.data.sources.source import Record, Source, Survey
 from lcmlora.errors import UserError
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
-NAMES = ("prompt", "caption", "text")  # of the key or column, in whatever case
+NAMES = ("prompt", "caption", "text")  # of the key or column, in any case of letters
 
 NO_PROMPT = f"row without a text under {', '.join(NAMES[:-1])} or {NAMES[-1]}"
 
 
 class Prompts(Source):
     """A file of prompts, or a folder of them, here or in a bucket: .txt with a prompt in each line, .jsonl, .csv or
-    .parquet. A record is a prompt and the number of a copy, of which the teacher makes a latent each."""
+    .parquet. A record is a prompt and the number of a copy: the teacher draws a latent for each."""
 
     has_pictures = False
     has_sizes = False
 
     def survey(self) -> Survey:
         data = self.data
-        files = Inputs(data.path, data.links, data.split)
+        files = InputFiles(data.path, data.links, data.split)
         prompts, rejections = _read(data.path, files)
         rejections += files.rejections()
         records = [_record(prompt, copy) for copy in range(data.copies) for prompt in prompts]
@@ -47,50 +46,50 @@ def _record(prompt: Candidate, copy: int) -> Record:
     return Record(f"{prompt.key}/{copy}", text, digest, 0, 0, raw_caption=raw)
 
 
-def _read(path: str, files: Inputs) -> tuple[list[Candidate], list[Rejection]]:
-    """Returns every prompt once, in the order of the files, with its file and line as key; and the refused ones.
+def _read(path: str, files: InputFiles) -> tuple[list[Candidate], list[Rejection]]:
+    """Returns each distinct prompt, in the order of the files, with its file and line as key; and the rejections.
 
     Raises:
-        UserError: no such files, or no prompt in them.
+        UserError: there are no such files, or no prompt in them.
     """
     names = files.list(*KINDS)
     if not names:
         raise UserError(f"data.path: {path}: no prompts; expected a file that ends in {', '.join(KINDS)}, or a folder")
-    found, rejections = distinct(read_rows(path, names, wanted=("", *NAMES)))
-    if not found:
+    prompts, rejections = distinct_prompts(read_rows(path, names, wanted=("", *NAMES)))
+    if not prompts:
         first = next(iter(rejections), None)
-        told = f": {first.name}: {first.reason}" + (f" ({first.detail})" if first.detail else "") if first else ""
-        raise UserError(f"data.path: {path}: no prompt that can be used in {len(names)} files{told}")
-    return found, rejections
+        reason = f": {first.name}: {first.reason}" + (f" ({first.detail})" if first.detail else "") if first else ""
+        raise UserError(f"data.path: {path}: no prompt that can be used in {len(names)} files{reason}")
+    return prompts, rejections
 
 
-def distinct(rows: Iterable[Row | Rejection]) -> tuple[list[Candidate], list[Rejection]]:
-    """Returns every prompt of these rows once, and what is refused."""
-    found: list[Candidate] = []
+def distinct_prompts(rows: Iterable[Row | Rejection]) -> tuple[list[Candidate], list[Rejection]]:
+    """Returns each distinct prompt of these rows, and the rejections."""
+    prompts: list[Candidate] = []
     rejections: list[Rejection] = []
     seen: set[str] = set()
-    for each in rows:
-        if isinstance(each, Rejection):
-            rejections.append(each)
+    for row in rows:
+        if isinstance(row, Rejection):
+            rejections.append(row)
             continue
         try:
-            prompt = decoded_caption(_text(each).encode("utf-8"))
+            prompt = decoded_caption(_text(row).encode("utf-8"))
             if not prompt.text or prompt.text in seen:
                 raise Unusable(SAME_PROMPT if prompt.text else NO_CAPTION)
         except Unusable as reason:
-            rejections.append(Rejection(each.name, str(reason), detail=f"row {each.number}: {str(each.fields)[:200]}"))
+            rejections.append(Rejection(row.name, str(reason), detail=f"row {row.number}: {str(row.fields)[:200]}"))
         else:
             seen.add(prompt.text)
-            found.append(Candidate(each.name, prompt, each.name))
-    return found, rejections
+            prompts.append(Candidate(row.name, prompt, row.name))
+    return prompts, rejections
 
 
 def _text(row: Row) -> str:
-    """Returns the prompt of a row, of several texts the first; empty where they are. Raises Unusable."""
-    fields: dict[str, Any] = {}
+    """Returns the first text of a row that is not empty; empty if all are. Raises Unusable if it has no text."""
+    fields: dict[str, object] = {}
     for name, value in row.fields.items():
         fields.setdefault(name.casefold(), value)
-    texts = [fields[name] for name in ("", *NAMES) if isinstance(fields.get(name), str)]
+    texts = [value for name in ("", *NAMES) if isinstance(value := fields.get(name), str)]
     if not texts:
         raise Unusable(NO_PROMPT)
     return next((text for text in texts if text.strip()), "")

@@ -1,10 +1,10 @@
-"""Where captioned pictures come from: what a source is, and how a picture is read safely.
+"""The base classes of sources, which read captioned pictures, and functions that use the source of the settings.
 
-Each source is a class, which `data.source` names (lcmlora/plugins.py says how one is added). Those whose pictures have
-bytes of their own, in files or tables, are `EncodedPictures`; others are a `Source` themselves.
+Each source is a class that `data.source` names (lcmlora/plugins.py says how to add one). Sources whose pictures are
+encoded files, in folders, tables or tar files, derive from `EncodedPictures`; the others derive from `Source`.
 
-A picture is decoded as what its bytes are, whatever its name says, and only as JPEG, PNG or WebP. What cannot be used
-becomes a `Rejection` with a reason; what is a mistake of layout (no pictures, no captions) is an error.
+The bytes of a picture decide how it is decoded, not its name, and only JPEG, PNG and WebP are. A picture that cannot be
+used becomes a `Rejection` with a reason; a mistake of layout (no pictures, no captions) is an error.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ RESIZE_FILTER = "lanczos"
 class Record:
     """One captioned picture that can be used.
 
-    key: unique and stable; a path below `data.path`, with the place in the file it lies in, or style/code/copy of an
-        emoji.
-    sha256: of the picture's bytes; for emoji of drawing and placement; of prompt and copy where there is no picture.
-    width, height: pixels, upright (after EXIF rotation); 0 where there is no picture.
-    place: by which the source reads it, where that is not the key.
-    raw_caption: as it was written, where cleaning took words from it.
-    look: 64 bits of what it looks like, where near duplicates are asked for; 16 hexadecimal digits.
+    key: unique and stable; a path below `data.path`, with the position in a table or tar file, or style/code/copy of
+        an emoji.
+    sha256: of the picture's bytes; of an emoji's drawing and placement; of prompt and copy if there is no picture.
+    width, height: pixels, upright (after EXIF rotation); 0 if there is no picture.
+    place: where the source reads it, if that is not the key.
+    raw_caption: as it was written, if cleaning took words from it.
+    look: the perceptual hash as 16 hexadecimal digits, if `data.near_duplicates` is set.
     note: what could not be read of the picture, though it is used.
     """
 
@@ -67,8 +67,8 @@ class Survey:
     """What a source has at `data.path`.
 
     records: the usable pictures, in a stable order.
-    left_out: names that belong to a split which is not wanted, by split.
-    of_pictures: whether these are names of pictures; else they are of files with many.
+    left_out: names of pictures or files in splits that are not wanted, by split.
+    of_pictures: whether `left_out` has names of pictures; else they are names of files with many pictures.
     unused_files: files that the source does not use, by kind.
     """
 
@@ -80,11 +80,11 @@ class Survey:
 
 
 class Source(ABC):
-    """Where captioned pictures come from, or captions alone. It is opened again in each process that reads from it.
+    """A source of captioned pictures, or of captions only. Each process that reads from it opens it again.
 
-    has_pictures: False where the teacher makes the latents of the captions (lcmlora/data/latents/rollouts.py).
-    has_sizes: whether pictures have a size of their own; False where they are drawn in any size that is asked for.
-    separate_files: whether each picture is a file of its own, and its caption lies in another one.
+    has_pictures: False if the teacher draws the latents of the captions (lcmlora/data/latents/rollouts.py).
+    has_sizes: whether pictures have a size of their own; False if they are drawn in any size.
+    separate_files: whether each picture is a file of its own, with its caption in another file.
     """
 
     has_pictures: ClassVar[bool] = True
@@ -97,30 +97,30 @@ class Source(ABC):
 
     @abstractmethod
     def survey(self) -> Survey:
-        """Returns what lies at `data.path`, down to the last file. Reads each picture once.
+        """Returns all pictures, rejections and unused files at `data.path`. Reads each picture once.
 
         Raises:
-            UserError: no such folder or file, no pictures in it, or so many without a caption that the layout must be
-                another one (data.max_rejected).
+            UserError: there is no such folder or file, it has no pictures, or so many have no caption that the layout
+                must be another one (data.max_rejected).
         """
 
     def picture(self, record: Record, size: int | None = None) -> Image.Image:
-        """Returns the picture in RGB, upright, alpha over white; of an animation the first frame. From any thread.
+        """Returns the picture in RGB and upright, as `decoding.decode` does. May be called from any thread.
 
         Args:
-            size: side in pixels, where pictures are drawn in any size; by default that of the record.
+            size: side in pixels, for sources that draw in any size; by default that of the record.
 
         Raises:
-            UserError: there are no pictures, or this one is not as it was when the list was made.
+            UserError: the source has no pictures, or this one changed since the list was made.
         """
         raise UserError(f"data.source: {self.data.source} has no pictures")
 
     def rejected(self, place: str) -> Image.Image | None:
-        """Returns the picture of a rejection, for people to look at; None where there is none to see."""
+        """Returns a rejected picture, for people to look at; None if it cannot be decoded."""
         return None
 
     def readers(self) -> int:
-        """Returns how many threads should read pictures at once."""
+        """Returns how many threads should read pictures at the same time."""
         return workers()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -130,7 +130,8 @@ class Source(ABC):
 class EncodedPictures(Source):
     """A source whose pictures are JPEG, PNG or WebP. They are decoded in processes that may crash.
 
-    left_out: names that belong to a split which is not wanted, by split; known after `candidates`.
+    Attributes:
+        left_out: names in splits that are not wanted, by split; known after `candidates`.
     """
 
     def __init__(self, data: Data) -> None:
@@ -139,17 +140,17 @@ class EncodedPictures(Source):
 
     @abstractmethod
     def candidates(self) -> tuple[list[Candidate], list[Rejection]]:
-        """Returns what there is, in a stable order to which later names are added at the end, and what is refused.
+        """Returns the pictures with captions, in a stable order, and the rejections; decodes no picture.
 
-        Candidates have the numbers that `data.scores` asks for.
+        Candidates have the numbers for `data.scores`.
 
         Raises:
-            UserError: there is nothing, or it is no such source.
+            UserError: there are no pictures, or the files are of another source.
         """
 
     @abstractmethod
     def read(self, place: str) -> bytes:
-        """Returns the bytes of a candidate's picture, from any thread. Raises Unusable."""
+        """Returns the bytes of a candidate's picture. May be called from any thread. Raises Unusable."""
 
     def unused_files(self) -> UnusedFiles:
         """Returns the files that the source does not use; call it after `candidates`."""
@@ -160,7 +161,7 @@ class EncodedPictures(Source):
         unused = self.unused_files().by_kind()
         # Before hours are spent on decoding the few that have a caption.
         rejection_advice.check_captions(self.data, rejections, len(candidates) + len(rejections), unused)
-        records = self._examined(candidates, rejections)
+        records = self._decodable(candidates, rejections)
         return Survey(records, rejections, self.left_out, unused, self.separate_files)
 
     def picture(self, record: Record, size: int | None = None) -> Image.Image:
@@ -186,24 +187,29 @@ class EncodedPictures(Source):
         except Unusable:
             return None
 
-    def _examined(self, candidates: list[Candidate], rejections: list[Rejection]) -> list[Record]:
-        """Returns the pictures that can be decoded, and adds the others to the rejections."""
-        wanted = []
+    def _decodable(self, candidates: list[Candidate], rejections: list[Rejection]) -> list[Record]:
+        """Returns the pictures whose scores are in range and that can be decoded; adds the others to the rejections."""
+        within_scores = []
         for candidate in candidates:
-            if reason := _low(candidate, self.data):
+            if reason := _bad_score(candidate, self.data):
                 rejections.append(Rejection(candidate.key, reason, candidate.place))
             else:
-                wanted.append(candidate)
-        examine = partial(_examine, self)
-        found = isolated(examine, wanted, lambda c, reason: Rejection(c.key, reason), workers(), preload=PRELOAD)
-        results = list(track(found, "read pictures", total=len(wanted)))
+                within_scores.append(candidate)
+        examined = isolated(
+            partial(_examine, self),
+            within_scores,
+            lambda candidate, reason: Rejection(candidate.key, reason),
+            workers(),
+            preload=PRELOAD,
+        )
+        results = list(track(examined, "read pictures", total=len(within_scores)))
         rejections += [r for r in results if isinstance(r, Rejection)]
         return [r for r in results if isinstance(r, Record)]
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """Settings that are compared by their text: a dictionary among them has no hash."""
+    """Settings that are compared by their text, because the dictionary in them has no hash."""
 
     text: str
     data: Data = field(compare=False)
@@ -213,26 +219,20 @@ class _Settings:
         return cls(data.model_dump_json(), data)
 
 
-@lru_cache(1)  # with what it has read already: files that were opened, groups of rows
+@lru_cache(1)  # a source keeps files open, and the rows that it read last
 def _open_kind(kind: type[Source], settings: _Settings) -> Source:
     return kind(settings.data)
 
 
 def open_source(data: Data) -> Source:
-    """Returns the source that `data.source` names, ready to read. Raises UserError where it is not there."""
+    """Returns the source of these settings, ready to read. Raises UserError if there is no such path."""
     return _open_kind(SOURCES.get(data.source), _Settings.of(data))
 
 
-def find(data: Data) -> tuple[list[Record], list[Rejection]]:
-    """Returns the usable pictures and the others of what `survey` finds."""
-    found = survey(data)
-    return found.records, found.rejections
-
-
 def survey(data: Data) -> Survey:
-    """Returns what lies at `data.path` now; see `Source.survey`."""
-    found: Survey = SOURCES.get(data.source)(data).survey()
-    return found
+    """Returns what the source has at `data.path` now; see `Source.survey`."""
+    surveyed: Survey = SOURCES.get(data.source)(data).survey()
+    return surveyed
 
 
 def open_picture(data: Data, record: Record, *, size: int | None = None) -> Image.Image:
@@ -241,13 +241,13 @@ def open_picture(data: Data, record: Record, *, size: int | None = None) -> Imag
 
 
 def workers() -> int:
-    """How many threads or processes decode pictures: a large one takes 0.4 GB, and more while it is made RGB."""
+    """Returns how many threads or processes decode pictures: each may take 0.4 GB for a large one, and more."""
     return min(8, os.cpu_count() or 1)
 
 
-def _low(candidate: Candidate, data: Data) -> str:
-    """Returns which score is out of its range, as a reason; empty where all are within."""
-    for name, (low, high) in ((name, (wanted.min, wanted.max)) for name, wanted in data.scores.items()):
+def _bad_score(candidate: Candidate, data: Data) -> str:
+    """Returns which score is missing or out of its range, as a reason; empty if all are in range."""
+    for name, (low, high) in ((name, (limits.min, limits.max)) for name, limits in data.scores.items()):
         value = candidate.scores.get(name)
         if value is None:
             return f"no {name} (data.scores)"
@@ -259,6 +259,7 @@ def _low(candidate: Candidate, data: Data) -> str:
 
 
 def _examine(source: EncodedPictures, candidate: Candidate) -> Record | Rejection:
+    """Returns the record of a candidate, or why it cannot be decoded. Runs in a process that may crash."""
     from PIL import Image
 
     from lcmlora.data.decoding import decode
@@ -266,7 +267,7 @@ def _examine(source: EncodedPictures, candidate: Candidate) -> Record | Rejectio
 
     try:
         content = source.read(candidate.place)
-        # Pillow warns about what is over its limit and refuses only what is over it twice; here the limit counts.
+        # Pillow only warns of pictures over its limit, and refuses those over twice the limit; here the limit counts.
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture, note = decode(content)
@@ -285,7 +286,7 @@ def _examine(source: EncodedPictures, candidate: Candidate) -> Record | Rejectio
 
 
 def rejected_thumbnail(source: Source, side: int, place: str) -> bytes | None:
-    """Returns a rejected picture as a JPEG of at most `side` pixels; None where it cannot be decoded."""
+    """Returns a rejected picture as a JPEG of at most `side` pixels; None if it cannot be decoded."""
     picture = source.rejected(place)
     if picture is None:
         return None
@@ -296,22 +297,23 @@ def rejected_thumbnail(source: Source, side: int, place: str) -> bytes | None:
 
 
 def fit(picture: Image.Image, height: int, width: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """Returns the centre of the picture in this size, by default a square, and (top, left) of that crop.
+    """Resizes a picture until it just covers this size, by default a square, and crops its centre.
 
-    It is resized (RESIZE_FILTER) until it just covers the size, and what stands over is cropped.
+    Returns:
+        The cropped picture, and the top and left of the crop in the resized picture. The filter is RESIZE_FILTER.
     """
     from PIL import Image
 
     width = width or height
     factor = max(width / picture.width, height / picture.height)
-    whole = max(width, round(picture.width * factor)), max(height, round(picture.height * factor))
-    left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
-    resized = picture.resize(whole, Image.Resampling[RESIZE_FILTER.upper()])
+    covering = max(width, round(picture.width * factor)), max(height, round(picture.height * factor))
+    left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
+    resized = picture.resize(covering, Image.Resampling[RESIZE_FILTER.upper()])
     return resized.crop((left, top, left + width, top + height)), (top, left)
 
 
 def read_records(path: Path) -> list[Record]:
-    """Returns the records of a list that `write_records` wrote. Raises UserError where there is none."""
+    """Returns the records of a list that `write_records` wrote. Raises UserError if there is no such list."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         return [Record(**json.loads(line)) for line in lines]
@@ -322,7 +324,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def write_records(path: Path, records: list[Record]) -> None:
-    """Writes one JSON object a line, with the fields of `Record`."""
+    """Writes one JSON object in each line, with the fields of `Record` that are not None."""
     # ASCII, because str.splitlines also breaks at characters that JSON leaves bare (U+2028, U+0085).
     plain = ({name: value for name, value in asdict(record).items() if value is not None} for record in records)
     text = "".join(json.dumps(record, sort_keys=True) + "\n" for record in plain)

@@ -1,4 +1,4 @@
-"""Parts of a data set that its files' and folders' names call train, validation or test, as Hugging Face reads them."""
+"""The splits train, validation and test in names of files and folders, read as Hugging Face's datasets reads them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ _WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLITS = {word: split for split, words in _WORDS.items() for word in words}
-_BREAK = re.compile(r"[^a-z]+")  # what HF takes for the end of a word: -._ and space, and numbers (val2017)
+_BREAK = re.compile(r"[^a-z]+")  # the end of a word for Hugging Face: -._ and space, and numbers (val2017)
 _CONTENTS = {"", "images", "image", "imgs", "img", "pictures", "photos", "data", "dataset", "set", "split", "of"}
 
 
 def of(name: str, *, container: bool = False) -> str | None:
-    """Returns the split of a file: of the outermost folder that names one, or by its own name where it is a container.
+    """Returns the split that the outermost folder of a file names; for a container, else the one in its own name.
 
-    A folder names one by this word alone, or with numbers and words like `images` (`val2017`, `test_images`). Pictures
-    do not: `test.png` may show a test. A container (a table, a tar file, a list of prompts) does by any of its words.
+    A folder names a split by this word alone, or with numbers and words like `images` (`val2017`, `test_images`). A
+    picture's own name counts for nothing: `test.png` may show a test. A container (a table, a tar file, a list of
+    prompts) names a split by any of its words.
     """
     path = PurePosixPath(name)
     for folder in path.parts[:-1]:
@@ -35,7 +36,7 @@ def of(name: str, *, container: bool = False) -> str | None:
 
 
 def _first(named: list[str]) -> str | None:
-    """A name with several words of this kind, like train-test.tar, is of `train` where that is one of them."""
+    """Returns the split of a name with these words: `train` if it is among them (train-test.tar), else the first."""
     splits = [_SPLITS[word] for word in named]
     return TRAIN if TRAIN in splits else next(iter(splits), None)
 
@@ -43,22 +44,22 @@ def _first(named: list[str]) -> str | None:
 def choose(
     path: str, names: Iterable[str], wanted: Collection[str], *, container: bool = False
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Returns the names that are of a wanted split, and the others by their split.
+    """Returns the sorted names in wanted splits, and the other names by their split.
 
-    What is of no split counts as `train`. Where all is of one split, that is taken: there is nothing to tell it from.
+    A name without a split is in `train`. If all names are in one split, it is used, wanted or not.
 
     Raises:
         UserError: there are several splits, and none of them is wanted.
     """
-    found: dict[str, list[str]] = {}
+    by_split: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(of(name, container=container) or TRAIN, []).append(name)
-    taken = [split for split in found if split in wanted] or (list(found) if len(found) == 1 else [])
-    if found and not taken:
-        counts = " and ".join(f"{len(names)} files of {split}" for split, names in sorted(found.items()))
+        by_split.setdefault(of(name, container=container) or TRAIN, []).append(name)
+    used = [split for split in by_split if split in wanted] or (list(by_split) if len(by_split) == 1 else [])
+    if by_split and not used:
+        counts = " and ".join(f"{len(names)} files of {split}" for split, names in sorted(by_split.items()))
         raise UserError(
             f"{path}: has {counts} by their names, and none of {' or '.join(wanted)} (data.split); set data.split to "
             "what is to be trained on, or to all"
         )
-    kept = sorted(name for split in taken for name in found[split])
-    return kept, {split: found[split] for split in sorted(found) if split not in taken}
+    kept = sorted(name for split in used for name in by_split[split])
+    return kept, {split: by_split[split] for split in sorted(by_split) if split not in used}

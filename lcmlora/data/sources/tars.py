@@ -1,8 +1,8 @@
 """Source `webdataset`: pictures and captions in tar files, as WebDataset lays them out.
 
-Members that follow each other and have one name up to the first dot are one sample (samples.py): `000123.jpg` with
-`000123.txt`, or with `000123.json` that has a caption. Nothing is unpacked to disk, and other members (.pkl, .cls, ...)
-are not opened.
+Members that follow each other and have the same name up to the first dot are one sample (tar_samples.py): `000123.jpg`
+with `000123.txt`, or with a `000123.json` that has a caption. Nothing is unpacked to disk, and other members (.pkl,
+.cls, ...) are not read.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from lcmlora.data.reading.candidates import (
 )
 from lcmlora.data.reading.parquet_files import GIVEN_UP, MAX_REFUSED
 from lcmlora.data.reading.tables import PRELOAD
-from lcmlora.data.reading.tar_members import Member, members
-from lcmlora.data.reading.tar_samples import sample_key, sort_out, stem
+from lcmlora.data.reading.tar_members import Member, read_members
+from lcmlora.data.reading.tar_samples import match_captions, sample_key, stem
 from lcmlora.data.sources import splits
-from lcmlora.data.sources.inputs import Inputs
+from lcmlora.data.sources.inputs import InputFiles
 from lcmlora.data.sources.source import EncodedPictures
 from lcmlora.data.unused_files import UnusedFiles
 from lcmlora.errors import Unavailable, UserError
@@ -43,14 +43,14 @@ from lcmlora.progress import track
 
 NO_FILE = "a link or a device in a tar file"
 NO_PICTURE = "a sample without a picture"
-APART = (
+CAPTION_ELSEWHERE = (
     "its caption is elsewhere in the tar file; sort it, since a sample's files must follow each other (tar --sort=name)"
 )
-TWICE = "a second picture of one name in a tar file; the first counts"
+SECOND_PICTURE = "a second picture of one name in a tar file; the first counts"
 
 _PIECE_PICTURES = 20_000
 _PIECE_SECONDS = 10.0  # a bucket may be slow, and a piece has 60 seconds
-_MAX_SAMPLE = 100_000  # members, where all names have one beginning
+_MAX_SAMPLE = 100_000  # members, if all names have the same beginning
 
 
 class Tars(EncodedPictures):
@@ -59,20 +59,20 @@ class Tars(EncodedPictures):
     def __init__(self, data: Data) -> None:
         super().__init__(data)
         self._path = data.path
-        self._files = Inputs(data.path, data.links, data.split)
+        self._files = InputFiles(data.path, data.links, data.split)
 
     def candidates(self) -> tuple[list[Candidate], list[Rejection]]:
         candidates, rejections = self._members()
-        # Of what is packed, as `tar c train test` does, unless the name of the tar file says what all of it is.
-        inside = {candidate.key: _inside(candidate) for candidate in candidates}
-        kept, unwanted = splits.choose(self._path, inside.values(), self.data.split)
-        wanted, left_out = {*kept}, dict(self._files.left_out)
+        # Folders in a tar file (`tar c train test`) name splits, unless the name of the tar file does.
+        name_in_tar = {candidate.key: _name_in_tar(candidate) for candidate in candidates}
+        wanted_names, unwanted = splits.choose(self._path, name_in_tar.values(), self.data.split)
+        wanted, left_out = {*wanted_names}, dict(self._files.left_out)
         for split, names in unwanted.items():
             left_out[split] = [*left_out.get(split, []), *names]
         self.left_out = left_out
         rejections = [rejection for rejection in rejections if _split_in_tar(rejection.name) not in unwanted]
-        found = [candidate for candidate in candidates if inside[candidate.key] in wanted]
-        return found, rejections + self._files.rejections()
+        kept = [candidate for candidate in candidates if name_in_tar[candidate.key] in wanted]
+        return kept, rejections + self._files.rejections()
 
     def unused_files(self) -> UnusedFiles:
         return self._files.unused_files()
@@ -83,28 +83,28 @@ class Tars(EncodedPictures):
             raise UserError(
                 f"data.path: {self._path}: no .tar files; those of .tar.gz, .tgz, ... must be unpacked to .tar first"
             )
-        places = [_Place(self._path, tar) for tar in track(tars, "read tar files")]
-        read = partial(_read, tuple(self.data.scores))
-        found: dict[str, Candidate] = {}
+        positions = [_Position(self._path, tar) for tar in track(tars, "read tar files")]
+        read = partial(_read_piece, tuple(self.data.scores))
+        candidates: dict[str, Candidate] = {}
         rejections: list[Rejection] = []
-        alone = _Alone()
-        for each in in_pieces(read, places, _lost, processes(len(tars)), preload=PRELOAD):
-            if isinstance(each, _Half):
-                alone.add(each)
+        unmatched = _UnmatchedParts()
+        for each in in_pieces(read, positions, _after_loss, processes(len(tars)), preload=PRELOAD):
+            if isinstance(each, _Unmatched):
+                unmatched.add(each)
             elif isinstance(each, Rejection):
                 rejections.append(each)
-            elif each.key in found:
-                rejections.append(Rejection(each.key, TWICE, each.place))
+            elif each.key in candidates:
+                rejections.append(Rejection(each.key, SECOND_PICTURE, each.place))
             else:
-                found[each.key] = each
-        rejections += alone.rejections()
-        if not found and not rejections:
+                candidates[each.key] = each
+        rejections += unmatched.rejections()
+        if not candidates and not rejections:
             raise UserError(f"data.path: {self._path}: no pictures in {len(tars)} tar files")
-        return list(found.values()), rejections
+        return list(candidates.values()), rejections
 
     def read(self, place: str) -> bytes:
-        tar, _, where = place.rpartition("@")
-        offset, _, size = where.partition("+")
+        tar, _, byte_range = place.rpartition("@")
+        offset, _, size = byte_range.partition("+")
         if not 0 < int(size) <= MAX_BYTES:
             raise Unusable(TOO_LARGE if int(size) else EMPTY)
         try:
@@ -119,23 +119,24 @@ class Tars(EncodedPictures):
 
 
 def _split_in_tar(name: str) -> str | None:
+    """Returns the split that a folder in a tar file names, for a rejection's name; None if the tar file names one."""
     tar, ending, member = name.partition(".tar/")
     return splits.of(member) if ending and not splits.of(f"{tar}.tar", container=True) else None
 
 
-def _inside(candidate: Candidate) -> str:
-    """Returns the name of a picture in its tar file, below a folder that says the split where the tar file does."""
+def _name_in_tar(candidate: Candidate) -> str:
+    """Returns the name of a picture in its tar file, below a folder with the split if the tar file's name has one."""
     tar = candidate.place.rpartition("@")[0]
     name = candidate.key.removeprefix(f"{printable(tar)}/")
     split = splits.of(tar, container=True)
     return f"{split}/{name}" if split else name
 
 
-class _Place(NamedTuple):
-    """Where to go on in a tar file.
+class _Position(NamedTuple):
+    """Where the next piece of a tar file begins.
 
-    start: the first header of the next member, in bytes.
-    seen, refused: samples before it, and pictures and captions of them that were rejected.
+    start: the byte at which the next member's first header begins.
+    seen, refused: results before it, and those among them that were not candidates.
     """
 
     path: str
@@ -145,8 +146,12 @@ class _Place(NamedTuple):
     refused: int = 0
 
 
-class _Half(NamedTuple):
-    """A picture without a caption (with a name), or a caption without a picture, which may belong to each other."""
+class _Unmatched(NamedTuple):
+    """A picture without a caption in its sample, or a caption without a picture.
+
+    stem: its name up to the last dot.
+    picture: the picture's name; None for a caption.
+    """
 
     tar: str
     stem: str
@@ -154,69 +159,71 @@ class _Half(NamedTuple):
     place: str | None = None
 
 
-class _Alone:
-    """Pictures without a caption and captions without a picture in their sample. If the other half is in another sample
-    of the tar file, the rejection says so."""
+class _UnmatchedParts:
+    """Pictures without a caption and captions without a picture in their samples. If a picture's caption is in another
+    sample of the tar file, the rejection says so."""
 
     def __init__(self) -> None:
-        self._pictures: list[_Half] = []
-        self._captions: dict[tuple[str, str], None] = {}
+        self._pictures: list[_Unmatched] = []
+        self._captions: dict[tuple[str, str], None] = {}  # ordered
 
-    def add(self, half: _Half) -> None:
-        if half.picture is not None:
-            self._pictures.append(half)
+    def add(self, part: _Unmatched) -> None:
+        if part.picture is not None:
+            self._pictures.append(part)
         else:
-            self._captions[half.tar, half.stem] = None
+            self._captions[part.tar, part.stem] = None
 
     def rejections(self) -> list[Rejection]:
-        found = []
-        apart = set()
-        for half in self._pictures:
-            stems = {(half.tar, half.stem), (half.tar, sample_key(half.stem))} & self._captions.keys()
-            apart |= stems
-            found.append(Rejection(half.picture or "", APART if stems else NO_CAPTION, half.place))
-        bare = (each for each in self._captions if each not in apart)
-        return found + [Rejection(f"{printable(tar)}/{printable(name)}", NO_PICTURE) for tar, name in bare]
+        rejections = []
+        elsewhere = set()
+        for part in self._pictures:
+            captions = {(part.tar, part.stem), (part.tar, sample_key(part.stem))} & self._captions.keys()
+            elsewhere |= captions
+            reason = CAPTION_ELSEWHERE if captions else NO_CAPTION
+            rejections.append(Rejection(part.picture or "", reason, part.place))
+        bare = (caption for caption in self._captions if caption not in elsewhere)
+        return rejections + [Rejection(f"{printable(tar)}/{printable(name)}", NO_PICTURE) for tar, name in bare]
 
 
-def _read(scores: tuple[str, ...], place: _Place) -> Piece[_Place, Candidate | Rejection | _Half]:
-    """Reads samples until there are enough for one piece, and says where to go on."""
-    results: list[Candidate | Rejection | _Half] = []
+def _read_piece(scores: tuple[str, ...], position: _Position) -> Piece[_Position, Candidate | Rejection | _Unmatched]:
+    """Reads samples until there are enough for one piece; returns them and where the next piece begins."""
+    results: list[Candidate | Rejection | _Unmatched] = []
     until = time.monotonic() + _PIECE_SECONDS
-    seen, refused = place.seen, place.refused
+    seen, refused = position.seen, position.refused
     try:
-        with Files(place.path).open(place.tar) as file:
-            for start, key, sample in _samples(members(file, place.start)):
+        with Files(position.path).open(position.tar) as file:
+            for start, key, sample in _samples(read_members(file, position.start)):
                 if isinstance(sample, Unusable):
-                    return Piece([*results, Rejection(printable(place.tar), str(sample))], None)
+                    return Piece([*results, Rejection(printable(position.tar), str(sample))], None)
                 if len(results) >= _PIECE_PICTURES or time.monotonic() > until:
-                    return Piece(results, place._replace(start=start, seen=seen, refused=refused))
-                made = list(_sample(place.tar, key, sample, file, scores))
-                results += made
-                seen += len(made)
-                refused += sum(not isinstance(each, Candidate) for each in made)
+                    return Piece(results, position._replace(start=start, seen=seen, refused=refused))
+                parts = list(_sample(position.tar, key, sample, file, scores))
+                results += parts
+                seen += len(parts)
+                refused += sum(not isinstance(part, Candidate) for part in parts)
                 if refused > MAX_REFUSED and 2 * refused > seen:
-                    return Piece([*results, Rejection(printable(place.tar), GIVEN_UP)], None)
+                    return Piece([*results, Rejection(printable(position.tar), GIVEN_UP)], None)
     except Unavailable:
         raise
     except UserError as error:
-        return Piece([*results, Rejection(printable(place.tar), UNREADABLE, detail=str(error))], None)
+        return Piece([*results, Rejection(printable(position.tar), UNREADABLE, detail=str(error))], None)
     return Piece(results, None)
 
 
-def _lost(place: _Place, reason: str) -> Piece[_Place, Candidate | Rejection | _Half]:
-    return Piece([Rejection(printable(place.tar), f"from byte {place.start} on, {reason}")], None)
+def _after_loss(position: _Position, reason: str) -> Piece[_Position, Candidate | Rejection | _Unmatched]:
+    """Returns the piece that stands in for one whose process crashed or hung: the rest of the file is not read."""
+    return Piece([Rejection(printable(position.tar), f"from byte {position.start} on, {reason}")], None)
 
 
-def _samples(found: Iterator[Member]) -> Iterator[tuple[int, str, list[Member] | Unusable]]:
-    """Yields each sample with where it begins and its key; at last, where the rest cannot be read, the reason."""
+def _samples(members: Iterator[Member]) -> Iterator[tuple[int, str, list[Member] | Unusable]]:
+    """Yields where each sample begins, its key and its members; if the rest cannot be read, at last the reason."""
     key, sample = "", list[Member]()
-    wrong = None
+    failure = None
     while True:
         try:
-            member = next(found, None)
+            member = next(members, None)
         except Unusable as reason:
-            member, wrong = None, reason
+            member, failure = None, reason
         if member is not None and _hidden(member.name):
             continue
         if sample and (
@@ -230,53 +237,52 @@ def _samples(found: Iterator[Member]) -> Iterator[tuple[int, str, list[Member] |
             break
         key = sample_key(member.name)
         sample.append(member)
-    if wrong is not None:
-        yield 0, "", wrong
+    if failure is not None:
+        yield 0, "", failure
 
 
 def _hidden(name: str) -> bool:
-    """Whether it is what macOS puts between the members of a sample (._0001.png), or otherwise hidden."""
-    base = name.rpartition("/")[2]
-    return base.startswith(".")
+    """Returns whether a member is hidden, such as those that macOS adds to the members of a sample (._0001.png)."""
+    return name.rpartition("/")[2].startswith(".")
 
 
 def _sample(
     tar: str, key: str, sample: list[Member], file: IO[bytes], scores: tuple[str, ...]
-) -> Iterator[Candidate | Rejection | _Half]:
-    """Yields the pictures of one sample, and what has no other half."""
+) -> Iterator[Candidate | Rejection | _Unmatched]:
+    """Yields the pictures of one sample, and the pictures and captions that match no other part of it."""
 
     def read(member: Member) -> bytes:
-        place = file.tell()
+        before = file.tell()
         file.seek(member.offset)
         content = file.read(member.size)
-        file.seek(place)
+        file.seek(before)
         return content
 
-    found = sort_out(key, sample, read, scores=bool(scores))
-    for picture, caption, told in found.captioned:
+    matched = match_captions(key, sample, read, scores=bool(scores))
+    for picture, caption, json in matched.captioned:
         name = f"{printable(tar)}/{printable(picture.name)}"
         try:
             _check(picture)
-        except Unusable as reason:
-            yield Rejection(name, str(reason))
+        except Unusable as unusable:
+            yield Rejection(name, str(unusable))
         else:
-            yield Candidate(name, caption, f"{tar}@{picture.offset}+{picture.size}", scores_in(told, scores))
-    for picture, why in found.refused:
+            yield Candidate(name, caption, f"{tar}@{picture.offset}+{picture.size}", scores_in(json, scores))
+    for picture, reason in matched.refused:
         name, place = f"{printable(tar)}/{printable(picture.name)}", f"{tar}@{picture.offset}+{picture.size}"
         try:
             _check(picture)
-        except Unusable as other:
-            yield Rejection(name, str(other))
+        except Unusable as unusable:
+            yield Rejection(name, str(unusable))
         else:
-            yield _Half(tar, stem(picture.name), name, place) if why is None else Rejection(name, why, place)
-    for name in found.unused:
-        yield _Half(tar, name, None)
-    if not (found.captioned or found.refused or found.unused):
+            yield _Unmatched(tar, stem(picture.name), name, place) if reason is None else Rejection(name, reason, place)
+    for name in matched.bare_captions:
+        yield _Unmatched(tar, name, None)
+    if not (matched.captioned or matched.refused or matched.bare_captions):
         yield Rejection(f"{printable(tar)}/{printable(key)}", NO_PICTURE)
 
 
 def _check(picture: Member) -> None:
-    """Raises Unusable where a picture is none that may be read."""
+    """Raises Unusable if a picture must not be read."""
     if not picture.plain:
         raise Unusable(NO_FILE)
     if picture.name.startswith("/") or ".." in picture.name.split("/"):

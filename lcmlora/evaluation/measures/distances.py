@@ -6,20 +6,40 @@ Features say which distance is theirs (features.py); lcmlora/plugins.py says how
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lcmlora.plugins import DISTANCES
-from lcmlora.progress import track
 
 SIGMA = 10.0  # of CMMD's kernel, for unit vectors; this and the next number are the paper's
 SCALE = 1000.0
+_RANK = 1e-10  # of the largest variance: what is below has no variance but rounding
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A distance, and to first order its change with the weight of each picture of both sets; each sums to 0.
+
+    fixed: (N,) fp64 on the CPU.
+    other: (M,) fp64 on the CPU.
+    """
+
+    value: float
+    fixed: Tensor
+    other: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor, fixed: Tensor, other: Tensor) -> Expansion:
+        """Returns the expansion, without what a change of all weights alike would do."""
+        return cls(value.item(), (fixed - fixed.mean()).cpu(), (other - other.mean()).cpu())
 
 
 class Distance(ABC):
-    """A distance of sets of feature vectors. Pictures may count different weights, which is how it is resampled.
+    """A distance of sets of feature vectors. Pictures may count different weights, by which it is resampled.
 
     title: what cards and reports call it.
     """
@@ -30,7 +50,8 @@ class Distance(ABC):
     def weighted(self, a: Tensor, a_weights: Tensor, b: Tensor, b_weights: Tensor) -> Tensor:
         """Returns the distance () of the sets a (N, D) and b (M, D), whose pictures count (N,) and (M,); all fp64.
 
-        Weights are not negative and sum to the number of pictures.
+        Weights are not negative and sum to the number of pictures. torch must be able to differentiate the distance
+        with respect to them, unless `expand` is overridden.
         """
 
     def between(self, a: Tensor, b: Tensor) -> float:
@@ -38,6 +59,13 @@ class Distance(ABC):
 
         Raises:
             ValueError: one has fewer than `pictures_needed`.
+        """
+        return self.between_few(a, b)
+
+    def between_few(self, a: Tensor, b: Tensor) -> float:
+        """Returns the distance of sets that may have fewer than `pictures_needed`.
+
+        It is biased by the number of pictures, but ranks sets of as many pictures by their distance to one set.
         """
         a, b = a.double(), b.double()
         return self.weighted(a, torch.ones_like(a[:, 0]), b, torch.ones_like(b[:, 0])).item()
@@ -47,20 +75,14 @@ class Distance(ABC):
         del dimensions
         return 2
 
-    def resampled(self, fixed: Tensor, weights: Tensor, sets: list[Tensor], set_weights: Tensor) -> Tensor:
-        """Returns the distance of `fixed` to each of the sets in each of R resamples, (R, sets) fp64.
-
-        Args:
-            fixed: (N, D) fp64.
-            weights: of its pictures, (R, N), or (1, N) where they are the same in all resamples.
-            sets: each (M, D) fp64.
-            set_weights: of their pictures, (R, M).
-        """
-        rows = []
-        for i in track(range(len(set_weights)), "resamples"):
-            own = weights[min(i, len(weights) - 1)]
-            rows.append(torch.stack([self.weighted(fixed, own, features, set_weights[i]) for features in sets]))
-        return torch.stack(rows)
+    def expand(self, fixed: Tensor, sets: Sequence[Tensor]) -> list[Expansion]:
+        """Returns the distance of `fixed` (N, D) to each of the sets (M, D), all fp64, and its changes with weights."""
+        found = []
+        for features in sets:
+            weights = [torch.ones_like(each[:, 0], requires_grad=True) for each in (fixed, features)]
+            value = self.weighted(fixed, weights[0], features, weights[1])
+            found.append(Expansion.of(value.detach(), *torch.autograd.grad(value, weights)))
+        return found
 
 
 def distance(a: Tensor, b: Tensor, kind: str) -> float:
@@ -91,6 +113,12 @@ class Frechet(Distance):
     title = "Fréchet distance"
 
     def between(self, a: Tensor, b: Tensor) -> float:
+        count, dimensions = min(len(a), len(b)), a.shape[1]
+        if count < self.pictures_needed(dimensions):
+            raise ValueError(f"a Frechet distance needs more pictures than dimensions: {count} pictures, {dimensions}")
+        return self.between_few(a, b)
+
+    def between_few(self, a: Tensor, b: Tensor) -> float:
         mean_a, root_a = _moments(a)
         mean_b, root_b = _moments(b)
         cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
@@ -101,24 +129,32 @@ class Frechet(Distance):
         return dimensions + 1
 
     def weighted(self, a: Tensor, a_weights: Tensor, b: Tensor, b_weights: Tensor) -> Tensor:
-        return self.resampled(a, a_weights[None], [b], b_weights[None])[0, 0]
+        (mean_a, cov_a), (mean_b, cov_b) = _weighted_moments(a, a_weights), _weighted_moments(b, b_weights)
+        root = _Root(cov_a)
+        # In fp32 the rounding of the eigenvalues would be 2e-4 of the largest root in each of D terms.
+        cross = torch.linalg.eigvalsh(root.half @ cov_b @ root.half).clamp(min=0).sqrt().sum()
+        return (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
 
-    def resampled(self, fixed: Tensor, weights: Tensor, sets: list[Tensor], set_weights: Tensor) -> Tensor:
-        # The trace of (A^1/2 B A^1/2)^1/2 is the sum of the roots of the eigenvalues, of which the negative ones are
-        # rounding. In fp32 that rounding would be 2e-4 of the largest root in each of D terms.
-        rows = []
-        for i in track(range(len(set_weights)), "resamples"):
-            if i < len(weights):
-                mean, covariance = _weighted_moments(fixed, weights[i])
-                values, vectors = torch.linalg.eigh(covariance)
-                root = values.clamp(min=0).sqrt()[:, None] * vectors.T
-            row = []
-            for features in sets:
-                other_mean, other = _weighted_moments(features, set_weights[i])
-                cross = torch.linalg.eigvalsh(root @ other @ root.T).clamp(min=0).sqrt().sum()
-                row.append((mean - other_mean).square().sum() + covariance.trace() + other.trace() - 2 * cross)
-            rows.append(torch.stack(row))
-        return torch.stack(rows)
+    def expand(self, fixed: Tensor, sets: Sequence[Tensor]) -> list[Expansion]:
+        # The distance's derivative is 1 - T_AB with respect to A, 1 - T_BA with respect to B, where the maps
+        # T_AB = A^-1/2 (A^1/2 B A^1/2)^1/2 A^-1/2 and T_BA = T_AB^-1 take one Gaussian to the other.
+        count = len(fixed)
+        mean, covariance = _weighted_moments(fixed, torch.ones_like(fixed[:, 0]))
+        root = _Root(covariance)
+        centred = fixed - mean
+        found = []
+        for features in sets:
+            other_count = len(features)
+            other_mean, other = _weighted_moments(features, torch.ones_like(features[:, 0]))
+            cross = _Root(root.half @ other @ root.half)
+            there = root.inverse_half @ cross.half @ root.inverse_half
+            back = root.half @ cross.inverse_half @ root.half
+            shift, other_centred = mean - other_mean, features - other_mean
+            value = shift.square().sum() + covariance.trace() + other.trace() - 2 * cross.half.trace()
+            own = 2 * centred @ shift / count + _quadratic(centred, there) / (count - 1)
+            others = -2 * other_centred @ shift / other_count + _quadratic(other_centred, back) / (other_count - 1)
+            found.append(Expansion.of(value, own, others))
+        return found
 
 
 class Cmmd(Distance):
@@ -138,23 +174,39 @@ class Cmmd(Distance):
         return max(SCALE * squared.item(), 0.0)
 
     def weighted(self, a: Tensor, a_weights: Tensor, b: Tensor, b_weights: Tensor) -> Tensor:
-        return self.resampled(a, a_weights[None], [b], b_weights[None])[0, 0]
+        p, q = a_weights / len(a), b_weights / len(b)
+        return SCALE * (p @ kernel(a, a) @ p + q @ kernel(b, b) @ q - 2 * p @ kernel(a, b) @ q)
 
-    def resampled(self, fixed: Tensor, weights: Tensor, sets: list[Tensor], set_weights: Tensor) -> Tensor:
-        a, b = weights / len(fixed), set_weights / set_weights.shape[1]
-        own = ((a @ kernel(fixed, fixed)) * a).sum(dim=1)
-        columns = []
-        for features in track(sets, "resamples"):
-            other = ((b @ kernel(features, features)) * b).sum(dim=1)
-            columns.append(SCALE * (own + other - 2 * ((a @ kernel(fixed, features)) * b).sum(dim=1)))
-        return torch.stack(columns, dim=1)
+    def expand(self, fixed: Tensor, sets: Sequence[Tensor]) -> list[Expansion]:
+        own = kernel(fixed, fixed).mean(dim=1)
+        found = []
+        for features in sets:
+            across, other = kernel(fixed, features), kernel(features, features).mean(dim=1)
+            value = SCALE * (own.mean() + other.mean() - 2 * across.mean())
+            changes = (own - across.mean(dim=1)) / len(fixed), (other - across.mean(dim=0)) / len(features)
+            found.append(Expansion.of(value, *(2 * SCALE * change for change in changes)))
+        return found
+
+
+class _Root:
+    """The root of a covariance (D, D), and the inverse of the root where the covariance has variance."""
+
+    def __init__(self, covariance: Tensor) -> None:
+        values, vectors = torch.linalg.eigh(covariance)
+        roots = values.clamp(min=0).sqrt()  # what is below zero is rounding
+        inverse = torch.where(values > _RANK * values[-1], 1 / roots.clamp(min=1e-300), 0)
+        self.half = (vectors * roots) @ vectors.T
+        self.inverse_half = (vectors * inverse) @ vectors.T
+
+
+def _quadratic(centred: Tensor, there: Tensor) -> Tensor:
+    """Returns x^T (1 - T) x (N,) of rows x (N, D)."""
+    return centred.square().sum(dim=1) - ((centred @ there) * centred).sum(dim=1)
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the mean (D,) and a root R (D, D) of the covariance, R^T R, both fp64."""
-    count, dimensions = features.shape
-    if count < dimensions + 1:
-        raise ValueError(f"a Frechet distance needs more pictures than dimensions: {count} pictures, {dimensions}")
+    """Returns the mean (D,) and a root R of the covariance, R^T R, both fp64; R is (D, D), of few pictures (N, D)."""
+    count = len(features)
     x = features.double()
     mean = x.mean(dim=0)
     return mean, torch.linalg.qr((x - mean) / (count - 1) ** 0.5, mode="r").R

@@ -86,6 +86,33 @@ class EfficientNetLite0:
         return self._model(x).mean(dim=(2, 3))
 
 
+class EfficientNetCrops:
+    """EfficientNet-lite0 twice: of the whole picture at 128 pixels, and of crops at full size, averaged.
+
+    For large pictures where no other weights can be had. The crops see blur and noise, which the whole picture at 128
+    pixels has lost; the whole sees what the picture shows. A picture of up to 128 pixels is its only crop.
+    """
+
+    distance: ClassVar[str] = "frechet"
+    name = "efficientnet-lite0/640@128px+crops"
+    dimensions = 640
+    _SIDE = EfficientNetLite0._SIDE
+    _ROWS = 4  # of crops, at most, and as many columns: 512 pixels without gaps, larger pictures in samples
+
+    def __init__(self, device: torch.device, source: str | None = None) -> None:
+        self._network = EfficientNetLite0(device, source)
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        tops, lefts = (self._starts(side) for side in pictures.shape[2:])
+        crops = [pictures[:, :, y : y + self._SIDE, x : x + self._SIDE] for y in tops for x in lefts]
+        return torch.cat([self._network(pictures), sum(map(self._network, crops)) / len(crops)], dim=1)
+
+    def _starts(self, side: int) -> list[int]:
+        """Returns where crops begin, spread evenly from edge to edge."""
+        count = max(1, min(self._ROWS, -(-side // self._SIDE)))
+        return [round(n * max(side - self._SIDE, 0) / max(count - 1, 1)) for n in range(count)]
+
+
 class _Block(nn.Module):
     """One inverted bottleneck: (expansion,) depthwise, projection, and the skip connection where shapes allow."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -45,6 +45,9 @@ class Scorer(Protocol):
 def load(name: str, device: torch.device, source: str | None = None) -> Scorer:
     """Returns the scorer of this name.
 
+    What another package adds may be a class, as those here, or a plain function of pictures and prompts that returns a
+    number for each picture.
+
     Args:
         source: where the weights are; None is the makers' own on the hub. `clip-score`: a folder in transformers'
             layout, or a hub id with its commit, `OWNER/NAME@COMMIT`. `image-reward`: a folder with ImageReward.pt and
@@ -53,8 +56,31 @@ def load(name: str, device: torch.device, source: str | None = None) -> Scorer:
     Raises:
         UserError: an unknown scorer, a package that is missing, or weights that are not there or are of something else.
     """
-    found: Scorer = SCORES.get(name)(device, source)
-    return found
+    added = SCORES.get(name)
+    if isinstance(added, type):
+        scorer: Scorer = added(device, source)
+        return scorer
+    if source is not None:
+        raise UserError(f"evaluation.scores_source: {name} is a function, which takes no weights; remove {source}")
+    return _Function(name, added)
+
+
+class _Function:
+    """A scorer that is a plain function, such as an entry point of another package."""
+
+    def __init__(self, name: str, function: Callable[[Tensor, Sequence[str]], Tensor | Sequence[float]]) -> None:
+        self.name = name
+        self._function = function
+
+    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        _one_for_each(pictures, prompts)
+        scores = torch.as_tensor(self._function(pictures, prompts), dtype=torch.float32)
+        if scores.shape != (len(pictures),):
+            raise UserError(
+                f"evaluation.scores: {self.name} returned {list(scores.shape)} for {len(pictures)} pictures; expected "
+                "one number for each"
+            )
+        return scores
 
 
 class ClipScore:

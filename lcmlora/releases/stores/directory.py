@@ -1,4 +1,4 @@
-"""A store in a directory of this machine, or of a server that is mounted here."""
+"""A store in a directory, of this machine or of a mounted file server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lcmlora.releases.stores.store import Entry, Store, blocks_of, in_blocks, re
 
 
 class DirectoryStore(Store):
-    """Releases in a directory. Hard links make creation exclusive on any local file system."""
+    """Releases in a directory. An object is created by a hard link, which fails if there is one already."""
 
     form = "a directory"
 
@@ -46,7 +46,7 @@ class DirectoryStore(Store):
             temporaries.sweep(path.parent)
             with temporaries.file_beside(path) as (temporary, descriptor):
                 with os.fdopen(descriptor, "wb", closefd=False) as target:
-                    # A copy is checked, not the source: what is read twice may change between.
+                    # The bytes are hashed while they are copied: a file that is read twice may change in between.
                     digest = hashlib.sha256()
                     for block in blocks_of(content):
                         digest.update(block)
@@ -93,7 +93,7 @@ class DirectoryStore(Store):
         path = self._root / name
         with self._explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # The lock is a file of its own: the pointer is replaced, and a lock on it would go with the old one.
+            # The lock is a file of its own, since a lock on the pointer would be lost when that is replaced.
             with path.with_name(f".{path.name}.lock").open("ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 current = self.read(name)

@@ -1,4 +1,4 @@
-"""A store in a bucket of S3 or of a server that speaks its protocol."""
+"""A store in a bucket of S3, or of a server with its protocol."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class S3Store(Store):
-    """Releases in a bucket. Credentials come from boto3's own chain; the server checks every object's SHA-256."""
+    """Releases in a bucket. boto3 finds the credentials as usual. The server checks the SHA-256 of every object."""
 
     form = "s3://bucket/prefix"
 
@@ -35,7 +35,7 @@ class S3Store(Store):
         self._client = _client(settings, f"{key}: bucket {bucket}")
         endpoint = settings.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         self._place = f"{key}: bucket {bucket} at {endpoint or 'AWS'}"
-        self._options: dict[str, Any] = {}  # of every object that is written
+        self._options: dict[str, str] = {}  # for every object that is written
         if settings.encryption:
             self._options["ServerSideEncryption"] = settings.encryption
         if settings.kms_key:
@@ -62,7 +62,7 @@ class S3Store(Store):
     def digest(self, name: str, *, reread: bool = False) -> str | None:
         def noted() -> str | None:
             stored = self._client.head_object(**self._at(name), ChecksumMode="ENABLED").get("ChecksumSHA256")
-            # Objects that others wrote may have none.
+            # Objects of other programs may have none.
             return base64.b64decode(stored).hex() if stored else hashed()
 
         def hashed() -> str | None:
@@ -95,7 +95,7 @@ class S3Store(Store):
             self._put(name, content, sha256, {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag})
             return True
 
-        # The object that was there may have gone: NoSuchKey.
+        # NoSuchKey: the object may have been deleted since.
         return self._call(put, {"PreconditionFailed": False, "NoSuchKey": False}, name)
 
     def entries(self, prefix: str) -> list[Entry]:
@@ -126,11 +126,11 @@ class S3Store(Store):
         return {"Bucket": self._bucket, "Key": self._prefix + name}
 
     def _call(self, action: Callable[[], T], answers: Mapping[str, T], name: str) -> T:
-        """Runs one request, again where the connection or the server failed.
+        """Runs one request, and repeats it if the connection or the server fails.
 
         Args:
-            answers: what error codes that are no errors stand for.
-            name: the object, or the beginning of the objects' names, that it is about.
+            answers: the results for error codes that are no errors.
+            name: of the object, or the prefix of the objects, for messages.
         """
         from botocore.exceptions import (
             BotoCoreError,
@@ -141,14 +141,14 @@ class S3Store(Store):
         )
         from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-        def passes(error: BaseException) -> bool:
+        def is_temporary(error: BaseException) -> bool:
             if isinstance(error, ClientError):
                 busy = {"SlowDown", "ConditionalRequestConflict", "RequestTimeout"}
                 return _status(error) >= 500 or _code(error) in busy
             return isinstance(error, (HTTPClientError, IncompleteReadError))
 
         attempts = Retrying(
-            retry=retry_if_exception(passes),
+            retry=retry_if_exception(is_temporary),
             stop=stop_after_attempt(4),
             wait=wait_exponential_jitter(initial=0.5, max=8),
             reraise=True,
@@ -159,10 +159,10 @@ class S3Store(Store):
             if _code(error) in answers:
                 return answers[_code(error)]
             reason = f"{_code(error)} ({error.response['Error'].get('Message') or _status(error)})"
-            kind = Unavailable if passes(error) else UserError
+            kind = Unavailable if is_temporary(error) else UserError
         except BotoCoreError as error:
             reason = " ".join(str(error).split())
-            kind = Unavailable if passes(error) or isinstance(error, ConnectionError) else UserError
+            kind = Unavailable if is_temporary(error) or isinstance(error, ConnectionError) else UserError
         about = f" for {self._prefix}{name}" if self._prefix + name else ""
         raise kind(f"{self._place}: {reason}{about}; {self._consequence}")
 
@@ -176,8 +176,8 @@ def _client(settings: Publish, place: str) -> S3Client:
         connect_timeout=5,
         read_timeout=60,
         retries={"total_max_attempts": 1},  # `S3Store._call` retries
-        signature_version="s3v4",  # of links as well, which boto3 makes in an older one for some regions
-        # Other S3s do not know the checksums that boto3 adds by itself; ours are explicit.
+        signature_version="s3v4",  # for links, too, for which boto3 uses an older one in some regions
+        # Other S3 servers do not know the checksums that boto3 adds by itself. Ours are explicit.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
@@ -187,7 +187,7 @@ def _client(settings: Publish, place: str) -> S3Client:
         )
     except (BotoCoreError, ValueError) as error:
         raise UserError(f"{place}: {' '.join(str(error).split())}") from None
-    # It would stand in every message about this endpoint.
+    # Every message about this endpoint would show it.
     if "@" in urllib.parse.urlsplit(client.meta.endpoint_url).netloc:
         raise UserError(
             "publish.endpoint_url: holds a user or a password; expected http://host:port, and the keys in "

@@ -1,7 +1,7 @@
-"""What a store of releases is, and the one that an address names. What was created is never overwritten; small pointers
-are swapped.
+"""The interface of stores of releases, and opening the store of an address.
 
-Each kind of store is a class, named by the scheme of its addresses (lcmlora/plugins.py says how one is added).
+An object that was created is never overwritten. Only small records, such as pointers, are replaced. Each kind of store
+is a class, named by the scheme of its addresses (lcmlora/plugins.py says how to add one).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lcmlora.errors import UserError
 from lcmlora.plugins import STORES
 
 _BLOCK = 1 << 20
-_SMALL = 8 << 20  # bytes of what `read` takes into memory; a manifest of a thousand files has 0.2 MB
-_SHOWN = 16  # blocks, MiB: a file from this size on shows its progress
+_SMALL = 8 << 20  # bytes that `read` takes into memory; a manifest of a thousand files has 0.2 MB
+_PROGRESS_FROM = 16  # blocks, MiB; smaller files show no progress
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Entry:
 
     name: str  # relative to the store, with slashes
     bytes: int
-    time: datetime  # when it was written, UTC
+    time: datetime  # of writing, UTC
 
 
 class Store(ABC):
-    """Where releases lie. Names are relative and use slashes; nothing that was created is ever overwritten.
+    """A place that keeps releases as objects. Their names are relative to the store and have slashes.
 
-    Every method raises Unavailable where the store cannot be reached, UserError where it refuses.
+    Every method raises Unavailable if the store cannot be reached, and UserError if it refuses.
 
-    form: of its addresses, for messages.
-    uri: its address, with the scheme; what it leads to can be opened by it again.
+    form: of addresses of such stores, for messages.
+    uri: the address of this store, with the scheme. `open` accepts it.
     """
 
     form: ClassVar[str]
@@ -47,50 +47,59 @@ class Store(ABC):
     @classmethod
     @abstractmethod
     def open(cls, settings: Publish, key: str, consequence: str) -> Self:
-        """Returns the store at `settings.to`. Raises UserError where that is no address of one.
+        """Returns the store at `settings.to`. Raises UserError if the address does not fit this kind of store.
 
         Args:
-            key, consequence: what messages say of who named the store, and of what follows where it cannot be reached.
+            key: the setting or option that names the store, for messages.
+            consequence: of a store that cannot be reached, for messages.
         """
 
     @abstractmethod
     def create(self, name: str, content: Path | bytes, sha256: str) -> bool:
-        """Writes a new object whole or not at all; returns False where one of this name is already there."""
+        """Writes a new object, whole or not at all. Returns False if there is one of this name already."""
 
     @abstractmethod
     def digest(self, name: str, *, reread: bool = False) -> str | None:
-        """Returns the SHA-256 of the stored object, None where there is none.
+        """Returns the SHA-256 of a stored object, None if there is none.
 
         Args:
-            reread: hash the bytes that are there now, whatever the server noted when they were written.
+            reread: read the bytes and hash them, instead of trusting the SHA-256 that the server has recorded.
         """
 
     @abstractmethod
     def read(self, name: str) -> tuple[bytes, str] | None:
-        """Returns a small object and its version tag, None where there is none. Raises UserError where it is large."""
+        """Returns a small object and its version tag, None if there is none. Raises UserError if it is large."""
 
     @abstractmethod
     def fetch(self, name: str, target: Path, size: int) -> bool:
-        """Writes the object to the file `target`, with its progress; returns False where there is none.
+        """Downloads an object to the file `target` and shows the progress. Returns False if there is no such object.
 
         Args:
-            size: bytes that it should have; not more than these are written.
+            size: expected bytes; no more than these are written.
 
         Raises:
-            UserError: it has more or fewer bytes.
+            UserError: the object has more or fewer bytes.
             OSError: the target cannot be written.
         """
 
     @abstractmethod
     def swap(self, name: str, content: bytes, tag: str | None) -> bool:
-        """Replaces a small object if its tag still is `tag` (None: if there is none); returns whether it did."""
+        """Replaces a small object if it still has this version tag, and returns whether it did.
+
+        Args:
+            tag: None for an object that does not exist yet.
+        """
 
     @abstractmethod
     def entries(self, prefix: str) -> list[Entry]:
-        """Returns the objects whose names begin with `prefix`, in the order of their names."""
+        """Returns the objects whose names begin with `prefix`, sorted by name."""
 
     def link(self, name: str, seconds: int) -> str:
-        """Returns an address at which anybody can read the object for so long. Raises UserError where there is none."""
+        """Returns an address at which anybody can read the object for so many seconds.
+
+        Raises:
+            UserError: this kind of store has no such addresses.
+        """
         raise UserError(f"{self.uri}: {self.form} gives no links; they need a release at {STORES.get('s3').form}")
 
 
@@ -100,7 +109,7 @@ def open_store(
     key: str = "publish.to",
     consequence: str = "the release is kept, and the next run publishes it",
 ) -> Store:
-    """Returns the store that `publish.to` names. Raises UserError where it names none.
+    """Returns the store that `publish.to` names. Raises UserError if that is no address of a store.
 
     Args:
         key, consequence: as for `Store.open`.
@@ -114,13 +123,13 @@ def open_store(
 
 
 def scheme_of(address: str) -> str:
-    """Returns what stands before `://`; `file` for a path."""
+    """Returns the text before `://` in an address, `file` for a path."""
     scheme, mark, _ = address.partition("://")
     return scheme if mark else "file"
 
 
 def blocks_of(content: Path | bytes) -> Iterator[bytes]:
-    """Yields the bytes, or those of the file."""
+    """Yields the bytes, or those of the file, in blocks."""
     if isinstance(content, bytes):
         yield content
         return
@@ -129,13 +138,13 @@ def blocks_of(content: Path | bytes) -> Iterator[bytes]:
 
 
 def in_blocks(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Yields all that `read(size)` returns until it returns nothing."""
+    """Yields the blocks that `read(size)` returns, until it returns an empty one."""
     while block := read(_BLOCK):
         yield block
 
 
 def read_small(read: Callable[[int], bytes], place: str) -> bytes:
-    """Returns all that `read(size)` returns. Raises UserError where that is more than a small object has."""
+    """Returns all bytes that `read(size)` returns. Raises UserError if they are too many for a small object."""
     pieces: list[bytes] = []
     for block in in_blocks(read):
         pieces.append(block)
@@ -145,10 +154,10 @@ def read_small(read: Callable[[int], bytes], place: str) -> bytes:
 
 
 def write_blocks(blocks: Iterable[bytes], size: int, target: Path, place: str) -> None:
-    """Writes the blocks to the file and shows progress. Raises UserError where they have not `size` bytes in all."""
+    """Writes the blocks to the file and shows the progress. Raises UserError if they have not `size` bytes in all."""
     count, written = -(-size // _BLOCK), 0
     with target.open("wb") as file:
-        for block in progress.track(blocks, f"{target.name}, MiB", total=count, quiet=count < _SHOWN):
+        for block in progress.track(blocks, f"{target.name}, MiB", total=count, quiet=count < _PROGRESS_FROM):
             written += len(block)
             if written > size:
                 break

@@ -1,4 +1,4 @@
-"""Signatures by a key of one's own: of records, and of a release's SHA256SUMS, which lists every other file's digest.
+"""Signatures by your own key: of records, and of a release's SHA256SUMS, which lists the SHA-256 of every other file.
 
 `openssl ecparam -name prime256v1 -genkey -noout -out private.pem` makes a key, `openssl ec -in private.pem -pubout -out
 public.pem` its public half. A signature is a Sigstore bundle, which the `model_signing` command reads as well.
@@ -21,11 +21,11 @@ SIGNATURE = f"{CHECKSUMS}.sig"
 
 
 def sign(content: bytes, key: str, name: str = CHECKSUMS) -> bytes:
-    """Returns a signature of the content of a SHA256SUMS; every call returns another one, as ECDSA does.
+    """Returns a signature of the content of a SHA256SUMS or of a record. ECDSA signatures differ from call to call.
 
     Args:
         key: the PEM file of a private key.
-        name: what the content is. It is signed as well, so that a signature of one kind is none of another.
+        name: the kind of content. It is signed as well, so that a signature of one kind does not fit another.
 
     Raises:
         UserError: the key cannot be used, or model-signing is not installed.
@@ -40,8 +40,8 @@ def check(content: bytes, signature: bytes, key: str, place: str, name: str = CH
 
     Args:
         key: the PEM file of a public key.
-        place: what messages say of where the signature lies.
-        name: as of `sign`.
+        place: of the signature, for messages.
+        name: as for `sign`.
     """
     _require("publish.verify_key")
     from cryptography.exceptions import InvalidSignature
@@ -59,17 +59,17 @@ def check(content: bytes, signature: bytes, key: str, place: str, name: str = CH
         bundle = parse_json(signature)
     except Malformed:
         raise refused from None
-    # It prints what it thinks of old bundles, and standard output belongs to the command.
+    # model-signing prints warnings about old bundles to standard output, which belongs to the command's own output.
     with _laid_out(content, json.dumps(bundle).encode(), name) as (folder, path), redirect_stdout(sys.stderr):
         try:
             verifier.verify(folder, path)
-        # What is read was written by others: anything may be missing in it, or of another type.
+        # Others may have written the bundle: anything in it may be missing or of another type.
         except (InvalidSignature, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise refused from None
 
 
 def check_own(content: bytes, signature: bytes, key: str, place: str, name: str = CHECKSUMS) -> None:
-    """Does what `check` does, given the PEM file of the private key.
+    """As `check`, with the PEM file of the private key.
 
     Raises:
         UserError: as `check`.
@@ -102,7 +102,7 @@ def _signer(key: str):  # type: ignore[no-untyped-def]  # model_signing.signing.
 
 
 def _unusable(setting: str, key: str, kind: str, error: Exception) -> UserError:
-    # Of the reason only what the operating system says: others may quote the file.
+    # Only the operating system's reason is shown: other messages may quote the file's content.
     reason = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "is not one"
     return UserError(
         f"{setting}: {key}: {reason}; expected a PEM file with the {kind} key of an elliptic curve (P-256, P-384 or "
@@ -119,7 +119,7 @@ def _require(setting: str) -> None:
 
 @contextmanager
 def _laid_out(content: bytes, signature: bytes, name: str) -> Iterator[tuple[Path, Path]]:
-    """Yields a folder with the content alone, and the file of the signature: model-signing works on whole folders."""
+    """Yields a folder with the content alone, and the signature's file: model-signing signs whole folders."""
     with temporary_folder() as root:
         folder, path = Path(root, "release"), Path(root, SIGNATURE)
         folder.mkdir()

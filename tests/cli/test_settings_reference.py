@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from lcmlora.cli import reference
+from lcmlora.cli import settings_reference
 from lcmlora.config import SECTIONS, Config
 from lcmlora.settings import bases, data, evaluation, services, training
 
@@ -53,7 +53,7 @@ def unknown(values: Any, entry: dict[str, Any], told: dict[str, Any]) -> list[st
 
 
 def test_the_schema_knows_the_keys_of_params_yaml_and_no_others():
-    told = reference.schema(Config)
+    told = settings_reference.json_schema(Config)
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     assert unknown(raw, told, told) == []
     raw["bases"]["emoji"]["distill"]["stepz"] = 1
@@ -68,7 +68,7 @@ def test_params_yaml_names_the_schema_for_editors():
 
 
 def test_the_page_has_a_table_for_each_section_and_the_families_numbers():
-    page = reference.document(Config)
+    page = settings_reference.configuration_page(Config)
     for section in (*SECTIONS, "data", "gate", "registry", "publish", "flow", "bases", "styles", "study"):
         assert f"\n## `{section}`\n" in page
     assert "| `distill.batch` | 16 | 16 | 8 |" in page

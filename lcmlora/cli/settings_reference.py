@@ -1,4 +1,4 @@
-"""The reference of all settings: a JSON schema for editors, and docs/configuration.md, from one source.
+"""All settings for a reader: the JSON schema of params.yaml for editors, and docs/configuration.md, from one source.
 
 `lcmlora config --schema` and `lcmlora config --docs` print them.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaValue
 
 from lcmlora.settings import presets
 
@@ -28,6 +29,9 @@ has it:
 3. the section of `params.yaml`, for all models;
 4. the section in the base's entry, `bases.NAME.SECTION`, for this model.
 
+A base with `data` of its own learns from other pictures than the other models: see "Models with pictures of their own"
+in the README.
+
 `lcmlora config` prints all settings and where each comes from; `lcmlora config distill.lr` prints one.
 
 ## Families
@@ -38,12 +42,10 @@ A base gets the settings of its family. You need not name the family of a publis
 """
 
 
-def schema(settings: type[BaseModel]) -> dict[str, Any]:
+def json_schema(settings: type[BaseModel]) -> JsonSchemaValue:
     """Returns the JSON schema of params.yaml. Only what no default, preset or file can tell is required."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | _relaxed(settings.model_json_schema()) | {
-        "title": "params.yaml of lcmlora",
-        "required": _REQUIRED,
-    }  # fmt: skip
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return head | _relaxed(settings.model_json_schema()) | {"title": "params.yaml of lcmlora", "required": _REQUIRED}
 
 
 def _relaxed(value: Any) -> Any:
@@ -56,23 +58,23 @@ def _relaxed(value: Any) -> Any:
     for key, inner in value.items():
         if key in ("required", "title") and isinstance(inner, list | str):
             continue
-        told = key == "description" and isinstance(inner, str)
-        found[key] = " ".join(inner.split()) if told else _relaxed(inner)
+        is_text = key == "description" and isinstance(inner, str)
+        found[key] = " ".join(inner.split()) if is_text else _relaxed(inner)
     return found
 
 
-def document(settings: type[BaseModel]) -> str:
+def configuration_page(settings: type[BaseModel]) -> str:
     """Returns docs/configuration.md."""
-    told = schema(settings)
+    schema = json_schema(settings)
     parts = [_HEAD + _families()]
-    single = []
-    for name, entry in told["properties"].items():
-        fields = _properties(entry, told)
+    top_level = {}
+    for name, entry in schema["properties"].items():
+        fields = _properties(entry, schema)
         if fields:
-            parts.append(f"## `{name}`\n\n{_description(entry, told)}\n\n{_table(fields, told, name)}")
+            parts.append(f"## `{name}`\n\n{_description(entry, schema)}\n\n{_table(fields, schema, name)}")
         else:
-            single.append((name, entry))
-    parts.insert(1, f"## Top level\n\n{_table(dict(single), told, '')}")
+            top_level[name] = entry
+    parts.insert(1, f"## Top level\n\n{_table(top_level, schema, '')}")
     return "\n".join(parts)
 
 
@@ -86,8 +88,8 @@ def _families() -> str:
         keys = dict.fromkeys(key for family in known.families.values() for key in family.sections.get(section, {}))
         for key in keys:
             values = [family.sections.get(section, {}).get(key) for family in known.families.values()]
-            shown = " | ".join("the default" if value is None else _value(value) for value in values)
-            rows.append(f"| `{section}.{key}` | {shown} |")
+            cells = " | ".join("the default" if value is None else _value(value) for value in values)
+            rows.append(f"| `{section}.{key}` | {cells} |")
     published = "\n".join(
         f"* `{name}`: {base['source']} at {base['revision'][:12]}, like `{base['like']}`"
         for name, base in known.bases.items()
@@ -95,48 +97,48 @@ def _families() -> str:
     return "\n".join(rows) + f"\n\nPublished bases, which need no entry under `bases`:\n\n{published}\n"
 
 
-def _table(fields: dict[str, Any], told: dict[str, Any], section: str) -> str:
+def _table(fields: JsonSchemaValue, schema: JsonSchemaValue, section: str) -> str:
     rows = ["| key | value | default | description |", "|---|---|---|---|"]
-    for key, entry in _flat(fields, told, ""):
-        rows.append(f"| `{key}` | {_kind(entry)} | {_default(key, entry, section)} | {_description(entry, told)} |")
+    for key, entry in _flat(fields, schema, ""):
+        rows.append(f"| `{key}` | {_type(entry)} | {_default(key, entry, section)} | {_description(entry, schema)} |")
     return "\n".join(rows) + "\n"
 
 
-def _flat(fields: dict[str, Any], told: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _flat(fields: JsonSchemaValue, schema: JsonSchemaValue, prefix: str) -> Iterator[tuple[str, JsonSchemaValue]]:
     for name, entry in fields.items():
-        inner = {} if _repeats(prefix, name) else _properties(entry, told)
+        inner = {} if _repeats(prefix, name) else _properties(entry, schema)
         if inner:
-            yield from _flat(inner, told, f"{prefix}{name}.")
+            yield from _flat(inner, schema, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", entry
 
 
 def _repeats(prefix: str, name: str) -> bool:
-    """Returns whether a mapping changes a section that has a table of its own."""
+    """Returns whether a key is a mapping of changes to a section that has a table of its own."""
     return (prefix == "NAME." and name in (*_FAMILY_SECTIONS[:3], "launch", "data", "training")) or name == "real"
 
 
-def _properties(entry: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+def _properties(entry: JsonSchemaValue, schema: JsonSchemaValue) -> JsonSchemaValue:
     """Returns the keys of a mapping; those of a mapping by name under NAME."""
     for option in (entry, *entry.get("anyOf", ())):
-        option = _resolved(option, told)
+        option = _dereferenced(option, schema)
         if "properties" in option:
             return dict(option["properties"])
         inner = option.get("additionalProperties")
-        if isinstance(inner, dict) and "properties" in _resolved(inner, told):
+        if isinstance(inner, dict) and "properties" in _dereferenced(inner, schema):
             return {"NAME": inner}
     return {}
 
 
-def _resolved(entry: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
-    return dict(told["$defs"][entry["$ref"].rsplit("/", 1)[1]]) if "$ref" in entry else entry
+def _dereferenced(entry: JsonSchemaValue, schema: JsonSchemaValue) -> JsonSchemaValue:
+    return dict(schema["$defs"][entry["$ref"].rsplit("/", 1)[1]]) if "$ref" in entry else entry
 
 
-def _description(entry: dict[str, Any], told: dict[str, Any]) -> str:
-    return str(entry.get("description") or _resolved(entry, told).get("description", "")).replace("|", "\\|")
+def _description(entry: JsonSchemaValue, schema: JsonSchemaValue) -> str:
+    return str(entry.get("description") or _dereferenced(entry, schema).get("description", "")).replace("|", "\\|")
 
 
-def _default(key: str, entry: dict[str, Any], section: str) -> str:
+def _default(key: str, entry: JsonSchemaValue, section: str) -> str:
     if (section, key) == ("bases", "NAME.resolution"):
         return "of the folder or the family"
     if "default" in entry:
@@ -154,19 +156,20 @@ def _value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _kind(entry: dict[str, Any]) -> str:
+def _type(entry: JsonSchemaValue) -> str:
     """Returns in words which values fit."""
-    if "anyOf" in entry:
-        return " or ".join(dict.fromkeys(_kind(option) for option in entry["anyOf"]))
+    if options := entry.get("anyOf") or entry.get("oneOf"):
+        return " or ".join(dict.fromkeys(_type(option) for option in options))
     if "enum" in entry:
         return ", ".join(f"`{value}`" for value in entry["enum"])
     if "examples" in entry:
         return ", ".join(f"`{value}`" for value in entry["examples"])
     if entry.get("type") == "array":
         items = entry.get("items") or (entry.get("prefixItems") or [{}])[0]
-        return f"list of {_kind(items)}"
+        return f"list of {_type(items)}"
     names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
-    name = names.get(entry.get("type", ""), entry.get("type", "mapping")).replace("object", "mapping")
+    kind = str(entry.get("type", "mapping"))
+    name = names.get(kind, kind).replace("object", "mapping")
     words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     limits = [f"{word} {_value(entry[key])}" for key, word in words.items() if key in entry]
     return ", ".join([name, *limits])

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(not (MODULES / "@iconify-json").is_dir(), reason
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrain")
-    pretrain.pretrain(TINY, MODULES, folder / "scratch", folder / "base", torch.device("cpu"))
+    pretrain.pretrain_base(TINY, MODULES, folder / "scratch", folder / "base", torch.device("cpu"))
     return folder
 
 
@@ -71,9 +71,9 @@ def test_a_killed_training_ends_with_the_same_weights(trained: Path, tmp_path: P
     monkeypatch.setattr(_Average, "update", dying)
     arguments = (TINY, MODULES, tmp_path / "scratch", tmp_path / "base", torch.device("cpu"))
     with pytest.raises(Killed):
-        pretrain.pretrain(*arguments)
+        pretrain.pretrain_base(*arguments)
     assert not (tmp_path / "base").exists()
-    pretrain.pretrain(*arguments)
+    pretrain.pretrain_base(*arguments)
     name = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "base" / name).read_bytes() == (trained / "base" / name).read_bytes()
 

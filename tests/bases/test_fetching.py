@@ -1,4 +1,5 @@
-import json
+"""Bases fetched: linked, downloaded, and refused where something is in the way."""
+
 import shutil
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from lcmlora.bases import fetching, folders
+from lcmlora.bases import fetching
 from lcmlora.config import Base
 from lcmlora.errors import Unavailable, UserError
 from tests.support.miniature import RESOLUTION, save_base
@@ -37,13 +38,13 @@ def test_twelve_processes_fetch_one_base(base_folder: Path, tmp_path: Path):
     assert not list(root.glob(".mine*"))
 
 
-def test_fetch_never_replaces_a_folder_that_stands_in_the_way(base_folder: Path, tmp_path: Path):
+def test_fetch_never_replaces_a_folder_in_the_way_of_a_link(base_folder: Path, tmp_path: Path):
     (tmp_path / "bases" / "mine").mkdir(parents=True)
     with pytest.raises(UserError, match="is in the way of the link"):
         fetching.fetch("mine", _settings(base_folder), tmp_path / "bases")
 
 
-def test_fetch_wants_a_pinned_revision_for_a_hub_id_and_a_whole_folder(tmp_path: Path):
+def test_fetch_requires_a_pinned_revision_of_a_hub_id_and_an_existing_folder(tmp_path: Path):
     with pytest.raises(UserError, match="some/model is a hub id and needs a pinned commit"):
         fetching.fetch("mine", _settings("some/model"), tmp_path)
     with pytest.raises(UserError, match=r"nowhere: no such base folder"):
@@ -58,7 +59,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
-def test_a_download_that_came_incomplete_is_refused_and_tried_again(
+def test_an_incomplete_download_is_refused_and_can_be_repeated(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     _offline(monkeypatch)  # the hub's client takes what is there
@@ -80,7 +81,7 @@ def test_a_download_that_came_incomplete_is_refused_and_tried_again(
 
 
 @pytest.mark.parametrize("marker", ["mine/.revision", ".mine.begun"])
-def test_another_revision_is_never_taken_for_the_one_that_is_asked_for(
+def test_files_of_another_revision_are_not_taken_for_the_requested_one(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marker: str
 ):
     _offline(monkeypatch)
@@ -90,33 +91,11 @@ def test_another_revision_is_never_taken_for_the_one_that_is_asked_for(
         fetching.fetch("mine", _hub("b" * 40), tmp_path)
 
 
-def test_a_folder_that_stands_in_the_way_of_a_download_stays(base_folder: Path, tmp_path: Path):
+def test_fetch_never_replaces_a_folder_in_the_way_of_a_download(base_folder: Path, tmp_path: Path):
     shutil.copytree(base_folder, tmp_path / "mine")
     with pytest.raises(UserError, match="is in the way of the download of some/base"):
         fetching.fetch("mine", _hub("a" * 40), tmp_path)
     assert (tmp_path / "mine" / "unet" / "config.json").is_file()
-
-
-def test_bases_are_compared_by_all_that_draws_and_old_records_by_their_unet():
-    new = {"source": "x", "digest": "a" * 64, "unet": "u" * 64}
-    old = {"source": "x", "digest": "u" * 64}  # before the digest covered more
-    assert folders.same_base(new, dict(new)) and folders.same_base(old, dict(old))
-    assert folders.same_base(new, old) and folders.same_base(old, new)
-    assert folders.same_base(new, old | {"unet": None})  # as the registry gives a version without the tag
-    assert not folders.same_base(new, new | {"digest": "b" * 64})
-    assert "their UNets are the same" in folders.difference(new, new | {"digest": "b" * 64})
-    assert not folders.same_base(old, new | {"unet": "v" * 64})
-    assert not folders.same_base({}, {})
-
-
-def test_the_identity_changes_with_the_weights(base_folder: Path, tmp_path: Path):
-    folder = tmp_path / "copy"
-    shutil.copytree(base_folder, folder)
-    before = folders.identity(_settings(folder), folder)
-    assert before == folders.identity(_settings(folder), base_folder) | {"source": str(folder)}
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    (folder / "unet" / "config.json").write_text(json.dumps(config | {"changed": 1}))
-    assert folders.identity(_settings(folder), folder)["digest"] != before["digest"]
 
 
 CONFIGS = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"]
@@ -188,14 +167,14 @@ def test_a_download_is_the_pipelines_parts_in_one_precision(preset: str, variant
     }
 
 
-def test_a_hub_that_does_not_answer_is_worth_another_try(monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_that_does_not_answer_is_unavailable(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     base = Base(source="team/base", revision="0" * 40, resolution=64, license="mit")
     with pytest.raises(Unavailable, match=r"^bases\.mine: the hub does not answer: "):
         fetching.base_state("mine", base)
 
 
-def test_a_change_of_a_local_base_is_seen_also_behind_a_link(base_folder: Path, tmp_path: Path):
+def test_a_change_behind_a_link_changes_the_state_of_a_local_base(base_folder: Path, tmp_path: Path):
     folder, elsewhere = shutil.copytree(base_folder, tmp_path / "mine"), tmp_path / "elsewhere"
     (folder / "unet").rename(elsewhere)
     (folder / "unet").symlink_to(elsewhere)

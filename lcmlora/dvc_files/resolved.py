@@ -19,9 +19,9 @@ from lcmlora.config import Config
 from lcmlora.errors import UserError
 from lcmlora.io import temporaries
 from lcmlora.io.files import atomic_write
-from lcmlora.io.parsing import read_yaml
+from lcmlora.io.parsing import JsonObject, read_yaml
 from lcmlora.io.terminal import note
-from lcmlora.stages import Run
+from lcmlora.stages import Run, Settings
 
 _HEADER = """\
 # Written by `lcmlora resolve`; do not edit. What decides the result of each stage: its settings, as params.yaml and the
@@ -29,25 +29,25 @@ _HEADER = """\
 """
 
 
-def resolve(config: Config) -> dict[str, Any]:
-    """Returns what resolved.yaml is to hold.
+def resolve(config: Config) -> JsonObject:
+    """Returns the content of resolved.yaml.
 
     Raises:
-        UserError: two names would be one entry.
+        UserError: two names would share one entry.
     """
-    tree: dict[str, Any] = {}
+    tree: JsonObject = {}
     for run in stages.runs(config):
         _put(tree, run, _entry(config, run))
     return tree
 
 
 def is_current(config: Config, path: Path) -> bool:
-    """Returns whether the file holds what it is to hold."""
+    """Returns whether the file holds what `resolve` returns."""
     return path.is_file() and path.read_text(encoding="utf-8") == _text(resolve(config))
 
 
 def refresh(config: Config, path: Path) -> bool:
-    """Brings the file up to date and returns whether it was not."""
+    """Brings the file up to date and returns whether that changed it."""
     tree = resolve(config)
     with temporaries.locked(path):
         if path.is_file() and path.read_text(encoding="utf-8") == _text(tree):
@@ -60,7 +60,7 @@ def refresh(config: Config, path: Path) -> bool:
 def running(config: Config, run: Run, path: Path) -> Iterator[None]:
     """Encloses a stage's work, so that DVC records the settings that it ran with and no others.
 
-    Where a person calls the stage in a project that has the file, it is brought up to date. Where DVC calls, it must be
+    If a person calls the stage in a project that has the file, the file is brought up to date. If DVC calls, it must be
     up to date. DVC reads it again when the stage has ended: if it was changed meanwhile, the settings of this run are
     put back, and the change makes the stage stale from the next refresh on.
 
@@ -89,12 +89,12 @@ def running(config: Config, run: Run, path: Path) -> Iterator[None]:
             note(f"{path}: was changed while the stage ran; what changed counts from the next run on", "warning: ")
 
 
-def _entry(config: Config, run: Run) -> dict[str, Any]:
-    return {"algorithms": stages.algorithms(run.stage)} | stages.decisive(config, run)
+def _entry(config: Config, run: Run) -> Settings:
+    return {"algorithms": stages.algorithms(run.stage)} | stages.decisive_settings(config, run)
 
 
 def _keys(run: Run) -> list[str]:
-    """Returns where a run's entry lies: under its names, divided at the dots, as DVC divides the keys in dvc.yaml."""
+    """Returns the keys of a run's entry: its names, divided at the dots, as DVC divides the keys in dvc.yaml."""
     names = ["models", *run.model.split(".")] if run.model is not None else []
     if run.name is not None:
         names += ["variations", *run.name.split(".")]
@@ -109,29 +109,29 @@ def _get(tree: Any, run: Run) -> Any:
     return tree
 
 
-def _put(tree: dict[str, Any], run: Run, entry: dict[str, Any]) -> None:
+def _put(tree: JsonObject, run: Run, entry: Settings) -> None:
     *above, last = _keys(run)
     for depth, key in enumerate(above):
         tree = tree.setdefault(key, {})
         if "algorithms" in tree:
-            raise _twofold(above[: depth + 1])
+            raise _ambiguous_name(above[: depth + 1])
     if "algorithms" not in tree.setdefault(last, entry):
-        raise _twofold([*above, last])
+        raise _ambiguous_name([*above, last])
     tree[last] = entry
 
 
-def _twofold(keys: list[str]) -> UserError:
-    place = ".".join(keys)
+def _ambiguous_name(keys: list[str]) -> UserError:
+    entry = ".".join(keys)
     return UserError(
-        f"{place}: one name ends in `.{keys[-1]}`, where resolved.yaml has a stage's settings; use another name"
+        f"{entry}: one name ends in `.{keys[-1]}`, where resolved.yaml has a stage's settings; use another name"
     )
 
 
-def _text(tree: dict[str, Any]) -> str:
+def _text(tree: JsonObject) -> str:
     return _HEADER + yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _write(tree: dict[str, Any], path: Path) -> None:
+def _write(tree: JsonObject, path: Path) -> None:
     atomic_write(path, lambda part: part.write_text(_text(tree), encoding="utf-8"))
 
 

@@ -1,0 +1,1 @@
+"""The files of a project by which DVC learns what params.yaml says."""

@@ -1,0 +1,151 @@
+"""The stages of dvc.yaml that read pictures: which folder of prepared pictures each model learns from.
+
+dvc.yaml is the same for all projects whose models share one data set. Where a base has `data` of its own, these stages
+list every model with its folder (`foreach`), since a template of DVC cannot look up a model's folder in a matrix of
+models. Names and commands of the stages are the same in both forms, so that other models' stages do not become stale.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib import resources
+
+from lcmlora.config import Config
+from lcmlora.errors import UserError
+from lcmlora.io.files import atomic_write
+from lcmlora.io.parsing import as_object, parse_yaml, read_yaml
+from lcmlora.io.terminal import shown
+from lcmlora.project import Project
+
+_PREPARING = ("prepare", "prepare-own")
+_READING = ("encode", "reference", "evaluate")
+_STAGES = (*_PREPARING, *_READING)
+
+_BEGIN = re.compile(r"^(?=  [\w-]+:)", re.MULTILINE)  # of a stage
+
+
+def check(config: Config, project: Project) -> None:
+    """Raises UserError where dvc.yaml gives a model another folder of pictures than params.yaml does."""
+    if project.dvc_yaml.is_file() and (difference := _difference(config, _stages(read_yaml(project.dvc_yaml)))):
+        raise UserError(f"{project.dvc_yaml}: {difference}; run `lcmlora resolve`, then dvc repro again")
+
+
+def refresh(config: Config, project: Project) -> bool:
+    """Writes these stages anew where they give a model another folder than params.yaml does; returns whether they did.
+
+    Everything else in dvc.yaml stays as it is.
+
+    Raises:
+        UserError: dvc.yaml cannot be read, or its stages are not indented by two spaces.
+    """
+    path = project.dvc_yaml
+    if not path.is_file() or not _difference(config, _stages(read_yaml(path))):
+        return False
+    before = path.read_text(encoding="utf-8")
+    after = _rewritten(before, _wanted(config))
+    if (difference := _difference(config, _stages(parse_yaml(after)))) or _others(before) != _others(after):
+        raise UserError(
+            f"{path}: {difference or 'other stages would change'}; its stages cannot be rewritten, since it is not "
+            "laid out as the one that comes with lcmlora (two spaces before the name of a stage)"
+        )
+    atomic_write(path, lambda part: part.write_text(after, encoding="utf-8"))
+    return True
+
+
+def _folders(config: Config) -> dict[str, str]:
+    """Returns the folder of prepared pictures of each model."""
+    return {model: Project().pictures_of(model, config).as_posix() for model in config.models}
+
+
+def _own_paths(config: Config) -> dict[str, str]:
+    """Returns the path of the data set of each model that has one of its own."""
+    return {model: config.data_for(model).path for model in config.models if config.has_own_data(model)}
+
+
+def _difference(config: Config, stages: Mapping[str, object]) -> str | None:
+    """Returns in words how the stages differ from what the settings ask for; None where they do not."""
+    if not any(stage in stages for stage in _READING):
+        return None  # a pipeline of another kind
+    if ("prepare" in stages) != config.uses_shared_data():
+        return f"{'has a' if 'prepare' in stages else 'lacks the'} stage prepare, and `data` is used by " + (
+            "no model" if "prepare" in stages else "models"
+        )
+    if (listed := _listed(stages.get("prepare-own", {}), {})) != _own_paths(config):
+        return f"prepare-own: has {_in_words(listed)}, and params.yaml has {_in_words(_own_paths(config))}"
+    shared = dict.fromkeys(config.models, Project().pictures.as_posix())
+    for stage in _READING:
+        listed = _listed(stages.get(stage, {}), shared)
+        if stage in stages and listed != _folders(config):
+            return (
+                f"{stage}: reads {_in_words(listed)}, and the models of params.yaml are {_in_words(_folders(config))}"
+            )
+    return None
+
+
+def _listed(stage: object, otherwise: dict[str, str]) -> dict[str, str]:
+    """Returns the mapping of models that a stage lists; `otherwise` where it has none."""
+    listed = stage.get("foreach") if isinstance(stage, dict) else None
+    return {str(model): str(path) for model, path in listed.items()} if isinstance(listed, dict) else otherwise
+
+
+def _in_words(paths: Mapping[str, str]) -> str:
+    return shown(", ".join(f"{model}: {path}" for model, path in paths.items()), 300) or "no model"
+
+
+def _wanted(config: Config) -> dict[str, str]:
+    """Returns the text of each of these stages, in their order."""
+    shared = _blocks(_template("shared_pictures.yaml"))
+    if not (own := _own_paths(config)):
+        return shared
+    text = _template("pictures_by_model.yaml").replace("OWN_DATA\n", _mapping(own))
+    by_model = _blocks(text.replace("PICTURES\n", _mapping(_folders(config))))
+    return ({"prepare": shared["prepare"]} if config.uses_shared_data() else {}) | by_model
+
+
+def _template(name: str) -> str:
+    return resources.files("lcmlora.dvc_files").joinpath(name).read_text(encoding="utf-8")
+
+
+def _mapping(values: dict[str, str]) -> str:
+    """Returns the lines of a mapping within a stage's `foreach`. Its texts have quotes: to DVC, 2e3 is a number."""
+    lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
+    return "".join(f"      {line}\n" for line in lines)
+
+
+def _blocks(text: str) -> dict[str, str]:
+    """Returns the text of each stage, by its name."""
+    return {block.split(":", 1)[0].strip(): block.rstrip("\n") + "\n" for block in _BEGIN.split(text) if block.strip()}
+
+
+def _rewritten(text: str, wanted: dict[str, str]) -> str:
+    """Returns the text of dvc.yaml with these stages in the places of the former ones."""
+    left = dict(wanted)
+    parts = []
+    for block in _BEGIN.split(text):
+        name = block.split(":", 1)[0].strip() if block.startswith("  ") else ""
+        if name not in _STAGES:
+            parts.append(block)
+            continue
+        due = [stage for stage in left if stage == name or stage in _PREPARING]
+        parts += [left.pop(stage) + "\n" for stage in due]
+        parts.append(_after(block))
+    return "".join(parts)
+
+
+def _after(block: str) -> str:
+    """Returns what follows a stage before the next one: comments that belong to that, or another section."""
+    lines = block.splitlines(keepends=True)
+    end = next((n for n, line in enumerate(lines) if n and line.strip() and not line.startswith("   ")), len(lines))
+    return "".join(lines[end:])
+
+
+def _stages(raw: object) -> dict[str, object]:
+    return as_object(as_object(raw, "dvc.yaml").get("stages", {}), "dvc.yaml: stages")
+
+
+def _others(text: str) -> dict[str, object]:
+    """Returns everything in dvc.yaml but these stages."""
+    raw = as_object(parse_yaml(text), "dvc.yaml")
+    return raw | {"stages": {name: stage for name, stage in _stages(raw).items() if name not in _STAGES}}
