@@ -9,14 +9,18 @@ The output of an adapted layer is W x + (alpha / rank) B A x.
   0.42 gives all attention layers the most frequent one.
 
 Both files have the same effect to the last bit. Every written file is read again and compared layer by layer.
+
+Headers follow the model spec 1.0.1 (Stability-AI/ModelSpec), which programs with a page for each adapter show: title,
+description, author, license, usage hint, thumbnail. They have no date, so that the same adapter gives the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +38,13 @@ from lcmlora.io.files import atomic_write
 DIFFUSERS, KOHYA = "diffusers", "kohya"
 
 _PREDICTS = {"epsilon": "epsilon", "v_prediction": "v"}
+
+_TITLE, _PREDICTION, _ARCHITECTURE, _IMPLEMENTATION = (
+    f"modelspec.{key}" for key in ("title", "prediction_type", "architecture", "implementation")
+)
+_ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
+# Keys of a header that a conversion keeps: the model spec's, and lcmlora's own.
+_KEPT = ("modelspec.", "lcmlora.")
 
 _MAX_PADDED = 2 << 30  # bytes of an adapter after its layers are padded to one rank
 
@@ -78,6 +89,7 @@ class Adapter:
     layers: dict[str, Layer]  # by diffusers' name of the module, sorted
     dtype: torch.dtype  # of the weights in a file
     left_out: int = 0  # number of tensors of text encoders and trained tokens that were not read
+    header: Mapping[str, str] = field(default_factory=dict)  # what the file's says of the adapter, see `_KEPT`
 
     @property
     def rank(self) -> int:
@@ -110,8 +122,11 @@ def _read(path: Path, base: Architecture | None, unet_only: bool, shown: str) ->
     others = factors.check_others(tensors, unet_only, shown)
     spelled = factors.by_layer({name: tensor for name, tensor in tensors.items() if name not in others}, shown)
     factors.check_factors(spelled, shown)
+    kept = {key: text for key, text in header.items() if key.startswith(_KEPT)}
+    if "ss_output_name" in header:
+        kept.setdefault(_TITLE, header["ss_output_name"])
     if base is None and not all(spellings.Name(layer, DOWN).is_diffusers for layer in spelled):
-        base = _recognise(spelled, shown)
+        base = _recognise(spelled, shown, kept)
     alpha = peft_settings.alphas(path, header, shown)
     layers: dict[str, Layer] = {}
     for name, parts in spelled.items():
@@ -121,7 +136,7 @@ def _read(path: Path, base: Architecture | None, unet_only: bool, shown: str) ->
         down, up = parts[DOWN].tensor, parts[UP].tensor
         value = factors.alpha_of(parts[ALPHA], shown) if ALPHA in parts else alpha(module, down.shape[0])
         layers[module] = Layer(down, up, value)
-    return Adapter(shown, dict(sorted(layers.items())), _dtype(layers), len(others))
+    return Adapter(shown, dict(sorted(layers.items())), _dtype(layers), len(others), kept)
 
 
 def _dtype(layers: dict[str, Layer]) -> torch.dtype:
@@ -146,22 +161,40 @@ def _module(name: str, parts: dict[str, Part], base: Architecture, shown: str) -
     return module
 
 
-def _recognise(spelled: Spelled, shown: str) -> Architecture:
+def _recognise(spelled: Spelled, shown: str, header: Mapping[str, str]) -> Architecture:
     """Returns the published architecture that has all of these layers, by name and size.
 
-    SDXL has all layers of SSD-1B, by the same names; either may be returned for an adapter of SSD-1B.
+    SDXL has all layers of SSD-1B, by the same names. Of several architectures it is the one that the file's header
+    names, else the one all of whose layers of the adapter's kinds the adapter has, else the first.
     """
-    for base in layer_names.published().values():
-        try:
-            for name, parts in spelled.items():
-                _module(name, parts, base, shown)
-        except UserError:
-            continue
-        return base
-    raise UserError(
-        f"{shown}: its layers are those of none of {', '.join(layer_names.published())}; name the base that it was "
-        "made for (--base, a name in params.yaml or a diffusers folder)"
-    )
+    fitting = [base for base in layer_names.published().values() if _fits(base, spelled, shown)]
+    if not fitting:
+        raise UserError(
+            f"{shown}: its layers are those of none of {', '.join(layer_names.published())}; name the base that it was "
+            "made for (--base, a name in params.yaml or a diffusers folder)"
+        )
+    named = [base for base in fitting if header.get(_ARCHITECTURE, "").startswith(f"{base.naming.architecture}/")]
+    return next(iter([*named, *(base for base in fitting if _has_all(base, spelled, shown)), *fitting]))
+
+
+def _fits(base: Architecture, spelled: Spelled, shown: str) -> bool:
+    try:
+        for name, parts in spelled.items():
+            _module(name, parts, base, shown)
+    except UserError:
+        return False
+    return True
+
+
+def _has_all(base: Architecture, spelled: Spelled, shown: str) -> bool:
+    """Whether an adapter that fits the base has all of its layers of the same kinds, such as attn1.to_q."""
+
+    def kind(layer: str) -> str:
+        return re.sub(r"\.\d+(?=\.)", "", layer)
+
+    layers = {_module(name, parts, base, shown) for name, parts in spelled.items()}
+    kinds = set(map(kind, layers))
+    return layers == {layer for layer in base.shapes if kind(layer) in kinds}
 
 
 def write(
@@ -170,7 +203,7 @@ def write(
     spelling: str,
     base: Architecture | None = None,
     *,
-    title: str | None = None,
+    header: Mapping[str, str] | None = None,
     alpha: float | None = None,
 ) -> float:
     """Writes the adapter, reads the file again, and returns the largest difference of an effective weight.
@@ -181,18 +214,22 @@ def write(
     Args:
         spelling: DIFFUSERS or KOHYA.
         base: the base's architecture; without it, a kohya file's is looked up in the published architectures.
-        title: the title in kohya's header, which programs show; the file's name by default.
+        header: keys for the file's header, before those that the adapter's own file has. The title is the file's name
+            by default. What the tensors and the base say is added.
         alpha: of a kohya file, if it can be exact, see the module; by default the adapter's own.
 
     Raises:
         UserError: a tensor is missing or superfluous, or a weight differs by more than rounding.
     """
+    given = {_TITLE: path.stem, **adapter.header, **(header or {})}
     if spelling == KOHYA:
-        structure = base or _recognise(_spelled(adapter.layers), adapter.source)
+        structure = base or _recognise(_spelled(adapter.layers), adapter.source, adapter.header)
         tensors, kept = _kohya(adapter, structure, alpha)
-        metadata = _header(tensors, adapter, structure, title or path.stem, kept)
+        metadata = _kohya_header(adapter, structure, given, kept) | _model_spec(tensors, adapter, structure, given)
     else:
         tensors, metadata = _diffusers(adapter, base.prefix if base else "unet")
+        if base and (header or adapter.header):
+            metadata |= _model_spec(tensors, adapter, base, given) | {_IMPLEMENTATION: "diffusers"}
     _check_range(tensors, adapter)
     error = 0.0
 
@@ -330,44 +367,54 @@ def padded(layer: Layer, rank: int) -> Layer:
     return Layer(down, up, layer.scale * rank)
 
 
-def _header(
-    tensors: dict[str, Tensor], adapter: Adapter, base: Architecture, title: str, alpha: float
+def _model_spec(
+    tensors: Mapping[str, Tensor], adapter: Adapter, base: Architecture, given: Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns the metadata of a kohya file: the keys of the model spec (version 1.0.0), and kohya's own.
-
-    It has no date, so that the same adapter gives the same bytes.
-    """
+    """Returns the given keys, completed by what the tensors and the base say in the words of the model spec."""
     data = save({n: t if n.endswith(".alpha") else t.to(adapter.dtype).contiguous() for n, t in tensors.items()})
     content = data[8 + int.from_bytes(data[:8], "little") :]
-    predicts = _PREDICTS.get(base.prediction_type or "")
-    version, model = base.naming.version, base.naming.architecture
-    if predicts == "v" and base.naming.predicting_v:
-        version, model = base.naming.predicting_v
     header = {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{model}/lora",
+        **given,
+        "modelspec.sai_model_spec": "1.0.1",
+        _ARCHITECTURE: f"{_version_and_architecture(base, given)[1]}/lora",
         # The code whose names the tensors have.
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
-        if base.naming.original
-        else "diffusers",
-        "modelspec.title": title,
+        _IMPLEMENTATION: _ORIGINAL_CODE if base.naming.original else "diffusers",
         "modelspec.hash_sha256": f"0x{hashlib.sha256(content).hexdigest()}",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(adapter.rank),
-        "ss_network_alpha": str(alpha),
-        "ss_base_model_version": version,
-        "ss_v2": str(base.naming.v2),
-        "ss_output_name": title,
     }
     if base.resolution:
         header["modelspec.resolution"] = f"{base.resolution}x{base.resolution}"
-    if predicts:
-        header["modelspec.prediction_type"] = predicts
+    if predicts := _predicts(base, given):
+        header[_PREDICTION] = predicts
+    return header
+
+
+def _kohya_header(adapter: Adapter, base: Architecture, given: Mapping[str, str], alpha: float) -> dict[str, str]:
+    """Returns the keys of kohya's trainer, by which programs tell an adapter's base and rank."""
+    header = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(adapter.rank),
+        "ss_network_alpha": str(alpha),
+        "ss_base_model_version": _version_and_architecture(base, given)[0],
+        "ss_v2": str(base.naming.v2),
+        "ss_output_name": given[_TITLE],
+    }
     if any(layer.down.ndim == 4 and layer.down.shape[-1] > 1 for layer in adapter.layers.values()):
         # kohya has a separate rank for convolutions.
         header["ss_network_args"] = json.dumps({"conv_dim": str(adapter.rank), "conv_alpha": str(alpha)})
     return header
+
+
+def _predicts(base: Architecture, given: Mapping[str, str]) -> str | None:
+    """Returns the prediction type in the model spec's words: the base's, if that is known, else the given one."""
+    return _PREDICTS.get(base.prediction_type or "") or given.get(_PREDICTION)
+
+
+def _version_and_architecture(base: Architecture, given: Mapping[str, str]) -> tuple[str, str]:
+    naming = base.naming
+    if naming.predicting_v and _predicts(base, given) == "v":
+        return naming.predicting_v
+    return naming.version, naming.architecture
 
 
 def _spelled(layers: dict[str, Layer]) -> Spelled:
@@ -394,22 +441,24 @@ def convert(
     *,
     unet_only: bool = False,
     dtype: torch.dtype | None = None,
-    title: str | None = None,
 ) -> Conversion:
     """Writes the adapter in `source` to `out` in another spelling.
 
+    The header keeps what the source's says by the model spec, such as title and prediction type, and is completed by
+    what the layers and the base say.
+
     Args:
         dtype: of the weights in `out`; the source's by default.
-        spelling, base, unet_only, title: see `read` and `write`.
+        spelling, base, unet_only: see `read` and `write`.
 
     Raises:
         UserError: see `read` and `write`.
     """
     adapter = read(source, base, unet_only=unet_only)
     if base is None:
-        base = _recognise(_spelled(adapter.layers), str(source))
+        base = _recognise(_spelled(adapter.layers), str(source), adapter.header)
     adapter = replace(adapter, dtype=dtype or adapter.dtype)
-    error = write(adapter, out, spelling, base, title=title)
+    error = write(adapter, out, spelling, base)
     return Conversion(
         layers=len(adapter.layers),
         tensors=(3 if spelling == KOHYA else 2) * len(adapter.layers),

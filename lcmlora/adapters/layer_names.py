@@ -61,6 +61,9 @@ SD2 = Naming(
     predicting_v=("sd_v2_v", "stable-diffusion-v2-768-v"),
 )
 SDXL = Naming("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", original=True)
+# kohya's trainer has no version of its own for SSD-1B, and programs that read one treat its adapters as SDXL's. The
+# architecture is SwarmUI's name for it (src/Text2Image/T2IModelClassSorter.cs).
+SSD1B = Naming("ssd1b", "sdxl_base_v1-0", "segmind-stable-diffusion-1b", original=True)
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,15 @@ def of_network(
 def naming_of_unet(config: Mapping[str, object]) -> Naming:
     """Returns the naming of a UNet with this configuration."""
     if config.get("addition_embed_type") == "text_time":
-        return SDXL
+        return SSD1B if _is_ssd1b(config) else SDXL
     return SD2 if config.get("use_linear_projection") else SD1
+
+
+def _is_ssd1b(config: Mapping[str, object]) -> bool:
+    """Whether an SDXL UNet was distilled as SSD-1B was: no attention in the middle, depths that differ in a block."""
+    depths = config.get("reverse_transformer_layers_per_block")
+    uneven = isinstance(depths, list | tuple) and any(isinstance(d, list | tuple) and len(set(d)) > 1 for d in depths)
+    return uneven and config.get("mid_block_type") == "UNetMidBlock2D"
 
 
 @cache

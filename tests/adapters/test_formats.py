@@ -60,7 +60,9 @@ def test_diffusers_to_kohya_to_diffusers_gives_the_same_tensors(
     one, other = load_file(first), load_file(third)
     assert one.keys() == other.keys()
     assert max((one[n] - other[n]).abs().max().item() for n in one) == 0
-    assert first.read_bytes() == third.read_bytes()
+    kept = adapters.header(third)
+    assert adapters.header(first).items() < kept.items()
+    assert kept["modelspec.title"] == "1"  # the kohya file's
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -350,7 +352,10 @@ def test_a_published_base_is_recognised_by_its_layers(tmp_path: Path):
             formats.write(adapter, tmp_path / f"{style}.safetensors", style)
             assert formats.read(tmp_path / f"{style}.safetensors").layers.keys() == layers.keys()
         version = {"sd15": "sd_v1", "sd2": "sd_v2"}.get(name, "sdxl_base_v1-0")
-        assert adapters.header(tmp_path / "kohya.safetensors")["ss_base_model_version"] == version
+        header = adapters.header(tmp_path / "kohya.safetensors")
+        assert header["ss_base_model_version"] == version
+        # SDXL has all layers of SSD-1B.
+        assert header["modelspec.architecture"] == f"{base.naming.architecture}/lora"
 
 
 @pytest.mark.parametrize(
@@ -364,6 +369,12 @@ def test_a_published_base_is_recognised_by_its_layers(tmp_path: Path):
             "sdxl_base_v1-0",
             "https://github.com/Stability-AI/generative-models",
         ),
+        (
+            "ssd1b",
+            "segmind-stable-diffusion-1b/lora",
+            "sdxl_base_v1-0",
+            "https://github.com/Stability-AI/generative-models",
+        ),
     ],
 )
 def test_kohyas_header_has_the_keys_that_programs_read(
@@ -372,15 +383,19 @@ def test_kohyas_header_has_the_keys_that_programs_read(
     live = adapters.load(miniatures(name))
     adapters.train(live, rank=4, alpha=8)
     path = tmp_path / "a.safetensors"
-    formats.write(adapters.adapter_of(live), path, KOHYA, architecture.of_folder(live.folder), title="mine", alpha=8)
+    described = {"modelspec.title": "mine", "modelspec.license": "mit"}
+    formats.write(
+        adapters.adapter_of(live), path, KOHYA, architecture.of_folder(live.folder), header=described, alpha=8
+    )
     header = adapters.header(path)
     assert header.pop("modelspec.hash_sha256").startswith("0x")
     assert header == {
         "format": "pt",
-        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": model,
         "modelspec.implementation": implementation,
         "modelspec.title": "mine",
+        "modelspec.license": "mit",
         "modelspec.resolution": "16x16",
         "modelspec.prediction_type": "v" if name == "sd2" else "epsilon",
         "ss_network_module": "networks.lora",
@@ -393,6 +408,30 @@ def test_kohyas_header_has_the_keys_that_programs_read(
     }
 
 
+def test_a_conversion_keeps_what_the_sources_header_says_and_completes_it(tmp_path: Path):
+    """Of SD 2 neither the layers nor the published architecture say what the network predicts."""
+    base = layer_names.published()[HUB_IDS["sd2"]]
+    layer = "mid_block.attentions.0.proj_in"
+    outputs, inputs = base.shapes[layer]
+    adapter = Adapter("sd2", {layer: Layer(torch.ones(1, inputs), torch.ones(outputs, 1), 1)}, torch.float32)
+    said = {
+        "modelspec.title": "A title",
+        "modelspec.author": "its maker",
+        "modelspec.date": "2026-11-29",
+        "modelspec.prediction_type": "v",
+        "modelspec.architecture": "something else",
+    }
+    first, second, third = (tmp_path / f"{name}.safetensors" for name in ("first", "second", "third"))
+    formats.write(adapter, first, KOHYA, header=said)
+    for source, out, spelling in ((first, second, DIFFUSERS), (second, third, KOHYA)):
+        formats.convert(source, out, spelling)
+        kept = adapters.header(out)
+        assert {key: kept[key] for key in said} == said | {"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}
+        assert kept["modelspec.resolution"] == "768x768" and kept["modelspec.sai_model_spec"] == "1.0.1"
+    assert kept["ss_base_model_version"] == "sd_v2_v"
+    assert first.read_bytes() == third.read_bytes()
+
+
 def test_the_hash_in_the_header_is_that_of_the_tensors(written: Path):
     data = written.read_bytes()
     content = data[8 + int.from_bytes(data[:8], "little") :]
@@ -403,6 +442,6 @@ def test_the_same_adapter_gives_the_same_bytes(student: Adapter, base: layer_nam
     for style in (DIFFUSERS, KOHYA):
         files = set()
         for number in range(6):
-            formats.write(student, tmp_path / str(number), style, base, title="mine", alpha=8)
+            formats.write(student, tmp_path / str(number), style, base, header={"modelspec.title": "mine"}, alpha=8)
             files.add((tmp_path / str(number)).read_bytes())
         assert len(files) == 1

@@ -83,7 +83,7 @@ def test_every_layer_that_is_distilled_has_a_name_for_kohya(name: str, layers: i
         ("sd15", "sd1", "epsilon"),
         ("sd2", "sd2", "v_prediction"),
         ("sdxl", "sdxl", "epsilon"),
-        ("ssd1b", "sdxl", "epsilon"),
+        ("ssd1b", "ssd1b", "epsilon"),
     ],
 )
 def test_a_bases_folder_gives_its_architecture_without_weights(
