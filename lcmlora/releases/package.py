@@ -36,8 +36,8 @@ from lcmlora.releases.bundle import (
     StageSettings,
     digest,
 )
-from lcmlora.releases.card import render_card
-from lcmlora.releases.report import render_report
+from lcmlora.releases.pages.card import render_card
+from lcmlora.releases.pages.report import render_report
 
 # Largest allowed difference between reloaded and trained student, as a share of the student's largest output. In fp32
 # both run the same kernels; a half-precision base may be reloaded on another device than it was trained on.

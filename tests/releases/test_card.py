@@ -8,7 +8,7 @@ from huggingface_hub.utils import validate_repo_id
 from lcmlora.adapters.metadata import Distilled
 from lcmlora.config import Base, Merged
 from lcmlora.evaluation.figures import Metrics
-from lcmlora.releases.card import render_card
+from lcmlora.releases.pages.card import render_card
 from tests.releases.test_report import searched
 from tests.support.releases import METRICS
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Metrics
-from lcmlora.releases import report
 from lcmlora.releases.bundle import Provenance
-from lcmlora.releases.plots import Point, chart
-from lcmlora.releases.report import fixed, milliseconds
+from lcmlora.releases.pages import report
+from lcmlora.releases.pages.plots import Point, chart
+from lcmlora.releases.pages.report import fixed, milliseconds
 
 PROMPTS = ["red apple", "<script>alert('x')</script> & \"pear\""]
 COSTS = {"teacher@50": 100, "ddim@1": 2, "ddim@2": 4, "dpm++@2": 4, "student@1": 1, "student@2": 2, "student@4": 4}

@@ -31,9 +31,9 @@ from lcmlora.evaluation.gate import unmeasured_diversity, unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
 from lcmlora.evaluation.sets.own_prompts import OWN_PICTURES
 from lcmlora.io.documents import Interval
-from lcmlora.releases.album import SMALL, Album, Picture
 from lcmlora.releases.bundle import Provenance
-from lcmlora.releases.plots import MINUS, Chart, Point, chart
+from lcmlora.releases.pages.album import SMALL, Album, Picture
+from lcmlora.releases.pages.plots import MINUS, Chart, Point, chart
 from lcmlora.templates.loading import load_template
 
 _PICTURED = 2  # numbers of network evaluations at which a variation shows pictures
