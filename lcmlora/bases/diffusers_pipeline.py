@@ -13,11 +13,18 @@ from lcmlora.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+_CONTROLNET = "ControlNetPipeline"  # the end of such a pipeline's name, in place of `Pipeline`
+
 
 def family_of(pipeline: Any) -> Family:
-    """Returns the family of a pipeline of diffusers. Raises KeyError if it is of no known family."""
-    if (family := families.by_pipeline(type(pipeline).__name__)) is None:
-        raise KeyError(type(pipeline).__name__)
+    """Returns the family of a pipeline of diffusers, with or without a ControlNet.
+
+    Raises:
+        KeyError: it is of no known family.
+    """
+    name = type(pipeline).__name__
+    if (family := families.by_pipeline(name.replace(_CONTROLNET, "Pipeline"))) is None:
+        raise KeyError(name)
     return family
 
 
@@ -60,3 +67,30 @@ def assemble_pipeline(base: Path, scheduler: Path, variant: str | None, dtype: t
     pipeline.scheduler = adapters_scheduler
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def with_controlnet(pipeline: Any, folder: Path) -> Any:
+    """Returns a pipeline of the same parts with a ControlNet, in the network's precision.
+
+    Args:
+        folder: the ControlNet, as diffusers saves it.
+
+    Raises:
+        UserError: diffusers cannot load it, or it does not fit the network.
+    """
+    import diffusers
+
+    try:
+        controlnet = diffusers.ControlNetModel.from_pretrained(
+            folder, torch_dtype=network_of(pipeline).dtype, use_safetensors=True, local_files_only=True
+        )
+        joined = diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=controlnet)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: diffusers cannot load it as a ControlNet: {reason}") from error
+    network, own = network_of(joined).config, controlnet.config
+    for key in ("block_out_channels", "cross_attention_dim", "in_channels"):
+        if (expected := network[key]) != (found := own[key]):
+            raise UserError(f"{folder}: {key} is {found}, expected {expected}: it is a ControlNet of another family")
+    joined.set_progress_bar_config(disable=True)
+    return joined

@@ -16,6 +16,7 @@ from lcmlora.adapters.metadata import LATENT_CONSISTENCY, Sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.families import Conditioning
 from lcmlora.diffusion import samplers, solver
+from lcmlora.diffusion.editing import SourceLatents
 from lcmlora.diffusion.noise import generator
 from lcmlora.diffusion.samplers import StudentSampler
 from lcmlora.diffusion.solver_settings import SolverSettings
@@ -55,6 +56,7 @@ def sample_student(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     sampler: Sampler = LATENT_CONSISTENCY,
+    source: SourceLatents | None = None,
 ) -> Tensor:
     """Returns latents (B, C, h, w) fp32 on the base's device, drawn by the student, whose adapter is active.
 
@@ -64,9 +66,11 @@ def sample_student(
         guidance_scale: in the pipelines' convention, u + guidance_scale (c - u); 1 is one pass without `unconditional`.
         unconditional: one row; the conditional and the unconditional pass are one batch.
         seed, indices: the keys of the noise that the student adds between its steps; a single step needs none.
+        source: the picture to start from, on the base's device; None starts from noise alone.
 
     Raises:
-        ValueError: no steps, more than the sampler's grid has, guidance without `unconditional`, or no `indices`.
+        ValueError: no steps, more than the sampler's grid has at the source's strength, guidance without
+            `unconditional`, or no `indices`.
     """
     if steps < 1:
         raise ValueError(f"the student needs at least 1 step, got {steps}")
@@ -78,8 +82,9 @@ def sample_student(
     def fresh(step: int) -> Tensor:
         return initial_noise(noise.shape[1:], seed, indices or (), step).to(base.device)
 
-    timesteps = solver.student_timesteps(len(base.schedule), sampler.grid, steps)
-    return _draw_student(predict, latents, timesteps, samplers.make(sampler, base.schedule), fresh)
+    strength = 1.0 if source is None else source.strength
+    timesteps = solver.student_timesteps(len(base.schedule), sampler.grid, steps, strength)
+    return _draw_student(predict, latents, timesteps, samplers.make(sampler, base.schedule), fresh, source)
 
 
 @torch.no_grad()
@@ -135,18 +140,26 @@ def _predictor(
 
 def _draw_student(
     predict: Predict,
-    latents: Tensor,
+    noise: Tensor,
     timesteps: list[int],
     sampler: StudentSampler,
     fresh: Callable[[int], Tensor],
+    source: SourceLatents | None,
 ) -> Tensor:
+    schedule = sampler.schedule
+    latents = noise
+    if source is not None:
+        latents = source.noisy(noise, schedule, timesteps[0], most=timesteps[0] == len(schedule) - 1)
     rows = [torch.tensor([t], device=latents.device) for t in [*timesteps, 0]]
     for step, (t, s) in enumerate(pairwise(rows), start=1):
-        prediction = sampler.schedule.prediction(predict(latents, t), latents, t)
-        if sampler.adds_noise and step < len(timesteps):
+        prediction = schedule.prediction(predict(latents, t), latents, t)
+        is_last = step == len(timesteps)
+        if sampler.adds_noise and not is_last:
             latents = sampler.step(latents, prediction, t, s, fresh(step))
         else:
             latents = sampler.jump(latents, prediction, t, s)
+        if source is not None:
+            latents = source.keep(latents, noise, schedule, None if is_last else timesteps[step])
     return latents
 
 

@@ -16,9 +16,12 @@ from lcmlora import bases
 from lcmlora.adapters import tensorfile
 from lcmlora.adapters.metadata import LATENT_CONSISTENCY, Sampler
 from lcmlora.bases import architecture, diffusers_pipeline, fetching, folders, singlefile
+from lcmlora.bases.schedule import Schedule
 from lcmlora.config import Base
-from lcmlora.diffusion import noise, sampling
+from lcmlora.diffusion import noise, sampling, solver
+from lcmlora.diffusion.editing import SourceLatents, check_steps
 from lcmlora.errors import UserError
+from lcmlora.inference.source_picture import STRENGTH, SourcePicture, fit
 from lcmlora.io.private import downloads
 from lcmlora.releases import bundle
 from lcmlora.releases.bundle import Provenance
@@ -36,6 +39,21 @@ class Abandoned(Exception):
 
 
 @dataclass(frozen=True)
+class _Request:
+    """What all pictures of one call have in common."""
+
+    steps: int
+    guidance: float
+    seed: int
+    width: int
+    height: int
+    source: SourcePicture | None
+    control: Image.Image | None  # for the ControlNet, in this size
+    control_scale: float
+    abandoned: Callable[[], bool] | None
+
+
+@dataclass(frozen=True)
 class Pipeline:
     """Draws with a release. Made by `load`. Several threads may call it; they wait for each other."""
 
@@ -43,6 +61,8 @@ class Pipeline:
     sampler: Sampler
     provenance: Provenance
     resolution: int  # pixels
+    schedule: Schedule  # the base's, on the pipeline's device
+    has_controlnet: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -59,6 +79,11 @@ class Pipeline:
         seed: int | None = 0,
         width: int | None = None,
         height: int | None = None,
+        image: Image.Image | None = None,
+        strength: float | None = None,
+        mask: Image.Image | None = None,
+        control: Image.Image | None = None,
+        control_scale: float = 1.0,
         abandoned: Callable[[], bool] | None = None,
     ) -> list[Image.Image]:
         """Returns one RGB picture for each prompt.
@@ -69,84 +94,150 @@ class Pipeline:
 
         Args:
             prompt: one text or several.
-            steps: 1 to the number of timesteps that the adapter was trained on.
+            steps: 1 to the number of timesteps that the adapter was trained on. A step is one network evaluation,
+                whatever the strength.
             guidance: `guidance_scale` of diffusers. 1 is no guidance and costs one network pass a step; more costs two.
             seed: None draws with a new random seed each time.
             width, height: in pixels, multiples of `size_unit`; None is the release's resolution.
+            image: a picture to draw anew for each prompt, of any size; see SourcePicture.
+            strength: of the noise that `image` is given, more than 0 and at most 1; 0.8 by default. It leaves the
+                adapter fewer timesteps, which limits `steps`.
+            mask: of the size of `image`, white where it is drawn anew.
+            control: the picture for the ControlNet, such as edges, of any size. A pipeline with a ControlNet needs one.
+            control_scale: `controlnet_conditioning_scale` of diffusers.
             abandoned: called before every step; drawing stops when it returns True.
 
         Raises:
             Abandoned: `abandoned` returned True.
-            UserError: a prompt is no text, a number is out of its range, or the pictures are not finite.
+            UserError: a prompt is no text, a number is out of its range, the strength leaves no step, pictures do not
+                go together, or the drawn ones are not finite.
         """
         width, height = (self.resolution if side is None else side for side in (width, height))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self.check(prompts, steps=steps, guidance=guidance, width=width, height=height)
+        source = _source(image, strength, mask)
+        effective = None if source is None else source.strength
+        self.check(prompts, steps=steps, guidance=guidance, width=width, height=height, strength=effective)
+        self._check_control(control)
         seed = secrets.randbits(32) if seed is None else seed
+        control = None if control is None else fit(control.convert("RGB"), height, width)
+        request = _Request(steps, guidance, seed, width, height, source, control, control_scale, abandoned)
         pictures: list[Image.Image] = []
         for start in range(0, len(prompts), _BATCH):
             batch = dict(enumerate(prompts[start : start + _BATCH], start))
             with self._lock:  # the scheduler object counts the steps
                 if abandoned is not None and abandoned():
                     raise Abandoned
-                pixels = self._draw(batch, steps, guidance, seed, width, height, abandoned)
+                pixels = self._draw(batch, request)
             pictures += [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
         return pictures
 
-    def check(self, prompts: Sequence[str], *, steps: int, guidance: float, width: int, height: int) -> None:
+    def check(
+        self,
+        prompts: Sequence[str],
+        *,
+        steps: int,
+        guidance: float,
+        width: int,
+        height: int,
+        strength: float | None = None,
+    ) -> None:
         """Raises UserError where a prompt is no text, or a number is out of its range, as `__call__` does."""
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise UserError(f"prompt: expected text, got {prompt!r}")
             if any("\ud800" <= character <= "\udfff" for character in prompt):
                 raise UserError(f"prompt: expected text, got half a surrogate pair in {ascii(prompt)[:100]}")
-        if not 1 <= steps <= self.sampler.grid:
-            raise UserError(f"steps: expected 1 to {self.sampler.grid}, the timesteps of this adapter, got {steps}")
+        check_steps(self.sampler, steps, strength)
         if not (guidance >= 1 and math.isfinite(guidance)):
             raise UserError(f"guidance: expected 1 (none) or more, got {guidance:g}")
         for name, side in (("width", width), ("height", height)):
             if side <= 0 or side % self.size_unit:
                 raise UserError(f"{name}: expected a positive multiple of {self.size_unit} pixels, got {side}")
 
-    def _draw(
-        self,
-        prompts: dict[int, str],
-        steps: int,
-        guidance: float,
-        seed: int,
-        width: int,
-        height: int,
-        abandoned: Callable[[], bool] | None,
-    ) -> Tensor:
-        """Returns pixels, (B, 3, height, width) uint8, of the prompts by their sample index."""
-        factor = self.pipeline.vae_scale_factor
-        shape = (diffusers_pipeline.network_of(self.pipeline).config.in_channels, height // factor, width // factor)
-        latents = sampling.initial_noise(shape, seed, list(prompts))
-        generators = [noise.generator(seed, index, 1) for index in prompts]
+    def _check_control(self, control: Image.Image | None) -> None:
+        if control is not None and not self.has_controlnet:
+            raise UserError("control: expected a pipeline that was loaded with a ControlNet")
+        if control is None and self.has_controlnet:
+            raise UserError("control: expected a picture for the ControlNet")
 
-        def next_noise(_: Any, done: int, *__: Any) -> dict[str, Tensor]:
-            if abandoned is not None and abandoned():
+    def _draw(self, prompts: dict[int, str], request: _Request) -> Tensor:
+        """Returns pixels, (B, 3, height, width) uint8, of the prompts by their sample index."""
+        network = diffusers_pipeline.network_of(self.pipeline)
+        factor = self.pipeline.vae_scale_factor
+        shape = (network.config.in_channels, request.height // factor, request.width // factor)
+        initial = sampling.initial_noise(shape, request.seed, list(prompts)).to(self.pipeline.device)
+        latents, source, timesteps = initial, None, None
+        if request.source is not None:
+            source = self._encoded(request.source, request.height, request.width)
+            grid, train_timesteps = self.sampler.grid, len(self.schedule)
+            timesteps = solver.student_timesteps(train_timesteps, grid, request.steps, source.strength)
+            latents = source.noisy(initial, self.schedule, timesteps[0], most=timesteps[0] == train_timesteps - 1)
+        generators = [noise.generator(request.seed, index, 1) for index in prompts]
+
+        def after_step(_: Any, done: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            if request.abandoned is not None and request.abandoned():
                 raise Abandoned
             # As in sampling.sample_student: each step has its own key for the noise.
             for index, generator in zip(prompts, generators, strict=True):
-                generator.manual_seed(noise.generator(seed, index, done + 2).initial_seed())
-            return {}
+                generator.manual_seed(noise.generator(request.seed, index, done + 2).initial_seed())
+            if source is None or timesteps is None:
+                return {}
+            following = timesteps[done + 1] if done + 1 < request.steps else None
+            drawn = tensors["latents"]
+            return {"latents": source.keep(drawn.float(), initial, self.schedule, following).to(drawn.dtype)}
 
+        control: dict[str, Any] = {}
+        if request.control is not None:
+            control = {"image": request.control, "controlnet_conditioning_scale": request.control_scale}
+        # A list of timesteps takes the place of a number of steps: diffusers' own pipelines for img2img and inpainting
+        # would drop some of the steps.
         pictures = self.pipeline(
             list(prompts.values()),
-            num_inference_steps=steps,
-            guidance_scale=float(guidance),
+            num_inference_steps=request.steps,
+            timesteps=timesteps,
+            guidance_scale=float(request.guidance),
             eta=self.sampler.gamma or 0.0,  # dropped by the pipelines where the scheduler is not TCDScheduler
-            latents=latents.to(self.pipeline.device, diffusers_pipeline.network_of(self.pipeline).dtype),
+            latents=latents.to(network.dtype),
             generator=generators,
-            width=width,
-            height=height,
+            width=request.width,
+            height=request.height,
             output_type="pt",
-            callback_on_step_end=next_noise,
+            callback_on_step_end=after_step,
+            **control,
         ).images
         if not pictures.isfinite().all():
             raise UserError(f"{self.provenance.model}: drew pictures that are not finite in {pictures.dtype}")
         return pictures.float().mul(255).round().byte()
+
+    def _encoded(self, source: SourcePicture, height: int, width: int) -> SourceLatents:
+        """Returns the picture as latents, on the pipeline's device. Raises UserError if they are not finite."""
+        import torch
+
+        vae, family = self.pipeline.vae, diffusers_pipeline.family_of(self.pipeline)
+        precision = vae.dtype
+        # As diffusers does: SDXL's VAE gives numbers that fp16 does not hold.
+        upcast = precision == torch.float16 and bool(vae.config.force_upcast)
+        if upcast:
+            vae.to(torch.float32)
+        with torch.no_grad():
+            latents, _ = family.encode_pictures(vae, source.pixels(height, width))
+        if upcast:
+            vae.to(precision)
+        if not latents.isfinite().all():
+            raise UserError(f"image: the VAE of {self.provenance.model} encodes it as numbers that are not finite")
+        mask = source.mask_of_latents(height, width, self.pipeline.vae_scale_factor)
+        device = self.pipeline.device
+        return SourceLatents(latents.to(device), source.strength, None if mask is None else mask.to(device))
+
+
+def _source(image: Image.Image | None, strength: float | None, mask: Image.Image | None) -> SourcePicture | None:
+    """Returns the picture to start from, None if there is none. Raises UserError if it is missing."""
+    if image is None:
+        for name, value in (("strength", strength), ("mask", mask)):
+            if value is not None:
+                raise UserError(f"{name}: expected `image`, the picture that it is for")
+        return None
+    return SourcePicture(image, STRENGTH if strength is None else strength, mask)
 
 
 def load(
@@ -157,6 +248,7 @@ def load(
     fuse: bool = False,
     warm: bool = True,
     sources: Path = Path(),
+    controlnet: Path | None = None,
 ) -> Pipeline:
     """Returns the release in `folder` ready to draw.
 
@@ -168,10 +260,12 @@ def load(
         fuse: add the adapter to the base's weights, which makes every step faster and cannot be undone.
         warm: draw a small picture, so that the first real one takes no longer than the others.
         sources: the folder that a relative path of the base is relative to.
+        controlnet: the folder of a ControlNet of the same family, as diffusers saves it; its picture is `control` of
+            every call.
 
     Raises:
         UserError: the weights are not those of the release, its base is missing or has another digest, or diffusers
-            cannot load them.
+            cannot load them or the ControlNet.
     """
     provenance = Provenance.read(folder / bundle.PROVENANCE)
     if (found := bundle.digest(folder)) != provenance.sha256:
@@ -189,6 +283,8 @@ def load(
     )
     pipeline = pipeline.to(torch_device)
     _load_adapter(pipeline, folder, fuse)
+    if controlnet is not None:
+        pipeline = diffusers_pipeline.with_controlnet(pipeline, controlnet).to(torch_device)
     pipeline.watermark = None  # of SDXL, which is drawn only where a certain package is installed
     resolution = provenance.resolution or architecture.of_folder(base_folder).resolution
     if resolution is None:
@@ -198,10 +294,13 @@ def load(
         sampler=bundle.sampler_of(folder, provenance.plain()) or LATENT_CONSISTENCY,
         provenance=provenance,
         resolution=resolution,
+        schedule=diffusers_pipeline.family_of(pipeline).schedule(base_folder, resolution)[0].to(torch_device),
+        has_controlnet=controlnet is not None,
     )
     if warm:
         side = _WARM_UNITS * ready.size_unit
-        ready("", steps=1, width=side, height=side)
+        control = Image.new("RGB", (side, side)) if controlnet else None
+        ready("", steps=1, width=side, height=side, control=control)
     return ready
 
 

@@ -247,6 +247,7 @@ def load_pipeline(
     settings: Registry | None = None,
     base: Path | None = None,
     cache: Path | None = None,
+    controlnet: Path | None = None,
 ) -> Pipeline:
     """Returns a pipeline that draws with the adapter of a version, on its pinned base and with its scheduler.
 
@@ -260,9 +261,11 @@ def load_pipeline(
         base: the folder of the base; the one that the adapter names by default.
         cache: the folder that keeps downloaded adapters; $LCMLORA_CACHE/adapters or ~/.cache/lcmlora/adapters by
             default.
+        controlnet: the folder of a ControlNet of the same family, as diffusers saves it.
 
     Raises:
-        UserError: as for `resolve` and `pull`; or the base is missing or has another digest.
+        UserError: as for `resolve` and `pull`; the base is missing or has another digest; or the ControlNet cannot be
+            loaded.
     """
     from lcmlora.inference import pipelines
 
@@ -271,7 +274,7 @@ def load_pipeline(
     version = resolve(reference, settings)
     _refuse_foreign(version)
     folder = pull(version.reference, settings, cache / f"sha256-{version.sha256[:12]}")
-    return pipelines.load(folder, base, device, sources=project)
+    return pipelines.load(folder, base, device, sources=project, controlnet=controlnet)
 
 
 def _download(client: MlflowClient, version: Version, folder: Path, everything: bool) -> None:

@@ -215,6 +215,30 @@ def test_strong_guidance_is_warned_of_and_impossible_requests_are_refused_first(
         run(*common, "--out", "a.png")
 
 
+def test_a_picture_is_drawn_anew_whole_or_in_part(root: Path):
+    common = ("--adapter", "release/mini", "--image", "owl.png", "--steps", 2)
+    (owl,) = draw("owl.png", "--adapter", "release/mini", "--seed", 3)
+    (faint,) = draw("faint.png", *common, "--strength", 0.1)
+    (strong,) = draw("strong.png", *common)
+    (again,) = draw("again.png", *common, "--strength", 0.8)
+    assert again.read_bytes() == strong.read_bytes() != faint.read_bytes()
+    Image.new("L", (RESOLUTION, RESOLUTION), 0).save("black.png")
+    (kept,) = draw("kept.png", *common, "--mask", "black.png")
+    (kept_too,) = draw("kept-too.png", *common, "--mask", "black.png", "--seed", 8, "--strength", 0.3)
+    assert np.abs(pixels(kept) - pixels(kept_too)).max() <= 1 < np.abs(pixels(kept) - pixels(owl)).max()
+    Image.new("L", (4, 4)).save("small.png")
+    for options, message in (
+        (("--strength", 0.5), "--strength: expected --image, the picture that it is for"),
+        (("--mask", "black.png"), "--mask: expected --image, the picture that it is for"),
+        ((*common[2:4], "--mask", "small.png"), "mask: expected 16 x 16 pixels, the size of the picture, got 4 x 4"),
+        ((*common[2:4], "--strength", 0.01), "--strength: 0.01 is below all 50 timesteps of this adapter"),
+        ((*common[2:4], "--strength", 0.1, "--steps", 8), "--steps: expected 1 to 5, .* at strength 0.1, got 8"),
+        (("--image", "params.yaml"), "params.yaml: "),
+    ):
+        with pytest.raises(UserError, match=message):
+            run("--adapter", "release/mini", "--prompt", PROMPTS[0], "--out", "b.png", *options)
+
+
 def test_without_params_yaml_a_folder_is_base_enough(root: Path):
     (expected,) = draw("a.png", "--adapter", "release/mini")
     Path("params.yaml").unlink()

@@ -19,7 +19,9 @@ from lcmlora.bases import folders
 from lcmlora.bases.base import LoadedBase
 from lcmlora.cli.adapters.references import AdapterReference, BaseReference
 from lcmlora.diffusion import sampling
+from lcmlora.diffusion.editing import SourceLatents, check_steps
 from lcmlora.errors import UserError
+from lcmlora.inference.source_picture import SourcePicture
 from lcmlora.io.files import atomic_write
 from lcmlora.progress import track
 
@@ -35,6 +37,7 @@ class Request:
     seed: int = 0
     guidance: float = 1.0  # `guidance_scale` of diffusers; 1 is no guidance
     batch: int = 4
+    source: SourcePicture | None = None  # to start from; None starts from noise alone
 
 
 def load(
@@ -86,10 +89,10 @@ def check(sampler: Sampler, request: Request) -> None:
     """Checks a request before anything is loaded. Warns of guidance that is too strong.
 
     Raises:
-        UserError: more steps than the adapter's grid has, or guidance below 1.
+        UserError: more steps than the adapter has timesteps at the strength, or guidance below 1.
     """
-    if not 1 <= request.steps <= sampler.grid:
-        raise UserError(f"--steps: expected 1 to {sampler.grid}, the timesteps of this adapter, got {request.steps}")
+    strength = None if request.source is None else request.source.strength
+    check_steps(sampler, request.steps, strength, option="--")
     if not 1 <= request.guidance < math.inf:
         raise UserError(f"--guidance: expected 1 (none) or more, got {request.guidance:g}")
     if request.guidance > _STRONG:
@@ -107,6 +110,7 @@ def draw(base: LoadedBase, sampler: Sampler, request: Request) -> list[Image.Ima
         UserError: pictures that are not finite.
     """
     unconditional = sampling.unconditional(base) if request.guidance != 1 else None
+    source = _encoded(base, request.source) if request.source else None
     pictures: list[Image.Image] = []
     for start in track(range(0, len(request.prompts), request.batch), "draw", unit=request.batch):
         indices = range(start, min(start + request.batch, len(request.prompts)))
@@ -120,6 +124,7 @@ def draw(base: LoadedBase, sampler: Sampler, request: Request) -> list[Image.Ima
             seed=request.seed,
             indices=indices,
             sampler=sampler,
+            source=source,
         )
         decoded = base.decode(latents)
         if not decoded.isfinite().all():
@@ -127,6 +132,16 @@ def draw(base: LoadedBase, sampler: Sampler, request: Request) -> list[Image.Ima
         pixels = decoded.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         pictures += [Image.fromarray(picture) for picture in pixels]
     return pictures
+
+
+def _encoded(base: LoadedBase, source: SourcePicture) -> SourceLatents:
+    """Returns the picture as latents on the base's device. Raises UserError if they are not finite."""
+    side = base.resolution
+    latents, _ = base.encode_pictures(source.pixels(side, side))
+    if not latents.isfinite().all():
+        raise UserError(f"--image: the VAE of {base.name} encodes it as numbers that are not finite")
+    mask = source.mask_of_latents(side, side, side // base.latent_shape[-1])
+    return SourceLatents(latents, source.strength, None if mask is None else mask.to(base.device))
 
 
 def save(pictures: Sequence[Image.Image], out: Path, *, grid: bool = False) -> list[Path]:

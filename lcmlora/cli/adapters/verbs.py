@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from lcmlora.cli.context import Context, context_of
 from lcmlora.errors import UserError
 from lcmlora.io.files import locked
 from lcmlora.io.terminal import note, say
+
+if TYPE_CHECKING:
+    from lcmlora.inference.source_picture import SourcePicture
 
 _FORMS = "a folder, a .safetensors file, models:/NAME@ALIAS or s3://bucket/.../MODEL/sha256-..."
 
@@ -151,6 +154,18 @@ def generate(
     style: Annotated[str | None, typer.Option(help="A style LoRA, in the same forms as --adapter.")] = None,
     style_weight: Annotated[float, typer.Option(help="The weight of the style LoRA.")] = 0.8,
     steps: Annotated[int, typer.Option(min=1, help="The number of sampling steps; 1 to 8 are usual.")] = 4,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to draw anew for each prompt; its centre is cropped and scaled.")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the noise that --image is given, more than 0 and at most 1; 0.8 by default. All --steps are drawn."
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="A picture of the size of --image, white where it is drawn anew.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same pictures.")] = 0,
     guidance: Annotated[
         float, typer.Option(help="The guidance scale. 1 is no guidance; above 2, colours saturate.")
@@ -166,7 +181,11 @@ def generate(
 
     A registered or published adapter is downloaded once. Its base must be in params.yaml or be named with --base.
 
-    Example: lcmlora generate --adapter models:/lcm-lora-emoji@champion --prompt owl --prompt fox --out animals.png
+    Examples:
+
+      lcmlora generate --adapter models:/lcm-lora-emoji@champion --prompt owl --prompt fox --out animals.png
+
+      lcmlora generate --adapter release/emoji --prompt "red owl" --image owl.png --strength 0.6 --out red.png
     """
     context = context_of(call)
     config = context.settings_if_any()
@@ -174,6 +193,7 @@ def generate(
     from lcmlora.cli.adapters import drawing, references
 
     drawing.check_ending(out)
+    source = _source(image, strength, mask)
     chosen = references.open_adapter(adapter, config, _downloads(context))
     styles = references.open_adapter(style, config, _downloads(context)) if style else None
     found = references.find_base(base, chosen, config, context.project)
@@ -181,7 +201,7 @@ def generate(
         raise UserError(f"{adapter}: does not say where its base is; name the base with --base")
     if chosen.sampler is None:
         note(f"note: {adapter} has no sampler settings; it is drawn with as an LCM-LoRA")
-    request = drawing.Request(prompt, steps, seed, guidance, batch)
+    request = drawing.Request(prompt, steps, seed, guidance, batch, source)
     sampler = chosen.sampler or LATENT_CONSISTENCY
     drawing.check(sampler, request)
     loaded = drawing.load(
@@ -189,6 +209,18 @@ def generate(
     )
     for path in drawing.save(drawing.draw(loaded, sampler, request), out, grid=grid):
         say(path)
+
+
+def _source(image: Path | None, strength: float | None, mask: Path | None) -> SourcePicture | None:
+    """Returns the picture that drawing starts from, None if there is none. Raises UserError if it is missing."""
+    if image is None:
+        for option, value in (("--strength", strength), ("--mask", mask)):
+            if value is not None:
+                raise UserError(f"{option}: expected --image, the picture that it is for")
+        return None
+    from lcmlora.inference.source_picture import STRENGTH, read_source
+
+    return read_source(image, STRENGTH if strength is None else strength, mask)
 
 
 def remeasure(
