@@ -1,11 +1,14 @@
-"""Writing the MLflow model of a release: code, signature and requirements, for any server that runs MLflow models."""
+"""Writing the MLflow model of a release: code, signature and requirements, for any server that runs MLflow models.
+
+It has two flavours: our pyfunc, which servers run, and MLflow's own for LoRA adapters, `mlflow.diffusers`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import yaml
 
 import lcmlora
+from lcmlora.adapters.metadata import WEIGHTS
 from lcmlora.io.files import temporary_folder
 
 SCRIPT = "pyfunc_model.py"
@@ -34,8 +38,8 @@ REQUIREMENTS = (
 )
 
 
-def write_model(folder: Path, *, model: str) -> None:
-    """Writes an MLflow pyfunc model to `folder`. It can draw as soon as a release's files are in its RELEASE.
+def write_model(folder: Path, *, model: str, base: Mapping[str, str | None]) -> None:
+    """Writes an MLflow model to `folder`. It can draw as soon as a release's files are in its RELEASE.
 
     It consists of a script (pyfunc_model.py) and a copy of this package. It has no pickle, so that whoever loads it
     runs this code and no other.
@@ -43,6 +47,7 @@ def write_model(folder: Path, *, model: str) -> None:
     Args:
         folder: new or empty.
         model: a name under `bases` in params.yaml, for the metadata.
+        base: `base` of the release's provenance.
     """
     import mlflow.pyfunc
     import pandas  # type: ignore[import-untyped]
@@ -60,7 +65,7 @@ def write_model(folder: Path, *, model: str) -> None:
             code_paths=[str(code)],
             metadata={"model": model},
         )
-    _add_release_artifact(folder / "MLmodel")
+    _complete(folder / "MLmodel", base)
 
 
 @contextlib.contextmanager
@@ -102,11 +107,32 @@ def _requirements() -> list[str]:
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
 
 
-def _add_release_artifact(path: Path) -> None:
-    """Adds the release to the artifacts in MLmodel. MLflow does so itself only for files that it copies."""
+def _complete(path: Path, base: Mapping[str, str | None]) -> None:
+    """Adds to MLmodel what MLflow writes only for files that it copies itself: the artifacts, and its LoRA flavour."""
     described = yaml.safe_load(path.read_text(encoding="utf-8"))
     del described["model_size_bytes"]  # without the release
     flavor = described["flavors"]["python_function"]
     flavor["artifacts"] = {"release": {"path": RELEASE, "uri": RELEASE}}
     flavor["model_code_path"] = SCRIPT  # MLflow writes this machine's path, and reads only its last part
+    if (lora := lora_flavor(base)) is not None:
+        described["flavors"]["diffusers"] = lora
     path.write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")
+
+
+def lora_flavor(base: Mapping[str, str | None]) -> dict[str, str] | None:
+    """Returns the entry with which `mlflow.diffusers.load_model` loads the release as an adapter of its base.
+
+    MLflow knows no base to which a style was added, and would draw with another one: such a release has no entry.
+    """
+    source, revision = base.get("source"), base.get("revision")
+    if not source or base.get("style"):
+        return None
+    pinned = {"base_model_revision": revision} if revision else {}
+    return {
+        "base_model": source,
+        **pinned,
+        "adapter_type": "lora",
+        "adapter_weights": RELEASE,
+        "weight_name": WEIGHTS,  # the release has a second file with the same adapter
+        "diffusers_version": metadata.version("diffusers"),
+    }

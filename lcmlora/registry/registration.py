@@ -77,7 +77,7 @@ def register_release(
         else:
             run_id, ended = _run_of(client, settings, model, provenance)
             _log(client, run_id, provenance, figures, tags)
-            _upload(client, run_id, folder, name)
+            _upload(client, run_id, folder, name, provenance)
             _create_model(client, name)
             version = client.create_model_version(
                 name,
@@ -197,14 +197,14 @@ def _log(client: MlflowClient, run_id: str, provenance: Provenance, figures: Met
         client.log_inputs(run_id, inputs)
 
 
-def _upload(client: MlflowClient, run_id: str, folder: Path, name: str) -> None:
+def _upload(client: MlflowClient, run_id: str, folder: Path, name: str, provenance: Provenance) -> None:
     """Uploads the MLflow model, the release inside it, and the contact sheet for MLflow's page."""
     from PIL import Image
 
     from lcmlora.inference import serving
 
     with temporary_folder() as temporary:
-        serving.write_model(Path(temporary, MODEL), model=name)
+        serving.write_model(Path(temporary, MODEL), model=name, base=provenance.base)
         client.log_artifacts(run_id, str(Path(temporary, MODEL)), MODEL)
     client.log_artifacts(run_id, str(folder), RELEASE)
     with Image.open(folder / "grid.png") as grid:

@@ -13,10 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
 from lcmlora.inference import pipelines, request_guard, serving
 from lcmlora.inference.limits import Limits
@@ -81,10 +83,10 @@ def made(miniatures: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def model(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(made: Path, miniatures: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow model with the release in it, as the registry has it."""
     folder = tmp_path_factory.mktemp("model") / "model"
-    serving.write_model(folder, model="mini")
+    serving.write_model(folder, model="mini", base=served.identity(miniatures("sd15")))
     served.copy(made, folder / serving.RELEASE)
     return folder
 
@@ -187,6 +189,44 @@ def test_in_this_process_too_and_null_is_the_default(
     assert predict("tree") == [plain]
 
 
+def test_mlflows_own_flavour_loads_it_as_an_adapter_of_its_base(made: Path, model: Path):
+    """With the release's scheduler, the line of the model card, it draws what our pipeline draws."""
+    import mlflow
+    from diffusers import TCDScheduler
+
+    adapter = mlflow.diffusers.load_model(str(model))
+    assert (adapter.adapter_type, Path(adapter.adapter_path)) == ("lora", model / serving.RELEASE)
+    pipeline = adapter.load_pipeline(device="cpu")
+    pipeline.scheduler = TCDScheduler.from_pretrained(adapter.adapter_path)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = sampling.initial_noise((4, 8, 8), 3, [0])
+    size = {"width": RESOLUTION, "height": RESOLUTION}
+    drawn = pipeline("tree", num_inference_steps=1, guidance_scale=1.0, eta=0.4, latents=noise, **size).images[0]
+    (expected,) = pipelines.load(made, warm=False)("tree", steps=1, seed=3)
+    assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("base", "pinned"),
+    [
+        ({"source": "someone/base", "revision": "c" * 40}, {"base_model_revision": "c" * 40}),
+        ({"source": "bases/mini", "revision": None}, {}),
+        ({"source": "bases/mini", "revision": None, "style": "ink.safetensors"}, None),
+    ],
+)
+def test_mlflows_own_flavour_names_the_base_unless_a_style_was_added_to_it(
+    base: dict[str, str | None], pinned: dict[str, str] | None
+):
+    common = {
+        "base_model": base["source"],
+        "adapter_type": "lora",
+        "adapter_weights": "artifacts/release",
+        "weight_name": "pytorch_lora_weights.safetensors",
+        "diffusers_version": importlib.metadata.version("diffusers"),
+    }
+    assert serving.lora_flavor(base) == (None if pinned is None else common | pinned)
+
+
 def test_the_folder_has_code_and_no_pickle(model: Path):
     files = {path.relative_to(model) for path in model.rglob("*") if path.is_file()}
     assert {path.name for path in model.iterdir()} == {
@@ -241,7 +281,7 @@ def test_writing_is_silent_loads_no_torch_and_changes_nothing_of_mlflows(tmp_pat
         "import logging, sys, mlflow; from pathlib import Path; from lcmlora.inference import serving\n"
         "mlflow.set_tracking_uri('sqlite:///kept.db')\n"
         "level = logging.getLogger('mlflow').level\n"
-        f"serving.write_model(Path({str(tmp_path / 'model')!r}), model='mini')\n"
+        f"serving.write_model(Path({str(tmp_path / 'model')!r}), model='mini', base={{'source': 'bases/mini'}})\n"
         "assert mlflow.get_tracking_uri() == 'sqlite:///kept.db' and mlflow.active_run() is None\n"
         "assert logging.getLogger('mlflow').level == level\n"
         "assert not {'torch', 'diffusers'} & set(sys.modules)\n"

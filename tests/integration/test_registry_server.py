@@ -7,17 +7,20 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lcmlora import registry
 from lcmlora.adapters.metadata import WEIGHTS
 from lcmlora.config import Registry
+from lcmlora.diffusion import sampling
 from lcmlora.errors import UserError
+from lcmlora.inference import pipelines
 from lcmlora.io.files import sha256_file
 from lcmlora.registry import promotion, registration
 from lcmlora.registry.lookup import Version
@@ -26,6 +29,8 @@ from lcmlora.releases import bundle
 from tests.integration.relay import Relay
 from tests.integration.seaweed import SeaweedFS
 from tests.integration.tracking_servers import PASSWORD, MLflow, PostgreSQL
+from tests.support import served
+from tests.support.miniature import RESOLUTION
 from tests.support.releases import load_settings, write_sealed
 
 pytestmark = pytest.mark.integration
@@ -181,6 +186,27 @@ def test_versions_and_runs_are_found_by_tag_and_by_figure(shelf: Shelf):
         assert len(client(shelf.settings).search_runs([experiment], f"metrics.`{FIGURE}` {condition}")) == expected
     both = client(shelf.settings).search_runs([experiment], f"metrics.`{FIGURE}` < 5 and tags.gate = 'rejected'")
     assert [run.info.run_id for run in both] == [rejected[0].run_id]
+
+
+def test_mlflows_own_loader_of_adapters_loads_a_version_from_the_server(
+    settings: Registry, miniatures: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import mlflow
+    from diffusers import LCMScheduler
+
+    released = served.package(miniatures("sd15"), tmp_path)
+    version = registration.register_release("flavour", settings, released)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.tracking_uri)
+    adapter = mlflow.diffusers.load_model(f"models:/lcm-lora-flavour/{version.version}", dst_path=str(tmp_path / "got"))
+    assert sha256_file(Path(adapter.adapter_path) / WEIGHTS) == version.sha256
+    pipeline = adapter.load_pipeline(base_model=str(miniatures("sd15")), device="cpu")
+    pipeline.scheduler = LCMScheduler.from_pretrained(adapter.adapter_path)
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"width": RESOLUTION, "height": RESOLUTION}
+    noise = sampling.initial_noise((4, 8, 8), 3, [0])
+    drawn = pipeline("tree", num_inference_steps=1, guidance_scale=1.0, latents=noise, **size).images[0]
+    (expected,) = pipelines.load(released, warm=False)("tree", steps=1, seed=3)
+    assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
 def test_runs_of_registered_adapters_are_finished(shelf: Shelf):

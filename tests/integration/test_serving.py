@@ -60,7 +60,7 @@ class Server:
 def server(miniatures: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("serving")
     made = served.make(miniatures("sd15"), root / "made", gamma=0.4, grid=20)
-    serving.write_model(root / "model", model="mini")
+    serving.write_model(root / "model", model="mini", base=served.identity(miniatures("sd15")))
     served.copy(made, root / "model" / serving.RELEASE)
     (port,) = free_ports(1)
     mlflow = Path(sys.executable).with_name("mlflow")

@@ -36,7 +36,7 @@ def make(base_folder: Path, folder: Path, *, gamma: float | None = None, grid: i
     settings = dict(scheduler.config) | {"_class_name": sampler["scheduler"], "original_inference_steps": grid}
     (folder / SCHEDULER).write_text(json.dumps(settings))
     provenance = releases.provenance("mini", sha256_file(folder / WEIGHTS)) | {
-        "base": _identity(base_folder),
+        "base": identity(base_folder),
         "resolution": RESOLUTION,
         "sampler": sampler,
     }
@@ -48,7 +48,7 @@ def package(base_folder: Path, root: Path) -> Path:
     """Makes a whole release in `root`, as any other is made, and returns its folder."""
     releases.write_stages(adapters.load(base_folder, "network", "vae", "text"), root)
     facts = root / "adapters/mini/config.json"
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": _identity(base_folder)}))
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": identity(base_folder)}))
     release.package_release("mini", releases.load_settings(base_folder), Project(root), base_folder)
     return root / "release/mini"
 
@@ -63,7 +63,8 @@ def copy(made: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def _identity(base_folder: Path) -> dict[str, str | None]:
+def identity(base_folder: Path) -> dict[str, str | None]:
+    """Returns `base` of the provenance of a release for this base."""
     settings = Base(source=str(base_folder), resolution=RESOLUTION, license="mit")
     return folders.identity(settings, base_folder)
 
