@@ -179,7 +179,7 @@ def pull(
     reference: Reference,
     out: Annotated[Path, typer.Option(help="The folder to write. It must be new or empty.", show_default=False)],
     everything: Annotated[
-        bool, typer.Option("--all", help="Also the card, report, grid and the file for ComfyUI and A1111.")
+        bool, typer.Option("--all", help="Also the card, report, pictures and the files for ComfyUI and A1111.")
     ] = False,
     yanked: Annotated[bool, typer.Option("--yanked", help="Download it although it was yanked.")] = False,
     to: To = None,
@@ -193,7 +193,7 @@ def pull(
 
       lcmlora releases pull emoji@champion --out adapters/champion
 
-      lcmlora releases pull emoji@champion --out release --all     with card, report and the file for ComfyUI
+      lcmlora releases pull emoji@champion --out release --all     with card, report and the files for ComfyUI
     """
     settings, key = _settings(call, to, reference)
     from lcmlora.releases import bundle, catalog

@@ -24,6 +24,8 @@ from lcmlora.io.parsing import JsonObject, as_object, read_bytes, read_json
 PROVENANCE = "provenance.json"
 METRICS = "metrics.json"
 REPORT = "report.html"
+WORKFLOW = "comfyui.json"
+SAMPLE = "sample.png"
 CHECKSUMS = "SHA256SUMS"
 ADAPTER = (CHECKSUMS, WEIGHTS, SCHEDULER, PROVENANCE)  # the files that drawing needs
 

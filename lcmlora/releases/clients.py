@@ -18,10 +18,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
 
-from lcmlora.adapters.metadata import Sampler
+from lcmlora.adapters.metadata import SCHEDULER, Sampler
+from lcmlora.bases.examination.library_config import LibraryConfig
 from lcmlora.bases.schedule import Schedule
 from lcmlora.diffusion import solver
+from lcmlora.errors import UserError
+from lcmlora.evaluation.figures import Metrics
 
 _KEPT = 50  # timesteps that programs keep for latent consistency: `original_timesteps` in their code
 LATENT_CONSISTENCY = "LCMScheduler"
@@ -49,6 +54,26 @@ class Student:
         eta = ancestral_eta(sampler, schedule, steps) if sampler.gamma else None
         return cls(sampler, schedule.prediction_type, len(schedule), steps, eta)
 
+    @classmethod
+    def of_release(cls, folder: Path, sampler: Sampler, steps: int) -> Student:
+        """Returns the adapter in a folder that has its scheduler_config.json, which holds the base's schedule.
+
+        Raises:
+            UserError: diffusers has no such scheduler, or the adapter cannot take as many steps.
+        """
+        import diffusers
+
+        config = LibraryConfig.read(folder / SCHEDULER)
+        try:
+            scheduler = getattr(diffusers, sampler.scheduler).from_config(config)
+            schedule = Schedule.variance_preserving(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{folder / SCHEDULER}: diffusers cannot load it: {reason}") from error
+        if not 1 <= steps <= sampler.grid:
+            raise UserError(f"steps: expected 1 to {sampler.grid}, the timesteps of this adapter, got {steps}")
+        return cls.of(sampler, schedule, steps)
+
     @property
     def timesteps(self) -> list[int]:
         """At which the network is evaluated, by our sampler and by the release's scheduler_config.json."""
@@ -65,7 +90,7 @@ class Instructions:
     """How to draw with an adapter in one program.
 
     client: the program, with the add-on that is needed.
-    tried: with which versions of it adapters of this package were loaded and drawn with.
+    tried: the versions whose code adapters of this package were loaded with.
     folder: where the file goes.
     settings: what to set, a sentence each, in Markdown.
     timesteps: at which the program then evaluates the network; None if that was not looked up.
@@ -78,6 +103,55 @@ class Instructions:
     settings: tuple[str, ...]
     timesteps: list[int] | None
     deviation: str | None
+
+
+class Note(NamedTuple):
+    """How many network evaluations a use besides drawing from noise takes, program by program, in Markdown."""
+
+    title: str
+    texts: tuple[str, ...]
+
+
+def recommended_steps(figures: Metrics) -> int:
+    """Returns the smallest number of steps that no larger number improves on by more than the excess's interval."""
+    excess, students = figures.excess, figures.students
+    low = {key: (figures.interval("excess", key) or (excess[key],))[0] for key in students}
+    return next(
+        key.steps for key in students if all(excess[more] >= low[key] for more in students if more.steps > key.steps)
+    )
+
+
+def notes(steps: int) -> list[Note]:
+    """Returns what to mind when drawing starts from a picture, or goes with other add-ons.
+
+    The programs' own rules: diffusers 0.42 (`get_timesteps` of the pipelines), ComfyUI a125cd84 (`KSampler.set_steps`),
+    A1111 1.10 (`setup_img2img_steps`) and InvokeAI (`init_scheduler`).
+    """
+    half = math.ceil(steps / 0.5)
+    return [
+        Note(
+            "img2img and inpainting",
+            (
+                "`lcmlora generate --image FILE --strength S` and `lcmlora.load_pipeline` evaluate the network as "
+                "often as you ask for steps, at every strength, and refuse what would be none.",
+                "diffusers evaluates it `int(num_inference_steps * strength)` times: 4 steps at strength 0.2 are none, "
+                f"and the picture is noise. Divide the steps by the strength and round up: {half} for {steps} at 0.5.",
+                "ComfyUI: as often as `steps` says, at every `denoise`.",
+                "A1111 and Forge: turn on the setting `With img2img, do exactly the amount of steps the slider "
+                "specifies`; without it they take fewer.",
+                "InvokeAI leaves out the steps that are noisier than the strength: take steps divided by strength.",
+            ),
+        ),
+        Note(
+            "ControlNet and IP-Adapter",
+            (
+                "Both change no number of steps. A ControlNet is evaluated once more in each. In `lcmlora`, name its "
+                "folder: `load_pipeline(..., controlnet=FOLDER)`, and give its picture as `control`.",
+                "They act through the base, so their weights are as for the base; negative prompts do nothing at "
+                "guidance 1.",
+            ),
+        ),
+    ]
 
 
 def ancestral_eta(sampler: Sampler, schedule: Schedule, steps: int) -> float:

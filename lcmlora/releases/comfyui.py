@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict
 
 from lcmlora.releases.clients import LATENT_CONSISTENCY, Student
@@ -80,7 +81,7 @@ class ApiNode(TypedDict):
 
 
 class Workflow(TypedDict):
-    """comfyui.json: both forms of one graph."""
+    """Both forms of one graph."""
 
     prompt: dict[str, ApiNode]
     workflow: dict[str, object]  # ComfyUI's own format, version 0.4
@@ -182,6 +183,12 @@ class _Graph:
         return list(NODE_TYPES[self.nodes[output.node].type].outputs).index(output.name)
 
 
+def checkpoint_name(source: str | None) -> str:
+    """Returns the likely name of a base's file below ComfyUI/models/checkpoints, to be chosen anew where it differs."""
+    name = PurePosixPath(source or "base").name
+    return name if name.endswith((".safetensors", ".ckpt")) else f"{name}.safetensors"
+
+
 def workflow(student: Student, *, weights: str, checkpoint: str, prompt: str, side: int, seed: int = 0) -> Workflow:
     """Returns the workflow that draws one picture with the adapter, at guidance 1.
 
@@ -252,6 +259,15 @@ def _widgets(values: Mapping[str, Value]) -> list[Value]:
     for name, value in values.items():
         found += [value, _SEED_CONTROL] if name.endswith("seed") else [value]
     return found
+
+
+def file_content(drawn: Workflow) -> dict[str, object]:
+    """Returns the content of comfyui.json: the editor's form, which opens like a picture, and in `extra.prompt` the
+    API's.
+
+    The editor takes a file for one form or the other, and leaves what it does not know in `extra` alone.
+    """
+    return drawn["workflow"] | {"extra": {"prompt": drawn["prompt"]}}
 
 
 def png_chunks(drawn: Workflow) -> PngInfo:

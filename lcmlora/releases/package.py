@@ -12,22 +12,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lcmlora import __version__
-from lcmlora.adapters.metadata import FACTS, SCHEDULER, WEIGHTS, Distilled
+from lcmlora.adapters.metadata import FACTS, SCHEDULER, WEIGHTS, Distilled, read_sampler
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
-from lcmlora.evaluation.figures import Metrics, Study
+from lcmlora.evaluation.figures import STUDENT, Key, Metrics, Study
 from lcmlora.evaluation.gate import gate_failures
 from lcmlora.evaluation.study import STUDY
-from lcmlora.io.files import atomic_folder, sha256_file
+from lcmlora.io.files import atomic_folder, sha256_file, write_json
 from lcmlora.io.parsing import read_yaml
 from lcmlora.io.terminal import note
 from lcmlora.project import Project
+from lcmlora.releases import comfyui
 from lcmlora.releases.bundle import (
     CHECKSUMS,
     METRICS,
     PROVENANCE,
     REPORT,
+    SAMPLE,
+    WORKFLOW,
     Commit,
     Decision,
     Kohya,
@@ -36,6 +39,8 @@ from lcmlora.releases.bundle import (
     StageSettings,
     digest,
 )
+from lcmlora.releases.clients import Student, recommended_steps
+from lcmlora.releases.pages.album import Album
 from lcmlora.releases.pages.card import render_card
 from lcmlora.releases.pages.report import render_report
 
@@ -90,8 +95,11 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
             provenance = provenance.model_copy(update={"pictures": pictures.as_posix()})
         figures.write(folder / METRICS)
         provenance.write(folder / PROVENANCE)
-        _write_report(folder, model, figures, provenance, project, base)
-        page = render_card(model, base, distilled, figures, failures, kohya.name)
+        sampler = read_sampler(distilled.sampler.plain(), f"{adapter / FACTS}: sampler")
+        student = Student.of_release(folder, sampler, recommended_steps(figures))
+        _write_sample(folder, student, kohya.name, base, project.evaluation(model))
+        _write_report(folder, model, figures, provenance, project, base, student)
+        page = render_card(model, base, distilled, figures, failures, kohya.name, student)
         (folder / "README.md").write_text(page, encoding="utf-8")
         _write_checksums(folder)
     return provenance
@@ -114,12 +122,44 @@ def _copy_inputs(model: str, project: Project, folder: Path) -> None:
 
 
 def _write_report(
-    folder: Path, model: str, figures: Metrics, provenance: Provenance, project: Project, base: Base
+    folder: Path,
+    model: str,
+    figures: Metrics,
+    provenance: Provenance,
+    project: Project,
+    base: Base,
+    student: Student,
 ) -> None:
     studied = figures.variations or figures.guidance or figures.weights
     pictures = [project.evaluation(model), *([project.study(model)] if studied else [])]
-    page = render_report(model, figures, provenance, pictures, base_license=base.license, kohya_file=kohya_name(model))
+    page = render_report(
+        model,
+        figures,
+        provenance,
+        pictures,
+        base_license=base.license,
+        kohya_file=kohya_name(model),
+        student=student,
+    )
     (folder / REPORT).write_text(page, encoding="utf-8")
+
+
+def _write_sample(folder: Path, student: Student, weights: str, base: Base, evaluation: Path) -> None:
+    """Writes ComfyUI's workflow for the adapter, and a picture of the student's that opens in ComfyUI as this workflow.
+
+    The picture is the evaluation's, drawn by our sampler: the workflow draws the same caption, from other noise.
+    """
+    album = Album([evaluation], count=1)
+    made = comfyui.workflow(
+        student,
+        weights=weights,
+        checkpoint=comfyui.checkpoint_name(base.source),
+        prompt=album.prompts[0],
+        side=base.resolution,
+    )
+    write_json(folder / WORKFLOW, comfyui.file_content(made))
+    picture = album.first(Key.of(STUDENT, student.steps))
+    picture.save(folder / SAMPLE, pnginfo=comfyui.png_chunks(made))
 
 
 def _stage_settings(model: str, config: Config, distilled: Distilled) -> StageSettings:

@@ -239,6 +239,32 @@ def test_a_picture_is_drawn_anew_whole_or_in_part(root: Path):
             run("--adapter", "release/mini", "--prompt", PROMPTS[0], "--out", "b.png", *options)
 
 
+def test_comfyui_writes_the_releases_workflow_with_other_steps_and_prompts(root: Path):
+    def written(*arguments: Any) -> dict[str, Any]:
+        command = ["comfyui", *map(str, arguments), "--out", "w.json"]
+        assert CliRunner().invoke(app, command, catch_exceptions=False).stdout == "w.json\n"
+        return json.loads(Path("w.json").read_text())
+
+    released = json.loads(Path("release/mini/comfyui.json").read_text())
+    assert written("release/mini", "--prompt", "owl") == released  # METRICS recommends 4 steps, the verb's default
+    for name in ("release/mini", "adapters/mini"):
+        inputs = {
+            node["class_type"]: node["inputs"]
+            for node in written(name, "--steps", 2, "--checkpoint", "c.safetensors", "--side", 64)["extra"][
+                "prompt"
+            ].values()
+        }
+        assert (inputs["KSampler"]["steps"], inputs["EmptyLatentImage"]["width"]) == (2, 64)
+        assert inputs["CheckpointLoaderSimple"]["ckpt_name"] == "c.safetensors"
+    for arguments, message in (
+        (("release/mini", "--out", "w.txt"), r"--out: w\.txt: expected a file that ends in \.json"),
+        (("release/mini", "--steps", "51", "--out", "w.json"), "steps: expected 1 to 50, the timesteps of this"),
+        (("adapters/mini", "--out", "w.json"), "adapters/mini: does not say its resolution; name it with --side"),
+    ):
+        with pytest.raises(UserError, match=message):
+            CliRunner().invoke(app, ["comfyui", *arguments], catch_exceptions=False)
+
+
 def test_without_params_yaml_a_folder_is_base_enough(root: Path):
     (expected,) = draw("a.png", "--adapter", "release/mini")
     Path("params.yaml").unlink()

@@ -5,13 +5,16 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from lcmlora.adapters.metadata import Distilled
+from lcmlora.adapters.metadata import Distilled, read_sampler
 from lcmlora.config import Base, Merged
 from lcmlora.evaluation.figures import Metrics
+from lcmlora.releases.clients import Student, recommended_steps
 from lcmlora.releases.pages.card import render_card
 from tests.releases.test_report import searched
+from tests.support import client_schedules
 from tests.support.releases import METRICS
 
+FILE = "lcm-lora-mini.safetensors"
 HUB = Base(source="someone/base", revision="c" * 40, resolution=512, license="openrail++")
 FOLDER = Base(source="bases/mini", resolution=64, license="apache-2.0")
 MADE: dict[str, Any] = {
@@ -93,14 +96,11 @@ FULL: dict[str, Any] = METRICS | {
 
 
 def render(base: Base = HUB, figures: dict[str, Any] = METRICS, failures: tuple[str, ...] = (), **made: Any) -> str:
-    return render_card(
-        "mini",
-        base,
-        Distilled.parse(MADE | made, "config.json"),
-        Metrics.parse(figures, "metrics.json"),
-        list(failures),
-        "lcm-lora-mini.safetensors",
-    )
+    distilled, metrics = Distilled.parse(MADE | made, "config.json"), Metrics.parse(figures, "metrics.json")
+    sampler = read_sampler(distilled.sampler.plain(), "config.json")
+    schedule = client_schedules.schedule(distilled.prediction_type)
+    student = Student.of(sampler, schedule, recommended_steps(metrics))
+    return render_card("mini", base, distilled, metrics, list(failures), FILE, student)
 
 
 def drawn_with(objective: str, scheduler: str, gamma: float | None, prediction: str = "epsilon") -> str:
@@ -211,29 +211,56 @@ def test_a_licence_is_the_hubs_or_other_with_a_name(license: str, facts: dict[st
 
 
 @pytest.mark.parametrize(
-    ("objective", "scheduler", "gamma", "prediction", "comfy", "webui"),
+    ("objective", "scheduler", "gamma", "prediction", "programs"),
     [
-        ("lcm", "LCMScheduler", None, "epsilon",
-         ["`ModelSamplingDiscrete` with sampling `lcm`", "sampler_name `lcm`"], "LCM (A1111"),
-        ("lcm", "LCMScheduler", None, "v_prediction",
-         ["`ModelSamplingDiscrete` with sampling `v_prediction`", "sampler_name `lcm`"], "Euler a"),
-        ("tcd", "TCDScheduler", 0.3, "epsilon",
-         ["`SamplerEulerAncestral`", "`TCD Model Sampling Discrete` with eta 0.3"], "Euler a"),
-        ("tcd", "TCDScheduler", 0.3, "v_prediction",
-         ["`SamplerEulerAncestral`", "they do not go with this base"], "Euler a"),
-        ("pcm", "TCDScheduler", 0.0, "epsilon", ["sampler_name `euler`"], "Euler with"),
+        ("lcm", "LCMScheduler", None, "epsilon", {
+            "ComfyUI": ["`ModelSamplingDiscrete` with sampling `lcm`", "sampler_name `lcm`, scheduler `simple`"],
+            "A1111 from 1.10, Forge": ["Sampling method `LCM`, schedule type `Simple`"],
+            "A1111 1.9": ["Sampling method `LCM`, schedule type `SGM Uniform`", "Near, not exact"],
+            "InvokeAI": ["Scheduler `lcm`"],
+        }),
+        ("lcm", "LCMScheduler", None, "v_prediction", {
+            "ComfyUI": ["sampling `v_prediction`", "sampler_name `lcm`"],
+            "A1111 from 1.10, Forge": ["Sampling method `Euler a`"],
+        }),
+        ("tcd", "TCDScheduler", 0.3, "epsilon", {
+            "ComfyUI with JettHu/ComfyUI-TCD": ["eta 0.3", "exactly the adapter's own"],
+            "ComfyUI without further nodes": ["`SamplerEulerAncestral` (eta 0.8", "Near, not exact"],
+            "A1111 from 1.10, Forge": ["Sampling method `Euler a`, schedule type `Simple`"],
+        }),
+        ("pcm", "TCDScheduler", 0.0, "epsilon", {"ComfyUI": ["sampler_name `euler`"]}),
     ],
 )  # fmt: skip
-def test_comfyui_and_a1111_are_told_the_sampler_that_goes_with_the_adapter(
-    objective: str, scheduler: str, gamma: float | None, prediction: str, comfy: list[str], webui: str
+def test_every_program_has_the_sampler_that_goes_with_the_adapter(
+    objective: str, scheduler: str, gamma: float | None, prediction: str, programs: dict[str, list[str]]
 ):
     text = drawn_with(objective, scheduler, gamma, prediction)
-    steps = section(text, "ComfyUI")
-    for words in ["`ComfyUI/models/loras`", "`LoraLoaderModelOnly`", "`sgm_uniform`", "steps 4", "cfg 1.0", *comfy]:
-        assert words in steps
-    assert f"CFG scale 1, sampler\n{webui}" in section(text, "A1111 and Forge")
-    assert "<lora:lcm-lora-mini:1>" in text
-    assert "None of these three programs was run" in text
+    for program, words in programs.items():
+        found = section(text, program)
+        assert f"`{FILE}`" in found
+        for each in words:
+            assert each in found, program
+    assert "steps 4" in text and "<lora:lcm-lora-mini:1>" in text
+    assert "for this release, only diffusers was run" in text
+
+
+def test_steps_and_strength_are_told_for_the_recommended_steps():
+    assert "round up: 8 for 4 at 0.5" in section(render(), "Steps and strength")
+
+
+@pytest.mark.parametrize(
+    ("base", "arguments"),
+    [
+        (HUB, ""),
+        (HUB.model_copy(update={"variant": "fp16"}), 'variant="fp16"'),
+        (FOLDER, 'base_model="bases/mini"'),
+    ],
+)
+def test_mlflow_is_told_the_base_and_the_scheduler(base: Base, arguments: str):
+    lines = section(render(base), "MLflow").splitlines()
+    assert 'adapter = mlflow.diffusers.load_model("models:/lcm-lora-mini@champion")' in lines
+    assert f"pipe = adapter.load_pipeline({arguments})" in lines
+    assert "pipe.scheduler = LCMScheduler.from_pretrained(adapter.adapter_path)" in lines
 
 
 def test_the_table_has_a_column_for_everything_that_was_measured():

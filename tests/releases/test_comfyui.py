@@ -97,6 +97,28 @@ def test_a_picture_opens_as_its_workflow(tmp_path: Path) -> None:
     assert {name: json.loads(chunks[name]) for name in ("prompt", "workflow")} == workflow
 
 
+def test_the_file_is_the_editors_form_and_has_the_apis_in_extra() -> None:
+    """The editor takes a file for the API's form if every value in it has a class_type, and else for its own."""
+    workflow = drawn(Sampler())
+    content = json.loads(json.dumps(comfyui.file_content(workflow)))
+    assert content.pop("extra") == {"prompt": workflow["prompt"]}
+    assert content == {key: value for key, value in workflow["workflow"].items() if key != "extra"}
+    assert {"nodes", "links", "last_node_id", "last_link_id", "version"} <= content.keys()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", "stable-diffusion-xl-base-1.0.safetensors"),
+        ("checkpoints/toon.safetensors", "toon.safetensors"),
+        ("bases/emoji", "emoji.safetensors"),
+        (None, "base.safetensors"),
+    ],
+)
+def test_the_checkpoint_is_named_after_the_base(source: str | None, name: str) -> None:
+    assert comfyui.checkpoint_name(source) == name
+
+
 def test_a_graph_refuses_what_does_not_fit() -> None:
     graph = comfyui._Graph()
     loaded = graph.add("CheckpointLoaderSimple", values={"ckpt_name": "base.safetensors"})

@@ -9,6 +9,7 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from peft import get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lcmlora.adapters import formats, lora
@@ -45,14 +46,34 @@ def test_the_bundle_has_every_file_and_passes_coreutils_sha256sum(stages: Path, 
         "provenance.json",
         "metrics.json",
         "grid.png",
+        "comfyui.json",
+        "sample.png",
         "SHA256SUMS",
     }
     checked = subprocess.run(
         ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=stages / "release/mini", capture_output=True, text=True
     )
     assert checked.returncode == 0
-    assert checked.stdout.count(": OK") == 8
+    assert checked.stdout.count(": OK") == 10
     verify(stages / "release/mini")
+
+
+def test_the_sample_opens_in_comfyui_as_the_workflow_beside_it(stages: Path, base_folder: Path):
+    row = stages / "evaluation/mini/pictures/student@4.png"  # 4 steps are the recommended ones of METRICS
+    Image.effect_noise((16, 32), 50).convert("RGB").save(row)
+    package(stages, base_folder)
+    editor = json.loads((stages / "release/mini/comfyui.json").read_text())
+    graph = editor["extra"].pop("prompt")
+    with Image.open(stages / "release/mini/sample.png") as sample, Image.open(row) as drawn:
+        assert sample.convert("RGB").tobytes() == drawn.crop((0, 0, 16, 16)).tobytes()
+        assert json.loads(sample.info["prompt"]) == graph
+        assert json.loads(sample.info["workflow"]) == editor
+    inputs = {node["class_type"]: node["inputs"] for node in graph.values()}
+    assert inputs["LoraLoaderModelOnly"]["lora_name"] == "lcm-lora-mini.safetensors"
+    assert inputs["CheckpointLoaderSimple"]["ckpt_name"] == f"{base_folder.name}.safetensors"
+    assert (inputs["KSampler"]["steps"], inputs["KSampler"]["sampler_name"]) == (4, "lcm")
+    assert inputs["EmptyLatentImage"]["width"] == 16
+    assert "owl" in [node["inputs"].get("text") for node in graph.values()]
 
 
 def test_provenance_says_what_went_in_and_how_well_it_came_back(stages: Path, base_folder: Path, monkeypatch):

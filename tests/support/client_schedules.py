@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from lcmlora.bases.schedule import Schedule
 
 Levels = npt.NDArray[np.float64]
 
@@ -16,6 +19,11 @@ def stable_diffusion() -> Levels:
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     kept = np.cumprod(1 - betas)
     return np.sqrt((1 - kept) / kept)
+
+
+def schedule(prediction_type: str = "epsilon") -> Schedule:
+    """Returns the schedule of these levels as lcmlora has it."""
+    return Schedule.variance_preserving(torch.tensor(1 / (1 + stable_diffusion() ** 2)), prediction_type)
 
 
 def distilled(levels: Levels) -> Levels:

@@ -211,6 +211,57 @@ def generate(
         say(path)
 
 
+def comfyui(
+    call: typer.Context,
+    reference: Annotated[str, typer.Argument(metavar="REF", help=f"The adapter: {_FORMS}", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The .json file to write.", show_default=False)],
+    steps: Annotated[int, typer.Option(min=1, help="The number of sampling steps; 1 to 8 are usual.")] = 4,
+    prompt: Annotated[str, typer.Option(help="The text to draw a picture of.")] = "an owl",
+    seed: Annotated[int, typer.Option(min=0, help="The seed.")] = 0,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="The base's file in ComfyUI/models/checkpoints; guessed by default.")
+    ] = None,
+    side: Annotated[
+        int | None, typer.Option(min=8, help="Of the square picture, in pixels; the adapter's resolution by default.")
+    ] = None,
+) -> None:
+    """Write ComfyUI's workflow for an adapter: its sampler, its nodes, guidance 1, by number of steps.
+
+    Drag the file into ComfyUI, choose your checkpoint, and put the adapter's file in ComfyUI/models/loras. For its API,
+    the same graph is in `extra.prompt`.
+
+    Example: lcmlora comfyui models:/lcm-lora-emoji@champion --out emoji.json
+    """
+    context = context_of(call)
+    if out.suffix != ".json":
+        raise UserError(f"--out: {out}: expected a file that ends in .json")
+    from lcmlora.adapters.metadata import LATENT_CONSISTENCY
+    from lcmlora.cli.adapters import references
+    from lcmlora.io.files import write_json
+    from lcmlora.releases import bundle
+    from lcmlora.releases.clients import Student
+    from lcmlora.releases.comfyui import checkpoint_name, file_content, workflow
+
+    adapter = references.open_adapter(reference, context.settings_if_any(), _downloads(context))
+    folder = adapter.weights.parent
+    if adapter.sampler is None:
+        note(f"note: {reference} has no sampler settings; the workflow is that of an LCM-LoRA")
+    student = Student.of_release(folder, adapter.sampler or LATENT_CONSISTENCY, steps)
+    side = side or adapter.resolution
+    if side is None:
+        raise UserError(f"{reference}: does not say its resolution; name it with --side")
+    made = workflow(
+        student,
+        weights=bundle.read_facts(folder).kohya or adapter.weights.name,
+        checkpoint=checkpoint or checkpoint_name((adapter.base or {}).get("source")),
+        prompt=prompt,
+        side=side,
+        seed=seed,
+    )
+    write_json(out, file_content(made))
+    say(out)
+
+
 def _source(image: Path | None, strength: float | None, mask: Path | None) -> SourcePicture | None:
     """Returns the picture that drawing starts from, None if there is none. Raises UserError if it is missing."""
     if image is None:

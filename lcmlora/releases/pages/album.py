@@ -63,6 +63,10 @@ class Album:
         cells = self._cells(f"{group}/{_file(name)}" if group else _file(name), len(prompts), 1)
         return [self._embed(cell, f"{text}: {prompt}") for cell, prompt in zip(cells, prompts, strict=True)]
 
+    def first(self, name: str) -> Image.Image:
+        """Returns a set's picture of the first prompt, as it was drawn. Raises UserError as `thumbnails`."""
+        return next(self._cells(_file(name), len(self.prompts), 1))
+
     def sheet(self, name: str, texts: list[list[str]]) -> list[list[Picture]]:
         """Returns a sheet's pictures in rows, each with its text for those who cannot see it."""
         cells = self._cells(_file(name), len(texts), len(texts[0]))

@@ -16,6 +16,7 @@ from lcmlora.diffusion import objectives
 from lcmlora.evaluation.figures import STUDENT, Advantage, Key, Metrics
 from lcmlora.evaluation.gate import unmeasured_diversity, unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
+from lcmlora.releases.clients import Student, instructions, notes
 from lcmlora.templates.loading import load_template
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ _LICENSES = """
 """
 
 
-def render_card(model: str, base: Base, made: Distilled, figures: Metrics, failures: list[str], kohya: str) -> str:
+def render_card(
+    model: str, base: Base, made: Distilled, figures: Metrics, failures: list[str], kohya: str, student: Student
+) -> str:
     """Returns the model card, README.md of the release.
 
     Args:
@@ -45,8 +48,9 @@ def render_card(model: str, base: Base, made: Distilled, figures: Metrics, failu
         figures: metrics/MODEL.json; what it does not have is left out.
         failures: why the gate was not passed.
         kohya: the name of the release's file for ComfyUI and A1111.
+        student: in the recommended number of steps, see `recommended_steps`.
     """
-    enough = _enough_steps(figures)
+    enough = student.steps
     styles = [v for v in figures.variations.values() if v.kind == "style"]
     return load_template("card.md.j2").render(
         front=_front_matter(model, base, made, figures),
@@ -69,6 +73,8 @@ def render_card(model: str, base: Base, made: Distilled, figures: Metrics, failu
         table=_table(figures),
         failures=failures,
         kohya=kohya,
+        clients=instructions(student, kohya),
+        notes=notes(enough),
     )
 
 
@@ -174,15 +180,6 @@ def _advantages(figures: Metrics) -> dict[Key, Advantage]:
             difference = excess[student] - excess[rival]
             found[student] = Advantage(rival=rival, network_evaluations=cost[student], difference=difference)
     return found
-
-
-def _enough_steps(figures: Metrics) -> int:
-    """Returns the smallest number of steps that no larger number improves on by more than the excess's interval."""
-    excess, students = figures.excess, figures.students
-    low = {key: (figures.interval("excess", key) or (excess[key],))[0] for key in students}
-    return next(
-        key.steps for key in students if all(excess[more] >= low[key] for more in students if more.steps > key.steps)
-    )
 
 
 def _distance(figures: Metrics) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from markupsafe import Markup, escape
 
 from lcmlora.evaluation.comparisons.worst import WORST_PICTURES
 from lcmlora.evaluation.figures import (
@@ -32,6 +35,7 @@ from lcmlora.evaluation.measures.distances import title_of
 from lcmlora.evaluation.sets.own_prompts import OWN_PICTURES
 from lcmlora.io.documents import Interval
 from lcmlora.releases.bundle import Provenance
+from lcmlora.releases.clients import Student, instructions, notes
 from lcmlora.releases.pages.album import SMALL, Album, Picture
 from lcmlora.releases.pages.plots import MINUS, Chart, Point, chart
 from lcmlora.templates.loading import load_template
@@ -49,6 +53,7 @@ def render_report(
     *,
     base_license: str,
     kohya_file: str,
+    student: Student,
 ) -> str:
     """Returns the page. The same inputs give the same bytes.
 
@@ -58,6 +63,7 @@ def render_report(
         evaluation: the folder that `evaluate` wrote, or several that share the pictures: `study` writes its own.
         base_license: of the base, which the adapter inherits.
         kohya_file: the name of the release's file for ComfyUI and A1111.
+        student: in the recommended number of steps, for the instructions.
 
     Raises:
         UserError: a picture that the figures speak of is missing or has another size.
@@ -73,6 +79,7 @@ def render_report(
         "milliseconds": milliseconds,
         "label": lambda key: figures.label(Key(key)),
         "over": over,
+        "marked": marked,
     }
     return load_template("report.html.j2", filters).render(
         model=model,
@@ -80,6 +87,9 @@ def render_report(
         provenance=provenance,
         base_license=base_license,
         kohya=kohya_file,
+        recommended=student.steps,
+        clients=instructions(student, kohya_file),
+        notes=notes(student.steps),
         distance=title_of(figures.features.distance),
         places=_places(figures.excess.values()),
         check_places=_places(figures.check.excess.values()) if figures.check else 0,
@@ -127,6 +137,11 @@ def milliseconds(seconds: float | None) -> str:
 def over(value: float, whole: float, form: str) -> str:
     """Returns value / whole in this form, `–` where there is nothing to divide by."""
     return form % (value / whole) if whole else _NONE
+
+
+def marked(text: str) -> Markup:
+    """Returns Markdown's `code` as HTML; the rest of the text is escaped."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _places(values: Iterable[float]) -> int:
