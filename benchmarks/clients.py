@@ -13,10 +13,11 @@ import diffusers
 from benchmarks import tables
 from lcmlora.adapters.metadata import LATENT_CONSISTENCY, Sampler
 from lcmlora.bases.schedule import Schedule
-from lcmlora.releases.clients import Instructions, Student, instructions, notes
+from lcmlora.releases.clients import Instructions, Student, diffusers_steps, instructions, notes
 
 PAGE = Path("docs/clients.md")
 STEPS = (1, 2, 4, 8)
+_STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SHOWN = 4  # steps of the settings that stand below a table
 _FILE = "lcm-lora-emoji.safetensors"
 # The title, the sampler and the base's prediction type of each kind of adapter.
@@ -47,7 +48,15 @@ def text() -> str:
         parts += [_settings(each) for each in shown]
     for note in notes(_SHOWN):
         parts.append(f"### {note.title}\n\n" + "".join(f"* {each}\n" for each in note.texts) + "\n")
+    head = ["strength", *(f"{n} evaluation{'' if n == 1 else 's'}" for n in STEPS)]
+    rows = [[f"{s:g}", *(_asked(n, s) for n in STEPS)] for s in _STRENGTHS]
+    parts.append("### `num_inference_steps` for img2img in diffusers\n\n" + tables.markdown(head, rows))
     return "".join(parts)
+
+
+def _asked(evaluations: int, strength: float) -> str:
+    steps = diffusers_steps(evaluations, strength)
+    return str(steps) if steps <= LATENT_CONSISTENCY.grid else f"none: {steps} are over {LATENT_CONSISTENCY.grid}"
 
 
 def _cell(found: Instructions, student: Student) -> str:

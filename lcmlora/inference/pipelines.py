@@ -216,7 +216,7 @@ class Pipeline:
         vae, family = self.pipeline.vae, diffusers_pipeline.family_of(self.pipeline)
         precision = vae.dtype
         # As diffusers does: SDXL's VAE gives numbers that fp16 does not hold.
-        upcast = precision == torch.float16 and bool(vae.config.force_upcast)
+        upcast = precision == torch.float16 and bool(vae.config.get("force_upcast"))
         if upcast:
             vae.to(torch.float32)
         with torch.no_grad():

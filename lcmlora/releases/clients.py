@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,13 +121,20 @@ def recommended_steps(figures: Metrics) -> int:
     )
 
 
+def diffusers_steps(evaluations: int, strength: float) -> int:
+    """Returns the `num_inference_steps` for which diffusers' img2img evaluates the network so often.
+
+    Its pipelines make `int(num_inference_steps * strength)` of the steps (`get_timesteps`).
+    """
+    return next(steps for steps in count(evaluations) if int(steps * strength) == evaluations)
+
+
 def notes(steps: int) -> list[Note]:
     """Returns what to mind when drawing starts from a picture, or goes with other add-ons.
 
     The programs' own rules: diffusers 0.42 (`get_timesteps` of the pipelines), ComfyUI a125cd84 (`KSampler.set_steps`),
     A1111 1.10 (`setup_img2img_steps`) and InvokeAI (`init_scheduler`).
     """
-    half = math.ceil(steps / 0.5)
     return [
         Note(
             "img2img and inpainting",
@@ -135,7 +142,8 @@ def notes(steps: int) -> list[Note]:
                 "`lcmlora generate --image FILE --strength S` and `lcmlora.load_pipeline` evaluate the network as "
                 "often as you ask for steps, at every strength, and refuse what would be none.",
                 "diffusers evaluates it `int(num_inference_steps * strength)` times: 4 steps at strength 0.2 are none, "
-                f"and the picture is noise. Divide the steps by the strength and round up: {half} for {steps} at 0.5.",
+                "and end in noise or an error. Divide the steps by the strength and round up: "
+                f"{diffusers_steps(steps, 0.5)} for {steps} at 0.5.",
                 "ComfyUI: as often as `steps` says, at every `denoise`.",
                 "A1111 and Forge: turn on the setting `With img2img, do exactly the amount of steps the slider "
                 "specifies`; without it they take fewer.",
@@ -196,8 +204,9 @@ def _comfyui(student: Student, file: str) -> list[Instructions]:
     )
     tried, folder = "ComfyUI a125cd84 (2026-11)", "ComfyUI/models/loras"
     steps, gamma = student.steps, student.sampler.gamma
-    v = ("`ModelSamplingDiscrete` with sampling `v_prediction`, if ComfyUI does not see it in the checkpoint.",)
-    v = v if student.predicts_v else ()
+    v: tuple[str, ...] = ()
+    if student.predicts_v:
+        v = ("`ModelSamplingDiscrete` with sampling `v_prediction`, if ComfyUI does not see it in the checkpoint.",)
     if student.sampler.scheduler == LATENT_CONSISTENCY:
         model = () if student.predicts_v else ("`ModelSamplingDiscrete` with sampling `lcm`.",)
         drawing = f"`KSampler` with sampler_name `lcm`, scheduler `simple`, steps {steps}, cfg 1.0, denoise 1.0."

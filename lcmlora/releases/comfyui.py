@@ -243,8 +243,8 @@ def _strategic(
         sampler = Output(graph.add("SamplerEulerAncestral", values=noise), "SAMPLER")
         sigmas = Output(graph.add("BasicScheduler", values=schedule, model=model), "SIGMAS")
     else:
-        values = {"steps": student.steps, "scheduler": "simple", "denoise": 1.0, "eta": student.sampler.gamma}
-        node = graph.add("TCDModelSamplingDiscrete", values=values, model=model)
+        schedule = {"steps": student.steps, "scheduler": "simple", "denoise": 1.0, "eta": student.sampler.gamma}
+        node = graph.add("TCDModelSamplingDiscrete", values=schedule, model=model)
         model, sampler, sigmas = (Output(node, name) for name in ("MODEL", "SAMPLER", "SIGMAS"))
     drawing: dict[str, Value] = {"add_noise": True, "noise_seed": seed, "cfg": 1.0}
     drawn = graph.add(

@@ -22,6 +22,7 @@ from lcmlora.inference import pipelines
 from lcmlora.inference.pipelines import Pipeline
 from lcmlora.inference.source_picture import SourcePicture, read_source
 from lcmlora.project import Project
+from lcmlora.releases.clients import diffusers_steps, notes
 from tests.support import served
 from tests.support.miniature import RESOLUTION
 
@@ -70,17 +71,20 @@ def tcd(miniatures: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
     return served.make(miniatures("mini"), tmp_path_factory.mktemp("edited") / "tcd", gamma=0.3)
 
 
-@pytest.fixture(scope="module")
-def controlnet(miniatures: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ControlNet of the miniature with random weights; those that join it to the network are zero when it is new."""
-    folder = tmp_path_factory.mktemp("controlnet")
-    network = diffusers.UNet2DConditionModel.from_pretrained(miniatures("mini"), subfolder="unet")
+def save_controlnet(base: Path, folder: Path) -> Path:
+    """Writes a ControlNet with random weights; those that join it to the network are zero when it is new."""
+    network = diffusers.UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     torch.manual_seed(0)
     made = diffusers.ControlNetModel.from_unet(network, conditioning_embedding_out_channels=(4, 8))
     for block in (*made.controlnet_down_blocks, made.controlnet_mid_block, made.controlnet_cond_embedding.conv_out):
         torch.nn.init.normal_(block.weight, std=3.0)
     made.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def controlnet(miniatures: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_controlnet(miniatures("mini"), tmp_path_factory.mktemp("controlnet"))
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)
@@ -202,6 +206,34 @@ def test_a_controlnet_takes_as_many_steps_with_and_without_a_picture_to_start_fr
         assert difference(drawn, pipeline("tree", steps=4, control=blank, **options)[0]) > 1
         (off,) = pipeline("tree", steps=4, control=edges, control_scale=0.0, **options)
         assert difference(off, plain("tree", steps=4, **options)[0]) <= 1
+
+
+def test_a_controlnet_of_sdxl_is_drawn_with(miniatures: Callable[[str], Path], tmp_path: Path):
+    folder = served.make(miniatures("sdxl"), tmp_path / "sdxl")
+    controlnet = save_controlnet(miniatures("sdxl"), tmp_path / "controlnet")
+    pipeline = pipelines.load(folder, controlnet=controlnet, warm=False)
+    with evaluations(pipeline.pipeline.unet) as seen:
+        drawn = [
+            pipeline("tree", steps=2, image=picture(), strength=0.5, control=control)[0]
+            for control in (picture(40, 30), Image.new("RGB", (8, 8)))
+        ]
+    assert seen == [499, 259, 499, 259]
+    assert difference(*drawn) > 1
+
+
+def test_diffusers_own_pipeline_drops_steps_as_the_notes_say(lcm: Path):
+    theirs = diffusers.AutoPipelineForImage2Image.from_pipe(pipelines.load(lcm, warm=False).pipeline)
+    theirs.set_progress_bar_config(disable=True)
+    (note, _) = notes(4)
+    assert any("4 steps at strength 0.2 are none" in text and "8 for 4 at 0.5" in text for text in note.texts)
+    options: dict[str, Any] = {"image": picture(), "guidance_scale": 1.0}
+    with evaluations(theirs.unet) as seen, pytest.raises(RuntimeError):
+        theirs("tree", num_inference_steps=4, strength=0.2, **options)
+    assert seen == []
+    for strength in (0.3, 0.5):
+        with evaluations(theirs.unet) as seen:
+            theirs("tree", num_inference_steps=diffusers_steps(4, strength), strength=strength, **options)
+        assert len(seen) == 4
 
 
 def refused(pipeline: Pipeline, message: str, **options: Any) -> None:

@@ -82,3 +82,11 @@ def test_samplers_for_latent_consistency_are_kept_from_bases_that_predict_v() ->
     settings = [line for each in told(LCM, 4, schedule).values() for line in each.settings]
     assert not any("sampling `lcm`" in line or "method `LCM`" in line for line in settings)
     assert not any("ComfyUI-TCD" in client for client in told(TCD, 4, schedule))
+
+
+@pytest.mark.parametrize("strength", [tenth / 10 for tenth in range(1, 11)])
+def test_the_steps_for_diffusers_are_the_fewest_that_make_so_many_evaluations(strength: float) -> None:
+    for evaluations in (1, 2, 4, 8):
+        steps = clients.diffusers_steps(evaluations, strength)
+        assert int(steps * strength) == evaluations > int((steps - 1) * strength)
+    assert clients.diffusers_steps(4, 0.5) == 8
