@@ -159,9 +159,9 @@ def _study(config: Config, run: Run) -> Settings:
 
 
 def _package(config: Config, run: Run) -> Settings:
-    precision = config.distill_for(_model(run)).precision
+    precision, author = config.distill_for(_model(run)).precision, config.base(_model(run)).author
     return {
-        "base": _base(config, run, (*_IDENTITY_FIELDS, "license")),
+        "base": _base(config, run, (*_IDENTITY_FIELDS, "license", *(["author"] if author else []))),
         "distill": {"precision": precision},
         "gate": config.gate.model_dump(mode="json"),
     }

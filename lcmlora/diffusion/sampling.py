@@ -57,6 +57,7 @@ def sample_student(
     indices: Sequence[int] | None = None,
     sampler: Sampler = LATENT_CONSISTENCY,
     source: SourceLatents | None = None,
+    fresh: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
     """Returns latents (B, C, h, w) fp32 on the base's device, drawn by the student, whose adapter is active.
 
@@ -67,6 +68,8 @@ def sample_student(
         unconditional: one row; the conditional and the unconditional pass are one batch.
         seed, indices: the keys of the noise that the student adds between its steps; a single step needs none.
         source: the picture to start from, on the base's device; None starts from noise alone.
+        fresh: returns the noise (B, C, h, w) fp32 that the student adds after its n-th step, in place of that of the
+            keys. It is called for the steps in their order.
 
     Raises:
         ValueError: no steps, more than the sampler's grid has at the source's strength, guidance without
@@ -74,17 +77,17 @@ def sample_student(
     """
     if steps < 1:
         raise ValueError(f"the student needs at least 1 step, got {steps}")
-    if steps > 1 and (indices is None or len(indices) != len(noise)):
+    if steps > 1 and fresh is None and (indices is None or len(indices) != len(noise)):
         raise ValueError(f"the student adds noise between its {steps} steps and needs the index of each picture")
     latents = noise.to(base.device, torch.float32)
     predict = _predictor(base, conditioning, guidance_scale, unconditional)
 
-    def fresh(step: int) -> Tensor:
+    def keyed(step: int) -> Tensor:
         return initial_noise(noise.shape[1:], seed, indices or (), step).to(base.device)
 
     strength = 1.0 if source is None else source.strength
     timesteps = solver.student_timesteps(len(base.schedule), sampler.grid, steps, strength)
-    return _draw_student(predict, latents, timesteps, samplers.make(sampler, base.schedule), fresh, source)
+    return _draw_student(predict, latents, timesteps, samplers.make(sampler, base.schedule), fresh or keyed, source)
 
 
 @torch.no_grad()

@@ -56,11 +56,30 @@ class Commit(Document):
 
 
 class Kohya(Document):
-    """The file for ComfyUI and A1111."""
+    """The weights under the name that ComfyUI and A1111 show; since 2026-11-29 the same bytes as `WEIGHTS`."""
 
     file: str
     sha256: str
     reloaded: Proof
+
+
+class SamplerCheck(Document):
+    """The sampler as plain diffusers takes it from the release, compared with the adapter's own.
+
+    scheduler_config: scheduler_config.json of the release.
+    gamma: `eta` of TCDScheduler; None for other schedulers.
+    side: of the pictures in pixels, to be asked for where the base draws pictures of another size by default.
+    timesteps: at which the network is evaluated, by the number of steps.
+    error: largest difference of the drawn latents from those of the adapter's own sampler, as a share of the largest
+        value, by the number of steps.
+    """
+
+    scheduler_config: JsonObject
+    gamma: Number | None
+    guidance_scale: Number
+    side: int | None
+    timesteps: dict[str, list[int]]
+    error: dict[str, Number]
 
 
 class GateSettings(Document):
@@ -82,10 +101,12 @@ class Provenance(Document):
 
     model: str
     packaged: str | None = None  # time, ISO 8601, UTC; missing in releases from before 2026-11-28
-    sha256: str
+    sha256: str  # of the weights in the release
+    adapter: str | None = None  # SHA-256 of the weights as they were trained; missing where they are those above
     base: dict[str, str | None]
     resolution: int | None = None
     sampler: SamplerFacts | None = None
+    sampler_check: SamplerCheck | None = None
     data_digest: str
     data_dvc: str | None = None
     pictures: str = "data/pictures"  # where the project has the prepared pictures
@@ -98,9 +119,14 @@ class Provenance(Document):
     reloaded: Proof | None = None
     kohya: Kohya | None = None
 
+    @property
+    def trained(self) -> str:
+        """The SHA-256 of the adapter as it was trained, by which metrics, study and the distillation's run know it."""
+        return self.adapter or self.sha256
+
 
 def digest(folder: Path) -> str:
-    """Returns the SHA-256 of the bundle's adapter weights, which is the identity of the release."""
+    """Returns the SHA-256 of the bundle's weights, which is the identity of the release."""
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise UserError(f"{weights}: no such file; {folder} is no release")

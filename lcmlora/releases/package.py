@@ -1,7 +1,8 @@
-"""Packaging the release bundle of one adapter: copied, reloaded in plain diffusers as a check, listed in SHA256SUMS."""
+"""Packaging the release bundle of one adapter: written for all programs, checked in plain diffusers, and sealed."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lcmlora import __version__
-from lcmlora.adapters.metadata import FACTS, SCHEDULER, WEIGHTS, Distilled, read_sampler
+from lcmlora.adapters.metadata import FACTS, SCHEDULER, WEIGHTS, Distilled, Sampler, read_sampler
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
@@ -34,19 +35,16 @@ from lcmlora.releases.bundle import (
     Commit,
     Decision,
     Kohya,
-    Proof,
     Provenance,
     StageSettings,
     digest,
 )
+from lcmlora.releases.checks.reload import ReloadCheck
+from lcmlora.releases.checks.sampler import check_sampler, timesteps_by_steps
 from lcmlora.releases.clients import Student, recommended_steps
 from lcmlora.releases.pages.album import Album
 from lcmlora.releases.pages.card import render_card
 from lcmlora.releases.pages.report import render_report
-
-# Largest allowed difference between reloaded and trained student, as a share of the student's largest output. In fp32
-# both run the same kernels; a half-precision base may be reloaded on another device than it was trained on.
-_TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-2}
 
 
 def package_release(model: str, config: Config, project: Project, base_folder: Path) -> Provenance:
@@ -63,22 +61,25 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
     """
     base, adapter = config.base(model), project.adapter(model)
     distilled = Distilled.read(adapter / FACTS)
+    sampler = read_sampler(distilled.sampler.plain(), f"{adapter / FACTS}: sampler")
     figures = _figures(model, project)
+    steps = [key.steps for key in figures.students]
     failures = gate_failures(figures, config.gate)
     with atomic_folder(project.release(model)) as folder:
         _copy_inputs(model, project, folder)
-        _check_adapter(folder / WEIGHTS, base_folder)
+        header = _header(model, base, project, figures, sampler)
+        kohya = _write_weights(folder, model, project, base, base_folder, distilled.distill.alpha, header)
         precision = config.distill_for(model).precision
         check = ReloadCheck(folder, base, base_folder, adapter / "probe.safetensors", precision)
-        reloaded = check.run(folder / WEIGHTS)
-        kohya = _write_kohya(folder, model, base, base_folder, distilled.distill.alpha)
         provenance = Provenance(
             model=model,
             packaged=_now(),
             sha256=digest(folder),
+            adapter=sha256_file(adapter / WEIGHTS),
             base=distilled.base | {"variant": base.variant},
             resolution=base.resolution,
             sampler=distilled.sampler,
+            sampler_check=check_sampler(folder, adapter / WEIGHTS, base, base_folder, sampler, steps),
             data_digest=distilled.data_digest,
             data_dvc=_dvc_digest(project, project.pictures_of(model, config)),
             seed=distilled.seed,
@@ -87,7 +88,7 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
             git=_git(project.root),
             dvc_lock=sha256_file(project.dvc_lock) if project.dvc_lock.is_file() else None,
             gate=Decision(passed=not failures, failures=failures),
-            reloaded=reloaded,
+            reloaded=check.run(folder / WEIGHTS),
             kohya=Kohya(file=kohya.name, sha256=sha256_file(kohya), reloaded=check.run(kohya)),
         )
         if config.has_own_data(model):
@@ -95,11 +96,10 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
             provenance = provenance.model_copy(update={"pictures": pictures.as_posix()})
         figures.write(folder / METRICS)
         provenance.write(folder / PROVENANCE)
-        sampler = read_sampler(distilled.sampler.plain(), f"{adapter / FACTS}: sampler")
         student = Student.of_release(folder, sampler, recommended_steps(figures))
         _write_sample(folder, student, kohya.name, base, project.evaluation(model))
         _write_report(folder, model, figures, provenance, project, base, student)
-        page = render_card(model, base, distilled, figures, failures, kohya.name, student)
+        page = render_card(model, base, distilled, figures, failures, kohya.name, student, provenance.sampler_check)
         (folder / "README.md").write_text(page, encoding="utf-8")
         _write_checksums(folder)
     return provenance
@@ -113,9 +113,11 @@ def _figures(model: str, project: Project) -> Metrics:
 
 
 def _copy_inputs(model: str, project: Project, folder: Path) -> None:
-    """Copies weights, scheduler and contact sheet. Raises UserError where a stage has not written them."""
+    """Copies scheduler and contact sheet. Raises UserError where a stage has not written them or the weights."""
     adapter, evaluation = project.adapter(model), project.evaluation(model)
-    for source in (adapter / WEIGHTS, adapter / SCHEDULER, evaluation / "grid.png"):
+    if not (adapter / WEIGHTS).is_file():
+        raise UserError(f"{adapter / WEIGHTS}: no such file; run the stages before package@{model} first")
+    for source in (adapter / SCHEDULER, evaluation / "grid.png"):
         if not source.is_file():
             raise UserError(f"{source}: no such file; run the stages before package@{model} first")
         shutil.copyfile(source, folder / source.name)
@@ -173,19 +175,8 @@ def _stage_settings(model: str, config: Config, distilled: Distilled) -> StageSe
     return StageSettings.model_validate(plain | {"distill": distilled.distill})
 
 
-def _check_adapter(weights: Path, base_folder: Path) -> None:
-    """Raises UserError where the weights are not finite or do not fit this base."""
-    from lcmlora.adapters import formats
-    from lcmlora.bases import architecture
-
-    formats.read(weights, architecture.of_folder(base_folder))
-
-
 def kohya_name(model: str) -> str:
-    """Returns the name of the bundle's file for ComfyUI and A1111, which show this name to their users.
-
-    diffusers' `load_lora_weights`, given the folder, still loads the other file, whose name it prefers.
-    """
+    """Returns the second name of the bundle's weights, for ComfyUI and A1111, which show it to their users."""
     return f"lcm-lora-{model}.safetensors"
 
 
@@ -209,16 +200,64 @@ def _study_of(adapter: Path, studied: Path) -> list[Study]:
     return [study] if study.adapter == sha256_file(adapter / WEIGHTS) else []
 
 
-def _write_kohya(folder: Path, model: str, base: Base, base_folder: Path, alpha: float | None) -> Path:
-    """Writes the kohya file and returns it. Raises UserError where its effect is not exactly the diffusers file's."""
+def _header(model: str, base: Base, project: Project, figures: Metrics, sampler: Sampler) -> dict[str, str]:
+    """Returns what the header of the weights says to people, by the model spec, and how to draw, for programs.
+
+    It has no time, so that the same adapter and evaluation give the same bytes.
+    """
+    steps, enough = [key.steps for key in figures.students], recommended_steps(figures)
+    name = sampler.scheduler.removesuffix("Scheduler")
+    gamma = f", gamma {sampler.gamma:g}" if sampler.gamma is not None else ""
+    drawing = {
+        "scheduler": sampler.scheduler,
+        "gamma": sampler.gamma,
+        "guidance_scale": 1,
+        "timesteps": timesteps_by_steps(project.adapter(model) / SCHEDULER, sampler, steps),
+    }
+    thumbnail = Album([project.evaluation(model)], 1).thumbnails(Key.of(STUDENT, enough), "")[0]
+    header = {
+        "title": f"lcm-lora-{model}",
+        "description": f"Acceleration LoRA for {base.source}: pictures in {', '.join(map(str, steps))} steps, without "
+        "classifier-free guidance.",
+        "license": base.license,
+        "usage_hint": f"{name}{gamma}, {enough} step{'s' * (enough > 1)}, CFG 1",
+        "tags": "lora, lcm, acceleration",
+        "thumbnail": thumbnail.source,
+    }
+    if base.author:
+        header["author"] = base.author
+    described = {f"modelspec.{key}": text for key, text in header.items()}
+    return described | {"lcmlora.sampler": json.dumps(drawing, sort_keys=True)}
+
+
+def _write_weights(
+    folder: Path,
+    model: str,
+    project: Project,
+    base: Base,
+    base_folder: Path,
+    alpha: float | None,
+    header: dict[str, str],
+) -> Path:
+    """Writes the weights under both names and returns the second, for ComfyUI and A1111.
+
+    Both have kohya's spelling, the only one that diffusers, ComfyUI, Forge, A1111 and InvokeAI read whole. Of a file in
+    diffusers' spelling ComfyUI drops all attention layers with no more than a warning, and people take the file whose
+    name they know from other releases.
+
+    Raises:
+        UserError: the trained weights are not finite or do not fit this base, or their effect would not be exactly
+            that of the trained ones.
+    """
     from lcmlora.adapters import formats
     from lcmlora.bases import architecture
 
-    out = folder / kohya_name(model)
+    trained, out = project.adapter(model) / WEIGHTS, folder / kohya_name(model)
     structure = replace(architecture.of_folder(base_folder), resolution=base.resolution)
-    error = formats.write(formats.read(folder / WEIGHTS, structure), out, formats.KOHYA, structure, alpha=alpha)
+    error = formats.write(formats.read(trained, structure), out, formats.KOHYA, structure, header=header, alpha=alpha)
     if error:
-        raise UserError(f"{out}: its effect is {error:.1e} away from that of {WEIGHTS}, expected none; not released")
+        raise UserError(f"{out}: its effect is {error:.1e} away from that of {trained}, expected none; not released")
+    shutil.copyfile(out, folder / WEIGHTS)
     return out
 
 
@@ -226,90 +265,6 @@ def _write_checksums(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
     sums = "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names)
     (folder / CHECKSUMS).write_text(sums, encoding="utf-8")
-
-
-class ReloadCheck:
-    """Loads adapters into a plain diffusers pipeline, as any user would, and compares them with the trained student.
-
-    Args:
-        release: a folder with the weights and scheduler_config.json.
-        probe: outputs of the student and of the base on fixed inputs, which distillation wrote.
-        precision: `auto`, `fp32` or `bf16`, as the base was loaded for distillation.
-
-    Raises:
-        UserError: diffusers cannot load the base or the scheduler, or these do not go together.
-    """
-
-    def __init__(self, release: Path, base: Base, base_folder: Path, probe: Path, precision: str) -> None:
-        import torch
-        from safetensors.torch import load_file
-
-        from lcmlora.bases import diffusers_pipeline, pick_device, pick_dtype
-
-        # The precision of the probe: adapters of half-precision bases are saved in fp16, all others in fp32.
-        first = next(iter(load_file(release / WEIGHTS).values()))
-        self._base_folder = base_folder
-        self._device = pick_device("auto")
-        dtype = torch.float32 if first.dtype == torch.float32 else pick_dtype(precision, self._device)
-        self._pipeline = diffusers_pipeline.assemble_pipeline(base_folder, release / SCHEDULER, base.variant, dtype).to(
-            self._device
-        )
-        self._probe = {name: tensor.to(self._device) for name, tensor in load_file(probe).items()}
-
-    def run(self, weights: Path) -> Proof:
-        """Loads an adapter file of either format and compares one forward with the trained student's.
-
-        Raises:
-            UserError: with the figure that is outside its limit.
-        """
-        import torch
-        from safetensors.torch import load_file
-
-        from lcmlora.bases import diffusers_pipeline
-
-        written = load_file(weights)
-        self._load(weights)
-        family, network = diffusers_pipeline.family_of(self._pipeline), diffusers_pipeline.network_of(self._pipeline)
-        expected = sum(not name.endswith(".alpha") for name in written)
-        loaded = sum(".lora_A." in name or ".lora_B." in name for name, _ in network.named_parameters())
-        if loaded != expected:
-            raise UserError(
-                f"{weights}: holds {expected} LoRA tensors and plain diffusers loaded {loaded}; not released"
-            )
-        inputs = dict(self._probe)
-        student, bare = inputs.pop("student"), inputs.pop("base")
-        with torch.no_grad():
-            output = family.forward(network, inputs.pop("latents"), inputs.pop("timesteps"), inputs)
-        scale = student.abs().max()
-        error, effect = (((output - student).abs().max() / scale).item(), ((student - bare).abs().max() / scale).item())
-        stored = next(tensor.dtype for name, tensor in written.items() if not name.endswith(".alpha"))
-        tolerance = _TOLERANCE[str(stored).removeprefix("torch.")]
-        if not effect > 0:
-            raise UserError(
-                f"{weights}: the adapter has no effect (student and base differ by {effect:g}); not released"
-            )
-        if not error < tolerance:
-            raise UserError(
-                f"{weights}: reloaded by plain diffusers, its output is {error:.1e} of the largest value away from the "
-                f"trained student's, expected less than {tolerance:g}; not released, distil again"
-            )
-        # With an effect smaller than the tolerance, an adapter that was not loaded would pass the check above.
-        if not error < effect / 2:
-            raise UserError(
-                f"{weights}: reloaded, it differs by {error:.1e}, and its effect is only {effect:.1e}; not released"
-            )
-        return Proof(error=error, effect=effect, tensors=loaded)
-
-    def _load(self, weights: Path) -> None:
-        from lcmlora.adapters import tensorfile
-
-        self._pipeline.unload_lora_weights()
-        tensorfile.check_harmless(weights)
-        try:
-            self._pipeline.load_lora_weights(weights.parent, weight_name=weights.name)
-        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{weights}: plain diffusers cannot load it on {self._base_folder}: {reason}") from error
 
 
 def _dvc_digest(project: Project, pictures: Path) -> str | None:

@@ -47,6 +47,8 @@ class Base(Strict):
     family's."""
     license: Quotable
     """License of the base, for the model card."""
+    author: Quotable | None = None
+    """Who makes the adapter, for the header of its files, which programs show."""
     data: Annotated[JsonObject, Changes(Data)] = {}
     """Changes of `data` for this base, which then learns from pictures of its own. After a change of which bases have
     some, run `lcmlora resolve`: it writes the stages of dvc.yaml that read pictures."""

@@ -255,6 +255,24 @@ def test_a_version_is_resolved_by_alias_by_number_and_by_digest(settings: Regist
     assert json.loads(json.dumps(version.plain()))["run_id"] == version.run_id
 
 
+def test_a_version_is_found_by_the_digest_of_the_trained_adapter_and_its_run_keeps_that_digest(
+    settings: Registry, bundle: Path, tmp_path: Path
+):
+    trained = "a" * 64
+    register_release("mini", settings, bundle)
+    with log_run(settings, "mini", {}) as run:
+        run.tag_adapter(trained, {})
+    released = write_sealed(tmp_path / "released", weights=b"in kohya's spelling", adapter=trained)
+    registered = register_release("mini", settings, released)
+    assert registered.run_id == run.id and registered.version == 2
+    version = resolve(trained[:12], settings)
+    assert version == resolve(trained, settings) == resolve(registered.sha256, settings)
+    assert (version.trained, version.sha256) == (trained, sha256_file(released / "pytorch_lora_weights.safetensors"))
+    assert client(settings).get_run(run.id).data.tags["sha256"] == trained
+    first = resolve("lcm-lora-mini/1", settings)
+    assert first.trained == first.sha256 == SHA
+
+
 def test_versions_are_listed_with_their_aliases_and_searched_by_tag_and_figure(
     settings: Registry, bundle: Path, tmp_path: Path
 ):

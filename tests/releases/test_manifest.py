@@ -115,6 +115,22 @@ def test_what_is_no_record_at_all_is_refused_in_a_line_and_does_not_hide_the_oth
     assert bool(rows[folder.as_uri()].fault) == (name in ("manifest.json", "yanked.json"))
 
 
+def test_a_release_is_found_by_the_digest_of_the_trained_adapter(tmp_path: Path):
+    settings, trained = Publish(to=str(tmp_path / "store")), "a" * 64
+    publish_release(write_sealed(tmp_path / "old"), "mini", settings)
+    uri = publish_release(write_sealed(tmp_path / "new", weights=b"new", adapter=trained), "mini", settings)
+    assert find_release(f"mini/sha256-{trained[:12]}", settings) == find_release(uri, settings)
+    with pytest.raises(UserError, match="mini/sha256-abcabcabcabc: no such release at"):
+        find_release("mini/sha256-abcabcabcabc", settings)
+    again = publish_release(write_sealed(tmp_path / "again", weights=b"again", adapter=trained), "mini", settings)
+    with pytest.raises(UserError, match=r"is the adapter of mini/sha256-\w+, mini/sha256-\w+; name one of these"):
+        find_release(f"mini/sha256-{trained[:12]}", settings)
+    place = Path(again.removeprefix("file://"), "manifest.json")
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"adapter": "b" * 64}))
+    with pytest.raises(UserError, match=r"expected the adapter bbbbbbbbbbbb\.\.\. of manifest\.json; do not use"):
+        find_release("mini/sha256-bbbbbbbbbbbb", settings)
+
+
 def test_a_file_that_is_larger_or_smaller_than_listed_is_not_kept(store: Path, tmp_path: Path):
     weights = store / PREFIX / "pytorch_lora_weights.safetensors"
     for content, message in (

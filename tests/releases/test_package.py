@@ -1,4 +1,6 @@
+import base64
 import hashlib
+import io
 import json
 import subprocess
 from pathlib import Path
@@ -13,14 +15,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lcmlora.adapters import formats, lora
+from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases import architecture
 from lcmlora.bases.base import LoadedBase
+from lcmlora.config import Config
+from lcmlora.diffusion import samplers
 from lcmlora.errors import UserError
 from lcmlora.project import Project
 from lcmlora.releases import package as release
 from lcmlora.releases.bundle import WEIGHTS, digest, verify
 from tests.support import adapters
-from tests.support.releases import METRICS, load_settings, write_stages
+from tests.support.releases import METRICS, load_settings, settings, write_stages
 
 
 def package(root: Path, base_folder: Path, **changes: Any) -> dict[str, Any]:
@@ -83,7 +88,8 @@ def test_provenance_says_what_went_in_and_how_well_it_came_back(stages: Path, ba
     written = json.loads((stages / "release/mini/provenance.json").read_text())
     assert written == returned
     weights = (stages / "adapters/mini/pytorch_lora_weights.safetensors").read_bytes()
-    assert written["sha256"] == hashlib.sha256(weights).hexdigest() == digest(stages / "release/mini")
+    assert written["adapter"] == hashlib.sha256(weights).hexdigest()
+    assert written["sha256"] == digest(stages / "release/mini") != written["adapter"]
     assert written["dvc_lock"] == hashlib.sha256(b"schema: '2.0'\n").hexdigest()
     assert written["git"] == {"commit": None, "dirty": None}
     assert written["params"]["distill"]["rank"] == 64
@@ -93,6 +99,78 @@ def test_provenance_says_what_went_in_and_how_well_it_came_back(stages: Path, ba
     assert written["reloaded"]["tensors"] == len(load_file(stages / "adapters/mini" / WEIGHTS))
     assert written["sampler"] == {"scheduler": "LCMScheduler", "gamma": None, "grid": 50}
     assert written["resolution"] == 16
+
+
+def test_plain_diffusers_draws_as_the_adapters_own_sampler_at_every_number_of_steps(stages: Path, base_folder: Path):
+    check = package(stages, base_folder)["sampler_check"]
+    assert check["timesteps"] == {"2": [999, 499], "4": [999, 759, 499, 259]}
+    assert (check["gamma"], check["guidance_scale"], check["side"]) == (None, 1, None)
+    assert check["scheduler_config"] == json.loads((stages / "release/mini/scheduler_config.json").read_text())
+    assert check["error"].keys() == {"2", "4"} and max(check["error"].values()) < 1e-5
+    card = (stages / "release/mini/README.md").read_text()
+    assert "| 2 | 999, 499 |\n| 4 | 999, 759, 499, 259 |\n" in card
+    header = adapters.header(stages / "release/mini" / WEIGHTS)
+    assert json.loads(header["lcmlora.sampler"]) == {
+        "scheduler": "LCMScheduler",
+        "gamma": None,
+        "guidance_scale": 1,
+        "timesteps": check["timesteps"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"timestep_scaling": 0.01},
+            r"in 2 steps plain diffusers, used as the card says, draws \S+ of the largest value",
+        ),
+        (
+            {"original_inference_steps": 25},
+            r"in 2 steps plain diffusers evaluates the network at \[999, 519\], and .* 499",
+        ),
+    ],
+)
+def test_a_scheduler_that_does_not_draw_as_the_adapter_was_trained_to_is_not_released(
+    stages: Path, base_folder: Path, changed: dict[str, Any], message: str
+):
+    path = stages / "adapters/mini/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(UserError, match=message):
+        package(stages, base_folder)
+    assert not (stages / "release/mini").exists()
+
+
+def test_strategic_stochastic_sampling_is_drawn_with_its_gamma(base: LoadedBase, stages: Path, base_folder: Path):
+    sampler = {"scheduler": "TCDScheduler", "gamma": 0.3, "grid": 50}
+    adapter = stages / "adapters/mini"
+    (adapter / "config.json").write_text(
+        json.dumps(json.loads((adapter / "config.json").read_text()) | {"sampler": sampler})
+    )
+    config = samplers.scheduler_config(base.scheduler_config, Sampler(**sampler))
+    (adapter / "scheduler_config.json").write_text(json.dumps(config))
+    check = package(stages, base_folder)["sampler_check"]
+    assert check["gamma"] == 0.3 and max(check["error"].values()) < 1e-5
+    header = adapters.header(stages / "release/mini" / WEIGHTS)
+    assert header["modelspec.usage_hint"] == "TCD, gamma 0.3, 4 steps, CFG 1"
+
+
+def test_the_header_says_what_the_adapter_is_and_how_to_draw_with_it(stages: Path, base_folder: Path):
+    package(stages, base_folder)
+    header = adapters.header(stages / "release/mini" / WEIGHTS)
+    thumbnail = header["modelspec.thumbnail"].removeprefix("data:image/webp;base64,")
+    with Image.open(io.BytesIO(base64.b64decode(thumbnail))) as picture:
+        assert picture.size == (16, 16)
+    assert header["modelspec.usage_hint"] == "LCM, 4 steps, CFG 1"
+    assert header["modelspec.license"] == "apache-2.0" and "modelspec.author" not in header
+    assert "pictures in 2, 4 steps" in header["modelspec.description"]
+
+
+def test_the_header_names_the_author_where_the_settings_do(stages: Path, base_folder: Path):
+    raw = settings(base_folder)
+    raw["bases"]["mini"] |= {"author": "The team"}
+    release.package_release("mini", Config.model_validate(raw), Project(stages), base_folder)
+    assert adapters.header(stages / "release/mini" / WEIGHTS)["modelspec.author"] == "The team"
 
 
 def test_provenance_says_which_model_and_when_and_the_adapter_does_not(stages: Path, base_folder: Path, monkeypatch):
@@ -131,7 +209,7 @@ def test_the_bundle_has_this_machines_timings_and_none_of_another_adapter(stages
     assert "has no latencies of this adapter" in capsys.readouterr().err
 
 
-def test_the_file_for_comfyui_and_a1111_is_proven_like_the_other(stages: Path, base_folder: Path):
+def test_both_files_of_the_weights_have_the_same_bytes_and_the_trained_effect(stages: Path, base_folder: Path):
     kohya = package(stages, base_folder)["kohya"]
     path = stages / "release/mini" / kohya["file"]
     assert (kohya["file"], kohya["sha256"]) == (
@@ -142,8 +220,9 @@ def test_the_file_for_comfyui_and_a1111_is_proven_like_the_other(stages: Path, b
     tensors = load_file(path)
     assert len(tensors) == 3 * kohya["reloaded"]["tensors"] / 2
     base = architecture.of_folder(base_folder)
-    ours, theirs = formats.read(path, base), formats.read(path.with_name(WEIGHTS), base)
-    assert formats.compare(theirs, ours) == 0
+    assert path.read_bytes() == path.with_name(WEIGHTS).read_bytes()
+    released, trained = formats.read(path, base), formats.read(stages / "adapters/mini" / WEIGHTS, base)
+    assert formats.compare(trained, released) == 0
     assert adapters.header(path)["modelspec.title"] == "lcm-lora-mini"
 
 
@@ -309,11 +388,13 @@ def test_verify_names_the_file_that_was_changed_and_the_one_that_is_gone(stages:
 def test_the_bundle_loads_in_a_fresh_pipeline_with_its_own_scheduler(stages: Path, base_folder: Path):
     package(stages, base_folder)
     pipeline = DiffusionPipeline.from_pretrained(base_folder)
-    pipeline.load_lora_weights(stages / "release/mini")  # of its two files, the one for diffusers
-    ours = load_file(stages / "release/mini" / WEIGHTS)
-    name, layer = next((n, m) for n, m in pipeline.unet.named_modules() if hasattr(m, "lora_B"))
-    assert torch.equal(layer.lora_B["default_0"].weight, ours[f"unet.{name}.lora_B.weight"])
-    assert layer.scaling == {"default_0": 1}
+    pipeline.load_lora_weights(stages / "release/mini")
+    trained = load_file(stages / "adapters/mini" / WEIGHTS)
+    layers = [(n, m) for n, m in pipeline.unet.named_modules() if hasattr(m, "lora_B")]
+    assert len(layers) == len(trained) / 2
+    for name, layer in layers:
+        up = layer.lora_B["default_0"].weight * layer.scaling["default_0"]
+        assert torch.equal(up, trained[f"unet.{name}.lora_B.weight"])
     pipeline.scheduler = LCMScheduler.from_pretrained(stages / "release/mini")
     pipeline.scheduler.set_timesteps(4)
     assert pipeline.scheduler.timesteps.tolist() == [999, 759, 499, 259]

@@ -134,21 +134,24 @@ def write_sealed(
     card: str = "card\n",
     metrics: dict[str, Any] | None = None,
     model: str = "mini",
+    adapter: str | None = None,
 ) -> Path:
     """Writes a bundle that passes `release.verify`, with bytes that only look like weights; returns the folder.
 
     Args:
         metrics: what differs in metrics.json; figures of one group are added to those that stand there.
+        adapter: SHA-256 of the weights as they were trained; None as in releases until 2026-11-28.
     """
     figures = dict(METRICS)
     for key, value in (metrics or {}).items():
         figures[key] = METRICS[key] | value if isinstance(METRICS.get(key), dict) else value
     folder.mkdir(parents=True)
+    facts = provenance(model, hashlib.sha256(weights).hexdigest()) | ({"adapter": adapter} if adapter else {})
     contents = {
         "pytorch_lora_weights.safetensors": weights,
         "scheduler_config.json": b"{}\n",
         "README.md": card.encode(),
-        "provenance.json": json.dumps(provenance(model, hashlib.sha256(weights).hexdigest())).encode(),
+        "provenance.json": json.dumps(facts).encode(),
         "metrics.json": json.dumps(figures).encode(),
         "grid.png": _png(),
     }

@@ -16,6 +16,7 @@ from lcmlora.diffusion import objectives
 from lcmlora.evaluation.figures import STUDENT, Advantage, Key, Metrics
 from lcmlora.evaluation.gate import unmeasured_diversity, unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
+from lcmlora.releases.bundle import SamplerCheck
 from lcmlora.releases.clients import Student, instructions, notes
 from lcmlora.templates.loading import load_template
 
@@ -39,7 +40,14 @@ _LICENSES = """
 
 
 def render_card(
-    model: str, base: Base, made: Distilled, figures: Metrics, failures: list[str], kohya: str, student: Student
+    model: str,
+    base: Base,
+    made: Distilled,
+    figures: Metrics,
+    failures: list[str],
+    kohya: str,
+    student: Student,
+    check: SamplerCheck | None = None,
 ) -> str:
     """Returns the model card, README.md of the release.
 
@@ -49,6 +57,7 @@ def render_card(
         failures: why the gate was not passed.
         kohya: the name of the release's file for ComfyUI and A1111.
         student: in the recommended number of steps, see `recommended_steps`.
+        check: how near plain diffusers comes to the adapter's own sampler, if that was measured.
     """
     enough = student.steps
     styles = [v for v in figures.variations.values() if v.kind == "style"]
@@ -75,6 +84,7 @@ def render_card(
         kohya=kohya,
         clients=instructions(student, kohya),
         notes=notes(enough),
+        check=check,
     )
 
 
