@@ -16,6 +16,7 @@ from lcmlora.evaluation.figures import Metrics
 from lcmlora.project import Project
 from lcmlora.registry import promotion, registration
 from lcmlora.releases import bundle, publish
+from lcmlora.releases.bundle import Provenance
 from tasks.devices import occupied
 from tasks.dvc import StageFailed
 from tasks.processes import Processes, python, reason, stream
@@ -53,7 +54,7 @@ def read_champion(model: str, figures: Metrics, settings: config.Config, process
     If data, prompts or features have changed since it was measured, it is measured again.
     """
     champion = registry.champion(model, settings.registry)
-    if champion is None or champion.sha256 == bundle.digest(_PROJECT.release(model)):
+    if champion is None or champion.trained == Provenance.read(_PROJECT.release(model) / bundle.PROVENANCE).trained:
         return None
     try:
         champion_figures = registry.figures(champion, settings.registry)

@@ -73,6 +73,11 @@ class Version:
         """NAME/VERSION, such as lcm-lora-emoji/3."""
         return f"{self.name}/{self.version}"
 
+    @property
+    def trained(self) -> str:
+        """The SHA-256 of the adapter as it was trained; that of its release's weights in versions until 2026-11-28."""
+        return self.tags.get("adapter") or self.sha256
+
     def figure(self, name: str) -> float | None:
         """Returns a metric by its name, with or without the features in front of it; None where there is none."""
         found = (value for key, value in self.metrics.items() if key == name or key.endswith(f"/{name}"))
@@ -87,8 +92,8 @@ def resolve(reference: str, settings: Registry) -> Version:
     """Returns the version that a reference names.
 
     Args:
-        reference: `lcm-lora-emoji@champion`, `lcm-lora-emoji/3`, or the SHA-256 of an adapter, whose newest version is
-            returned; twelve of its digits are enough.
+        reference: `lcm-lora-emoji@champion`, `lcm-lora-emoji/3`, or the SHA-256 of an adapter, as it was trained or as
+            it was released, whose newest version is returned; twelve of its digits are enough.
 
     Raises:
         UserError: there is no such version, or MLflow cannot be reached.
@@ -207,11 +212,11 @@ def _refuse_foreign(version: Version) -> None:
 def pull(reference: str, settings: Registry, out: Path, *, everything: bool = False) -> Path:
     """Downloads the adapter of a version to the folder `out`, checks every file, and returns the folder.
 
-    The folder has the weights in diffusers' format, the scheduler's settings, the provenance and the checksums. It
+    The folder has the weights, the scheduler's settings, the provenance and the checksums. It
     appears whole or not at all. The weights must have the SHA-256 that the registry knows.
 
     Args:
-        everything: download the whole release, with card, report and the file for ComfyUI and A1111.
+        everything: download the whole release, with card, report and the weights under their name for ComfyUI.
 
     Raises:
         UserError: a file is missing or differs from its checksum, `out` exists and is something else, or MLflow cannot
@@ -349,11 +354,19 @@ def _is_registered(client: MlflowClient, name: str) -> bool:
     return bool(client.search_registered_models(f"name = '{name}'", max_results=1))
 
 
-def versions_of_adapter(client: MlflowClient, sha256: str, name: str | None = None) -> list[ModelVersion]:
-    """Returns the versions whose adapter has this SHA-256, or one that begins with these digits, the oldest first."""
-    condition = f"tags.sha256 = '{sha256}'" if len(sha256) == 64 else f"tags.sha256 LIKE '{sha256}%'"
-    own = f"name = '{name}' and {condition}" if name else condition
-    return sorted(search_all(client.search_model_versions, own), key=lambda version: int(version.version))
+def versions_of_release(client: MlflowClient, sha256: str, name: str) -> list[ModelVersion]:
+    """Returns the versions of this model whose released weights have this SHA-256, the oldest first."""
+    found = search_all(client.search_model_versions, f"name = '{name}' and tags.sha256 = '{sha256}'")
+    return sorted(found, key=lambda version: int(version.version))
+
+
+def versions_of_adapter(client: MlflowClient, digits: str) -> list[ModelVersion]:
+    """Returns the versions whose weights, as released or as trained, have a SHA-256 with these digits, oldest first."""
+    found = {}
+    for tag in ("sha256", "adapter"):
+        for version in search_all(client.search_model_versions, f"tags.{tag} LIKE '{digits}%'"):
+            found[version.name, version.version] = version
+    return sorted(found.values(), key=lambda version: int(version.version))
 
 
 def search_all(search: Callable[..., PagedList[T]], condition: str | None = None) -> list[T]:

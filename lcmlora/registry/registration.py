@@ -14,7 +14,7 @@ from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import record
 from lcmlora.io.files import temporary_folder
 from lcmlora.registry import events
-from lcmlora.registry.lookup import MODEL, PASSED, REJECTED, RELEASE, read_aliases, versions_of_adapter
+from lcmlora.registry.lookup import MODEL, PASSED, REJECTED, RELEASE, read_aliases, versions_of_release
 from lcmlora.registry.tracking import connect, create_run, existing_run, flat_settings, reaching
 from lcmlora.releases import bundle
 from lcmlora.releases.bundle import Provenance
@@ -47,12 +47,13 @@ def register_release(
     uri: str | None = None,
     gate_failures: Sequence[str] = (),
 ) -> Registered:
-    """Registers the release in `folder` as a version of `lcm-lora-<model>`. An adapter is registered only once.
+    """Registers the release in `folder` as a version of `lcm-lora-<model>`. A release is registered only once.
 
-    If there is a version with the adapter's SHA-256, only tags that changed are written. Else a new version is made:
-    the release becomes artifacts of its run, the metrics its figures, the data its input, and tags say where it comes
-    from. A release that failed the gate becomes a version, too, with the tag `rejected`. The run is that of the
-    distillation, on whatever machine it was, which has the adapter's SHA-256 as a tag (`tracking.Run.tag_adapter`).
+    If there is a version with the SHA-256 of its weights, only tags that changed are written. Else a new version is
+    made: the release becomes artifacts of its run, the metrics its figures, the data its input, and tags say where it
+    comes from. A release that failed the gate becomes a version, too, with the tag `rejected`. The run is that of the
+    distillation, on whatever machine it was, which has the SHA-256 of the trained adapter as a tag
+    (`tracking.Run.tag_adapter`).
     If there is no such run, a new one is made.
 
     Args:
@@ -70,7 +71,7 @@ def register_release(
     tags = _tags(provenance, figures, uri, gate_failures)
     with reaching(settings, f"the release is kept in {folder} and the next run registers it"):
         client = connect(settings)
-        found = _with_release(client, versions_of_adapter(client, sha256, name))
+        found = _with_release(client, versions_of_release(client, sha256, name))
         if found:
             version = found[0]
             _update(client, version, tags)
@@ -115,6 +116,7 @@ def _tags(provenance: Provenance, figures: Metrics, uri: str | None, gate_failur
     base = provenance.base
     tags = {
         "sha256": provenance.sha256,
+        "adapter": provenance.adapter,
         "base": base["source"],
         "base_revision": base.get("revision"),
         "base_digest": base["digest"],
@@ -151,7 +153,7 @@ def _run_of(client: MlflowClient, settings: Registry, model: str, provenance: Pr
 
     It is the last distillation with this adapter, or the run of a registration that was killed, or a new run.
     """
-    sha256 = provenance.sha256
+    sha256 = provenance.trained
     experiment = client.get_experiment_by_name(settings.experiment)
     found = (
         client.search_runs(
@@ -179,6 +181,8 @@ def _log(client: MlflowClient, run_id: str, provenance: Provenance, figures: Met
     params = {key: str(value)[:6000] for key, value in flat_settings(provenance.params.plain()).items()}
     # The run has those of the distillation already, without a prefix. A param cannot be changed.
     new = [Param(k, v) for k, v in params.items() if not k.startswith("distill.") and k not in logged]
+    # A run has the digest of the adapter as it was trained, by which another registration finds it.
+    tags = tags | {"sha256": provenance.trained}
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     for start in range(0, len(metrics), 1000):  # MLflow's limits for one request
         client.log_batch(run_id, metrics=metrics[start : start + 1000])
@@ -213,12 +217,12 @@ def _upload(client: MlflowClient, run_id: str, folder: Path, name: str, provenan
 
 
 def _remove_duplicate(client: MlflowClient, version: ModelVersion, sha256: str, *, own_run: bool) -> ModelVersion:
-    """Returns the first version of this adapter. If another call has registered one before, `version` is deleted.
+    """Returns the first version of this release. If another call has registered one before, `version` is deleted.
 
     Args:
         own_run: the version's run was made for it, and ends here.
     """
-    first = _with_release(client, versions_of_adapter(client, sha256, version.name))[0]
+    first = _with_release(client, versions_of_release(client, sha256, version.name))[0]
     duplicate = int(first.version) != int(version.version)
     if duplicate:
         client.delete_model_version(version.name, version.version)

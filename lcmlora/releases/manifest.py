@@ -45,6 +45,7 @@ class Manifest:
     model: str
     sha256: str
     files: tuple[File, ...]
+    adapter: str | None  # SHA-256 of the weights as they were trained; None where they are those of the release
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,10 @@ def _expect_names(reference: str, *names: str) -> None:
 
 
 def _complete_digits(model: str, digits: str, store: Store) -> str:
-    """Returns the address of the only release of the model whose SHA-256 begins with these digits."""
+    """Returns the address of the only release of the model whose weights' SHA-256 begins with these digits.
+
+    If there is none, they may be those of the adapter as it was trained.
+    """
     entries = store.entries(f"{model}/sha256-{digits[:12]}")
     prefixes = [entry.name.rpartition("/")[0] for entry in entries if entry.name.endswith(f"/{MANIFEST}")]
     if len(prefixes) > 1:
@@ -121,7 +125,23 @@ def _complete_digits(model: str, digits: str, store: Store) -> str:
         found = store.read(f"{prefix}/{MANIFEST}")
         if found and parse_manifest(found[0], f"{store.uri}/{prefix}/{MANIFEST}").sha256.startswith(digits):
             return f"{store.uri}/{prefix}"
-    raise UserError(f"{model}/sha256-{digits}: no such release at {store.uri}; see `lcmlora releases list`")
+    return _of_trained(model, digits, store)
+
+
+def _of_trained(model: str, digits: str, store: Store) -> str:
+    """Returns the address of the only release of the adapter whose SHA-256, as trained, begins with these digits."""
+    entries = store.entries(f"{model}/sha256-")
+    prefixes = []
+    for prefix in sorted(entry.name.rpartition("/")[0] for entry in entries if entry.name.endswith(f"/{MANIFEST}")):
+        content = store.read(f"{prefix}/{MANIFEST}")
+        listed = parse_manifest(content[0], f"{store.uri}/{prefix}/{MANIFEST}") if content else None
+        if listed and listed.adapter and listed.adapter.startswith(digits):
+            prefixes.append(prefix)
+    if len(prefixes) > 1:
+        raise UserError(f"{model}/sha256-{digits}: is the adapter of {', '.join(prefixes)}; name one of these")
+    if not prefixes:
+        raise UserError(f"{model}/sha256-{digits}: no such release at {store.uri}; see `lcmlora releases list`")
+    return f"{store.uri}/{prefixes[0]}"
 
 
 def _follow(store: Store, model: str, channel: str, settings: Publish) -> str:
@@ -229,6 +249,10 @@ def _model_and_time(store: Store, listed: Manifest, files: dict[str, str]) -> tu
     model, packaged = facts.get("model"), facts.get("packaged")
     if not isinstance(model, str) or facts.get("sha256") != listed.sha256:
         raise UserError(f"{place}: expected the model, and sha256 {listed.sha256[:12]}...; do not use this release")
+    if listed.adapter is not None and facts.get("adapter") != listed.adapter:
+        raise UserError(
+            f"{place}: expected the adapter {listed.adapter[:12]}... of {MANIFEST}; do not use this release"
+        )
     root, name = split_address(store.uri)
     containing_model = name.partition("/")[0] if name.partition("/")[2].startswith("sha256-") and root else model
     for claim, who in ((listed.model, f"{MANIFEST} says"), (containing_model, "its folder is that of")):
@@ -311,8 +335,9 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
         value = as_object(parse_json(content), place)
     except Malformed as error:
         raise UserError(f"{place}: {error}") from None
-    model, sha256, files = value.get("model"), value.get("sha256"), value.get("files")
-    if not records.is_name(model) or not records.is_digest(sha256) or not isinstance(files, list):
+    model, sha256, files, adapter = (value.get(key) for key in ("model", "sha256", "files", "adapter"))
+    known = records.is_digest(sha256) and (adapter is None or records.is_digest(adapter))
+    if not records.is_name(model) or not known or not isinstance(files, list):
         raise UserError(f"{place}: expected a JSON object with model, sha256 and files")
     if len(files) > _MOST_FILES:
         raise UserError(f"{place}: lists {len(files)} files, expected {_MOST_FILES} at most")
@@ -332,7 +357,7 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
         raise UserError(f"{place}: lists {terminal.shown(repeated)} more than once")
     if (total := sum(file.bytes for file in listed)) > _MOST_BYTES:
         raise UserError(f"{place}: lists {total} bytes, expected {_MOST_BYTES} at most")
-    return Manifest(str(model), str(sha256), tuple(listed))
+    return Manifest(str(model), str(sha256), tuple(listed), None if adapter is None else str(adapter))
 
 
 def store_address(store: Store) -> str:

@@ -1,6 +1,6 @@
 """Publishing releases to a directory or S3: each gets an immutable folder, and a channel's pointer can name it.
 
-    TO/MODEL/sha256-<first 12 of the adapter's SHA-256>/{SHA256SUMS, weights, scheduler, card, ..., manifest.json}
+    TO/MODEL/sha256-<first 12 of the weights' SHA-256>/{SHA256SUMS, weights, scheduler, card, ..., manifest.json}
     TO/MODEL/channels/champion.json
 
 SHA256SUMS is written first and lists the release's files. If two publishers run at once, one of them creates it; the
@@ -30,8 +30,8 @@ from lcmlora.releases.trust.signing import SIGNATURE
 def publish_release(folder: Path, model: str, settings: Publish) -> str:
     """Publishes the bundle in `folder` and returns the release's address. An existing release stays as it is.
 
-    A release is identified by its adapter: the same adapter packaged again, with other timings in its metrics, is the
-    release that exists already.
+    A release is identified by its weights: the same weights packaged again, with other timings in the metrics, are
+    the release that exists already.
 
     Raises:
         UserError: the folder does not match its SHA256SUMS or is of another model, the store cannot be reached or
@@ -53,7 +53,7 @@ def publish_release(folder: Path, model: str, settings: Publish) -> str:
         if not _is_published(store, model, sha256):
             _upload(store, prefix, folder, sums)
             _sign(store, prefix, checksums, signature, settings)
-            _complete(store, prefix, folder, model, sha256, sums)
+            _complete(store, prefix, folder, sums)
             return f"{store.uri}/{prefix}"
     _sign(store, prefix, checksums, signature, settings)
     return f"{store.uri}/{prefix}"
@@ -87,10 +87,14 @@ def _upload(store: Store, prefix: str, folder: Path, sums: dict[str, str]) -> No
         _check_object(store, f"{prefix}/{name}", sha256)
 
 
-def _complete(store: Store, prefix: str, folder: Path, model: str, sha256: str, sums: dict[str, str]) -> None:
+def _complete(store: Store, prefix: str, folder: Path, sums: dict[str, str]) -> None:
     """Writes the manifest, which makes the release visible to readers."""
+    made = Provenance.read(folder / bundle.PROVENANCE)
+    identity = {"model": made.model, "sha256": bundle.digest(folder)} | (
+        {"adapter": made.adapter} if made.adapter else {}
+    )
     files = [{"name": n, "bytes": (folder / n).stat().st_size, "sha256": s} for n, s in sorted(sums.items())]
-    content = json.dumps({"model": model, "sha256": sha256, "files": files}, indent=2, sort_keys=True) + "\n"
+    content = json.dumps(identity | {"files": files}, indent=2, sort_keys=True) + "\n"
     digest = hashlib.sha256(content.encode()).hexdigest()
     if not store.create(f"{prefix}/{MANIFEST}", content.encode(), digest):
         _check_object(store, f"{prefix}/{MANIFEST}", digest)

@@ -47,7 +47,7 @@ def _draws_as_the_student_did(root: Path, base: Path, model: str) -> None:
     scale = student.abs().max()
     assert (output - student).abs().max() < 1e-4 * scale < (student - alone).abs().max()
     drawn = load_file(root / "release" / model / "pytorch_lora_weights.safetensors")
-    assert len(drawn) == 2 * sum(name.endswith("lora_A.lcm.weight") for name in _lora_names(pipeline, bare))
+    assert len(drawn) == 3 * sum(name.endswith("lora_A.lcm.weight") for name in _lora_names(pipeline, bare))
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline("subject 1", num_inference_steps=4, guidance_scale=1.0, height=16, width=16).images[0]
     assert picture.size == (16, 16)

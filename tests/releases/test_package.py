@@ -121,7 +121,7 @@ def test_plain_diffusers_draws_as_the_adapters_own_sampler_at_every_number_of_st
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"timestep_scaling": 0.01}, r"2 steps plain diffusers, used as the card says, draws \S+ of the largest value"),
+        ({"timestep_scaling": 0.01}, r"4 steps plain diffusers, used as the card says, draws \S+ of the largest value"),
         ({"original_inference_steps": 25}, r"2 steps plain diffusers evaluates the network at \[999, 519\], .* 499\]"),
     ],
 )
