@@ -152,8 +152,8 @@ def test_without_publishing_and_promoting_there_is_a_version_only_and_force_runs
     assert len(project.versions("a")) == 1
     assert project.aliases("a") == {"champion": 1}
     assert not (project.root / "releases").exists()
-    sha = project.versions("a")[0].tags["sha256"]
-    assert f"all as in Git, nothing to commit, adapter {sha[:12]}" in capfd.readouterr().out
+    trained = project.versions("a")[0].tags["adapter"]
+    assert f"all as in Git, nothing to commit, adapter {trained[:12]}" in capfd.readouterr().out
     assert git("status", "--porcelain", "--untracked-files=no") == ""
 
 
