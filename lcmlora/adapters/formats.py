@@ -174,7 +174,7 @@ def _recognise(spelled: Spelled, shown: str, header: Mapping[str, str]) -> Archi
             "made for (--base, a name in params.yaml or a diffusers folder)"
         )
     named = [base for base in fitting if header.get(_ARCHITECTURE, "").startswith(f"{base.naming.architecture}/")]
-    return next(iter([*named, *(base for base in fitting if _has_all(base, spelled, shown)), *fitting]))
+    return [*named, *(base for base in fitting if _has_all(base, spelled, shown)), *fitting][0]
 
 
 def _fits(base: Architecture, spelled: Spelled, shown: str) -> bool:

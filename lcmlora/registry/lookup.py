@@ -362,7 +362,7 @@ def versions_of_release(client: MlflowClient, sha256: str, name: str) -> list[Mo
 
 def versions_of_adapter(client: MlflowClient, digits: str) -> list[ModelVersion]:
     """Returns the versions whose weights, as released or as trained, have a SHA-256 with these digits, oldest first."""
-    found = {}
+    found: dict[tuple[str, str], ModelVersion] = {}
     for tag in ("sha256", "adapter"):
         for version in search_all(client.search_model_versions, f"tags.{tag} LIKE '{digits}%'"):
             found[version.name, version.version] = version

@@ -69,6 +69,8 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
         _copy_inputs(model, project, folder)
         header = _header(model, base, project, figures, sampler)
         kohya = _write_weights(folder, model, project, base, base_folder, distilled.distill.alpha, header)
+        # Before the reload check, whose pipeline stays in memory.
+        sampler_check = check_sampler(folder, adapter / WEIGHTS, base, base_folder, sampler, steps)
         precision = config.distill_for(model).precision
         check = ReloadCheck(folder, base, base_folder, adapter / "probe.safetensors", precision)
         provenance = Provenance(
@@ -79,7 +81,7 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
             base=distilled.base | {"variant": base.variant},
             resolution=base.resolution,
             sampler=distilled.sampler,
-            sampler_check=check_sampler(folder, adapter / WEIGHTS, base, base_folder, sampler, steps),
+            sampler_check=sampler_check,
             data_digest=distilled.data_digest,
             data_dvc=_dvc_digest(project, project.pictures_of(model, config)),
             seed=distilled.seed,
@@ -99,7 +101,7 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
         student = Student.of_release(folder, sampler, recommended_steps(figures))
         _write_sample(folder, student, kohya.name, base, project.evaluation(model))
         _write_report(folder, model, figures, provenance, project, base, student)
-        page = render_card(model, base, distilled, figures, failures, kohya.name, student, provenance.sampler_check)
+        page = render_card(model, base, distilled, figures, failures, kohya.name, student, sampler_check)
         (folder / "README.md").write_text(page, encoding="utf-8")
         _write_checksums(folder)
     return provenance

@@ -53,7 +53,7 @@ def comfyui(depths: Depths) -> dict[str, str]:
     ComfyUI a125cd84: comfy/lora.py, model_lora_keys_unet; comfy/utils.py, unet_to_diffusers. The same in Forge
     dfdcbab6, packages_3rdparty/comfyui_lora_collection/lora.py.
     """
-    found = {}
+    found: dict[str, str] = {}
     for _, layer in _diffusers_names(depths):
         found[f"lora_unet_{layer.replace('.', '_')}"] = layer
         found[f"diffusion_model.{layer}"] = layer
@@ -108,7 +108,8 @@ def comfyui_layers(names: Iterable[str], depths: Depths) -> tuple[set[str], set[
     ComfyUI a125cd84: comfy/weight_adapter/lora.py, LoRAAdapter.load. Its names of the factor B.
     """
     names = set(names)
-    layers, loaded = set(), set()
+    layers: set[str] = set()
+    loaded: set[str] = set()
     for key, layer in comfyui(depths).items():
         for up, down in (
             (f"{key}.lora_up.weight", f"{key}.lora_down.weight"),
@@ -148,7 +149,7 @@ def invokeai_names(names: Iterable[str]) -> set[str]:
     Raises:
         ValueError: some names are of the original code and some are not.
     """
-    table = {}
+    table: dict[str, str] = {}
     for block in range(3):
         for n in range(2):
             place = 3 * block + n + 1
@@ -163,7 +164,8 @@ def invokeai_names(names: Iterable[str]) -> set[str]:
     table["middle_block_1"] = "mid_block_attentions_0"
     for n in range(2):
         table |= _invokeai_resnet(f"middle_block_{2 * n}", f"mid_block_resnets_{n}")
-    layers, known = set(), []
+    layers: set[str] = set()
+    known: list[bool] = []
     for layer in {name.partition(".")[0].removeprefix("lora_unet_") for name in names}:
         start = max((key for key in table if layer.startswith(key)), key=len, default=None)
         known.append(start is not None)

@@ -58,8 +58,9 @@ def convert(
 ) -> None:
     """Convert an adapter between the formats of diffusers and of kohya (ComfyUI, A1111).
 
-    The written file is read again and compared with IN. Adapters of SD-V1.5, SD 2, SDXL and SSD-1B are recognised by
-    their layers; for other bases, name the base with --base.
+    The written file is read again and compared with IN. Its header keeps IN's title, author, prediction type and the
+    like. Adapters of SD-V1.5, SD 2, SDXL and SSD-1B are recognised by their layers; for other bases, name the base with
+    --base.
 
     Example: lcmlora convert release/emoji emoji.safetensors --format kohya
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,8 +86,6 @@ def _by_own_sampler(
     trained: Path, base: Base, base_folder: Path, sampler: Sampler, steps: Sequence[int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Returns the noise (1, C, h, w) at the start, and the latents (1, C, h, w) by the number of steps."""
-    import torch
-
     from lcmlora import bases
     from lcmlora.adapters import formats, lora
     from lcmlora.bases import architecture
@@ -102,14 +100,13 @@ def _by_own_sampler(
     noise = sampling.initial_noise((channels, *(min(side, _SIDE) for side in sides)), _SEED, [0])
     drawn = {}
     for n in steps:
-        generator = _noise_between_steps()
         drawn[n] = sampling.sample_student(
             loaded,
             sampling.text_conditioning(loaded, [_CAPTION]),
             noise,
             steps=n,
             sampler=sampler,
-            fresh=lambda _, generator=generator: torch.randn(noise.shape, generator=generator).to(device),
+            fresh=_noise_between_steps(noise, device),
         ).cpu()
     return noise, drawn
 
@@ -146,14 +143,22 @@ def _by_diffusers(
             **({"eta": sampler.gamma} if sampler.gamma else {}),
             **({"height": side, "width": side} if side else {}),
             latents=noise,
-            generator=_noise_between_steps(),
+            generator=_generator(),
             output_type="latent",
         ).images
         drawn[n] = (latents.cpu(), pipeline.scheduler.timesteps.tolist())
     return drawn
 
 
-def _noise_between_steps() -> torch.Generator:
+def _noise_between_steps(like: Tensor, device: torch.device) -> Callable[[int], Tensor]:
+    """Returns the function that gives the noise which diffusers' schedulers draw from `_generator` step by step."""
+    import torch
+
+    generator = _generator()
+    return lambda _: torch.randn(like.shape, generator=generator).to(device)
+
+
+def _generator() -> torch.Generator:
     import torch
 
     return torch.Generator().manual_seed(_SEED)
