@@ -27,7 +27,7 @@ class Published:
     """A release in a store, or an unfinished one that a publisher has left or still writes."""
 
     model: str
-    sha256: str  # of the adapter; where there is no manifest only its first 12 digits are known
+    sha256: str  # of the weights; where there is no manifest only its first 12 digits are known
     uri: str
     bytes: int
     files: int
