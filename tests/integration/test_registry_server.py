@@ -197,7 +197,9 @@ def test_mlflows_own_loader_of_adapters_loads_a_version_from_the_server(
     released = served.package(miniatures("sd15"), tmp_path)
     version = registration.register_release("flavour", settings, released)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.tracking_uri)
-    adapter = mlflow.diffusers.load_model(f"models:/lcm-lora-flavour/{version.version}", dst_path=str(tmp_path / "got"))
+    (tmp_path / "loaded").mkdir()
+    uri = f"models:/lcm-lora-flavour/{version.version}"
+    adapter = mlflow.diffusers.load_model(uri, dst_path=str(tmp_path / "loaded"))
     assert sha256_file(Path(adapter.adapter_path) / WEIGHTS) == version.sha256
     pipeline = adapter.load_pipeline(base_model=str(miniatures("sd15")), device="cpu")
     pipeline.scheduler = LCMScheduler.from_pretrained(adapter.adapter_path)
