@@ -24,6 +24,7 @@ from typing import NamedTuple
 from lcmlora.adapters.metadata import SCHEDULER, Sampler
 from lcmlora.bases.examination.library_config import LibraryConfig
 from lcmlora.bases.schedule import Schedule
+from lcmlora.config import Base
 from lcmlora.diffusion import solver
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Metrics
@@ -119,6 +120,33 @@ def recommended_steps(figures: Metrics) -> int:
     return next(
         key.steps for key in students if all(excess[more] >= low[key] for more in students if more.steps > key.steps)
     )
+
+
+def is_on_hub(base: Base) -> bool:
+    """Returns whether a base is a model of the hub: `bases/emoji` has a hub id's form, too, but no commit."""
+    return base.revision is not None and not base.source.endswith(".safetensors")
+
+
+def loading_arguments(model: str, base: Base) -> str:
+    """Returns the arguments, as code, with which `DiffusionPipeline.from_pretrained` loads a model's base.
+
+    A checkpoint in one file is loaded from the folder that lcmlora makes of it.
+    """
+    if base.source.endswith(".safetensors"):
+        return f'"bases/{model}"'
+    named = {"revision": base.revision, "variant": base.variant}
+    return ", ".join([f'"{base.source}"', *(f'{name}="{value}"' for name, value in named.items() if value)])
+
+
+def drawing_arguments(student: Student, side: int | None = None) -> str:
+    """Returns the arguments, as code, with which a pipeline of diffusers draws as the student does.
+
+    Args:
+        side: of the picture in pixels, if the base's configuration does not say it.
+    """
+    eta = f", eta={student.sampler.gamma:g}" if student.sampler.gamma else ""
+    size = f", height={side}, width={side}" if side else ""
+    return f"num_inference_steps={student.steps}, guidance_scale=1.0{eta}{size}"
 
 
 def diffusers_steps(evaluations: int, strength: float) -> int:

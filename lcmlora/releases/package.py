@@ -141,7 +141,7 @@ def _write_report(
         figures,
         provenance,
         pictures,
-        base_license=base.license,
+        base=base,
         kohya_file=kohya_name(model),
         student=student,
     )

@@ -1,4 +1,7 @@
 import copy
+import html
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from lcmlora.config import Base, Merged
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.releases.clients import Student, recommended_steps
 from lcmlora.releases.pages.card import render_card
+from tests.releases import test_report
 from tests.releases.test_report import searched
 from tests.support import client_schedules
 from tests.support.releases import METRICS
@@ -242,6 +246,25 @@ def test_every_program_has_the_sampler_that_goes_with_the_adapter(
             assert each in found, program
     assert "steps 4" in text and "<lora:lcm-lora-mini:1>" in text
     assert "for this release, only diffusers was run" in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"source": "someone/base", "revision": "c" * 40, "variant": "fp16"},
+        {"source": "checkpoints/mini.safetensors"},
+        {"style": Merged(source="ink.safetensors", weight=0.7)},
+    ],
+)
+def test_report_and_card_have_the_same_lines_for_diffusers(changes: dict[str, Any], tmp_path: Path):
+    base, figures = test_report.BASE.model_copy(update=changes), test_report.minimal()
+    page = test_report.render(figures, test_report.write_pictures(tmp_path), base=base)
+    (code,) = re.findall(r"<pre><code>(from diffusers.*?)</code>", page, re.S)
+    objective = {"sampler": test_report.provenance()["sampler"], "distill": MADE["distill"] | {"objective": "tcd"}}
+    blocks = re.findall(r"```python\n(.*?)```", render(base, figures, **objective), re.S)
+    assert [line for line in html.unescape(code).splitlines() if line] == blocks[0].splitlines()
+    programs = set(re.findall(r"^#### (.*)$", render(base, figures, **objective), re.M))
+    assert programs <= set(re.findall(r"<summary>(.*?)</summary>", page))
 
 
 def test_steps_and_strength_are_told_for_the_recommended_steps():

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from lcmlora.adapters.metadata import read_sampler
+from lcmlora.config import Base
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.releases.bundle import Provenance
@@ -22,6 +23,7 @@ from lcmlora.releases.pages.plots import Point, chart
 from lcmlora.releases.pages.report import fixed, milliseconds
 from tests.support import client_schedules
 
+BASE = Base(source="bases/mini", resolution=16, license="apache-2.0")
 PROMPTS = ["red apple", "<script>alert('x')</script> & \"pear\""]
 COSTS = {"teacher@50": 100, "ddim@1": 2, "ddim@2": 4, "dpm++@2": 4, "student@1": 1, "student@2": 2, "student@4": 4}
 
@@ -238,7 +240,7 @@ def _sheet(columns: int, rows: int, side: int, first: int) -> Image.Image:
     return sheet
 
 
-def render(figures: dict[str, Any], *folders: Path, **changes: Any) -> str:
+def render(figures: dict[str, Any], *folders: Path, base: Base = BASE, **changes: Any) -> str:
     metrics, made = Metrics.parse(figures, "metrics.json"), Provenance.parse(provenance(**changes), "provenance.json")
     assert made.sampler is not None
     sampler = read_sampler(made.sampler.plain(), "provenance.json")
@@ -247,7 +249,7 @@ def render(figures: dict[str, Any], *folders: Path, **changes: Any) -> str:
         metrics,
         made,
         folders if len(folders) > 1 else folders[0],
-        base_license="apache-2.0",
+        base=base,
         kohya_file="lcm-lora-mini.safetensors",
         student=Student.of(sampler, client_schedules.schedule(), recommended_steps(metrics)),
     )

@@ -17,7 +17,14 @@ from lcmlora.evaluation.figures import STUDENT, Advantage, Key, Metrics
 from lcmlora.evaluation.gate import unmeasured_diversity, unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
 from lcmlora.releases.bundle import SamplerCheck
-from lcmlora.releases.clients import Student, instructions, notes
+from lcmlora.releases.clients import (
+    Student,
+    drawing_arguments,
+    instructions,
+    is_on_hub,
+    loading_arguments,
+    notes,
+)
 from lcmlora.templates.loading import load_template
 
 if TYPE_CHECKING:
@@ -65,7 +72,7 @@ def render_card(
         front=_front_matter(model, base, made, figures),
         model=model,
         base=base,
-        on_hub=_on_hub(base),
+        on_hub=is_on_hub(base),
         listed=base.license in _LICENSES.split(),
         made=made,
         method=objectives.described(made.distill.objective),
@@ -82,6 +89,8 @@ def render_card(
         table=_table(figures),
         failures=failures,
         kohya=kohya,
+        load=loading_arguments(model, base),
+        call=drawing_arguments(student, check.side if check else None),
         clients=instructions(student, kohya),
         notes=notes(enough),
         check=check,
@@ -96,8 +105,8 @@ def _front_matter(model: str, base: Base, made: Distilled, figures: Metrics) -> 
         library_name="diffusers",
         pipeline_tag="text-to-image",
         # "The value must be the ID of a model on the Hub" (huggingface_hub.ModelCardData).
-        base_model=base.source if _on_hub(base) else None,
-        base_model_relation="adapter" if _on_hub(base) else None,
+        base_model=base.source if is_on_hub(base) else None,
+        base_model_relation="adapter" if is_on_hub(base) else None,
         license="other" if name else base.license,
         license_name=name,
         tags=["lora", "lcm", "latent-consistency", "text-to-image", "diffusers", made.distill.objective],
@@ -105,11 +114,6 @@ def _front_matter(model: str, base: Base, made: Distilled, figures: Metrics) -> 
         model_name=f"lcm-lora-{model}",
         eval_results=_results(made, figures),
     ).to_yaml()
-
-
-def _on_hub(base: Base) -> bool:
-    # `bases/emoji` has a hub id's form too; what tells them apart is the commit that only a hub id must have.
-    return base.revision is not None and not base.source.endswith(".safetensors")
 
 
 def _results(made: Distilled, figures: Metrics) -> list[EvalResult]:

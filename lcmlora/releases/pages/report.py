@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
+from lcmlora.config import Base
 from lcmlora.evaluation.comparisons.worst import WORST_PICTURES
 from lcmlora.evaluation.figures import (
     PARTS,
@@ -35,7 +36,7 @@ from lcmlora.evaluation.measures.distances import title_of
 from lcmlora.evaluation.sets.own_prompts import OWN_PICTURES
 from lcmlora.io.documents import Interval
 from lcmlora.releases.bundle import Provenance
-from lcmlora.releases.clients import Student, instructions, notes
+from lcmlora.releases.clients import Student, drawing_arguments, instructions, loading_arguments, notes
 from lcmlora.releases.pages.album import SMALL, Album, Picture
 from lcmlora.releases.pages.plots import MINUS, Chart, Point, chart
 from lcmlora.templates.loading import load_template
@@ -51,7 +52,7 @@ def render_report(
     provenance: Provenance,
     evaluation: Path | Sequence[Path],
     *,
-    base_license: str,
+    base: Base,
     kohya_file: str,
     student: Student,
 ) -> str:
@@ -61,7 +62,7 @@ def render_report(
         figures: metrics/MODEL.json. Sections whose figures are missing, empty or null are left out.
         provenance: provenance.json of the release.
         evaluation: the folder that `evaluate` wrote, or several that share the pictures: `study` writes its own.
-        base_license: of the base, which the adapter inherits.
+        base: with its licence, which the adapter inherits.
         kohya_file: the name of the release's file for ComfyUI and A1111.
         student: in the recommended number of steps, for the instructions.
 
@@ -85,7 +86,10 @@ def render_report(
         model=model,
         figures=figures,
         provenance=provenance,
-        base_license=base_license,
+        base_license=base.license,
+        style=base.style,
+        load=loading_arguments(model, base),
+        call=drawing_arguments(student, provenance.sampler_check.side if provenance.sampler_check else None),
         kohya=kohya_file,
         recommended=student.steps,
         clients=instructions(student, kohya_file),
