@@ -32,7 +32,7 @@ VERSIONS = {
     "style": 1,  # training of style LoRAs
     "finetune": 1,  # training of whole checkpoints
     "alone": 1,  # what styles and checkpoints draw without the adapter
-    "study": 1,  # what they draw with it, and the metrics
+    "study": 2,  # what they draw with it, and the metrics
     "package": 1,  # files of the release: formats, card, report, reload check
 }
 
