@@ -25,12 +25,15 @@ from lcmlora.settings.evaluation import KARRAS
 Measure = Callable[[SolverSettings], float]  # the distance to the teacher; infinite for pictures that are not finite
 
 # A trial costs its evaluations, and the more steps there are, the less the settings matter. So the search is thorough
-# up to these numbers of evaluations, and beyond the last it only looks around the scale that was best at fewer.
-_ALL_SCALES = 4  # up to so many, every guidance scale is tried
-_UNGUIDED = 8  # unguided, whatever was best at fewer; and the neighbouring scales again after an option has changed
-_OPTIONS = 16  # spacing, Karras sigmas and last step; beyond, those of fewer evaluations stay
-_FEW_SCALES, _FEWER_SCALES = 5, 3  # scales tried at most: up to _UNGUIDED, and beyond
-_AGAIN = 2  # neighbouring scales tried again at most
+# up to these numbers of evaluations, and beyond the last it only looks for a higher scale than was best at fewer.
+_ALL_SCALES = 8  # up to so many evaluations, every guidance scale is tried; beyond, those beside the best at fewer
+_OPTIONS = 16  # up to so many, spacing, Karras sigmas and last step; beyond, those of fewer evaluations stay
+_FEW_SCALES, _FEWER_SCALES = 3, 2  # scales tried at most beyond _ALL_SCALES, and beyond _OPTIONS
+_AGAIN, _ONCE_AGAIN = 2, 1  # neighbouring scales tried again at most, up to _ALL_SCALES and beyond
+_KARRAS_FROM = 3  # steps; in one or two, Karras sigmas are the highest noise level and the lowest
+
+# Two distances that differ by less may do so by rounding, which is another on every machine: the first stays the best.
+_ROUNDING = 1e-3
 
 
 def choose_baselines(
@@ -72,7 +75,7 @@ def choose_baselines(
     search = (trial for solver in searched for trial in search_settings(solver, settings, measure))
     for trial in track(search, "solver settings (at most)", total=_most_trials(settings)):
         trials.setdefault(Key.of_solver(trial.settings), []).append(trial)
-    baselines |= {key: _best(tried).settings for key, tried in trials.items()}
+    baselines |= {key: best_trial(tried).settings for key, tried in trials.items()}
     evaluations = teacher_settings.evaluations + sum(t.settings.evaluations for each in trials.values() for t in each)
     return baselines, Search(
         split=split,
@@ -123,26 +126,27 @@ class _Search:
         """
         if not self._scales:
             return
-        many = self._evaluations > _UNGUIDED
-        if not before or self._evaluations <= _ALL_SCALES:
+        every = not before or self._evaluations <= _ALL_SCALES
+        if every:
             plain = SolverSettings.of(self._solver, 1, 1.0)
             for scale in self._scales:
                 yield from self._try(self._scaled(plain, scale))
         else:
             for start in self._starts(before):
                 yield from self._try(start)
-            yield from self._climb((_FEWER_SCALES if many else _FEW_SCALES) - len(self._tried))
+            few = _FEW_SCALES if self._evaluations <= _OPTIONS else _FEWER_SCALES
+            yield from self._climb(few - len(self._tried))
         if self._evaluations > _OPTIONS:
             return
         scaled = self._best
         for option in self._options():
             yield from self._try(option)
-        if not many and self._best != scaled:
-            yield from self._climb(_AGAIN)
+        if self._best != scaled:
+            yield from self._climb(_AGAIN if every else _ONCE_AGAIN)
 
     @property
     def _best(self) -> SolverSettings:
-        return _best(list(self._tried.values())).settings
+        return best_trial(list(self._tried.values())).settings
 
     def _scaled(self, settings: SolverSettings, scale: float) -> SolverSettings:
         """Returns the settings at a guidance scale, with the steps that it leaves, and a last step that there is."""
@@ -151,23 +155,21 @@ class _Search:
         return settings.changed(steps=steps, guidance_scale=scale, final=final)
 
     def _starts(self, before: list[Trial]) -> Iterator[SolverSettings]:
-        """Yields the best settings at fewer evaluations, the best guided ones if these are unguided, and unguided."""
-        best = _best(before).settings
+        """Yields the best settings at fewer evaluations, and the best guided ones if these are unguided."""
+        best = best_trial(before).settings
         found = [best]
         guided = [trial for trial in before if trial.settings.guidance_scale != 1]
         if best.guidance_scale == 1 and guided:
-            found.append(_best(guided).settings)
+            found.append(best_trial(guided).settings)
         scales = [min(self._scales, key=lambda scale: abs(scale - each.guidance_scale)) for each in found]
-        if self._evaluations <= _UNGUIDED and 1 in self._scales:
-            scales.append(1)
         return (self._scaled(best, scale) for scale in dict.fromkeys(scales))
 
     def _climb(self, most: int) -> Iterator[Trial]:
-        """Tries the scales beside the best until none is better."""
+        """Tries the scales beside the best, the higher one first, until none is better."""
         for _ in range(most):
             best = self._best
             place = self._scales.index(best.guidance_scale)
-            beside = [self._scaled(best, scale) for scale in self._scales[max(place - 1, 0) : place + 2]]
+            beside = [self._scaled(best, scale) for scale in reversed(self._scales[max(place - 1, 0) : place + 2])]
             untried = [each for each in beside if each not in self._tried]
             if not untried:
                 return
@@ -176,7 +178,7 @@ class _Search:
     def _options(self) -> Iterator[SolverSettings]:
         for spacing in SPACINGS:
             yield self._best.changed(spacing=spacing)
-        if self._solver in KARRAS:
+        if self._solver in KARRAS and self._best.steps >= _KARRAS_FROM:
             yield self._best.changed(karras=not self._best.karras)
         for final in finals(self._solver, self._best.steps):
             yield self._best.changed(final=final)
@@ -189,9 +191,15 @@ class _Search:
             yield trial
 
 
-def _best(trials: list[Trial]) -> Trial:
-    """Returns the nearest trial, the first of several."""
-    return min(trials, key=lambda trial: math.inf if trial.distance is None else trial.distance)
+def best_trial(trials: list[Trial]) -> Trial:
+    """Returns the nearest trial, the first of several that are as near but for rounding."""
+    best = trials[0]
+    for trial in trials[1:]:
+        if trial.distance is not None and (
+            best.distance is None or trial.distance < best.distance - _ROUNDING * abs(best.distance)
+        ):
+            best = trial
+    return best
 
 
 def _possible(evaluations: int, scales: Sequence[float]) -> list[float]:
@@ -232,10 +240,11 @@ def _most(solver: str, evaluations: int, settings: Evaluation) -> int:
     scales = _possible(evaluations, settings.guidance_scales)
     if not scales:
         return 0
-    many = evaluations > _UNGUIDED
     every = evaluations <= _ALL_SCALES or evaluations == min(settings.solver_evaluations)
-    first = len(scales) if every else min(_FEWER_SCALES if many else _FEW_SCALES, len(scales))
+    few = _FEW_SCALES if evaluations <= _OPTIONS else _FEWER_SCALES
+    first = len(scales) if every else min(few, len(scales))
     if evaluations > _OPTIONS:
         return first
-    options = len(SPACINGS) - 1 + (solver in KARRAS) + len(finals(solver, evaluations)) - 1
-    return first + options + (0 if many or len(scales) == 1 else _AGAIN)
+    karras = solver in KARRAS and evaluations >= _KARRAS_FROM
+    options = len(SPACINGS) - 1 + karras + len(finals(solver, evaluations)) - 1
+    return first + options + (0 if len(scales) == 1 else _AGAIN if every else _ONCE_AGAIN)
