@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from lcmlora.errors import Unavailable, UserError
 
@@ -131,7 +131,7 @@ def _hidden(name: PurePosixPath) -> bool:
     return any(part.startswith(".") for part in name.parts)
 
 
-def _botocore_errors() -> tuple[type[Exception], ...]:
+def _botocore_errors() -> tuple[Any, ...]:
     """Returns the errors of a bucket that are no OSErrors."""
     try:
         from botocore.exceptions import BotoCoreError
