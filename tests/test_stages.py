@@ -79,16 +79,16 @@ def test_of_the_file_of_own_prompts_the_content_decides_and_not_the_name(tmp_pat
     def entries(name: str, text: str) -> dict[str, Any]:
         (tmp_path / name).write_text(text)
         settings = load(evaluation={"prompts": str(tmp_path / name)})
-        return {run.stage: stages.decisive(settings, run) for run in stages.runs(settings)}
+        return {run.stage: stages.decisive_settings(settings, run) for run in stages.runs(settings)}
 
-    without = {run.stage: stages.decisive(load(), run) for run in stages.runs(load())}
+    without = {run.stage: stages.decisive_settings(load(), run) for run in stages.runs(load())}
     one, same, other = entries("a.txt", "an owl"), entries("b.txt", "an owl"), entries("a.txt", "a fox")
     assert one == same
     assert {stage for stage in one if one[stage] != without[stage]} == {"reference", "evaluate"}
     assert {stage for stage in one if one[stage] != other[stage]} == {"reference", "evaluate"}
     with pytest.raises(UserError, match=r"evaluation\.prompts: .*missing\.txt: No such file"):
         settings = load(evaluation={"prompts": str(tmp_path / "missing.txt")})
-        stages.decisive(settings, Run("reference", "emoji"))
+        stages.decisive_settings(settings, Run("reference", "emoji"))
 
 
 def test_of_a_studied_model_styles_and_the_study_are_decided_by_what_they_read():
