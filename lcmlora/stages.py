@@ -216,7 +216,5 @@ def _training(training: Training) -> JsonObject:
 
 def _evaluation(config: Config, run: Run, *unused: str) -> JsonObject:
     """Returns the decisive settings of an evaluation. Of the file of own prompts its content decides, not its name."""
-    left_out = {*_IRRELEVANT_TO_DRAWING, *unused, "prompts"}
-    evaluation = config.evaluation_for(_model(run)).model_dump(mode="json", exclude=left_out)
-    digest = config.prompts_digest(_model(run))
-    return evaluation | ({"prompts": digest} if digest else {})
+    evaluation = config.evaluation_for(_model(run)).model_dump(mode="json", exclude={*_IRRELEVANT_TO_DRAWING, *unused})
+    return evaluation | {"prompts": config.prompts_digest(_model(run))}

@@ -136,7 +136,7 @@ def draw_reference(
             "unet": base.examination.unet_digest,
             "dtype": str(base.dtype).removeprefix("torch."),
         },
-        settings=settings.model_dump(mode="json", exclude={"prompts", "worst_captions"}),
+        settings=settings.model_dump(mode="json"),
         seeds={"teacher": seeds.teacher, "compared": seeds.compared},
         prompts=prompts,
         network_evaluations={key: each.evaluations for key, (each, _) in jobs.items()},
