@@ -21,7 +21,7 @@ from benchmarks import tables
 from lcmlora import bases, config
 from lcmlora.data.latents.cache import MANIFEST, UNCONDITIONAL, VERSION, LatentCache, Manifest
 from lcmlora.data.latents.store import Store
-from lcmlora.distillation.loss import Distillation, equip, samples
+from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
 from lcmlora.io.files import atomic_folder, write_json
 from lcmlora.training.loop import take_step
 from tests.integration.seaweed import REGION, SeaweedFS
@@ -116,9 +116,11 @@ def measure(settings: config.Config, options: argparse.Namespace, work: Path, ro
         "there": LatentCache(work / "there", shards=work / "disk", budget=budget),
     }
     base = load("network")
-    optimization = equip(base, distillation)
+    optimization = add_adapter(base, distillation)
     distillation_loss = Distillation(base, caches["here"].unconditional(), distillation)
-    streams = {name: samples(cache, torch.arange(len(cache)), distillation, device) for name, cache in caches.items()}
+    streams = {
+        name: sample_stream(cache, torch.arange(len(cache)), distillation, device) for name, cache in caches.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in streams}
     for turn in range(options.turns + 1):
         for name in sorted(streams, reverse=turn % 2 == 0):

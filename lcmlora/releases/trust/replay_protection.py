@@ -1,4 +1,4 @@
-"""Protection against rollback: the newest pointer of each channel and each yank that this user has seen in a store.
+"""Protection against replayed records: the newest pointer of each channel and each yank that this user has seen.
 
 A signature proves who wrote a record. It does not prove that there is no newer one: whoever can write to a store can
 put an older pointer back, or delete a yank. So this module keeps the newest signed record of each kind on this

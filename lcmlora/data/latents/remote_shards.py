@@ -33,7 +33,7 @@ from lcmlora.io.parsing import JsonObject
 from lcmlora.io.remote import Files
 from lcmlora.io.terminal import note
 
-PATIENCE = 600.0  # seconds for which a request that the bucket does not answer is repeated
+REQUEST_TIMEOUT = 600.0  # seconds for which a request that the bucket does not answer is repeated
 
 _REQUEST_BYTES = 8 << 20
 _DOWNLOADS = 4  # shards that are downloaded at the same time
@@ -55,7 +55,7 @@ class CacheFile(Document):
 class ShardFile(CacheFile):
     """A shard, as the manifest lists it.
 
-    bucket: index in the manifest's list of aspect buckets.
+    bucket: aspect bucket, as an index into the manifest's list.
     made_of: SHA-256 of the pictures and captions in it; caches of early versions have none.
     """
 
@@ -65,23 +65,23 @@ class ShardFile(CacheFile):
 
 
 def object_name(shard: ShardFile) -> str:
-    """Returns the name of a shard's object in the bucket: its contents' hash, so that no object is ever overwritten."""
+    """Returns the name of a shard's object in the S3 bucket: its SHA-256, so that no object is ever overwritten."""
     return f"{shard.sha256}.safetensors"
 
 
 class RemoteShards:
-    """The shards of one cache that lies in a bucket, and a folder for at most `budget` bytes of them."""
+    """The shards of one cache that lies in an S3 bucket, and a folder for at most `budget` bytes of them."""
 
     def __init__(
-        self, files: Files, shards: Sequence[ShardFile], folder: Path, budget: int, patience: float = PATIENCE
+        self, files: Files, shards: Sequence[ShardFile], folder: Path, budget: int, timeout: float = REQUEST_TIMEOUT
     ) -> None:
         """Args:
         shards: the shards that the manifest lists.
         folder: other processes of this machine may use it as well; complete shards in it are used.
-        patience: seconds for which a request that the bucket does not answer is repeated.
+        timeout: seconds for which a request that the bucket does not answer is repeated.
         """
         self._files, self._shards, self._folder = files, shards, folder
-        self._budget, self._patience = budget, patience
+        self._budget, self._timeout = budget, timeout
         self._plan: SamplingPlan | None = None
         self._window = 0
         self._windows: dict[int, list[Window]] = {}  # by epoch
@@ -100,10 +100,10 @@ class RemoteShards:
         Raises:
             UserError: the budget has no room for a window; says how much is needed.
         """
-        buckets: dict[int, list[ShardFile]] = {}
-        for shard in self._shards:  # every bucket has a window of its own at any time
-            buckets.setdefault(shard.bucket, []).append(shard)
-        needed = sum(_largest_window(shards, window // batch * batch) for shards in buckets.values())
+        aspect_buckets: dict[int, list[ShardFile]] = {}
+        for shard in self._shards:  # every aspect bucket has a window of its own at any time
+            aspect_buckets.setdefault(shard.bucket, []).append(shard)
+        needed = sum(_largest_window(shards, window // batch * batch) for shards in aspect_buckets.values())
         # Rows that are held out from training are not in the plan, so a window may need more shards than that.
         for epoch in range(_EPOCHS_CHECKED):
             windows = plan.windows(epoch)
@@ -254,7 +254,7 @@ class RemoteShards:
 
     def _repeat(self, request: Callable[[], T]) -> T:
         """Returns what the request returns; repeats it while the bucket does not answer, with growing pauses."""
-        until, pause = time.monotonic() + self._patience, 1.0
+        until, pause = time.monotonic() + self._timeout, 1.0
         while True:
             try:
                 return request()
@@ -262,7 +262,7 @@ class RemoteShards:
                 if time.monotonic() + pause > until:
                     raise
                 if pause == 1.0:
-                    note(f"{error}; asking again for {self._patience:.0f} s")
+                    note(f"{error}; asking again for {self._timeout:.0f} s")
                 time.sleep(pause)
                 pause = min(2 * pause, 15.0)
 

@@ -19,7 +19,7 @@ _BREAK = re.compile(r"[^a-z]+")  # the end of a word for Hugging Face: -._ and s
 _CONTENTS = {"", "images", "image", "imgs", "img", "pictures", "photos", "data", "dataset", "set", "split", "of"}
 
 
-def of(name: str, *, container: bool = False) -> str | None:
+def split_of(name: str, *, container: bool = False) -> str | None:
     """Returns the split that the outermost folder of a file names; for a container, else the one in its own name.
 
     A folder names a split by this word alone, or with numbers and words like `images` (`val2017`, `test_images`). A
@@ -53,7 +53,7 @@ def choose(
     """
     by_split: dict[str, list[str]] = {}
     for name in names:
-        by_split.setdefault(of(name, container=container) or TRAIN, []).append(name)
+        by_split.setdefault(split_of(name, container=container) or TRAIN, []).append(name)
     used = [split for split in by_split if split in wanted] or (list(by_split) if len(by_split) == 1 else [])
     if by_split and not used:
         counts = " and ".join(f"{len(names)} files of {split}" for split, names in sorted(by_split.items()))

@@ -9,7 +9,7 @@ import pytest
 
 from lcmlora.config import Data
 from lcmlora.data.prepare import prepare_pictures, print_report
-from lcmlora.data.sources import splits
+from lcmlora.data.sources import split_names
 from lcmlora.data.sources.source import survey
 from lcmlora.errors import UserError
 from tests.data.conftest import add, data_in, picture
@@ -29,7 +29,7 @@ from tests.data.test_bulk_sources import png, sample, table, tar
     ],
 )  # fmt: skip
 def test_folders_tell_the_split_of_pictures(name: str, split: str | None) -> None:
-    assert splits.of(name) == split
+    assert split_names.split_of(name) == split
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_folders_tell_the_split_of_pictures(name: str, split: str | None) -> Non
     ],
 )  # fmt: skip
 def test_tables_tar_files_and_lists_tell_it_by_their_own_names_too(name: str, split: str | None) -> None:
-    assert splits.of(name, container=True) == split
+    assert split_names.split_of(name, container=True) == split
 
 
 def parts(root: Path, *names: str) -> Path:

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from lcmlora import stages
 from lcmlora.config import Encode
-from lcmlora.data.latents import shards
+from lcmlora.data.latents import remote_shards
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode_latents
-from lcmlora.data.latents.shards import RemoteShards, ShardFile
+from lcmlora.data.latents.remote_shards import RemoteShards, ShardFile
 from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.source import survey, write_records
 from lcmlora.errors import Unavailable, UserError
@@ -202,14 +202,14 @@ def test_a_shard_that_goes_while_it_is_opened_is_brought_again_and_other_errors_
             raise RuntimeError(f"unable to open file <{path}> in read-only mode")  # as torch says it
         return load_file(path)
 
-    monkeypatch.setattr(shards, "load_file", load)
+    monkeypatch.setattr(remote_shards, "load_file", load)
     here, there = stream(LatentCache(places[0])), stream(far(places, tmp_path / "one", 4.2))
     assert torch.equal(here.draw(0).z, there.draw(0).z) and calls > 1
 
     def fail(path: Path) -> dict[str, torch.Tensor]:
         raise RuntimeError("not enough memory")
 
-    monkeypatch.setattr(shards, "load_file", fail)
+    monkeypatch.setattr(remote_shards, "load_file", fail)
     with pytest.raises(RuntimeError, match="not enough memory"):
         stream(far(places, tmp_path / "two", 4.2)).draw(0)
 
@@ -277,7 +277,7 @@ def test_a_bucket_that_does_not_answer_for_a_while_is_asked_again_and_not_for_ev
     silent[0] = 1 << 30
     cache = far(places, tmp_path / "b", 4.2)
     assert cache._remote is not None
-    cache._remote._patience = 2.0
+    cache._remote._timeout = 2.0
     with pytest.raises(Unavailable, match="no answer"):
         stream(cache).draw(0)
 
