@@ -371,8 +371,7 @@ class Metrics(Document):
         student's, with None where no solver was drawn.
         """
         found = [(self.best_solver(self.network_evaluations[key]), key) for key in self.students]
-        shown = [(rival, key) for rival, key in found if rival and self.network_evaluations[key] in SHOWN]
-        return shown or found
+        return [(rival, key) for rival, key in found if rival and self.network_evaluations[key] in SHOWN] or found
 
     def steps(self, key: Key) -> int:
         """Returns in how many steps a set was drawn; 0 for what has none, like `real`."""

@@ -184,7 +184,7 @@ class ImageSets:
 
 
 def draw(
-    base: LoadedBase, captions: Sequence[str], settings: Settings, seed: int, indices: range
+    base: LoadedBase, captions: Sequence[str], settings: Settings, seed: int, indices: Sequence[int]
 ) -> tuple[Tensor, float]:
     """Returns pictures (B, 3, H, W) uint8 on the base's device, and the seconds that sampling their latents took.
 
