@@ -35,7 +35,10 @@ FEATURES, CHECK = "features.safetensors", "check.safetensors"  # of a folder wit
 
 
 class NotFinite(UserError):
-    """A picture has values that are not finite. As bytes it would be black, and a figure."""
+    """A picture has values that are not finite.
+
+    Converted to bytes it would be a black picture and be counted in the figures.
+    """
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from lcmlora.evaluation.gate import gate_failures
 from lcmlora.evaluation.image_sets import ImageSets
 from lcmlora.evaluation.measures.distances import distance, named
 from lcmlora.evaluation.reference import Reference, draw_reference
-from lcmlora.evaluation.sets.baselines import best_trial, most_evaluations, search_settings
 from lcmlora.evaluation.sets.captions import choosing, reporting
+from lcmlora.evaluation.sets.solver_search import best_trial, most_evaluations, search_settings
 from tests.evaluation.conftest import FIXED, Quarters, settings, write_adapter
 
 pytestmark = pytest.mark.usefixtures("small_features")

@@ -26,10 +26,11 @@ Measure = Callable[[SolverSettings], float]  # the distance to the teacher; infi
 
 # A trial costs its evaluations, and the more steps there are, the less the settings matter. So the search is thorough
 # up to these numbers of evaluations, and beyond the last it only looks for a higher scale than was best at fewer.
-_ALL_SCALES = 8  # up to so many evaluations, every guidance scale is tried; beyond, those beside the best at fewer
-_OPTIONS = 16  # up to so many, spacing, Karras sigmas and last step; beyond, those of fewer evaluations stay
-_FEW_SCALES, _FEWER_SCALES = 3, 2  # scales tried at most beyond _ALL_SCALES, and beyond _OPTIONS
-_AGAIN, _ONCE_AGAIN = 2, 1  # neighbouring scales tried again at most, up to _ALL_SCALES and beyond
+_ALL_SCALES_UP_TO = 8  # every guidance scale is tried; beyond, those beside the best at fewer evaluations
+_OPTIONS_UP_TO = 16  # spacing, Karras sigmas and last step are tried; beyond, those of fewer evaluations stay
+_FEW_SCALES, _FEWER_SCALES = 3, 2  # scales tried at most beyond _ALL_SCALES_UP_TO, and beyond _OPTIONS_UP_TO
+# Neighbouring scales tried at most after an option has changed, up to _ALL_SCALES_UP_TO and beyond.
+_NEIGHBOURS, _FEWER_NEIGHBOURS = 2, 1
 _KARRAS_FROM = 3  # steps; in one or two, Karras sigmas are the highest noise level and the lowest
 
 # Two distances that differ by less may do so by rounding, which is another on every machine: the first stays the best.
@@ -126,7 +127,7 @@ class _Search:
         """
         if not self._scales:
             return
-        every = not before or self._evaluations <= _ALL_SCALES
+        every = not before or self._evaluations <= _ALL_SCALES_UP_TO
         if every:
             plain = SolverSettings.of(self._solver, 1, 1.0)
             for scale in self._scales:
@@ -134,15 +135,15 @@ class _Search:
         else:
             for start in self._starts(before):
                 yield from self._try(start)
-            few = _FEW_SCALES if self._evaluations <= _OPTIONS else _FEWER_SCALES
+            few = _FEW_SCALES if self._evaluations <= _OPTIONS_UP_TO else _FEWER_SCALES
             yield from self._climb(few - len(self._tried))
-        if self._evaluations > _OPTIONS:
+        if self._evaluations > _OPTIONS_UP_TO:
             return
         scaled = self._best
         for option in self._options():
             yield from self._try(option)
         if self._best != scaled:
-            yield from self._climb(_AGAIN if every else _ONCE_AGAIN)
+            yield from self._climb(_NEIGHBOURS if every else _FEWER_NEIGHBOURS)
 
     @property
     def _best(self) -> SolverSettings:
@@ -240,11 +241,11 @@ def _most(solver: str, evaluations: int, settings: Evaluation) -> int:
     scales = _possible(evaluations, settings.guidance_scales)
     if not scales:
         return 0
-    every = evaluations <= _ALL_SCALES or evaluations == min(settings.solver_evaluations)
-    few = _FEW_SCALES if evaluations <= _OPTIONS else _FEWER_SCALES
+    every = evaluations <= _ALL_SCALES_UP_TO or evaluations == min(settings.solver_evaluations)
+    few = _FEW_SCALES if evaluations <= _OPTIONS_UP_TO else _FEWER_SCALES
     first = len(scales) if every else min(few, len(scales))
-    if evaluations > _OPTIONS:
+    if evaluations > _OPTIONS_UP_TO:
         return first
     karras = solver in KARRAS and evaluations >= _KARRAS_FROM
     options = len(SPACINGS) - 1 + karras + len(finals(solver, evaluations)) - 1
-    return first + options + (0 if len(scales) == 1 else _AGAIN if every else _ONCE_AGAIN)
+    return first + options + (0 if len(scales) == 1 else _NEIGHBOURS if every else _FEWER_NEIGHBOURS)
