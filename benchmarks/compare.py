@@ -50,7 +50,7 @@ from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.source import fit, open_picture, read_records
 from lcmlora.distillation.distill import probe_inputs
-from lcmlora.distillation.loss import Distillation, equip, samples
+from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
 from lcmlora.errors import UserError
 from lcmlora.io.files import write_json
 from lcmlora.training.checkpoint import BestWeights, Checkpoints
@@ -107,7 +107,7 @@ class _Side:
         self.device = bases.pick_device(self.settings.device)
         self.dtype = bases.pick_dtype(self.settings.precision, self.device)
         self.cache = cache.LatentCache(case.data / "latents")
-        self.batches = samples(self.cache, torch.arange(len(self.cache)), self.settings, self.device)
+        self.batches = sample_stream(self.cache, torch.arange(len(self.cache)), self.settings, self.device)
         self._done = 0
 
     def steps(self, mode: str, count: int) -> list[Tensor]:
@@ -171,7 +171,7 @@ class _Ours(_Side):
         super().__init__(case)
         base = bases.load(case.model, case.base, case.folder, device=self.device, dtype=self.dtype, parts=("network",))
         check = AdapterCheck(base, *probe_inputs(base, self.batches.at(range(-2, 0), torch.zeros(2, dtype=torch.long))))
-        self._optimization = equip(base, self.settings)
+        self._optimization = add_adapter(base, self.settings)
         if self.settings.compile:  # a wrong step must not be measured
             check.compiled(self.batches.size, 2 * self.batches.size)
         self._distillation = Distillation(base, self.cache.unconditional(), self.settings)

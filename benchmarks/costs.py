@@ -101,7 +101,7 @@ def count(name: str, settings: config.Config) -> Preset:
 
 def _drawn(evaluation: config.Evaluation) -> int:
     """Returns how many network evaluations of single pictures a reference takes at most."""
-    from lcmlora.evaluation.sets.baselines import most_evaluations
+    from lcmlora.evaluation.sets.solver_search import most_evaluations
 
     teacher = 2 * 2 * evaluation.teacher_steps  # two sets, guided
     solvers = len(evaluation.solvers) * sum(evaluation.solver_evaluations)

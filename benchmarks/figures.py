@@ -46,10 +46,11 @@ def readme(metrics: Metrics) -> str:
 def _sentences(metrics: Metrics) -> str:
     student = metrics.pairs[len(metrics.pairs) // 2][1]
     teacher, retrieval = metrics.teacher, metrics.retrieval
+    steps = metrics.label(student).partition(", ")[2]
     told = [
-        f"Excess is the Fréchet distance to the teacher's pictures less its floor of {_number(metrics.floor)}; smaller "
-        f"is better. In {metrics.label(student).partition(', ')[2]} the student's caption retrieval is "
-        f"{retrieval[student]:.3f}, the teacher's in {teacher.steps} {retrieval[teacher]:.3f}"
+        f"Excess is the Fréchet distance to the teacher's pictures less its [floor](docs/glossary.md#evaluation) of "
+        f"{_number(metrics.floor)}; smaller is better. In {steps} the student's caption "
+        f"retrieval is {retrieval[student]:.3f}, the teacher's in {teacher.steps} {retrieval[teacher]:.3f}"
         + (f", that of real pictures {retrieval[Key(REAL)]:.3f}." if REAL in retrieval else ".")
     ]
     if metrics.distance_real:

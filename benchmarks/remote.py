@@ -20,8 +20,8 @@ import torch
 from benchmarks import tables
 from lcmlora import bases, config
 from lcmlora.data.latents.cache import MANIFEST, UNCONDITIONAL, VERSION, LatentCache, Manifest
-from lcmlora.data.latents.store import Store
-from lcmlora.distillation.loss import Distillation, equip, samples
+from lcmlora.data.latents.store import UnfinishedCache
+from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
 from lcmlora.io.files import atomic_folder, write_json
 from lcmlora.training.loop import take_step
 from tests.integration.seaweed import REGION, SeaweedFS
@@ -30,7 +30,7 @@ from tests.integration.seaweed import REGION, SeaweedFS
 def make(base: bases.LoadedBase, folder: Path, pictures: int, rows: int, place: str | None) -> int:
     """Writes a cache of random latents and returns the bytes of its shards."""
     generator = torch.Generator().manual_seed(0)
-    store = Store(folder.with_name(folder.name + "-work"), "random", [], place)
+    store = UnfinishedCache(folder.with_name(folder.name + "-work"), "random", [], place)
     names = [f"shard-{number:05d}.safetensors" for number in range(pictures // rows)]
     for number, name in enumerate(names):
         mean = torch.randn(rows, *base.latent_shape, generator=generator).half()
@@ -116,9 +116,11 @@ def measure(settings: config.Config, options: argparse.Namespace, work: Path, ro
         "there": LatentCache(work / "there", shards=work / "disk", budget=budget),
     }
     base = load("network")
-    optimization = equip(base, distillation)
+    optimization = add_adapter(base, distillation)
     distillation_loss = Distillation(base, caches["here"].unconditional(), distillation)
-    streams = {name: samples(cache, torch.arange(len(cache)), distillation, device) for name, cache in caches.items()}
+    streams = {
+        name: sample_stream(cache, torch.arange(len(cache)), distillation, device) for name, cache in caches.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in streams}
     for turn in range(options.turns + 1):
         for name in sorted(streams, reverse=turn % 2 == 0):

@@ -24,7 +24,7 @@ from lcmlora import bases, config
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.sources.source import read_records, survey, write_records
-from lcmlora.distillation.loss import Distillation, equip, samples
+from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
 from lcmlora.io.files import write_json
 from lcmlora.training.loop import take_step
 
@@ -84,12 +84,12 @@ def paces(
             dtype=bases.pick_dtype(distillation.precision, device),
             parts=("network",),
         )
-        optimization, cache = equip(base, distillation), caches[kind]
+        optimization, cache = add_adapter(base, distillation), caches[kind]
         distillation_loss = Distillation(base, cache.unconditional(), distillation)
         steps[kind] = (
             distillation_loss,
             optimization,
-            samples(cache, torch.arange(len(cache)), distillation, device),
+            sample_stream(cache, torch.arange(len(cache)), distillation, device),
             distillation,
         )
     taken: dict[str, list[float]] = {kind: [] for kind in KINDS}

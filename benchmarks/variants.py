@@ -32,7 +32,7 @@ from lcmlora.cli.reporting import reporting_errors
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion.teacher import Teacher
 from lcmlora.diffusion.teacher_cache import TeacherCache
-from lcmlora.distillation.loss import Distillation, samples
+from lcmlora.distillation.loss import Distillation, sample_stream
 from lcmlora.io.files import write_json
 from lcmlora.patches import lora_forwards
 from lcmlora.patches.attention import DirectAttention, WideAttention
@@ -125,7 +125,7 @@ class Build:
         distillation = Distillation(base, self.cache.unconditional(), settings, teacher_cache)
         if teacher is not None:
             distillation.teacher = teacher(base, self.cache.unconditional(), settings.grid)
-        batches = samples(self.cache, torch.arange(len(self.cache)), settings, self.device)
+        batches = sample_stream(self.cache, torch.arange(len(self.cache)), settings, self.device)
         return Step(distillation, list(parameters.values()), optimizing, batches, around, wait)
 
 

@@ -37,7 +37,7 @@ class Outcome:
 
     model: str
     ran: list[StageResult] = field(default_factory=list)
-    fresh: list[str] = field(default_factory=list)  # stages that were up to date
+    up_to_date: list[str] = field(default_factory=list)  # stages
     differing: list[str] | None = None  # stages whose entry in dvc.lock differs from Git's; None where Git has none
     running: str | None = None  # stage
     figures: Metrics | None = None
@@ -82,7 +82,7 @@ def rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
         return stage.replace(f"@{outcome.model}", "")
 
     pairs = [("ran", ", ".join(f"{short(r.stage)} {r.seconds:.0f} s" for r in outcome.ran) or "nothing")]
-    pairs += [("up to date", ", ".join(map(short, outcome.fresh)))] if outcome.fresh else []
+    pairs += [("up to date", ", ".join(map(short, outcome.up_to_date)))] if outcome.up_to_date else []
     if outcome.ran and outcome.differing is not None:
         pairs.append(_compared(list(map(short, outcome.differing)), outcome.figures))
     if outcome.figures is not None:

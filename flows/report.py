@@ -1,4 +1,4 @@
-"""The flow that leaves the digest of the last days: champions, versions, runs, and tasks for a person."""
+"""The flow that leaves the weekly summary, of the last days: champions, versions, runs, and tasks for a person."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lcmlora.registry.events import Event
 def leave_digest(
     days: Annotated[int, Field(gt=0, description="How many days back.")] = 7, params: str = "params.yaml"
 ) -> State:
-    """Leaves the artifact `digest`: the standing of each model, the history of versions, the ends of runs.
+    """Leaves the weekly summary, artifact `digest`: the standing of each model, history of versions, ends of runs.
 
     Ends as Reported, or as Quiet if nothing happened.
     """
@@ -43,13 +43,16 @@ def leave_digest(
         ]
     except UserError as error:
         return Failed(message=str(error))
-    create_markdown_artifact(digest(days, standings, events, runs, settings.gate.steps), key="digest")
+    text = weekly_summary(days, standings, events, runs, settings.gate.steps)
+    create_markdown_artifact(text, key="digest")
     counts = f"{len(events)} events of versions, {len(runs)} runs in {days} days"
     return Completed(name="Reported" if events or runs else "Quiet", message=counts)
 
 
-def digest(days: int, standings: list[Standing], events: list[tuple[str, Event]], runs: list[Run], steps: int) -> str:
-    """Returns the digest in Markdown.
+def weekly_summary(
+    days: int, standings: list[Standing], events: list[tuple[str, Event]], runs: list[Run], steps: int
+) -> str:
+    """Returns the weekly summary in Markdown.
 
     Args:
         events: with their models.

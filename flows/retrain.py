@@ -34,7 +34,7 @@ from lcmlora.errors import UserError
 from lcmlora.io import faults
 from lcmlora.io.terminal import note
 from tasks import dvc
-from tasks.devices import occupied
+from tasks.devices import holding_device
 from tasks.models import (
     fetch_base,
     pass_gate,
@@ -186,7 +186,7 @@ def _prepare(results: list[Outcome], settings: config.Config, force: bool, proce
                     plan.prepared.add(stage)
             else:
                 for outcome in going:
-                    outcome.fresh.append(stage)
+                    outcome.up_to_date.append(stage)
     return plan
 
 
@@ -199,15 +199,15 @@ def _bring_up(
         prepared = prepare_of(outcome.model, settings) in plan.prepared
         # Stages before the first stale one are up to date. Those after it may become stale.
         first = next((n for n, name in enumerate(names) if name in plan.stale or prepared), len(names))
-        outcome.fresh += names[:first]
+        outcome.up_to_date += names[:first]
         on_device = [name for name in names[first:] if dvc.needs_device(name)]
         changed = prepared
         # Held for all of a model's stages, so that one model is finished before the next one starts.
-        with occupied(settings.flow.limit, processes) if on_device else contextlib.nullcontext():
+        with holding_device(settings.flow.limit, processes) if on_device else contextlib.nullcontext():
             for name in on_device:
                 examined = name.startswith("distill@") and _has_gpu(settings.distill_for(outcome.model))
                 if examined and (changed or name in plan.stale):
-                    dvc.examine(outcome.model, processes, settings)
+                    dvc.run_doctor(outcome.model, processes, settings)
                 changed = _run(name, [outcome], settings, plan.force, plan.pull, processes)
         for name in names[first:]:
             if name not in on_device:
@@ -233,7 +233,7 @@ def _run(
         if result.ran:
             outcome.ran.append(result)
         else:
-            outcome.fresh.append(name)
+            outcome.up_to_date.append(name)
     return result.ran
 
 

@@ -69,7 +69,7 @@ class Project:
 
     @property
     def pictures(self) -> Path:
-        """The lists of the prepared pictures of `data`, from which all models learn that have none of their own."""
+        """The lists of the prepared pictures of `data`; models without pictures of their own learn from these."""
         return self.root / "data" / "pictures"
 
     def own_pictures(self, model: str) -> Path:

@@ -28,12 +28,12 @@ VERSIONS = {
     "encode": 1,  # latents and embeddings: resizing, the VAE's scaling, teacher rollouts, the layout of the cache
     "reference": 2,  # what the teacher and the solvers draw, image features, scores
     "distill": 1,  # objectives, teacher, samples, optimization, which weights are saved
-    "evaluate": 1,  # how the student draws, and the metrics
+    "evaluate": 2,  # how the student draws, and the metrics
     "style": 1,  # training of style LoRAs
     "finetune": 1,  # training of whole checkpoints
     "alone": 1,  # what styles and checkpoints draw without the adapter
-    "study": 1,  # what they draw with it, and the metrics
-    "package": 1,  # files of the release: formats, card, report, reload check
+    "study": 2,  # what they draw with it, and the metrics
+    "package": 2,  # files of the release: formats, card, report, reload check
 }
 
 # Stages that do the work of other stages themselves, whose versions decide their results, too.

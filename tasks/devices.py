@@ -21,7 +21,7 @@ _LEASE = 60.0  # seconds that a slot stays taken after its holder was killed
 
 
 @contextlib.contextmanager
-def occupied(limit: str, processes: Processes) -> Iterator[None]:
+def holding_device(limit: str, processes: Processes) -> Iterator[None]:
     """Waits until nobody else holds the limit, and holds it within the block.
 
     On this machine, the limit is a lock. The supervisors of the block's commands hold it, too, so that after a flow is

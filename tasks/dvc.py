@@ -109,8 +109,8 @@ def repro(stage: str, processes: Processes, settings: Config, force: bool = Fals
 def resolve(processes: Processes) -> None:
     """Brings resolved.yaml up to date, by which DVC sees what params.yaml and this package have changed.
 
-    So is dvc.yaml, where models have begun or ceased to learn from pictures of their own. To be called before DVC is
-    asked what is stale. A project whose dvc.yaml has no such stage is left as it is.
+    It also updates dvc.yaml if a model has gained or lost data of its own. To be called before DVC is asked what is
+    stale. A project whose dvc.yaml has no such stage is left as it is.
 
     Raises:
         UserError: params.yaml or dvc.yaml cannot be read, or the stage failed.
@@ -190,7 +190,7 @@ def push(processes: Processes, jobs: int = 4) -> None:
 
 
 @task(task_run_name="doctor {model}", cache_policy=NO_CACHE)
-def examine(model: str, processes: Processes, settings: Config) -> None:
+def run_doctor(model: str, processes: Processes, settings: Config) -> None:
     """Tries a step of a model's distillation, so that a mistake is found before hours are spent.
 
     The caller must hold the device.

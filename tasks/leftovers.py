@@ -15,7 +15,7 @@ from lcmlora.project import Project
 from tasks import dvc_command
 from tasks.dvc_internals import LOCK, READERS_AND_WRITERS, READERS_AND_WRITERS_LOCK, TEMPORARY, is_lock_file
 
-_PATIENCE = 60.0  # seconds to wait for a running DVC that locks one of these files
+_LOCK_TIMEOUT = 60.0  # seconds to wait for a running DVC that locks one of these files
 
 _LOCK_FILE = Project().dvc_lock
 _DVC = ("dvc", Path(dvc_command.__file__).name)  # words by which DVC's command line is known
@@ -98,7 +98,7 @@ def _may_be_dvc(pid: int) -> bool:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Holds DVC's own lock. If a running DVC keeps it too long, the block goes on without: its file is not cut off."""
-    until = time.monotonic() + _PATIENCE
+    until = time.monotonic() + _LOCK_TIMEOUT
     with path.open("a+") as file:
         while time.monotonic() < until:
             try:

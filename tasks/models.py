@@ -17,7 +17,7 @@ from lcmlora.project import Project
 from lcmlora.registry import promotion, registration
 from lcmlora.releases import bundle, publish
 from lcmlora.releases.bundle import Provenance
-from tasks.devices import occupied
+from tasks.devices import holding_device
 from tasks.dvc import StageFailed
 from tasks.processes import Processes, python, reason, stream
 
@@ -75,7 +75,7 @@ def read_champion(model: str, figures: Metrics, settings: config.Config, process
 def _remeasure(model: str, reference: str, settings: config.Config, processes: Processes) -> Metrics:
     out = _PROJECT.scratch("champion", f"{model}.json")
     arguments = ("remeasure", model, "--adapter", f"models:/{reference}", "--out", str(out))
-    with occupied(settings.flow.limit, processes):
+    with holding_device(settings.flow.limit, processes):
         status, lines = stream(processes, python("lcmlora", *arguments))
     if status != 0:
         raise StageFailed(f"remeasure {reference}: {reason(lines, status)}")

@@ -26,7 +26,7 @@ from lcmlora.io.private import cache_folder
 from lcmlora.io.terminal import LINE, shown
 from tasks import supervisor
 
-_PATIENCE = supervisor.GRACE + 3  # seconds for a supervisor to end its command
+_END_TIMEOUT = supervisor.GRACE + 3  # seconds for a supervisor to end its command
 _MARK = "LCMLORA_FLOW"  # environment variable: the flow that a process was started by
 
 
@@ -141,7 +141,7 @@ class Processes:
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """Waits until a supervisor without a lifeline has ended. If it was killed, its command is killed, too."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_PATIENCE)
+            process.wait(_END_TIMEOUT)
         kill_group(process)
         process.wait()
 

@@ -28,9 +28,9 @@ def networked(task: Task[P, R], settings: Config) -> Task[P, R]:
         retries=settings.flow.retries,
         retry_delay_seconds=exponential_backoff(settings.flow.retry_seconds),
         retry_jitter_factor=_JITTER,
-        retry_condition_fn=_is_passing,
+        retry_condition_fn=_is_temporary,
     )
 
 
-def _is_passing(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
+def _is_temporary(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
     return isinstance(failure(state), Unavailable | ConnectionError | TimeoutError)

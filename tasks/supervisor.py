@@ -1,12 +1,12 @@
-"""Runs a command, and ends it with all its children when the process at the other end of standard input dies.
+"""Runs a command, and ends it with all its children when the flow that started it dies.
 
     python tasks/supervisor.py COMMAND ...            runs the command, and ends with its status
     python tasks/supervisor.py --marked NAME=VALUE    waits for the end of standard input, then ends all processes that
                                                       have this variable in their environment
 
-Standard input ends however its holder dies. Then the command and its children get SIGTERM, and after some seconds
-SIGKILL. Children that outlive their command are ended, too: DVC may end without its trainer. This file uses only the
-standard library, so that it starts at once.
+The flow holds the other end of standard input, which ends however the flow dies. Then the command and its children get
+SIGTERM, and after some seconds SIGKILL. Children that outlive their command are ended, too: DVC may end without its
+trainer. This file uses only the standard library, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LINUX = sys.platform == "linux"
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the command's status, 128 + N if signal N ended it, 143 if the holder of standard input ended."""
+    """Returns the command's status, 128 + N if signal N ended it, 143 if the flow that holds standard input ended."""
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(each, _nothing)  # a handler, since the command would inherit that a signal is ignored
     if arguments[:1] == ["--marked"]:

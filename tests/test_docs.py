@@ -28,6 +28,26 @@ def test_every_module_that_is_run_exists(page: Path):
     assert [path for path in paths if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists())] == []
 
 
+def _settings() -> dict[str, set[str]]:
+    """Returns the keys of each section, from docs/configuration.md, which another test holds against the settings."""
+    page = (ROOT / "docs/configuration.md").read_text()
+    sections = re.findall(r"^## `(\w+)`\n(.*?)(?=^## |\Z)", page, re.M | re.S)
+    return {section: set(re.findall(r"^\| `(\w+)", text, re.M)) for section, text in sections}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "SECURITY.md", *PAGES], ids=lambda page: page.name)
+def test_every_setting_that_is_quoted_with_its_section_exists(page: Path):
+    settings = _settings()
+    quoted = re.findall(rf"`({'|'.join(settings)})\.(?!(?:json|md|py)\b)(\w+)", page.read_text())
+    assert [f"{section}.{key}" for section, key in quoted if key not in settings[section]] == []
+
+
+def test_the_page_of_settings_has_the_sections_and_keys_that_other_pages_quote():
+    settings = _settings()
+    assert {"solver_evaluations", "pictures"} <= settings["evaluation"] and "test" in settings["data"]
+    assert "solver_steps" not in settings["evaluation"] and len(settings) > 12
+
+
 def test_the_glossary_has_one_sentence_for_each_term_and_no_term_twice():
     rows = re.findall(
         r"^\| (?!term \||---)([^|]+) \| ([^|]+) \| ([^|]+) \|$", (ROOT / "docs/glossary.md").read_text(), re.M

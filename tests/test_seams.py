@@ -25,7 +25,7 @@ from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.prepare import PARTS, prepare_pictures
 from lcmlora.data.sources.source import open_picture, read_records
 from lcmlora.diffusion import objectives, sampling
-from lcmlora.distillation.loss import Distillation, equip
+from lcmlora.distillation.loss import Distillation, add_adapter
 from lcmlora.dvc_files.resolved import resolve
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Metrics
@@ -157,7 +157,7 @@ def test_a_setting_of_an_added_objective_changes_the_loss(base_folder: Path, cac
         values = SETTINGS.model_dump() | {"objective": "halfway"} | own
         settings = additions.HalfwaySettings.model_validate(values)
         base = load_parts(base_folder, "network")
-        equip(base, settings)
+        add_adapter(base, settings)
         distillation = Distillation(base, cache.unconditional(), settings)
         with torch.no_grad():
             return distillation.losses(draw_batch(cache, settings)).mean().item()

@@ -60,6 +60,8 @@ def test_every_stage_of_dvc_yaml_reads_the_entry_of_its_own_run():
         ({"evaluation": {"student_steps": [1, 2, 4]}}, {"evaluate"}),
         ({"evaluation": {"seed": 3}}, {"reference", "evaluate"}),
         ({"gate": {"min_retrieval": 0.5}}, {"package"}),
+        ({"gate": {"steps": 2}}, {"evaluate", "package"}),  # at which the worst captions are shown
+        ({"evaluation": {"worst_captions": 3}}, {"evaluate"}),
         ({"bases": {"emoji": RAW["bases"]["emoji"] | {"license": "mit"}}}, {"package"}),
         ({"bases": {"emoji": RAW["bases"]["emoji"] | {"distill": {"rank": 8}}}}, {"distill"}),
         ({"bases": RAW["bases"] | {"sdxl": {"resolution": 512}}}, set()),
@@ -71,6 +73,22 @@ def test_a_setting_decides_the_stages_that_read_it_and_no_others(changes: dict[s
     assert {
         run.stage for run in runs if stages.decisive_settings(before, run) != stages.decisive_settings(after, run)
     } == stale
+
+
+def test_of_the_file_of_own_prompts_the_content_decides_and_not_the_name(tmp_path: Path):
+    def entries(name: str, text: str) -> dict[str, Any]:
+        (tmp_path / name).write_text(text)
+        settings = load(evaluation={"prompts": str(tmp_path / name)})
+        return {run.stage: stages.decisive_settings(settings, run) for run in stages.runs(settings)}
+
+    without = {run.stage: stages.decisive_settings(load(), run) for run in stages.runs(load())}
+    one, same, other = entries("a.txt", "an owl"), entries("b.txt", "an owl"), entries("a.txt", "a fox")
+    assert one == same
+    assert {stage for stage in one if one[stage] != without[stage]} == {"reference", "evaluate"}
+    assert {stage for stage in one if one[stage] != other[stage]} == {"reference", "evaluate"}
+    with pytest.raises(UserError, match=r"evaluation\.prompts: .*missing\.txt: No such file"):
+        settings = load(evaluation={"prompts": str(tmp_path / "missing.txt")})
+        stages.decisive_settings(settings, Run("reference", "emoji"))
 
 
 def test_of_a_studied_model_styles_and_the_study_are_decided_by_what_they_read():

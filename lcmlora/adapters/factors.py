@@ -69,7 +69,8 @@ def check_others(tensors: Collection[str], unet_only: bool, shown: str) -> set[s
 
 
 def by_layer(tensors: dict[str, Tensor], shown: str) -> Spelled:
-    """Returns the parts of each layer. Raises UserError if a tensor is not a plain LoRA's, or a part's second."""
+    """Returns the parts of each layer. Raises UserError if a tensor is not a plain LoRA's, or if two tensors are
+    the same factor of one layer."""
     spelled: Spelled = {}
     for name, tensor in sorted(tensors.items()):
         parsed = spellings.parse(name)

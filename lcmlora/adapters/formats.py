@@ -322,9 +322,9 @@ def _kohya(adapter: Adapter, base: Architecture, alpha: float | None) -> tuple[d
     """Returns the tensors of a kohya file and its alpha."""
     for name, parts in _spelled(adapter.layers).items():
         _module(name, parts, base, adapter.source)
-    at_rank_1 = {name: layer.down[0].numel() + len(layer.up) for name, layer in adapter.layers.items()}  # numbers
-    padded_size = sum(at_rank_1.values()) * adapter.rank * adapter.dtype.itemsize
-    size = sum(at_rank_1[name] * layer.rank for name, layer in adapter.layers.items()) * adapter.dtype.itemsize
+    numbers_per_rank = {name: layer.down[0].numel() + len(layer.up) for name, layer in adapter.layers.items()}
+    padded_size = sum(numbers_per_rank.values()) * adapter.rank * adapter.dtype.itemsize
+    size = sum(numbers_per_rank[name] * layer.rank for name, layer in adapter.layers.items()) * adapter.dtype.itemsize
     if padded_size > max(_MAX_PADDED, 2 * size):
         raise UserError(
             f"{adapter.source}: its largest rank is {adapter.rank}, and in kohya's format, where all layers have one "

@@ -12,7 +12,7 @@ from lcmlora.plugins import SOURCES
 _MIN_FACTOR = 1.5  # less enlargement is hardly visible
 
 
-def enlarged(data: Data, base: str, resolution: int, pictures: Path) -> str:
+def enlargement_warning(data: Data, base: str, resolution: int, pictures: Path) -> str:
     """Returns a line on the pictures in this folder's train.jsonl whose shorter side is enlarged 1.5 times or more;
     empty if there are none."""
     if not SOURCES.get(data.source).has_sizes:
@@ -29,6 +29,6 @@ def enlarged(data: Data, base: str, resolution: int, pictures: Path) -> str:
 
 
 def warn(data: Data, base: str, resolution: int, pictures: Path) -> None:
-    """Prints the line of `enlarged` to standard error, if there is one."""
-    if line := enlarged(data, base, resolution, pictures):
+    """Prints the line of `enlargement_warning` to standard error, if there is one."""
+    if line := enlargement_warning(data, base, resolution, pictures):
         print(f"warning: {line}", file=sys.stderr)

@@ -1,4 +1,7 @@
-"""Files below `data.path` that the source does not use, counted by kind, so that the report has every file."""
+"""Files below `data.path` that the source does not use, counted by kind, so that the report has every file.
+
+report.json names them `passed_over`: programs read this key, so it stays.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class TeacherCache:
 
     A record that a killed process left half written counts as missing. Several processes may write to one file.
 
-    record: bytes of a record.
+    record_bytes: of a record.
     capacity: number of samples that are kept, from the first.
     """
 
@@ -42,13 +42,13 @@ class TeacherCache:
         """
         self._shape, self._dtype = shape, dtype
         self._payload = 2 * math.prod(shape) * dtype.itemsize
-        self.record = _CRC.size + self._payload
-        self.capacity = min(samples, limit // self.record)
+        self.record_bytes = _CRC.size + self._payload
+        self.capacity = min(samples, limit // self.record_bytes)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         if self.capacity < samples:
-            needed = samples * self.record / 1e9
+            needed = samples * self.record_bytes / 1e9
             print(
                 f"teacher cache: {self.capacity} of {samples} samples are kept, "
                 f"all need teacher_cache_gb: {needed:.3g}",
@@ -63,15 +63,15 @@ class TeacherCache:
         """
         if self._file is None or samples.start < 0 or samples.stop > self.capacity:
             return None
-        content = bytearray(os.pread(self._file, len(samples) * self.record, samples.start * self.record))
-        if len(content) < len(samples) * self.record:
+        content = bytearray(os.pread(self._file, len(samples) * self.record_bytes, samples.start * self.record_bytes))
+        if len(content) < len(samples) * self.record_bytes:
             return None
         view = memoryview(content)
-        for start in range(0, len(content), self.record):
+        for start in range(0, len(content), self.record_bytes):
             (crc,) = _CRC.unpack_from(content, start)
-            if zlib.crc32(view[start + _CRC.size : start + self.record]) != crc:
+            if zlib.crc32(view[start + _CRC.size : start + self.record_bytes]) != crc:
                 return None
-        rows = torch.frombuffer(content, dtype=torch.uint8).view(len(samples), self.record)
+        rows = torch.frombuffer(content, dtype=torch.uint8).view(len(samples), self.record_bytes)
         outputs = rows[:, _CRC.size :].contiguous().view(self._dtype).view(len(samples), 2, *self._shape)
         return outputs[:, 0], outputs[:, 1]
 
@@ -83,7 +83,7 @@ class TeacherCache:
         rows = both.view(torch.uint8).view(len(samples), self._payload).numpy()
         content = b"".join(_CRC.pack(zlib.crc32(row)) + row.tobytes() for row in rows)
         try:
-            os.pwrite(self._file, content, samples.start * self.record)
+            os.pwrite(self._file, content, samples.start * self.record_bytes)
         except OSError as error:
             note(f"warning: {self._path}: nothing more is kept of the teacher: {error.strerror}")
             os.close(self._file)

@@ -26,7 +26,7 @@ from lcmlora.config import Distill, check_trajectory, digest
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion import samplers
 from lcmlora.diffusion.teacher_cache import TeacherCache
-from lcmlora.distillation.loss import Distillation, equip, samples
+from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
 from lcmlora.distillation.validation import Validation
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, write_json
@@ -76,11 +76,11 @@ def distill_adapter(
     """
     ranks = ranks or Ranks()
     rows, validation_rows = _rows(base, cache, settings)
-    batches = samples(cache, rows, settings, base.device, ranks)
+    batches = sample_stream(cache, rows, settings, base.device, ranks)
     teacher_outputs = _teacher_cache(teacher_cache, base, cache, settings, batches, identity)
     probe = probe_inputs(base, batches.at(range(-2, 0), rows[:1].expand(2)))
     check = AdapterCheck(base, *probe)
-    optimization = equip(base, settings, ranks)
+    optimization = add_adapter(base, settings, ranks)
     distillation = Distillation(base, cache.unconditional(), settings, teacher_outputs)
 
     if settings.compile:

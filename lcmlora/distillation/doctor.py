@@ -17,7 +17,7 @@ from torch import Tensor
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Distill, Launch
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.loss import Distillation, equip, samples
+from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
 from lcmlora.distillation.validation import Validation
 from lcmlora.errors import UserError
 from lcmlora.patches import installed
@@ -28,6 +28,8 @@ from lcmlora.training.optimization import Optimization
 
 _TIMED = 2  # steps, after one that warms up
 _CHECKPOINTING = ("none", "selective", "full")  # from the most memory to the least
+# Keys of the JSON that differ from the fields, since programs read them.
+_JSON_KEYS = {"targets_seconds": "targets", "checkpoint_bytes": "checkpoint", "free_bytes": "free"}
 _BUFFERS = 5  # of the adapter's size in a checkpoint: weights, average, two moments, the best weights
 
 
@@ -56,14 +58,15 @@ class Estimate:
     trials: list[Trial]  # the chosen settings first
     best: Trial
     images_per_second: float  # over all processes
-    targets: float  # computing the validation targets, once
+    targets_seconds: float  # computing the validation targets, once
     validation: float  # each validation
     total: float
-    checkpoint: int
-    free: int  # on the disk of the scratch folder
+    checkpoint_bytes: int
+    free_bytes: int  # on the disk of the scratch folder
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
+        """Returns the estimate as JSON; the keys are those of `lcmlora doctor --json`."""
+        return json.dumps({_JSON_KEYS.get(name, name): value for name, value in asdict(self).items()}, indent=2)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def estimate_run(base: LoadedBase, cache: LatentCache, settings: Distill, launch
             "checkpointing": pick_checkpointing(settings.checkpointing, base.device),
         }
     )
-    optimization = equip(base, share)
+    optimization = add_adapter(base, share)
     patches = [str(patch) for patch in installed(base.network)]
     distillation = Distillation(base, cache.unconditional(), share)
     trials = _trials(distillation, optimization, cache, rows, share)
@@ -115,11 +118,11 @@ def estimate_run(base: LoadedBase, cache: LatentCache, settings: Distill, launch
         trials=trials,
         best=min((trial for trial in trials if trial.seconds), key=lambda trial: trial.seconds or 0.0),
         images_per_second=settings.batch / seconds,
-        targets=validating.targets,
+        targets_seconds=validating.targets,
         validation=validating.each,
         total=settings.steps * seconds + validating.targets + validations * validating.each,
-        checkpoint=_checkpoint_bytes(base, scratch),
-        free=shutil.disk_usage(scratch).free,
+        checkpoint_bytes=_checkpoint_bytes(base, scratch),
+        free_bytes=shutil.disk_usage(scratch).free,
     )
 
 
@@ -164,7 +167,7 @@ def _trials(
     def measure(trial: Trial) -> Trial:
         changed = settings.model_copy(update={"accumulate": trial.accumulate, "checkpointing": trial.checkpointing})
         recompute(base.network, trial.checkpointing)
-        batches = samples(cache, rows, changed, device)
+        batches = sample_stream(cache, rows, changed, device)
         _free_memory(device)
         try:
             take_step(distillation, optimization, batches, changed, 0)
@@ -256,10 +259,10 @@ def print_estimate(estimate: Estimate, settings: Distill, name: str) -> None:
             result = f"{trial.seconds:.3g} s, peak {trial.peak / 1e9:.2f} GB"
         table.add_row(label, f"accumulate {trial.accumulate}, checkpointing {trial.checkpointing}: {result}")
     table.add_row("speed", f"{e.images_per_second:.3g} images/s")
-    table.add_row("validation", f"{e.targets:.1f} s for the targets, {e.validation:.1f} s each time")
+    table.add_row("validation", f"{e.targets_seconds:.1f} s for the targets, {e.validation:.1f} s each time")
     table.add_row("in all", f"{e.total / 3600:.2f} h for {settings.steps} steps")
-    table.add_row("checkpoint", f"{e.checkpoint / 1e6:.0f} MB every {settings.checkpoint_every} steps; "
-                                f"{e.free / 1e9:.0f} GB free")  # fmt: skip
+    table.add_row("checkpoint", f"{e.checkpoint_bytes / 1e6:.0f} MB every {settings.checkpoint_every} steps; "
+                                f"{e.free_bytes / 1e9:.0f} GB free")  # fmt: skip
     if e.best is not chosen and chosen.seconds and e.best.seconds and e.best.seconds < 0.95 * chosen.seconds:
         table.add_row(
             "faster",

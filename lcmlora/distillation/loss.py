@@ -30,7 +30,7 @@ from lcmlora.training.execution import compile_network, recompute
 from lcmlora.training.optimization import Optimization
 
 
-def samples(
+def sample_stream(
     cache: LatentCache, rows: Tensor, settings: Distill, device: torch.device, ranks: Ranks | None = None
 ) -> Batches:
     """Returns the stream of samples of a distillation on these rows (N,) of the cache."""
@@ -111,7 +111,7 @@ class Distillation:
         return self.weight[batch.index] * pseudo_huber(online, target, self._huber_c)
 
 
-def equip(base: LoadedBase, settings: Distill, ranks: Ranks | None = None) -> Optimization:
+def add_adapter(base: LoadedBase, settings: Distill, ranks: Ranks | None = None) -> Optimization:
     """Gives a base without adapter a new one, executed as the settings say, and returns the adapter's optimization."""
     parameters = lora.inject(base.network, settings.rank, settings.alpha, settings.seed, base.family.placement)
     LoraForwards().install(base.network)

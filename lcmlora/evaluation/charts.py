@@ -64,7 +64,7 @@ class Column(NamedTuple):
 def contact_sheet(captions: list[str], columns: list[Column], path: Path) -> None:
     """Writes a PNG with a row of pictures for each caption; neighbouring columns of one group have one title."""
     side = _cell(columns[0].pictures[0]).width
-    details = [textwrap.wrap(column.details, side // 7) for column in columns]
+    details = [textwrap.wrap(column.details, side // 6) for column in columns]
     header = _HEADER + 15 * max(map(len, details))
     lefts = [_LABEL]
     for before, column in pairwise(columns):

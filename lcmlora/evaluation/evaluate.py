@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import shutil
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from lcmlora.evaluation.figures import (
     STUDENT,
     TEACHER,
     Key,
+    Latency,
     Metrics,
     WorstCaptions,
 )
@@ -37,7 +38,6 @@ from lcmlora.evaluation.image_sets import (
     FEATURES,
     ImageSet,
     ImageSets,
-    Settings,
     StudentSettings,
     first_pictures,
     latency,
@@ -108,43 +108,37 @@ def evaluate_student(
     scorers = load_scorers(base, settings)
     image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers, check)
     own = own_reference(reference, settings)
-    own_sets = replace(image_sets, prompts=own.prompts) if own else None
 
     layers, identity = adapter_layers(adapter)
     seed = reporting_seeds(settings.seed).compared
     with lora.applied(base.network, layers, str(adapter)):
-        drawn = {key: image_sets.draw(key, each, seed, identity) for key, each in students.items()}
-        own_drawn = {
-            key: own_sets.draw(f"own prompts, {key}", each, seed, identity)
-            for key, each in (students.items() if own_sets else ())
-        }
+        drawn = _StudentSets.draw(facts, reference, image_sets, students, seed, identity)
+        of_own = None
+        if own:
+            own_sets = replace(image_sets, prompts=own.prompts)
+            of_own = _StudentSets.draw(
+                own, reference / OWN_PROMPTS, own_sets, students, seed, identity, "own prompts, "
+            )
         speed = latency(base, prompts, students, settings.latency_repeats)
-    metrics = _measured(facts, reference, drawn, settings, base.device).model_copy(update={"adapter": identity})
-    if own:
-        about_own = _measured(own, reference / OWN_PROMPTS, own_drawn, settings, base.device)
-        metrics = metrics.model_copy(update={"own_prompts": about_own})
-    worst = worst_captions(
-        metrics,
-        _sets(reference, drawn),
-        image_sets.shown,
-        facts.captions.gallery,
-        Key.of(STUDENT, gate_steps),
-        settings.worst_captions,
-    )
+    metrics = drawn.measured(settings).model_copy(update={"adapter": identity})
+    if of_own:
+        metrics = metrics.model_copy(update={"own_prompts": of_own.measured(settings)})
+    student, count = Key.of(STUDENT, gate_steps), settings.worst_captions
+    worst = worst_captions(metrics, drawn.features(), image_sets.shown, facts.captions.gallery, student, count)
     metrics = metrics.model_copy(update={"worst": worst}) if worst else metrics
     others = latency(base, prompts, _timed(metrics, settings), settings.latency_repeats)
     speed = speed.model_copy(update={"seconds": speed.seconds | others.seconds})
+
     table = plot_rows(metrics, settings.guidance_scale)
     with atomic_folder(out) as folder:
-        save_file({key: image_set.features for key, image_set in drawn.items()}, folder / FEATURES)
-        _keep_pictures(reference, facts, image_sets, drawn, folder)
-        if own_sets and own:
-            _keep_pictures(reference / OWN_PROMPTS, own, own_sets, own_drawn, folder, OWN_PICTURES)
+        save_file({key: image_set.features for key, image_set in drawn.sets.items()}, folder / FEATURES)
+        drawn.keep_pictures(folder)
+        if of_own:
+            of_own.keep_pictures(folder, OWN_PICTURES)
         if worst:
-            bare: dict[Key, Settings] = _bare(metrics, settings, worst)
+            shown = draw_worst(image_sets, worst, _beside_worst(metrics, settings, worst), seed)
             with lora.applied(base.network, layers, str(adapter)):
-                shown = draw_worst(image_sets, worst, {worst.student: students[worst.student]}, seed)
-            shown |= draw_worst(image_sets, worst, bare, seed)
+                shown |= draw_worst(image_sets, worst, {student: students[student]}, seed)
             if facts.counts.real:
                 listed = [each.caption for each in worst.captions]
                 shown[Key(REAL)] = first_pictures(data, captions.records, listed, base.resolution)
@@ -153,69 +147,90 @@ def evaluate_student(
         charts.curves(table, metrics.floor, folder / "steps.png")
     atomic_write(plots_file, lambda path: _write_csv(path, table))
     metrics.write(metrics_file)
-    digest = metrics.reference_digest
-    assert digest is not None
-    seconds = timings.read(timings_folder / timings.REFERENCE, reference_digest=digest).seconds_per_picture
-    seconds = seconds | {key: image_set.seconds for key, image_set in drawn.items()}
-    timings.Timings(
-        reference_digest=digest,
-        adapter=identity,
-        measured=timings.Measured(seconds_per_picture=seconds, latency=speed),
-    ).write(timings_folder / timings.EVALUATION)
+    drawn.write_timings(timings_folder, identity, speed)
     shutil.rmtree(scratch)
     return metrics
 
 
-def _sets(reference: Path, drawn: dict[Key, ImageSet]) -> dict[Key, Tensor]:
-    """Returns the features of the reference's sets and of the student's."""
-    kept = {Key(name): value for name, value in load_file(reference / FEATURES).items()}
-    return kept | {key: image_set.features for key, image_set in drawn.items()}
+@dataclass(frozen=True)
+class _StudentSets:
+    """What the student drew for the prompts of a reference, to be compared with what is in that."""
+
+    facts: Reference
+    reference: Path  # the folder of `facts`
+    image_sets: ImageSets  # which drew them
+    sets: dict[Key, ImageSet]
+
+    @classmethod
+    def draw(
+        cls,
+        facts: Reference,
+        reference: Path,
+        image_sets: ImageSets,
+        students: Mapping[Key, StudentSettings],
+        seed: int,
+        adapter: str,
+        label: str = "",
+    ) -> Self:
+        """Draws with the adapter that is active in the network.
+
+        Args:
+            adapter: its digest.
+            label: what the progress bar says before the key.
+        """
+        sets = {key: image_sets.draw(label + key, each, seed, adapter) for key, each in students.items()}
+        return cls(facts, reference, image_sets, sets)
+
+    def features(self) -> dict[Key, Tensor]:
+        """Returns the features of the reference's sets and of the student's."""
+        kept = {Key(name): value for name, value in load_file(self.reference / FEATURES).items()}
+        return kept | {key: image_set.features for key, image_set in self.sets.items()}
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the reference's features."""
+        return sha256_file(self.reference / FEATURES)
+
+    def measured(self, settings: Evaluation) -> Metrics:
+        """Returns the figures of the reference's sets and the student's: by both features, and the scores."""
+        facts, device = self.facts, self.image_sets.base.device
+        measured = {"reference_digest": self.digest, "scores": _scores(facts, mean_scores(self.sets))}
+        metrics = measure(facts, self.features(), settings.resamples, device).model_copy(update=measured)
+        if facts.check:
+            second = {Key(name): value for name, value in load_file(self.reference / CHECK).items()}
+            second |= {key: image_set.check for key, image_set in self.sets.items() if image_set.check is not None}
+            bootstrap = bootstrap_of(facts, settings.resamples, device)
+            return metrics.model_copy(update={"check": measure_check(facts.check, second, metrics, bootstrap)})
+        return metrics.model_copy(update={"check_missing": facts.check_missing}) if facts.check_missing else metrics
+
+    def keep_pictures(self, folder: Path, group: str = "") -> None:
+        """Writes the first pictures of the reference's sets and of the student's to pictures/ of the folder.
+
+        Args:
+            group: a folder within pictures/.
+        """
+        target, teacher = folder / "pictures" / group, self.facts.teacher
+        shutil.copytree(self.reference / "pictures", target)
+        # Of the teacher's two sets the one that starts from the same noise as all others is shown.
+        thumbnails_path(folder, teacher + AGAIN, group).replace(thumbnails_path(folder, teacher, group))
+        for key, image_set in self.sets.items():
+            save_thumbnails(image_set.thumbnails, thumbnails_path(folder, key, group))
+        rows = self.image_sets.shown[: self.image_sets.rows]
+        write_json(target / "prompts.json", {"prompts": rows, "side": self.image_sets.base.resolution})
+
+    def write_timings(self, folder: Path, adapter: str, speed: Latency) -> None:
+        """Writes how long this machine took, with what it measured of the reference."""
+        digest = self.digest
+        seconds = timings.read(folder / timings.REFERENCE, reference_digest=digest).seconds_per_picture
+        seconds = seconds | {key: image_set.seconds for key, image_set in self.sets.items()}
+        timings.Timings(
+            reference_digest=digest,
+            adapter=adapter,
+            measured=timings.Measured(seconds_per_picture=seconds, latency=speed),
+        ).write(folder / timings.EVALUATION)
 
 
-def _measured(
-    facts: Reference, reference: Path, drawn: dict[Key, ImageSet], settings: Evaluation, device: torch.device
-) -> Metrics:
-    """Returns the figures of a reference's sets and the student's: by both features, and the scores.
-
-    Args:
-        reference: the folder of `facts`.
-        drawn: by the student, on the reference's prompts.
-    """
-    measured = {"reference_digest": sha256_file(reference / FEATURES), "scores": _scores(facts, mean_scores(drawn))}
-    metrics = measure(facts, _sets(reference, drawn), settings.resamples, device).model_copy(update=measured)
-    if facts.check:
-        second = {Key(name): value for name, value in load_file(reference / CHECK).items()}
-        second |= {key: image_set.check for key, image_set in drawn.items() if image_set.check is not None}
-        bootstrap = bootstrap_of(facts, settings.resamples, device)
-        return metrics.model_copy(update={"check": measure_check(facts.check, second, metrics, bootstrap)})
-    return metrics.model_copy(update={"check_missing": facts.check_missing}) if facts.check_missing else metrics
-
-
-def _keep_pictures(
-    reference: Path,
-    facts: Reference,
-    image_sets: ImageSets,
-    drawn: dict[Key, ImageSet],
-    folder: Path,
-    group: str = "",
-) -> None:
-    """Writes the first pictures of the reference's sets and of the student's to pictures/ of the folder.
-
-    Args:
-        group: a folder within pictures/.
-    """
-    target = folder / "pictures" / group
-    shutil.copytree(reference / "pictures", target)
-    # Of the teacher's two sets the one that starts from the same noise as all others is shown.
-    again = thumbnails_path(folder, f"{facts.teacher}{AGAIN}", group)
-    again.replace(thumbnails_path(folder, facts.teacher, group))
-    for key, image_set in drawn.items():
-        save_thumbnails(image_set.thumbnails, thumbnails_path(folder, key, group))
-    rows = image_sets.shown[: image_sets.rows]
-    write_json(target / "prompts.json", {"prompts": rows, "side": image_sets.base.resolution})
-
-
-def _bare(metrics: Metrics, settings: Evaluation, worst: WorstCaptions) -> dict[Key, Settings]:
+def _beside_worst(metrics: Metrics, settings: Evaluation, worst: WorstCaptions) -> dict[Key, SolverSettings]:
     """Returns the settings of the sets beside the student's worst captions: the teacher's and the best solver's."""
     teacher = SolverSettings.of("ddim", settings.teacher_steps, settings.guidance_scale)
     return {metrics.teacher: teacher} | ({worst.rival: metrics.baselines[worst.rival]} if worst.rival else {})

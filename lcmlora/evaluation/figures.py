@@ -35,9 +35,9 @@ class Key(str):
     __slots__ = ()
 
     @classmethod
-    def of(cls, method: str, steps: int) -> Key:
-        """Returns the name of what a method drew in so many steps."""
-        return cls(f"{method}@{steps}")
+    def of(cls, method: str, number: int) -> Key:
+        """Returns the name of what a method drew, by its number of steps or network evaluations."""
+        return cls(f"{method}@{number}")
 
     @classmethod
     def of_solver(cls, settings: SolverSettings) -> Key:
@@ -55,14 +55,19 @@ class Key(str):
         return self.rpartition("/")[2].partition("@")[0]
 
     @property
-    def steps(self) -> int:
-        """The number, where it counts steps; 0 for what has none, like `real`."""
+    def number(self) -> int:
+        """The number in the name, steps or network evaluations; 0 for what has none, like `real`."""
         return int(self.rpartition("/")[2].partition("@")[2] or 0)
 
     @property
+    def steps(self) -> int:
+        """The steps of a student or a teacher. Of a solver ask `Metrics.steps`: its number may count evaluations."""
+        return self.number
+
+    @property
     def evaluations(self) -> int:
-        """The number, where it counts network evaluations: of a student, and of a solver in `Metrics.baselines`."""
-        return self.steps
+        """The network evaluations of a student, or of a solver in `Metrics.baselines`."""
+        return self.number
 
     @property
     def name(self) -> str:
@@ -72,7 +77,7 @@ class Key(str):
     @property
     def label(self) -> str:
         """How a reader calls a set whose number counts steps: `student, 2 steps`."""
-        return f"{self.name}, {_counted(self.steps, 'step')}" if self.steps else self.name
+        return f"{self.name}, {_counted(self.number, 'step')}" if self.number else self.name
 
     @property
     def is_solver(self) -> bool:
@@ -93,7 +98,7 @@ def _key(text: str) -> Key:
     if not key.rpartition("/")[2].partition("@")[2].isascii():
         raise ValueError("expected METHOD@STEPS")
     try:
-        _ = key.steps
+        _ = key.number
     except ValueError:
         raise ValueError("expected METHOD@STEPS") from None
     return key
@@ -371,12 +376,11 @@ class Metrics(Document):
         student's, with None where no solver was drawn.
         """
         found = [(self.best_solver(self.network_evaluations[key]), key) for key in self.students]
-        shown = [(rival, key) for rival, key in found if rival and self.network_evaluations[key] in SHOWN]
-        return shown or found
+        return [(rival, key) for rival, key in found if rival and self.network_evaluations[key] in SHOWN] or found
 
     def steps(self, key: Key) -> int:
         """Returns in how many steps a set was drawn; 0 for what has none, like `real`."""
-        return self.baselines[key].steps if key in self.baselines else key.steps
+        return self.baselines[key].steps if key in self.baselines else key.number
 
     def label(self, key: Key) -> str:
         """Returns how a reader calls a set: `DPM-Solver++, 4 evaluations (4 steps, unguided)`, `student, 4 steps`."""
@@ -392,7 +396,7 @@ class Metrics(Document):
         """Returns what the number of a key counts: `4 evaluations`, `4 steps`; nothing for what has none."""
         if key in self.baselines:
             return _counted(key.evaluations, "evaluation")
-        return _counted(key.steps, "step") if key.steps else ""
+        return _counted(key.number, "step") if key.number else ""
 
     def agreement(self, student: Key) -> Agreement | None:
         """Returns whether the second features rank the student against the best solver as the first do.

@@ -1,4 +1,4 @@
-"""What the figures of an evaluation decide, and the names under which they are logged."""
+"""The gate: why a candidate must not become champion. Also the names of figures in MLflow."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def gate_failures(metrics: Metrics, gate: Gate) -> list[str]:
     failures = _beyond_limits(metrics, gate, student)
     rivals = metrics.solvers_at(cost[student])
     if not rivals:
-        odd = cost[student] % 2 == 1  # a solver that is searched is then unguided
+        odd = cost[student] % 2 == 1  # an odd number of evaluations is only possible without guidance
         unguided = " (with a solver of guidance scale 1, since a guided step costs two)" if odd else ""
         failures.append(
             f"{student}: no solver was drawn at its {cost[student]} network evaluations, so nothing was beaten; "

@@ -35,7 +35,10 @@ FEATURES, CHECK = "features.safetensors", "check.safetensors"  # of a folder wit
 
 
 class NotFinite(UserError):
-    """A picture has values that are not finite. As bytes it would be black, and a figure."""
+    """A picture has values that are not finite.
+
+    Converted to bytes it would be a black picture and be counted in the figures.
+    """
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ class ImageSets:
 
 
 def draw(
-    base: LoadedBase, captions: Sequence[str], settings: Settings, seed: int, indices: range
+    base: LoadedBase, captions: Sequence[str], settings: Settings, seed: int, indices: Sequence[int]
 ) -> tuple[Tensor, float]:
     """Returns pictures (B, 3, H, W) uint8 on the base's device, and the seconds that sampling their latents took.
 

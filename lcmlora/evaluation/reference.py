@@ -31,9 +31,9 @@ from lcmlora.evaluation.measures import distances, scores
 from lcmlora.evaluation.measures import features as feature_sets
 from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.scores import Scorer
-from lcmlora.evaluation.sets.baselines import choose_baselines
 from lcmlora.evaluation.sets.captions import choosing, distinct_captions, reporting, reporting_seeds
 from lcmlora.evaluation.sets.own_prompts import OWN_PROMPTS, read_own_prompts
+from lcmlora.evaluation.sets.solver_search import choose_baselines
 from lcmlora.io.documents import Document, Number
 from lcmlora.io.files import atomic_folder, sha256_file, sha256_folder
 from lcmlora.plugins import SOURCES

@@ -45,7 +45,7 @@ from lcmlora.io.files import atomic_folder, sha256_file, write_json
 STUDY = "study.json"
 ALONE, ACCELERATED, ADAPTER = "alone/", "accelerated", "adapter"
 _FACTS = "alone.json"
-_CURVE = "dpm++"  # the solver that the paper's Figure 3 draws styles with
+_STYLE_SOLVER = "dpm++"  # the solver that the paper's Figure 3 draws styles with
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def draw_alone(
         )
     image_sets = image_sets_of(base, features, evaluation, prompts, settings.pictures, scratch / "drawn")
     scale, steps = evaluation.guidance_scale, settings.steps // 2
-    solvers = {Key.of(_CURVE, n): SolverSettings.of(_CURVE, n, scale) for n in settings.solver_steps}
+    solvers = {Key.of(_STYLE_SOLVER, n): SolverSettings.of(_STYLE_SOLVER, n, scale) for n in settings.solver_steps}
     solvers |= {Key.of(solver, steps): SolverSettings.of(solver, steps, scale) for solver in evaluation.solver_names}
     with contextlib.ExitStack() as stack:
         if kind == "style":

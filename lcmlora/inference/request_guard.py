@@ -1,7 +1,7 @@
 """A guard in front of MLflow's scoring server: it refuses requests over the limits, and errors become one line.
 
-`mlflow models serve` makes its application right after it has loaded the model, and offers no hook. So the model, while
-it is loaded, has `RequestGuard` put around that application (`guard_mlflow_server`). Other servers can run the model,
+`mlflow models serve` makes its application right after it has loaded the model, and offers no hook. So loading
+the model wraps that application in `RequestGuard` (`guard_mlflow_server`). Other servers can run the model,
 too: `pyfunc_model.Drawer` itself checks all limits but the number of a request's bytes.
 """
 

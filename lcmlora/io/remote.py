@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from lcmlora.errors import Unavailable, UserError
 
@@ -18,15 +18,20 @@ _AT_ONCE = 512  # files
 class Files:
     """The files of one path."""
 
-    def __init__(self, path: str) -> None:
-        """Raises as `list` does, and UserError where the path's protocol cannot be read here."""
+    def __init__(self, path: str, setting: str = "data.path") -> None:
+        """Raises as `list` does, and UserError where the path's protocol cannot be read here.
+
+        Args:
+            setting: the key in params.yaml that has the path, for messages.
+        """
         from fsspec.core import url_to_fs
 
         self.path = path
+        self.setting = setting
         try:
             self._system, root = url_to_fs(path, use_listings_cache=False, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
-            raise UserError(f"data.path: {path}: {error}; s3:// needs pip install 'lcmlora[pipeline]'") from None
+            raise UserError(f"{setting}: {path}: {error}; s3:// needs pip install 'lcmlora[pipeline]'") from None
         self.root: str = root.rstrip("/")
         self.only: str | None = None  # the file's name, if the path is a file
         with self._one_line_errors():
@@ -39,7 +44,7 @@ class Files:
         with self._one_line_errors():
             found = self._system.find(self.root, detail=True)
         if not found and not missing_ok and not self._exists():
-            raise UserError(f"data.path: {self.path}: no such file or folder")
+            raise UserError(f"{self.setting}: {self.path}: no such file or folder")
         names = {PurePosixPath(path).relative_to(self.root): facts["size"] for path, facts in sorted(found.items())}
         return {str(name): int(size) for name, size in names.items() if not _hidden(name)}
 
@@ -54,7 +59,7 @@ class Files:
                 if isinstance(content, bytes):
                     found[paths[path]] = content
                 elif not isinstance(content, FileNotFoundError | PermissionError):
-                    raise Unavailable(f"data.path: {self.path}: {content}")
+                    raise Unavailable(f"{self.setting}: {self.path}: {content}")
         return found
 
     @property
@@ -74,7 +79,7 @@ class Files:
         with self._one_line_errors():
             found = self._system.find(self.root)
         if not found and not self._exists():
-            raise UserError(f"data.path: {self.path}: no such file or folder")
+            raise UserError(f"{self.setting}: {self.path}: no such file or folder")
         names = (PurePosixPath(path).relative_to(self.root) for path in found)
         return sorted(str(name) for name in names if name.suffix.lower() in endings and not _hidden(name))
 
@@ -95,7 +100,7 @@ class Files:
         path = f"{self.root}/{name}"
         with self._one_line_errors():
             if self.local and not stat.S_ISREG(Path(path).stat().st_mode):
-                raise UserError(f"data.path: {self.path}: {name}: not an ordinary file")
+                raise UserError(f"{self.setting}: {self.path}: {name}: not an ordinary file")
             file: IO[bytes] = self._system.open(path, "rb")
             return file
 
@@ -123,15 +128,15 @@ class Files:
         except (OSError, *_botocore_errors()) as error:
             plain = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, FileNotFoundError | PermissionError):
-                raise UserError(f"data.path: {self.path}: {plain}") from None
-            raise Unavailable(f"data.path: {self.path}: {plain}") from error
+                raise UserError(f"{self.setting}: {self.path}: {plain}") from None
+            raise Unavailable(f"{self.setting}: {self.path}: {plain}") from error
 
 
 def _hidden(name: PurePosixPath) -> bool:
     return any(part.startswith(".") for part in name.parts)
 
 
-def _botocore_errors() -> tuple[type[Exception], ...]:
+def _botocore_errors() -> tuple[Any, ...]:
     """Returns the errors of a bucket that are no OSErrors."""
     try:
         from botocore.exceptions import BotoCoreError

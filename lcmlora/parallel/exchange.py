@@ -18,12 +18,12 @@ from torch import Tensor
 
 from lcmlora.io.terminal import joined
 
-PATIENCE = timedelta(hours=1)  # since all wait while the first process validates
+EXCHANGE_TIMEOUT = timedelta(hours=1)  # long, because all others wait while the first process validates
 _HEADER = struct.Struct("<cQ")  # what is exchanged, and how many bytes of it follow
 _SUM, _BYTES = b"s", b"b"
 
 
-class Left(ConnectionError):
+class ProcessEnded(ConnectionError):
     """Another process of the training has ended."""
 
 
@@ -53,7 +53,7 @@ class SocketPairs:
         """
         self._sockets, self._rank, self._size = sockets, rank, size
         for each in sockets:
-            each.settimeout(PATIENCE.total_seconds())
+            each.settimeout(EXCHANGE_TIMEOUT.total_seconds())
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
         own = tensor.detach().contiguous()
@@ -95,7 +95,7 @@ def _send(to: socket.socket, kind: bytes, content: memoryview) -> None:
         if content:  # a peer that has got everything may have closed its end, so that sending nothing would fail
             to.sendall(content)
     except (BrokenPipeError, ConnectionResetError) as error:
-        raise Left("another process has ended") from error
+        raise ProcessEnded("another process has ended") from error
 
 
 def _receive(source: socket.socket, kind: bytes) -> bytes:
@@ -125,9 +125,9 @@ def _fill(source: socket.socket, content: memoryview) -> None:
         try:
             count = source.recv_into(content[done:])
         except ConnectionResetError as error:
-            raise Left("another process has ended") from error
+            raise ProcessEnded("another process has ended") from error
         if count == 0:
-            raise Left("another process has ended")
+            raise ProcessEnded("another process has ended")
         done += count
 
 
@@ -161,10 +161,10 @@ class TorchGroup:
 
 @contextlib.contextmanager
 def _missing_peers() -> Iterator[None]:
-    """Raises Left for the RuntimeError that torch raises if another process does not answer any more."""
+    """Raises ProcessEnded for the RuntimeError that torch raises if another process does not answer any more."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise Left(joined(error)) from error
+        raise ProcessEnded(joined(error)) from error

@@ -23,7 +23,7 @@ from lcmlora.errors import UserError
 from lcmlora.io.parsing import parse_json
 from lcmlora.io.terminal import shown
 from lcmlora.parallel import launcher
-from lcmlora.parallel.exchange import PATIENCE, Exchange, Left, SocketPairs, TorchGroup
+from lcmlora.parallel.exchange import EXCHANGE_TIMEOUT, Exchange, ProcessEnded, SocketPairs, TorchGroup
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -111,7 +111,7 @@ def connected(device: str) -> Iterator[Ranks]:
         exchange = TorchGroup(torch.device("cuda" if gpu else "cpu"))
     try:
         yield Ranks(rank, size, exchange)
-    except Left as error:
+    except ProcessEnded as error:
         print(f"process {rank}: {shown(error, 300)}", file=sys.stderr)
         raise SystemExit(launcher.LEFT) from None
     finally:
@@ -141,12 +141,12 @@ def _join(backend: str, rank: int, size: int, ours: bool) -> None:
         store = dist.FileStore(str(Path(folder, "group")), size)
     elif ours:
         host, port = launcher.address(os.environ[launcher.RENDEZVOUS])
-        met = dist.TCPStore(host, port, is_master=False, timeout=PATIENCE)
+        met = dist.TCPStore(host, port, is_master=False, timeout=EXCHANGE_TIMEOUT)
         store = dist.PrefixStore(f"{os.environ[launcher.RUN]}/group", met)
     else:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=EXCHANGE_TIMEOUT)
         return
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=EXCHANGE_TIMEOUT)
 
 
 def _end_with_parent() -> None:

@@ -24,8 +24,8 @@ _derived: WeakKeyDictionary[nn.Module, list[Derived]] = WeakKeyDictionary()
 @dataclass(frozen=True)
 class LoraForwards(Patch):
     """Args:
-    merged: one kernel over W + scale B A, by default where that takes fewer operations, but for half precision on a
-        GPU, where the sum's rounding would keep most of an early adapter out.
+    merged: one kernel over W + scale B A. Default: merged where that is cheaper. Never in half precision on a GPU:
+        there the small updates of a new adapter would be lost in rounding.
     """
 
     merged: bool | None = None
@@ -75,7 +75,7 @@ def merging_pays(layer: Any) -> bool:
     weight, inner = layer.base_layer.weight, layer.lora_A[name].weight
     if weight.dtype != torch.float32 and weight.device.type != "cpu":
         return False
-    # Of one position: the sum needs a product of W's size for its gradient; beside it, A and B need three of theirs.
+    # Cost per position: merged, one product of W's size for the gradient; separate, three of A's and B's size.
     return 3 * (inner.numel() + layer.lora_B[name].weight.numel()) > weight.numel()
 
 

@@ -230,7 +230,7 @@ def pull(reference: str, settings: Registry, out: Path, *, everything: bool = Fa
             return False
         if not (out / bundle.CHECKSUMS).is_file() or bundle.digest(out) != version.sha256:
             raise UserError(f"{out}: exists; expected a new folder, an empty one, or a download of this adapter")
-        bundle.verify(out, None if everything else bundle.ADAPTER)
+        bundle.verify(out, None if everything else bundle.ADAPTER_FILES)
         return True
 
     def download(folder: Path) -> None:
@@ -290,9 +290,9 @@ def _download(client: MlflowClient, version: Version, folder: Path, everything: 
     for name in listed:
         if fault := bundle.fault_of_name(name):
             raise UserError(f"{version.reference}: {terminal.shown(repr(name))} among its artifacts {fault}")
-    for name in sorted(listed) if everything else bundle.ADAPTER:
+    for name in sorted(listed) if everything else bundle.ADAPTER_FILES:
         _fetch(client, version, name, folder)
-    bundle.verify(folder, None if everything else bundle.ADAPTER)
+    bundle.verify(folder, None if everything else bundle.ADAPTER_FILES)
     found = bundle.digest(folder)
     if found != version.sha256:
         raise UserError(

@@ -256,7 +256,7 @@ def reaching(settings: Registry, consequence: str) -> Iterator[None]:
             reason += " (`source .up/environment` sets those of `make up`)"
         # The original message can contain the address with its password, and a log may print it with the traceback.
         cause = error if _is_clean(error, uri) else None
-        kind = Unavailable if _is_passing(error) else UserError
+        kind = Unavailable if _is_temporary(error) else UserError
         raise kind(f"MLflow at {masking.address(uri)}: {reason}; {consequence}") from cause
 
 
@@ -269,7 +269,7 @@ def _is_clean(error: BaseException | None, uri: str) -> bool:
     return True
 
 
-def _is_passing(error: BaseException | None) -> bool:
+def _is_temporary(error: BaseException | None) -> bool:
     """Returns whether the same call may succeed later, by the error and its causes.
 
     MLflow wraps its transport's errors, and a database's driver distinguishes errors only by their text.

@@ -13,7 +13,7 @@ from lcmlora.errors import UserError
 from lcmlora.io import terminal
 from lcmlora.io.files import make_once, sha256_file
 from lcmlora.releases import bundle, manifest
-from lcmlora.releases.manifest import ADAPTER, MANIFEST, YANKED
+from lcmlora.releases.manifest import MANIFEST, YANKED
 from lcmlora.releases.stores.store import Entry, Store, open_store
 from lcmlora.releases.trust.records import Yank
 from lcmlora.releases.trust.signing import SIGNATURE
@@ -239,8 +239,8 @@ def _open(uri: str, settings: Publish, key: str, yanked: bool) -> manifest.Relea
 
 def _download(found: manifest.Release, folder: Path, shown: Path, everything: bool) -> None:
     """Writes the release to `folder`. Messages name `shown`, where the folder appears when it is complete."""
-    names = [name for name in found.files if name != bundle.CHECKSUMS and (everything or name in ADAPTER)]
-    for name in ADAPTER:
+    names = [name for name in found.files if name != bundle.CHECKSUMS and (everything or name in bundle.DRAWING_FILES)]
+    for name in bundle.DRAWING_FILES:
         if name not in names:
             raise UserError(f"{found.uri}/{MANIFEST}: does not list {name}, so this is not the release of an adapter")
     name = bundle.CHECKSUMS
@@ -269,7 +269,7 @@ def _is_release(out: Path, found: manifest.Release, everything: bool) -> bool:
         return False
     if out.is_dir():
         present = {path.name: path for path in out.iterdir()}
-        required = set(found.files) if everything else {*ADAPTER, bundle.CHECKSUMS}
+        required = set(found.files) if everything else {*bundle.ADAPTER_FILES}
         known = found.files | ({SIGNATURE: hashlib.sha256(found.signature).hexdigest()} if found.signature else {})
         if required <= present.keys() and all(
             path.is_file() and sha256_file(path) == known.get(name) for name, path in present.items()

@@ -16,13 +16,12 @@ from lcmlora.io import terminal
 from lcmlora.io.parsing import Malformed, as_object, parse_json
 from lcmlora.releases import bundle
 from lcmlora.releases.stores.store import Store, open_store
-from lcmlora.releases.trust import records, rollback_protection, signing
+from lcmlora.releases.trust import records, replay_protection, signing
 from lcmlora.releases.trust.records import Yank
 from lcmlora.releases.trust.signing import SIGNATURE
 
 MANIFEST = "manifest.json"
 YANKED = "yanked.json"
-ADAPTER = (bundle.WEIGHTS, bundle.SCHEDULER, bundle.PROVENANCE)  # the files that drawing needs
 
 # Limits of a release. It has some ten files; the adapters of the largest bases have a gigabyte or two.
 _MOST_FILES = 1000
@@ -167,7 +166,7 @@ def _follow(store: Store, model: str, channel: str, settings: Publish) -> str:
                 f"{place}: is of {pointer.time.isoformat()}, and here it is {datetime.now(UTC).isoformat()} now; set "
                 "the clock that is wrong, and if it is the publisher's, let it write the pointer again"
             )
-        rollback_protection.accept_pointer(pointer, store.uri, channel, settings, place)
+        replay_protection.accept_pointer(pointer, store.uri, channel, settings, place)
     # The release lies in the pointer's own store, whatever address it holds: stores may be moved or mirrored.
     return f"{store.uri}/{pointer.prefix}"
 
@@ -319,7 +318,7 @@ def read_yank(store: Store, place: str, name: str, model: str, sha256: str, sett
             return replace(yank, unproven=str(error))
     if not settings.verify_key:
         return yank
-    return rollback_protection.accept_yank(yank, store_address(store), model, sha256, settings)
+    return replay_protection.accept_yank(yank, store_address(store), model, sha256, settings)
 
 
 def refuse_yanked(yank: Yank | None, uri: str, advice: str) -> None:

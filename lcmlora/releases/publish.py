@@ -5,7 +5,8 @@
 
 SHA256SUMS is written first and lists the release's files. If two publishers run at once, one of them creates it; the
 other must have the same files, or it stops. The manifest is written last: readers skip a folder without one, and the
-next run completes it. SHA256SUMS.sig and yanked.json may be added later. No object is ever overwritten.
+next run completes it. SHA256SUMS.sig and yanked.json may be added later. Only these two and a channel's pointer are
+ever replaced, by compare and swap.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lcmlora.releases import bundle, manifest
 from lcmlora.releases.bundle import Provenance
 from lcmlora.releases.manifest import MANIFEST, YANKED
 from lcmlora.releases.stores.store import Store, open_store
-from lcmlora.releases.trust import records, rollback_protection, signing
+from lcmlora.releases.trust import records, replay_protection, signing
 from lcmlora.releases.trust.records import Record, Yank
 from lcmlora.releases.trust.signing import SIGNATURE
 
@@ -144,7 +145,7 @@ def point_channel(model: str, sha256: str, settings: Publish, channel: str = "ch
     fields = {"model": model, "channel": channel, "sha256": sha256, "release": f"{store.uri}/{prefix}"}
     current = store.read(name)
     signed = settings.signing_key is not None
-    newest = rollback_protection.newest_pointer_time(model, channel, store.uri, settings) if signed else None
+    newest = replay_protection.newest_pointer_time(model, channel, store.uri, settings) if signed else None
     kept = _valid_pointer(current[0], place, settings) if current else None
     if kept and newest and records.parse_time(kept.fields.get("time"), place) < newest:
         kept = None  # somebody put an older pointer to the same release back, which readers refuse
@@ -156,7 +157,7 @@ def point_channel(model: str, sha256: str, settings: Publish, channel: str = "ch
         if not moved and (after is None or _read_pointer(after[0], place).sha256 != sha256):
             raise UserError(f"{place}: another publisher moved it just now; look at it, then run again")
         if moved and signed:
-            rollback_protection.accept_pointer(_read_pointer(content, place), store.uri, channel, settings, place)
+            replay_protection.accept_pointer(_read_pointer(content, place), store.uri, channel, settings, place)
     # A yank checks the channels before it is written, perhaps just before this one was moved.
     _refuse_unusable(store, prefix, settings)
     return place
@@ -244,7 +245,7 @@ def yank_release(uri: str, settings: Publish, *, reason: str, who: str, key: str
     if not store.create(YANKED, content, hashlib.sha256(content).hexdigest()):
         _sign_yank(store, fields, settings)
     elif settings.signing_key is not None:
-        rollback_protection.accept_yank(Yank(reason, who, time), root, model, sha256, settings)
+        replay_protection.accept_yank(Yank(reason, who, time), root, model, sha256, settings)
     if pointing := _pointing(channels, name):
         raise UserError(f"{store.uri}: was yanked, and {', '.join(pointing)} was pointed to it meanwhile; roll back")
     return f"{store.uri}/{YANKED}"

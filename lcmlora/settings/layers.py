@@ -1,4 +1,4 @@
-"""Settings in layers: package defaults, a family's preset, a section of params.yaml, a base's changes of it.
+"""Settings in layers: package defaults, a family's preset, a section of params.yaml, what one base overrides.
 
 A later layer overrides an earlier one, key by key. Every error names the layer that has its key.
 """

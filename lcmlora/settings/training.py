@@ -77,7 +77,7 @@ class Training(Strict):
 class Distill(Training):
     """Distillation of the adapter (stage `distill`).
 
-    An objective of another package may bring settings of its own: it names a subclass of this (`distill_settings`).
+    An objective of another package may bring settings of its own: it names a subclass of this (`settings_class`).
     """
 
     steps: Positive = 1000

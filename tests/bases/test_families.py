@@ -11,7 +11,7 @@ from lcmlora.adapters import formats, lora
 from lcmlora.bases import architecture, families, fetching
 from lcmlora.bases.schedule import PREDICTION_TYPES
 from lcmlora.config import Base
-from lcmlora.distillation.loss import Distillation, equip
+from lcmlora.distillation.loss import Distillation, add_adapter
 from lcmlora.errors import UserError
 from lcmlora.plugins import FAMILIES
 from tests.conftest import make_latents
@@ -37,7 +37,7 @@ def test_a_family_is_added_in_a_class_and_trained(folder: Path, tmp_path: Path):
     assert base.family.name == "flow-transformer"
     assert base.encode_text(["a red apple"])["encoder_hidden_states"].shape == (1, 24, 16)
     cache = make_latents(folder, tmp_path)
-    optimization = equip(base, SETTINGS)
+    optimization = add_adapter(base, SETTINGS)
     distillation = Distillation(base, cache.unconditional(), SETTINGS)
     losses = distillation.losses(draw_batch(cache), optimization)
     losses.mean().backward()

@@ -4,19 +4,19 @@ import torch
 
 from benchmarks.reference import Reference
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.loss import Distillation, equip, samples
+from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
 from lcmlora.training.loop import take_step
 from tests.support.distillation import CPU, SETTINGS, load_parts
 
 
 def test_both_compute_the_same_losses_from_the_same_samples(base_folder: Path, cache: LatentCache):
     settings = SETTINGS.model_copy(update={"cooldown": 0.0, "lr": 1e-3})
-    batches = samples(cache, torch.arange(len(cache)), settings, CPU)
+    batches = sample_stream(cache, torch.arange(len(cache)), settings, CPU)
     reference = Reference(
         load_parts(base_folder, "network"), load_parts(base_folder, "network"), settings, torch.float32
     )
     base = load_parts(base_folder, "network")
-    optimization = equip(base, settings)
+    optimization = add_adapter(base, settings)
     distillation = Distillation(base, cache.unconditional(), settings)
     for step in range(5):
         of_recipe = reference.step(batches.draw(step), cache.unconditional())
@@ -28,7 +28,7 @@ def test_both_compute_the_same_losses_from_the_same_samples(base_folder: Path, c
 
 def test_the_recipe_encodes_pictures_and_captions_in_every_step(base_folder: Path, cache: LatentCache):
     base = load_parts(base_folder, "network", "vae", "text")
-    batch = samples(cache, torch.arange(len(cache)), SETTINGS, CPU).draw(0)
+    batch = sample_stream(cache, torch.arange(len(cache)), SETTINGS, CPU).draw(0)
     reference = Reference(base, load_parts(base_folder, "network"), SETTINGS, torch.float32)
     pictures = torch.rand(SETTINGS.batch, 3, 16, 16).mul(2).sub(1)
     encoded = reference.encode(batch, pictures, ["red apple"] * SETTINGS.batch)

@@ -18,7 +18,7 @@ from lcmlora.project import Project
 from lcmlora.registry.promotion import promote_passed
 from lcmlora.registry.registration import register_release
 from lcmlora.releases import catalog, publish
-from lcmlora.releases.bundle import ADAPTER, SCHEDULER, WEIGHTS, digest, verify
+from lcmlora.releases.bundle import ADAPTER_FILES, SCHEDULER, WEIGHTS, digest, verify
 from tests.support import releases
 from tests.support.miniature import RESOLUTION, save_base
 from tests.support.registries import fresh
@@ -107,7 +107,7 @@ def test_a_registered_version_is_downloaded_once_by_its_alias(config: Config, bu
     for name in ("models:/lcm-lora-mini@champion", "models:/lcm-lora-mini/1"):
         found = references.open_adapter(name, config, tmp_path / "cache")
         assert found.shown == name and found.model == "mini"
-        verify(found.weights.parent, ADAPTER)
+        verify(found.weights.parent, ADAPTER_FILES)
         assert digest(found.weights.parent) == digest(bundle)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"sha256-{digest(bundle)[:12]}"]
     with pytest.raises(UserError, match="lcm-lora-mini@nobody: no such alias; lcm-lora-mini has champion"):

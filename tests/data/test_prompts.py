@@ -18,7 +18,7 @@ from lcmlora.data.sources.source import Record, read_records, survey
 from lcmlora.diffusion.noise import generator
 from lcmlora.diffusion.sampling import text_conditioning
 from lcmlora.diffusion.teacher import Teacher
-from lcmlora.distillation.loss import samples
+from lcmlora.distillation.loss import sample_stream
 from lcmlora.errors import UserError
 from tests.data.conftest import data_in
 from tests.support.distillation import CPU, load_parts
@@ -163,7 +163,7 @@ def test_states_come_out_of_a_bucket_before_its_shards_are_here_and_after(
     rows, index = torch.arange(len(here)), torch.arange(len(here)) % 5
     assert torch.equal(there.states(rows, index), here.states(rows, index))
     settings = DISTILL.model_copy(update={"trajectory": 1.0, "grid": 5})
-    near, far = (samples(each, rows, settings, CPU) for each in (here, there))
+    near, far = (sample_stream(each, rows, settings, CPU) for each in (here, there))
     for step in range(4):
         one, other = near.draw(step).pair, far.draw(step).pair
         assert one is not None and other is not None and torch.equal(one, other)

@@ -84,7 +84,7 @@ def test_runs_of_other_guidance_rank_rate_and_objective_read_the_same_cache(run:
 
 
 def test_samples_beyond_the_limit_are_computed_again(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture):
-    record = TeacherCache(tmp_path / "one", SHAPE, torch.float32, 1, 10**9).record
+    record = TeacherCache(tmp_path / "one", SHAPE, torch.float32, 1, 10**9).record_bytes
     without = run(limit=0)
     run(limit=10 * record)  # of 24 samples, two forwards of four
     assert "teacher cache: 10 of 24 samples are kept, all need teacher_cache_gb: " in capsys.readouterr().err
@@ -105,7 +105,7 @@ def test_damaged_and_missing_records_are_not_read(tmp_path: Path):
     assert cache.read(range(4, 7)) is None  # the file ends
     assert cache.read(range(-3, 0)) is None
     with (tmp_path / "cache").open("r+b") as file:
-        file.seek(4 * cache.record + 30)
+        file.seek(4 * cache.record_bytes + 30)
         file.write(b"\xff\x00\xff")
     assert cache.read(range(2, 5)) is None
     assert cache.read(range(2, 4)) is not None

@@ -14,7 +14,7 @@ from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import prepare_pictures
 from lcmlora.diffusion import solver
 from lcmlora.diffusion.objectives import pseudo_huber
-from lcmlora.distillation.loss import Distillation, samples
+from lcmlora.distillation.loss import Distillation, sample_stream
 from lcmlora.errors import UserError
 from tests.data.conftest import data_in
 from tests.support.distillation import CPU, SETTINGS, Recorder, draw_batch, load_parts, run_distill
@@ -51,8 +51,8 @@ def test_on_the_teachers_own_states_a_step_takes_the_two_forwards_of_the_student
     batch, seen = draw_batch(drawn, settings), _forwards(base)
     losses = distillation.losses(batch)
     assert seen == [(4, True), (4, True)]
-    teacher, (x, x_prev) = distillation.teacher, drawn.states(samples(drawn, torch.arange(len(drawn)), settings, CPU)
-                                                              .rows(range(4)), batch.index)  # fmt: skip
+    rows = sample_stream(drawn, torch.arange(len(drawn)), settings, CPU).rows(range(4))
+    teacher, (x, x_prev) = distillation.teacher, drawn.states(rows, batch.index)
     t, t_prev, w = teacher.t[batch.index], teacher.t_prev[batch.index], torch.full((4,), 5.0)
     torch.testing.assert_close(teacher.step(x, t, t_prev, w, batch.conditioning), x_prev, atol=5e-3, rtol=5e-3)
     online, aim = (

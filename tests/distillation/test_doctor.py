@@ -29,9 +29,9 @@ def test_the_figures_are_those_of_the_run_that_follows(base_folder: Path, cache:
     (trial,) = found.trials
     assert (trial.accumulate, trial.checkpointing) == (1, "none") and trial.seconds and trial.peak
     assert found.images_per_second == pytest.approx(SETTINGS.batch / trial.seconds)
-    assert found.total == pytest.approx(6 * trial.seconds + found.targets + 2 * found.validation)
+    assert found.total == pytest.approx(6 * trial.seconds + found.targets_seconds + 2 * found.validation)
     adapter = sum(p.numel() for p in base.network.parameters() if p.requires_grad)
-    assert found.checkpoint == 5 * 4 * adapter
+    assert found.checkpoint_bytes == 5 * 4 * adapter
     assert found.patches == [str(each) for each in patches.installed(base.network)]
     assert [patch.partition(":")[0] for patch in found.patches] == ["direct attention", "LoRA forwards"]
     assert json.loads(found.to_json())["device"].startswith("cpu")
@@ -42,7 +42,9 @@ def test_a_checkpoint_has_the_estimated_size(base_folder: Path, cache: LatentCac
     distill_adapter(load_parts(base_folder, "network"), cache, SETTINGS, tmp_path, tmp_path / "out", identity={},
             logger=NullLogger())  # fmt: skip
     size = (tmp_path / "checkpoint.pt").stat().st_size
-    assert found.checkpoint <= size < 1.2 * found.checkpoint + 20_000  # plus the alignment of the views and a header
+    assert (
+        found.checkpoint_bytes <= size < 1.2 * found.checkpoint_bytes + 20_000
+    )  # plus the alignment of the views and a header
 
 
 def test_each_of_many_processes_takes_its_share_of_a_step(base_folder: Path, cache: LatentCache, tmp_path: Path):

@@ -14,7 +14,7 @@ def _pictures(*colours: str, side: int = 64) -> list[Image.Image]:
 def test_the_contact_sheet_puts_enlarged_pictures_below_their_method_and_beside_their_caption(tmp_path: Path) -> None:
     columns = [
         Column(_pictures("#ff0000", "#00ff00"), "teacher", "50 steps"),
-        Column(_pictures("#0000ff", "#ffff00"), "DDIM", "2 steps, guidance 3", "4 network evaluations"),
+        Column(_pictures("#0000ff", "#ffff00"), "DDIM", "2 steps, guidance 3, leading", "4 network evaluations"),
         Column(_pictures("#00ffff", "#ff00ff"), "student", "4 steps", "4 network evaluations", is_student=True),
     ]
     columns[1].pictures[0].putpixel((0, 0), (1, 2, 3))

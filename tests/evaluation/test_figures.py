@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_named_in_one_line_with_file_key_and_value(changes:
 
 
 @pytest.mark.parametrize(
-    ("text", "part", "method", "steps", "label"),
+    ("text", "part", "method", "number", "label"),
     [
         ("student@4", "", "student", 4, "student, 4 steps"),
         ("alone/dpm++@1", "alone", "dpm++", 1, "DPM-Solver++, 1 step"),
@@ -118,9 +118,9 @@ def test_what_does_not_fit_is_named_in_one_line_with_file_key_and_value(changes:
         ("real", "", "real", 0, "real"),
     ],
 )
-def test_a_key_says_what_drew_the_set(text: str, part: str, method: str, steps: int, label: str) -> None:
+def test_a_key_says_what_drew_the_set(text: str, part: str, method: str, number: int, label: str) -> None:
     key = Key(text)
-    assert (key, key.part, key.method, key.steps, key.label) == (text, part, method, steps, label)
+    assert (key, key.part, key.method, key.number, key.label) == (text, part, method, number, label)
 
 
 def test_a_release_has_what_this_machine_measured_and_what_a_study_found() -> None:

@@ -16,7 +16,7 @@ from prefect.context import FlowRunContext
 from lcmlora import config
 from lcmlora.errors import Unavailable, UserError
 from tasks import prefect_internals
-from tasks.devices import occupied
+from tasks.devices import holding_device
 from tasks.dvc import StageFailed, repro, run_stage
 from tasks.output import line_listener
 from tasks.processes import Command, Processes, stream
@@ -59,7 +59,7 @@ def test_without_the_limit_nothing_runs_and_the_command_that_makes_it_is_told():
     with (
         Processes() as processes,
         pytest.raises(UserError, match=r"no limit 'tpu': `prefect gcl create tpu --limit 1` makes it"),
-        occupied("tpu", processes),
+        holding_device("tpu", processes),
     ):
         raise AssertionError
 
@@ -94,7 +94,7 @@ def test_a_slot_that_another_machine_holds_is_waited_for(capfd: pytest.CaptureFi
     machine = threading.Thread(target=elsewhere)
     machine.start()
     taken.wait()
-    with Processes() as processes, occupied(LIMIT, processes):
+    with Processes() as processes, holding_device(LIMIT, processes):
         assert time.monotonic() > released[0]
     machine.join()
     assert f"waiting for a slot of Prefect's limit {LIMIT}" in shown[0]

@@ -219,8 +219,8 @@ def test_an_adapter_is_pulled_through_the_server_and_one_flipped_byte_in_the_buc
     shelf: Shelf, s3: SeaweedFS, tmp_path: Path
 ):
     pulled = registry.pull(f"{NAME}@champion", shelf.settings, tmp_path / "pulled")
-    assert {path.name for path in pulled.iterdir()} == set(bundle.ADAPTER)
-    for name in bundle.ADAPTER:
+    assert {path.name for path in pulled.iterdir()} == set(bundle.ADAPTER_FILES)
+    for name in bundle.ADAPTER_FILES:
         assert (pulled / name).read_bytes() == (shelf.folders[0] / name).read_bytes()
     whole = registry.pull(f"{NAME}@champion", shelf.settings, tmp_path / "whole", everything=True)
     assert {path.name for path in whole.iterdir()} == {path.name for path in shelf.folders[0].iterdir()}

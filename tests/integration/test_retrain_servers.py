@@ -227,7 +227,7 @@ def test_the_command_shows_every_field_of_the_champion(team: Team, base_folder: 
 
 def test_the_champion_is_pulled_verified_and_draws(team: Team, base_folder: Path, tmp_path: Path):
     pulled = registry.pull(CHAMPION, team.registry, tmp_path / "champion")
-    bundle.verify(pulled, bundle.ADAPTER)
+    bundle.verify(pulled, bundle.ADAPTER_FILES)
     assert bundle.digest(pulled) == bundle.digest(team.root / "release/a")
     pipeline = registry.load_pipeline(
         CHAMPION, "cpu", settings=team.registry, base=base_folder, cache=tmp_path / "cache"

@@ -14,7 +14,7 @@ from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import prepare_pictures
 from tests.data.conftest import add, data_in, picture
-from tests.data.test_shards import held, stream
+from tests.data.test_remote_shards import held, stream
 from tests.integration.seaweed import SeaweedFS
 from tests.support.distillation import load_parts
 

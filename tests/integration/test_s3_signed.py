@@ -8,7 +8,7 @@ pytest.importorskip("model_signing", reason="no model-signing (extra `signing`) 
 
 from lcmlora.config import Publish
 from lcmlora.releases.catalog import pull_release
-from lcmlora.releases.trust import rollback_protection
+from lcmlora.releases.trust import replay_protection
 from tests.integration.seaweed import SeaweedFS
 from tests.releases import test_records
 from tests.releases.test_records import OLD, Peer
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def peer(s3: SeaweedFS, bucket: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Peer:
-    monkeypatch.setenv(rollback_protection.STATE, str(tmp_path / "state"))
+    monkeypatch.setenv(replay_protection.STATE, str(tmp_path / "state"))
     private, public = write_keys(tmp_path, "ours")
     client, name = s3.client(), bucket.to.split("/")[2]
     made = Peer(

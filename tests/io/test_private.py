@@ -74,4 +74,5 @@ def test_what_is_compiled_and_what_dvc_unpickles_lie_in_the_users_caches(places:
     from tasks.processes import python
 
     monkeypatch.delenv("DVC_SITE_CACHE_DIR", raising=False)
-    assert python("dvc")["env"]["DVC_SITE_CACHE_DIR"] == str(places / "home/.cache/lcmlora/dvc")
+    environment = python("dvc").environment
+    assert environment is not None and environment["DVC_SITE_CACHE_DIR"] == str(places / "home/.cache/lcmlora/dvc")

@@ -23,7 +23,7 @@ from lcmlora.errors import UserError
 from lcmlora.io.files import locked
 from lcmlora.io.parsing import Malformed
 from lcmlora.parallel import ranks
-from lcmlora.parallel.exchange import Left, SocketPairs
+from lcmlora.parallel.exchange import ProcessEnded, SocketPairs
 from lcmlora.parallel.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
@@ -185,7 +185,7 @@ def test_who_misses_another_process_is_told_so():
     def leave(place: Ranks) -> None:
         raise RuntimeError("gone")
 
-    assert isinstance(_together(lambda one: one.wait(), leave)[0], Left)
+    assert isinstance(_together(lambda one: one.wait(), leave)[0], ProcessEnded)
 
 
 def test_who_has_all_of_a_last_exchange_may_go_before_the_others_have():

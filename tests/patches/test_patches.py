@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lcmlora import bases, patches
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Base
-from lcmlora.distillation.loss import equip
+from lcmlora.distillation.loss import add_adapter
 from lcmlora.patches import Patch
 from lcmlora.patches.attention import DirectAttention, WideAttention
 from lcmlora.patches.compilation import Compilation
@@ -91,7 +91,7 @@ def _count(network: nn.Module, kind: type[Any]) -> int:
 def test_a_loaded_base_with_an_adapter_lists_exactly_what_it_has(base: LoadedBase):
     (direct,) = patches.installed(base.network)
     assert str(direct) == f"direct attention: {_count(base.network, Attention)} x diffusers Attention.forward"
-    equip(base, SETTINGS.model_copy(update={"checkpointing": "selective"}))
+    add_adapter(base, SETTINGS.model_copy(update={"checkpointing": "selective"}))
     direct, lora, recompute = patches.installed(base.network)
     assert isinstance(direct.patch, DirectAttention)
     assert isinstance(lora.patch, LoraForwards) and isinstance(recompute.patch, SelectiveRecompute)

@@ -18,7 +18,7 @@ from lcmlora.registry.lookup import champion, compare, condition, figures, pull,
 from lcmlora.registry.promotion import promote_passed
 from lcmlora.registry.registration import register_release
 from lcmlora.registry.tracking import log_run
-from lcmlora.releases.bundle import ADAPTER, verify
+from lcmlora.releases.bundle import ADAPTER_FILES, verify
 from tests.support.registries import fresh
 from tests.support.releases import write_sealed
 from tests.support.together import at_once
@@ -346,7 +346,7 @@ def test_pulling_writes_the_adapter_alone_and_only_if_it_is_the_registered_one(
 
 def _pulled(settings: Registry, out: Path) -> int:
     pull("lcm-lora-mini/1", settings, out)
-    verify(out, ADAPTER)
+    verify(out, ADAPTER_FILES)
     return len(list(out.iterdir()))
 
 

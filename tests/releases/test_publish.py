@@ -12,7 +12,7 @@ from lcmlora.cli.adapters import references
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
 from lcmlora.releases import catalog
-from lcmlora.releases.bundle import ADAPTER, verify
+from lcmlora.releases.bundle import ADAPTER_FILES, verify
 from lcmlora.releases.catalog import download_release, find_release, list_releases, presigned_links, pull_release
 from lcmlora.releases.publish import point_channel, publish_release, yank_release
 from lcmlora.releases.stores.directory import DirectoryStore
@@ -321,7 +321,7 @@ def _pulled(kind: str, uri: str, settings: Publish, cache: Path) -> tuple[str, i
         folder = pull_release(uri, settings, cache / "mini")
     else:
         folder = references._cached(cache, SHA, lambda out: download_release(uri, settings, out))
-    verify(folder, ADAPTER)
+    verify(folder, ADAPTER_FILES)
     return folder.name, len(list(folder.iterdir()))
 
 

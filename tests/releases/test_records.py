@@ -18,7 +18,7 @@ from lcmlora.errors import UserError
 from lcmlora.releases.catalog import find_release, list_releases, pull_release, verify_release
 from lcmlora.releases.publish import point_channel, publish_release, yank_release
 from lcmlora.releases.stores.store import open_store
-from lcmlora.releases.trust import records, rollback_protection
+from lcmlora.releases.trust import records, replay_protection
 from tests.releases.test_signing import write_keys
 from tests.support.releases import write_sealed
 
@@ -65,7 +65,7 @@ def _parent(path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(rollback_protection.STATE, str(tmp_path / "state"))
+    monkeypatch.setenv(replay_protection.STATE, str(tmp_path / "state"))
     return tmp_path / "state" / "seen"
 
 
@@ -318,7 +318,7 @@ def test_a_memory_that_is_damaged_or_cannot_be_kept_is_told(
     for content in (b"", b"[", b'{"time": 3}', b"\xff"):
         note.write_bytes(content)
         refused(peer, rf"{note}: ")
-    monkeypatch.setenv(rollback_protection.STATE, str(note))  # no folder
+    monkeypatch.setenv(replay_protection.STATE, str(note))  # no folder
     assert find_release("mini@champion", peer.reader)[1] == NEW
     assert "an older pointer or a yank that was deleted is not noticed" in capsys.readouterr().err
 

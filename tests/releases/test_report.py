@@ -328,8 +328,8 @@ def test_solvers_are_named_with_their_settings_and_cost_is_counted_in_three_ways
     assert "Second features agree on the rank" in head
     costs = text[text.index("Cost, three ways A solver") : text.index("Two distances To the teacher")]
     assert "on validation captions and on seeds that no figure here comes from." in costs
-    assert "best solver at as many evaluations" in costs and "best solver in as many steps" in costs
-    assert "-209" in costs and "-200" in costs and "2.1x (1.9 to 2.4)" in costs
+    assert "best solver of as many evaluations" in costs and "In equal steps Most papers compare so." in costs
+    assert "-209" in costs and "-200" in costs and "2.1x1.9 to 2.4" in costs
     on_test = searched() | {"solvers_chosen_on": "test"}
     assert "to the solvers' advantage" in Reader(render(on_test, tmp_path / "evaluation")).text
 

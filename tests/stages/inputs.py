@@ -34,7 +34,13 @@ from tests.support.miniature import save_base
 KEPT = Path(__file__).with_name("inputs")
 FEATURES.register("quarters", Quarters)  # of twelve dimensions, which need few pictures
 FEATURES.register("halves", Halves)
-EVALUATION: Evaluation = settings(solvers=("ddim", "dpm++", "unipc", "euler"), resamples=8, latency_repeats=1)
+EVALUATION: Evaluation = settings(
+    solvers=("ddim", "dpm++", "unipc", "euler"),
+    guidance_scales=(1.0, 4.0),
+    choosing_pictures=8,
+    resamples=8,
+    latency_repeats=1,
+)
 CHOSEN_BY = ("red tree", "fruit apple")  # captions for validation
 STUDY = Study(
     models=("mini",),

@@ -13,7 +13,7 @@ from lcmlora.adapters.metadata import Distilled
 from lcmlora.config import Base, Distill
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation.distill import distill_adapter
-from lcmlora.distillation.loss import samples
+from lcmlora.distillation.loss import sample_stream
 from lcmlora.training.loop import NullLogger
 from tests.support.miniature import RESOLUTION
 
@@ -94,4 +94,4 @@ def run_distill(
 
 
 def draw_batch(cache: LatentCache, settings: Distill = SETTINGS, step: int = 0) -> Any:
-    return samples(cache, torch.arange(len(cache)), settings, CPU).draw(step)
+    return sample_stream(cache, torch.arange(len(cache)), settings, CPU).draw(step)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.devices import occupied
+from tasks.devices import holding_device
 from tasks.processes import Ended, Processes, stream
 from tests.support.repositories import alive
 from tests.tasks.test_processes import ROOT, pid, shell, wait_for
@@ -16,7 +16,7 @@ from tests.tasks.test_processes import ROOT, pid, shell, wait_for
 FLOW = """
 from tasks.devices import *
 from tasks.processes import *
-with Processes() as p, occupied("gpu", p):
+with Processes() as p, holding_device("gpu", p):
     stream(p, Command(["sh", "-c", "trap '' TERM; echo $$ > trainer.part; mv trainer.part trainer; sleep 60; :"]))
 """
 
@@ -35,7 +35,7 @@ def test_the_next_waits_until_the_last_process_of_a_killed_flow_is_gone(tmp_path
     flow.send_signal(signal.SIGKILL)
     flow.wait()
     assert alive(trainer)  # it does not listen to SIGTERM, and has its grace
-    with Processes() as processes, occupied("gpu", processes):
+    with Processes() as processes, holding_device("gpu", processes):
         assert not alive(trainer)
     assert f"waiting for gpu, held by process {flow.pid}" in capfd.readouterr().err
 
@@ -44,7 +44,7 @@ def test_one_thread_at_a_time_has_a_device_and_another_device_is_free():
     within: list[int] = []
 
     def train() -> None:
-        with occupied("gpu", processes):
+        with holding_device("gpu", processes):
             within.append(1)
             stream(processes, shell("sleep 0.1"))
             assert within == [1]
@@ -54,7 +54,7 @@ def test_one_thread_at_a_time_has_a_device_and_another_device_is_free():
         threads = [threading.Thread(target=train) for _ in range(3)]
         for thread in threads:
             thread.start()
-        with occupied("gpu1", processes):
+        with holding_device("gpu1", processes):
             for thread in threads:
                 thread.join()
     assert within == []
@@ -63,10 +63,10 @@ def test_one_thread_at_a_time_has_a_device_and_another_device_is_free():
 def test_a_lock_is_given_back_with_the_block_whatever_else_was_started_meanwhile():
     with Processes() as processes:
         other = threading.Thread(target=lambda: stream(processes, shell("echo $$ > other; exec sleep 0.5")))
-        with occupied("gpu", processes):
+        with holding_device("gpu", processes):
             other.start()
             wait_for(Path("other").exists)
-        with occupied("gpu", processes):
+        with holding_device("gpu", processes):
             assert alive(pid("other"))
         other.join()
 
@@ -76,12 +76,12 @@ def test_who_waits_for_a_device_is_interrupted_when_the_flow_ends():
 
     def wait() -> None:
         try:
-            with occupied("gpu", second):
+            with holding_device("gpu", second):
                 pass
         except Ended as error:
             caught.append(error)
 
-    with Processes() as first, occupied("gpu", first):
+    with Processes() as first, holding_device("gpu", first):
         with Processes() as second:
             thread = threading.Thread(target=wait)
             thread.start()

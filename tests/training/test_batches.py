@@ -1,7 +1,7 @@
 import torch
 
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation.loss import samples
+from lcmlora.distillation.loss import sample_stream
 from lcmlora.parallel.ranks import Ranks
 from lcmlora.training.batches import Batch, Batches, split_rows
 from tests.support.distillation import CPU, SETTINGS
@@ -10,7 +10,7 @@ NAMES = ("z", "noise", "index", "w", "u")
 
 
 def _batches(cache: LatentCache, ranks: Ranks | None = None, **changes: object) -> Batches:
-    return samples(cache, torch.arange(len(cache)), SETTINGS.model_copy(update=changes), CPU, ranks)
+    return sample_stream(cache, torch.arange(len(cache)), SETTINGS.model_copy(update=changes), CPU, ranks)
 
 
 def _at(batches: Batches, cache: LatentCache, count: int, first: int = 0) -> Batch:

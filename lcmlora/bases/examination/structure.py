@@ -27,10 +27,10 @@ _MAX_INTEGER = 1 << 24
 _MAX_TIMESTEPS = 100_000
 # Keys that a UNet's configuration sets if the UNet takes inputs that a text-to-image base does not have.
 _FOREIGN_INPUTS = {
-    "time_cond_proj_dim": "an embedding of the guidance scale, as guided LCMs are: the base is distilled already",
+    "time_cond_proj_dim": "an embedding of the guidance scale, as guided LCMs do: the base is distilled already",
     "encoder_hid_dim": "another projection of its text or picture embeddings",
-    "class_embed_type": "class labels, as upscalers are",
-    "num_class_embeds": "class labels, as upscalers are",
+    "class_embed_type": "class labels, as upscalers do",
+    "num_class_embeds": "class labels, as upscalers do",
 }
 # Older names of attention layers, which diffusers renames when it loads a file.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

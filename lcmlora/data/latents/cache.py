@@ -6,7 +6,7 @@ A cache is a folder:
                                picture, crop_tl (N, 2) top and left of the crop, text_row (N,) the caption's row in
                                text.safetensors, all int32; key (N, 16) uint8, the first bytes of the picture's
                                SHA-256. rollouts.py says what they are for prompts without pictures.
-                               With `encode.shards` these files are in a bucket (shards.py), and the folder has
+                               With `encode.shards` these files are in a bucket (remote_shards.py), and the folder has
     rows.safetensors           all their tensors except latents and states
     text.safetensors           one row for each distinct caption: embeddings, or, if these would be large (texts.py),
                                `token_ids` (N, T) int32 and `token_ids_2` for a second text encoder;
@@ -32,8 +32,8 @@ from torch import Tensor
 from lcmlora import config
 from lcmlora.bases import families
 from lcmlora.bases.families import Conditioning
+from lcmlora.data.latents.remote_shards import CacheFile, RemoteShards, ShardFile
 from lcmlora.data.latents.sampling_plan import SamplingPlan
-from lcmlora.data.latents.shards import CacheFile, RemoteShards, ShardFile
 from lcmlora.errors import UserError
 from lcmlora.io.documents import Document
 from lcmlora.io.files import sha256_file
@@ -171,7 +171,7 @@ class LatentCache:
         self._remote: RemoteShards | None = None
         if manifest.at and manifest.rows:
             beside = folder.with_name(f".{folder.name}.shards")
-            self._remote = RemoteShards(Files(manifest.at), manifest.shards, shards or beside, budget)
+            self._remote = RemoteShards(Files(manifest.at, "encode.shards"), manifest.shards, shards or beside, budget)
             self._rows = self._open(manifest.rows)
             lengths = torch.tensor([shard.pictures for shard in manifest.shards])
         else:

@@ -1,6 +1,7 @@
 """Stage `encode`: encodes the prepared pictures and captions once into a latent cache (cache.py).
 
-The VAE makes the latents of pictures (pictures.py); of prompts without pictures the teacher draws them (rollouts.py).
+The VAE makes the latents of pictures (vae_encoding.py); of prompts without pictures the teacher draws them
+(rollouts.py).
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from lcmlora import config, stages
 from lcmlora.bases.base import LoadedBase
 from lcmlora.data.latents import aspect, texts
 from lcmlora.data.latents.cache import MANIFEST, ROWS, TEXT, VERSION, Manifest, Tensors, parse_manifest
-from lcmlora.data.latents.pictures import picture_encoder
+from lcmlora.data.latents.remote_shards import CacheFile, ShardFile
 from lcmlora.data.latents.rollouts import SHARD_ROWS, RolloutEncoder
-from lcmlora.data.latents.shards import CacheFile, ShardFile
-from lcmlora.data.latents.store import Store, link
+from lcmlora.data.latents.store import UnfinishedCache, link
+from lcmlora.data.latents.vae_encoding import picture_encoder
 from lcmlora.data.sources.source import RESIZE_FILTER, Record
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, atomic_write, discard, locked, sha256_folder
@@ -72,7 +73,7 @@ def encode_latents(
     own = list(job.shards)[ranks.rank :: ranks.size]  # in turn, so that the rest of a killed run is divided evenly, too
     work = job.work_folder(scratch)
     with locked(work) if ranks.first else nullcontext():
-        store = Store(work, job.fingerprint, own, job.place)
+        store = UnfinishedCache(work, job.fingerprint, own, job.place)
         digests = {name: job.listed.digest_of(job.shards[name], job.text_fingerprint) for name in own}
         _reuse_shards(out, store, digests)
         with _disk_space(scratch, job.bytes_needed(store, own, ranks)):
@@ -165,7 +166,7 @@ class _Job:
         key = config.digest(self.listed.digest, self.fingerprint, self.text_fingerprint, self.varied_settings())
         return scratch / key[:16]
 
-    def bytes_needed(self, store: Store, own: list[str], ranks: Ranks) -> int:
+    def bytes_needed(self, store: UnfinishedCache, own: list[str], ranks: Ranks) -> int:
         """Returns how many bytes of disk are still needed: the first process counts all shards, others their own."""
         missing = [len(self.shards[name]) for name in (self.shards if ranks.first else own) if name not in store.shards]
         text = self.text.size if ranks.first else 0
@@ -174,7 +175,7 @@ class _Job:
         return text + self.row_bytes * sum(missing)
 
 
-def _assemble_cache(job: _Job, store: Store, out: Path) -> None:
+def _assemble_cache(job: _Job, store: UnfinishedCache, out: Path) -> None:
     """Writes the manifest and the captions for people, and puts all files of the cache into the folder `out`."""
     rows = store.save_rows(job.shards) if store.place else None
     names = [*([ROWS] if rows else job.shards), TEXT, MANIFEST]
@@ -188,7 +189,7 @@ def _assemble_cache(job: _Job, store: Store, out: Path) -> None:
             link(store.files / name, folder / name)
 
 
-def _manifest(job: _Job, store: Store, rows: CacheFile | None) -> Manifest:
+def _manifest(job: _Job, store: UnfinishedCache, rows: CacheFile | None) -> Manifest:
     base, listed = job.base, job.listed
     shards, buckets = [store.shards[name] for name in job.shards], None
     if listed.sizes != [(base.resolution, base.resolution)]:
@@ -214,7 +215,7 @@ def _manifest(job: _Job, store: Store, rows: CacheFile | None) -> Manifest:
     )
 
 
-def _reuse_shards(out: Path, store: Store, digests: dict[str, str]) -> None:
+def _reuse_shards(out: Path, store: UnfinishedCache, digests: dict[str, str]) -> None:
     """Keeps the shards of the old cache in `out` whose inputs are unchanged.
 
     Args:
@@ -380,7 +381,7 @@ def _disk_space(folder: Path, needed: int) -> Iterator[None]:
         raise disk_full(error.filename or folder) from error
 
 
-def _encode_shards(job: _Job, store: Store, own: list[str], ranks: Ranks) -> Iterator[tuple[str, Tensors]]:
+def _encode_shards(job: _Job, store: UnfinishedCache, own: list[str], ranks: Ranks) -> Iterator[tuple[str, Tensors]]:
     """Yields name and tensors of each of this process's shards that is not finished yet."""
     listed, batch_size = job.listed, job.settings.batch
     missing = {name: job.shards[name] for name in own if name not in store.shards}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from lcmlora.data.latents.cache import ROWS, TEXT, Tensors, TextFile, fault
-from lcmlora.data.latents.shards import CacheFile, ShardFile, object_name
+from lcmlora.data.latents.remote_shards import CacheFile, ShardFile, object_name
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write
 from lcmlora.io.parsing import Malformed, parse_json
@@ -25,7 +25,7 @@ ROW_TENSORS = ("orig_size", "crop_tl", "text_row", "key")  # tensors of a shard 
 _VISIBLE_SECONDS = 120.0  # until another machine's files must be seen; NFS may take 60 (acdirmax in nfs(5))
 
 
-class Store:
+class UnfinishedCache:
     """The finished files of a cache that is being made, in the folder `work`.
 
     Each file is recorded in a file of its own, so that many processes can write to one folder. A process checks the
@@ -46,7 +46,7 @@ class Store:
         self.files.mkdir(parents=True, exist_ok=True)
         self.fingerprint = fingerprint
         self.place = place
-        self._bucket = Files(place) if place else None
+        self._bucket = Files(place, "encode.shards") if place else None
         self._object_sizes = self._bucket.sizes(missing_ok=True) if self._bucket else {}
         self._records = work / "done"
         self._own = set(own)

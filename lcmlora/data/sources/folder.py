@@ -29,7 +29,7 @@ from lcmlora.data.reading.file_names import FileNames
 from lcmlora.data.reading.picture_folders import BucketFolder, LocalFolder, PictureFolder
 from lcmlora.data.reading.tables import Row, read_rows
 from lcmlora.data.reading.tar_samples import AUXILIARY, maps_beside
-from lcmlora.data.sources import splits
+from lcmlora.data.sources import split_names
 from lcmlora.data.sources.inputs import count_unused
 from lcmlora.data.sources.source import EncodedPictures
 from lcmlora.data.unused_files import CAPTION_WITHOUT_PICTURE, SECOND_CAPTION, UnusedFiles, in_words
@@ -73,10 +73,10 @@ class Folder(EncodedPictures):
         rejections = [Rejection(printable(name), reason) for name, reason in refused.items()]
         listed = [] if self._table else [name for name in listing.names if _is_picture(name)]
         self._used.update(refused, listed)
-        pictures, self.left_out = splits.choose(self._path, listed, self._wanted)
+        pictures, self.left_out = split_names.choose(self._path, listed, self._wanted)
         metadata, empty_rows = self._metadata(scores, rejections)
         if self._table:
-            pictures, self.left_out = splits.choose(self._path, {*metadata, *empty_rows}, self._wanted)
+            pictures, self.left_out = split_names.choose(self._path, {*metadata, *empty_rows}, self._wanted)
         else:
             named = (name for name in (*metadata, *empty_rows) if self._split(name) not in self.left_out)
             pictures = sorted({*pictures, *named})
@@ -119,7 +119,7 @@ class Folder(EncodedPictures):
         return {name for pictures in self.left_out.values() for picture in pictures for name in files.possible(picture)}
 
     def _split(self, name: str) -> str:
-        return splits.of(name) or splits.TRAIN
+        return split_names.split_of(name) or split_names.TRAIN
 
     def _no_pictures(self) -> str:
         unused = self.unused_files().by_kind()

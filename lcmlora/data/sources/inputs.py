@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from lcmlora.data import rejection_advice
 from lcmlora.data.reading.candidates import Rejection, printable
 from lcmlora.data.reading.folder_listing import FolderListing, LinkRule, list_folder
-from lcmlora.data.sources import splits
+from lcmlora.data.sources import split_names
 from lcmlora.data.unused_files import HIDDEN_FILE, REPEATED_FOLDER, UnusedFiles
 from lcmlora.errors import UserError
 from lcmlora.io.remote import Files
@@ -21,7 +21,7 @@ class InputFiles(Files):
         left_out: files of splits that are not wanted, by split; known after `list`.
     """
 
-    def __init__(self, path: str, links: str = "project", wanted: Sequence[str] = (splits.TRAIN,)) -> None:
+    def __init__(self, path: str, links: str = "project", wanted: Sequence[str] = (split_names.TRAIN,)) -> None:
         """Raises as `Files` does.
 
         Args:
@@ -75,7 +75,7 @@ class InputFiles(Files):
         refused = [rejection for rejection in self.rejections() if not rejection.name.endswith("/")]
         if refused and not names:
             raise UserError(f"data.path: {self.path}: {rejection_advice.summary(refused, {})}")
-        names, self.left_out = splits.choose(self.path, names, self._wanted, container=True)
+        names, self.left_out = split_names.choose(self.path, names, self._wanted, container=True)
         self._listed = {*names, *(name for left in self.left_out.values() for name in left)}
         return names
 

@@ -32,7 +32,7 @@ from lcmlora.data.reading.parquet_files import GIVEN_UP, MAX_REFUSED
 from lcmlora.data.reading.tables import PRELOAD
 from lcmlora.data.reading.tar_members import Member, read_members
 from lcmlora.data.reading.tar_samples import match_captions, sample_key, stem
-from lcmlora.data.sources import splits
+from lcmlora.data.sources import split_names
 from lcmlora.data.sources.inputs import InputFiles
 from lcmlora.data.sources.source import EncodedPictures
 from lcmlora.data.unused_files import UnusedFiles
@@ -65,7 +65,7 @@ class Tars(EncodedPictures):
         candidates, rejections = self._members()
         # Folders in a tar file (`tar c train test`) name splits, unless the name of the tar file does.
         name_in_tar = {candidate.key: _name_in_tar(candidate) for candidate in candidates}
-        wanted_names, unwanted = splits.choose(self._path, name_in_tar.values(), self.data.split)
+        wanted_names, unwanted = split_names.choose(self._path, name_in_tar.values(), self.data.split)
         wanted, left_out = {*wanted_names}, dict(self._files.left_out)
         for split, names in unwanted.items():
             left_out[split] = [*left_out.get(split, []), *names]
@@ -121,14 +121,14 @@ class Tars(EncodedPictures):
 def _split_in_tar(name: str) -> str | None:
     """Returns the split that a folder in a tar file names, for a rejection's name; None if the tar file names one."""
     tar, ending, member = name.partition(".tar/")
-    return splits.of(member) if ending and not splits.of(f"{tar}.tar", container=True) else None
+    return split_names.split_of(member) if ending and not split_names.split_of(f"{tar}.tar", container=True) else None
 
 
 def _name_in_tar(candidate: Candidate) -> str:
     """Returns the name of a picture in its tar file, below a folder with the split if the tar file's name has one."""
     tar = candidate.place.rpartition("@")[0]
     name = candidate.key.removeprefix(f"{printable(tar)}/")
-    split = splits.of(tar, container=True)
+    split = split_names.split_of(tar, container=True)
     return f"{split}/{name}" if split else name
 
 

@@ -1,1 +1,1 @@
-"""What an evaluation compares besides distances to the teacher: second features, and the captions that it fails at."""
+"""The figures of an evaluation: of all image sets, against solvers at equal cost, by second features, by caption."""

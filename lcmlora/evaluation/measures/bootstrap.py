@@ -41,12 +41,12 @@ class Bootstrap:
     C / (C - 1) each (Rao and Wu, JASA 83, 1988). That carries what captions do to a figure and what seeds do. To
     resample the pictures of a resampled caption once more would count the seeds twice (Davison and Hinkley, Bootstrap
     Methods, 1997, section 3.8; `python -m benchmarks.intervals` compares the ways). With few captions the normal
-    quantiles are too near, so the samples are spread by those of Student's t of C - 1 degrees of freedom. Where there
+    quantiles are too small, so the samples are spread by those of Student's t of C - 1 degrees of freedom. Where there
     is one caption it cannot be resampled, and its pictures are.
 
-    `seeds=True` resamples pictures within their caption instead: the captions stay, the seeds vary. That is chance
-    between two adapters that drew the same captions. Of n pictures of a caption n - 1 are drawn and count n / (n - 1)
-    each. Captions with one picture are resampled as if they were one caption.
+    `seeds=True` resamples pictures within their caption instead: the captions stay, the seeds vary. This measures
+    chance between two adapters that drew the same captions. Of n pictures of a caption n - 1 are drawn and count
+    n / (n - 1) each. Captions with one picture are resampled as if they were one caption.
 
     All sets that are compared have the same captions, start picture i from the same noise and have the same resamples,
     so that `a - b` of two results are the resamples of a paired difference. The teacher's set has the same captions and

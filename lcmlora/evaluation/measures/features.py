@@ -105,7 +105,7 @@ class EfficientNetCrops:
     def __call__(self, pictures: Tensor) -> Tensor:
         tops, lefts = (self._starts(side) for side in pictures.shape[2:])
         crops = [pictures[:, :, y : y + self._SIDE, x : x + self._SIDE] for y in tops for x in lefts]
-        return torch.cat([self._network(pictures), sum(map(self._network, crops)) / len(crops)], dim=1)
+        return torch.cat([self._network(pictures), torch.stack([self._network(crop) for crop in crops]).mean(0)], dim=1)
 
     def _starts(self, side: int) -> list[int]:
         """Returns where crops begin, spread evenly from edge to edge."""

@@ -53,7 +53,8 @@ class Scattering:
     def __call__(self, pictures: Tensor) -> Tensor:
         rgb = pictures.to(self._device, torch.float32)
         planes = torch.einsum("oc,bchw->bohw", self._colours, rgb)  # luminance, blue and red less luminance
-        first, second = [], []
+        first: list[Tensor] = []
+        second: list[Tensor] = []
         moduli: list[Tensor] = []  # of the luminance at finer octaves, each (B, angles, h, w) at the current size
         for octave in range(_OCTAVES):
             strengths = self._moduli(planes)  # (B, 3 * angles, h, w)

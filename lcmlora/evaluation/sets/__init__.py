@@ -1,1 +1,1 @@
-"""What an evaluation compares: the captions that are drawn, the seeds, and the settings of the solvers."""
+"""What an evaluation draws: captions and own prompts, seeds, and the settings of solvers, which a search finds."""

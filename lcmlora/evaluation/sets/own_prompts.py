@@ -22,7 +22,7 @@ def read_own_prompts(path: str) -> list[str]:
     """
     if not Path(path).is_file():
         raise UserError(f"evaluation.prompts: {path}: no such file; expected one that ends in {', '.join(KINDS)}")
-    names = Files(path).list(*KINDS)
+    names = Files(path, "evaluation.prompts").list(*KINDS)
     if not names:
         raise UserError(f"evaluation.prompts: {path}: expected a file that ends in {', '.join(KINDS)}")
     found, rejections = distinct_prompts(read_rows(path, names, wanted=("", *NAMES)))

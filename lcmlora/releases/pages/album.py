@@ -13,7 +13,8 @@ from PIL import Image
 from lcmlora.errors import UserError
 from lcmlora.io.documents import Document
 
-_LARGEST, _SMALLER, _MANY = 256, 192, 400  # pixels of an embedded picture; fewer pixels for more pictures than _MANY
+_SIDE, _SMALLER_SIDE = 256, 192  # pixels of an embedded picture; the smaller one if there are more than _MANY
+_MANY = 400  # pictures
 SMALL = 128  # pixels up to which a picture is kept as it is and enlarged without smoothing
 _QUALITY = 80  # of lossy WebP: some 10 kB for a photograph at 256 pixels, so 400 of them are below 6 MB
 
@@ -50,7 +51,7 @@ class Album:
         facts = PictureFacts.read(self._find("prompts.json"))
         self.prompts = facts.prompts
         self.side = facts.side
-        self._limit = _LARGEST if count * len(self.prompts) <= _MANY else _SMALLER
+        self._limit = _SIDE if count * len(self.prompts) <= _MANY else _SMALLER_SIDE
 
     def prompts_of(self, group: str) -> list[str]:
         """Returns the captions of a variation's pictures: its own where it has some, else the base's."""

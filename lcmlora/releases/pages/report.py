@@ -158,7 +158,7 @@ def _ordered(figures: Metrics) -> list[Key]:
     """Returns the keys by method, the student first and the teacher last, each by steps."""
 
     def place(key: Key) -> tuple[int, str, int]:
-        return {STUDENT: 0, TEACHER: 2}.get(key.method, 1), key.method, key.steps
+        return {STUDENT: 0, TEACHER: 2}.get(key.method, 1), key.method, key.number
 
     return sorted(figures.network_evaluations, key=place)
 
@@ -319,10 +319,10 @@ def _prompts(figures: Metrics, album: Album) -> Prompts:
     keys = [key for key in _ordered(figures) if key != teacher]
     also = [] if figures.real_pictures == 0 else [real]
     thumbnails = {key: album.thumbnails(key, figures.label(key)) for key in (*also, teacher, *keys)}
-    steps = sorted({key.steps for key in keys})
+    steps = sorted({key.number for key in keys})
     methods = []
     for method in dict.fromkeys(key.method for key in keys):
-        rates = {cost[key] / key.steps for key in keys if key.method == method}
+        rates = {cost[key] / key.number for key in keys if key.method == method}
         methods.append((method, Key(method).name, rates.pop() if len(rates) == 1 else None))
     blocks = []
     for i, prompt in enumerate(album.prompts):

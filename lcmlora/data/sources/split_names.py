@@ -1,0 +1,65 @@
+"""The splits train, validation and test in names of files and folders, read as Hugging Face's datasets reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import PurePosixPath
+
+from lcmlora.errors import UserError
+
+TRAIN = "train"
+_WORDS = {
+    TRAIN: ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLITS = {word: split for split, words in _WORDS.items() for word in words}
+_BREAK = re.compile(r"[^a-z]+")  # the end of a word for Hugging Face: -._ and space, and numbers (val2017)
+_CONTENTS = {"", "images", "image", "imgs", "img", "pictures", "photos", "data", "dataset", "set", "split", "of"}
+
+
+def split_of(name: str, *, container: bool = False) -> str | None:
+    """Returns the split that the outermost folder of a file names; for a container, else the one in its own name.
+
+    A folder names a split by this word alone, or with numbers and words like `images` (`val2017`, `test_images`). A
+    picture's own name counts for nothing: `test.png` may show a test. A container (a table, a tar file, a list of
+    prompts) names a split by any of its words.
+    """
+    path = PurePosixPath(name)
+    for folder in path.parts[:-1]:
+        words = _BREAK.split(folder.lower())
+        named = [word for word in words if word in _SPLITS]
+        if named and all(word in _SPLITS or word in _CONTENTS for word in words):
+            return _first(named)
+    return _first([word for word in _BREAK.split(path.name.lower()) if word in _SPLITS]) if container else None
+
+
+def _first(named: list[str]) -> str | None:
+    """Returns the split of a name with these words: `train` if it is among them (train-test.tar), else the first."""
+    splits = [_SPLITS[word] for word in named]
+    return TRAIN if TRAIN in splits else next(iter(splits), None)
+
+
+def choose(
+    path: str, names: Iterable[str], wanted: Collection[str], *, container: bool = False
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Returns the sorted names in wanted splits, and the other names by their split.
+
+    A name without a split is in `train`. If all names are in one split, it is used, wanted or not.
+
+    Raises:
+        UserError: there are several splits, and none of them is wanted.
+    """
+    by_split: dict[str, list[str]] = {}
+    for name in names:
+        by_split.setdefault(split_of(name, container=container) or TRAIN, []).append(name)
+    used = [split for split in by_split if split in wanted] or (list(by_split) if len(by_split) == 1 else [])
+    if by_split and not used:
+        counts = " and ".join(f"{len(names)} files of {split}" for split, names in sorted(by_split.items()))
+        raise UserError(
+            f"{path}: has {counts} by their names, and none of {' or '.join(wanted)} (data.split); set data.split to "
+            "what is to be trained on, or to all"
+        )
+    kept = sorted(name for split in used for name in by_split[split])
+    return kept, {split: by_split[split] for split in sorted(by_split) if split not in used}
