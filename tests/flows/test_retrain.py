@@ -278,7 +278,7 @@ def test_the_command_runs_without_a_server_and_ends_with_its_trainer_saying_wher
     project: Project, ending: signal.Signals
 ):
     """SIGINT as Ctrl-C sends it, to all who share the terminal; Prefect's server must not be among them."""
-    (project.root / "distill.sh").write_text("echo $$ > pid.part; mv pid.part pid; sleep 300\n")
+    (project.root / "distill.sh").write_text("echo $$ > pid.part; mv pid.part pid; exec sleep 300\n")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"PYTHONPATH": str(ROOT)}
     # A runner started in the background has SIGINT ignored, and what it starts leaves it so.
     former = signal.signal(signal.SIGINT, signal.default_int_handler)

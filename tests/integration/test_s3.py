@@ -236,7 +236,8 @@ def test_a_release_on_s3_is_found_listed_pulled_and_yanked(bucket: Publish, bund
         pull_release(other, bucket, tmp_path / "none")
     rows = {row.uri: row for row in list_releases(bucket)}
     assert (rows[uri].channels, rows[uri].files, rows[uri].whole) == (("champion",), 8, True)
-    assert (rows[other].yanked or {})["reason"] == "six fingers"
+    yank = rows[other].yanked
+    assert yank is not None and yank.reason == "six fingers"
 
 
 def test_links_need_no_key_and_end(s3: SeaweedFS, bucket: Publish, bundle: Path):

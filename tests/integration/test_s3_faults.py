@@ -34,12 +34,12 @@ import json, sys
 from pathlib import Path
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
-from lcmlora.releases.publish import publish
+from lcmlora.releases.publish import publish_release
 import boto3
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    print(publish(Path(sys.argv[1]), "mini", Publish(**json.loads(sys.argv[2]))))
+    print(publish_release(Path(sys.argv[1]), "mini", Publish(**json.loads(sys.argv[2]))))
 except UserError as error:
     sys.exit(f"error: {error}")
 """

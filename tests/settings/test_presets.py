@@ -77,6 +77,8 @@ SHARED: dict[str, dict[str, Any]] = {
         "guidance_scales": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
         "choosing_pictures": 128,
         "student_steps": [1, 2, 4, 8, 16],
+        "prompts": None,
+        "worst_captions": 10,
         "grid_rows": 8,
         "resamples": 1000,
         "latency_repeats": 20,

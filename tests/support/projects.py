@@ -30,7 +30,7 @@ def make(root: Path, miniatures: Callable[[str], Path], tracking_uri: str, *arch
         for copy in range(8):  # several of a caption: a study compares with those kept from training
             add(root / "ink", f"{number}-{copy}.png", f"subject {number}", picture(100 + 8 * number + copy))
     raw = params.raw()
-    ink = {"data": {"path": str(root / "ink")}}
+    ink = {"data": {"path": str(root / "ink"), "validation": 0, "test": 0.25}}
     raw |= {"models": list(architectures), "styles": {"ink": ink}, "finetunes": {"clay": ink}}
     raw["study"] |= STUDY | {"models": [], "styles": ["ink"], "finetunes": ["clay"]}
     raw["style"] |= TUNE
