@@ -27,6 +27,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
@@ -99,7 +100,7 @@ class Result:
         return statistics.median(ratios), min(ratios), max(ratios)
 
 
-class _Side:
+class _Side(ABC):
     """lcmlora or the recipe, in a process of its own, which `_serve` runs."""
 
     def __init__(self, case: Case) -> None:
@@ -119,11 +120,13 @@ class _Side:
             torch.cuda.synchronize()
         return losses
 
+    @abstractmethod
     def step(self, mode: str, step: int) -> Tensor:
-        raise NotImplementedError
+        """Trains one step and returns its losses, one for each picture."""
 
+    @abstractmethod
     def save(self, path: Path) -> None:
-        raise NotImplementedError
+        """Writes a checkpoint."""
 
     def timed(self, mode: str, count: int) -> float:
         """Returns pictures/s."""
@@ -269,7 +272,7 @@ def _serve(name: str, case: Case, pipe: Connection) -> None:
             if side.device.type == "cuda":
                 torch.cuda.empty_cache()  # for the other process
     except EOFError:
-        pass
+        pass  # the benchmark has ended, and nobody waits for an answer
     except (UserError, torch.OutOfMemoryError) as error:
         pipe.send(error)
     except Exception as error:

@@ -66,27 +66,38 @@ def _wait(command: subprocess.Popen[bytes], woken: int) -> int:
     return 128 - status if status < 0 else status
 
 
-def _end(find: Callable[[], set[int]]) -> None:
-    """Ends all processes that `find` returns, and returns when there are none any more."""
+def _end(find: Callable[[], list[int]]) -> None:
+    """Ends all processes that `find` returns, in their order, and returns when there are none any more."""
     terminated: set[int] = set()
     until = time.monotonic() + GRACE
     while found := find():
         late = time.monotonic() > until
-        for pid in found if late else found - terminated:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
-        terminated |= found
+        for pid in found:
+            if late or pid not in terminated:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+        terminated |= set(found)
         time.sleep(0.02)
 
 
-def _family() -> set[int]:
-    """Returns the descendants of this process, and the processes in the group that it leads."""
+def _family() -> list[int]:
+    """Returns the descendants of this process, and the processes in the group that it leads, parents first.
+
+    A shell that outlives its command says on the terminal how that ended.
+    """
     _reap()
     own, table = os.getpid(), _processes()
-    found = {own} | {pid for pid, (_, group) in table.items() if group == own}
-    while children := {pid for pid, (parent, _) in table.items() if parent in found} - found:
-        found |= children
-    return found - {own}
+    starts = [own, *(pid for pid, (_, group) in table.items() if group == own)]
+    family = dict.fromkeys(pid for start in starts for pid in (start, *_descendants(start, table)))
+    return [pid for pid in family if pid != own]
+
+
+def _descendants(pid: int, table: dict[int, tuple[int, int]]) -> list[int]:
+    """Returns the children of a process, then their children, and so on."""
+    found, newest = {}, {pid}
+    while newest := {child for child, (parent, _) in table.items() if parent in newest} - found.keys() - {pid}:
+        found |= dict.fromkeys(newest)
+    return list(found)
 
 
 def _reap() -> None:
@@ -109,12 +120,12 @@ def _processes() -> dict[int, tuple[int, int]]:
     return found
 
 
-def _marked(variable: str) -> set[int]:
+def _marked(variable: str) -> list[int]:
     """Returns the processes that have this variable in their environment; none on other systems than Linux."""
     living = _processes()
     entry = variable.encode()
     found = {pid for pid, text in _read_all("environ") if entry in text.split(b"\0")} if _LINUX else set()
-    return found & living.keys() - {os.getpid()}
+    return sorted(found & living.keys() - {os.getpid()})
 
 
 def _read_all(name: str) -> list[tuple[int, bytes]]:

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: the student's pictures against the reference. Figures, a table for plots, a grid and a curve."""
+"""Stage `evaluate`: the student's pictures against the reference. Figures, a table for plots, contact sheet, curve."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -124,7 +125,7 @@ def evaluate_student(
     if of_own:
         metrics = metrics.model_copy(update={"own_prompts": of_own.measured(settings)})
     student, count = Key.of(STUDENT, gate_steps), settings.worst_captions
-    worst = worst_captions(metrics, drawn.features(), image_sets.shown, facts.captions.gallery, student, count)
+    worst = worst_captions(metrics, drawn.features, image_sets.shown, facts.captions.gallery, student, count)
     metrics = metrics.model_copy(update={"worst": worst}) if worst else metrics
     others = latency(base, prompts, _timed(metrics, settings), settings.latency_repeats)
     speed = speed.model_copy(update={"seconds": speed.seconds | others.seconds})
@@ -136,13 +137,13 @@ def evaluate_student(
         if of_own:
             of_own.keep_pictures(folder, OWN_PICTURES)
         if worst:
-            shown = draw_worst(image_sets, worst, _beside_worst(metrics, settings, worst), seed)
+            at_worst = draw_worst(image_sets, worst, _beside_worst(metrics, settings, worst), seed)
             with lora.applied(base.network, layers, str(adapter)):
-                shown |= draw_worst(image_sets, worst, {student: students[student]}, seed)
+                at_worst |= draw_worst(image_sets, worst, {student: students[student]}, seed)
             if facts.counts.real:
                 listed = [each.caption for each in worst.captions]
-                shown[Key(REAL)] = first_pictures(data, captions.records, listed, base.resolution)
-            keep_worst(worst, shown, folder)
+                at_worst[Key(REAL)] = first_pictures(data, captions.records, listed, base.resolution)
+            keep_worst(worst, at_worst, folder)
         charts.contact_sheet(image_sets.shown[: image_sets.rows], _columns(metrics, folder), folder / "grid.png")
         charts.curves(table, metrics.floor, folder / "steps.png")
     atomic_write(plots_file, lambda path: _write_csv(path, table))
@@ -181,12 +182,13 @@ class _StudentSets:
         sets = {key: image_sets.draw(label + key, each, seed, adapter) for key, each in students.items()}
         return cls(facts, reference, image_sets, sets)
 
+    @cached_property
     def features(self) -> dict[Key, Tensor]:
-        """Returns the features of the reference's sets and of the student's."""
+        """The features of the reference's sets and of the student's."""
         kept = {Key(name): value for name, value in load_file(self.reference / FEATURES).items()}
         return kept | {key: image_set.features for key, image_set in self.sets.items()}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The SHA-256 of the reference's features."""
         return sha256_file(self.reference / FEATURES)
@@ -195,7 +197,7 @@ class _StudentSets:
         """Returns the figures of the reference's sets and the student's: by both features, and the scores."""
         facts, device = self.facts, self.image_sets.base.device
         measured = {"reference_digest": self.digest, "scores": _scores(facts, mean_scores(self.sets))}
-        metrics = measure(facts, self.features(), settings.resamples, device).model_copy(update=measured)
+        metrics = measure(facts, self.features, settings.resamples, device).model_copy(update=measured)
         if facts.check:
             second = {Key(name): value for name, value in load_file(self.reference / CHECK).items()}
             second |= {key: image_set.check for key, image_set in self.sets.items() if image_set.check is not None}
@@ -220,11 +222,10 @@ class _StudentSets:
 
     def write_timings(self, folder: Path, adapter: str, speed: Latency) -> None:
         """Writes how long this machine took, with what it measured of the reference."""
-        digest = self.digest
-        seconds = timings.read(folder / timings.REFERENCE, reference_digest=digest).seconds_per_picture
+        seconds = timings.read(folder / timings.REFERENCE, reference_digest=self.digest).seconds_per_picture
         seconds = seconds | {key: image_set.seconds for key, image_set in self.sets.items()}
         timings.Timings(
-            reference_digest=digest,
+            reference_digest=self.digest,
             adapter=adapter,
             measured=timings.Measured(seconds_per_picture=seconds, latency=speed),
         ).write(folder / timings.EVALUATION)

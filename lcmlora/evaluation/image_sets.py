@@ -260,9 +260,6 @@ def first_pictures(data: Data, records: Sequence[Record], captions: Sequence[str
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
-# --- pictures in files ------------------------------------------------------------------------------------------
-
-
 def thumbnails_path(folder: Path, key: str, group: str = "") -> Path:
     """Returns where a folder keeps the pictures of a set: `pictures/dpm++@4.png`, or `pictures/GROUP/dpm++@4.png`."""
     return folder / "pictures" / group / f"{key.replace('/', '-')}.png"

@@ -152,14 +152,19 @@ def draw_reference(
         facts.write(folder / REFERENCE)
         if own:
             own.keep(folder / OWN_PROMPTS, data)
-    seconds = {key: image_set.seconds for key, image_set in drawn.items() if not key.endswith(AGAIN)}
-    timings.Timings(
-        reference_digest=sha256_file(out / FEATURES),
-        adapter=None,
-        measured=timings.Measured(seconds_per_picture=seconds),
-    ).write(timings_folder / timings.REFERENCE)
+    _write_timings(drawn, out, timings_folder)
     shutil.rmtree(scratch)
     return facts
+
+
+def _write_timings(drawn: dict[Key, ImageSet], reference: Path, folder: Path) -> None:
+    """Writes how long this machine took for a picture of each set."""
+    seconds = {key: image_set.seconds for key, image_set in drawn.items() if not key.endswith(AGAIN)}
+    timings.Timings(
+        reference_digest=sha256_file(reference / FEATURES),
+        adapter=None,
+        measured=timings.Measured(seconds_per_picture=seconds),
+    ).write(folder / timings.REFERENCE)
 
 
 Jobs = dict[Key, tuple[SolverSettings, int]]  # the sampler settings of every set, and its seed

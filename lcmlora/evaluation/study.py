@@ -54,7 +54,7 @@ class Variation:
 
     kind: Kind
     name: str
-    folder: Path  # what `tune` wrote
+    folder: Path  # what `train_variation` wrote
     alone: Path  # what `draw_alone` wrote
 
 
@@ -90,7 +90,7 @@ def draw_alone(
 
     Args:
         base: the bare base of a style, or the checkpoint.
-        folder: what `tune` wrote.
+        folder: what `train_variation` wrote.
         data: the real pictures; those whose captions are for test are drawn and compared with.
 
     Raises:

@@ -99,9 +99,8 @@ def complete(name: str, entry: JsonObject, sources: Path = Path()) -> Completed:
         try:
             unet, file = _unet_config(values, sources)
             resolution = _resolution(file, unet)
-        except (
-            UserError
-        ):  # `fetch` names faults of the files, and `explain_unknown_family` is asked if settings are missing
+        except UserError:
+            # `fetch` names faults of the files, and `explain_unknown_family` is asked if settings are missing.
             pass
         else:
             found = recognise_family(unet)

@@ -111,6 +111,21 @@ def test_what_does_not_end_when_it_is_asked_to_is_killed(monkeypatch: pytest.Mon
         assert not alive(stubborn)
 
 
+def test_a_shell_is_ended_before_its_command_since_it_would_print_how_that_ended(monkeypatch: pytest.MonkeyPatch):
+    own, shell, command, detached, child = os.getpid(), 40, 10, 30, 20
+    table = {
+        child: (detached, 20),
+        command: (shell, own),
+        detached: (1, own),
+        shell: (own, own),
+        own: (1, 1),
+        50: (1, 1),
+    }
+    monkeypatch.setattr(supervisor, "_processes", lambda: table)
+    monkeypatch.setattr(supervisor, "_reap", lambda: None)
+    assert supervisor._family() == [shell, command, detached, child]
+
+
 def test_leaving_ends_what_other_threads_wait_for_and_nothing_more_is_started():
     caught: list[type[BaseException]] = []
 

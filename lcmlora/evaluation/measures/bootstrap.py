@@ -183,7 +183,10 @@ def interval(samples: Tensor, estimate: float) -> tuple[float, float]:
 
 
 def student_t(level: float, freedom: int) -> float:
-    """Returns the quantile of Student's t of so many degrees of freedom that holds `level` between minus it and it."""
+    """Returns the quantile of Student's t of so many degrees of freedom that holds `level` between minus it and it.
+
+    Integrated here, since SciPy is no dependency of the core.
+    """
     angle = np.linspace(0, np.pi / 2, 100_001)  # t = tan(angle) * freedom^1/2, of density cos(angle)^(freedom - 1)
     density = np.cos(angle) ** (freedom - 1)
     share = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])

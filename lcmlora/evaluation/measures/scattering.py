@@ -19,11 +19,10 @@ from lcmlora.errors import UserError
 _OCTAVES = 4  # scales, each of half the frequency of the one before, from the finest that pixels have
 _ANGLES = 4  # orientations of the wavelets, 45 degrees apart
 _LAYOUT = 4  # the picture's colours on this many rows and columns
-_WAVE, _WIDTH, _REACH = (
-    3 * math.pi / 4,
-    0.9,
-    3,
-)  # Morlet wavelets: radians a pixel, deviation and reach in pixels
+# Of the Morlet wavelets:
+_WAVE = 3 * math.pi / 4  # radians a pixel
+_WIDTH = 0.9  # standard deviation, in pixels
+_REACH = 3  # pixels
 _FAINT = 1 / 510  # half a step of a byte: contrasts below it are rounding
 
 
