@@ -151,7 +151,7 @@ def starting(model: str) -> dict[str, dict[str, Any]]:
             "-c",
             "import lcmlora.distillation.distill, diffusers.models.unets.unet_2d_condition",
         ],
-        "imports of the flow": [python, "-c", "import flows.retrain"],
+        "imports of the flow": [python, "-c", "import lcmlora.flows.retrain"],
         "dvc status of a stage": [python, "-m", "dvc", "status", f"encode@{model}"],
     }
     quiet = {"check": True, "capture_output": True, "env": os.environ | {"DVC_NO_ANALYTICS": "1"}}

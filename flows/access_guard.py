@@ -55,7 +55,7 @@ class AccessGuard:
 
 def prefect() -> AccessGuard:
     """Returns Prefect's server behind the guard; a factory for uvicorn."""
-    from tasks import prefect_internals
+    from lcmlora.tasks import prefect_internals
 
     return AccessGuard(prefect_internals.server(), _list("PREFECT_SERVER_CORS_ALLOWED_ORIGINS"))
 

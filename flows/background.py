@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel
 
-from flows.services import Service
 from lcmlora.errors import UserError
+from lcmlora.flows.services import Service
 
 _MARK = "LCMLORA_UP"  # environment variable of a service's processes and their children; its value names the service
 _TIMEOUT = 180.0  # seconds for all servers together; on two busy cores Prefect alone has taken 40

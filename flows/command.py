@@ -9,9 +9,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from flows import choose
 from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
+from lcmlora.flows import choose
 from lcmlora.io.terminal import note
 from lcmlora.project import Project
 
@@ -68,7 +68,7 @@ def run(
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    from tasks.processes import end_children_with_this_process
+    from lcmlora.tasks.processes import end_children_with_this_process
 
     project = Project()
     choose(project.settings(), model)
@@ -82,8 +82,8 @@ def run(
     # Otherwise Prefect's temporary server would outlive a flow that is killed.
     end_children_with_this_process()
     print("starting Prefect ...", file=sys.stderr, flush=True)
-    from flows.retrain import retrain_models
-    from tasks.prefect_internals import keep_temporary_server_apart
+    from lcmlora.flows.retrain import retrain_models
+    from lcmlora.tasks.prefect_internals import keep_temporary_server_apart
 
     keep_temporary_server_apart()
     state = retrain_models(model, force, not no_publish, promote, publish, return_state=True)

@@ -21,8 +21,8 @@ from lcmlora.io.terminal import cell, shown
 from lcmlora.io.terminal import markdown as plain
 from lcmlora.project import Project
 from lcmlora.registry import tracking
-from tasks.dvc import StageResult
-from tasks.output import slug
+from lcmlora.tasks.dvc import StageResult
+from lcmlora.tasks.output import slug
 
 # The flow ends as the first of these that one of its models ended with.
 ENDS = ("Failed", "Rejected", "Promoted", "Registered", "Reproduced", "UpToDate")

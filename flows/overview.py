@@ -19,14 +19,14 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 
-from flows import credentials, name_of
-from flows.retrain import prepare_of, stages_of
 from lcmlora import registry
 from lcmlora.config import Config
 from lcmlora.errors import Unavailable
+from lcmlora.flows import credentials, name_of
+from lcmlora.flows.retrain import prepare_of, stages_of
 from lcmlora.registry.lookup import Version
-from tasks import dvc
-from tasks.processes import Processes
+from lcmlora.tasks import dvc
+from lcmlora.tasks.processes import Processes
 
 _PAGE = 200  # runs; Prefect returns no more in one answer
 

@@ -13,14 +13,14 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from flows import name_of, outcomes
 from lcmlora import config
 from lcmlora.errors import UserError
+from lcmlora.flows import name_of, outcomes
 from lcmlora.registry import promotion
 from lcmlora.registry.lookup import Version
-from tasks.champions import move_channel, promote_reference, roll_back
-from tasks.output import slug
-from tasks.retrying import networked
+from lcmlora.tasks.champions import move_channel, promote_reference, roll_back
+from lcmlora.tasks.output import slug
+from lcmlora.tasks.retrying import networked
 
 Reason = Annotated[str, Field(min_length=1, description="Why, for the history.")]
 Who = Annotated[str | None, Field(description="Who decided; the worker's user by default.")]

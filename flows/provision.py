@@ -23,7 +23,7 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
-from flows.services import POOL
+from lcmlora.flows.services import POOL
 
 DEAD = "lcmlora: runs whose heartbeats stop have crashed"
 _HEARTBEAT = "prefect.flow-run.heartbeat"

@@ -11,10 +11,10 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from flows import name_of, outcomes, overview
-from flows.overview import Run, Standing
 from lcmlora import config
 from lcmlora.errors import UserError
+from lcmlora.flows import name_of, outcomes, overview
+from lcmlora.flows.overview import Run, Standing
 from lcmlora.io.terminal import markdown as plain
 from lcmlora.registry import promotion
 from lcmlora.registry.events import Event

@@ -6,7 +6,7 @@ python -m flows.retrain --help
 from __future__ import annotations
 
 if __name__ == "__main__":  # before Prefect is imported, which takes seconds and reads its settings
-    from flows.command import main
+    from lcmlora.flows.command import main
 
     main()
 
@@ -27,15 +27,15 @@ from prefect import State, flow, get_run_logger
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from flows import choose, outcomes
-from flows.outcomes import Outcome
 from lcmlora import config, masking
 from lcmlora.errors import UserError
+from lcmlora.flows import choose, outcomes
+from lcmlora.flows.outcomes import Outcome
 from lcmlora.io import faults
 from lcmlora.io.terminal import note
-from tasks import dvc
-from tasks.devices import holding_device
-from tasks.models import (
+from lcmlora.tasks import dvc
+from lcmlora.tasks.devices import holding_device
+from lcmlora.tasks.models import (
     fetch_base,
     pass_gate,
     point_channel,
@@ -45,8 +45,8 @@ from tasks.models import (
     read_metrics,
     register_release,
 )
-from tasks.processes import Processes
-from tasks.retrying import networked
+from lcmlora.tasks.processes import Processes
+from lcmlora.tasks.retrying import networked
 
 STAGES = ("encode", "reference", "distill", "evaluate")  # of a model, in order, after the one of `prepare_of`
 

@@ -41,7 +41,7 @@ def serve_deployments(
     import httpx
     import prefect
 
-    from flows import credentials, provision
+    from lcmlora.flows import credentials, provision
 
     api = os.environ["PREFECT_API_URL"]
     try:

@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows import credentials
-from flows.credentials import Login
+from lcmlora.flows import credentials
+from lcmlora.flows.credentials import Login
 from lcmlora.io.parsing import MAX_BYTES, Malformed, parse_json
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def users_of(keys: Path) -> Path:
 def prefect(port: int, home: Path, login: Login, pages: bool = True) -> Service:
     """Returns a Prefect server with an sqlite database below `home`."""
     api = f"http://{HOST}:{port}/api"
-    command = module("uvicorn", "--factory", "flows.access_guard:prefect", "--host", HOST, "--port", str(port))
+    command = module("uvicorn", "--factory", "lcmlora.flows.access_guard:prefect", "--host", HOST, "--port", str(port))
     environment = {
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_API_AUTH_STRING": login.pair,

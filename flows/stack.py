@@ -23,13 +23,13 @@ from urllib.parse import urlsplit
 import typer
 from pydantic import AliasChoices, BaseModel, Field
 
-from flows import background, credentials, services
-from flows.background import StartedProcess
-from flows.credentials import Login
-from flows.services import HOST, NO_TELEMETRY, S3, Identity, Service
 from lcmlora import config
 from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
+from lcmlora.flows import background, credentials, services
+from lcmlora.flows.background import StartedProcess
+from lcmlora.flows.credentials import Login
+from lcmlora.flows.services import HOST, NO_TELEMETRY, S3, Identity, Service
 from lcmlora.io.files import locked
 from lcmlora.project import Project
 
@@ -272,7 +272,7 @@ def _deploy(folder: Path, plan: Plan, limit: str) -> None:
     began = time.monotonic()
     print("deploying prefect.yaml ...", flush=True)
     os.environ |= NO_TELEMETRY | _prefect_variables(plan.exported, folder)  # Prefect is imported after this
-    from flows import provision
+    from lcmlora.flows import provision
 
     provision.provide(limit, pool=True)
     command = services.module("prefect", "--no-prompt", "deploy", "--all")
@@ -297,7 +297,7 @@ def _cancel(exported: Mapping[str, str], folder: Path) -> None:
     if not services.is_healthy(f"{exported['PREFECT_API_URL']}/health"):
         return
     os.environ |= NO_TELEMETRY | _prefect_variables(exported, folder)  # Prefect is imported after this
-    from flows import provision
+    from lcmlora.flows import provision
 
     until = time.monotonic() + _CANCEL
     while running := provision.cancel_runs():

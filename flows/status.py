@@ -32,7 +32,7 @@ def status(
     from dataclasses import asdict
 
     settings = context_of(call).settings()
-    from flows import overview
+    from lcmlora.flows import overview
 
     server = overview.has_server()
     if not server:

@@ -12,9 +12,9 @@ from prefect.variables import Variable
 
 from lcmlora import config
 from lcmlora.errors import UserError
-from tasks.output import slug
-from tasks.retrying import networked
-from tasks.watched_inputs import read_base_state, read_data_state
+from lcmlora.tasks.output import slug
+from lcmlora.tasks.retrying import networked
+from lcmlora.tasks.watched_inputs import read_base_state, read_data_state
 
 DATASET_CHANGED = "lcmlora.dataset.changed"
 BASE_CHANGED = "lcmlora.base.changed"

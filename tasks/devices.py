@@ -12,8 +12,8 @@ from pathlib import Path
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.private import runtime_folder
 from lcmlora.io.terminal import shown
-from tasks.output import log_line
-from tasks.processes import Processes
+from lcmlora.tasks.output import log_line
+from lcmlora.tasks.processes import Processes
 
 _POLL = 0.2  # seconds between two tries of a lock
 _POLL_SERVER = 2.0  # seconds between two tries of a slot
@@ -104,7 +104,7 @@ def _take(limit: str, slot: contextlib.ExitStack) -> bool:
     from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
     from prefect.concurrency.sync import concurrency
 
-    from tasks.prefect_internals import is_limit_taken, is_limit_unknown
+    from lcmlora.tasks.prefect_internals import is_limit_taken, is_limit_unknown
 
     try:
         # No retries here: Prefect's own wait cannot be interrupted from the flow's thread. A lease that cannot be

@@ -20,12 +20,12 @@ from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.parsing import Malformed, as_object, parse_json, parse_yaml, read_yaml
 from lcmlora.io.terminal import note, shown
 from lcmlora.project import Project
-from tasks import dvc_command, dvc_internals
-from tasks.devices import holding_lock
-from tasks.leftovers import repair
-from tasks.output import line_listener
-from tasks.prefect_internals import failure
-from tasks.processes import Command, Processes, python, reason, script, stream
+from lcmlora.tasks import dvc_command, dvc_internals
+from lcmlora.tasks.devices import holding_lock
+from lcmlora.tasks.leftovers import repair
+from lcmlora.tasks.output import line_listener
+from lcmlora.tasks.prefect_internals import failure
+from lcmlora.tasks.processes import Command, Processes, python, reason, script, stream
 
 _RESOLVE = "resolve"  # the stage that writes resolved.yaml
 _WITHOUT_DEVICE = ("prepare", "prepare-own", "package")  # stages that neither train nor draw

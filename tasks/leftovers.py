@@ -12,8 +12,8 @@ from pathlib import Path
 
 from lcmlora.io.files import atomic_write
 from lcmlora.project import Project
-from tasks import dvc_command
-from tasks.dvc_internals import LOCK, READERS_AND_WRITERS, READERS_AND_WRITERS_LOCK, TEMPORARY, is_lock_file
+from lcmlora.tasks import dvc_command
+from lcmlora.tasks.dvc_internals import LOCK, READERS_AND_WRITERS, READERS_AND_WRITERS_LOCK, TEMPORARY, is_lock_file
 
 _LOCK_TIMEOUT = 60.0  # seconds to wait for a running DVC that locks one of these files
 

@@ -17,9 +17,9 @@ from lcmlora.project import Project
 from lcmlora.registry import promotion, registration
 from lcmlora.releases import bundle, publish
 from lcmlora.releases.bundle import Provenance
-from tasks.devices import holding_device
-from tasks.dvc import StageFailed
-from tasks.processes import Processes, python, reason, stream
+from lcmlora.tasks.devices import holding_device
+from lcmlora.tasks.dvc import StageFailed
+from lcmlora.tasks.processes import Processes, python, reason, stream
 
 _PROJECT = Project()  # flows run in the project's folder
 

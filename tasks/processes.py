@@ -24,7 +24,7 @@ from lcmlora.errors import UserError
 from lcmlora.io import faults
 from lcmlora.io.private import cache_folder
 from lcmlora.io.terminal import LINE, shown
-from tasks import supervisor
+from lcmlora.tasks import supervisor
 
 _END_TIMEOUT = supervisor.GRACE + 3  # seconds for a supervisor to end its command
 _MARK = "LCMLORA_FLOW"  # environment variable: the flow that a process was started by

@@ -11,7 +11,7 @@ from prefect.tasks import exponential_backoff
 
 from lcmlora.config import Config
 from lcmlora.errors import Unavailable
-from tasks.prefect_internals import failure
+from lcmlora.tasks.prefect_internals import failure
 
 P = ParamSpec("P")
 R = TypeVar("R")

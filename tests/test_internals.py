@@ -22,7 +22,7 @@ from torch import nn
 
 from lcmlora.inference import mlflow_internals
 from lcmlora.patches import peft_internals, torch_internals
-from tasks import dvc_internals, prefect_internals
+from lcmlora.tasks import dvc_internals, prefect_internals
 from tests.support.repositories import make
 
 ROOT = Path(__file__).parent.parent

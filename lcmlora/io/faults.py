@@ -130,7 +130,7 @@ def explain_sigkill(verb: str = "") -> str:
 def _is_foreign(error: BaseException) -> bool:
     """Returns whether a library raised the error, and neither Python itself nor this package."""
     package = type(error).__module__.partition(".")[0]
-    return isinstance(error, RuntimeError | sqlite3.Error) or package not in ("builtins", "lcmlora", "flows", "tasks")
+    return isinstance(error, RuntimeError | sqlite3.Error) or package not in ("builtins", "lcmlora")
 
 
 def _code(text: str) -> int | None:

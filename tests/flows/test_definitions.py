@@ -33,13 +33,13 @@ from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 from rich.console import Console
 
-from flows.provision import dead_runs
-from flows.retrain import prepare_of, stages_of
-from flows.serve import read_deployments
-from flows.services import POOL
-from flows.watch import BASE_CHANGED, DATASET_CHANGED
 from lcmlora import config
 from lcmlora.errors import UserError
+from lcmlora.flows.provision import dead_runs
+from lcmlora.flows.retrain import prepare_of, stages_of
+from lcmlora.flows.serve import read_deployments
+from lcmlora.flows.services import POOL
+from lcmlora.flows.watch import BASE_CHANGED, DATASET_CHANGED
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = "1.31"  # of the schemas
@@ -143,9 +143,13 @@ def test_both_ways_to_deploy_find_the_same(entries: list[dict[str, Any]], deploy
 
 
 def test_a_mistake_in_a_definition_is_told_with_the_deployment(tmp_path: Path):
-    entry = {"entrypoint": "flows/report.py:leave_digest", "name": "weekly", "schedules": [{"cron": "0 7 * * mondays"}]}
+    entry = {
+        "entrypoint": "lcmlora.flows.report.leave_digest",
+        "name": "weekly",
+        "schedules": [{"cron": "0 7 * * mondays"}],
+    }
     (tmp_path / "prefect.yaml").write_text(yaml.safe_dump({"deployments": [entry]}))
-    with pytest.raises(UserError, match=r"flows/report\.py:leave_digest, weekly: .*mondays"):
+    with pytest.raises(UserError, match=r"lcmlora\.flows\.report\.leave_digest, weekly: .*mondays"):
         read_deployments(tmp_path / "prefect.yaml")
 
 
@@ -301,7 +305,7 @@ def test_the_notices_have_the_licences_of_what_is_installed():
 def _prepared(kind: type[BaseJobConfiguration], pool: str, flow: str, entries: list[dict[str, Any]]) -> Any:
     """Returns what a worker of this pool would start for a run of this flow's deployment."""
     template = json.loads((ROOT / "deploy" / pool / "base-job-template.json").read_text())
-    entry = next(each for each in entries if each["entrypoint"].startswith(f"flows/{flow}.py:"))
+    entry = next(each for each in entries if each["entrypoint"].startswith(f"lcmlora.flows.{flow}."))
     # Nothing of the template is on a server, and so nothing is asked of this one.
     client = PrefectClient("http://prefect.example.org/api")
     variables = entry["work_pool"].get("job_variables", {})

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from flows.outcomes import _figures
 from lcmlora.evaluation.figures import Metrics
+from lcmlora.flows.outcomes import _figures
 from tests.releases.test_report import searched
 
 

@@ -1,8 +1,8 @@
 import json
 
-from flows.promote import promote_version, roll_back_champion
-from flows.retrain import retrain_models
 from lcmlora.config import load
+from lcmlora.flows.promote import promote_version, roll_back_champion
+from lcmlora.flows.retrain import retrain_models
 from lcmlora.registry import promotion, registration
 from tests.flows.conftest import Project, artifacts
 from tests.support.releases import write_sealed

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from flows.report import leave_digest
-from flows.retrain import retrain_models
-from flows.status import status
+from lcmlora.flows.report import leave_digest
+from lcmlora.flows.retrain import retrain_models
+from lcmlora.flows.status import status
 from tests.flows.conftest import Project, artifacts
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.retrain import retrain_models, stages_of
 from lcmlora import registry
 from lcmlora.config import Config, load
+from lcmlora.flows.retrain import retrain_models, stages_of
 from lcmlora.registry import promotion, registration
 from tests.flows.conftest import Project, artifacts
 from tests.support import repositories
@@ -257,7 +257,9 @@ def test_of_models_with_different_pictures_those_run_whose_pictures_have_changed
 
 
 def test_help_shows_examples_without_importing_prefect():
-    script = "import sys; sys.argv[1:] = ['--help']\ntry:\n    from flows.command import main; main()\nfinally:\n"
+    script = (
+        "import sys; sys.argv[1:] = ['--help']\ntry:\n    from lcmlora.flows.command import main; main()\nfinally:\n"
+    )
     script += "    assert not {'prefect', 'torch', 'mlflow', 'pydantic'} & set(sys.modules), 'heavy'\n"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)

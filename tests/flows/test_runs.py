@@ -15,12 +15,12 @@ from prefect.context import FlowRunContext
 
 from lcmlora import config
 from lcmlora.errors import Unavailable, UserError
-from tasks import prefect_internals
-from tasks.devices import holding_device
-from tasks.dvc import StageFailed, repro, run_stage
-from tasks.output import line_listener
-from tasks.processes import Command, Processes, stream
-from tasks.retrying import networked
+from lcmlora.tasks import prefect_internals
+from lcmlora.tasks.devices import holding_device
+from lcmlora.tasks.dvc import StageFailed, repro, run_stage
+from lcmlora.tasks.output import line_listener
+from lcmlora.tasks.processes import Command, Processes, stream
+from lcmlora.tasks.retrying import networked
 from tests.flows.conftest import LIMIT, artifacts
 from tests.support import repositories
 

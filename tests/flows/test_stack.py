@@ -20,12 +20,12 @@ import psutil
 import pytest
 import yaml
 
-from flows import background, credentials, services, stack
-from flows.background import StartedProcess
-from flows.services import HOST, Service
-from flows.stack import BUCKET, Plan, State
 from lcmlora import config
 from lcmlora.errors import UserError
+from lcmlora.flows import background, credentials, services, stack
+from lcmlora.flows.background import StartedProcess
+from lcmlora.flows.services import HOST, Service
+from lcmlora.flows.stack import BUCKET, Plan, State
 from tests.integration import stranger
 
 ROOT = Path(__file__).parents[2]
@@ -302,8 +302,6 @@ def _assert_nobody_else_gets_in(project: Path, state: State) -> None:
 @pytest.mark.slow
 @pytest.mark.integration
 def test_a_run_goes_through_the_worker_and_nothing_is_left_after_down(project: Path, base_folder: Path):
-    for name in ("flows", "tasks"):
-        (project / name).symlink_to(ROOT / name)
     (project / "data").mkdir()
     raw = yaml.safe_load((project / "params.yaml").read_text())
     raw["data"] |= {"source": "folder", "path": "data"}

@@ -7,8 +7,8 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.events.filters import EventFilter, EventNameFilter
 
-from flows.watch import data_sets, watch_inputs
 from lcmlora import config
+from lcmlora.flows.watch import data_sets, watch_inputs
 from tests.flows.conftest import Project
 
 

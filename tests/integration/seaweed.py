@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows import services
-from flows.services import OWNER, REGION, S3, Identity, free_ports
-from flows.services import weed as executable
+from lcmlora.flows import services
+from lcmlora.flows.services import OWNER, REGION, S3, Identity, free_ports
+from lcmlora.flows.services import weed as executable
 
 __all__ = ["IDENTITIES", "REGION", "Identity", "SeaweedFS", "executable", "free_ports"]
 

@@ -64,7 +64,7 @@ def test_cancelling_a_run_ends_its_trainer_and_leaves_its_checkpoint(
             client.create_flow_from_name("retrain"),
             "cancel",
             work_pool_name="cancel",
-            entrypoint="flows.retrain.retrain_models",
+            entrypoint="lcmlora.flows.retrain.retrain_models",
             pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(project)}}],
         )
         run = client.create_flow_run_from_deployment(deployed)

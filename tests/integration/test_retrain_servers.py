@@ -18,9 +18,9 @@ import pytest
 import torch
 import yaml
 
-from flows import services
 from lcmlora import bases, registry
 from lcmlora.config import Base, Registry
+from lcmlora.flows import services
 from lcmlora.io.files import sha256_folder
 from lcmlora.project import Project
 from lcmlora.releases import bundle, package

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.services import NO_TELEMETRY, POOL
+from lcmlora.flows.services import NO_TELEMETRY, POOL
 from tests.integration.tracking_servers import PREFECT, PrefectServer
 
 pytestmark = pytest.mark.integration
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 # One process for all, since importing Prefect and the flows takes longer than the work.
 DEPLOY = """
 import sys
-from flows import provision
+from lcmlora.flows import provision
 from prefect.cli import app
 from prefect.events import emit_event
 provision.provide("mine", pool=True)

@@ -14,8 +14,8 @@ import httpx
 import psutil
 import pytest
 
-from flows import services
-from flows.credentials import Login
+from lcmlora.flows import services
+from lcmlora.flows.credentials import Login
 from tests.integration import stranger
 from tests.integration.seaweed import SeaweedFS
 from tests.integration.tracking_servers import MLFLOW, PREFECT, MLflow, PrefectServer

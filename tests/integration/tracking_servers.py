@@ -16,9 +16,9 @@ from typing import Any
 
 import psutil
 
-from flows import services
-from flows.credentials import Login
-from flows.services import S3, free_ports
+from lcmlora.flows import services
+from lcmlora.flows.credentials import Login
+from lcmlora.flows.services import S3, free_ports
 from tests.integration.seaweed import SeaweedFS
 
 PASSWORD = "MARKED-PG-SECRET"

@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
 from lcmlora.io import faults, files
+from lcmlora.tasks.processes import reason
 from lcmlora.training import checkpoint
-from tasks.processes import reason
 
 LARGE = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))  # 4 MB
 

@@ -71,7 +71,7 @@ def test_a_folder_of_another_user_is_refused(places: Path, monkeypatch: pytest.M
 
 
 def test_what_is_compiled_and_what_dvc_unpickles_lie_in_the_users_caches(places: Path, monkeypatch: pytest.MonkeyPatch):
-    from tasks.processes import python
+    from lcmlora.tasks.processes import python
 
     monkeypatch.delenv("DVC_SITE_CACHE_DIR", raising=False)
     environment = python("dvc").environment

@@ -8,11 +8,11 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from rich.table import Table
 
-from flows import outcomes
 from lcmlora import progress
 from lcmlora.cli.registry import print_table
 from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
+from lcmlora.flows import outcomes
 from lcmlora.io import terminal
 
 HOSTILE = [

@@ -18,7 +18,7 @@ from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.registry import events, promotion
 from lcmlora.registry.registration import register_release
-from tasks.models import pass_gate, read_champion
+from lcmlora.tasks.models import pass_gate, read_champion
 from tests.support import fuzzing, releases
 from tests.support.registries import fresh
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tasks.devices import holding_device
-from tasks.processes import Ended, Processes, stream
+from lcmlora.tasks.devices import holding_device
+from lcmlora.tasks.processes import Ended, Processes, stream
 from tests.support.repositories import alive
 from tests.tasks.test_processes import ROOT, pid, shell, wait_for
 
 FLOW = """
-from tasks.devices import *
-from tasks.processes import *
+from lcmlora.tasks.devices import *
+from lcmlora.tasks.processes import *
 with Processes() as p, holding_device("gpu", p):
     stream(p, Command(["sh", "-c", "trap '' TERM; echo $$ > trainer.part; mv trainer.part trainer; sleep 60; :"]))
 """

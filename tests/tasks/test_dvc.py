@@ -13,9 +13,9 @@ import dvc
 import pytest
 
 from lcmlora import config
-from tasks import dvc_command
-from tasks.dvc import NotPushed, StageFailed, default_remote, differing, is_shared, push, repro, resolve, stale
-from tasks.processes import Processes
+from lcmlora.tasks import dvc_command
+from lcmlora.tasks.dvc import NotPushed, StageFailed, default_remote, differing, is_shared, push, repro, resolve, stale
+from lcmlora.tasks.processes import Processes
 from tests.support.repositories import alive, make
 
 SETTINGS = config.load(Path(__file__).parents[2] / "params.yaml")

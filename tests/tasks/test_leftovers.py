@@ -8,7 +8,7 @@ import pytest
 import yaml
 from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 
-from tasks.leftovers import repair
+from lcmlora.tasks.leftovers import repair
 from tests.support.repositories import make
 
 STAGES = """

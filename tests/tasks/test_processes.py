@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks import supervisor
-from tasks.processes import Command, Ended, Processes, reason, stream
+from lcmlora.tasks import supervisor
+from lcmlora.tasks.processes import Command, Ended, Processes, reason, stream
 from tests.support.repositories import alive
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def pid(name: str) -> int:
 def run_flow(script: str) -> subprocess.Popen[bytes]:
     """Starts a process that does what a flow does."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", "from tasks.processes import *\n" + script], env=environment)
+    return subprocess.Popen([sys.executable, "-c", "from lcmlora.tasks.processes import *\n" + script], env=environment)
 
 
 def test_the_status_of_a_command_and_the_lines_that_matter_are_returned():
