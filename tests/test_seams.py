@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from lcmlora import config, plugins
 from lcmlora.adapters.metadata import read_sampler
-from lcmlora.cli import settings_reference
 from lcmlora.cli.main import app
 from lcmlora.config import Distill, Publish
 from lcmlora.data.latents.cache import LatentCache
@@ -34,6 +33,7 @@ from lcmlora.evaluation.measures import features, scores
 from lcmlora.evaluation.measures.bootstrap import Bootstrap
 from lcmlora.evaluation.measures.distances import distance, named, title_of
 from lcmlora.plugins import DISTANCES, FEATURES, OBJECTIVES, SAMPLERS, SCORES, SOURCES, STORES, Table
+from lcmlora.projects import settings_reference
 from lcmlora.releases.catalog import find_release, list_releases, presigned_links, pull_release, verify_release
 from lcmlora.releases.publish import point_channel, publish_release
 from lcmlora.stages import Run, decisive_settings, runs

@@ -35,6 +35,7 @@ WINGS = (
     ("inference",),
     ("registry",),
     ("demo",),
+    ("projects",),
     ("cli",),
     ("tasks",),
     ("flows",),

@@ -56,8 +56,8 @@ def print_settings(
 
       lcmlora config --schema > params.schema.json
     """
-    from lcmlora.cli.settings_reference import configuration_page, json_schema
     from lcmlora.config import Config
+    from lcmlora.projects.settings_reference import configuration_page, json_schema
 
     if schema:
         print(json.dumps(json_schema(Config), indent=2))
@@ -191,8 +191,8 @@ def _selected(settings: list[Setting], key: str) -> list[Setting]:
 
 def _description(key: str) -> str:
     """Returns the description of a setting; nothing where it is a key of a free mapping."""
-    from lcmlora.cli.settings_reference import json_schema
     from lcmlora.config import Config
+    from lcmlora.projects.settings_reference import json_schema
 
     schema = json_schema(Config)
     entry = schema

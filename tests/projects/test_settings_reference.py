@@ -11,15 +11,15 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from lcmlora.cli import settings_reference
 from lcmlora.config import SECTIONS, Config
+from lcmlora.projects import settings_reference
 from lcmlora.settings import bases, data, evaluation, services, training
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("option", "file"), [("--docs", "docs/configuration.md"), ("--schema", "docs/params.schema.json")]
+    ("option", "file"), [("--docs", "docs/configuration.md"), ("--schema", ".lcmlora/params.schema.json")]
 )
 def test_what_is_committed_is_up_to_date(option: str, file: str):
     """Else `lcmlora config OPTION > FILE` writes it. In a process of its own: other tests add names to the tables."""
@@ -64,7 +64,7 @@ def test_the_schema_knows_the_keys_of_params_yaml_and_no_others():
 
 def test_params_yaml_names_the_schema_for_editors():
     first = (ROOT / "params.yaml").read_text().splitlines()[0]
-    assert first == "# yaml-language-server: $schema=docs/params.schema.json"
+    assert first == "# yaml-language-server: $schema=.lcmlora/params.schema.json"
 
 
 def test_the_page_has_a_table_for_each_section_and_the_families_numbers():
