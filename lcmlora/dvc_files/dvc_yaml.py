@@ -1,8 +1,10 @@
-"""The stages of dvc.yaml that read pictures: which folder of prepared pictures each model learns from.
+"""dvc.yaml: the whole of it for a new project, and the stages that follow params.yaml.
 
-dvc.yaml is the same for all projects whose models share one data set. Where a base has `data` of its own, these stages
-list every model with its folder (`foreach`), since a template of DVC cannot look up a model's folder in a matrix of
-models. Names and commands of the stages are the same in both forms, so that other models' stages do not become stale.
+dvc.yaml is the same for all projects whose models share one data set, but for the stages of a `study`, which only a
+project with one has: a template of DVC must not name a setting that is not there. Where a base has `data` of its own,
+the stages that read pictures list every model with its folder (`foreach`), since a template of DVC cannot look up a
+model's folder in a matrix of models. Names and commands of the stages are the same in both forms, so that other models'
+stages do not become stale.
 """
 
 from __future__ import annotations
@@ -21,21 +23,41 @@ from lcmlora.project import Project
 
 _PREPARING = ("prepare", "prepare-own")
 _READING = ("encode", "reference", "evaluate")
-_STAGES = (*_PREPARING, *_READING)
+_STUDYING = ("style", "finetune", "style-alone", "finetune-alone", "study")
+_STAGES = (*_PREPARING, *_READING, *_STUDYING, "package")  # which depend on params.yaml
+_ORDER = (
+    *("resolve", "pretrain", "prepare", "prepare-own", "encode", "reference", "distill", "evaluate"),
+    *(*_STUDYING, "package"),
+)
+
+_DEPENDS_ON_STUDIES = "      - study\n"
 
 _BEGIN = re.compile(r"^(?=  [\w-]+:)", re.MULTILINE)  # of a stage
 
 
+def whole(config: Config, *, pretrain: bool = False) -> str:
+    """Returns the text of dvc.yaml of a new project with these settings.
+
+    Args:
+        pretrain: with the stage that makes the emoji base, which only lcmlora's own repository has.
+    """
+    head, *_ = _paragraphs()
+    found = {_stage_of(block): block for block in _paragraphs()[1:]} | _wanted(config)
+    left_out = {*(() if pretrain else ("pretrain",)), *(() if config.study else _STUDYING)}
+    return "\n".join([head, *(found[name] for name in _ORDER if name in found and name not in left_out)])
+
+
 def check(config: Config, project: Project) -> None:
-    """Raises UserError where dvc.yaml gives a model another folder of pictures than params.yaml does."""
+    """Raises UserError where dvc.yaml does not have the stages that params.yaml asks for."""
     if project.dvc_yaml.is_file() and (difference := _difference(config, _stages(read_yaml(project.dvc_yaml)))):
         raise UserError(f"{project.dvc_yaml}: {difference}; run `lcmlora resolve`, then dvc repro again")
 
 
 def refresh(config: Config, project: Project) -> bool:
-    """Writes these stages anew where they give a model another folder than params.yaml does; returns whether they did.
+    """Writes the stages anew that follow params.yaml, where they do not; returns whether it did.
 
-    Everything else in dvc.yaml stays as it is.
+    These are the stages that prepare and read pictures, those of a study, and `package`. Everything else in dvc.yaml
+    stays as it is.
 
     Raises:
         UserError: dvc.yaml cannot be read, or its stages are not indented by two spaces.
@@ -72,6 +94,10 @@ def _difference(config: Config, stages: Mapping[str, object]) -> str | None:
         return f"{'has a' if 'prepare' in stages else 'lacks the'} stage prepare, and `data` is used by " + (
             "no model" if "prepare" in stages else "models"
         )
+    if ("study" in stages) != (config.study is not None):
+        return f"{'has' if 'study' in stages else 'lacks'} the stages of a study, and params.yaml has " + (
+            "no `study`" if "study" in stages else "one"
+        )
     if (listed := _listed(stages.get("prepare-own", {}), {})) != _own_paths(config):
         return f"prepare-own: has {_in_words(listed)}, and params.yaml has {_in_words(_own_paths(config))}"
     shared = dict.fromkeys(config.models, Project().pictures.as_posix())
@@ -96,12 +122,29 @@ def _in_words(paths: Mapping[str, str]) -> str:
 
 def _wanted(config: Config) -> dict[str, str]:
     """Returns the text of each of these stages, in their order."""
+    others = {_stage_of(block): block for block in _paragraphs()[1:]}
+    if config.study is None:
+        following = {"package": others["package"].replace(_DEPENDS_ON_STUDIES, "")}
+    else:
+        following = {name: others[name] for name in (*_STUDYING, "package")}
     shared = _blocks(_template("shared_pictures.yaml"))
     if not (own := _own_paths(config)):
-        return shared
+        return shared | following
     text = _template("pictures_by_model.yaml").replace("OWN_DATA\n", _mapping(own))
     by_model = _blocks(text.replace("PICTURES\n", _mapping(_folders(config))))
-    return ({"prepare": shared["prepare"]} if config.uses_shared_data() else {}) | by_model
+    return ({"prepare": shared["prepare"]} if config.uses_shared_data() else {}) | by_model | following
+
+
+def _paragraphs() -> list[str]:
+    """Returns the head of dvc.yaml with the first stage, and the other stages that are the same for all projects."""
+    return [f"{part}\n" for part in _template("other_stages.yaml").rstrip("\n").split("\n\n")]
+
+
+def _stage_of(paragraph: str) -> str:
+    """Returns the name of the stage in a paragraph, which may begin with a comment."""
+    found = _BEGIN.search(paragraph)
+    assert found is not None, paragraph
+    return paragraph[found.end() :].split(":", 1)[0].strip()
 
 
 def _template(name: str) -> str:
@@ -120,18 +163,16 @@ def _blocks(text: str) -> dict[str, str]:
 
 
 def _rewritten(text: str, wanted: dict[str, str]) -> str:
-    """Returns the text of dvc.yaml with these stages in the places of the former ones."""
+    """Returns the text of dvc.yaml with these stages in the places of the former ones, or before those they precede."""
     left = dict(wanted)
     parts = []
     for block in _BEGIN.split(text):
         name = block.split(":", 1)[0].strip() if block.startswith("  ") else ""
-        if name not in _STAGES:
-            parts.append(block)
-            continue
-        due = [stage for stage in left if stage == name or stage in _PREPARING]
-        parts += [left.pop(stage) + "\n" for stage in due]
-        parts.append(_after(block))
-    return "".join(parts)
+        if name in _ORDER:
+            due = [stage for stage in left if _ORDER.index(stage) <= _ORDER.index(name)]
+            parts += [left.pop(stage) + "\n" for stage in due]
+        parts.append(_after(block) if name in _STAGES else block)
+    return "".join(parts).rstrip("\n") + "\n"
 
 
 def _after(block: str) -> str:

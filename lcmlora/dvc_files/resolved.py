@@ -41,9 +41,14 @@ def resolve(config: Config) -> JsonObject:
     return tree
 
 
+def text(config: Config) -> str:
+    """Returns the text of resolved.yaml. Raises UserError as `resolve` does."""
+    return _text(resolve(config))
+
+
 def is_current(config: Config, path: Path) -> bool:
     """Returns whether the file holds what `resolve` returns."""
-    return path.is_file() and path.read_text(encoding="utf-8") == _text(resolve(config))
+    return path.is_file() and path.read_text(encoding="utf-8") == text(config)
 
 
 def refresh(config: Config, path: Path) -> bool:
