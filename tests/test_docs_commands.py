@@ -17,9 +17,9 @@ import yaml
 from typer.testing import CliRunner
 
 from docs import command_line
-from lcmlora.cli import settings_reference
 from lcmlora.config import Config
-from tests.cli.test_settings_reference import unknown
+from lcmlora.projects import settings_reference
+from tests.projects.test_settings_reference import unknown
 from tests.support import code_blocks
 from tests.support.code_blocks import ROOT, Block
 
