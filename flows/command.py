@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from lcmlora import extras
 from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
 from lcmlora.flows import choose
@@ -66,6 +67,7 @@ def run(
 
       python -m flows.retrain --no-promote                leave the champion as it is
     """
+    extras.require(extra="pipeline", needed_by="retraining")
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     from lcmlora.tasks.processes import end_children_with_this_process

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lcmlora import extras
 from lcmlora.cli.context import context_of
 
 
@@ -27,6 +28,7 @@ def status(
 
       lcmlora status --json
     """
+    extras.require(extra="pipeline", needed_by="lcmlora status")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from dataclasses import asdict

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lcmlora.project import Project
     from lcmlora.registry import load_pipeline
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Project",

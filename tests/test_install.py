@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import json
 import re
+import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from lcmlora import extras
+from tests.support.wheels import closure, declared, locked
+
 ROOT = Path(__file__).parents[1]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 LOCKS = ("requirements.lock", "bootstrap.lock", "node.lock")
-
-
-def locked(name: str) -> dict[str, tuple[str, list[str]]]:
-    """Returns a lock's packages with their versions and digests."""
-    found = {}
-    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
-    for entry in re.split(r"\n(?=\S)", "\n".join(lines).strip()):
-        pin, *digests = (part.rstrip("\\").strip() for part in entry.splitlines())
-        package, version = pin.split("==")
-        found[package] = (version, digests)
-    return found
 
 
 @pytest.mark.parametrize("name", LOCKS)
@@ -47,26 +42,22 @@ def test_torch_is_fixed_but_its_build_is_the_machines():
 
 
 def test_the_lock_has_all_that_the_project_asks_for_and_what_that_asks_for():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    # The others are for machines that train, and no test needs them.
-    asked = [*project["dependencies"], *extras["pipeline"], *extras["emoji"], *extras["dev"]]
     versions = {name: version for name, (version, _) in locked("requirements.lock").items()}
     versions["torch"] = (ROOT / "constraints.txt").read_text().split("==")[1].strip()
-    requirements = [Requirement(each) for each in asked]
-    seen: set[str] = set()
-    while requirements:
-        requirement = requirements.pop()
-        name = canonicalize_name(requirement.name)
-        assert name in versions, requirement
-        assert requirement.specifier.contains(versions[name], prereleases=True), requirement
-        if name in seen or name == "torch":  # which brings what its build needs
-            continue
-        seen.add(name)
-        for text in importlib.metadata.requires(name) or []:
-            further = Requirement(text)
-            if not further.marker or further.marker.evaluate({"extra": ""}):
-                requirements.append(further)
+    # The other extras are for machines that train, and no test needs them.
+    asked = closure(each for extra in ("", "pipeline", "emoji", "dev") for each in declared(extra))
+    for name, requirements in asked.items():
+        assert name in versions, requirements
+        for requirement in requirements:
+            assert requirement.specifier.contains(versions[name], prereleases=True), requirement
+
+
+def test_pip_installs_no_later_version_than_a_tested_one():
+    for extra in ("", *(extra for extra in EXTRAS if extra != "dev")):
+        for requirement in declared(extra):
+            # torchvision names the one torch that it was built for.
+            bounded = any(each.operator in ("<", "==") for each in requirement.specifier)
+            assert bounded or requirement.name == "torchvision", f"{extra}: {requirement}"
 
 
 def test_nothing_is_installed_without_a_lock():
@@ -77,3 +68,48 @@ def test_nothing_is_installed_without_a_lock():
         assert (
             "--require-hashes" in line or "--constraint requirements.lock -r constraints.txt" in line or "-e ." in line
         )
+
+
+def imported() -> dict[str, set[str]]:
+    """Returns the packages of others that lcmlora, its tasks and its flows import, with the files that do."""
+    found: dict[str, set[str]] = {}
+    for wing in ("lcmlora", "tasks", "flows"):
+        for path in sorted((ROOT / wing).rglob("*.py")):
+            for module in imports_of(ast.parse(path.read_text(encoding="utf-8"))):
+                found.setdefault(module.partition(".")[0], set()).add(str(path.relative_to(ROOT)))
+    return {name: files for name, files in found.items() if name not in {*sys.stdlib_module_names, "lcmlora"}}
+
+
+def imports_of(node: ast.AST) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ImportFrom):
+            yield child.module or ""
+        elif isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from imports_of(child)
+
+
+def brings(extra: str, package: str) -> bool:
+    """Returns whether an extra's requirements, or theirs, have the package of this import name."""
+    asked = closure(declared(extra))
+    owners = {canonicalize_name(owner) for owner in importlib.metadata.packages_distributions().get(package, [])}
+    # An extra that is not installed here names its packages as they are imported, but for open-clip-torch.
+    return bool(owners & asked.keys()) or any(name.startswith(canonicalize_name(package)) for name in asked)
+
+
+def test_a_missing_package_is_always_explained_by_the_extra_that_brings_it():
+    known = {package: extra for extra, packages in extras.PACKAGES.items() for package in packages}
+    for package, files in imported().items():
+        assert brings("", package) or package in known, f"{package} stands in no extra of lcmlora/extras.py: {files}"
+    for package, extra in known.items():
+        assert not brings("", package), f"{package} is always installed"
+        assert brings(extra, package), f"{package} does not come with lcmlora[{extra}]"
+
+
+def test_the_extras_of_messages_are_those_of_pyproject():
+    assert extras.PACKAGES.keys() == EXTRAS.keys() - {"dev"}
+    for extra in extras.PACKAGES:
+        asked = {str(requirement) for requirement in declared(extra)}
+        for included in extras.INCLUDES.get(extra, ()):
+            assert {str(requirement) for requirement in declared(included)} <= asked

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "lcmlora"
 WINGS = (
     ("masking",),
     ("errors",),
+    ("extras",),
     ("io",),
     ("names", "plugins", "progress", "templates"),
     ("settings",),

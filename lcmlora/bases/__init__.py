@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lcmlora import extras
+
 if TYPE_CHECKING:
     from lcmlora.bases.base import (
         LoadedBase,
@@ -37,7 +39,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: the modules need torch, and `lcmlora --help` does not."""
+    """Imports on first use: most modules need torch, and `lcmlora --help` does not. Raises MissingExtra without it."""
     if name in _MODULES:
-        return getattr(importlib.import_module(f"lcmlora.bases.{_MODULES[name]}"), name)
+        with extras.explaining_imports():
+            return getattr(importlib.import_module(f"lcmlora.bases.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

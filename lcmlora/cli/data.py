@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lcmlora import extras
 from lcmlora.cli.context import context_of
 from lcmlora.io.terminal import say
 
@@ -60,6 +61,7 @@ def preview(
 
       lcmlora data preview s3://bucket/laion --count 24      tables or tar files in a bucket
     """
+    extras.require(extra="train", needed_by="lcmlora data preview")
     context = context_of(call)
     settings = context.settings()
     from lcmlora.data.prepare import print_report

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from lcmlora import __version__, extras
 from lcmlora.cli import data, registry, releases, settings, stages
 from lcmlora.cli.adapters import verbs
 from lcmlora.cli.context import Context, context_of
@@ -42,6 +43,12 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"lcmlora {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     call: typer.Context,
@@ -54,6 +61,9 @@ def _options(
             help="The project's folder; that of --params, or the current one, by default.", show_default=False
         ),
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     call.obj = Context.of(params, project)
 
@@ -156,6 +166,7 @@ def doctor(
 
     Example: lcmlora doctor sdxl
     """
+    extras.require(extra="train", needed_by="lcmlora doctor")
     context = context_of(call)
     config, project = context.settings(), context.project
     from lcmlora.distillation.doctor import estimate_run, print_estimate
@@ -182,10 +193,10 @@ def main() -> None:
     """Runs the command line. A UserError is printed in one line and ends it with status 2."""
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # defaults, which the libraries read when they are imported
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    for entry in importlib.metadata.entry_points(group="lcmlora.verbs"):
-        app.command(entry.name)(entry.load())
     rank = os.environ.get("RANK", "0")
     with reporting_errors("" if rank == "0" else f"process {rank}: ", faults.verb_of(sys.argv[1:])):
+        for entry in importlib.metadata.entry_points(group="lcmlora.verbs"):
+            app.command(entry.name)(entry.load())
         app()
 
 

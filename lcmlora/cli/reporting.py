@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lcmlora import masking
+from lcmlora import extras, masking
 from lcmlora.errors import UserError
 from lcmlora.io import faults
 from lcmlora.io.terminal import note
@@ -17,8 +17,8 @@ from lcmlora.io.terminal import note
 def reporting_errors(prefix: str = "", verb: str = "") -> Iterator[None]:
     """Prints a UserError that is raised in the block, each line after `prefix`, and ends the process with status 2.
 
-    An error of the machine, such as a full disk, a read-only folder or too little memory, is printed in one line, too.
-    Any other error is printed with its traceback and ends the process with status 1.
+    A missing package of an extra is one line, too. So is an error of the machine, such as a full disk, a read-only
+    folder or too little memory. Any other error is printed with its traceback and ends the process with status 1.
 
     Args:
         verb: of the command line, on which the advice against too little memory depends.
@@ -26,7 +26,8 @@ def reporting_errors(prefix: str = "", verb: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        line = str(error) if isinstance(error, UserError) else faults.explain(error, verb)
+        missing = extras.missing(error)
+        line = str(missing or error) if missing or isinstance(error, UserError) else faults.explain(error, verb)
         if line is None:
             print(masking.text("".join(traceback.format_exception(error))), end="", file=sys.stderr)
             raise SystemExit(1) from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lcmlora import names
+from lcmlora import extras, names
 from lcmlora.cli.context import Context, context_of
 from lcmlora.errors import UserError
 from lcmlora.io.files import discard, locked
@@ -42,6 +42,7 @@ class StageCommand(TyperCommand):
         return super().parse_args(ctx, names.positional_arguments(args))
 
     def invoke(self, ctx: Any) -> Any:
+        extras.require(extra="train", needed_by=f"lcmlora {self.name}")
         context = context_of(ctx)
         if context.project.params is not None:  # --params: not the settings of DVC and resolved.yaml
             return super().invoke(ctx)

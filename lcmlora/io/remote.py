@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from lcmlora import extras
 from lcmlora.errors import Unavailable, UserError
 
 _AT_ONCE = 512  # files
@@ -24,6 +25,9 @@ class Files:
         Args:
             setting: the key in params.yaml that has the path, for messages.
         """
+        extras.require("fsspec", extra="train", needed_by=setting)
+        if path.startswith("s3://"):
+            extras.require("s3fs", extra="pipeline", needed_by=f"{setting}: {path}")
         from fsspec.core import url_to_fs
 
         self.path = path
@@ -31,7 +35,7 @@ class Files:
         try:
             self._system, root = url_to_fs(path, use_listings_cache=False, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
-            raise UserError(f"{setting}: {path}: {error}; s3:// needs pip install 'lcmlora[pipeline]'") from None
+            raise UserError(f"{setting}: {path}: {error}") from None
         self.root: str = root.rstrip("/")
         self.only: str | None = None  # the file's name, if the path is a file
         with self._one_line_errors():

@@ -33,7 +33,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: the module needs MLflow, and `lcmlora --help` does not."""
+    """Imports on first use: `lcmlora --help` needs none of it."""
     if name in __all__:
         from lcmlora.registry import lookup
 

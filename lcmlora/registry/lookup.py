@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
-from lcmlora import masking
+from lcmlora import extras, masking
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Metrics
@@ -271,7 +271,9 @@ def load_pipeline(
     Raises:
         UserError: as for `resolve` and `pull`; the base is missing or has another digest; or the ControlNet cannot be
             loaded.
+        MissingExtra: torch or another package of the extra `draw` is not installed.
     """
+    extras.require(extra="draw", needed_by="load_pipeline")
     from lcmlora.inference import pipelines
 
     settings = settings or Project(project).settings().registry

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcmlora import masking
+from lcmlora import extras, masking
 from lcmlora.config import Registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.inference.mlflow_internals import start_system_monitor
@@ -141,10 +141,13 @@ def log_run(settings: Registry | None, model: str, params: Settings, scratch: Pa
     """
     run = Run(None, None, settings)
     if settings is not None:
+        consequence = "training goes on without it, and the adapter gets its run when it is registered"
         try:
-            with reaching(settings, "training goes on without it, and the adapter gets its run when it is registered"):
+            with reaching(settings, consequence):
                 client = connect(settings)
                 run = Run(client, _continue_or_create(client, settings, model, params, scratch), settings)
+        except extras.MissingExtra as error:  # a machine that only trains needs no MLflow
+            note(f"warning: {error}; {consequence}")
         except UserError as error:
             note(f"warning: {error}")
     try:
@@ -240,10 +243,13 @@ def reaching(settings: Registry, consequence: str) -> Iterator[None]:
     Raises:
         Unavailable: the server or the database did not answer, or was busy.
         UserError: it answered, and refuses.
+        MissingExtra: MLflow, or what it needs for this address, is not installed.
     """
     try:
         yield
     except Exception as error:
+        if missing := extras.missing(error):  # no other call would find it
+            raise missing from None
         known = {"mlflow", "sqlalchemy", "psycopg2", "requests", "urllib3", "boto3", "botocore"}
         foreign = {cls.__module__.partition(".")[0] for cls in type(error).__mro__} & known
         if not foreign and not isinstance(error, OSError | ImportError):
@@ -257,6 +263,8 @@ def reaching(settings: Registry, consequence: str) -> Iterator[None]:
         # The original message can contain the address with its password, and a log may print it with the traceback.
         cause = error if _is_clean(error, uri) else None
         kind = Unavailable if _is_temporary(error) else UserError
+        if isinstance(error, ImportError):  # such as the driver of a database
+            consequence = "install it with pip"
         raise kind(f"MLflow at {masking.address(uri)}: {reason}; {consequence}") from cause
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from lcmlora import extras
 from lcmlora.config import Training
 from lcmlora.errors import UserError
 from lcmlora.parallel.ranks import Ranks
@@ -201,23 +202,22 @@ def _optimizer(weights: nn.Parameter, settings: Training) -> torch.optim.Optimiz
     lr, weight_decay = settings.lr, settings.weight_decay
     if settings.optimizer == "adamw":
         return torch.optim.AdamW([weights], lr=lr, weight_decay=weight_decay, fused=True)
-    try:
-        if settings.optimizer == "adamw8bit":
-            if weights.device.type != "cuda":
-                raise UserError("distill.optimizer: adamw8bit needs a GPU; use adamw")
-            from bitsandbytes.optim import AdamW8bit
+    needed_by = f"distill.optimizer: {settings.optimizer}"
+    if settings.optimizer == "adamw8bit":
+        if weights.device.type != "cuda":
+            raise UserError("distill.optimizer: adamw8bit needs a GPU; use adamw")
+        extras.require("bitsandbytes", extra="optimizers", needed_by=needed_by)
+        from bitsandbytes.optim import AdamW8bit
 
-            return AdamW8bit([weights], lr=lr, weight_decay=weight_decay)
-        if settings.optimizer == "prodigy":
-            from prodigyopt import Prodigy
+        return AdamW8bit([weights], lr=lr, weight_decay=weight_decay)
+    if settings.optimizer == "prodigy":
+        extras.require("prodigyopt", extra="optimizers", needed_by=needed_by)
+        from prodigyopt import Prodigy
 
-            return Prodigy([weights], lr=lr, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)
-        from schedulefree import AdamWScheduleFree
+        return Prodigy([weights], lr=lr, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)
+    extras.require("schedulefree", extra="optimizers", needed_by=needed_by)
+    from schedulefree import AdamWScheduleFree
 
-        optimizer = AdamWScheduleFree([weights], lr=lr, weight_decay=weight_decay)
-        optimizer.train()
-        return optimizer
-    except ImportError as error:
-        raise UserError(
-            f"distill.optimizer: {settings.optimizer} needs {error.name}: pip install 'lcmlora[optimizers]'"
-        ) from error
+    optimizer = AdamWScheduleFree([weights], lr=lr, weight_decay=weight_decay)
+    optimizer.train()
+    return optimizer

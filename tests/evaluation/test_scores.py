@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lcmlora.errors import UserError
+from lcmlora.extras import MissingExtra
 from lcmlora.evaluation.measures import scores
 from lcmlora.io.files import sha256_file
 from tests.evaluation.clips import save_clip
@@ -115,7 +116,8 @@ def test_hps_is_a_hundred_times_the_cosine_of_open_clips_embeddings(tmp_path: Pa
 
 
 def test_hps_without_open_clip_names_the_extra_and_with_it_the_missing_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"hps needs pip install 'lcmlora\[scores\]'"):
+    line = r"hps needs open_clip, which is not installed: pip install 'lcmlora\[scores\]'"
+    with monkeypatch.context() as patch, pytest.raises(MissingExtra, match=line):
         patch.setitem(sys.modules, "open_clip", None)
         scores.load("hps", CPU)
     open_clip_or_skip()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lcmlora import extras
 from lcmlora.cli.context import Context, context_of
 from lcmlora.errors import UserError
 from lcmlora.io.files import locked
@@ -290,6 +291,7 @@ def remeasure(
     context = context_of(call)
     settings, project = context.settings(), context.project
     base, evaluation = settings.base(model), project.located_evaluation(settings.evaluation_for(model))
+    extras.require(extra="train", needed_by="lcmlora remeasure")
     from lcmlora import bases
     from lcmlora.adapters.metadata import LATENT_CONSISTENCY
     from lcmlora.cli.adapters import references

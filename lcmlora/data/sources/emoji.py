@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from lcmlora import extras
 from lcmlora.config import Data
 from lcmlora.data.reading.candidates import clean_caption
 from lcmlora.data.sources.source import Record, Source, Survey
@@ -138,12 +139,11 @@ def render(art: Artwork, code: str, size: int, placement: Placement) -> Image.Im
     """Returns the drawing as an RGB picture of size x size pixels.
 
     Raises:
-        UserError: resvg is not installed (extra `emoji`).
+        MissingExtra: resvg is not installed.
     """
-    try:
-        import resvg_py
-    except ImportError as error:
-        raise UserError("drawing emoji needs resvg-py: pip install 'lcmlora[emoji]'") from error
+    extras.require("resvg_py", extra="emoji", needed_by="data.source: emoji")
+    import resvg_py
+
     body, width, height = art.icons[code]
     p = placement
     factor = p.scale / max(width, height)

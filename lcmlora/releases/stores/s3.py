@@ -12,6 +12,7 @@ from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from lcmlora import extras
 from lcmlora.config import Publish
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.releases.stores.store import Entry, Store, in_blocks, read_small, write_blocks
@@ -168,6 +169,7 @@ class S3Store(Store):
 
 
 def _client(settings: Publish, place: str) -> S3Client:
+    extras.require("boto3", "tenacity", extra="registry", needed_by=place)
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+from lcmlora import extras
 from lcmlora.errors import UserError
 from lcmlora.io.files import temporary_folder
 from lcmlora.io.parsing import Malformed, parse_json
@@ -111,10 +112,7 @@ def _unusable(setting: str, key: str, kind: str, error: Exception) -> UserError:
 
 
 def _require(setting: str) -> None:
-    try:
-        import model_signing  # noqa: F401
-    except ImportError:
-        raise UserError(f"{setting}: needs model-signing; install it with `pip install lcmlora[signing]`") from None
+    extras.require("model_signing", "OpenSSL", extra="signing", needed_by=setting)
 
 
 @contextmanager
