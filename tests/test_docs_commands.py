@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from docs import command_line
 from lcmlora.config import Config
 from lcmlora.projects import settings_reference
+from tests import test_guides
 from tests.projects.test_settings_reference import unknown
 from tests.support import code_blocks
 from tests.support.code_blocks import ROOT, Block
@@ -82,6 +83,9 @@ def test_a_block_is_run_by_a_test_or_says_what_it_needs(block: Block) -> None:
     key, values = block.claim
     if key == "needs":
         assert set(values) <= NEEDS, f"{block}: a need is one of {sorted(NEEDS)}"
+        return
+    if values == (test_guides.THIS,):
+        assert block.page in test_guides.PAGES, f"{block}: {test_guides.THIS} runs blocks of docs/guides alone"
         return
     text = "".join(_text_of_test(value) for value in values)
     verbs = {word for words in block.commands if words[0] == "lcmlora" for word in verb_of(words[1:])}

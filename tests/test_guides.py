@@ -120,4 +120,3 @@ def test_each_page_says_what_one_has_at_its_end_and_where_to_go_on() -> None:
         assert text.rstrip().splitlines()[-1].startswith("* ["), page
         assert "## Where to go on" in text, page
         assert 400 <= len(text.split()) <= 1200, f"{page}: {len(text.split())} words"
-
