@@ -54,7 +54,7 @@ class Project:
     def __init__(self, root: Path) -> None:
         self.root = repositories.make(root, (ROOT / "dvc.yaml").read_text())
         self.package = root / "site" / "lcmlora"
-        shutil.copytree(ROOT / "lcmlora", self.package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / "lcmlora", self.package, ignore=shutil.ignore_patterns("__pycache__", "emoji"))
         (root / "bin").mkdir()
         (root / "bin" / "lcmlora").write_text(f"#!{sys.executable}\n{LCMLORA}")
         (root / "bin" / "lcmlora").chmod(0o755)

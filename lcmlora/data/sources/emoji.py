@@ -49,11 +49,13 @@ def _normal(code: str) -> str:
 def _read_json(modules: Path, name: str) -> Any:
     path = modules / name
     if not path.is_file():
-        raise UserError(f"{path}: the emoji artwork is not installed; run `make install` (npm ci) in {modules.parent}")
+        raise UserError(
+            f"{path}: the emoji artwork is not installed; run `npm ci --ignore-scripts` in {modules.parent}"
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is damaged ({error}); run `make install` (npm ci) in {modules.parent}") from None
+        raise UserError(f"{path}: is damaged ({error}); run `npm ci --ignore-scripts` in {modules.parent}") from None
 
 
 @cache
