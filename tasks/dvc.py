@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -143,11 +144,13 @@ def stale(stages: Sequence[str], processes: Processes) -> set[str]:
 def differing(stages: Sequence[str]) -> list[str] | None:
     """Returns the stages whose entry in dvc.lock differs from the one in Git's last commit.
 
-    None if there is no commit, or no dvc.lock in it.
+    None if there is no commit, or no dvc.lock in it, or no Git.
 
     Raises:
         UserError: a dvc.lock cannot be read.
     """
+    if shutil.which("git") is None:
+        return None
     committed = subprocess.run(["git", "show", "HEAD:./dvc.lock"], capture_output=True)
     if committed.returncode != 0:
         return None

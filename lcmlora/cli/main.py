@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from lcmlora import __version__, extras
-from lcmlora.cli import data, registry, releases, settings, stages
+from lcmlora.cli import data, projects, registry, releases, settings, stages
 from lcmlora.cli.adapters import verbs
 from lcmlora.cli.context import Context, context_of
 from lcmlora.cli.reporting import reporting_errors
@@ -66,6 +66,9 @@ def _options(
     ] = False,
 ) -> None:
     call.obj = Context.of(params, project)
+
+
+app.command()(projects.init)
 
 
 @app.command()

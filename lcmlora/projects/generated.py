@@ -9,21 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib import resources
-
-import jinja2
 
 from lcmlora.config import Config
 from lcmlora.dvc_files import dvc_yaml, resolved
 from lcmlora.projects.record import Options, Record, own_version
 from lcmlora.projects.settings_reference import json_schema
+from lcmlora.projects.templates import rendered, text
 
 SCHEMA = ".lcmlora/params.schema.json"  # which editors find by the first line of params.yaml
-
 RESOLVED = "resolved.yaml"  # which `lcmlora resolve` writes anew whenever a setting changes
 
 # Files of which a project may have more lines than those that are generated.
 BY_LINES = (".gitignore", ".dvcignore")
+
+_EMOJI = "emoji"
 
 
 def generated_files(config: Config, options: Options) -> dict[str, str]:
@@ -35,22 +34,49 @@ def generated_files(config: Config, options: Options) -> dict[str, str]:
         UserError: settings do not fit, or two names would share one entry of resolved.yaml.
     """
     found = {
-        ".dvcignore": _rendered("dvcignore", config, options),
-        ".gitignore": _rendered("gitignore", config, options),
-        "README.md": _rendered("README.md", config, options),
+        ".dvcignore": rendered("dvcignore"),
+        ".gitignore": rendered("gitignore", config=config),
         "dvc.yaml": dvc_yaml.whole(config, pretrain=options.from_source),
-        "prefect.yaml": _rendered("prefect.yaml", config, options),
+        "prefect.yaml": rendered("prefect.yaml", options=options),
         RESOLVED: resolved.text(config),
         SCHEMA: json.dumps(json_schema(Config), indent=2) + "\n",
     }
     if config.study is not None:  # a dependency of `package`, which is there before the first study is
         found["study/.gitignore"] = "/*\n!/.gitignore\n"
+    if "docker" in options.workers:
+        found |= _as_they_are("deploy/docker/base-job-template.json")
+    if "kubernetes" in options.workers:
+        found |= _as_they_are("deploy/kubernetes/base-job-template.json", "deploy/kubernetes/worker.yaml")
+    if not options.from_source:
+        found |= _of_an_installed_package(config, options)
+    return found
+
+
+def _as_they_are(*names: str) -> dict[str, str]:
+    return {name: text(name) for name in names}
+
+
+def _of_an_installed_package(config: Config, options: Options) -> dict[str, str]:
+    """Returns the files of a project whose lcmlora is installed and not its own source."""
+    sources = {config.data_for(model).source for model in config.models}
+    extras = ["pipeline", *([_EMOJI] if _EMOJI in sources else []), *sorted(options.workers)]
+    if config.publish.signing_key or config.publish.verify_key:
+        extras.append("signing")
+    requirement = f"lcmlora[{','.join(extras)}]=={own_version()}"
+    prompt = "owl" if _EMOJI in sources else "a photo of a red fox"
+    found = {
+        "README.md": rendered("README.md", config=config, options=options, sources=sources, prompt=prompt),
+        "requirements.txt": rendered("requirements.txt", requirement=requirement),
+    }
+    if options.workers:
+        found["deploy/Dockerfile"] = text("deploy/Dockerfile")
+        found["deploy/README.md"] = rendered("deploy/README.md", config=config, options=options)
     return found
 
 
 def recorded(files: Mapping[str, str], options: Options) -> Record:
     """Returns the record of files that were generated with these options by this version."""
-    digests = {path: digest(text) for path, text in files.items() if path != RESOLVED}
+    digests = {path: digest(content) for path, content in sorted(files.items()) if path != RESOLVED}
     return Record(lcmlora=own_version(), options=options, files=digests)
 
 
@@ -61,25 +87,6 @@ def with_lines(before: str, wanted: str) -> str:
     return head + "".join(f"{line}\n" for line in lacking)
 
 
-def digest(text: str) -> str:
+def digest(content: str) -> str:
     """Returns the SHA-256 of a generated file, as the record has it."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _rendered(name: str, config: Config, options: Options) -> str:
-    # Prefect's own templates are in {{ }}.
-    environment = jinja2.Environment(
-        block_start_string="<%",
-        block_end_string="%>",
-        variable_start_string="[[",
-        variable_end_string="]]",
-        comment_start_string="<#",
-        comment_end_string="#>",
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,
-    )
-    text = resources.files("lcmlora.projects.templates").joinpath(name).read_text(encoding="utf-8")
-    return environment.from_string(text).render(config=config, options=options)
+    return hashlib.sha256(content.encode()).hexdigest()

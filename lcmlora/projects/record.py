@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lcmlora import __version__
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write
 from lcmlora.io.parsing import read_bytes
@@ -71,5 +71,5 @@ def read(root: Path) -> Record:
 
 
 def own_version() -> str:
-    """Returns the version of the installed package."""
-    return version("lcmlora")
+    """Returns the version of this package."""
+    return __version__

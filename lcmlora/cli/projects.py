@@ -1,0 +1,202 @@
+"""`lcmlora init`: a project of one's own. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lcmlora import extras
+from lcmlora.errors import UserError
+from lcmlora.io.terminal import note, say
+
+if TYPE_CHECKING:
+    from lcmlora.projects.choices import Ask, BaseOptions
+    from lcmlora.projects.init import Plan
+
+
+class Pool(StrEnum):
+    """Kinds of work pools, besides processes, for which a project has job templates."""
+
+    DOCKER = "docker"
+    KUBERNETES = "kubernetes"
+
+
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The project's folder; it is made.", show_default=False)
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="emoji (the demo), a published base (sd15, sd21, sdxl, ssd1b), a diffusers folder, a .safetensors "
+            "checkpoint, or a hub id, OWNER/NAME or OWNER/NAME@COMMIT.",
+            show_default=False,
+        ),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FAMILY",
+            help="The family whose settings the base gets (sd15, sd21, sdxl), where its files do not tell.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Captioned pictures: a folder, .parquet or .tar files, here or at s3://bucket/prefix.",
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead of pictures: a file with a prompt in each line, of which the base draws the pictures.",
+            show_default=False,
+        ),
+    ] = None,
+    publish: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Where releases are published: a folder, or s3://bucket/prefix. By default releases/ in the project.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        list[Pool] | None,
+        typer.Option("--with", help="Add job templates for this kind of workers; repeatable.", show_default=False),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The model's name; the adapter is lcm-lora-NAME. By default the base's.", show_default=False),
+    ] = None,
+    license_: Annotated[
+        str | None,
+        typer.Option("--license", help="The base's license, for the adapter's card.", show_default=False),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Of a .safetensors base: the diffusers folder or hub id with its configuration and tokenizers.",
+            show_default=False,
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="The kind of --data: folder, parquet or webdataset. By default it follows from the files' names.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print params.yaml and the files, write nothing.")] = False,
+) -> None:
+    """Make a project in a new folder: settings, stages, schedule, a Git and a DVC repository.
+
+    On a terminal you are asked for what you leave out. Paths are as your shell sees them; the project finds them from
+    wherever it is called. A folder that exists keeps all of its files: if one is in the way, nothing is written.
+
+    Examples:
+
+      lcmlora init demo --base emoji                                       the demo: an adapter in 8 minutes on a CPU
+
+      lcmlora init owls --base sdxl --data /data/owls                      your pictures, for SDXL
+
+      lcmlora init mine --base models/mine.safetensors --data s3://bucket/set --publish s3://bucket/lcm
+
+      lcmlora init words --base sd15 --prompts prompts.txt                 prompts alone
+
+      lcmlora init fleet --base sdxl --data /data/owls --with kubernetes   with job templates for a cluster
+    """
+    extras.require("dvc", extra="pipeline", needed_by="lcmlora init")
+    from lcmlora.projects.choices import BaseOptions
+    from lcmlora.projects.init import write
+
+    options = BaseOptions(name=name, like=like, config=config, license=license_)
+    plan = _plan(folder, base, options, data, prompts, kind, publish, workers or [])
+    if dry_run:
+        say(plan.own["params.yaml"])
+        for path in plan.written:
+            say(folder / path)
+        return
+    write(plan)
+    _show_what_is_next(plan)
+
+
+def _plan(
+    root: Path,
+    base: str | None,
+    options: BaseOptions,
+    data: str | None,
+    prompts: str | None,
+    kind: str | None,
+    publish: str | None,
+    workers: list[Pool],
+) -> Plan:
+    from lcmlora.projects import choices
+    from lcmlora.projects.init import plan_demo, plan_project, refuse_a_project
+
+    refuse_a_project(root)
+    ask = _ask if sys.stdin.isatty() and sys.stderr.isatty() else None
+    known = "emoji for the demo, sd15, sd21, sdxl, ssd1b, a folder, a .safetensors file, a hub id"
+    base = _given("--base", base, f"The base ({known})", "emoji", ask)
+    pools = tuple(pool.value for pool in workers)
+    if data is not None and prompts is not None:
+        raise UserError(
+            "--data and --prompts exclude each other: a model learns from pictures or from prompts; prompts that the "
+            "evaluation is to draw stand in params.yaml, evaluation.prompts"
+        )
+    if kind is not None and data is None:
+        raise UserError("--kind: goes with --data")
+    to = None if publish is None else choices.choose_store(publish, root)
+    if base == choices.EMOJI:
+        options.refuse(base)
+        if data is not None or prompts is not None:
+            raise UserError("--base emoji is the demo and has data of its own, at 64 pixels; choose another base")
+        return plan_demo(root, to, pools)
+    chosen = choices.choose_base(base, options, root, ask)
+    if prompts is not None:
+        pictures = choices.choose_prompts(prompts, root)
+    else:
+        question = "The captioned pictures (a folder, .parquet or .tar files, s3://...), or a .txt file of prompts"
+        pictures = choices.choose_data(_given("--data", data, question, None, ask), kind, root)
+    if publish is None and ask is not None:
+        answer = ask("Where releases are published (a folder, or s3://bucket/prefix)", _RELEASES)
+        to = None if answer == _RELEASES else choices.choose_store(answer, root)
+    return plan_project(root, chosen, pictures, to, pools)
+
+
+_RELEASES = "releases/ in the project"  # the answer for the default
+
+
+def _given(option: str, value: str | None, question: str, default: str | None, ask: Ask | None) -> str:
+    """Returns the option's value, or the answer of a person. Raises UserError where nobody can answer."""
+    if value is not None:
+        return value
+    if ask is None:
+        example = "lcmlora init owls --base sdxl --data /data/owls"
+        raise UserError(f"{option}: is missing, and this is no terminal to ask on; for example: {example}")
+    return ask(question, default)
+
+
+def _ask(question: str, default: str | None) -> str:
+    answer: str = typer.prompt(question, default=default, err=True)
+    return answer.strip()
+
+
+def _show_what_is_next(plan: Plan) -> None:
+    (model,) = plan.settings.models
+    folder = shlex.quote(os.fspath(plan.root))
+    note(f"made the project {plan.root}, with {len(plan.written)} files; README.md has its commands")
+    say(f"cd {folder}" if plan.root != Path() else "")
+    say(f"lcmlora doctor {model}     # does it fit this machine, and how long does it take?")
+    say("lcmlora run")
