@@ -98,7 +98,7 @@ class Evaluation(Strict):
         *(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
     )
     """Guidance scales that are searched for the solvers."""
-    choosing_pictures: Annotated[int, Field(ge=2)] = 128
+    choosing_pictures: Annotated[int, Field(ge=2)] = 96
     """Pictures by which the search compares two settings of a solver. It ranks them only, so they may be fewer than
     the features have dimensions."""
     student_steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8, 16)
@@ -229,5 +229,8 @@ class Gate(Strict):
     limits: dict[str, Limit] = {}
     """Limits for the student's mean scores, by their names in evaluation.scores: {clip-score: {min: 24}}. Own measures
     are added to these scores by an entry point (docs/evaluation.md)."""
+    compatible: tuple[str, ...] = ()
+    """Additions that must not fail at `steps`, by the names that stage `compatibility` gives them, such as `int8`,
+    `img2img 0.7` or `lora ink 1`."""
     champion: bool = True
     """The candidate must not be worse than the champion by more than the confidence interval."""
