@@ -1,7 +1,8 @@
 """The emoji base's figures in README.md and docs: python -m benchmarks.figures [--check].
 
 Writes what stands there between two comments from metrics/emoji.json and compatibility/emoji.json, and docs/grid.png
-from the evaluation's contact sheet. Run it after `dvc repro evaluate@emoji`. --check writes nothing and fails if a page has other figures.
+from the evaluation's contact sheet. Run it after `dvc repro evaluate@emoji`. --check writes nothing and fails if a page
+has other figures.
 """
 
 from __future__ import annotations
@@ -147,7 +148,9 @@ def main() -> None:
     stale = [str(path) for path, text in pages.items() if tables.read(path, _BLOCK) != text]
     if arguments.check:
         if stale:
-            raise SystemExit(f"{', '.join(stale)}: other figures than those of the emoji base; python -m benchmarks.figures")
+            raise SystemExit(
+                f"{', '.join(stale)}: other figures than those of the emoji base; python -m benchmarks.figures"
+            )
         return
     for path, text in pages.items():
         tables.write(path, text, _BLOCK)

@@ -143,7 +143,7 @@ def stages_of(model: str, settings: config.Config) -> list[str]:
     for kind, name in studied:
         names += [f"{kind}@{model}-{name}", f"{kind}-alone@{model}-{name}"]
     names += [f"study@{model}"] if studied else []
-    names += [f"compatibility@{model}"] if model in settings.compatibility.models else []
+    names += [f"compatibility@{model}"] if settings.compatibility and model in settings.compatibility.models else []
     return [*names, f"package@{model}"]
 
 

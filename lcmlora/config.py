@@ -24,9 +24,8 @@ from lcmlora.io.terminal import shown
 from lcmlora.plugins import SOURCES
 from lcmlora.settings import layers, presets
 from lcmlora.settings.bases import Base, Merged, Variation
-from lcmlora.settings.compatibility import Compatibility
 from lcmlora.settings.data import Data, Encode, Range, Rollouts, Split
-from lcmlora.settings.evaluation import Evaluation, FixedSolver, Gate, Solver, Study
+from lcmlora.settings.evaluation import Compatibility, Evaluation, FixedSolver, Gate, Solver, Study
 from lcmlora.settings.fields import Kind, Name, Positive, Quotable, Strict
 from lcmlora.settings.layers import Changes, Layer, S
 from lcmlora.settings.services import Flow, Publish, Registry
@@ -133,7 +132,7 @@ class Config(Strict):
     """Fine-tuned checkpoints by name, to which acceleration is added."""
     study: Study | None = None
     """The adapter added to style LoRAs and fine-tuned checkpoints (stage `study`)."""
-    compatibility: Compatibility = Compatibility()
+    compatibility: Compatibility | None = None
     """The adapter together with what people add to the base (stage `compatibility`)."""
 
     _sources: Path = PrivateAttr(default=Path())  # which relative paths of bases are relative to
@@ -173,7 +172,7 @@ class Config(Strict):
         for model in self.models:
             if model not in self.bases:
                 raise ValueError(f"models: no base named {model!r}; bases has {', '.join(self.bases)}")
-        for model in self.compatibility.models:
+        for model in self.compatibility.models if self.compatibility else ():
             if model not in self.models:
                 raise ValueError(f"compatibility.models: {model!r} is not among models: {', '.join(self.models)}")
         for key in ("models", "styles", "finetunes") if self.study else ():
@@ -279,7 +278,7 @@ class Config(Strict):
             UserError: one is missing.
         """
         found = {}
-        for group in ("loras", "controlnets", "ip_adapters"):
+        for group in ("loras", "controlnets", "ip_adapters") if self.compatibility else ():
             for name, added in getattr(self.compatibility, group).items():
                 key, path = f"{group}.{name}", self._sources / added.source
                 if not path.exists():

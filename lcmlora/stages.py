@@ -71,7 +71,8 @@ def runs(config: Config) -> list[Run]:
         for kind, name in config.studied(model):
             found += [Run(kind, model, name), Run("alone", model, name)]
         found.append(Run("study", model))
-    return found + [Run("compatibility", model) for model in config.compatibility.models]
+    tried = config.compatibility.models if config.compatibility else ()
+    return found + [Run("compatibility", model) for model in tried]
 
 
 def decisive_settings(config: Config, run: Run) -> Settings:
@@ -160,6 +161,8 @@ def _study(config: Config, run: Run) -> Settings:
 
 
 def _compatibility(config: Config, run: Run) -> Settings:
+    if config.compatibility is None:
+        raise UserError("params.yaml: compatibility: is missing")
     drawing = {"seed", "features", "features_source", "guidance_scale", "teacher_steps", "resamples"}
     return {
         "base": _base(config, run, _LOADING_FIELDS),

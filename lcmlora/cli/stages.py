@@ -355,6 +355,8 @@ def compatibility_stage(call: typer.Context, model: Model) -> None:
     """
     context = context_of(call)
     config, project = context.settings(), context.project
+    if config.compatibility is None:
+        raise UserError("params.yaml: compatibility: is missing, which says what is tried (docs/compatibility.md)")
     from lcmlora.inference.compatibility import Inputs, try_additions
 
     inputs = Inputs(
