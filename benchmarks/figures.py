@@ -1,7 +1,8 @@
-"""The emoji base's figures in README.md and docs/evaluation.md: python -m benchmarks.figures [--check].
+"""The emoji base's figures in README.md and docs: python -m benchmarks.figures [--check].
 
-Writes what stands there between two comments from metrics/emoji.json, and docs/grid.png from the evaluation's contact
-sheet. Run it after `dvc repro evaluate@emoji`. --check writes nothing and fails if a page has other figures.
+Writes what stands there between two comments from metrics/emoji.json and compatibility/emoji.json, and docs/grid.png
+from the evaluation's contact sheet. Run it after `dvc repro evaluate@emoji`. --check writes nothing and fails if a page
+has other figures.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from benchmarks import tables
+from lcmlora.evaluation.comparisons.compatibility import Compatibility
 from lcmlora.evaluation.figures import REAL, Key, Metrics
 from lcmlora.project import Project
 
@@ -88,6 +90,35 @@ def page(metrics: Metrics) -> str:
     return tables.markdown(head, rows, words=2)
 
 
+def compatibility(found: Compatibility) -> str:
+    """Returns the table of additions for docs/compatibility.md, and the sentences below it."""
+    students = found.students
+    head = ["addition", *(f"{key.steps} step{'' if key.steps == 1 else 's'}" for key in students)]
+    rows = []
+    for tried in found.tried.values():
+        cells = [tried.cells[key] for key in students]
+        rows.append(
+            [
+                tried.title,
+                *(
+                    ("" if cell.excess is None else _number(cell.excess))
+                    + _span(cell.interval)
+                    + (" **failed**" if cell.failed else "")
+                    for cell in cells
+                ),
+            ]
+        )
+    failures = [f"* {found.tried[name].title}, {key.label}: {reason}.\n" for name, key, reason in found.failures]
+    left_out = [f"* {name} was not tried: {reason}.\n" for name, reason in found.left_out.items()]
+    where = (
+        f"{found.pictures} pictures of {found.prompts} captions in each set, teacher {found.teacher_steps} steps at "
+        f"guidance {found.guidance_scale:g}, seeds {found.seeds['teacher']} and {found.seeds['compared']}, features "
+        f"{found.features.name}, {found.resamples} bootstrap resamples, adapter {found.adapter[:12]}"
+    )
+    source = f"(`compatibility/emoji.json`: {where}; this table by `python -m benchmarks.figures`.)\n"
+    return "\n".join(filter(None, [tables.markdown(head, rows), "".join(failures + left_out), source]))
+
+
 def _solver(metrics: Metrics, key: Key | None) -> str:
     if key is None:
         return ""
@@ -112,10 +143,14 @@ def main() -> None:
     project = Project()
     metrics = Metrics.read(project.metrics("emoji"))
     pages = {Path("README.md"): readme(metrics), Path("docs/evaluation.md"): page(metrics)}
+    if project.compatibility("emoji").exists():
+        pages[Path("docs/compatibility.md")] = compatibility(Compatibility.read(project.compatibility("emoji")))
     stale = [str(path) for path, text in pages.items() if tables.read(path, _BLOCK) != text]
     if arguments.check:
         if stale:
-            raise SystemExit(f"{', '.join(stale)}: other figures than metrics/emoji.json; python -m benchmarks.figures")
+            raise SystemExit(
+                f"{', '.join(stale)}: other figures than those of the emoji base; python -m benchmarks.figures"
+            )
         return
     for path, text in pages.items():
         tables.write(path, text, _BLOCK)

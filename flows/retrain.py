@@ -142,7 +142,9 @@ def stages_of(model: str, settings: config.Config) -> list[str]:
     studied = settings.studied(model)
     for kind, name in studied:
         names += [f"{kind}@{model}-{name}", f"{kind}-alone@{model}-{name}"]
-    return [*names, *([f"study@{model}"] if studied else []), f"package@{model}"]
+    names += [f"study@{model}"] if studied else []
+    names += [f"compatibility@{model}"] if settings.compatibility and model in settings.compatibility.models else []
+    return [*names, f"package@{model}"]
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationI
 
 from lcmlora import names
 from lcmlora.errors import UserError
+from lcmlora.io.files import sha256_file, sha256_folder
 from lcmlora.io.parsing import JsonObject, Malformed, parse_yaml, read_bytes
 from lcmlora.io.terminal import shown
 from lcmlora.plugins import SOURCES
 from lcmlora.settings import layers, presets
 from lcmlora.settings.bases import Base, Merged, Variation
 from lcmlora.settings.data import Data, Encode, Range, Rollouts, Split
-from lcmlora.settings.evaluation import Evaluation, FixedSolver, Gate, Solver, Study
+from lcmlora.settings.evaluation import Compatibility, Evaluation, FixedSolver, Gate, Solver, Study
 from lcmlora.settings.fields import Kind, Name, Positive, Quotable, Strict
 from lcmlora.settings.layers import Changes, Layer, S
 from lcmlora.settings.services import Flow, Publish, Registry
@@ -42,6 +43,7 @@ from lcmlora.settings.training import (
 
 __all__ = [
     "Base",
+    "Compatibility",
     "Config",
     "Data",
     "Distill",
@@ -130,6 +132,8 @@ class Config(Strict):
     """Fine-tuned checkpoints by name, to which acceleration is added."""
     study: Study | None = None
     """The adapter added to style LoRAs and fine-tuned checkpoints (stage `study`)."""
+    compatibility: Compatibility | None = None
+    """The adapter together with what people add to the base (stage `compatibility`)."""
 
     _sources: Path = PrivateAttr(default=Path())  # which relative paths of bases are relative to
 
@@ -168,6 +172,9 @@ class Config(Strict):
         for model in self.models:
             if model not in self.bases:
                 raise ValueError(f"models: no base named {model!r}; bases has {', '.join(self.bases)}")
+        for model in self.compatibility.models if self.compatibility else ():
+            if model not in self.models:
+                raise ValueError(f"compatibility.models: {model!r} is not among models: {', '.join(self.models)}")
         for key in ("models", "styles", "finetunes") if self.study else ():
             for name in getattr(self.study, key):
                 if name not in getattr(self, key):
@@ -263,6 +270,21 @@ class Config(Strict):
             return hashlib.sha256(read_bytes(self._sources / prompts)).hexdigest()
         except UserError as error:
             raise UserError(f"evaluation.prompts: {error}") from None
+
+    def digests_of_additions(self) -> dict[str, str]:
+        """Returns the SHA-256 of every file and folder that `compatibility` adds, by its key in params.yaml.
+
+        Raises:
+            UserError: one is missing.
+        """
+        found = {}
+        for group in ("loras", "controlnets", "ip_adapters") if self.compatibility else ():
+            for name, added in getattr(self.compatibility, group).items():
+                key, path = f"{group}.{name}", self._sources / added.source
+                if not path.exists():
+                    raise UserError(f"compatibility.{key}.source: {path}: no such file or folder")
+                found[key] = sha256_folder(path) if path.is_dir() else sha256_file(path)
+        return found
 
     def variation(self, model: str, kind: Kind, name: str) -> tuple[Data, Tuning]:
         """Returns the pictures and the training that an entry of `styles` or `finetunes` asks for with this model.

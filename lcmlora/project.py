@@ -129,6 +129,10 @@ class Project:
         """The study of a model: its adapter added to styles and fine-tunes."""
         return self.studies / model
 
+    def compatibility(self, model: str) -> Path:
+        """The figures of the adapter together with what people add to the base."""
+        return self.root / "compatibility" / f"{model}.json"
+
     def release(self, model: str) -> Path:
         """The bundle of a model, ready to be published."""
         return self.root / "release" / model

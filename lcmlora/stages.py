@@ -33,7 +33,8 @@ VERSIONS = {
     "finetune": 1,  # training of whole checkpoints
     "alone": 1,  # what styles and checkpoints draw without the adapter
     "study": 2,  # what they draw with it, and the metrics
-    "package": 2,  # files of the release: formats, card, report, reload check
+    "compatibility": 1,  # what the student and the teacher draw with additions to the base, and the metrics
+    "package": 3,  # files of the release: formats, card, report, reload check
 }
 
 # Stages that do the work of other stages themselves, whose versions decide their results, too.
@@ -70,7 +71,8 @@ def runs(config: Config) -> list[Run]:
         for kind, name in config.studied(model):
             found += [Run(kind, model, name), Run("alone", model, name)]
         found.append(Run("study", model))
-    return found
+    tried = config.compatibility.models if config.compatibility else ()
+    return found + [Run("compatibility", model) for model in tried]
 
 
 def decisive_settings(config: Config, run: Run) -> Settings:
@@ -158,6 +160,20 @@ def _study(config: Config, run: Run) -> Settings:
     }
 
 
+def _compatibility(config: Config, run: Run) -> Settings:
+    if config.compatibility is None:
+        raise UserError("params.yaml: compatibility: is missing")
+    drawing = {"seed", "features", "features_source", "guidance_scale", "teacher_steps", "resamples"}
+    return {
+        "base": _base(config, run, _LOADING_FIELDS),
+        "data": _source(config.data_for(_model(run))),
+        "evaluation": config.evaluation_for(_model(run)).model_dump(mode="json", include=drawing),
+        # Of the files of additions their content decides, not their names.
+        "compatibility": config.compatibility.model_dump(mode="json", exclude={"models"})
+        | {"files": config.digests_of_additions()},
+    }
+
+
 def _package(config: Config, run: Run) -> Settings:
     precision, author = config.distill_for(_model(run)).precision, config.base(_model(run)).author
     return {
@@ -178,6 +194,7 @@ _DECISIVE: dict[str, Callable[[Config, Run], Settings]] = {
     "finetune": _tune,
     "alone": _alone,
     "study": _study,
+    "compatibility": _compatibility,
     "package": _package,
 }
 

@@ -9,9 +9,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from lcmlora import config, registry
-from lcmlora.adapters.metadata import FACTS, Distilled
+from lcmlora.adapters.metadata import FACTS, WEIGHTS, Distilled
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.evaluation import gate
+from lcmlora.evaluation.comparisons import compatibility
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.project import Project
 from lcmlora.registry import promotion, registration
@@ -85,7 +86,8 @@ def _remeasure(model: str, reference: str, settings: config.Config, processes: P
 @task(task_run_name="gate {model}", cache_policy=NO_CACHE)
 def pass_gate(model: str, figures: Metrics, champion: Champion | None, settings: config.Config) -> list[str]:
     """Returns why the candidate must not become champion; empty if it may."""
-    failures = gate.gate_failures(figures, settings.gate)
+    found = compatibility.read_of(_PROJECT.compatibility(model), _PROJECT.adapter(model) / WEIGHTS)
+    failures = gate.gate_failures(figures, settings.gate, found)
     if champion is not None and champion.fault is not None:
         failures.append(
             f"cannot be compared with {champion.reference}, the {settings.registry.alias}: {champion.fault}"

@@ -16,6 +16,7 @@ from lcmlora import extras, names
 from lcmlora.cli.context import Context, context_of
 from lcmlora.errors import UserError
 from lcmlora.io.files import discard, locked
+from lcmlora.io.terminal import note
 from lcmlora.plugins import SOURCES
 
 if TYPE_CHECKING:
@@ -345,6 +346,39 @@ def study_stage(call: typer.Context, model: Model) -> None:
         )
 
 
+def compatibility_stage(call: typer.Context, model: Model) -> None:
+    """Try the adapter together with what people add to the base: style LoRAs, img2img, ControlNets, int8 and others.
+
+    Each is compared with the teacher with the same addition. `compatibility` in params.yaml says which are tried. A
+    run that was killed goes on where it was.
+
+    Example: lcmlora compatibility emoji
+    """
+    context = context_of(call)
+    config, project = context.settings(), context.project
+    if config.compatibility is None:
+        raise UserError("params.yaml: compatibility: is missing, which says what is tried (docs/compatibility.md)")
+    from lcmlora.inference.compatibility import Inputs, try_additions
+
+    inputs = Inputs(
+        model=model,
+        base=config.base(model),
+        base_folder=project.base(model),
+        adapter=project.adapter(model),
+        data=project.located_data(config.data_for(model)),
+        pictures=project.pictures_of(model, config),
+        evaluation=project.located_evaluation(config.evaluation_for(model)),
+        settings=config.compatibility,
+        root=project.root,
+    )
+    with locked(project.scratch("compatibility", model)) as scratch:
+        found = try_additions(inputs, scratch, project.compatibility(model))
+    for name, key, reason in found.failures:
+        note(f"{key}: {name}: {reason}")
+    for name, reason in found.left_out.items():
+        note(f"{name}: was not tried: {reason}")
+
+
 def package_stage(call: typer.Context, model: Model) -> None:
     """Make the release bundle in release/MODEL, and check that plain diffusers draws the same with it.
 
@@ -370,6 +404,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "finetune": finetune_stage,
     "alone": alone_stage,
     "study": study_stage,
+    "compatibility": compatibility_stage,
     "package": package_stage,
 }
 

@@ -8,19 +8,23 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lcmlora.config import Gate
+from lcmlora.evaluation.comparisons.compatibility import Compatibility, shortfalls
 from lcmlora.evaluation.figures import STUDENT, Key, Metrics
 from lcmlora.io.documents import Interval
 
 
-def gate_failures(metrics: Metrics, gate: Gate) -> list[str]:
+def gate_failures(metrics: Metrics, gate: Gate, compatibility: Compatibility | None = None) -> list[str]:
     """Returns why a candidate with these metrics must not become champion, a line for each reason; empty if it may.
 
     The student at `gate.steps` must have a smaller excess over the teacher's floor than every solver at as many network
     evaluations, by more than chance where `gate.beyond_chance` asks for it and there are intervals; an excess of at
     most `gate.max_excess` where one is set; at least `gate.min_diversity` of the teacher's diversity of seeds where
     that can be measured; and at least `gate.min_retrieval` of the teacher's caption retrieval, which must have been
-    measured. Its scores must lie within `gate.limits`. How it compares with the champion is another question:
-    `against`.
+    measured. Its scores must lie within `gate.limits`, and additions to the base that `gate.compatible` names must not
+    have failed. How it compares with the champion is another question: `against`.
+
+    Args:
+        compatibility: the figures with additions, if they were tried with this adapter.
     """
     student, excess, cost = Key.of(STUDENT, gate.steps), metrics.excess, metrics.network_evaluations
     if student not in excess:
@@ -29,7 +33,7 @@ def gate_failures(metrics: Metrics, gate: Gate) -> list[str]:
             f"{student}: was not drawn (gate.steps); evaluation.student_steps gave {drawn or 'nothing'}; add "
             f"{gate.steps} to them, or change gate.steps"
         ]
-    failures = _beyond_limits(metrics, gate, student)
+    failures = _beyond_limits(metrics, gate, student) + shortfalls(compatibility, gate.compatible, gate.steps)
     rivals = metrics.solvers_at(cost[student])
     if not rivals:
         odd = cost[student] % 2 == 1  # an odd number of evaluations is only possible without guidance

@@ -21,6 +21,7 @@ from lcmlora.config import Base
 from lcmlora.diffusion import noise, sampling, solver
 from lcmlora.diffusion.editing import SourceLatents, check_steps
 from lcmlora.errors import UserError
+from lcmlora.evaluation.image_sets import NotFinite
 from lcmlora.inference.source_picture import STRENGTH, SourcePicture, fit
 from lcmlora.io.private import downloads
 from lcmlora.releases import bundle
@@ -50,19 +51,21 @@ class _Request:
     source: SourcePicture | None
     control: Image.Image | None  # for the ControlNet, in this size
     control_scale: float
+    reference: Image.Image | None  # for the IP-Adapter, in this size
     abandoned: Callable[[], bool] | None
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """Draws with a release. Made by `load`. Several threads may call it; they wait for each other."""
+@dataclass(frozen=True, kw_only=True)
+class Drawer:
+    """Draws with an adapter in a pipeline of diffusers. Several threads may call it; they wait for each other."""
 
-    pipeline: Any  # a DiffusionPipeline, ready
+    name: str  # of the model, for messages
+    pipeline: Any  # a DiffusionPipeline with the adapter and its scheduler, ready
     sampler: Sampler
-    provenance: Provenance
     resolution: int  # pixels
     schedule: Schedule  # the base's, on the pipeline's device
     has_controlnet: bool = False
+    has_ip_adapter: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -84,6 +87,7 @@ class Pipeline:
         mask: Image.Image | None = None,
         control: Image.Image | None = None,
         control_scale: float = 1.0,
+        reference: Image.Image | None = None,
         abandoned: Callable[[], bool] | None = None,
     ) -> list[Image.Image]:
         """Returns one RGB picture for each prompt.
@@ -105,6 +109,7 @@ class Pipeline:
             mask: of the size of `image`, white where it is drawn anew.
             control: the picture for the ControlNet, such as edges, of any size. A pipeline with a ControlNet needs one.
             control_scale: `controlnet_conditioning_scale` of diffusers.
+            reference: the picture for the IP-Adapter, of any size. A pipeline with an IP-Adapter needs one.
             abandoned: called before every step; drawing stops when it returns True.
 
         Raises:
@@ -117,10 +122,13 @@ class Pipeline:
         source = _source(image, strength, mask)
         effective = None if source is None else source.strength
         self.check(prompts, steps=steps, guidance=guidance, width=width, height=height, strength=effective)
-        self._check_control(control)
+        _check_given("control", control, "a ControlNet", self.has_controlnet)
+        _check_given("reference", reference, "an IP-Adapter", self.has_ip_adapter)
         seed = secrets.randbits(32) if seed is None else seed
-        control = None if control is None else fit(control.convert("RGB"), height, width)
-        request = _Request(steps, guidance, seed, width, height, source, control, control_scale, abandoned)
+        control, reference = (
+            None if picture is None else fit(picture.convert("RGB"), height, width) for picture in (control, reference)
+        )
+        request = _Request(steps, guidance, seed, width, height, source, control, control_scale, reference, abandoned)
         pictures: list[Image.Image] = []
         for start in range(0, len(prompts), _BATCH):
             batch = dict(enumerate(prompts[start : start + _BATCH], start))
@@ -154,12 +162,6 @@ class Pipeline:
             if side <= 0 or side % self.size_unit:
                 raise UserError(f"{name}: expected a positive multiple of {self.size_unit} pixels, got {side}")
 
-    def _check_control(self, control: Image.Image | None) -> None:
-        if control is not None and not self.has_controlnet:
-            raise UserError("control: expected a pipeline that was loaded with a ControlNet")
-        if control is None and self.has_controlnet:
-            raise UserError("control: expected a picture for the ControlNet")
-
     def _draw(self, prompts: dict[int, str], request: _Request) -> Tensor:
         """Returns pixels, (B, 3, height, width) uint8, of the prompts by their sample index."""
         network = diffusers_pipeline.network_of(self.pipeline)
@@ -189,6 +191,8 @@ class Pipeline:
         control: dict[str, Any] = {}
         if request.control is not None:
             control = {"image": request.control, "controlnet_conditioning_scale": request.control_scale}
+        if request.reference is not None:
+            control["ip_adapter_image"] = [[request.reference] * len(prompts)]
         # A list of timesteps takes the place of a number of steps: diffusers' own pipelines for img2img and inpainting
         # would drop some of the steps.
         pictures = self.pipeline(
@@ -206,7 +210,7 @@ class Pipeline:
             **control,
         ).images
         if not pictures.isfinite().all():
-            raise UserError(f"{self.provenance.model}: drew pictures that are not finite in {pictures.dtype}")
+            raise NotFinite(f"{self.name}: drew pictures that are not finite in {pictures.dtype}")
         return pictures.float().mul(255).round().byte()
 
     def _encoded(self, source: SourcePicture, height: int, width: int) -> SourceLatents:
@@ -224,10 +228,25 @@ class Pipeline:
         if upcast:
             vae.to(precision)
         if not latents.isfinite().all():
-            raise UserError(f"image: the VAE of {self.provenance.model} encodes it as numbers that are not finite")
+            raise UserError(f"image: the VAE of {self.name} encodes it as numbers that are not finite")
         mask = source.mask_of_latents(height, width, self.pipeline.vae_scale_factor)
         device = self.pipeline.device
         return SourceLatents(latents.to(device), source.strength, None if mask is None else mask.to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline(Drawer):
+    """Draws with a release. Made by `load`."""
+
+    provenance: Provenance
+
+
+def _check_given(name: str, picture: Image.Image | None, part: str, has_part: bool) -> None:
+    """Raises UserError where a picture is given for a part that the pipeline lacks, or is missing for one it has."""
+    if picture is not None and not has_part:
+        raise UserError(f"{name}: expected a pipeline that was loaded with {part}")
+    if picture is None and has_part:
+        raise UserError(f"{name}: expected a picture for the {part.partition(' ')[2]}")
 
 
 def _source(image: Image.Image | None, strength: float | None, mask: Image.Image | None) -> SourcePicture | None:
@@ -290,6 +309,7 @@ def load(
     if resolution is None:
         raise UserError(f"{folder / bundle.PROVENANCE}: resolution: is missing, and {base_folder} has none")
     ready = Pipeline(
+        name=provenance.model,
         pipeline=pipeline,
         sampler=bundle.sampler_of(folder, provenance.plain()) or LATENT_CONSISTENCY,
         provenance=provenance,

@@ -358,7 +358,9 @@ def _is_registered(client: MlflowClient, name: str) -> bool:
 
 def versions_of_release(client: MlflowClient, sha256: str, name: str) -> list[ModelVersion]:
     """Returns the versions of this model whose released weights have this SHA-256, the oldest first."""
-    found = search_all(client.search_model_versions, f"name = '{name}' and tags.sha256 = '{sha256}'")
+    found: list[ModelVersion] = search_all(
+        client.search_model_versions, f"name = '{name}' and tags.sha256 = '{sha256}'"
+    )
     return sorted(found, key=lambda version: int(version.version))
 
 
@@ -366,7 +368,8 @@ def versions_of_adapter(client: MlflowClient, digits: str) -> list[ModelVersion]
     """Returns the versions whose weights, as released or as trained, have a SHA-256 with these digits, oldest first."""
     found: dict[tuple[str, str], ModelVersion] = {}
     for tag in ("sha256", "adapter"):
-        for version in search_all(client.search_model_versions, f"tags.{tag} LIKE '{digits}%'"):
+        versions: list[ModelVersion] = search_all(client.search_model_versions, f"tags.{tag} LIKE '{digits}%'")
+        for version in versions:
             found[version.name, version.version] = version
     return sorted(found.values(), key=lambda version: int(version.version))
 

@@ -26,6 +26,7 @@ METRICS = "metrics.json"
 REPORT = "report.html"
 WORKFLOW = "comfyui.json"
 SAMPLE = "sample.png"
+COMPATIBILITY = "compatibility.json"
 CHECKSUMS = "SHA256SUMS"
 DRAWING_FILES = (WEIGHTS, SCHEDULER, PROVENANCE)  # the files that drawing needs
 ADAPTER_FILES = (CHECKSUMS, *DRAWING_FILES)  # the files of a download without the report and the rest

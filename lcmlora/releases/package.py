@@ -17,6 +17,7 @@ from lcmlora.adapters.metadata import FACTS, SCHEDULER, WEIGHTS, Distilled, Samp
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
+from lcmlora.evaluation.comparisons.compatibility import Compatibility, read_of
 from lcmlora.evaluation.figures import STUDENT, Key, Metrics, Study
 from lcmlora.evaluation.gate import gate_failures
 from lcmlora.evaluation.study import STUDY
@@ -27,6 +28,7 @@ from lcmlora.project import Project
 from lcmlora.releases import comfyui
 from lcmlora.releases.bundle import (
     CHECKSUMS,
+    COMPATIBILITY,
     METRICS,
     PROVENANCE,
     REPORT,
@@ -64,7 +66,8 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
     sampler = read_sampler(distilled.sampler.plain(), f"{adapter / FACTS}: sampler")
     figures = _figures(model, project)
     steps = [key.steps for key in figures.students]
-    failures = gate_failures(figures, config.gate)
+    compatibility = read_of(project.compatibility(model), adapter / WEIGHTS)
+    failures = gate_failures(figures, config.gate, compatibility)
     with atomic_folder(project.release(model)) as folder:
         _copy_inputs(model, project, folder)
         header = _header(model, base, project, figures, sampler)
@@ -97,11 +100,13 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
             pictures = project.own_pictures(model).relative_to(project.root)
             provenance = provenance.model_copy(update={"pictures": pictures.as_posix()})
         figures.write(folder / METRICS)
+        if compatibility:
+            compatibility.write(folder / COMPATIBILITY)
         provenance.write(folder / PROVENANCE)
         student = Student.of_release(folder, sampler, recommended_steps(figures))
         _write_sample(folder, student, kohya.name, base, project.evaluation(model))
-        _write_report(folder, model, figures, provenance, project, base, student)
-        page = render_card(model, base, distilled, figures, failures, kohya.name, student, sampler_check)
+        _write_report(folder, model, figures, provenance, project, base, student, compatibility)
+        page = render_card(model, base, distilled, figures, failures, kohya.name, student, sampler_check, compatibility)
         (folder / "README.md").write_text(page, encoding="utf-8")
         _write_checksums(folder)
     return provenance
@@ -133,6 +138,7 @@ def _write_report(
     project: Project,
     base: Base,
     student: Student,
+    compatibility: Compatibility | None,
 ) -> None:
     studied = figures.variations or figures.guidance or figures.weights
     pictures = [project.evaluation(model), *([project.study(model)] if studied else [])]
@@ -144,6 +150,7 @@ def _write_report(
         base=base,
         kohya_file=kohya_name(model),
         student=student,
+        compatibility=compatibility,
     )
     (folder / REPORT).write_text(page, encoding="utf-8")
 

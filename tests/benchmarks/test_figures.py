@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import figures, tables
+from lcmlora.evaluation.comparisons.compatibility import Compatibility
 from lcmlora.evaluation.figures import Metrics
 from tests.releases.test_report import searched
 
@@ -15,6 +16,13 @@ ROOT = Path(__file__).parents[2]
 def test_the_figures_on_the_pages_are_those_of_the_metrics(name: str, text) -> None:
     metrics = Metrics.read(ROOT / "metrics" / "emoji.json")
     assert tables.read(ROOT / name, "figures") == text(metrics), "run python -m benchmarks.figures"
+
+
+def test_the_table_of_additions_is_that_of_the_committed_figures_which_are_of_the_present_adapter() -> None:
+    found = Compatibility.read(ROOT / "compatibility" / "emoji.json")
+    written = tables.read(ROOT / "docs/compatibility.md", "figures")
+    assert written == figures.compatibility(found), "run python -m benchmarks.figures"
+    assert found.adapter == Metrics.read(ROOT / "metrics" / "emoji.json").adapter
 
 
 def test_the_figures_name_the_solvers_settings_and_all_ways_to_compare() -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lcmlora.adapters import lora
-from lcmlora.config import Data, Encode, Rollouts
+from lcmlora.config import Compatibility, Data, Encode, Rollouts
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import PARTS, prepare_pictures
@@ -35,6 +35,7 @@ from lcmlora.evaluation.evaluate import evaluate_student
 from lcmlora.evaluation.measures import features
 from lcmlora.evaluation.reference import draw_reference
 from lcmlora.evaluation.study import draw_alone, run_study
+from lcmlora.inference import compatibility
 from lcmlora.io.documents import Document
 from lcmlora.project import Project
 from lcmlora.releases.package import package_release
@@ -42,6 +43,7 @@ from lcmlora.training.loop import NullLogger
 from tests.data.conftest import add, data_in, picture
 from tests.demo.test_pretrain import MODULES, TINY
 from tests.distillation.test_finetune import STYLE, WHOLE
+from tests.evaluation.conftest import made_of
 from tests.stages.inputs import EVALUATION, STUDY, Inputs
 from tests.support.distillation import SETTINGS
 from tests.support.releases import load_settings, write_stages
@@ -295,6 +297,35 @@ def of_study(inputs: Inputs, work: Path) -> Outcome:
     return {"figures": plain(figures), "features": _features()}
 
 
+def of_compatibility(inputs: Inputs, work: Path) -> Outcome:
+    write_stages(inputs.load(), work)  # an adapter with its scheduler
+    settings = Compatibility(
+        models=("mini",),
+        steps=(2, 4),
+        pictures=24,
+        loras={"ink": {"source": "ink", "weights": (0.5,)}},
+        img2img=(0.5,),
+        inpainting=True,
+    )
+    reading = compatibility.Inputs(
+        model="mini",
+        base=made_of(inputs.base),
+        base_folder=inputs.base,
+        adapter=Project(work).adapter("mini"),
+        data=inputs.data,
+        pictures=inputs.pictures,
+        evaluation=EVALUATION,
+        settings=settings,
+        root=inputs.root,
+    )
+    (work / "scratch").mkdir()
+    figures = compatibility.try_additions(reading, work / "scratch", work / "out.json").plain()
+    for where in (figures, *(tried["added"] for tried in figures["tried"].values())):
+        for digest in {"adapter", "base", "sha256"} & where.keys():
+            del where[digest]  # of files with versions of libraries in their headers
+    return {"figures": plain(figures), "features": _features()}
+
+
 def of_package(inputs: Inputs, work: Path) -> Outcome:
     base = inputs.load()
     write_stages(base, work)
@@ -323,6 +354,7 @@ OUTCOMES: dict[str, Callable[[Inputs, Path], Outcome]] = {
     "finetune": of_finetune,
     "alone": of_alone,
     "study": of_study,
+    "compatibility": of_compatibility,
     "package": of_package,
 }
 

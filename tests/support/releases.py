@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from lcmlora import bases, config
 from lcmlora.adapters import lora
+from lcmlora.diffusion import sampling
 from lcmlora.evaluation import timings
 from lcmlora.io.files import sha256_file, write_json
 from tests.support import params
@@ -100,7 +101,7 @@ def write_stages(
 def _save_probe(base: bases.LoadedBase, path: Path, generator: torch.Generator) -> None:
     latents = torch.randn((2, *base.latent_shape), generator=generator)
     timesteps = torch.tensor([999, 499])
-    conditioning = base.encode_text(["red apple", ""])
+    conditioning = sampling.text_conditioning(base, ["red apple", ""])
     student = base.predict(latents, timesteps, conditioning)
     with lora.disabled(base.network):
         alone = base.predict(latents, timesteps, conditioning)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lcmlora.adapters.metadata import Distilled
 from lcmlora.config import Base
 from lcmlora.diffusion import objectives
+from lcmlora.evaluation.comparisons.compatibility import Compatibility
 from lcmlora.evaluation.figures import STUDENT, Advantage, Key, Metrics
 from lcmlora.evaluation.gate import unmeasured_diversity, unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
@@ -55,6 +56,7 @@ def render_card(
     kohya: str,
     student: Student,
     check: SamplerCheck | None = None,
+    compatibility: Compatibility | None = None,
 ) -> str:
     """Returns the model card, README.md of the release.
 
@@ -65,6 +67,7 @@ def render_card(
         kohya: the name of the release's file for ComfyUI and A1111.
         student: in the recommended number of steps, see `recommended_steps`.
         check: how near plain diffusers comes to the adapter's own sampler, if that was measured.
+        compatibility: the figures with additions to the base, if they were measured.
     """
     enough = student.steps
     styles = [v for v in figures.variations.values() if v.kind == "style"]
@@ -94,6 +97,7 @@ def render_card(
         clients=instructions(student, kohya),
         notes=notes(enough),
         check=check,
+        compatibility=compatibility,
     )
 
 

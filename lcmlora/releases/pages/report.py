@@ -15,6 +15,7 @@ from typing import NamedTuple
 from markupsafe import Markup, escape
 
 from lcmlora.config import Base
+from lcmlora.evaluation.comparisons.compatibility import Compatibility
 from lcmlora.evaluation.comparisons.worst import WORST_PICTURES
 from lcmlora.evaluation.figures import (
     PARTS,
@@ -55,6 +56,7 @@ def render_report(
     base: Base,
     kohya_file: str,
     student: Student,
+    compatibility: Compatibility | None = None,
 ) -> str:
     """Returns the page. The same inputs give the same bytes.
 
@@ -65,6 +67,7 @@ def render_report(
         base: with its licence, which the adapter inherits.
         kohya_file: the name of the release's file for ComfyUI and A1111.
         student: in the recommended number of steps, for the instructions.
+        compatibility: the figures with additions to the base, if they were measured.
 
     Raises:
         UserError: a picture that the figures speak of is missing or has another size.
@@ -94,6 +97,7 @@ def render_report(
         recommended=student.steps,
         clients=instructions(student, kohya_file),
         notes=notes(student.steps),
+        compatibility=compatibility,
         distance=title_of(figures.features.distance),
         places=_places(figures.excess.values()),
         check_places=_places(figures.check.excess.values()) if figures.check else 0,
