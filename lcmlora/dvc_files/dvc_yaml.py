@@ -1,10 +1,10 @@
 """dvc.yaml: the whole of it for a new project, and the stages that follow params.yaml.
 
-dvc.yaml is the same for all projects whose models share one data set, but for the stages of a `study`, which only a
-project with one has: a template of DVC must not name a setting that is not there. Where a base has `data` of its own,
-the stages that read pictures list every model with its folder (`foreach`), since a template of DVC cannot look up a
-model's folder in a matrix of models. Names and commands of the stages are the same in both forms, so that other models'
-stages do not become stale.
+dvc.yaml is the same for all projects whose models share one data set, but for the stages of `study` and of
+`compatibility`, which only a project with these settings has: a template of DVC must not name a setting that is not
+there. Where a base has `data` of its own, the stages that read pictures list every model with its folder (`foreach`),
+since a template of DVC cannot look up a model's folder in a matrix of models. Names and commands of the stages are the
+same in both forms, so that other models' stages do not become stale.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from lcmlora.project import Project
 _PREPARING = ("prepare", "prepare-own")
 _READING = ("encode", "reference", "evaluate")
 _STUDYING = ("style", "finetune", "style-alone", "finetune-alone", "study")
-_STAGES = (*_PREPARING, *_READING, *_STUDYING, "package")  # which depend on params.yaml
+# The stages of each section that a project may lack. `package` depends on the section's folder.
+_OPTIONAL = {"study": _STUDYING, "compatibility": ("compatibility",)}
+_STAGES = (*_PREPARING, *_READING, *_STUDYING, "compatibility", "package")  # which depend on params.yaml
 _ORDER = (
     *("resolve", "pretrain", "prepare", "prepare-own", "encode", "reference", "distill", "evaluate"),
-    *(*_STUDYING, "package"),
+    *(*_STUDYING, "compatibility", "package"),
 )
-
-_DEPENDS_ON_STUDIES = "      - study\n"
 
 _BEGIN = re.compile(r"^(?=  [\w-]+:)", re.MULTILINE)  # of a stage
 
@@ -43,7 +43,7 @@ def whole(config: Config, *, pretrain: bool = False) -> str:
     """
     head, *_ = _paragraphs()
     found = {_stage_of(block): block for block in _paragraphs()[1:]} | _wanted(config)
-    left_out = {*(() if pretrain else ("pretrain",)), *(() if config.study else _STUDYING)}
+    left_out = {*(() if pretrain else ("pretrain",)), *_without(config)}
     return "\n".join([head, *(found[name] for name in _ORDER if name in found and name not in left_out)])
 
 
@@ -56,8 +56,8 @@ def check(config: Config, project: Project) -> None:
 def refresh(config: Config, project: Project) -> bool:
     """Writes the stages anew that follow params.yaml, where they do not; returns whether it did.
 
-    These are the stages that prepare and read pictures, those of a study, and `package`. Everything else in dvc.yaml
-    stays as it is.
+    These are the stages that prepare and read pictures, those of `study` and `compatibility`, and `package`. Everything
+    else in dvc.yaml stays as it is.
 
     Raises:
         UserError: dvc.yaml cannot be read, or its stages are not indented by two spaces.
@@ -94,10 +94,11 @@ def _difference(config: Config, stages: Mapping[str, object]) -> str | None:
         return f"{'has a' if 'prepare' in stages else 'lacks the'} stage prepare, and `data` is used by " + (
             "no model" if "prepare" in stages else "models"
         )
-    if ("study" in stages) != (config.study is not None):
-        return f"{'has' if 'study' in stages else 'lacks'} the stages of a study, and params.yaml has " + (
-            "no `study`" if "study" in stages else "one"
-        )
+    for section in _OPTIONAL:
+        if (section in stages) != (getattr(config, section) is not None):
+            return f"{'has' if section in stages else 'lacks'} the stages of `{section}`, and params.yaml has " + (
+                "none" if section in stages else "some"
+            )
     if (listed := _listed(stages.get("prepare-own", {}), {})) != _own_paths(config):
         return f"prepare-own: has {_in_words(listed)}, and params.yaml has {_in_words(_own_paths(config))}"
     shared = dict.fromkeys(config.models, Project().pictures.as_posix())
@@ -123,16 +124,24 @@ def _in_words(paths: Mapping[str, str]) -> str:
 def _wanted(config: Config) -> dict[str, str]:
     """Returns the text of each of these stages, in their order."""
     others = {_stage_of(block): block for block in _paragraphs()[1:]}
-    if config.study is None:
-        following = {"package": others["package"].replace(_DEPENDS_ON_STUDIES, "")}
-    else:
-        following = {name: others[name] for name in (*_STUDYING, "package")}
+    left_out = _without(config)
+    following = {name: others[name] for each in _OPTIONAL.values() for name in each if name not in left_out}
+    package = others["package"]
+    for section in _OPTIONAL:
+        if section in left_out:
+            package = package.replace(f"      - {section}\n", "")
+    following["package"] = package
     shared = _blocks(_template("shared_pictures.yaml"))
     if not (own := _own_paths(config)):
         return shared | following
     text = _template("pictures_by_model.yaml").replace("OWN_DATA\n", _mapping(own))
     by_model = _blocks(text.replace("PICTURES\n", _mapping(_folders(config))))
     return ({"prepare": shared["prepare"]} if config.uses_shared_data() else {}) | by_model | following
+
+
+def _without(config: Config) -> set[str]:
+    """Returns the stages of the sections that the settings lack."""
+    return {stage for section, each in _OPTIONAL.items() if getattr(config, section) is None for stage in each}
 
 
 def _paragraphs() -> list[str]:

@@ -43,6 +43,8 @@ def generated_files(config: Config, options: Options) -> dict[str, str]:
     }
     if config.study is not None:  # a dependency of `package`, which is there before the first study is
         found["study/.gitignore"] = "/*\n!/.gitignore\n"
+    if config.compatibility is not None:  # the same
+        found["compatibility/.gitkeep"] = ""
     if "docker" in options.workers:
         found |= _as_they_are("deploy/docker/base-job-template.json")
     if "kubernetes" in options.workers:

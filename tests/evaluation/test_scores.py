@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lcmlora.errors import UserError
-from lcmlora.extras import MissingExtra
 from lcmlora.evaluation.measures import scores
+from lcmlora.extras import MissingExtra
 from lcmlora.io.files import sha256_file
 from tests.evaluation.clips import save_clip
 
