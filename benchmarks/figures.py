@@ -8,7 +8,9 @@ has other figures.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import tables
@@ -16,14 +18,30 @@ from lcmlora.evaluation.comparisons.compatibility import Compatibility
 from lcmlora.evaluation.figures import REAL, Key, Metrics
 from lcmlora.project import Project
 
-_BLOCK = "figures"
 _SIGN = "\N{MINUS SIGN}"
 _AGREEMENT = {"agree": "agree", "disagree": "disagree", "undecided": "within chance", None: ""}
+_RANK = {"student": "the student is nearer", "solver": "the solver is nearer", "neither": "neither is"}
 
 
 def readme(metrics: Metrics) -> str:
     """Returns the README's table of figures and the sentences below it."""
-    check, savings, real = metrics.check is not None, bool(metrics.savings), metrics.distance_real or {}
+    told = (
+        "Excess is the Fréchet distance to the teacher's pictures, less its distance to itself with other seeds; "
+        f"smaller is better. {_ranks(metrics)} Figures of {metrics.drawn}, with their 95 % intervals; this table by "
+        "`python -m benchmarks.figures`."
+    )
+    return f"{_comparison(metrics, whole=False)}\n{told}\n"
+
+
+def pairs(metrics: Metrics) -> str:
+    """Returns the comparison of student and best solver for docs/evaluation.md, and the sentences below it."""
+    return f"{_comparison(metrics, whole=True)}\n{_sentences(metrics)}"
+
+
+def _comparison(metrics: Metrics, whole: bool) -> str:
+    """Returns the table of student and best solver, `whole` with the second features and the distance to reality."""
+    savings, check = bool(metrics.savings), whole and metrics.check is not None
+    real = (metrics.distance_real or {}) if whole else {}
     head = ["network evaluations", "best solver", "its excess", "the student's", "difference"]
     head += ["same distance takes solvers"] * savings + ["second features"] * check
     head += ["to real pictures: solver", "student"] * bool(real)
@@ -42,7 +60,23 @@ def readme(metrics: Metrics) -> str:
                 *(["" if key is None else _number(real[key]) for key in (rival, student)] if real else []),
             ]
         )
-    return tables.markdown(head, rows, words=2) + "\n" + _sentences(metrics)
+    return tables.markdown(head, rows, words=2)
+
+
+def _ranks(metrics: Metrics) -> str:
+    """Returns at how many network evaluations who is nearer to the teacher by more than chance."""
+    found: dict[str, list[int]] = {}
+    for student, won in sorted(metrics.advantage.items(), key=lambda pair: metrics.network_evaluations[pair[0]]):
+        low, high = won.interval or (-math.inf, math.inf)
+        winner = "student" if high < 0 else "solver" if low > 0 else "neither"
+        found.setdefault(winner, []).append(metrics.network_evaluations[student])
+    parts = [f"at {_listed(numbers)} evaluations {_RANK[winner]}" for winner, numbers in found.items()]
+    return f"By more than chance, {'; '.join(parts)}."
+
+
+def _listed(numbers: list[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _sentences(metrics: Metrics) -> str:
@@ -50,7 +84,7 @@ def _sentences(metrics: Metrics) -> str:
     teacher, retrieval = metrics.teacher, metrics.retrieval
     steps = metrics.label(student).partition(", ")[2]
     told = [
-        f"Excess is the Fréchet distance to the teacher's pictures less its [floor](docs/glossary.md#evaluation) of "
+        f"Excess is the Fréchet distance to the teacher's pictures less its [floor](glossary.md#evaluation) of "
         f"{_number(metrics.floor)}; smaller is better. In {steps} the student's caption "
         f"retrieval is {retrieval[student]:.3f}, the teacher's in {teacher.steps} {retrieval[teacher]:.3f}"
         + (f", that of real pictures {retrieval[Key(REAL)]:.3f}." if REAL in retrieval else ".")
@@ -136,24 +170,33 @@ def _span(interval: tuple[float, float] | None) -> str:
     return f" ({_number(interval[0])} to {_number(interval[1])})" if interval else ""
 
 
+# Page, the name of the comments between which the text stands, and what writes it.
+BLOCKS: list[tuple[Path, str, Callable[[Metrics], str]]] = [
+    (Path("README.md"), "figures", readme),
+    (Path("docs/evaluation.md"), "pairs", pairs),
+    (Path("docs/evaluation.md"), "figures", page),
+]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, and fail where a page has other figures")
     arguments = parser.parse_args()
     project = Project()
     metrics = Metrics.read(project.metrics("emoji"))
-    pages = {Path("README.md"): readme(metrics), Path("docs/evaluation.md"): page(metrics)}
+    texts = {(path, block): write(metrics) for path, block, write in BLOCKS}
     if project.compatibility("emoji").exists():
-        pages[Path("docs/compatibility.md")] = compatibility(Compatibility.read(project.compatibility("emoji")))
-    stale = [str(path) for path, text in pages.items() if tables.read(path, _BLOCK) != text]
+        tried = Compatibility.read(project.compatibility("emoji"))
+        texts[Path("docs/compatibility.md"), "figures"] = compatibility(tried)
+    stale = sorted({str(path) for (path, block), text in texts.items() if tables.read(path, block) != text})
     if arguments.check:
         if stale:
             raise SystemExit(
                 f"{', '.join(stale)}: other figures than those of the emoji base; python -m benchmarks.figures"
             )
         return
-    for path, text in pages.items():
-        tables.write(path, text, _BLOCK)
+    for (path, block), text in texts.items():
+        tables.write(path, text, block)
     sheet = project.evaluation("emoji") / "grid.png"
     if sheet.exists():
         shutil.copyfile(sheet, "docs/grid.png")
