@@ -14,7 +14,7 @@ export SITE_CACHE := from lcmlora.io.private import cache_folder; print(cache_fo
 # Each step says itself what it is at.
 .SILENT:
 
-.PHONY: demo test lint bench up down install clean
+.PHONY: demo test lint docs bench up down install clean
 
 demo: install
 	$(BIN)/python -m flows.retrain
@@ -26,6 +26,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site in docs/_build/html. It needs no network; a warning, such as a link that leads nowhere, is an error.
+docs: install
+	$(BIN)/sphinx-build --quiet --fail-on-warning --nitpicky --jobs auto docs docs/_build/html
+	echo "docs/_build/html/index.html"
 
 # Prefect, MLflow, SeaweedFS and a worker on this machine: schedules run by themselves. State is in .up/.
 up: install
@@ -65,4 +70,4 @@ node_modules/.installed: package.json package-lock.json | $(VENV)/.installed
 
 # What can be made again; the registry (mlflow.db, mlartifacts) and the releases stay.
 clean:
-	rm -rf $(VENV) node_modules scratch .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) node_modules scratch .pytest_cache .mypy_cache .ruff_cache build docs/_build *.egg-info

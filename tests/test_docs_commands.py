@@ -28,12 +28,41 @@ BLOCKS = [block for page in code_blocks.pages() for block in code_blocks.blocks(
 SHELL = [block for block in BLOCKS if block.language in ("bash", "console", "sh")]
 WRITTEN = ROOT / "docs/command-line.md"  # of the help of the verbs, whose own tests run them
 NEEDS = {"gpu", "hub", "server", "docker", "hours"}
-LANGUAGES = {"bash", "text", "python", "yaml", "toml", "json", "markdown", "ini", "dockerfile", "{toctree}"}
+LANGUAGES = {
+    "bash",
+    "text",
+    "python",
+    "yaml",
+    "toml",
+    "json",
+    "markdown",
+    "ini",
+    "dockerfile",
+    "{toctree}",
+    "{eval-rst}",
+}
 # Verbs that read settings and nothing else; a block of these alone needs no comment and is run here.
 READING = {("check",), ("config",)}
 # Programs of others, whose arguments are not looked at.
 OTHERS = {
-    *("cd", "source", "export", "env", "ls", "cat", "cp", "mkdir", "rm", "tar", "unset", "sudo", "diff", "grep", "jq"),
+    *(
+        "cd",
+        "source",
+        "export",
+        "env",
+        "ls",
+        "cat",
+        "cp",
+        "sha256sum",
+        "mkdir",
+        "rm",
+        "tar",
+        "unset",
+        "sudo",
+        "diff",
+        "grep",
+        "jq",
+    ),
     *("git", "curl", "ssh", "openssl", "docker", "kubectl", "nvidia-smi", "crontab", "systemctl", "journalctl"),
     *(
         "prefect",
@@ -88,6 +117,8 @@ def test_a_block_is_run_by_a_test_or_says_what_it_needs(block: Block) -> None:
         assert block.page in test_guides.PAGES, f"{block}: {test_guides.THIS} runs blocks of docs/guides alone"
         return
     text = "".join(_text_of_test(value) for value in values)
+    if "code_blocks.blocks(" in text:  # the test runs what stands here
+        return
     verbs = {word for words in block.commands if words[0] == "lcmlora" for word in verb_of(words[1:])}
     assert [verb for verb in verbs if not re.search(rf"\b{verb}\b", text)] == [], f"{block}: not in {values}"
 
@@ -181,11 +212,11 @@ def _fault_of_verb(command: Any, arguments: list[str], parent: Any = None, name:
         call = command.make_context(name, list(arguments), parent=parent)
         if hasattr(command, "commands"):
             verb, inner, rest = command.resolve_command(call, [*call._protected_args, *call.args])
-            return _fault_of_verb(inner, rest, call, verb)
+            return _fault_of_verb(inner, rest, call, f"{name} {verb}")
     except NoArgsIsHelpError:
         return None
     except ClickException as error:
-        return f"lcmlora {' '.join(arguments)}: {error.format_message()}"
+        return f"{name} {' '.join(arguments)}: {error.format_message()}"
     return None
 
 
