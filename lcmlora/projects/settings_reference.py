@@ -29,8 +29,8 @@ has it:
 3. the section of `params.yaml`, for all models;
 4. the section in the base's entry, `bases.NAME.SECTION`, for this model.
 
-A base with `data` of its own learns from other pictures than the other models: see "Models with pictures of their own"
-in the README.
+A base with `data` of its own learns from other pictures than the other models:
+[Pictures of its own for one model](data.md#pictures-of-its-own-for-one-model).
 
 `lcmlora config` prints all settings and where each comes from; `lcmlora config distill.lr` prints one.
 
