@@ -33,14 +33,16 @@ def test_the_committed_file_is_up_to_date():
 
 
 def test_every_stage_of_dvc_yaml_reads_the_entry_of_its_own_run():
-    settings = load(models=["emoji", "sdxl"], study={"models": ["emoji"]})
+    settings = load(models=["emoji", "sdxl"], study={"models": ["emoji"]}, compatibility={"models": ["sdxl"]})
     described = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     asked = set()
     for name, stage in described.items():
         assert not any(dep.startswith(("lcmlora/", "params.yaml")) for dep in stage.get("deps", ()))
         for key in stage["params"][0]["resolved.yaml"] if "params" in stage else ():
             names = {"style": settings.study.styles, "finetune": settings.study.finetunes}.get(name.split("-")[0], [""])
-            models = settings.study.models if "study" in str(stage.get("matrix")) else settings.models
+            own = {"study": settings.study, "compatibility": settings.compatibility}
+            listed = str(stage.get("matrix"))
+            models = next((each.models for section, each in own.items() if section in listed), settings.models)
             for model in models:
                 asked |= {key.replace("${item.model}", model).replace("${item.name}", each) for each in names}
     assert asked == {".".join(resolved._keys(run)) for run in stages.runs(settings)}
