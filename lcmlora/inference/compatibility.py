@@ -195,6 +195,7 @@ class _Drawing:
         )
         if addition.kind == "lora":
             addition.weigh(pipeline, accelerated=False)
+            _fuse(pipeline)
         drawing = addition.teacher(pipeline)
         drawing.set_progress_bar_config(disable=True)
         return drawing
@@ -205,6 +206,7 @@ class _Drawing:
         tensorfile.check_harmless(weights)
         pipeline.load_lora_weights(inputs.adapter, weight_name=WEIGHTS, adapter_name=ADAPTER, use_safetensors=True)
         addition.weigh(pipeline, accelerated=True)
+        _fuse(pipeline)
         family, resolution = diffusers_pipeline.family_of(pipeline), inputs.base.resolution
         return Drawer(
             name=inputs.model,
@@ -257,6 +259,12 @@ class _Drawing:
 
     def _picture(self, row: int) -> Image.Image:
         return open_picture(self.inputs.data, self._records[row], size=self.inputs.base.resolution)
+
+
+def _fuse(pipeline: Any) -> None:
+    """Adds the effect of the pipeline's LoRAs to its weights, which draws the same and nearly twice as fast."""
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
 
 
 class _Once:

@@ -99,7 +99,7 @@ class Evaluation(Strict):
         *(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
     )
     """Guidance scales that are searched for the solvers."""
-    choosing_pictures: Annotated[int, Field(ge=2)] = 96
+    choosing_pictures: Annotated[int, Field(ge=2)] = 128
     """Pictures by which the search compares two settings of a solver. It ranks them only, so they may be fewer than
     the features have dimensions."""
     student_steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8, 16)

@@ -185,7 +185,7 @@ def test_a_half_precision_folder_is_loaded_by_its_variant(tmp_path: Path):
 def test_the_layers_of_a_base_that_was_not_fetched_are_known_where_it_is_published(config: Config):
     published = config.bases["mini"].model_copy(update={"source": "segmind/SSD-1B", "resolution": 1024})
     base = references.BaseReference("ssd1b", published, Path("bases/ssd1b"))
-    assert (base.architecture().naming.name, base.architecture().resolution) == ("sdxl", 1024)
+    assert (base.architecture().naming.name, base.architecture().resolution) == ("ssd1b", 1024)
 
 
 def test_another_base_is_told_by_its_digest_and_an_unknown_one_passes():

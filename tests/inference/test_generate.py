@@ -281,11 +281,12 @@ def test_convert_and_combine_say_what_became_of_a_file(root: Path):
     def invoke(*arguments: str) -> str:
         return CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
 
-    layers = json.loads(Path("adapters/mini/config.json").read_text())["adapted_layers"]
+    facts = json.loads(Path("adapters/mini/config.json").read_text())
+    layers, alpha = facts["adapted_layers"], facts["distill"]["alpha"]
     said = invoke("convert", "release/mini", "k.safetensors", "--format", "kohya")
     assert said == (
-        f"k.safetensors: {layers} layers in {3 * layers} tensors, rank 4, alpha of release/mini 4; largest difference "
-        "of an effective weight 0.0e+00\n"
+        f"k.safetensors: {layers} layers in {3 * layers} tensors, rank 4, alpha of release/mini {alpha:g}; largest "
+        "difference of an effective weight 0.0e+00\n"
     )
     said = invoke("convert", "k.safetensors", "d.safetensors", "--format", "diffusers", "--base", "mini")
     assert f"{layers} layers in {2 * layers} tensors" in said

@@ -181,7 +181,7 @@ def test_in_this_process_too_and_null_is_the_default(
     for tensor in vae.state_dict().values():
         tensor.fill_(float("nan"))
     with pytest.raises(
-        MlflowException, match=r"^drawing failed: UserError: mini: drew pictures that are not"
+        MlflowException, match=r"^drawing failed: NotFinite: mini: drew pictures that are not"
     ) as caught:
         predict("tree")
     assert caught.value.get_http_status_code() == 500

@@ -10,13 +10,14 @@ from huggingface_hub.utils import validate_repo_id
 
 from lcmlora.adapters.metadata import Distilled, read_sampler
 from lcmlora.config import Base, Merged
+from lcmlora.evaluation.comparisons.compatibility import Compatibility
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.releases.clients import Student, recommended_steps
 from lcmlora.releases.pages.card import render_card
 from tests.releases import test_report
 from tests.releases.test_report import searched
 from tests.support import client_schedules
-from tests.support.releases import METRICS
+from tests.support.releases import ADDITIONS, METRICS
 
 FILE = "lcm-lora-mini.safetensors"
 HUB = Base(source="someone/base", revision="c" * 40, resolution=512, license="openrail++")
@@ -99,12 +100,18 @@ FULL: dict[str, Any] = METRICS | {
 }
 
 
-def render(base: Base = HUB, figures: dict[str, Any] = METRICS, failures: tuple[str, ...] = (), **made: Any) -> str:
+def render(
+    base: Base = HUB,
+    figures: dict[str, Any] = METRICS,
+    failures: tuple[str, ...] = (),
+    compatibility: Compatibility | None = None,
+    **made: Any,
+) -> str:
     distilled, metrics = Distilled.parse(MADE | made, "config.json"), Metrics.parse(figures, "metrics.json")
     sampler = read_sampler(distilled.sampler.plain(), "config.json")
     schedule = client_schedules.schedule(distilled.prediction_type)
     student = Student.of(sampler, schedule, recommended_steps(metrics))
-    return render_card("mini", base, distilled, metrics, list(failures), FILE, student)
+    return render_card("mini", base, distilled, metrics, list(failures), FILE, student, compatibility=compatibility)
 
 
 def drawn_with(objective: str, scheduler: str, gamma: float | None, prediction: str = "epsilon") -> str:
@@ -388,6 +395,23 @@ def test_the_card_is_tidy_markdown(figures: dict[str, Any], failures: tuple[str,
     assert not [line for line in text.split("---\n", 2)[2].splitlines() if line != line.strip() and line[:3] != "   "]
     assert "[report.html](report.html)" in text
     assert ("* too bad" in text) == bool(failures) == ("The gate was not passed" in text)
+
+
+def test_additions_are_in_a_table_and_those_that_failed_are_named():
+    text = render(compatibility=ADDITIONS)
+    rows = section(text, "Together with what people add to the base").splitlines()
+    table = [row for row in rows if row.startswith("|")]
+    assert table == [
+        "| | 2 steps | 4 steps |",
+        "|---|---:|---:|",
+        "| nothing added | 186.00 (150.00 to 220.00) | 88.00 |",
+        "| style LoRA ink, weight 1 | 200.00 | 300.00 (250.00 to 350.00) **failed** |",
+        "| VAE in fp16 | **failed** | **failed** |",
+    ]
+    assert "* style LoRA ink, weight 1, student, 4 steps: excess 300 is more than 2 times the 88." in rows
+    assert "* img2img 0.4 was not tried: the data are prompts, without real pictures." in rows
+    assert "\n\n\n" not in text
+    assert "Together with" not in render()
 
 
 def test_an_adapter_of_a_styled_base_is_shown_with_its_style():

@@ -25,7 +25,7 @@ from lcmlora.project import Project
 from lcmlora.releases import package as release
 from lcmlora.releases.bundle import WEIGHTS, digest, verify
 from tests.support import adapters
-from tests.support.releases import METRICS, load_settings, settings, write_stages
+from tests.support.releases import ADDITIONS, METRICS, load_settings, settings, write_stages
 
 
 def package(root: Path, base_folder: Path, **changes: Any) -> dict[str, Any]:
@@ -61,6 +61,26 @@ def test_the_bundle_has_every_file_and_passes_coreutils_sha256sum(stages: Path, 
     assert checked.returncode == 0
     assert checked.stdout.count(": OK") == 10
     verify(stages / "release/mini")
+
+
+def test_figures_with_additions_are_released_if_they_are_of_this_adapter(stages: Path, base_folder: Path):
+    path, release_folder = stages / "compatibility/mini.json", stages / "release/mini"
+    path.parent.mkdir()
+    trained = hashlib.sha256((stages / "adapters/mini/pytorch_lora_weights.safetensors").read_bytes()).hexdigest()
+    ADDITIONS.model_copy(update={"adapter": trained}).write(path)
+    provenance = package(stages, base_folder, gate={"compatible": ["lora ink 1", "nothing"]})
+    assert provenance["gate"]["failures"][-1] == (
+        "student@4: lora ink 1: excess 300 is more than 2 times the 88 (gate.compatible)"
+    )
+    assert (release_folder / "compatibility.json").read_bytes() == path.read_bytes()
+    assert "## Together with what people add to the base" in (release_folder / "README.md").read_text()
+    page = (release_folder / "report.html").read_text()
+    assert "style LoRA ink, weight 1" in page and "the teacher draws nothing finite" in page
+
+    ADDITIONS.write(path)  # of another adapter
+    package(stages, base_folder)
+    assert not (release_folder / "compatibility.json").exists()
+    assert "style LoRA ink" not in (release_folder / "report.html").read_text()
 
 
 def test_the_sample_opens_in_comfyui_as_the_workflow_beside_it(stages: Path, base_folder: Path):

@@ -16,6 +16,7 @@ from lcmlora import bases, config
 from lcmlora.adapters import lora
 from lcmlora.diffusion import sampling
 from lcmlora.evaluation import timings
+from lcmlora.evaluation.comparisons.compatibility import Compatibility
 from lcmlora.io.files import sha256_file, write_json
 from tests.support import params
 from tests.support.miniature import RESOLUTION
@@ -34,6 +35,53 @@ METRICS: dict[str, Any] = {
     "seconds_per_picture": {"teacher@50": 0.2, "student@2": 0.01, "student@4": 0.02, "ddim@1": 0.01, "dpm++@2": 0.02},
     "network_evaluations": {"teacher@50": 100, "student@2": 2, "student@4": 4, "ddim@1": 2, "dpm++@2": 4},
 }
+
+# The figures of an adapter that was tried with additions: some failed, one was not tried.
+ADDITIONS = Compatibility.model_validate(
+    {
+        "adapter": "a" * 64,
+        "base": "b" * 64,
+        "features": {"name": "efficientnet-lite0", "dimensions": 320, "distance": "frechet"},
+        "pictures": 352,
+        "prompts": 32,
+        "seeds": {"teacher": 1000, "compared": 1001},
+        "teacher_steps": 50,
+        "guidance_scale": 5.0,
+        "resamples": 1000,
+        "level": 0.95,
+        "limit": 2.0,
+        "tried": {
+            "nothing": {
+                "kind": "nothing",
+                "title": "nothing added",
+                "added": {},
+                "floor": 170.0,
+                "cells": {"student@2": {"excess": 186.0, "interval": [150.0, 220.0]}, "student@4": {"excess": 88.0}},
+            },
+            "lora ink 1": {
+                "kind": "lora",
+                "title": "style LoRA ink, weight 1",
+                "added": {"weight": 1.0, "sha256": "c" * 64},
+                "floor": 160.0,
+                "cells": {
+                    "student@2": {"excess": 200.0},
+                    "student@4": {
+                        "excess": 300.0,
+                        "interval": [250.0, 350.0],
+                        "failed": "excess 300 is more than 2 times the 88",
+                    },
+                },
+            },
+            "fp16-vae": {
+                "kind": "fp16 VAE",
+                "title": "VAE in fp16",
+                "added": {},
+                "cells": {f"student@{steps}": {"failed": "the teacher draws nothing finite"} for steps in (2, 4)},
+            },
+        },
+        "left_out": {"img2img 0.4": "the data are prompts, without real pictures"},
+    }
+)
 
 
 def settings(base_folder: Path, *, models: tuple[str, ...] = ("mini",), **changes: dict[str, Any]) -> dict[str, Any]:
