@@ -54,7 +54,7 @@ def page() -> str:
     rows = [f"| [`{name}`](#{_anchor(name)}) | {_summary(verb)} |" for name, verb in verbs]
     parts.append("\n".join(["| verb | what it does |", "| --- | --- |", *rows]) + "\n")
     for name, verb in verbs:
-        parts += [f"## lcmlora {name}\n", _help(verb), f"```text\nlcmlora {name}{_usage(verb)}\n```\n"]
+        parts += [f"## lcmlora {name}\n", f"```text\nlcmlora {name}{_usage(verb)}\n```\n", _help(verb)]
         parts += [table for table in (_arguments(verb), _options(verb)) if table]
     return "\n".join(parts)
 
@@ -96,9 +96,9 @@ def _help(verb: Any) -> str:
 
 
 def _example(line: str) -> str:
-    """Returns a line of examples with what it says about the command as a comment."""
+    """Returns a line of examples, with what it says about the command as a comment before it."""
     command, _, said = (part.strip() for part in re.sub(r"\s{2,}", "\0", line.strip(), count=1).partition("\0"))
-    return f"{command}  # {said}" if said else command
+    return f"# {said}\n{command}" if said else command
 
 
 def _usage(verb: Any) -> str:
@@ -120,7 +120,7 @@ def _name(argument: Any) -> str:
 def _arguments(verb: Any) -> str:
     found = [parameter for parameter in verb.params if not _is_option(parameter) and not parameter.hidden]
     rows = [f"| `{_name(argument)}` | {_cell(argument.help or '')}{_default(argument)} |" for argument in found]
-    return "\n".join(["| argument | |", "| --- | --- |", *rows]) + "\n" if rows else ""
+    return "\n".join(["| argument | meaning |", "| --- | --- |", *rows]) + "\n" if rows else ""
 
 
 def _options(verb: Any) -> str:
@@ -129,7 +129,7 @@ def _options(verb: Any) -> str:
         if _is_option(option) and not option.hidden and option.name not in ("install_completion", "show_completion"):
             names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
             rows.append(f"| {names} | {_cell(option.help or '')}{_default(option)} |")
-    return "\n".join(["| option | |", "| --- | --- |", *rows]) + "\n" if rows else ""
+    return "\n".join(["| option | meaning |", "| --- | --- |", *rows]) + "\n" if rows else ""
 
 
 def _default(parameter: Any) -> str:

@@ -22,8 +22,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build", "package-page.md"]  # the latter is for the package index
 source_suffix = {".md": "markdown"}
 nitpicky = True
-# Types in signatures: those of other libraries and of modules that are not public have no page here.
-nitpick_ignore_regex = [("py:class", r".*")]
+# Types in signatures and what is raised: those of other libraries and of modules that are not public have no page here.
+nitpick_ignore_regex = [("py:(class|exc)", r".*")]
 
 myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
 myst_heading_anchors = 4
@@ -35,6 +35,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
+toc_object_entries = False
 napoleon_numpy_docstring = False
 
 html_theme = "furo"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 from docs import command_line
 from lcmlora import bases, project
 from lcmlora.config import Base, Config
+from lcmlora.evaluation.figures import STUDENT, Key, Metrics
 from lcmlora.projects.generated import generated_files
 from lcmlora.projects.record import Options
 from lcmlora.registry import promotion, registration
@@ -112,6 +115,30 @@ def _run(block: Block, words: list[str]) -> None:
     else:
         done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, f"{block}: {' '.join(words)}\n{done.stdout}{done.stderr}"
+
+
+def _table(page: str, title: str) -> list[list[str]]:
+    """Returns the rows of the table on a page of docs/guides whose first row has this text."""
+    lines = iter((ROOT / "docs/guides" / page).read_text().splitlines())
+    next(line for line in lines if line.startswith("|") and title in line)
+    next(lines)
+    return [[cell.strip() for cell in row[1:-1].split("|")] for row in takewhile(lambda x: x.startswith("|"), lines)]
+
+
+def test_the_figures_of_the_emoji_base_are_those_of_its_evaluation() -> None:
+    metrics = Metrics.read(ROOT / "metrics/emoji.json")
+    student = {steps: Key.of(STUDENT, steps) for steps in (1, 2, 4, 8, 16)}
+    for steps, excess, retrieval in _table("troubleshooting.md", "student's steps"):
+        key = student[int(steps)]
+        assert float(excess) == pytest.approx(metrics.excess[key], rel=0.005)
+        assert float(retrieval) == pytest.approx(metrics.retrieval[key], abs=5e-4)
+    for evaluations, solver, excess, difference in _table("measure.md", "network evaluations"):
+        key = student[int(evaluations)]
+        lead = metrics.advantage[key]
+        assert float(excess) == pytest.approx(metrics.excess[key], rel=0.005)
+        assert float(solver) == pytest.approx(metrics.excess[lead.rival], rel=0.005)
+        found = [float(number) for number in re.findall(r"-?[\d.]+", difference.replace("\N{MINUS SIGN}", "-"))]
+        assert found == pytest.approx([lead.difference, *(lead.interval or ())], rel=0.005)
 
 
 def test_each_page_says_what_one_has_at_its_end_and_where_to_go_on() -> None:
