@@ -141,6 +141,11 @@ class Project:
         """The durations on this machine, apart from the results, which inputs and settings decide."""
         return self.root / "timings" / model
 
+    @property
+    def durations(self) -> Path:
+        """The seconds that each stage took on this machine the last time."""
+        return self.root / "timings" / "stages.json"
+
     def scratch(self, *names: str) -> Path:
         """Work in progress, from which a killed run continues, and downloads."""
         return self.root.joinpath("scratch", *names)

@@ -48,12 +48,16 @@ class StageCommand(TyperCommand):
         if context.project.params is not None:  # --params: not the settings of DVC and resolved.yaml
             return super().invoke(ctx)
         from lcmlora.dvc_files import dvc_yaml, resolved
+        from lcmlora.projects import durations
         from lcmlora.stages import Run
 
         run = Run(str(self.name), ctx.params.get("model"), ctx.params.get("name"))
         if "DVC_STAGE" in os.environ:
             dvc_yaml.check(context.settings(), context.project)
-        with resolved.running(context.settings(), run, context.project.resolved):
+        with (
+            resolved.running(context.settings(), run, context.project.resolved),
+            durations.measured(context.project, resolved.entry_name(run)),
+        ):
             return super().invoke(ctx)
 
 

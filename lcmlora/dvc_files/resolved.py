@@ -82,7 +82,7 @@ def running(config: Config, run: Run, path: Path) -> Iterator[None]:
         raise UserError(f"{path}: no such file; run `lcmlora resolve`, then dvc repro again")
     if _get(read_yaml(path), run) != entry:
         raise UserError(
-            f"{path}: {'.'.join(_keys(run))}: is not what params.yaml and this version of lcmlora say; run "
+            f"{path}: {entry_name(run)}: is not what params.yaml and this version of lcmlora say; run "
             "`lcmlora resolve`, then dvc repro again"
         )
     yield

@@ -1,0 +1,1 @@
+"""Verbs that make a project, or write its generated files anew."""
