@@ -344,6 +344,20 @@ def load(path: Path = Path("params.yaml"), sources: Path = Path()) -> Config:
     for section, key, variable in ENVIRONMENT:
         if (value := os.environ.get(variable)) and isinstance(raw.setdefault(section, {}), dict):
             raw[section][key] = value
+    return parse(raw, path, sources)
+
+
+def parse(raw: JsonObject, path: Path, sources: Path = Path()) -> Config:
+    """Returns the configuration that these values are, without regard to environment variables.
+
+    Args:
+        raw: as `read` returns it.
+        path: the file that errors name.
+        sources: the folder that relative paths of bases are relative to.
+
+    Raises:
+        UserError: a key or value does not fit.
+    """
     try:
         config = Config.model_validate(raw, context={"sources": sources})
         config._sources = sources
@@ -365,8 +379,13 @@ def read(path: Path) -> JsonObject:
     """Returns what is in the file, with values that can stand in settings. Raises UserError."""
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such file; run in the project's folder or name it with --params")
+    return values(read_bytes(path, limit=_MAX_BYTES), path)
+
+
+def values(content: bytes | str, path: Path) -> JsonObject:
+    """Returns what is in the content of this file, as `read` does. Raises UserError, which names the file."""
     try:
-        raw = parse_yaml(read_bytes(path, limit=_MAX_BYTES))
+        raw = parse_yaml(content)
     except Malformed as error:
         reason = str(error)
         raise UserError(f"{path}: {'is ' if reason.startswith('not ') else ''}{reason}") from None

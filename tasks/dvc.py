@@ -16,11 +16,12 @@ from prefect.client.schemas.objects import TaskRun
 from prefect.states import State
 
 from lcmlora.config import Config, Flow
-from lcmlora.dvc_files import dvc_yaml, resolved
+from lcmlora.dvc_files import resolved
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.parsing import Malformed, as_object, parse_json, parse_yaml, read_yaml
 from lcmlora.io.terminal import note, shown
 from lcmlora.project import Project
+from lcmlora.projects import generated
 from lcmlora.tasks import dvc_command, dvc_internals
 from lcmlora.tasks.devices import holding_lock
 from lcmlora.tasks.leftovers import repair
@@ -121,7 +122,7 @@ def resolve(processes: Processes) -> None:
     if not isinstance(stages, dict) or _RESOLVE not in stages:
         return
     settings = project.settings()
-    if dvc_yaml.refresh(settings, project):
+    if generated.refresh_dvc_yaml(settings, project):
         note(f"{project.dvc_yaml}: the stages that read pictures are updated")
     if resolved.is_current(settings, project.resolved):
         return

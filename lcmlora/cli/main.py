@@ -16,6 +16,7 @@ from lcmlora import __version__, extras
 from lcmlora.cli import data, projects, registry, releases, settings, stages
 from lcmlora.cli.adapters import verbs
 from lcmlora.cli.context import Context, context_of
+from lcmlora.cli.projects import upgrading
 from lcmlora.cli.reporting import reporting_errors
 from lcmlora.cli.stages import Model, StageCommand, base_and_cache
 from lcmlora.io import faults
@@ -129,8 +130,11 @@ def resolve(call: typer.Context) -> None:
 
     if "DVC_STAGE" in os.environ:  # DVC has read dvc.yaml already, and would go on with the old one
         dvc_yaml.check(config, project)
-    elif dvc_yaml.refresh(config, project):
-        note(f"{project.dvc_yaml}: the stages that read pictures are updated")
+    else:
+        from lcmlora.projects import generated
+
+        if generated.refresh_dvc_yaml(config, project):
+            note(f"{project.dvc_yaml}: the stages that read pictures are updated")
     changed = resolved.refresh(config, project.resolved)
     note(f"{project.resolved}: {'is up to date now' if changed else 'was up to date'}")
 
@@ -185,6 +189,7 @@ def doctor(
         print_estimate(estimate, settings, model)
 
 
+app.command("upgrade")(upgrading.upgrade_project)
 for _verb in (verbs.convert, verbs.combine, verbs.generate, verbs.comfyui, verbs.remeasure):
     app.command()(_verb)
 app.add_typer(data.app, name="data")

@@ -98,6 +98,11 @@ def _entry(config: Config, run: Run) -> Settings:
     return {"algorithms": stages.algorithms(run.stage)} | stages.decisive_settings(config, run)
 
 
+def entry_name(run: Run) -> str:
+    """Returns the key of a run's entry, as dvc.yaml names it: models.emoji.distill."""
+    return ".".join(_keys(run))
+
+
 def _keys(run: Run) -> list[str]:
     """Returns the keys of a run's entry: its names, divided at the dots, as DVC divides the keys in dvc.yaml."""
     names = ["models", *run.model.split(".")] if run.model is not None else []

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 
 from lcmlora.config import Config
 from lcmlora.dvc_files import dvc_yaml, resolved
+from lcmlora.project import Project
+from lcmlora.projects import record
 from lcmlora.projects.record import Options, Record, own_version
 from lcmlora.projects.settings_reference import json_schema
 from lcmlora.projects.templates import rendered, text
@@ -80,6 +82,26 @@ def recorded(files: Mapping[str, str], options: Options) -> Record:
     """Returns the record of files that were generated with these options by this version."""
     digests = {path: digest(content) for path, content in sorted(files.items()) if path != RESOLVED}
     return Record(lcmlora=own_version(), options=options, files=digests)
+
+
+def refresh_dvc_yaml(config: Config, project: Project) -> bool:
+    """Writes the stages of dvc.yaml anew that follow params.yaml; returns whether they did not.
+
+    If nobody has edited the file before, the record says so of the new text, too.
+
+    Raises:
+        UserError: dvc.yaml or the record cannot be read, or dvc.yaml is not laid out as lcmlora's.
+    """
+    path, place = project.dvc_yaml, "dvc.yaml"
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if not dvc_yaml.refresh(config, project):
+        return False
+    if (project.root / record.PLACE).is_file():
+        kept = record.read(project.root)
+        if kept.files.get(place) == digest(before):
+            files = kept.files | {place: digest(path.read_text(encoding="utf-8"))}
+            kept.model_copy(update={"files": files}).write(project.root)
+    return True
 
 
 def with_lines(before: str, wanted: str) -> str:

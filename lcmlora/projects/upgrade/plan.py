@@ -9,14 +9,14 @@ from typing import Literal
 
 from lcmlora import config
 from lcmlora.config import Config
-from lcmlora.dvc_files import resolved
+from lcmlora.dvc_files import expansion, resolved
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write
 from lcmlora.io.parsing import as_object, parse_yaml, read_bytes, read_yaml
 from lcmlora.project import Project
 from lcmlora.projects import generated, record
 from lcmlora.projects.record import Options, Record
-from lcmlora.projects.upgrade import dvc_stages, former, git, staleness
+from lcmlora.projects.upgrade import former, git, staleness
 from lcmlora.projects.upgrade.conversions import Converted, convert
 from lcmlora.projects.upgrade.staleness import Outlook
 from lcmlora.projects.upgrade.yaml_text import YamlText
@@ -99,7 +99,7 @@ def plan_upgrade(project: Project) -> Upgrade:
     options = kept.options if kept else _options(project)
     texts = generated.generated_files(settings, options)
     files = [_file_change(project, path, text, kept) for path, text in texts.items() if path != generated.RESOLVED]
-    stages = dvc_stages.expanded(as_object(parse_yaml(texts["dvc.yaml"]), "dvc.yaml"), params.values)
+    stages = expansion.expanded(as_object(parse_yaml(texts["dvc.yaml"]), "dvc.yaml"), params.values)
     lock = as_object(read_yaml(project.dvc_lock), str(project.dvc_lock)) if project.dvc_lock.is_file() else {}
     theirs = {change.path for change in files if change.belongs_to_person and not _was_generated(change.path, kept)}
     return Upgrade(

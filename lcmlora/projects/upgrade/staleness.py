@@ -13,9 +13,9 @@ from typing import Any
 from lcmlora import stages
 from lcmlora.config import SECTIONS, Config
 from lcmlora.dvc_files import resolved
+from lcmlora.dvc_files.expansion import Stage
 from lcmlora.io.parsing import JsonObject
 from lcmlora.projects.upgrade import former, history
-from lcmlora.projects.upgrade.dvc_stages import Stage
 from lcmlora.projects.upgrade.history import StageVersion
 from lcmlora.settings import layers
 from lcmlora.stages import Run

@@ -20,9 +20,9 @@ class YamlText:
 
     def __init__(self, text: str, file: str) -> None:
         """Raises UserError, which names the file, if the text is no YAML mapping."""
-        self.text = self._first = text
-        self.file = file
+        self.text, self.file = text, file
         self.values: JsonObject = as_object(self._parsed(text), file)
+        self._root = self._first_root = _composed(text)
 
     def get(self, path: Path) -> Any:
         """Returns the value of a key; None where there is none."""
@@ -38,16 +38,17 @@ class YamlText:
         return isinstance(above := self.get(path[:-1]), dict) and path[-1] in above
 
     def line(self, path: Path) -> int:
-        """Returns the line of a key in the text before all changes, counted from 1. Raises KeyError if it had none."""
-        return int(_find(self._first, path)[1].start_mark.line) + 1
+        """Returns the line of a key in the text before all changes, counted from 1. Raises UserError if it had none."""
+        return int(self._find(path, self._first_root)[1].start_mark.line) + 1
 
     def prepend(self, comment: str) -> None:
         """Puts a line of a comment before everything."""
         self.text = comment + self.text
+        self._root = _composed(self.text)
 
     def rename(self, path: Path, name: str) -> None:
         """Gives a key another name. Raises UserError if the text cannot be changed in place."""
-        _, key, _ = _find(self.text, path)
+        _, key, _ = self._find(path, self._root)
         *above, last = path
         changed = copy.deepcopy(self.values)
         mapping = _inner(changed, above)
@@ -58,7 +59,7 @@ class YamlText:
 
     def replace(self, path: Path, value: Any) -> None:
         """Gives a key another value, written in one line. Raises UserError if the text cannot be changed in place."""
-        _, key, node = _find(self.text, path)
+        _, key, node = self._find(path, self._root)
         changed = copy.deepcopy(self.values)
         _inner(changed, path[:-1])[path[-1]] = value
         start, new = node.start_mark.index, _flow(value)
@@ -69,7 +70,7 @@ class YamlText:
 
     def insert_after(self, path: Path, name: str, value: Any) -> None:
         """Adds a key after another one of the same mapping. Raises UserError if the text cannot be changed in place."""
-        mapping, key, node = _find(self.text, path)
+        mapping, key, node = self._find(path, self._root)
         *above, last = path
         changed = copy.deepcopy(self.values)
         inner = _inner(changed, above)
@@ -93,7 +94,7 @@ class YamlText:
         Raises:
             UserError: the text cannot be changed in place.
         """
-        mapping, key, node = _find(self.text, path)
+        mapping, key, node = self._find(path, self._root)
         changed = copy.deepcopy(self.values)
         inner = _inner(changed, path[:-1])
         del inner[path[-1]]
@@ -127,7 +128,14 @@ class YamlText:
             found = None
         if found != expected:
             raise UserError(f"{self.file}: {'.'.join(path)}: cannot be changed in place; change it by hand")
-        self.text, self.values = text, expected
+        self.text, self.values, self._root = text, expected, _composed(text)
+
+    def _find(self, path: Path, root: yaml.Node) -> tuple[yaml.MappingNode, yaml.Node, yaml.Node]:
+        """Returns the mapping that has a key, the key and its value."""
+        found = _find(root, path)
+        if found is None:
+            raise UserError(f"{self.file}: {'.'.join(path)}: is not written there, but merged (<<); change it by hand")
+        return found
 
     def _parsed(self, text: str) -> Any:
         try:
@@ -136,18 +144,22 @@ class YamlText:
             raise UserError(f"{self.file}: {error}") from None
 
 
-def _find(text: str, path: Path) -> tuple[yaml.MappingNode, yaml.Node, yaml.Node]:
-    """Returns the mapping that has a key, the key and its value. Raises KeyError if there is no such key."""
-    node: yaml.Node = yaml.compose(text, Loader=yaml.SafeLoader)
+def _composed(text: str) -> yaml.Node:
+    """Returns the nodes of a text that has been read before."""
+    root: yaml.Node = yaml.compose(text, Loader=yaml.SafeLoader)
+    return root
+
+
+def _find(node: yaml.Node, path: Path) -> tuple[yaml.MappingNode, yaml.Node, yaml.Node] | None:
+    """Returns the mapping that has a key, the key and its value; None if the key is not written."""
     found = None
     for name in path:
         entries = node.value if isinstance(node, yaml.MappingNode) else ()
         key, value = next(((key, value) for key, value in entries if key.value == name), (None, None))
         if key is None:
-            raise KeyError(".".join(path))
+            return None
         found = (node, key, value)
         node = value
-    assert found is not None, "an empty path names no key"
     return found
 
 
