@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationI
 from lcmlora import names
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file, sha256_folder
-from lcmlora.io.parsing import JsonObject, Malformed, parse_yaml, read_bytes
+from lcmlora.io.parsing import JsonObject, Malformed, check_plain, kind_of, parse_yaml, read_bytes
 from lcmlora.io.terminal import shown
 from lcmlora.plugins import SOURCES
 from lcmlora.settings import layers, presets
@@ -77,7 +76,6 @@ __all__ = [
 
 _MAX_BYTES = 1 << 20  # of params.yaml; ours has 3,000
 _SMALL_FEATURES, _SMALL_PICTURES = "efficientnet-lite0", 256  # features for pictures of up to so many pixels
-_LARGEST = 1 << 53  # of integers; above it neither JSON nor a float has them all
 
 # Sections whose settings a model may have of its own: from its family, from params.yaml, from its base's entry there.
 SECTIONS: dict[str, type[Strict]] = {
@@ -390,41 +388,9 @@ def values(content: bytes | str, path: Path) -> JsonObject:
         reason = str(error)
         raise UserError(f"{path}: {'is ' if reason.startswith('not ') else ''}{reason}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping of settings, got {'nothing' if raw is None else _kind(raw)}")
-    _check_plain(raw, str(path))
+        raise UserError(f"{path}: expected a mapping of settings, got {'nothing' if raw is None else kind_of(raw)}")
+    check_plain(raw, str(path))
     return raw
-
-
-def _check_plain(value: Any, where: str) -> None:
-    """Raises UserError, which names the place, if a key is no text, or a value is one that no setting can have."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise UserError(f"{where}: the key {shown(repr(key), 80)} is no text ({_kind(key)}); put it in quotes")
-            _check_plain(inner, f"{where}: {shown(key, 80)}" if where.count(": ") == 0 else f"{where}.{shown(key, 80)}")
-    elif isinstance(value, list | tuple | set):
-        for number, inner in enumerate(value):
-            _check_plain(inner, f"{where}.{number}")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: got {value}: expected a finite number")
-    elif isinstance(value, int) and abs(value) > _LARGEST:
-        raise UserError(f"{where}: got a number of {value.bit_length()} bits: expected one up to {_LARGEST}")
-    elif isinstance(value, str) and "\0" in value:
-        raise UserError(f"{where}: got {shown(repr(value), 200)}: a zero byte, which no name and no path has")
-    elif not isinstance(value, str | int | float | None):
-        raise UserError(f"{where}: got {shown(repr(value), 200)} ({_kind(value)}): put it in quotes, if it is a text")
-
-
-def _kind(value: object) -> str:
-    kinds = {
-        dict: "a mapping",
-        list: "a list",
-        str: "a text",
-        int: "a number",
-        float: "a number",
-        bool: "true or false",
-    }
-    return "null" if value is None else kinds.get(type(value), type(value).__name__)
 
 
 def _distill_class(found: Sequence[Layer]) -> type[Distill]:

@@ -16,7 +16,6 @@ from lcmlora import __version__, extras
 from lcmlora.cli import data, projects, registry, releases, settings, stages
 from lcmlora.cli.adapters import verbs
 from lcmlora.cli.context import Context, context_of
-from lcmlora.cli.projects import upgrading
 from lcmlora.cli.reporting import reporting_errors
 from lcmlora.cli.stages import Model, StageCommand, base_and_cache
 from lcmlora.io import faults
@@ -70,6 +69,7 @@ def _options(
 
 
 app.command()(projects.init)
+app.command()(projects.upgrade)
 
 
 @app.command()
@@ -189,7 +189,6 @@ def doctor(
         print_estimate(estimate, settings, model)
 
 
-app.command("upgrade")(upgrading.upgrade_project)
 for _verb in (verbs.convert, verbs.combine, verbs.generate, verbs.comfyui, verbs.remeasure):
     app.command()(_verb)
 app.add_typer(data.app, name="data")

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from lcmlora.errors import UserError
-from lcmlora.io.terminal import joined
+from lcmlora.io.terminal import joined, shown
 
 JsonObject = dict[str, Any]  # an object of a JSON or YAML file that others wrote: any value may be of any type
 
@@ -23,6 +23,7 @@ MAX_DEPTH = 64  # levels of lists and objects; Python's own limit depends on how
 MAX_YAML = 4 << 20  # bytes of a YAML file, of which PyYAML reads 100,000 in a second
 MAX_BITS = 14_000  # of an integer; Python shows none of over 4,300 digits, which YAML can write in hexadecimal
 MAX_VALUES = 1_000_000  # of a YAML document
+_LARGEST = 1 << 53  # of integers in settings; above it neither JSON nor a float has them all
 _SHOWN = 200  # characters of a reason
 
 
@@ -158,6 +159,41 @@ def check_value(value: Any) -> None:
             return
         level = following
     raise Malformed(f"nested too deeply (at most {MAX_DEPTH} levels)")
+
+
+def check_plain(value: Any, where: str) -> None:
+    """Raises UserError, which names the place, if a key is no text, or a value is one that no setting can have."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise UserError(
+                    f"{where}: the key {shown(repr(key), 80)} is no text ({kind_of(key)}); put it in quotes"
+                )
+            check_plain(inner, f"{where}: {shown(key, 80)}" if where.count(": ") == 0 else f"{where}.{shown(key, 80)}")
+    elif isinstance(value, list | tuple | set):
+        for number, inner in enumerate(value):
+            check_plain(inner, f"{where}.{number}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: got {value}: expected a finite number")
+    elif isinstance(value, int) and abs(value) > _LARGEST:
+        raise UserError(f"{where}: got a number of {value.bit_length()} bits: expected one up to {_LARGEST}")
+    elif isinstance(value, str) and "\0" in value:
+        raise UserError(f"{where}: got {shown(repr(value), 200)}: a zero byte, which no name and no path has")
+    elif not isinstance(value, str | int | float | None):
+        raise UserError(f"{where}: got {shown(repr(value), 200)} ({kind_of(value)}): put it in quotes, if it is a text")
+
+
+def kind_of(value: object) -> str:
+    """Returns what kind of value it is, in words."""
+    kinds = {
+        dict: "a mapping",
+        list: "a list",
+        str: "a text",
+        int: "a number",
+        float: "a number",
+        bool: "true or false",
+    }
+    return "null" if value is None else kinds.get(type(value), type(value).__name__)
 
 
 def _size(node: yaml.Node, level: int, known: dict[int, int]) -> int:

@@ -1,1 +1,0 @@
-"""Verbs that make a project, or write its generated files anew."""
