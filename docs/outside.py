@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Page of the site -> file of the repository that has its text.
 TEXTS = {
+    "project/changelog": "CHANGELOG.md",
     "project/contributing": "CONTRIBUTING.md",
     "project/security": "SECURITY.md",
     "project/deploy": "deploy/README.md",

@@ -2,6 +2,8 @@
 
 python -m tests.stages.raise_version encode           raises the version, keeps the outcome
 python -m tests.stages.raise_version --keep encode    keeps the outcome: only the test has changed
+
+A raised version needs its line in lcmlora/projects/upgrade/history.py and in CHANGELOG.md, which it names.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from tests.stages.outcomes import OUTCOMES
 from tests.support.miniature import save_base
 
 ROOT = Path(__file__).parents[2]
+HISTORY = "lcmlora/projects/upgrade/history.py"
 
 
 def keep_outcome(stage: str, outcome: dict[str, object], *, same_version: bool = False) -> str:
@@ -53,7 +56,10 @@ def main() -> None:
         made = inputs.make(work / "inputs", save_base(work / "mini"))
         for stage in arguments.stages:
             (work / stage).mkdir()
+            before = stages.VERSIONS[stage]
             print(keep_outcome(stage, OUTCOMES[stage](made, work / stage), same_version=arguments.keep))
+            if stages.VERSIONS[stage] != before:
+                print(f"say what changed in {HISTORY} and in CHANGELOG.md, as `{stage}` {stages.VERSIONS[stage]}")
     if resolved.refresh(config.load(ROOT / "params.yaml"), Project(ROOT).resolved):
         print("resolved.yaml: is up to date now; `dvc status` says what is stale", file=sys.stderr)
 

@@ -1,8 +1,8 @@
 """What changed in the results of each stage: one line for each version of its algorithm, and for nothing else.
 
 `lcmlora upgrade` prints these lines for the stages that become stale. CHANGELOG.md has them under the release that
-brought them; tests/projects/test_history.py holds the two together, and every version of lcmlora/stages.py against its
-line here.
+brought them. tests/projects/upgrade/test_history.py holds the two together, and the versions of lcmlora/stages.py
+against these.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ HISTORY = (
         "prepare",
         1,
         "0.2.0",
-        "a caption belongs to the picture of its own name; test and validation files and links are left out; damaged "
-        "rows are counted",
+        "a caption belongs to the picture of its own name; files of test and validation splits are left out; damaged "
+        "rows are rejected one by one",
     ),
     StageVersion("prepare", 2, "0.2.0", "captions are split into training, validation and test"),
     StageVersion("encode", 1, "0.2.0", "pictures with a colour profile are converted to sRGB"),
@@ -54,14 +54,16 @@ HISTORY = (
     StageVersion("alone", 1, "0.2.0", "the same pictures as in 0.1.0"),
     StageVersion("study", 1, "0.2.0", "the same figures as in 0.1.0"),
     StageVersion("study", 2, "0.2.0", "intervals resample captions as well as seeds"),
+    StageVersion("compatibility", 1, "0.2.0", "new: what the adapter draws with additions to the base"),
     StageVersion("package", 1, "0.2.0", "provenance names the digests of all parts of the base"),
     StageVersion(
         "package",
         2,
         "0.2.0",
-        "card and report show second features, costs and worst captions; one file spelling for all programs; the "
-        "instructions for each program; ComfyUI's workflow",
+        "card and report show second features, costs and worst captions; one file spelling for all programs, with "
+        "instructions for each; ComfyUI's workflow",
     ),
+    StageVersion("package", 3, "0.2.0", "card and report have the table of compatibility"),
 )
 
 
