@@ -17,7 +17,7 @@ export SITE_CACHE := from lcmlora.io.private import cache_folder; print(cache_fo
 .PHONY: demo test lint docs bench up down install clean
 
 demo: install
-	$(BIN)/python -m flows.retrain
+	$(BIN)/lcmlora run
 
 test: install
 	$(BIN)/python -m pytest -q -n 3 --dist loadscope --no-loadscope-reorder
@@ -34,10 +34,10 @@ docs: install
 
 # Prefect, MLflow, SeaweedFS and a worker on this machine: schedules run by themselves. State is in .up/.
 up: install
-	$(BIN)/python -m flows.stack up
+	$(BIN)/lcmlora up
 
 down:
-	$(BIN)/python -m flows.stack down
+	$(BIN)/lcmlora down
 
 # lcmlora's step beside the reference recipe's, in turns; docs/performance.md says more, and how it is run on a GPU.
 bench: install

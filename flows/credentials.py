@@ -1,4 +1,4 @@
-"""The secrets of `make up`: passwords, keys and certificates, in files that only their owner can read."""
+"""The secrets of `lcmlora up`: passwords, keys and certificates, in files that only their owner can read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Certificate:
 def missing_password(api: str) -> UserError:
     """Returns the error for a Prefect server that has answered 401."""
     return UserError(
-        f"the Prefect server at {api} asks for a password: `source .up/environment` sets that of `make up`; for "
+        f"the Prefect server at {api} asks for a password: `source .up/environment` sets that of `lcmlora up`; for "
         "another server set PREFECT_API_AUTH_STRING"
     )
 

@@ -5,6 +5,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before Prefect is imported, which takes seconds
+    from lcmlora.cli.registry import promote, rollback
+    from lcmlora.flows.verbs import standalone
+
+    standalone("flows.promote", promote, rollback)
+
 from pathlib import Path
 from typing import Annotated
 

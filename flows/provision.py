@@ -61,7 +61,7 @@ def dead_runs() -> AutomationCore:
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            # Six of make up's heartbeats: a machine whose cores are all busy may be late.
+            # Six heartbeats of what `lcmlora up` starts: a machine whose cores are all busy may be late.
             within=timedelta(seconds=180),
         ),
         actions=[
@@ -80,5 +80,5 @@ def cancel_runs() -> int:
         )
         for run in runs:
             if run.state_type != StateType.CANCELLING:
-                client.set_flow_run_state(run.id, Cancelling(message="make down"))
+                client.set_flow_run_state(run.id, Cancelling(message="lcmlora down"))
     return len(runs)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before Prefect is imported, which takes seconds
+    from lcmlora.flows.verbs import standalone, summary
+
+    standalone("flows.report", summary)
+
 import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from prefect import State, flow
 from prefect.artifacts import create_markdown_artifact
@@ -29,24 +34,41 @@ def leave_digest(
     Ends as Reported, or as Quiet if nothing happened.
     """
     try:
-        settings = config.load(Path(params))
-        began = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days)
-        server = overview.has_server()
-        standings = overview.standings(settings, server=server)
-        runs = overview.runs_since(began) if server else []
-        events = [
-            (standing.model, event)
-            for standing in standings
-            if standing.newest
-            for event in promotion.history(name_of(standing.model), settings.registry)
-            if event.time >= began.isoformat()
-        ]
+        found = collect(config.load(Path(params)), days)
     except UserError as error:
         return Failed(message=str(error))
-    text = weekly_summary(days, standings, events, runs, settings.gate.steps)
-    create_markdown_artifact(text, key="digest")
-    counts = f"{len(events)} events of versions, {len(runs)} runs in {days} days"
-    return Completed(name="Reported" if events or runs else "Quiet", message=counts)
+    create_markdown_artifact(found.text, key="digest")
+    counts = f"{found.events} events of versions, {found.runs} runs in {days} days"
+    return Completed(name="Reported" if found.events or found.runs else "Quiet", message=counts)
+
+
+class Summary(NamedTuple):
+    """A summary in Markdown, and how much it tells of."""
+
+    text: str
+    events: int
+    runs: int
+
+
+def collect(settings: config.Config, days: int) -> Summary:
+    """Returns the summary of the last days. Without a Prefect server it has no runs.
+
+    Raises:
+        Unavailable: MLflow or Prefect does not answer.
+        StageFailed: DVC fails.
+    """
+    began = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days)
+    server = overview.has_server()
+    standings = overview.standings(settings, server=server)
+    runs = overview.runs_since(began) if server else []
+    events = [
+        (standing.model, event)
+        for standing in standings
+        if standing.newest
+        for event in promotion.history(name_of(standing.model), settings.registry)
+        if event.time >= began.isoformat()
+    ]
+    return Summary(weekly_summary(days, standings, events, runs, settings.gate.steps), len(events), len(runs))
 
 
 def weekly_summary(

@@ -1,43 +1,47 @@
-"""Serving the deployments of prefect.yaml from one process, without a work pool and a worker.
+"""Serving the deployments of prefect.yaml from one process, without a work pool and a worker: `lcmlora schedule`.
 
-python -m flows.serve --help
+`python -m flows.serve` does the same.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
+from lcmlora.flows.verbs import enter, standalone
 from lcmlora.io.parsing import JsonObject, as_object, read_yaml
-from lcmlora.project import Project
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
 
-def serve_deployments(
-    file: Annotated[Path, typer.Option(help="The file that defines the deployments.")] = Path("prefect.yaml"),
+def schedule(
+    call: typer.Context,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="The file that defines the deployments; the project's prefect.yaml by default."),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many runs may go on at the same time.")] = 4,
 ) -> None:
-    """Put the deployments of prefect.yaml on a Prefect server, and run the scheduled flows until interrupted.
+    """Run the schedules of prefect.yaml from this process until it is interrupted, against a Prefect server.
 
-    PREFECT_API_URL must name the server. `make up` starts a server and a worker that does the same work: use one of
+    PREFECT_API_URL must name the server. `lcmlora up` starts a server, and a worker that does the same work: use one of
     the two.
 
-    Example: PREFECT_API_URL=http://127.0.0.1:4200/api python -m flows.serve
+    Example: PREFECT_API_URL=http://127.0.0.1:4200/api lcmlora schedule
     """
+    file = None if file is None else file.absolute()  # before the project's folder becomes the current one
+    settings = enter(call).settings()
     if not os.environ.get("PREFECT_API_URL"):
         raise UserError(
-            "PREFECT_API_URL is not set: schedules need a server, which `prefect server start` or `make up` starts; "
+            "PREFECT_API_URL is not set: schedules need a server, which `prefect server start` or `lcmlora up` starts; "
             "export PREFECT_API_URL=http://127.0.0.1:4200/api"
         )
-    settings = Project().settings()
-    deployments = read_deployments(file)
+    deployments = read_deployments(file or Path("prefect.yaml"))
     import httpx
     import prefect
 
@@ -82,7 +86,7 @@ def read_deployments(path: Path) -> list[RunnerDeployment]:
         UserError: the file is missing, or a deployment in it is not valid.
     """
     if not path.exists():
-        raise UserError(f"{path}: no such file; run in the project's folder")
+        raise UserError(f"{path}: no such file; `lcmlora init` makes a project with it")
     entries = as_object(read_yaml(path), str(path)).get("deployments")
     if not isinstance(entries, list):
         raise UserError(f"{path}: deployments: expected a list of deployments")
@@ -117,13 +121,5 @@ def _deployment(entry: JsonObject) -> RunnerDeployment:
     )
 
 
-def main() -> NoReturn:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(serve_deployments)
-    with reporting_errors():
-        app(prog_name="python -m flows.serve")
-    raise SystemExit(0)
-
-
 if __name__ == "__main__":
-    main()
+    standalone("flows.serve", schedule)

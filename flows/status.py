@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Annotated
 
 import typer
 
-from lcmlora import extras
-from lcmlora.cli.context import context_of
+from lcmlora.flows.verbs import enter, standalone
 
 
 def status(
@@ -19,7 +17,7 @@ def status(
 ) -> None:
     """Show the champion, newest version, last run, stale stages and next run of each model.
 
-    Runs and schedules come from a Prefect server: run `source .up/environment` for that of `make up`, or set
+    Runs and schedules come from a Prefect server: run `source .up/environment` for that of `lcmlora up`, or set
     PREFECT_API_URL.
 
     Examples:
@@ -28,12 +26,9 @@ def status(
 
       lcmlora status --json
     """
-    extras.require(extra="pipeline", needed_by="lcmlora status")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    settings = enter(call).settings()
     from dataclasses import asdict
 
-    settings = context_of(call).settings()
     from lcmlora.flows import overview
 
     server = overview.has_server()
@@ -57,3 +52,7 @@ def status(
         for standing in standings
     ]
     print_table(("model", "champion", "newest version", "last run", "stale", "next run"), rows)
+
+
+if __name__ == "__main__":
+    standalone("flows.status", status)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before Prefect is imported, which takes seconds
+    from lcmlora.flows.verbs import standalone, watch
+
+    standalone("flows.watch", watch)
+
 from pathlib import Path
 
 from prefect import State, flow, get_run_logger

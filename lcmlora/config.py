@@ -333,7 +333,7 @@ def load(path: Path = Path("params.yaml"), sources: Path = Path()) -> Config:
         sources: the folder that relative paths of bases are relative to.
 
     MLFLOW_TRACKING_URI overrides `registry.tracking_uri`: an address with a password does not belong in a file.
-    LCMLORA_PUBLISH_TO overrides `publish.to`, so that `make up` can name the bucket that it serves.
+    LCMLORA_PUBLISH_TO overrides `publish.to`, so that `lcmlora up` can name the bucket that it serves.
 
     Raises:
         UserError: the file is missing, is not YAML, or holds a key or value that does not fit.

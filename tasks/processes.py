@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import sysconfig
 import termios
 import threading
 import time
@@ -153,8 +154,12 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def python(module: str, *arguments: str) -> Command:
-    """Returns the command `python -m MODULE ARGUMENTS` with this interpreter; its environment's commands come first."""
-    return _python("-m", module, *arguments)
+    """Returns the command `python -P -m MODULE ARGUMENTS` with this interpreter.
+
+    The project's folder is not searched for modules: it may have files named as a package that is meant. The commands
+    beside this interpreter come first.
+    """
+    return _python("-P", "-m", module, *arguments)
 
 
 def script(path: str, *arguments: str) -> Command:
@@ -163,12 +168,22 @@ def script(path: str, *arguments: str) -> Command:
 
 
 def _python(*arguments: str) -> Command:
-    # Stages call `lcmlora`, which must be the one beside this interpreter, even if its environment is not activated.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     # DVC's default is a folder that other users can write to, and DVC unpickles files from it.
     site = {"DVC_SITE_CACHE_DIR": os.environ.get("DVC_SITE_CACHE_DIR") or str(cache_folder("dvc"))}
-    environment = os.environ | site | {"PATH": path, "DVC_NO_ANALYTICS": "1"}
+    environment = os.environ | site | {"PATH": search_path(os.environ), "DVC_NO_ANALYTICS": "1"}
     return Command([sys.executable, *arguments], environment)
+
+
+def search_path(environment: Mapping[str, str]) -> str:
+    """Returns PATH with the folders of this interpreter's commands in front.
+
+    Stages call `lcmlora`, which must be that of this installation, even if its environment is not activated. pip puts
+    it beside the interpreter, or, with `--user` or on some systems, into a folder of its own.
+    """
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    folders = [str(Path(sys.executable).parent), *(sysconfig.get_path("scripts", scheme) for scheme in schemes)]
+    first = [folder for folder in folders if Path(folder, "lcmlora").is_file()] or folders[:1]
+    return os.pathsep.join(dict.fromkeys([*first, *environment.get("PATH", os.defpath).split(os.pathsep)]))
 
 
 def end_children_with_this_process() -> None:

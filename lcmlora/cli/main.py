@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -17,28 +18,29 @@ from lcmlora.cli import data, projects, registry, releases, settings, stages
 from lcmlora.cli.adapters import verbs
 from lcmlora.cli.context import Context, context_of
 from lcmlora.cli.reporting import reporting_errors
+from lcmlora.cli.shell.verbs import Verbs
 from lcmlora.cli.stages import Model, StageCommand, base_and_cache
 from lcmlora.io import faults
 from lcmlora.io.terminal import note, say
 
 app = typer.Typer(
+    cls=Verbs,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="""Distil latent diffusion models into LCM-LoRA adapters that draw in 1 to 8 steps; evaluate and release them.
 
     A verb works in a project, which is a folder with a params.yaml: the
-    current folder, or that of --project or --params. Most verbs are stages of
-    dvc.yaml. `dvc repro` runs the stages whose inputs have changed;
-    `python -m flows.retrain` also registers and publishes the adapters.
+    current folder, or that of --project or --params. `lcmlora run` brings
+    every adapter of the project up to date: it runs the stages whose inputs
+    have changed, then tests, registers and publishes the adapters.
 
     Examples:
 
-      lcmlora prepare                      read and filter the captioned pictures
+      lcmlora run                          bring all models up to date
 
-      lcmlora distill emoji                train the adapter of model `emoji`, or continue a training
+      lcmlora distill emoji                one stage of one model
 
-      lcmlora --project ~/owls check       check the params.yaml in that folder
+      lcmlora --project ~/owls status      the models of the project in that folder
     """,
 )
 
@@ -196,14 +198,25 @@ app.add_typer(registry.app, name="registry")
 app.add_typer(releases.app, name="releases")
 
 
+def add_declared_verbs(declared: Iterable[importlib.metadata.EntryPoint]) -> None:
+    """Adds the verbs of entry points in the group `lcmlora.verbs`: of flows/, and of other packages."""
+    for entry in declared:
+        try:
+            verb = entry.load()
+        except (ImportError, AttributeError) as error:
+            package = entry.dist.name if entry.dist else entry.module
+            note(f"warning: {package} declares the verb {entry.name} as {entry.value}, and {error}")
+        else:
+            app.command(entry.name)(verb)
+
+
 def main() -> None:
     """Runs the command line. A UserError is printed in one line and ends it with status 2."""
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # defaults, which the libraries read when they are imported
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     rank = os.environ.get("RANK", "0")
     with reporting_errors("" if rank == "0" else f"process {rank}: ", faults.verb_of(sys.argv[1:])):
-        for entry in importlib.metadata.entry_points(group="lcmlora.verbs"):
-            app.command(entry.name)(entry.load())
+        add_declared_verbs(importlib.metadata.entry_points(group="lcmlora.verbs"))
         app()
 
 

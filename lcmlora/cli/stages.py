@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 
 from lcmlora import extras, names
 from lcmlora.cli.context import Context, context_of
+from lcmlora.cli.shell import completion
 from lcmlora.errors import UserError
 from lcmlora.io.files import discard, locked
 from lcmlora.io.terminal import note
@@ -26,14 +27,36 @@ if TYPE_CHECKING:
     from lcmlora.parallel.ranks import Ranks
     from lcmlora.project import Project
 
-Model = Annotated[str, typer.Argument(help="A name under `bases` in params.yaml, e.g. emoji.", show_default=False)]
-Style = Annotated[str, typer.Argument(help="A name under `styles` in params.yaml.", show_default=False)]
-Checkpoint = Annotated[str, typer.Argument(help="A name under `finetunes` in params.yaml.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A name under `bases` in params.yaml, e.g. emoji.", show_default=False, autocompletion=completion.bases
+    ),
+]
+Style = Annotated[
+    str,
+    typer.Argument(help="A name under `styles` in params.yaml.", show_default=False, autocompletion=completion.styles),
+]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        help="A name under `finetunes` in params.yaml.", show_default=False, autocompletion=completion.finetunes
+    ),
+]
 OwnData = Annotated[
     str | None,
-    typer.Argument(help="A base with `data` of its own. By default the shared `data` is prepared.", show_default=False),
+    typer.Argument(
+        help="A base with `data` of its own. By default the shared `data` is prepared.",
+        show_default=False,
+        autocompletion=completion.bases,
+    ),
 ]
-StyleOrCheckpoint = Annotated[str, typer.Argument(help="A name under `study` in params.yaml.", show_default=False)]
+StyleOrCheckpoint = Annotated[
+    str,
+    typer.Argument(
+        help="A name under `study` in params.yaml.", show_default=False, autocompletion=completion.variations
+    ),
+]
 
 
 class StageCommand(TyperCommand):

@@ -259,7 +259,7 @@ def reaching(settings: Registry, consequence: str) -> Iterator[None]:
         reason = (message or type(error).__name__).splitlines()[0][:300]
         if getattr(error, "get_http_status_code", lambda: 0)() == 401:
             reason = "it asks for a name and a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            reason += " (`source .up/environment` sets those of `make up`)"
+            reason += " (`source .up/environment` sets those of `lcmlora up`)"
         # The original message can contain the address with its password, and a log may print it with the traceback.
         cause = error if _is_clean(error, uri) else None
         kind = Unavailable if _is_temporary(error) else UserError

@@ -264,7 +264,7 @@ def test_help_shows_examples_without_importing_prefect():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "python -m flows.retrain --model emoji --force" in result.stdout
+    assert "lcmlora run emoji --force" in result.stdout
 
 
 def test_a_gpu_model_is_examined_before_it_is_trained(project: Project):

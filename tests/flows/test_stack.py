@@ -1,4 +1,4 @@
-"""`make up` and `make down`: what they decide on, and how they know and end what is theirs. The servers are real."""
+"""`lcmlora up` and `down`: what they decide on, and how they know and end what is theirs. The servers are real."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_mlflows_users_go_with_the_password_that_nobody_knows_any_more(project: 
 
 def test_login_tells_what_the_pages_ask_for(project: Path):
     before = _run(project, "login")
-    assert (before.returncode, before.stderr) == (2, "error: .up/ has no passwords; `make up` makes them\n")
+    assert (before.returncode, before.stderr) == (2, "error: .up/ has no passwords; `lcmlora up` makes them\n")
     state = State()
     state.exported = planned(project, state).exported
     stack._save(project / ".up", state)
@@ -246,11 +246,13 @@ def _run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_says_what_is_missing_and_that_another_is_at_work(project: Path, tmp_path_factory):
     elsewhere = _run(tmp_path_factory.mktemp("elsewhere"), "up")
     assert elsewhere.returncode == 2
-    assert elsewhere.stderr == "error: params.yaml: no such file; run in the project's folder\n"
+    assert (
+        elsewhere.stderr == "error: params.yaml: no such file; run in the project's folder or name it with --project\n"
+    )
     with stack._locked(project / ".up"):
         second = _run(project, "down")
     assert second.returncode == 2
-    assert "another `make up` or `make down` is at work" in second.stderr
+    assert "another `lcmlora up` or `lcmlora down` is at work" in second.stderr
     assert _run(project, "down").stdout == "nothing was running\n"
 
 

@@ -154,3 +154,8 @@ class Halfway(Objective[HalfwaySettings]):
 
     def destination(self, index: Tensor, u: Tensor) -> Tensor:
         return (self.lower[index] * self.settings.fraction).long()
+
+
+def owls() -> None:
+    """Count owls. A verb of the command line."""
+    print("two owls")
