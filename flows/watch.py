@@ -7,6 +7,8 @@ if __name__ == "__main__":  # before Prefect is imported, which takes seconds
 
     standalone("flows.watch", watch)
 
+import hashlib
+import os
 from pathlib import Path
 
 from prefect import State, flow, get_run_logger
@@ -17,6 +19,7 @@ from prefect.variables import Variable
 
 from lcmlora import config
 from lcmlora.errors import UserError
+from lcmlora.flows.overview import has_server
 from lcmlora.tasks.output import slug
 from lcmlora.tasks.retrying import networked
 from lcmlora.tasks.watched_inputs import read_base_state, read_data_state
@@ -37,7 +40,7 @@ def watch_inputs(params: str = "params.yaml") -> State:
         settings = config.load(Path(params))
     except UserError as error:
         return Failed(message=str(error))
-    memory = f"watch_{slug(settings.registry.experiment)}"
+    memory = _memory(settings)
     before: dict[str, str] = Variable.get(memory, default={})
     now = dict(before)
     data_changes, data_errors = _check_data(settings, before, now)
@@ -53,6 +56,16 @@ def watch_inputs(params: str = "params.yaml") -> State:
     if errors:
         return Failed(message="\n".join(errors))
     return Completed(name="Changed" if changes else "Unchanged", message="; ".join(changes) or "nothing has changed")
+
+
+def _memory(settings: config.Config) -> str:
+    """Returns the name of the variable that remembers this project's state.
+
+    A server's is the same for all clones of a project, whatever worker looks. Without a server, all projects of this
+    user share one database, so that the folder's path tells them apart.
+    """
+    name = f"watch_{slug(settings.registry.experiment)}"
+    return name if has_server() else f"{name}_{hashlib.sha256(os.fsencode(Path.cwd())).hexdigest()[:12]}"
 
 
 def _check_data(settings: config.Config, before: dict[str, str], now: dict[str, str]) -> tuple[list[str], list[str]]:

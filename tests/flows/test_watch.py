@@ -6,9 +6,10 @@ import pytest
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.events.filters import EventFilter, EventNameFilter
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from lcmlora import config
-from lcmlora.flows.watch import data_sets, watch_inputs
+from lcmlora.flows.watch import _memory, data_sets, watch_inputs
 from tests.flows.conftest import Project
 
 
@@ -79,3 +80,15 @@ def changed_resources(event: str) -> set[str]:
             found = client.request("POST", "/events/filter", json={"filter": event_filter}).json()["events"]
             resources = {each["resource"]["prefect.resource.id"] for each in found}
     return resources
+
+
+def test_without_a_server_each_project_of_a_machine_has_a_memory_of_its_own(
+    watched: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = config.load()
+    shared = _memory(settings)
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        own = _memory(settings)
+        monkeypatch.chdir(tmp_path)
+        assert own != _memory(settings) != shared
+    assert own.startswith(f"{shared}_") and _memory(settings) == shared
