@@ -34,7 +34,7 @@ Who = Annotated[str | None, Field(description="Who decided; the worker's user by
 
 @flow(name="promote")
 def promote_version(
-    reference: Annotated[str, Field(description="lcm-lora-emoji/3, lcm-lora-emoji@ALIAS or an adapter's SHA-256.")],
+    reference: Annotated[str, Field(description="A version: emoji/3, emoji@ALIAS, or 12 digits of a SHA-256.")],
     reason: Reason,
     override: Annotated[bool, Field(description="Promote it against the gate. The history records this.")] = False,
     who: Who = None,
