@@ -60,7 +60,8 @@ def page() -> str:
 
 
 def _verbs(group: Any, before: str) -> Iterator[tuple[str, Any]]:
-    for name, verb in group.commands.items():
+    for name in group.list_commands(None):  # in the order of `lcmlora --help`
+        verb = group.commands[name]
         if verb.hidden:
             continue
         if hasattr(verb, "commands"):

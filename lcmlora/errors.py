@@ -18,3 +18,7 @@ class UserError(Exception):
 
 class Unavailable(UserError):
     """Something outside could not be reached or did not answer; the same call may succeed later."""
+
+
+class NotFound(UserError):
+    """A name means nothing where it was looked up, so that another place may be asked; nothing there is wrong."""

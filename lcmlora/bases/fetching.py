@@ -101,7 +101,7 @@ def _download(name: str, base: Base, target: Path) -> None:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
-        error_class = Unavailable if _is_temporary(error) else UserError
+        error_class = Unavailable if is_temporary(error) else UserError
         raise error_class(f"bases.{name}: cannot download {base.source} at {base.revision}: {reason}") from error
     try:
         examine_base(name, target, base.variant)
@@ -114,7 +114,7 @@ def _download(name: str, base: Base, target: Path) -> None:
     begun.unlink()
 
 
-def _is_temporary(error: Exception) -> bool:
+def is_temporary(error: Exception) -> bool:
     """Returns whether the same download may succeed later: the hub did not answer, or was busy."""
     from httpx2 import TransportError  # the hub's own client
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

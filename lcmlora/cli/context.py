@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import typer
 
     from lcmlora.config import Config
+    from lcmlora.registry.references import Places
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class Context:
     def settings_if_any(self) -> Config | None:
         """Returns the settings, None if no project is named and the current folder is no project."""
         return self.settings() if self.named or self.project.params_file.exists() else None
+
+    def places(self, config: Config | None) -> Places:
+        """Returns where adapters are looked for: as these settings say, or the environment outside a project."""
+        from lcmlora.registry.references import Places
+
+        return Places.of_environment() if config is None else Places.of_project(self.project, config)
 
 
 def context_of(call: typer.Context | Any) -> Context:

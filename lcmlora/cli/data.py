@@ -9,6 +9,7 @@ import typer
 
 from lcmlora import extras
 from lcmlora.cli.context import context_of
+from lcmlora.cli.shell import completion
 from lcmlora.io.terminal import say
 
 app = typer.Typer(no_args_is_help=True, help="Look at captioned pictures before you train on them.")
@@ -42,6 +43,7 @@ def preview(
         typer.Option(
             help="A base: show the pictures that it learns from, and check their sizes for it alone.",
             show_default=False,
+            autocompletion=completion.bases,
         ),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures on the sheet.")] = 12,

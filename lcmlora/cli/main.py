@@ -191,7 +191,9 @@ def doctor(
         print_estimate(estimate, settings, model)
 
 
-for _verb in (verbs.convert, verbs.combine, verbs.generate, verbs.comfyui, verbs.remeasure):
+for _verb in (
+    *(verbs.convert, verbs.combine, verbs.generate, verbs.comfyui, verbs.remeasure),
+):
     app.command()(_verb)
 app.add_typer(data.app, name="data")
 app.add_typer(registry.app, name="registry")

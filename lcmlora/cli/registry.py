@@ -11,44 +11,68 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lcmlora.cli.context import context_of
+from lcmlora.cli.shell import completion
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import LINE, cell, note, say
 
 if TYPE_CHECKING:
     from lcmlora.config import Config
     from lcmlora.registry.lookup import Version
+    from lcmlora.registry.references import Places
 
 app = typer.Typer(
     no_args_is_help=True,
     help="""Look up, compare, promote, roll back and download the adapters in MLflow's registry.
 
-    A registered model such as lcm-lora-emoji has numbered versions; each is
-    one adapter. The alias @champion names the version that production uses.
-    registry.tracking_uri in params.yaml names the registry.
+    A model has numbered versions; each is one adapter. The alias @champion
+    names the version that production uses. registry.tracking_uri in
+    params.yaml names the registry, in which model `emoji` is lcm-lora-emoji.
 
     Examples:
 
-      lcmlora registry list lcm-lora-emoji
+      lcmlora registry list emoji
 
-      lcmlora registry promote lcm-lora-emoji/3
+      lcmlora registry promote emoji/3
     """,
 )
 
 Reference = Annotated[
     str,
     typer.Argument(
-        help="MODEL@ALIAS, MODEL/VERSION, or the SHA-256 of an adapter (12 digits are enough).", show_default=False
+        metavar="REF",
+        help="A version: MODEL@ALIAS, MODEL/VERSION, models:/..., 12 digits of a SHA-256; or the folder, file or "
+        "s3://... address of its adapter.",
+        show_default=False,
+        autocompletion=completion.adapters,
     ),
 ]
-Name = Annotated[str, typer.Argument(help="A registered model, e.g. lcm-lora-emoji.", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model, such as emoji; its versions are registered under lcm-lora-emoji.",
+        show_default=False,
+        autocompletion=completion.models,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 By = Annotated[str | None, typer.Option(help="Who decided, for the history; this user by default.")]
+
+
+def _places(call: typer.Context) -> Places:
+    context = context_of(call)
+    return context.places(context.settings_if_any())
 
 
 @app.command("list")
 def list_versions(
     call: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="Only versions of this model, e.g. lcm-lora-emoji.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="Only versions of this model, such as emoji.", autocompletion=completion.models
+        ),
+    ] = None,
     where: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,14 +86,16 @@ def list_versions(
 
     Examples:
 
-      lcmlora registry list lcm-lora-emoji
+      lcmlora registry list emoji
 
       lcmlora registry list --where objective=tcd --where "excess.student_4<80"
     """
     config = context_of(call).settings()
     from lcmlora import registry
+    from lcmlora.registry.lookup import registered_name
 
     tests = [registry.condition(text) for text in where or ()]
+    name = None if name is None else registered_name(name)
     found = [v for v in registry.versions(config.registry, name) if all(test(v) for test in tests)]
     if as_json:
         print(json.dumps([version.plain() for version in found], indent=2))
@@ -102,12 +128,12 @@ def _figure(version: Version, name: str) -> str:
 def show(call: typer.Context, reference: Reference, as_json: AsJson = False) -> None:
     """Show a version: base, data, commit, figures, release, run, aliases, and when it was promoted.
 
-    Example: lcmlora registry show lcm-lora-emoji@champion --json
+    Example: lcmlora registry show emoji@champion --json
     """
-    config = context_of(call).settings()
-    from lcmlora import registry
+    places = _places(call)
+    from lcmlora.registry.references import find_version
 
-    version = registry.resolve(reference, config.registry)
+    version = find_version(reference, places)
     if as_json:
         print(json.dumps(version.plain(), indent=2))
         return
@@ -127,12 +153,13 @@ def show(call: typer.Context, reference: Reference, as_json: AsJson = False) -> 
 def compare(call: typer.Context, first: Reference, second: Reference, as_json: AsJson = False) -> None:
     """Compare the facts and figures of two versions. Only those that differ are printed.
 
-    Example: lcmlora registry compare lcm-lora-emoji@previous lcm-lora-emoji@champion
+    Example: lcmlora registry compare emoji@previous emoji@champion
     """
-    config = context_of(call).settings()
+    places = _places(call)
     from lcmlora import registry
+    from lcmlora.registry.references import find_version
 
-    one, two = (registry.resolve(reference, config.registry) for reference in (first, second))
+    one, two = (find_version(reference, places) for reference in (first, second))
     rows = registry.compare(one, two)
     if as_json:
         plain = [{"figure": r.figure, "first": r.first, "second": r.second, "change": r.change} for r in rows]
@@ -150,13 +177,15 @@ def compare(call: typer.Context, first: Reference, second: Reference, as_json: A
 def history(call: typer.Context, name: Name, as_json: AsJson = False) -> None:
     """Print the history of a model's versions: registered, passed, rejected, promoted, rolled back; by whom and why.
 
-    Example: lcmlora registry history lcm-lora-emoji
+    Example: lcmlora registry history emoji
     """
     config = context_of(call).settings()
     from dataclasses import asdict
 
     from lcmlora.registry import promotion
+    from lcmlora.registry.lookup import registered_name
 
+    name = registered_name(name)
     events = promotion.history(name, config.registry)
     if as_json:
         print(json.dumps([asdict(event) for event in events], indent=2))
@@ -195,16 +224,18 @@ def promote(
 
     Examples:
 
-      lcmlora registry promote lcm-lora-emoji/3
+      lcmlora registry promote emoji/3
 
-      lcmlora registry promote lcm-lora-emoji/3 --override --reason "sharper eyes, agreed with design"
+      lcmlora registry promote emoji/3 --override --reason "sharper eyes, agreed with design"
     """
     config = context_of(call).settings()
     from lcmlora.registry import promotion
+    from lcmlora.registry.references import find_version
 
     if override and not (reason or "").strip():
         raise UserError("--override: needs --reason, which the history keeps")
     why = reason or "passed the gate"
+    reference = find_version(reference, context_of(call).places(config)).reference
     version = promotion.promote(reference, config.registry, config.gate, reason=why, who=by, override=override)
     _move_channel(config, version, as_json)
 
@@ -222,11 +253,13 @@ def rollback(
 
     A second rollback goes back by one more champion. The flow does not promote a version again that was rolled back.
 
-    Example: lcmlora registry rollback lcm-lora-emoji --reason "blurred hands in production"
+    Example: lcmlora registry rollback emoji --reason "blurred hands in production"
     """
     config = context_of(call).settings()
     from lcmlora.registry import promotion
+    from lcmlora.registry.lookup import registered_name
 
+    name = registered_name(name)
     _move_channel(config, promotion.rollback(name, config.registry, reason=reason, who=by, to=to), as_json)
 
 
@@ -258,13 +291,15 @@ def pull(
 ) -> None:
     """Download the adapter of a version, and check every file against its SHA-256.
 
-    Example: lcmlora registry pull lcm-lora-emoji@champion --out adapters/champion
+    Example: lcmlora registry pull emoji@champion --out adapters/champion
     """
-    config = context_of(call).settings()
+    places = _places(call)
     from lcmlora import registry
+    from lcmlora.registry.references import find_version
     from lcmlora.releases import bundle
 
-    folder = registry.pull(reference, config.registry, out, everything=everything)
+    version = find_version(reference, places)
+    folder = registry.pull(version.reference, places.registry, out, everything=everything)
     if as_json:
         print(json.dumps({"folder": str(folder), "sha256": bundle.digest(folder)}, indent=2))
     else:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lcmlora.cli.context import context_of
+from lcmlora.cli.shell import completion
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import cell, say, shown
 
@@ -39,8 +42,10 @@ Reference = Annotated[
     str,
     typer.Argument(
         metavar="REF",
-        help="MODEL@CHANNEL, MODEL/sha256-DIGITS, or the address of a release or of a channel's pointer.",
+        help="MODEL@CHANNEL, MODEL/sha256-DIGITS, the address of a release or of a channel's pointer; or a version, a "
+        "folder, a file or 12 digits of a SHA-256, as other verbs take them.",
         show_default=False,
+        autocompletion=completion.adapters,
     ),
 ]
 To = Annotated[
@@ -50,24 +55,42 @@ To = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _settings(call: typer.Context, to: str | None, reference: str | None = None) -> tuple[Publish, str]:
-    """Returns the settings of the store, and the setting or option that names it, for messages.
-
-    Args:
-        reference: of a release. Where it is an address, no params.yaml is needed.
-    """
+def _settings(call: typer.Context, to: str | None) -> tuple[Publish | None, str]:
+    """Returns the settings of the store, None where there are none; and what names it, for messages."""
     settings = context_of(call).settings_if_any()
     from lcmlora.config import Publish
-    from lcmlora.releases import manifest
 
     if settings is not None:
         publish = settings.publish
         return (publish.model_copy(update={"to": to}), "--to") if to else (publish, "publish.to")
-    if to is None and reference is not None and not manifest.is_name(reference):
-        return Publish(to=reference), reference
-    if to is None:
-        raise UserError("--to: is needed, as there is no params.yaml here; name a directory or s3://bucket/prefix")
-    return Publish(to=to), "--to"
+    if to is not None:
+        return Publish(to=to), "--to"
+    found = os.environ.get("LCMLORA_PUBLISH_TO")
+    return Publish(to=found) if found else None, "LCMLORA_PUBLISH_TO"
+
+
+def _missing_store() -> UserError:
+    return UserError(
+        "--to: is needed, as there is no params.yaml here, and LCMLORA_PUBLISH_TO is not set; name a directory or "
+        "s3://bucket/prefix"
+    )
+
+
+def _release(call: typer.Context, to: str | None, reference: str) -> tuple[str, Publish, str]:
+    """Returns the address of a release, or its name in the store; the store's settings; and what names the store."""
+    publish, key = _settings(call, to)
+    context = context_of(call)
+    places = context.places(context.settings_if_any())
+    from lcmlora.config import Publish
+    from lcmlora.registry import references
+    from lcmlora.releases.stores.store import open_store
+
+    if publish is not None:
+        open_store(publish, key=key)  # a wrong address is told before the reference is looked for
+    elif places.registry is None and not references.is_address(reference):
+        raise _missing_store()
+    found = references.find_release(reference, replace(places, publish=publish))
+    return found, publish or Publish(to=found), key
 
 
 @app.command("list")
@@ -88,6 +111,8 @@ def list_releases(
       lcmlora releases list emoji --to s3://models/lcm
     """
     settings, key = _settings(call, to)
+    if settings is None:
+        raise _missing_store()
     from dataclasses import asdict
 
     from lcmlora.releases import catalog
@@ -150,7 +175,7 @@ def verify(call: typer.Context, reference: Reference, to: To = None, as_json: Js
 
     Example: lcmlora releases verify emoji@champion
     """
-    settings, key = _settings(call, to, reference)
+    reference, settings, key = _release(call, to, reference)
     from dataclasses import asdict
 
     from lcmlora.releases import catalog
@@ -195,7 +220,7 @@ def pull(
 
       lcmlora releases pull emoji@champion --out release --all     with card, report and the files for ComfyUI
     """
-    settings, key = _settings(call, to, reference)
+    reference, settings, key = _release(call, to, reference)
     from lcmlora.releases import bundle, catalog
 
     catalog.pull_release(reference, settings, out, everything=everything, yanked=yanked, key=key)
@@ -221,7 +246,7 @@ def yank(
 
     Example: lcmlora releases yank emoji/sha256-0a1b2c --reason "draws hands with six fingers"
     """
-    settings, key = _settings(call, to, reference)
+    reference, settings, key = _release(call, to, reference)
     from lcmlora.registry import events
     from lcmlora.releases import publish
 
@@ -241,7 +266,7 @@ def links(
 
     Example: lcmlora releases links emoji@champion --expires 600
     """
-    settings, key = _settings(call, to, reference)
+    reference, settings, key = _release(call, to, reference)
     from lcmlora.releases import catalog
 
     found = catalog.presigned_links(reference, settings, expires, key=key)

@@ -13,6 +13,7 @@ import typer
 
 from lcmlora import masking
 from lcmlora.cli.context import context_of
+from lcmlora.cli.shell import completion
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import JsonObject
 from lcmlora.io.terminal import say, shown
@@ -39,7 +40,10 @@ def print_settings(
     key: Annotated[
         str | None, typer.Argument(help="A setting or section, e.g. distill.lr or data.", show_default=False)
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A base; by default all of `models`.", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A base; by default all of `models`.", show_default=False, autocompletion=completion.bases),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object for each setting.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of params.yaml.")] = False,
     docs: Annotated[bool, typer.Option("--docs", help="Print docs/configuration.md.")] = False,

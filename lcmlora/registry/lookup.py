@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lcmlora import extras, masking
 from lcmlora.config import Registry
-from lcmlora.errors import UserError
+from lcmlora.errors import NotFound, UserError
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.io import terminal
 from lcmlora.io.files import make_once, temporary_folder
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PASSED, REJECTED = "passed", "rejected"
+
+PREFIX = "lcm-lora-"  # of the names of registered models
+_EXACT = "models:/"
 
 MODEL = "model"  # the artifact folder of a run's MLflow model
 RELEASE = f"{MODEL}/artifacts/release"
@@ -92,8 +95,9 @@ def resolve(reference: str, settings: Registry) -> Version:
     """Returns the version that a reference names.
 
     Args:
-        reference: `lcm-lora-emoji@champion`, `lcm-lora-emoji/3`, or the SHA-256 of an adapter, as it was trained or as
-            it was released, whose newest version is returned; twelve of its digits are enough.
+        reference: `emoji@champion` or `emoji/3`, with or without `lcm-lora-`; `models:/NAME@champion`, with the exact
+            name; or the SHA-256 of an adapter, as it was trained or as it was released, whose newest version is
+            returned; twelve of its digits are enough.
 
     Raises:
         UserError: there is no such version, or MLflow cannot be reached.
@@ -317,27 +321,33 @@ def _fetch(client: MlflowClient, version: Version, name: str, folder: Path) -> P
         return path.replace(folder / name)
 
 
+def registered_name(model: str) -> str:
+    """Returns the registered model of a model's versions, such as lcm-lora-emoji. `models:/NAME` is an exact name."""
+    if model.startswith(_EXACT):
+        return model.removeprefix(_EXACT)
+    return f"{PREFIX}{model.removeprefix(PREFIX)}"
+
+
 def find_version(client: MlflowClient, reference: str, settings: Registry) -> ModelVersion:
     """Returns MLflow's entity of the version that a reference names; see `resolve`."""
     if re.fullmatch(r"[0-9a-f]{12,64}", reference):
         found = versions_of_adapter(client, reference)
         if not found:
-            raise UserError(f"{reference}: no adapter of this SHA-256 at {masking.address(settings.tracking_uri)}")
+            raise NotFound(f"{reference}: no adapter of this SHA-256 at {masking.address(settings.tracking_uri)}")
         return found[-1]
-    match = re.fullmatch(r"([^@/]+)(?:@([^@/]+)|/(\d+))", reference.removeprefix("models:/"))
+    match = re.fullmatch(r"((?:models:/)?[^@/]+)(?:@([^@/]+)|/(\d+))", reference)
     if match is None:
         raise UserError(
-            f"{reference!r}: expected MODEL@ALIAS, MODEL/VERSION or the SHA-256 of an adapter, such as "
-            "lcm-lora-emoji@champion"
+            f"{reference!r}: expected MODEL@ALIAS, MODEL/VERSION or the SHA-256 of an adapter, such as emoji@champion"
         )
-    name, alias, number = match.groups()
+    name, alias, number = registered_name(match[1]), match[2], match[3]
     if alias is None:
         return _get(client, name, int(number), settings)
     aliases = read_aliases(client, name) if _is_registered(client, name) else None
     if aliases is None:
-        raise UserError(f"{reference}: not registered at {masking.address(settings.tracking_uri)}")
+        raise NotFound(f"{reference}: not registered at {masking.address(settings.tracking_uri)}")
     if alias not in aliases:
-        raise UserError(f"{reference}: no such alias; {name} has {', '.join(sorted(aliases)) or 'none'}")
+        raise NotFound(f"{reference}: no such alias; {name} has {', '.join(sorted(aliases)) or 'none'}")
     return _get(client, name, aliases[alias], settings)
 
 
@@ -349,7 +359,7 @@ def _get(client: MlflowClient, name: str, version: int, settings: Registry) -> M
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        raise UserError(f"{name}/{version}: not registered at {masking.address(settings.tracking_uri)}") from error
+        raise NotFound(f"{name}/{version}: not registered at {masking.address(settings.tracking_uri)}") from error
 
 
 def _is_registered(client: MlflowClient, name: str) -> bool:

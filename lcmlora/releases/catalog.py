@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcmlora.config import Publish
-from lcmlora.errors import UserError
+from lcmlora.errors import NotFound, UserError
 from lcmlora.io import terminal
 from lcmlora.io.files import make_once, sha256_file
 from lcmlora.releases import bundle, manifest
@@ -165,6 +165,33 @@ def find_release(uri: str, settings: Publish, *, yanked: bool = False, key: str 
     """
     found = _open(uri, settings, key, yanked)
     return found.uri, found.sha256
+
+
+def find_digits(digits: str, settings: Publish, *, key: str = "publish.to") -> str:
+    """Returns the address of the release in a store whose adapter's SHA-256 begins with these digits.
+
+    Args:
+        digits: of the weights as they were released, or as they were trained; 12 or more.
+        key: as for `find_release`.
+
+    Raises:
+        UserError: there is no such release, or there are several; or the store cannot be reached.
+    """
+    store = open_store(settings, key=key, consequence="ask again later")
+    prefixes = [
+        entry.name.removesuffix(f"/{MANIFEST}")
+        for entry in store.entries("")
+        if re.fullmatch(rf"[^/]+/sha256-[0-9a-f]{{12}}/{re.escape(MANIFEST)}", entry.name)
+    ]
+    # The folder's name has the digits of the released weights, so that only the others' manifests are read.
+    named = [prefix for prefix in prefixes if prefix.endswith(f"/sha256-{digits[:12]}")]
+    for candidates in (named, [prefix for prefix in prefixes if prefix not in named]):
+        found = [prefix for prefix in candidates if manifest.has_digits(store, prefix, digits)]
+        if len(found) > 1:
+            raise UserError(f"{digits}: is the adapter of {', '.join(found)} at {store.uri}; name one of these")
+        if found:
+            return f"{store.uri}/{found[0]}"
+    raise NotFound(f"{digits}: no release of an adapter with this SHA-256 at {store.uri}")
 
 
 def download_release(

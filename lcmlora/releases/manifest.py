@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lcmlora.config import Publish
-from lcmlora.errors import UserError
+from lcmlora.errors import NotFound, UserError
 from lcmlora.io import terminal
 from lcmlora.io.parsing import Malformed, as_object, parse_json
 from lcmlora.releases import bundle
@@ -139,8 +139,15 @@ def _of_trained(model: str, digits: str, store: Store) -> str:
     if len(prefixes) > 1:
         raise UserError(f"{model}/sha256-{digits}: is the adapter of {', '.join(prefixes)}; name one of these")
     if not prefixes:
-        raise UserError(f"{model}/sha256-{digits}: no such release at {store.uri}; see `lcmlora releases list`")
+        raise NotFound(f"{model}/sha256-{digits}: no such release at {store.uri}; see `lcmlora releases list`")
     return f"{store.uri}/{prefixes[0]}"
+
+
+def has_digits(store: Store, prefix: str, digits: str) -> bool:
+    """Returns whether the SHA-256 of a release's adapter, as released or as trained, begins with these digits."""
+    content = store.read(f"{prefix}/{MANIFEST}")
+    listed = parse_manifest(content[0], f"{store.uri}/{prefix}/{MANIFEST}") if content else None
+    return listed is not None and any(each and each.startswith(digits) for each in (listed.sha256, listed.adapter))
 
 
 def _follow(store: Store, model: str, channel: str, settings: Publish) -> str:
@@ -149,7 +156,7 @@ def _follow(store: Store, model: str, channel: str, settings: Publish) -> str:
     place = f"{store.uri}/{name}"
     content = store.read(name)
     if content is None:
-        raise UserError(f"{place}: no such pointer")
+        raise NotFound(f"{place}: no such pointer")
     record = records.read_record(records.POINTER, content[0], place)
     pointer = records.pointer_of(record, place)
     records.check_channel(pointer, model, channel, place)

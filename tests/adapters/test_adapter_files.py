@@ -14,9 +14,9 @@ from torch import Tensor
 from lcmlora.adapters import formats, lora, peft_settings, tensorfile
 from lcmlora.adapters.layer_names import Architecture
 from lcmlora.bases import architecture, styled
-from lcmlora.cli.adapters import references
 from lcmlora.config import Base
 from lcmlora.errors import UserError
+from lcmlora.registry.references import Places, open_adapter
 
 Miniatures = Callable[[str], Path]
 QUERY = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -107,7 +107,7 @@ def test_pefts_own_folder_is_an_adapter(sd15: Architecture, tmp_path: Path, plac
     folder.mkdir(exist_ok=True)
     save_file(_peft("base_model.model."), folder / peft_settings.WEIGHTS)
     (folder / peft_settings.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
-    found = references.open_adapter(str(folder), None, tmp_path / "cache")
+    found = open_adapter(str(folder), Places(tmp_path / "cache"))
     assert formats.read(found.weights, sd15).layers[QUERY].alpha == 8
     assert styled.weights_of("a", _styled_by(folder)) == found.weights
 
@@ -122,14 +122,14 @@ def test_another_programs_config_beside_a_file_does_not_matter(tmp_path: Path):
     save_file(_peft(), tmp_path / "style.safetensors")
     for content in ("[1]", "{", '{"base": {"digest": 5}}'):
         (tmp_path / "config.json").write_text(content)
-        found = references.open_adapter(str(tmp_path / "style.safetensors"), None, tmp_path / "cache")
+        found = open_adapter(str(tmp_path / "style.safetensors"), Places(tmp_path / "cache"))
         assert (found.base, found.sampler) == (None, None)
 
 
 def test_a_name_that_no_file_can_have_is_refused_in_one_line(tmp_path: Path):
     for name in ("a" * 5000, "a\0b"):
         with pytest.raises(UserError):
-            references.open_adapter(name, None, tmp_path)
+            open_adapter(name, Places(tmp_path))
 
 
 def _styled_by(folder: Path) -> Base:
@@ -143,7 +143,7 @@ def test_a_trainers_folder_of_one_adapter_is_read_and_of_several_their_names_are
     (tmp_path / "mine.json").write_text("{}")
 
     def found() -> Path:
-        return references.open_adapter(str(tmp_path), None, tmp_path / "cache").weights
+        return open_adapter(str(tmp_path), Places(tmp_path / "cache")).weights
 
     assert found() == tmp_path / "mine.safetensors"
     shutil.copy(tmp_path / "mine.safetensors", tmp_path / "mine-000002.safetensors")
@@ -160,12 +160,12 @@ def test_a_trainers_folder_of_one_adapter_is_read_and_of_several_their_names_are
 
 def test_the_error_about_a_folder_without_an_adapter_says_what_it_is(tmp_path: Path, miniatures: Miniatures):
     with pytest.raises(UserError, match=r"is not the folder of an adapter: expected pytorch_lora_weights"):
-        references.open_adapter(str(tmp_path), None, tmp_path / "cache")
+        open_adapter(str(tmp_path), Places(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"is a base .*, not an adapter"):
-        references.open_adapter(str(miniatures("sd15")), None, tmp_path / "cache")
+        open_adapter(str(miniatures("sd15")), Places(tmp_path / "cache"))
     (tmp_path / "pytorch_lora_weights.bin").write_bytes(b"\x80\x02.")
     with pytest.raises(UserError, match=r"has no safetensors file; .*pytorch_lora_weights\.bin: is a pickle"):
-        references.open_adapter(str(tmp_path), None, tmp_path / "cache")
+        open_adapter(str(tmp_path), Places(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
@@ -189,5 +189,5 @@ def test_facts_beside_an_adapter_are_checked(tmp_path: Path, facts: str, words: 
     save_file(_peft(), tmp_path / lora.WEIGHTS)
     (tmp_path / "config.json").write_text(facts)
     with pytest.raises(UserError) as caught:
-        references.open_adapter(str(tmp_path), None, tmp_path / "cache")
+        open_adapter(str(tmp_path), Places(tmp_path / "cache"))
     assert words in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

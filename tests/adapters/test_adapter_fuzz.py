@@ -14,7 +14,7 @@ from safetensors.torch import save
 from lcmlora.adapters import formats, layer_names, lora, peft_settings
 from lcmlora.adapters.formats import DIFFUSERS, KOHYA
 from lcmlora.adapters.layer_names import Architecture
-from lcmlora.cli.adapters import references
+from lcmlora.registry.references import Places, open_adapter
 from tests.support.fuzzing import FULL, QUICK, check, mutated
 
 LAYERS = {"mid_block.attentions.0.proj_in": (4, 4), "mid_block.resnets.0.conv1": (4, 4, 3, 3)}
@@ -74,12 +74,12 @@ def _described(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, peft_settings.WEIGHTS).write_bytes(_PEFT)
         Path(folder, peft_settings.CONFIG).write_bytes(content)
-        formats.read(references.open_adapter(folder, None, Path(folder, "cache")).weights, BASE)
+        formats.read(open_adapter(folder, Places(Path(folder, "cache"))).weights, BASE)
         ours = Path(folder, "ours")
         ours.mkdir()
         (ours / lora.WEIGHTS).write_bytes(_PEFT)
         (ours / "config.json").write_bytes(content)
-        references.open_adapter(str(ours), None, Path(folder, "cache"))
+        open_adapter(str(ours), Places(Path(folder, "cache")))
 
 
 _PEFT = save(_tensors("lora_A", "lora_B", "base_model.model.", dots=True))

@@ -12,8 +12,8 @@ from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases import architecture
 from lcmlora.bases.base import LoadedBase
 from lcmlora.cli.adapters.combining import write_combined
-from lcmlora.cli.adapters.references import AdapterReference
 from lcmlora.errors import UserError
+from lcmlora.registry.references import AdapterReference
 from tests.support import adapters
 
 Miniatures = Callable[[str], Path]

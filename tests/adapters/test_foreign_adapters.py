@@ -14,8 +14,8 @@ from lcmlora.adapters.formats import DIFFUSERS, KOHYA
 from lcmlora.adapters.layer_names import Architecture
 from lcmlora.bases import architecture
 from lcmlora.cli.adapters.combining import write_combined
-from lcmlora.cli.adapters.references import AdapterReference
 from lcmlora.errors import UserError
+from lcmlora.registry.references import AdapterReference
 
 Miniatures = Callable[[str], Path]
 Factors = dict[str, tuple[Tensor, Tensor]]

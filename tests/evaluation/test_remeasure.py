@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from lcmlora import bases
-from lcmlora.cli.adapters import references
 from lcmlora.config import Data, Gate
 from lcmlora.errors import UserError
 from lcmlora.evaluation.evaluate import evaluate_student
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import against, incomparable
 from lcmlora.evaluation.remeasure import measure_again
+from lcmlora.registry.references import Places, open_adapter
 from tests.evaluation.conftest import CPU, made_of, settings
 
 pytestmark = pytest.mark.usefixtures("small_features")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("small_features")
 
 def again(base_folder: Path, adapter: Path, pictures: Path, reference: Path, root: Path) -> Metrics:
     base = bases.load("mini", made_of(base_folder), base_folder, device=CPU)
-    found = references.open_adapter(str(adapter), None, root)
+    found = open_adapter(str(adapter), Places(root))
     assert found.sampler
     known = (found.shown, found.weights, found.base, found.sampler)
     return measure_again(base, made_of(base_folder), *known, settings(), 4, pictures, reference, root / "again")

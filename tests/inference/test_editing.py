@@ -14,7 +14,7 @@ from PIL import Image
 
 from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases import diffusers_pipeline
-from lcmlora.cli.adapters import drawing, references
+from lcmlora.cli.adapters import base_references, drawing
 from lcmlora.diffusion import noise, solver
 from lcmlora.diffusion.editing import check_steps
 from lcmlora.errors import UserError
@@ -22,6 +22,7 @@ from lcmlora.inference import pipelines
 from lcmlora.inference.pipelines import Pipeline
 from lcmlora.inference.source_picture import SourcePicture, read_source
 from lcmlora.project import Project
+from lcmlora.registry.references import Places, open_adapter
 from lcmlora.releases.clients import diffusers_steps, notes
 from tests.support import served
 from tests.support.miniature import RESOLUTION
@@ -137,8 +138,8 @@ def test_generate_and_the_pipeline_draw_the_same_from_a_picture(
 ):
     folder = served.make(miniatures(name), tmp_path / name, gamma=gamma)
     pipeline = pipelines.load(folder, warm=False)
-    adapter = references.open_adapter(str(folder), None, folder)
-    base = references.find_base(None, adapter, None, Project())
+    adapter = open_adapter(str(folder), Places(folder))
+    base = base_references.find_base(None, adapter, None, Project())
     assert base is not None and adapter.sampler is not None
     loaded = drawing.load(base, adapter, device="cpu")
     wide = picture(3 * RESOLUTION, 2 * RESOLUTION)

@@ -12,13 +12,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lcmlora.bases.examination.examine import examine_base
-from lcmlora.cli.adapters import drawing, references
+from lcmlora.cli.adapters import base_references, drawing
 from lcmlora.errors import UserError
 from lcmlora.inference import pipelines
 from lcmlora.inference.pipelines import Pipeline
 from lcmlora.io import private
 from lcmlora.io.files import sha256_folder
 from lcmlora.project import Project
+from lcmlora.registry.references import Places, open_adapter
 from lcmlora.releases import bundle
 from tests.support import served
 from tests.support.miniature import ARCHITECTURES, RESOLUTION
@@ -48,8 +49,8 @@ def distance(one: Image.Image, other: Image.Image) -> int:
 
 def generated(folder: Path, **request: Any) -> list[Image.Image]:
     """Returns what `lcmlora generate` draws."""
-    adapter = references.open_adapter(str(folder), None, folder)
-    base = references.find_base(None, adapter, None, Project())
+    adapter = open_adapter(str(folder), Places(folder))
+    base = base_references.find_base(None, adapter, None, Project())
     assert base is not None and adapter.sampler is not None
     return drawing.draw(drawing.load(base, adapter, device="cpu"), adapter.sampler, drawing.Request(**request))
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lcmlora.cli.adapters import references
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
+from lcmlora.registry import references
 from lcmlora.releases import catalog
 from lcmlora.releases.bundle import ADAPTER_FILES, verify
 from lcmlora.releases.catalog import download_release, find_release, list_releases, presigned_links, pull_release
@@ -320,7 +320,7 @@ def _pulled(kind: str, uri: str, settings: Publish, cache: Path) -> tuple[str, i
     if kind == "adapter":
         folder = pull_release(uri, settings, cache / "mini")
     else:
-        folder = references._cached(cache, SHA, lambda out: download_release(uri, settings, out))
+        folder = references.open_adapter(uri, references.Places(cache, None, settings), everything=True).weights.parent
     verify(folder, ADAPTER_FILES)
     return folder.name, len(list(folder.iterdir()))
 
@@ -332,7 +332,7 @@ def test_of_twelve_processes_that_pull_into_one_cache_all_have_the_whole_release
     uri = publish_release(bundle, "mini", settings)
     cache = tmp_path / "cache"
     name, count = (
-        ("mini", len(ADAPTER_ONLY)) if kind == "adapter" else (f"sha256-{SHA[:12]}", len(list(bundle.iterdir())))
+        ("mini", len(ADAPTER_ONLY)) if kind == "adapter" else (f"sha256-{SHA[:12]}-all", len(list(bundle.iterdir())))
     )
     assert at_once(_pulled, kind, uri, settings, cache) == [(name, count)] * 12
     assert [path.name for path in cache.iterdir()] == [name]
@@ -342,7 +342,8 @@ def test_a_damaged_release_in_a_cache_is_downloaded_again(settings: Publish, bun
     uri = publish_release(bundle, "mini", settings)
 
     def get() -> Path:
-        return references._cached(tmp_path / "cache", SHA, lambda folder: download_release(uri, settings, folder))
+        places = references.Places(tmp_path / "cache", None, settings)
+        return references.open_adapter(uri, places, everything=True).weights.parent
 
     (get() / "scheduler_config.json").unlink()
     verify(get())

@@ -20,10 +20,10 @@ from lcmlora.adapters.metadata import (
     SamplerFacts,
 )
 from lcmlora.bases import folders
-from lcmlora.cli.adapters.references import AdapterReference
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, sha256_file
 from lcmlora.io.parsing import as_object, read_json
+from lcmlora.registry.references import AdapterReference
 
 
 class Combination(NamedTuple):

@@ -17,13 +17,14 @@ from lcmlora.adapters.layer_names import Architecture
 from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases import folders
 from lcmlora.bases.base import LoadedBase
-from lcmlora.cli.adapters.references import AdapterReference, BaseReference
+from lcmlora.cli.adapters.base_references import BaseReference
 from lcmlora.diffusion import sampling
 from lcmlora.diffusion.editing import SourceLatents, check_steps
 from lcmlora.errors import UserError
 from lcmlora.inference.source_picture import SourcePicture
 from lcmlora.io.files import atomic_write
 from lcmlora.progress import track
+from lcmlora.registry.references import AdapterReference
 
 _STRONG = 2.0  # guidance above which colours saturate (the report advises 1 to 2)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lcmlora import extras
-from lcmlora.cli.context import Context, context_of
+from lcmlora.cli.context import context_of
+from lcmlora.cli.shell import completion
 from lcmlora.errors import UserError
 from lcmlora.io.files import locked
 from lcmlora.io.terminal import note, say
@@ -16,9 +17,13 @@ from lcmlora.io.terminal import note, say
 if TYPE_CHECKING:
     from lcmlora.inference.source_picture import SourcePicture
 
-_FORMS = "a folder, a .safetensors file, models:/NAME@ALIAS or s3://bucket/.../MODEL/sha256-..."
+_FORMS = (  # lcmlora/registry/references.py explains them
+    "a folder, a .safetensors file, MODEL, MODEL@ALIAS, MODEL/VERSION, models:/..., a SHA-256, s3://... or a hub id"
+)
 
-Adapter = Annotated[str, typer.Option(help=f"The adapter: {_FORMS}", show_default=False)]
+Adapter = Annotated[
+    str, typer.Option(help=f"The adapter: {_FORMS}.", show_default=False, autocompletion=completion.adapters)
+]
 UnetOnly = Annotated[bool, typer.Option("--unet-only", help="Leave out the text encoders' tensors.")]
 AnyBase = Annotated[
     str | None,
@@ -32,21 +37,12 @@ OtherBase = Annotated[
 ]
 
 
-def _downloads(context: Context) -> Path:
-    """Returns the folder for downloaded releases: in the project, outside a project in the user's cache."""
-    from lcmlora.io.private import downloads
-
-    is_project = context.named or context.project.params_file.exists()
-    return context.project.scratch("adapters") if is_project else downloads("adapters")
-
-
 def convert(
     call: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
-            metavar="IN",
-            help=f"The adapter: {_FORMS}",
+            metavar="IN", help=f"The adapter: {_FORMS}.", show_default=False, autocompletion=completion.adapters
         ),
     ],
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write.", show_default=False)],
@@ -68,7 +64,8 @@ def convert(
     context = context_of(call)
     from lcmlora.adapters import formats
     from lcmlora.adapters.tensorfile import PRECISIONS
-    from lcmlora.cli.adapters import references
+    from lcmlora.cli.adapters import base_references
+    from lcmlora.registry.references import open_adapter
 
     if style not in (formats.DIFFUSERS, formats.KOHYA):
         raise UserError(f"--format: expected diffusers or kohya, got {style!r}")
@@ -77,8 +74,8 @@ def convert(
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: expected a file that ends in .safetensors")
     config = context.settings_if_any()
-    adapter = references.open_adapter(source, config, _downloads(context))
-    found = references.find_base(base, adapter, config, context.project)
+    adapter = open_adapter(source, context.places(config))
+    found = base_references.find_base(base, adapter, config, context.project)
     made = formats.convert(
         adapter.weights,
         out,
@@ -97,8 +94,13 @@ def convert(
 
 def combine(
     call: typer.Context,
-    style: Annotated[str, typer.Option(help=f"The style LoRA: {_FORMS}", show_default=False)],
-    lcm: Annotated[str, typer.Option(help=f"The acceleration adapter: {_FORMS}", show_default=False)],
+    style: Annotated[str, typer.Option(help=f"The style LoRA: {_FORMS}.", show_default=False)],
+    lcm: Annotated[
+        str,
+        typer.Option(
+            help=f"The acceleration adapter: {_FORMS}.", show_default=False, autocompletion=completion.adapters
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The folder or .safetensors file to write.", show_default=False)],
     weights: Annotated[
         tuple[float, float], typer.Option(help="The weights of the style and of the acceleration adapter.")
@@ -116,15 +118,16 @@ def combine(
 ) -> None:
     """Add a style LoRA and an acceleration adapter up into one adapter (equation 3 of arXiv 2311.05556).
 
-    Example: lcmlora combine --style style.safetensors --lcm release/emoji --weights 0.8 1.0 --out adapters/styled
+    Example: lcmlora combine --style style.safetensors --lcm emoji --weights 0.8 1.0 --out adapters/styled
     """
     context = context_of(call)
     config = context.settings_if_any()
-    from lcmlora.cli.adapters import references
+    from lcmlora.cli.adapters import base_references
     from lcmlora.cli.adapters.combining import write_combined
+    from lcmlora.registry.references import open_adapter
 
-    styles, acceleration = (references.open_adapter(name, config, _downloads(context)) for name in (style, lcm))
-    found = references.find_base(base, acceleration, config, context.project)
+    styles, acceleration = (open_adapter(name, context.places(config)) for name in (style, lcm))
+    found = base_references.find_base(base, acceleration, config, context.project)
     made = write_combined(
         styles,
         acceleration,
@@ -185,20 +188,21 @@ def generate(
 
     Examples:
 
-      lcmlora generate --adapter models:/lcm-lora-emoji@champion --prompt owl --prompt fox --out animals.png
+      lcmlora generate --adapter emoji@champion --prompt owl --prompt fox --out animals.png
 
-      lcmlora generate --adapter release/emoji --prompt "red owl" --image owl.png --strength 0.6 --out red.png
+      lcmlora generate --adapter emoji --prompt "red owl" --image owl.png --strength 0.6 --out red.png
     """
     context = context_of(call)
     config = context.settings_if_any()
     from lcmlora.adapters.metadata import LATENT_CONSISTENCY
-    from lcmlora.cli.adapters import drawing, references
+    from lcmlora.cli.adapters import base_references, drawing
+    from lcmlora.registry.references import open_adapter
 
     drawing.check_ending(out)
     source = _source(image, strength, mask)
-    chosen = references.open_adapter(adapter, config, _downloads(context))
-    styles = references.open_adapter(style, config, _downloads(context)) if style else None
-    found = references.find_base(base, chosen, config, context.project)
+    chosen = open_adapter(adapter, context.places(config))
+    styles = open_adapter(style, context.places(config)) if style else None
+    found = base_references.find_base(base, chosen, config, context.project)
     if found is None:
         raise UserError(f"{adapter}: does not say where its base is; name the base with --base")
     if chosen.sampler is None:
@@ -215,7 +219,12 @@ def generate(
 
 def comfyui(
     call: typer.Context,
-    reference: Annotated[str, typer.Argument(metavar="REF", help=f"The adapter: {_FORMS}", show_default=False)],
+    reference: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF", help=f"The adapter: {_FORMS}.", show_default=False, autocompletion=completion.adapters
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The .json file to write.", show_default=False)],
     steps: Annotated[int, typer.Option(min=1, help="The number of sampling steps; 1 to 8 are usual.")] = 4,
     prompt: Annotated[str, typer.Option(help="The text to draw a picture of.")] = "an owl",
@@ -232,19 +241,19 @@ def comfyui(
     Drag the file into ComfyUI, choose your checkpoint, and put the adapter's file in ComfyUI/models/loras. For its API,
     the same graph is in `extra.prompt`.
 
-    Example: lcmlora comfyui models:/lcm-lora-emoji@champion --out emoji.json
+    Example: lcmlora comfyui emoji@champion --out emoji.json
     """
     context = context_of(call)
     if out.suffix != ".json":
         raise UserError(f"--out: {out}: expected a file that ends in .json")
     from lcmlora.adapters.metadata import LATENT_CONSISTENCY
-    from lcmlora.cli.adapters import references
     from lcmlora.io.files import write_json
+    from lcmlora.registry.references import open_adapter
     from lcmlora.releases import bundle
     from lcmlora.releases.clients import Student
     from lcmlora.releases.comfyui import checkpoint_name, file_content, workflow
 
-    adapter = references.open_adapter(reference, context.settings_if_any(), _downloads(context))
+    adapter = open_adapter(reference, context.places(context.settings_if_any()))
     folder = adapter.weights.parent
     if adapter.sampler is None:
         note(f"note: {reference} has no sampler settings; the workflow is that of an LCM-LoRA")
@@ -294,11 +303,11 @@ def remeasure(
     extras.require(extra="train", needed_by="lcmlora remeasure")
     from lcmlora import bases
     from lcmlora.adapters.metadata import LATENT_CONSISTENCY
-    from lcmlora.cli.adapters import references
     from lcmlora.evaluation.figures import STUDENT, Key
     from lcmlora.evaluation.remeasure import measure_again
+    from lcmlora.registry.references import open_adapter
 
-    chosen = references.open_adapter(adapter, settings, _downloads(context))
+    chosen = open_adapter(adapter, context.places(settings))
     device = bases.pick_device(evaluation.device)
     loaded = bases.load(model, base, project.base(model), device=device, dtype=bases.pick_dtype("auto", device))
     with locked(project.scratch("remeasure", model)) as scratch:

@@ -24,6 +24,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "style",
         "finetune",
         "study",
+        "compatibility",
         "package",
     ),
 }
