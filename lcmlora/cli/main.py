@@ -15,7 +15,7 @@ import typer
 
 from lcmlora import __version__, extras
 from lcmlora.cli import data, projects, registry, releases, settings, stages
-from lcmlora.cli.adapters import verbs
+from lcmlora.cli.adapters import presenting, verbs
 from lcmlora.cli.context import Context, context_of
 from lcmlora.cli.reporting import reporting_errors
 from lcmlora.cli.shell.verbs import Verbs
@@ -193,6 +193,7 @@ def doctor(
 
 for _verb in (
     *(verbs.convert, verbs.combine, verbs.generate, verbs.comfyui, verbs.remeasure),
+    *(presenting.report, presenting.serve),
 ):
     app.command()(_verb)
 app.add_typer(data.app, name="data")

@@ -18,6 +18,7 @@ import yaml
 import lcmlora
 from lcmlora.adapters.metadata import WEIGHTS
 from lcmlora.io.files import temporary_folder
+from lcmlora.releases import bundle
 
 SCRIPT = "pyfunc_model.py"
 RELEASE = "artifacts/release"  # the release's place in the model's folder
@@ -66,6 +67,22 @@ def write_model(folder: Path, *, model: str, base: Mapping[str, str | None]) -> 
             metadata={"model": model},
         )
     _complete(folder / "MLmodel", base)
+
+
+def write_model_of(release: Path, folder: Path) -> None:
+    """Writes an MLflow model to `folder` that draws with a release on this machine, whose files it links to.
+
+    Args:
+        folder: new or empty.
+
+    Raises:
+        UserError: the release's provenance cannot be read.
+    """
+    provenance = bundle.Provenance.read(release / bundle.PROVENANCE)
+    write_model(folder, model=provenance.model, base=provenance.base)
+    place = folder / RELEASE
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(release.absolute(), target_is_directory=True)
 
 
 @contextlib.contextmanager

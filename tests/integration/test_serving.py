@@ -1,8 +1,6 @@
 import base64
-import contextlib
 import io
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -19,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lcmlora.inference import pipelines, serving
+from lcmlora.inference import pipelines
 from lcmlora.inference.pipelines import Pipeline
 from tests.integration.seaweed import free_ports
 from tests.support import served
@@ -30,7 +28,7 @@ pytestmark = pytest.mark.integration
 
 @dataclass(frozen=True)
 class Server:
-    """`mlflow models serve` with a model, and the pipeline that it should draw as."""
+    """`lcmlora serve` with a release, and the pipeline that it should draw as."""
 
     address: str
     draw: Pipeline
@@ -60,11 +58,8 @@ class Server:
 def server(miniatures: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("serving")
     made = served.make(miniatures("sd15"), root / "made", gamma=0.4, grid=20)
-    serving.write_model(root / "model", model="mini", base=served.identity(miniatures("sd15")))
-    served.copy(made, root / "model" / serving.RELEASE)
     (port,) = free_ports(1)
-    mlflow = Path(sys.executable).with_name("mlflow")
-    command = [mlflow, "models", "serve", "-m", root / "model", "--env-manager", "local", "-p", str(port)]
+    command = [sys.executable, "-m", "lcmlora", "serve", made, "--port", port, "--base", miniatures("sd15")]
     log = root / "log"
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -72,17 +67,19 @@ def server(miniatures: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=root,
-            env=served.environment(LCMLORA_BASE=str(miniatures("sd15")), MLFLOW_TRACKING_URI="http://127.0.0.1:9"),
-            start_new_session=True,  # it starts another process
+            env=served.environment(MLFLOW_TRACKING_URI="http://127.0.0.1:9"),
         )
     try:
         draw = pipelines.load(made, warm=False)
         _wait(process, f"http://127.0.0.1:{port}/ping", log)
         yield Server(f"http://127.0.0.1:{port}", draw)
     finally:
-        with contextlib.suppress(ProcessLookupError):  # it has ended, which _wait tells
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.terminate()
+        status = process.wait()
+    assert status == 128 + signal.SIGTERM
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+        pass
+    assert {path.name for path in root.iterdir()} == {"made", "log"}
 
 
 def _wait(process: subprocess.Popen[bytes], ping: str, log: Path) -> None:
@@ -93,7 +90,7 @@ def _wait(process: subprocess.Popen[bytes], ping: str, log: Path) -> None:
                 return
         except OSError:
             time.sleep(0.2)
-    pytest.fail(f"mlflow models serve did not start: {log.read_text()[-3000:]}")
+    pytest.fail(f"lcmlora serve did not start: {log.read_text()[-3000:]}")
 
 
 def test_a_request_is_answered_with_the_picture_that_the_pipeline_draws(server: Server):
