@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -178,6 +178,11 @@ class Config(Strict):
                 if name not in getattr(self, key):
                     raise ValueError(f"study.{key}: {name!r} is not among {key}: {', '.join(getattr(self, key))}")
         return self
+
+    @classmethod
+    def advice_on_keys(cls, values: Mapping[str, Any]) -> str:
+        """Returns the end of the message about an unknown key: files of lcmlora 0.1.0 had a section `pretrain`."""
+        return "; `lcmlora upgrade` converts files of lcmlora 0.1.0, which had it" if "pretrain" in values else ""
 
     def base(self, model: str) -> Base:
         """Returns the base of this name. Raises UserError naming the known ones."""
@@ -360,7 +365,7 @@ def parse(raw: JsonObject, path: Path, sources: Path = Path()) -> Config:
         config = Config.model_validate(raw, context={"sources": sources})
         config._sources = sources
     except ValidationError as error:
-        faults = layers.explain(error, lambda location: "")
+        faults = layers.explain(error, lambda location: "", advice=Config.advice_on_keys(raw))
     else:
         own = raw.get("bases", {})
         faults = _faults(config, [name for name in config.bases if name in own])

@@ -83,7 +83,12 @@ def check(call: typer.Context) -> None:
 
     Example: lcmlora check
     """
-    config = context_of(call).settings()
+    context = context_of(call)
+    config = context.settings()
+    from lcmlora.projects import record
+
+    if former := record.former_version(context.project.root):
+        note(f"the project is of lcmlora {former}; `lcmlora upgrade` brings it to {record.own_version()}")
     for model in config.models:
         base = config.base(model)
         own = f", pictures of its own at {config.data_for(model).path}" if config.has_own_data(model) else ""

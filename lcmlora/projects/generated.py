@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ def generated_files(config: Config, options: Options) -> dict[str, str]:
         "dvc.yaml": dvc_yaml.whole(config, pretrain=options.from_source),
         "prefect.yaml": rendered("prefect.yaml", options=options),
         RESOLVED: resolved.text(config),
-        SCHEMA: json.dumps(json_schema(Config), indent=2) + "\n",
+        SCHEMA: _schema(),
     }
     if config.study is not None:  # a dependency of `package`, which is there before the first study is
         found["study/.gitignore"] = "/*\n!/.gitignore\n"
@@ -54,6 +55,11 @@ def generated_files(config: Config, options: Options) -> dict[str, str]:
     if not options.from_source:
         found |= _of_an_installed_package(config, options)
     return found
+
+
+@functools.cache
+def _schema() -> str:
+    return json.dumps(json_schema(Config), indent=2) + "\n"
 
 
 def _as_they_are(*names: str) -> dict[str, str]:

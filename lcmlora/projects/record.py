@@ -70,6 +70,18 @@ def read(root: Path) -> Record:
         ) from None
 
 
+def former_version(root: Path) -> str | None:
+    """Returns the version that wrote the generated files of a project, if it is not this one and is known.
+
+    Raises:
+        UserError: the record cannot be read.
+    """
+    if not (root / PLACE).is_file():
+        return None
+    found = read(root).lcmlora
+    return found if found != own_version() else None
+
+
 def own_version() -> str:
     """Returns the version of this package."""
     return __version__

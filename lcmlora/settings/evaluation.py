@@ -130,7 +130,7 @@ class Evaluation(Strict):
         if isinstance(raw, dict) and "solver_steps" in raw:
             raise ValueError(
                 "solver_steps was replaced by solver_evaluations, which counts network evaluations: a guided step "
-                "costs two of them, an unguided one costs one"
+                "costs two of them, an unguided one costs one; `lcmlora upgrade` converts it"
             )
         return raw
 

@@ -18,6 +18,7 @@ from lcmlora.errors import UserError
 from lcmlora.io.parsing import read_yaml
 from lcmlora.project import Project
 from lcmlora.projects import durations, generated, record
+from lcmlora.projects.upgrade.history import since
 from lcmlora.projects.upgrade.plan import apply, plan_upgrade
 from tests.projects.upgrade import former
 from tests.projects.upgrade.former import ROOT, commit, git
@@ -62,8 +63,8 @@ def current(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def new(current: Path, tmp_path: Path) -> Path:
     """The project after its upgrade, all of whose files are committed."""
-    shutil.copytree(current, tmp_path / "owls")
-    return tmp_path / "owls"
+    shutil.copytree(current, tmp_path / "new" / "owls")
+    return tmp_path / "new" / "owls"
 
 
 def test_a_project_of_0_1_0_becomes_one_that_dvc_and_check_take(old: Path, monkeypatch: pytest.MonkeyPatch):
@@ -273,11 +274,19 @@ def test_a_version_and_a_default_that_changed_are_named_with_both_values_and_all
         "    evaluate@emoji: 2 min (its last run)",
         "      reads what distill@emoji will make",
         "    package@emoji: unknown time (this machine has not measured it)",
-        "      package version 2 (0.2.0): card and report show second features, costs and worst captions; one file "
-        "spelling for all programs; the instructions for each program; ComfyUI's workflow",
+        *(f"      package version {each.version} ({each.release}): {each.change}" for each in since("package", 1)),
         "      reads what distill@emoji, evaluate@emoji will make",
         "in all about 6 min, and 1 of unknown time",
     ]
+
+
+def test_check_says_that_a_project_is_of_another_version_and_what_converts_its_settings(old: Path, new: Path):
+    checked = CliRunner().invoke(app, ["--project", str(old), "check"])
+    assert "pretrain: there is no such key; `lcmlora upgrade` converts files of lcmlora 0.1.0" in str(checked.exception)
+    assert CliRunner().invoke(app, ["--project", str(new), "check"]).stderr == ""
+    outdate(new)
+    told = f"the project is of lcmlora 0.0.1; `lcmlora upgrade` brings it to {record.own_version()}\n"
+    assert CliRunner().invoke(app, ["--project", str(new), "check"]).stderr == told
 
 
 def test_where_nothing_that_decides_has_changed_no_stage_is_stale(new: Path):
