@@ -26,6 +26,9 @@ FILES = {
     ".dvcignore": "05cc6ae53cfd6129f1d7010aa874c6cf0a6019b1adfeff3f4fab27f2d04f43ca",
 }
 
+# Folders of a project of 0.1.0, a clone of lcmlora's repository, that the installed package replaces.
+CODE = ("lcmlora", "flows", "tasks", "tests", "benchmarks")
+
 _SECTIONS = ("data", "encode", "distill", "evaluation", "gate", "study")
 _OF_BASE = ("encode", "distill", "evaluation")  # whose settings a base could change
 

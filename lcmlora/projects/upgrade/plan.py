@@ -62,6 +62,7 @@ class Upgrade:
     params: str  # the text of params.yaml, as it will be
     converted: list[Converted]  # settings that change their names or meanings
     files: list[FileChange]
+    unused: list[str]  # files and folders that nothing needs any more, and that stay
     record: Record
     outlook: Outlook
 
@@ -109,6 +110,7 @@ def plan_upgrade(project: Project) -> Upgrade:
         params.text,
         converted,
         files,
+        _unused(project, kept, set(texts)),
         generated.recorded({path: text for path, text in texts.items() if path not in theirs}, options),
         staleness.outlook(stages, lock, settings),
     )
@@ -132,6 +134,13 @@ def apply(upgrade: Upgrade) -> None:
             _write(root / (change.path + (BESIDE if change.action == "beside" else "")), change.text)
     resolved.refresh(upgrade.settings, upgrade.project.resolved)
     upgrade.record.write(root)  # last, so that an upgrade that was killed is not taken for a whole one
+
+
+def _unused(project: Project, kept: Record | None, generated_now: set[str]) -> list[str]:
+    """Returns the files that were generated and are no more, or the folders of the code of 0.1.0."""
+    if kept is None:
+        return [f"{name}/" for name in former.CODE if (project.root / name).is_dir()]
+    return [path for path in sorted(kept.files.keys() - generated_now) if (project.root / path).is_file()]
 
 
 def _file_change(project: Project, path: str, text: str, kept: Record | None) -> FileChange:

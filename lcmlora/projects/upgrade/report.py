@@ -19,15 +19,17 @@ _DIFF_LINES = 60  # of a file; the whole difference is between the file and the 
 
 def lines(upgrade: Upgrade, costs: Mapping[str, Cost]) -> Iterator[str]:
     """Yields the lines of the report. Nothing is said of what stays as it is, but for files that were edited."""
-    yield f"{upgrade.project.params_file}: of lcmlora {upgrade.made_by}; this is {own_version()}"
+    yield f"the project is of lcmlora {upgrade.made_by}, and this is {own_version()}"
     if upgrade.converted:
         yield "settings"
-        for each in upgrade.converted:
+        for each in sorted(upgrade.converted, key=lambda converted: converted.line):
             yield f"  line {each.line}: {each.key} {each.told}"
     told = [line for change in upgrade.files for line in _file(change)]
     if told:
         yield "files"
         yield from told
+    if upgrade.unused:
+        yield f"no longer needed, yours to delete: {', '.join(map(shown, upgrade.unused))}"
     yield from _stale(upgrade.outlook, costs)
 
 

@@ -216,6 +216,20 @@ def test_a_project_of_a_later_version_and_a_folder_that_is_none_are_refused(new:
     assert "is no project" in refused(tmp_path / "empty")
 
 
+def test_what_nothing_needs_any_more_is_named_and_stays(old: Path, new: Path):
+    for name in ("lcmlora", "flows"):
+        (old / name).mkdir()
+        (old / name / "code.py").touch()
+    commit(old)
+    assert "no longer needed, yours to delete: lcmlora/, flows/\n" in upgrade(old, "--yes").stdout
+    assert (old / "lcmlora" / "code.py").exists()
+    kept = record.read(new)
+    kept.model_copy(update={"files": kept.files | {"prefect.toml": "0" * 64}}).write(new)
+    (new / "prefect.toml").touch()
+    commit(new)
+    assert "yours to delete: prefect.toml\n" in upgrade(new, "--yes").stdout and (new / "prefect.toml").exists()
+
+
 def test_a_base_of_large_pictures_gets_the_features_of_its_family_where_0_1_0_took_those_of_small_ones(old: Path):
     path = old / "params.yaml"
     path.write_text(path.read_text().replace("  - emoji\n", "  - emoji\n  - sdxl\n", 1))
