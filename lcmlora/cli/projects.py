@@ -272,12 +272,13 @@ def _estimated(project: Project, config: Config, model: str) -> Cost | None:
     if not project.latents(model).is_dir():
         return None
     note(f"{model}: trying some steps of the distillation (--no-estimate leaves this out)")
-    from lcmlora.cli.stages import base_and_cache
-    from lcmlora.distillation.doctor import estimate_run
-
     settings, scratch = config.distill_for(model), project.scratch("distill")
     scratch.mkdir(parents=True, exist_ok=True)
     try:
+        extras.require(extra="train", needed_by="the estimate")
+        from lcmlora.cli.stages import base_and_cache
+        from lcmlora.distillation.doctor import estimate_run
+
         base, cache = base_and_cache(project, config, model, settings, pictures=True)
         seconds = estimate_run(base, cache, settings, config.launch_for(model), scratch).total
     except UserError as error:  # such as a cache of the former version, which `encode` is to make anew
