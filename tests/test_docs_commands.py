@@ -89,6 +89,10 @@ def test_the_pages_have_blocks_of_commands() -> None:
     assert len(SHELL) > 25 and {block.page.name for block in SHELL} >= {"README.md", "CONTRIBUTING.md"}
 
 
+def test_the_page_of_the_command_line_is_up_to_date() -> None:
+    assert WRITTEN.read_text() == command_line.page(), "run python -m docs.command_line"
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=_ids)
 def test_a_block_names_its_language(block: Block) -> None:
     assert block.language in LANGUAGES, f"{block}: a language is one of {sorted(LANGUAGES)}"
