@@ -44,7 +44,7 @@ from benchmarks import published, tables
 from benchmarks.reference import Reference
 from lcmlora import bases, config
 from lcmlora.bases import fetching
-from lcmlora.cli.reporting import reporting_errors
+from lcmlora.cli.shell.reporting import reporting_errors
 from lcmlora.config import Base, Data, Distill
 from lcmlora.data.latents import cache
 from lcmlora.data.latents.encode import encode_latents

@@ -28,7 +28,7 @@ from benchmarks.compare import Case, make_case
 from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.bases.families import Conditioning
-from lcmlora.cli.reporting import reporting_errors
+from lcmlora.cli.shell.reporting import reporting_errors
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion.teacher import Teacher
 from lcmlora.diffusion.teacher_cache import TeacherCache

@@ -13,7 +13,7 @@ import typer
 
 from lcmlora import extras
 from lcmlora.cli.context import context_of
-from lcmlora.cli.reporting import reporting_errors
+from lcmlora.cli.shell.reporting import reporting_errors
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import note, say
 from lcmlora.project import Project

@@ -1,7 +1,7 @@
 import pytest
 
 from lcmlora import masking
-from lcmlora.cli.reporting import reporting_errors
+from lcmlora.cli.shell.reporting import reporting_errors
 from lcmlora.config import Registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.registry.tracking import reaching

@@ -17,7 +17,7 @@ from lcmlora import __version__, extras
 from lcmlora.cli import data, projects, registry, releases, settings, stages
 from lcmlora.cli.adapters import presenting, verbs
 from lcmlora.cli.context import Context, context_of
-from lcmlora.cli.reporting import reporting_errors
+from lcmlora.cli.shell.reporting import reporting_errors
 from lcmlora.cli.shell.verbs import Verbs
 from lcmlora.cli.stages import Model, StageCommand, base_and_cache
 from lcmlora.io import faults

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lcmlora.cli.reporting import reporting_errors
+from lcmlora.cli.shell.reporting import reporting_errors
 from lcmlora.errors import UserError
 from lcmlora.io import faults, files
 from lcmlora.tasks.processes import reason
@@ -150,7 +150,7 @@ _OTHER = """
 import sys
 from pathlib import Path
 from lcmlora.io import files
-from lcmlora.cli.reporting import reporting_errors
+from lcmlora.cli.shell.reporting import reporting_errors
 with reporting_errors():
     if sys.argv[1] == "folder":
         with files.atomic_folder(Path(sys.argv[2])) as folder:

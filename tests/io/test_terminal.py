@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lcmlora import progress
 from lcmlora.cli.registry import print_table
-from lcmlora.cli.reporting import reporting_errors
+from lcmlora.cli.shell.reporting import reporting_errors
 from lcmlora.errors import UserError
 from lcmlora.flows import outcomes
 from lcmlora.io import terminal

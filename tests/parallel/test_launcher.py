@@ -21,10 +21,9 @@ RUN = "0123456789abcdef"
 
 def _start(folder: Path, *acts: str, machines: int = 1, place: str = "", **environment: str) -> subprocess.Popen[str]:
     settings = f"processes={len(acts) // machines}, machines={machines}, rendezvous={place or None!r}"
-    script = (
-        "import sys; from lcmlora.cli.reporting import reporting_errors; from lcmlora.parallel.launcher import launch; "
-    )
-    script += "from lcmlora.config import Launch\nwith reporting_errors():\n"
+    script = "import sys; from lcmlora.cli.shell.reporting import reporting_errors\n"
+    script += "from lcmlora.config import Launch; from lcmlora.parallel.launcher import launch\n"
+    script += "with reporting_errors():\n"
     script += f"  sys.exit(launch(Launch({settings}), 'tests.support.rank', sys.argv[1:]))"
     return subprocess.Popen(
         [sys.executable, "-c", script, str(folder), *acts],

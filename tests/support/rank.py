@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from lcmlora.cli.reporting import reporting_errors
+from lcmlora.cli.shell.reporting import reporting_errors
 from lcmlora.errors import UserError
 
 rank = int(os.environ["RANK"])
