@@ -17,6 +17,7 @@ import mlflow
 import prefect
 import pytest
 import torch
+import torch.utils.checkpoint
 from prefect.states import Failed
 from torch import nn
 
@@ -114,6 +115,49 @@ def test_torch_amp_update_scale_():
     assert scale.item() == 4.0
     torch_internals.amp_update_scale_(scale, growth, torch.tensor(0.0), 2.0, 0.5, 1)
     assert scale.item() == 8.0
+
+
+def test_torch_flash_attention_and_its_gradient_on_the_meta_device():
+    query, key, value = (torch.empty(2, 3, 50, 8, device="meta", requires_grad=True) for _ in range(3))
+    seen: list[str] = []
+
+    class Names(torch_internals.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, arguments=(), options=None):
+            result = op(*arguments, **options or {})
+            seen.append(op.overloadpacket.__name__)
+            assert not [each.shape for each in torch_internals.tensors_of(result) if each.shape[-2:] == (50, 50)]
+            return result
+
+    with Names():
+        torch_internals.run_backward(torch_internals.flash_attention(query, key, value).sum())
+    assert query.grad is not None and query.grad.shape == query.shape
+    assert {"_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"} <= set(seen)
+
+
+def test_torch_run_backward_keeps_the_mode_of_functions_on():
+    called = []
+
+    class Noting(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            called.append(function)
+            return function(*arguments, **options or {})
+
+    weight = torch.ones(2, requires_grad=True)
+    with Noting():
+        loss = torch.utils.checkpoint.checkpoint(lambda: (weight.exp() * weight).sum(), use_reentrant=False)
+        before = len(called)
+        torch_internals.run_backward(loss)
+    assert torch.Tensor.exp in called[before:]
+    assert weight.grad is not None and weight.grad.tolist() == pytest.approx([2 * torch.e] * 2)
+
+
+def test_torch_storages_are_told_apart_where_tensors_have_no_memory():
+    one, other = torch.empty(4, device="meta"), torch.empty(4, device="meta")
+    assert torch_internals.storage_key(one) != torch_internals.storage_key(other)
+    assert torch_internals.address(one) == torch_internals.address(one.view(2, 2))
+    assert torch_internals.address(one) != torch_internals.address(one[1:])
+    real = torch.zeros(4)
+    assert torch_internals.address(real) == torch_internals.address(real.view(2, 2)) == (real.data_ptr(), 0)
 
 
 def test_torch_tensor_version():

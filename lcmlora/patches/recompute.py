@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lcmlora.patches.patch import Patch, Swap, swap
+from lcmlora.patches.torch_internals import address
 
 _CHEAP = (nn.GroupNorm, nn.LayerNorm, nn.SiLU)
 
@@ -102,7 +103,8 @@ class _Outputs:
         """Args:
         forward: the network's own.
         """
-        self._noted: dict[int, tuple[weakref.ref[Tensor], _Recomputed]] = {}  # by address, while the tensor lives
+        # By address, while the tensor lives.
+        self._noted: dict[tuple[int, int], tuple[weakref.ref[Tensor], _Recomputed]] = {}
         self._forward = forward
 
     def run(self, *arguments: Any, **options: Any) -> Any:
@@ -130,14 +132,14 @@ class _Outputs:
     def _run_and_note(self, run: Callable[..., Tensor], *sources: Tensor) -> Tensor:
         kept = tuple(self._recomputation_of(source) or source.detach() for source in sources)
         result = run(*sources)
-        address = result.data_ptr()
-        alive = weakref.ref(result, lambda _: self._noted.pop(address, None))
-        self._noted[address] = alive, _Recomputed(run, kept)
+        where = address(result)
+        alive = weakref.ref(result, lambda _: self._noted.pop(where, None))
+        self._noted[where] = alive, _Recomputed(run, kept)
         return result
 
     def _recomputation_of(self, tensor: Tensor) -> _Recomputed | None:
         """Returns how to compute this tensor again if it is a noted result, perhaps reshaped; None if it is not."""
-        if (noted := self._noted.get(tensor.data_ptr())) is None:
+        if (noted := self._noted.get(address(tensor))) is None:
             return None
         alive, recomputed = noted
         if (result := alive()) is None or result.numel() != tensor.numel():
