@@ -36,21 +36,35 @@ def cache_folder(name: str) -> Path:
     Raises:
         UserError: there is none that this user alone can write to.
     """
-    place = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        home = Path(place) if Path(place).is_absolute() else Path("~/.cache").expanduser()
-        return _made(home / "lcmlora" / name)
+        return _made(_caches() / "lcmlora" / name)
     except (OSError, RuntimeError):  # RuntimeError: the user has no home
         own = _made(Path(tempfile.gettempdir(), f"lcmlora-{os.getuid()}"))
         return _made(own / name)
 
 
-def downloads(name: str) -> Path:
-    """Returns the folder of this name for downloads outside a project, such as bases and adapters.
+def _caches() -> Path:
+    """Returns the folder of this user's caches, by the XDG base directory specification."""
+    place = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(place) if Path(place).is_absolute() else Path("~/.cache").expanduser()
 
-    It is below $LCMLORA_CACHE, by default ~/.cache/lcmlora. The folder need not exist.
+
+def downloads(name: str) -> Path:
+    """Returns the folder of this name for downloads, such as bases and adapters: the user's, never the current folder.
+
+    It is below $LCMLORA_CACHE, by default below lcmlora in $XDG_CACHE_HOME or ~/.cache. The folder need not exist.
+
+    Raises:
+        UserError: none of the variables is set, and the user has no home.
     """
-    return Path(os.environ.get(DOWNLOADS) or Path("~/.cache/lcmlora").expanduser()) / name
+    if place := os.environ.get(DOWNLOADS):
+        return Path(place).absolute() / name
+    try:
+        return _caches() / "lcmlora" / name
+    except RuntimeError:
+        raise UserError(
+            f"{DOWNLOADS}: is not set, and this user has no home; set it to a folder for downloads"
+        ) from None
 
 
 def _made(folder: Path) -> Path:
