@@ -149,7 +149,7 @@ class _Side(ABC):
             torch.cuda.reset_peak_memory_stats()
             self.steps(mode, 1)
             return torch.cuda.max_memory_allocated()
-        return _most_allocated(lambda: self.steps(mode, 1))
+        return most_allocated(lambda: self.steps(mode, 1))
 
     def checkpoint(self) -> int:
         with tempfile.TemporaryDirectory() as folder:
@@ -221,7 +221,7 @@ class _Recipe(_Side):
         torch.save({"adapter": trained, "optimizer": self._reference.optimizer.state_dict()}, path / "state.pt")
 
 
-def _most_allocated(run: Callable[[], object]) -> int:
+def most_allocated(run: Callable[[], object]) -> int:
     """Returns the most bytes that tensors on the CPU have while `run` runs.
 
     They are the bytes of the tensors before, and those that torch's allocator gives out and takes back meanwhile. The

@@ -32,6 +32,7 @@ WINGS = (
     ("data",),
     ("training",),
     ("distillation", "evaluation"),
+    ("doctor",),
     ("releases",),
     ("inference",),
     ("registry",),

@@ -13,13 +13,13 @@ from typing import Annotated
 
 import typer
 
-from lcmlora import __version__, extras
-from lcmlora.cli import data, projects, registry, releases, settings, stages
+from lcmlora import __version__
+from lcmlora.cli import data, doctor, projects, registry, releases, settings, stages
 from lcmlora.cli.adapters import presenting, verbs
 from lcmlora.cli.context import Context, context_of
 from lcmlora.cli.shell.reporting import reporting_errors
 from lcmlora.cli.shell.verbs import Verbs
-from lcmlora.cli.stages import Model, StageCommand, base_and_cache
+from lcmlora.cli.stages import Model, StageCommand
 from lcmlora.io import faults
 from lcmlora.io.terminal import note, say
 
@@ -168,34 +168,7 @@ for _name, _stage in stages.VERBS.items():
     app.command(_name, cls=StageCommand)(_stage)
 
 
-@app.command()
-def doctor(
-    call: typer.Context,
-    model: Model,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-) -> None:
-    """Estimate what a distillation takes: memory, hours, disk. It runs some real steps and one validation.
-
-    Run it before a long training: it takes a few minutes, and finds most mistakes in settings and data.
-
-    Example: lcmlora doctor sdxl
-    """
-    extras.require(extra="train", needed_by="lcmlora doctor")
-    context = context_of(call)
-    config, project = context.settings(), context.project
-    from lcmlora.distillation.doctor import estimate_run, print_estimate
-
-    settings, launch = config.distill_for(model), config.launch_for(model)
-    base, cache = base_and_cache(project, config, model, settings, pictures=True)
-    scratch = project.scratch("distill")
-    scratch.mkdir(parents=True, exist_ok=True)
-    estimate = estimate_run(base, cache, settings, launch, scratch)
-    if as_json:
-        print(estimate.to_json())
-    else:
-        print_estimate(estimate, settings, model)
-
-
+app.command()(doctor.doctor)
 for _verb in (
     *(verbs.convert, verbs.combine, verbs.generate, verbs.comfyui, verbs.remeasure),
     *(presenting.report, presenting.serve),

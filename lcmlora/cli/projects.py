@@ -277,7 +277,7 @@ def _estimated(project: Project, config: Config, model: str) -> Cost | None:
     try:
         extras.require(extra="train", needed_by="the estimate")
         from lcmlora.cli.stages import base_and_cache
-        from lcmlora.distillation.doctor import estimate_run
+        from lcmlora.doctor.measuring import estimate_run
 
         base, cache = base_and_cache(project, config, model, settings, pictures=True)
         seconds = estimate_run(base, cache, settings, config.launch_for(model), scratch).total

@@ -21,6 +21,7 @@ from lcmlora.bases.examination.library_config import DigestInput, LibraryConfig
 from lcmlora.bases.examination.structure import Shapes
 from lcmlora.bases.examination.weightfiles import DIFFUSERS
 from lcmlora.bases.schedule import Schedule
+from lcmlora.errors import UserError
 from lcmlora.patches.lora_forwards import refresh
 from lcmlora.plugins import FAMILIES
 
@@ -130,6 +131,25 @@ class Family(ABC):
 
         network: nn.Module = getattr(diffusers, self.network.classes[0]).from_config(config)
         return network
+
+    def input_shapes(self, config: LibraryConfig, tokens: int | None = None) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each of the network's inputs besides latents and time, for one latent.
+
+        Args:
+            tokens: that the text encoders read of a caption; as many as those of published bases by default.
+
+        Raises:
+            UserError: the family has not said so, and what its bases take cannot be counted.
+        """
+        raise UserError(f"{config.place}: the inputs of {self.title}'s networks are not known, so nothing is counted")
+
+    def usual_vae(self) -> LibraryConfig:
+        """Returns the configuration of the VAE that bases of this family have, for one that is not here."""
+        raise UserError(f"the VAE of {self.title} is not known, so nothing is counted")
+
+    def usual_text_parameters(self, config: LibraryConfig) -> int:
+        """Returns the number of the text encoders' parameters of a base that is not here, by its network's inputs."""
+        raise UserError(f"{config.place}: the text encoders of {self.title} are not known, so nothing is counted")
 
     def load(self, part: Part, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
         """Returns a part with weights, loaded from the base's folder. Raises whatever the libraries raise."""

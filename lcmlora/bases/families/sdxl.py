@@ -14,8 +14,10 @@ from lcmlora.bases.examination.library_config import DigestInput, LibraryConfig
 from lcmlora.bases.examination.structure import TextConfig
 from lcmlora.bases.examination.weightfiles import TRANSFORMERS
 from lcmlora.bases.families.family import Conditioning, Part, SingleFile
-from lcmlora.bases.families.stable_diffusion import StableDiffusion
+from lcmlora.bases.families.stable_diffusion import TEXT_PARAMETERS, StableDiffusion
 from lcmlora.errors import UserError
+
+SECOND_TEXT_PARAMETERS = 694_659_840  # of OpenCLIP ViT-bigG/14 with its projection (arXiv 2307.01952)
 
 
 class SDXL(StableDiffusion):
@@ -55,6 +57,16 @@ class SDXL(StableDiffusion):
                 f"{pooled} and 6 times addition_time_embed_dim ({time}): six numbers of size and crop. SDXL's refiner "
                 "has five"
             )
+
+    def input_shapes(self, config: LibraryConfig, tokens: int | None = None) -> dict[str, tuple[int, ...]]:
+        sizes = 6
+        pooled = config.integer("projection_class_embeddings_input_dim", 2816) - sizes * config.integer(
+            "addition_time_embed_dim", 256
+        )
+        return super().input_shapes(config, tokens) | {"text_embeds": (pooled,), "time_ids": (sizes,)}
+
+    def usual_text_parameters(self, config: LibraryConfig) -> int:
+        return TEXT_PARAMETERS[768] + SECOND_TEXT_PARAMETERS
 
     def micro_conditioning(self, sizes: Tensor, crops: Tensor, targets: Tensor) -> Conditioning:
         """`time_ids` (B, 6): original (height, width), crop (top, left), target (height, width)."""

@@ -20,6 +20,11 @@ from lcmlora.bases.schedule import Schedule
 from lcmlora.errors import UserError
 from lcmlora.patches.attention import DirectAttention, WideAttention
 
+# Parameters of the text encoders of published bases, by the width of their output: CLIP ViT-L/14 (arXiv 2103.00020),
+# and OpenCLIP ViT-H/14 up to its penultimate layer (arXiv 2212.07143). tests/doctor builds them and counts.
+TEXT_PARAMETERS = {768: 123_060_480, 1024: 340_387_840}
+TOKENS = 77  # that they read of a caption
+
 _CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 
@@ -95,6 +100,21 @@ class StableDiffusion(Family):
         unet, vae = (LibraryConfig.read(folder / part / "config.json") for part in ("unet", "vae"))
         # Each of the UNet's blocks but the last halves the latent's sides.
         return int(self.latent_factor(vae) * 2 ** (unet.length("block_out_channels", 4) - 1))
+
+    def input_shapes(self, config: LibraryConfig, tokens: int | None = None) -> dict[str, tuple[int, ...]]:
+        return {"encoder_hidden_states": (tokens or TOKENS, config.integer("cross_attention_dim", 1280))}
+
+    def usual_vae(self) -> LibraryConfig:
+        # AutoencoderKL of arXiv 2112.10752, f = 8, with 4 channels, as all published bases have it.
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+        sizes = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
+        return LibraryConfig(blocks | sizes, f"the VAE of {self.title}")
+
+    def usual_text_parameters(self, config: LibraryConfig) -> int:
+        width = config.integer("cross_attention_dim", 1280)
+        if width not in TEXT_PARAMETERS:
+            raise UserError(f"{config.place}: cross_attention_dim: {width} is none of {self.title}'s text encoders")
+        return TEXT_PARAMETERS[width]
 
     def load(self, part: Part, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
         if part == self.vae and dtype == torch.float16:

@@ -74,7 +74,7 @@ def choose_baselines(
 
     trials: dict[Key, list[Trial]] = {}
     search = (trial for solver in searched for trial in search_settings(solver, settings, measure))
-    for trial in track(search, "solver settings (at most)", total=_most_trials(settings)):
+    for trial in track(search, "solver settings (at most)", total=most_trials(settings)):
         trials.setdefault(Key.of_solver(trial.settings), []).append(trial)
     baselines |= {key: best_trial(tried).settings for key, tried in trials.items()}
     evaluations = teacher_settings.evaluations + sum(t.settings.evaluations for each in trials.values() for t in each)
@@ -109,6 +109,14 @@ def most_evaluations(settings: Evaluation) -> int:
     trials = sum(n * _most(s, n, settings) for s in searched for n in settings.solver_evaluations)
     teacher = SolverSettings.of("ddim", settings.teacher_steps, settings.guidance_scale).evaluations
     return settings.choosing_pictures * (trials + teacher) if searched else 0
+
+
+def most_trials(settings: Evaluation) -> int:
+    """Returns how many settings the search tries at most."""
+    searched = [entry for entry in settings.solvers if not isinstance(entry, FixedSolver)]
+    return sum(
+        _most(solver, evaluations, settings) for solver in searched for evaluations in settings.solver_evaluations
+    )
 
 
 class _Search:
@@ -227,13 +235,6 @@ def _fixed(settings: Evaluation) -> dict[Key, SolverSettings]:
                 )
                 found[Key.of_solver(fixed)] = fixed
     return found
-
-
-def _most_trials(settings: Evaluation) -> int:
-    searched = [entry for entry in settings.solvers if not isinstance(entry, FixedSolver)]
-    return sum(
-        _most(solver, evaluations, settings) for solver in searched for evaluations in settings.solver_evaluations
-    )
 
 
 def _most(solver: str, evaluations: int, settings: Evaluation) -> int:

@@ -8,17 +8,19 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lcmlora import bases
 from lcmlora.bases.base import LoadedBase
-from lcmlora.config import Distill, Launch
+from lcmlora.config import Base, Distill, Launch
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
 from lcmlora.distillation.validation import Validation
+from lcmlora.doctor.random_latents import random_cache
 from lcmlora.errors import UserError
 from lcmlora.patches import installed
 from lcmlora.training.batches import split_rows
@@ -63,6 +65,7 @@ class Estimate:
     total: float
     checkpoint_bytes: int
     free_bytes: int  # on the disk of the scratch folder
+    random_latents: bool = False  # there was no latent cache: pictures and captions are not those of the run
 
     def to_json(self) -> str:
         """Returns the estimate as JSON; the keys are those of `lcmlora doctor --json`."""
@@ -124,6 +127,33 @@ def estimate_run(base: LoadedBase, cache: LatentCache, settings: Distill, launch
         checkpoint_bytes=_checkpoint_bytes(base, scratch),
         free_bytes=shutil.disk_usage(scratch).free,
     )
+
+
+def estimate_without_cache(
+    name: str, base: Base, folder: Path, settings: Distill, launch: Launch, scratch: Path, work: Path
+) -> Estimate:
+    """Returns what a distillation will take, measured on random latents. Steps cost the same as on those of pictures.
+
+    Args:
+        folder: of the base.
+        scratch: as of `estimate_run`.
+        work: an empty folder.
+
+    Raises:
+        UserError: as of `estimate_run`, or the base cannot be loaded.
+    """
+    device = bases.pick_device(settings.device)
+    dtype = bases.pick_dtype(settings.precision, device)
+    loaded = bases.load(name, base, folder, device=device, dtype=dtype)
+    # At most a tenth of a cache is kept from training; so many leave a batch, too.
+    pictures = max(10 * settings.validation_pictures, 2 * settings.batch)
+    cache = random_cache(loaded, pictures, work)
+    if not cache.tokenized:
+        loaded.text_encoders = []
+    cache.embed = loaded.encode_tokens
+    # A random cache has no states of teacher rollouts; steps that begin at these take less.
+    plain = settings.model_copy(update={"trajectory": 0.0})
+    return replace(estimate_run(loaded, cache, plain, launch, scratch), random_latents=True)
 
 
 def _time_validation(
@@ -245,11 +275,11 @@ def print_estimate(estimate: Estimate, settings: Distill, name: str) -> None:
     table = Table(show_header=False, title=f"distill {name}")
     memory = f", {e.memory / 1e9:.0f} GB" if e.memory else ""
     table.add_row("device", f"{e.device}{memory}, {e.precision}")
-    table.add_row(
-        "data",
+    data = (
         f"{e.pictures} pictures to train on, {e.epochs:.1f} epochs; {e.validation_pictures} to validate with; "
-        f"{e.captions} captions in all",
+        f"{e.captions} captions in all"
     )
+    table.add_row("data", "random latents, since there is no cache yet" if e.random_latents else data)
     for number, patch in enumerate(e.patches):
         table.add_row("" if number else "patches", patch)
     for trial in e.trials:

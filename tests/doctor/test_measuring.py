@@ -5,21 +5,22 @@ import pytest
 import torch
 
 from lcmlora import patches
-from lcmlora.config import Launch
+from lcmlora.config import Base, Launch
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.distillation import doctor
 from lcmlora.distillation.distill import distill_adapter
-from lcmlora.distillation.doctor import Trial
 from lcmlora.distillation.loss import Distillation
+from lcmlora.doctor import measuring
+from lcmlora.doctor.measuring import Trial
 from lcmlora.errors import UserError
 from lcmlora.training.loop import NullLogger
 from tests.support.distillation import SETTINGS, load_parts
+from tests.support.miniature import RESOLUTION
 
 
 def _estimate(base_folder: Path, cache: LatentCache, scratch: Path, processes: int = 1, **changes: object):
     base = load_parts(base_folder, "network", "vae")
     settings = SETTINGS.model_copy(update=changes)
-    return base, doctor.estimate_run(base, cache, settings, Launch(processes=processes), scratch)
+    return base, measuring.estimate_run(base, cache, settings, Launch(processes=processes), scratch)
 
 
 def test_the_figures_are_those_of_the_run_that_follows(base_folder: Path, cache: LatentCache, tmp_path: Path):
@@ -57,8 +58,8 @@ def test_too_few_pictures_and_too_small_a_disk_are_errors(
 ):
     with pytest.raises(UserError, match=r"distill\.batch: 12 is more than the 8 pictures"):
         _estimate(base_folder, cache, tmp_path, batch=12)
-    usage = doctor.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = measuring.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(measuring.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"a checkpoint takes \d+ MB, and the next one is written beside it"):
         _estimate(base_folder, cache, tmp_path)
 
@@ -91,5 +92,18 @@ def test_settings_that_fit_are_named_if_the_chosen_ones_do_not(
 )  # fmt: skip
 def test_other_settings_are_tried_from_the_fastest_on(accumulate: int, checkpointing: str, fits: bool, expected: list):
     settings = SETTINGS.model_copy(update={"accumulate": accumulate, "checkpointing": checkpointing})
-    others = list(doctor._others(settings, fits=fits))
+    others = list(measuring._others(settings, fits=fits))
     assert others == [Trial(*pair) for pair in expected]
+
+
+def test_without_a_cache_the_steps_are_measured_on_random_latents(base_folder: Path, tmp_path: Path):
+    settings = SETTINGS.model_copy(update={"device": "cpu"})
+    entry = Base(source=str(base_folder), resolution=RESOLUTION, license="apache-2.0")
+    for name in ("scratch", "work"):
+        (tmp_path / name).mkdir()
+    found = measuring.estimate_without_cache(
+        "mini", entry, base_folder, settings, Launch(), tmp_path / "scratch", tmp_path / "work"
+    )
+    assert found.random_latents and json.loads(found.to_json())["random_latents"]
+    assert (found.pictures, found.validation_pictures) == (9, 1)  # of 10: a tenth is kept from training
+    assert found.trials[0].seconds and found.images_per_second > 0 and found.total > 0

@@ -1,0 +1,106 @@
+"""What `lcmlora doctor` says of a base before anything is fetched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lcmlora import config
+from lcmlora.cli.main import app
+from lcmlora.config import Config
+from lcmlora.doctor import gpus, tables
+from lcmlora.doctor.forecast import FITS, MAY_FIT, TOO_LARGE, Forecast, forecast, needed, outside_projects
+from lcmlora.doctor.gpus import Gpu
+from lcmlora.doctor.workload import MetaBase
+from lcmlora.errors import UserError
+from lcmlora.project import Project
+
+
+@pytest.fixture
+def settings(base_folder: Path) -> Config:
+    own = {"encode": {"batch": 2}, "distill": {"batch": 8, "rank": 4}, "evaluation": {"batch": 2, "pictures": 64}}
+    base = {"source": str(base_folder), "resolution": 16, "license": "apache-2.0"} | own
+    values = {"models": ["mini"], "bases": {"mini": base}, "data": {"source": "folder", "path": "pictures"}}
+    return config.parse(values, Path("params.yaml"))
+
+
+def test_the_persons_own_settings_stay_where_they_fit(settings: Config, tmp_path: Path):
+    found = forecast(settings, "mini", Project(tmp_path), memory=24)
+    assert {stage.stage: stage.verdict for stage in found.stages} == dict.fromkeys(
+        ("encode", "distill", "reference", "evaluate"), FITS
+    )
+    assert found.changes() == {} and list(tables.advice(found)) == []
+    assert found.stage("distill").settings == {"distill.accumulate": 1, "distill.checkpointing": "selective"}
+    assert (found.pictures, found.pictures_assumed) == (10_000, True)
+    assert found.disk["latent cache"] == found.disk["DVC's copy of it, unless its cache links files"]
+
+
+def test_a_batch_is_divided_before_activations_are_recomputed_and_what_cannot_fit_is_said(
+    settings: Config, tmp_path: Path
+):
+    counted = MetaBase("mini", settings.base("mini"), Path(settings.base("mini").source))
+
+    def within(gigabytes: float | None) -> Forecast:
+        return forecast(settings, "mini", Project(tmp_path), memory=gigabytes, counted=counted)
+
+    plain = within(None)
+    assert plain.stage("distill").verdict is None
+    whole = plain.stage("distill").tensors
+    short = within((needed(whole)[1] - 1e5) / 1e9)
+    distill = short.stage("distill")
+    assert distill.verdict == FITS and distill.tensors < whole
+    assert distill.changed == {"distill.accumulate": distill.settings["distill.accumulate"]}
+    assert short.changes()["distill"]["accumulate"] in (2, 4)
+    assert f"    distill: {{accumulate: {distill.changed['distill.accumulate']}}}" in list(tables.advice(short))
+    assert distill.operations == pytest.approx(plain.stage("distill").operations, rel=1e-2)
+    assert {stage.verdict for stage in within(0.8).stages} == {MAY_FIT}
+    none = within(0.4)
+    assert {stage.verdict for stage in none.stages} == {TOO_LARGE} and none.changes() == {}
+    assert any("a smaller distill.rank" in line for line in tables.advice(none))
+
+
+def test_what_the_project_has_already_is_taken_from_it(settings: Config, base_folder: Path, tmp_path: Path):
+    project = Project(tmp_path)
+    shutil.copytree(base_folder, project.base("mini"))
+    project.pictures.mkdir(parents=True)
+    (project.pictures / "train.jsonl").write_text("{}\n" * 7)
+    found = forecast(settings, "mini", project)
+    assert (found.pictures, found.pictures_assumed) == (7, False)
+    on_disk = sum(path.stat().st_size for path in base_folder.rglob("*") if path.is_file())
+    assert found.download["base"] == on_disk
+    assert forecast(settings, "mini", project, pictures=14).stage("encode").operations == pytest.approx(
+        2 * found.stage("encode").operations
+    )
+
+
+def test_doctor_counts_a_published_base_in_an_empty_folder_and_fetches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = CliRunner().invoke(app, ["doctor", "sd15", "--gpu", "nvidia RTX4090", "--json"], catch_exceptions=False)
+    found = json.loads(result.stdout)
+    assert found["counted"] and found["parameters"] == 859_520_964 and found["resolution"] == 512
+    assert found["memory"] == 24 and found["precision"] == "bfloat16"
+    assert found["download"]["base"] == 2 * (859_520_964 + 83_653_863 + 123_060_480)
+    stages = {stage["stage"]: stage for stage in found["stages"]}
+    # 1000 steps of 16 pictures, 4.57e12 operations each: 35 % and 10 % of 165.2e12 a second are 0.35 and 1.2 hours.
+    assert stages["distill"]["operations"] == pytest.approx(7.3e16, rel=0.02)
+    assert found["hours"]["RTX 4090"]["distill"] == pytest.approx([0.352, 1.23], rel=0.02)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_of_nothing_is_refused_with_what_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"sd99: no such base; expected sd15, sd21, sdxl, ssd1b, a folder"):
+        outside_projects("sd99")
+    with pytest.raises(UserError, match=r"--gpu: GTX 970: expected one of T4, V100"):
+        gpus.named("GTX 970")
+    assert gpus.named("geforce rtx 4090") == Gpu("RTX 4090", 24, 165.2)
+    assert [gpu.name for gpu in gpus.of_memory(16)] == ["T4", "V100", "RTX 4080"]
+    assert Gpu("mine", 24, None).hours(1e15) is None
+    assert outside_projects("segmind/SSD-1B")[0] == "ssd1b"
