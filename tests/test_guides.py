@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from docs import command_line
 from lcmlora import bases, project
+from lcmlora.bases import folders
 from lcmlora.config import Base, Config
 from lcmlora.evaluation.figures import STUDENT, Key, Metrics
 from lcmlora.projects.generated import generated_files
@@ -69,6 +71,9 @@ def finished(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             (root / "bases" / model).symlink_to(base_folder)
             loaded = bases.load(model, base, base_folder, device=torch.device("cpu"))
             releases.write_stages(loaded, root, model=model, seed=seed)
+            facts = root / "adapters" / model / "config.json"  # with the digest of a real base, or it would be refused
+            made_for = {"base": folders.identity(base, base_folder)}
+            facts.write_text(json.dumps(json.loads(facts.read_text()) | made_for))
             package_release(model, config, project.Project(root), base_folder)
             uri = publish.publish_release(root / "release" / model, model, config.publish)
             made = registration.register_release(model, registry, root / "release" / model, uri)
