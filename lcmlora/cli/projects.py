@@ -237,7 +237,7 @@ def upgrade(
         raise UserError("--params: upgrade rewrites the project's own params.yaml; name its folder with --project")
     from lcmlora.projects import durations
     from lcmlora.projects.upgrade import costs, report
-    from lcmlora.projects.upgrade.plan import apply, plan_upgrade
+    from lcmlora.projects.upgrade.plan import apply, plan_upgrade, refuse_losses
 
     plan = plan_upgrade(project)
     if not plan.is_needed:
@@ -251,6 +251,7 @@ def upgrade(
         say(line)
     if dry_run:
         return
+    refuse_losses(plan)
     if not yes and not _agreed():
         say("nothing was written")
         return

@@ -12,7 +12,7 @@ from lcmlora.config import Config
 from lcmlora.dvc_files import expansion, resolved
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write
-from lcmlora.io.parsing import as_object, parse_yaml, read_bytes, read_yaml
+from lcmlora.io.parsing import Malformed, as_object, decoded, parse_yaml, read_bytes, read_yaml
 from lcmlora.project import Project
 from lcmlora.projects import generated, record
 from lcmlora.projects.record import Options, Record
@@ -67,10 +67,15 @@ class Upgrade:
     outlook: Outlook
 
     @property
+    def changes_params(self) -> bool:
+        """Returns whether params.yaml becomes another."""
+        return self.params != _text(self.project.params_file)
+
+    @property
     def is_needed(self) -> bool:
         """Returns whether there is anything to write."""
         return (
-            bool(self.converted)
+            self.changes_params
             or any(change.is_change for change in self.files)
             or self.record != _record_of(self.project)
             or not resolved.is_current(self.settings, self.project.resolved)
@@ -93,7 +98,7 @@ def plan_upgrade(project: Project) -> Upgrade:
     _refuse_later(made_by)
     params = YamlText(_text(project.params_file), str(project.params_file))
     converted = convert(params, _numbers(made_by))
-    if not re.search("yaml-language-server", params.text):
+    if kept is None and "yaml-language-server" not in params.text:
         params.prepend(f"# yaml-language-server: $schema={generated.SCHEMA}\n")
     path = project.params_file
     settings = config.parse(config.values(params.text, path), path, project.root)
@@ -116,19 +121,27 @@ def plan_upgrade(project: Project) -> Upgrade:
     )
 
 
+def refuse_losses(upgrade: Upgrade) -> None:
+    """Raises UserError if something would be overwritten that Git cannot bring back, or a text of a former upgrade."""
+    root = upgrade.project.root
+    written = [change.path for change in upgrade.files if change.is_change and change.action != "beside"]
+    params = [upgrade.project.params_file.name] if upgrade.changes_params else []
+    git.check_clean(root, [*params, record.PLACE, *written])
+    for change in upgrade.files:
+        if change.action == "beside" and (beside := root / (change.path + BESIDE)).exists():
+            raise UserError(f"{beside}: is there from a former upgrade; merge it into {change.path}, and delete it")
+
+
 def apply(upgrade: Upgrade) -> None:
     """Writes what the plan says. What was there before is in Git.
 
     Raises:
-        UserError: files have changes that Git does not have, or a text from a former upgrade is in the way.
+        UserError: as `refuse_losses`; nothing is written then.
     """
+    refuse_losses(upgrade)
     root = upgrade.project.root
-    written = [change.path for change in upgrade.files if change.is_change and change.action != "beside"]
-    git.check_clean(root, [upgrade.project.params_file.name, record.PLACE, *written])
-    for change in upgrade.files:
-        if change.action == "beside" and (beside := root / (change.path + BESIDE)).exists():
-            raise UserError(f"{beside}: is there from a former upgrade; merge it into {change.path}, and delete it")
-    _write(upgrade.project.params_file, upgrade.params)
+    if upgrade.changes_params:
+        _write(upgrade.project.params_file, upgrade.params)
     for change in upgrade.files:
         if change.is_change:
             _write(root / (change.path + (BESIDE if change.action == "beside" else "")), change.text)
@@ -207,7 +220,10 @@ def _options(project: Project) -> Options:
 
 
 def _text(path: Path) -> str:
-    return read_bytes(path).decode("utf-8-sig")
+    try:
+        return decoded(read_bytes(path))
+    except Malformed as error:
+        raise UserError(f"{path}: is {error}") from None
 
 
 def _write(path: Path, text: str) -> None:

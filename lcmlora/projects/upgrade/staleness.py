@@ -153,7 +153,9 @@ def _leaves(values: JsonObject, above: tuple[str, ...] = ()) -> Iterator[tuple[t
 
 
 def _origin(config: Config, run: Run, section: str, keys: tuple[str, ...]) -> str:
-    """Returns where the value of a setting comes from."""
+    """Returns where the value of a setting comes from; empty where that is not known."""
+    if not keys:
+        return ""
     if run.model is None or section not in (*SECTIONS, "data"):
         values = getattr(config, section, None)
         written = section != "base" and values is not None and keys[0] in getattr(values, "model_fields_set", ())

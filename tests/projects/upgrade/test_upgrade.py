@@ -122,6 +122,16 @@ def test_a_second_upgrade_has_nothing_to_do(new: Path):
     assert git(new, "status", "--porcelain") == ""
 
 
+def test_a_project_that_init_has_just_made_has_nothing_to_do(tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("an owl\n")
+    root = tmp_path / "words"
+    made = CliRunner().invoke(
+        app, ["init", str(root), "--base", "sdxl", "--prompts", str(tmp_path / "prompts.txt"), "--with", "kubernetes"]
+    )
+    assert made.exit_code == 0, made.output
+    assert upgrade(root).stdout.endswith(f"is up to date with lcmlora {record.own_version()}\n")
+
+
 def test_lines_that_a_person_added_to_gitignore_stay_and_what_is_new_is_added(old: Path):
     (old / ".gitignore").write_text("/owls.zip\n" + (old / ".gitignore").read_text())
     commit(old)
@@ -228,6 +238,11 @@ def test_what_nothing_needs_any_more_is_named_and_stays(old: Path, new: Path):
     (new / "prefect.toml").touch()
     commit(new)
     assert "yours to delete: prefect.toml\n" in upgrade(new, "--yes").stdout and (new / "prefect.toml").exists()
+
+
+def test_a_file_in_another_encoding_is_named(old: Path):
+    (old / "prefect.yaml").write_bytes("# Käuze\n".encode("latin-1"))
+    assert "prefect.yaml: is not UTF-8: byte 0xe4 at 3" in refused(old)
 
 
 def test_a_base_of_large_pictures_gets_the_features_of_its_family_where_0_1_0_took_those_of_small_ones(old: Path):
