@@ -211,3 +211,19 @@ def test_config_and_preview_show_the_data_of_a_model(pictures: Project, tmp_path
     sheet = tmp_path / "sheet.png"
     seen = run(pictures, "data", "preview", "--model", "ssd1b", "--out", str(sheet))
     assert seen.stdout == f"{sheet}\n" and "large" in run(pictures, "config", "data.path").stdout
+
+
+def test_a_study_brings_its_stages_and_takes_them_away(tmp_path: Path):
+    """A template of DVC must not name a setting that is not there."""
+    with_study = load(tmp_path, {})
+    without = with_study.model_copy(update={"study": None})
+    project = Project(tmp_path)
+    bare = dvc_yaml.whole(without)
+    assert "study" not in bare
+    project.dvc_yaml.write_text(bare)
+    with pytest.raises(UserError, match=r"lacks the stages of a study, and params\.yaml has one; run `lcmlora resolve"):
+        dvc_yaml.check(with_study, project)
+    assert dvc_yaml.refresh(with_study, project) and not dvc_yaml.refresh(with_study, project)
+    assert project.dvc_yaml.read_text() == dvc_yaml.whole(with_study)
+    assert (tmp_path / "study" / ".gitignore").read_text() == "/*\n!/.gitignore\n"  # `package` depends on the folder
+    assert dvc_yaml.refresh(without, project) and project.dvc_yaml.read_text() == bare

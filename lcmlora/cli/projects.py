@@ -31,78 +31,89 @@ class Pool(StrEnum):
     KUBERNETES = "kubernetes"
 
 
+_Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The project's folder; it is made.", show_default=False)]
+_Base = Annotated[
+    str | None,
+    typer.Option(
+        help="emoji (the demo), a published base (sd15, sd21, sdxl, ssd1b), a diffusers folder, a .safetensors "
+        "checkpoint, or a hub id, OWNER/NAME or OWNER/NAME@COMMIT.",
+        show_default=False,
+    ),
+]
+_Like = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FAMILY",
+        help="The family whose settings the base gets (sd15, sd21, sdxl), where its files do not tell.",
+        show_default=False,
+    ),
+]
+_Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Captioned pictures: a folder, .parquet or .tar files, here or at s3://bucket/prefix.",
+        show_default=False,
+    ),
+]
+_Prompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Instead of pictures: a file with a prompt in each line, of which the base draws the pictures.",
+        show_default=False,
+    ),
+]
+_Publish = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Where releases are published: a folder, or s3://bucket/prefix. By default releases/ in the project.",
+        show_default=False,
+    ),
+]
+_With = Annotated[
+    list[Pool] | None,
+    typer.Option("--with", help="Add job templates for this kind of workers; repeatable.", show_default=False),
+]
+_Name = Annotated[
+    str | None,
+    typer.Option(help="The model's name; the adapter is lcm-lora-NAME. By default the base's.", show_default=False),
+]
+_License = Annotated[
+    str | None, typer.Option("--license", help="The base's license, for the adapter's card.", show_default=False)
+]
+_Config = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Of a .safetensors base: the diffusers folder or hub id with its configuration and tokenizers.",
+        show_default=False,
+    ),
+]
+_Kind = Annotated[
+    str | None,
+    typer.Option(
+        help="The kind of --data: folder, parquet or webdataset. By default it follows from the files' names.",
+        show_default=False,
+    ),
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print params.yaml and the files, and write nothing.")]
+
+
 def init(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The project's folder; it is made.", show_default=False)
-    ],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="emoji (the demo), a published base (sd15, sd21, sdxl, ssd1b), a diffusers folder, a .safetensors "
-            "checkpoint, or a hub id, OWNER/NAME or OWNER/NAME@COMMIT.",
-            show_default=False,
-        ),
-    ] = None,
-    like: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FAMILY",
-            help="The family whose settings the base gets (sd15, sd21, sdxl), where its files do not tell.",
-            show_default=False,
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="Captioned pictures: a folder, .parquet or .tar files, here or at s3://bucket/prefix.",
-            show_default=False,
-        ),
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Instead of pictures: a file with a prompt in each line, of which the base draws the pictures.",
-            show_default=False,
-        ),
-    ] = None,
-    publish: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Where releases are published: a folder, or s3://bucket/prefix. By default releases/ in the project.",
-            show_default=False,
-        ),
-    ] = None,
-    workers: Annotated[
-        list[Pool] | None,
-        typer.Option("--with", help="Add job templates for this kind of workers; repeatable.", show_default=False),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(help="The model's name; the adapter is lcm-lora-NAME. By default the base's.", show_default=False),
-    ] = None,
-    license_: Annotated[
-        str | None,
-        typer.Option("--license", help="The base's license, for the adapter's card.", show_default=False),
-    ] = None,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Of a .safetensors base: the diffusers folder or hub id with its configuration and tokenizers.",
-            show_default=False,
-        ),
-    ] = None,
-    kind: Annotated[
-        str | None,
-        typer.Option(
-            help="The kind of --data: folder, parquet or webdataset. By default it follows from the files' names.",
-            show_default=False,
-        ),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print params.yaml and the files, write nothing.")] = False,
+    folder: _Folder,
+    base: _Base = None,
+    like: _Like = None,
+    data: _Data = None,
+    prompts: _Prompts = None,
+    publish: _Publish = None,
+    workers: _With = None,
+    name: _Name = None,
+    license_: _License = None,
+    config: _Config = None,
+    kind: _Kind = None,
+    dry_run: _DryRun = False,
 ) -> None:
     """Make a project in a new folder: settings, stages, schedule, a Git and a DVC repository.
 
@@ -111,15 +122,15 @@ def init(
 
     Examples:
 
-      lcmlora init demo --base emoji                                       the demo: an adapter in 8 minutes on a CPU
+      lcmlora init demo --base emoji                       the demo, for a CPU
 
-      lcmlora init owls --base sdxl --data /data/owls                      your pictures, for SDXL
+      lcmlora init owls --base sdxl --data /data/owls      pictures with captions
 
-      lcmlora init mine --base models/mine.safetensors --data s3://bucket/set --publish s3://bucket/lcm
+      lcmlora init words --base sd15 --prompts words.txt   prompts alone
 
-      lcmlora init words --base sd15 --prompts prompts.txt                 prompts alone
+      lcmlora init mine --base mine.safetensors --data /data/owls --publish s3://bucket/lcm
 
-      lcmlora init fleet --base sdxl --data /data/owls --with kubernetes   with job templates for a cluster
+      lcmlora init fleet --base sdxl --data s3://bucket/owls --with kubernetes
     """
     extras.require("dvc", extra="pipeline", needed_by="lcmlora init")
     from lcmlora.projects.choices import BaseOptions

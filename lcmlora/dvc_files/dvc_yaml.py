@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from importlib import resources
+from pathlib import Path
 
 from lcmlora.config import Config
 from lcmlora.errors import UserError
@@ -31,6 +33,9 @@ _ORDER = (
     *("resolve", "pretrain", "prepare", "prepare-own", "encode", "reference", "distill", "evaluate"),
     *(*_STUDYING, "compatibility", "package"),
 )
+
+# The file by which Git has the folder of such a section, that `package` depends on before there is anything in it.
+_FOLDERS = {"study": ("study/.gitignore", "/*\n!/.gitignore\n"), "compatibility": ("compatibility/.gitkeep", "")}
 
 _BEGIN = re.compile(r"^(?=  [\w-]+:)", re.MULTILINE)  # of a stage
 
@@ -57,12 +62,15 @@ def refresh(config: Config, project: Project) -> bool:
     """Writes the stages anew that follow params.yaml, where they do not; returns whether it did.
 
     These are the stages that prepare and read pictures, those of `study` and `compatibility`, and `package`. Everything
-    else in dvc.yaml stays as it is.
+    else in dvc.yaml stays as it is. Where settings have such a section, its folder is made.
 
     Raises:
         UserError: dvc.yaml cannot be read, or its stages are not indented by two spaces.
     """
     path = project.dvc_yaml
+    for name, text in folders(config).items():
+        if not (project.root / name).parent.exists():
+            atomic_write(project.root / name, partial(Path.write_text, data=text, encoding="utf-8"))
     if not path.is_file() or not _difference(config, _stages(read_yaml(path))):
         return False
     before = path.read_text(encoding="utf-8")
@@ -74,6 +82,11 @@ def refresh(config: Config, project: Project) -> bool:
         )
     atomic_write(path, lambda part: part.write_text(after, encoding="utf-8"))
     return True
+
+
+def folders(config: Config) -> dict[str, str]:
+    """Returns the files, by path, by which Git has the folders that `package` depends on, with their texts."""
+    return dict(_FOLDERS[section] for section in _FOLDERS if getattr(config, section) is not None)
 
 
 def _folders(config: Config) -> dict[str, str]:

@@ -83,7 +83,7 @@ def choose_base(text: str, options: BaseOptions, root: Path, ask: Ask | None = N
     if path.suffix.lower() in _PICKLES and path.is_file():
         raise UserError(f"--base: {path}: a pickle can run any code when it is read; expected {_CHECKPOINT}")
     if path.is_dir():
-        return _completed({"source": _source_of(path, root)}, _name_of(path.resolve().name), options, root, ask)
+        return _completed({"source": _source_of(path, root)}, _name_of(_absolute(path).name), options, root, ask)
     if path.suffix.lower() == _CHECKPOINT and path.is_file():
         return _completed({"source": _source_of(path, root)}, _name_of(path.stem), options, root, ask)
     if not hub.is_id(hub_id) or text.startswith((".", "/", "~")):

@@ -1,6 +1,6 @@
 """The files of the demo, the emoji base: its settings, its weights, and the results that take longest.
 
-They come with the package, below lcmlora/demo/emoji, 27 MB in all; in lcmlora's own repository these are links to the
+They come with the package, below lcmlora/demo/emoji, 31 MB in all; in lcmlora's own repository these are links to the
 files of the repository. The artwork does not: it is other people's, and comes from npm by the digests of
 package-lock.json.
 """
@@ -22,7 +22,7 @@ _TEXTS = {
     ".npmrc": "npmrc",
     "dvc.lock": "dvc.lock",
 }
-WEIGHTS = Path("bases", "emoji")
+WEIGHTS = (Path("bases", "emoji"), Path("loras"))  # the base, and the LoRA of a style that params.yaml names
 _CACHE = Path(".dvc", "cache", "files")
 _PRETRAIN = re.compile(r"^  pretrain:\n.*?(?=^  \S)", re.MULTILINE | re.DOTALL)
 
@@ -37,7 +37,7 @@ def texts() -> dict[str, str]:
 
 def weights_in_the_way(root: Path) -> list[str]:
     """Returns the files in the project's folder, by path, that stand where others of the base belong."""
-    pairs = _pairs("base", root / WEIGHTS)
+    pairs = [pair for folder in WEIGHTS for pair in _pairs(folder.as_posix(), root / folder)]
     return sorted(
         target.relative_to(root).as_posix()
         for source, target in pairs
@@ -46,8 +46,9 @@ def weights_in_the_way(root: Path) -> list[str]:
 
 
 def copy_weights(root: Path) -> None:
-    """Copies the base into the project in this folder."""
-    _copy("base", root / WEIGHTS)
+    """Copies the base and the LoRA into the project in this folder."""
+    for folder in WEIGHTS:
+        _copy(folder.as_posix(), root / folder)
 
 
 def copy_cache(root: Path) -> None:

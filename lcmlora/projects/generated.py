@@ -44,10 +44,7 @@ def generated_files(config: Config, options: Options) -> dict[str, str]:
         RESOLVED: resolved.text(config),
         SCHEMA: _schema(),
     }
-    if config.study is not None:  # a dependency of `package`, which is there before the first study is
-        found["study/.gitignore"] = "/*\n!/.gitignore\n"
-    if config.compatibility is not None:  # the same
-        found["compatibility/.gitkeep"] = ""
+    found |= dvc_yaml.folders(config)
     if "docker" in options.workers:
         found |= _as_they_are("deploy/docker/base-job-template.json")
     if "kubernetes" in options.workers:

@@ -48,8 +48,8 @@ class Plan:
 
     @property
     def written(self) -> list[str]:
-        """The paths of the files that it writes, sorted; of the demo's weights their folder."""
-        return sorted({*self.texts, record.PLACE, *([f"{demo_files.WEIGHTS}/"] if self.is_demo else [])})
+        """The paths of the files that it writes, sorted; of the demo's weights their folders."""
+        return sorted({*self.texts, record.PLACE, *(map(str, demo_files.WEIGHTS) if self.is_demo else ())})
 
 
 def refuse_a_project(root: Path) -> None:
