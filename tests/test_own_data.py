@@ -213,17 +213,18 @@ def test_config_and_preview_show_the_data_of_a_model(pictures: Project, tmp_path
     assert seen.stdout == f"{sheet}\n" and "large" in run(pictures, "config", "data.path").stdout
 
 
-def test_a_study_brings_its_stages_and_takes_them_away(tmp_path: Path):
+def test_study_and_compatibility_bring_their_stages_and_take_them_away(tmp_path: Path):
     """A template of DVC must not name a setting that is not there."""
     with_study = load(tmp_path, {})
-    without = with_study.model_copy(update={"study": None})
+    without = with_study.model_copy(update={"study": None, "compatibility": None})
     project = Project(tmp_path)
     bare = dvc_yaml.whole(without)
-    assert "study" not in bare
+    assert "study" not in bare and "compatibility" not in bare
     project.dvc_yaml.write_text(bare)
-    with pytest.raises(UserError, match=r"lacks the stages of a study, and params\.yaml has one; run `lcmlora resolve"):
+    with pytest.raises(UserError, match=r"lacks the stages of `study`, and params\.yaml has some; run `lcmlora res"):
         dvc_yaml.check(with_study, project)
     assert dvc_yaml.refresh(with_study, project) and not dvc_yaml.refresh(with_study, project)
     assert project.dvc_yaml.read_text() == dvc_yaml.whole(with_study)
-    assert (tmp_path / "study" / ".gitignore").read_text() == "/*\n!/.gitignore\n"  # `package` depends on the folder
+    # `package` depends on the folders.
+    assert (tmp_path / "study" / ".gitignore").is_file() and (tmp_path / "compatibility" / ".gitkeep").is_file()
     assert dvc_yaml.refresh(without, project) and project.dvc_yaml.read_text() == bare

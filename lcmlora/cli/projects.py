@@ -164,7 +164,7 @@ def _plan(
     ask = _ask if sys.stdin.isatty() and sys.stderr.isatty() else None
     known = "emoji for the demo, sd15, sd21, sdxl, ssd1b, a folder, a .safetensors file, a hub id"
     base = _given("--base", base, f"The base ({known})", "emoji", ask)
-    pools = tuple(pool.value for pool in workers)
+    pools = tuple(dict.fromkeys(pool.value for pool in workers))
     if data is not None and prompts is not None:
         raise UserError(
             "--data and --prompts exclude each other: a model learns from pictures or from prompts; prompts that the "
@@ -212,7 +212,8 @@ def _show_what_is_next(plan: Plan) -> None:
     (model,) = plan.settings.models
     folder = shlex.quote(os.fspath(plan.root))
     note(f"made the project {plan.root}, with {len(plan.written)} files; README.md has its commands")
-    say(f"cd {folder}" if plan.root != Path() else "")
+    if plan.root.resolve() != Path.cwd():
+        say(f"cd {folder}")
     say(f"lcmlora doctor {model}     # does it fit this machine, and how long does it take?")
     say("lcmlora run")
 

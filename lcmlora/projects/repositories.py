@@ -78,10 +78,12 @@ def commit(folder: Path, paths: Sequence[str], message: str) -> str | None:
     """Commits these files of a repository that has no commit yet; returns why they are only staged, None if they are
     committed.
 
+    Files that a person's own rules ignore are staged, too.
+
     Raises:
         UserError: they cannot be staged, with Git's reason.
     """
-    _require(_git(folder, "add", "--", *paths), "git add")
+    _require(_git(folder, "add", "--force", "--", *paths), "git add")
     # Git would make up an address from the name of the machine.
     if _git(folder, "-c", "user.useConfigOnly=true", "var", "GIT_AUTHOR_IDENT").returncode != 0:
         return "Git does not know your name; set user.name and user.email by `git config --global`"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from lcmlora import config
 from lcmlora.projects import generated, record
+from tests.support import code_blocks
+from tests.test_docs_commands import fault_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,3 +28,19 @@ def test_this_repositorys_own_project_files_are_generated():
 def test_lines_that_a_file_lacks_are_added_and_its_own_stay():
     assert generated.with_lines("mine\n/bases/*", "/bases/*\n/scratch/\n") == "mine\n/bases/*\n/scratch/\n"
     assert generated.with_lines("", "/scratch/\n") == "/scratch/\n"
+
+
+@pytest.mark.parametrize("workers", [(), ("docker", "kubernetes")])
+def test_every_command_in_a_projects_readme_exists(workers: tuple[record.Workers, ...], tmp_path: Path):
+    options = record.Options(name="my owls", workers=workers)
+    files = generated.generated_files(config.load(ROOT / "params.yaml", ROOT), options)
+    pages = [path for path in files if path.endswith("README.md")]
+    assert pages == ["README.md", "deploy/README.md"][: 1 + bool(workers)]
+    commands = []
+    for path in pages:
+        page = tmp_path / "page.md"
+        page.write_text(files[path])
+        commands += [words for block in code_blocks.blocks(page) for words in block.commands]
+    assert [fault for words in commands if (fault := fault_of(words))] == []
+    assert ["lcmlora", "run"] in commands and ["cd", "my owls"] in commands
+    assert files["requirements.txt"].splitlines()[-1].startswith("lcmlora[pipeline,emoji")

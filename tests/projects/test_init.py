@@ -126,7 +126,8 @@ def test_the_demo_has_all_that_this_repository_has_and_its_reference_is_not_draw
     root.mkdir()
     (root / "node_modules").symlink_to(NODE_MODULES)
     init("demo", "--base", "emoji")
-    for name in ("params.yaml", "package.json", "package-lock.json", ".npmrc", "bases/emoji/model_index.json"):
+    weights = ("bases/emoji/unet/diffusion_pytorch_model.safetensors", "loras/fluent-emoji-high-contrast.safetensors")
+    for name in ("params.yaml", "package.json", "package-lock.json", ".npmrc", *weights):
         assert (root / name).read_bytes() == (ROOT / name).read_bytes()
     # The stage that makes the base, and documents of the repository, are the repository's alone.
     ours, theirs = ((folder / "dvc.yaml").read_text() for folder in (ROOT, root))
