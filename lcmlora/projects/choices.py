@@ -22,6 +22,7 @@ from lcmlora.settings import presets
 EMOJI = "emoji"  # the base of the demo
 UNKNOWN = "unknown"  # the license that a card names where nobody said it; the hub knows this word
 
+_INDEX = "model_index.json"  # of a diffusers folder
 _CHECKPOINT = ".safetensors"
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _PROMPTS = ".txt"
@@ -83,6 +84,8 @@ def choose_base(text: str, options: BaseOptions, root: Path, ask: Ask | None = N
     if path.suffix.lower() in _PICKLES and path.is_file():
         raise UserError(f"--base: {path}: a pickle can run any code when it is read; expected {_CHECKPOINT}")
     if path.is_dir():
+        if not (path / _INDEX).is_file():
+            raise UserError(f"--base: {path}: a diffusers base has a {_INDEX}, and there is none")
         return _completed({"source": _source_of(path, root)}, _name_of(_absolute(path).name), options, root, ask)
     if path.suffix.lower() == _CHECKPOINT and path.is_file():
         return _completed({"source": _source_of(path, root)}, _name_of(path.stem), options, root, ask)

@@ -123,8 +123,8 @@ def test_the_demo_has_all_that_this_repository_has_and_its_reference_is_not_draw
     here: Path, monkeypatch: pytest.MonkeyPatch
 ):
     root = here / "demo"
-    root.mkdir()
-    (root / "node_modules").symlink_to(NODE_MODULES)
+    (root / "node_modules").mkdir(parents=True)
+    (root / "node_modules" / ".package-lock.json").symlink_to(NODE_MODULES / ".package-lock.json")
     init("demo", "--base", "emoji")
     weights = ("bases/emoji/unet/diffusion_pytorch_model.safetensors", "loras/fluent-emoji-high-contrast.safetensors")
     for name in ("params.yaml", "package.json", "package-lock.json", ".npmrc", *weights):
@@ -150,7 +150,9 @@ def test_the_demo_has_all_that_this_repository_has_and_its_reference_is_not_draw
 def test_a_single_file_with_its_configuration_is_a_base(here: Path, miniatures: Callable[[str], Path]):
     save_original(miniatures("sdxl"), here / "mine v2.safetensors")
     (here / "configuration").symlink_to(miniatures("sdxl"))
-    found = params_of("--base", "mine v2.safetensors", "--config", "configuration", "--like", "sdxl", "--data", ".")
+    found = params_of(
+        "--base", "mine v2.safetensors", "--config", "configuration", "--like", "sdxl", "--prompts", "prompts.txt"
+    )
     assert found["models"] == ["mine-v2"]
     expected = {"source": str(here / "mine v2.safetensors"), "config": str(here / "configuration"), "like": "sdxl"}
     assert found["bases"] == {"mine-v2": expected | {"license": "unknown"}}
@@ -249,6 +251,7 @@ def test_without_git_and_npm_there_is_a_project_all_the_same(here: Path, monkeyp
         (("--base", "sdxxl"), "--base: sdxxl: there is no such folder or file, and it is no published base .*sd15"),
         (("--base", "./owner/name"), "--base: ./owner/name: there is no such folder or file"),
         (("--base", "old.ckpt"), "--base: old.ckpt: a pickle can run any code"),
+        (("--base", "my pictures"), "--base: my pictures: a diffusers base has a model_index.json, and there is none"),
         (("--base", "tiny", "--data", "my pictures"), "tiny: its family is not known; name it by --like"),
         (("--base", "tiny", "--like", "flux"), "--like: got 'flux': expected one of sd15, sd21, sdxl"),
         (("--base", "tiny", "--like", "sdxl", "--name", "a/b"), "--name: 'a/b' is no name"),
