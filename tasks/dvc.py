@@ -21,7 +21,7 @@ from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.parsing import Malformed, as_object, parse_json, parse_yaml, read_yaml
 from lcmlora.io.terminal import note, shown
 from lcmlora.project import Project
-from lcmlora.projects import generated
+from lcmlora.projects import generated, record
 from lcmlora.tasks import dvc_command, dvc_internals
 from lcmlora.tasks.devices import holding_lock
 from lcmlora.tasks.leftovers import repair
@@ -112,12 +112,15 @@ def resolve(processes: Processes) -> None:
     """Brings resolved.yaml up to date, by which DVC sees what params.yaml and this package have changed.
 
     It also updates dvc.yaml if a model has gained or lost data of its own. To be called before DVC is asked what is
-    stale. A project whose dvc.yaml has no such stage is left as it is.
+    stale. A project whose dvc.yaml has no such stage is left as it is. If its files are of another version of lcmlora,
+    it says so.
 
     Raises:
-        UserError: params.yaml or dvc.yaml cannot be read, or the stage failed.
+        UserError: params.yaml, dvc.yaml or the record of generated files cannot be read, or the stage failed.
     """
     project = Project()
+    if advice := record.advice(project.root):
+        note(advice, "warning: ")
     stages = as_object(read_yaml(project.dvc_yaml), str(project.dvc_yaml)).get("stages")
     if not isinstance(stages, dict) or _RESOLVE not in stages:
         return

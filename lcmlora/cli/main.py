@@ -87,8 +87,8 @@ def check(call: typer.Context) -> None:
     config = context.settings()
     from lcmlora.projects import record
 
-    if former := record.former_version(context.project.root):
-        note(f"the project is of lcmlora {former}; `lcmlora upgrade` brings it to {record.own_version()}")
+    if advice := record.advice(context.project.root):
+        note(advice)
     for model in config.models:
         base = config.base(model)
         own = f", pictures of its own at {config.data_for(model).path}" if config.has_own_data(model) else ""

@@ -70,16 +70,15 @@ def read(root: Path) -> Record:
         ) from None
 
 
-def former_version(root: Path) -> str | None:
-    """Returns the version that wrote the generated files of a project, if it is not this one and is known.
+def advice(root: Path) -> str | None:
+    """Returns what a person should do where the generated files of a project are of another version, else None.
 
     Raises:
         UserError: the record cannot be read.
     """
-    if not (root / PLACE).is_file():
+    if not (root / PLACE).is_file() or (written_by := read(root).lcmlora) == own_version():
         return None
-    found = read(root).lcmlora
-    return found if found != own_version() else None
+    return f"the project is of lcmlora {written_by}; `lcmlora upgrade` brings it to {own_version()}"
 
 
 def own_version() -> str:
