@@ -249,7 +249,7 @@ def upgrade(
         raise UserError("--params: upgrade rewrites the project's own params.yaml; name its folder with --project")
     from lcmlora.projects import durations
     from lcmlora.projects.upgrade import costs, report
-    from lcmlora.projects.upgrade.plan import apply, plan_upgrade, refuse_losses
+    from lcmlora.projects.upgrade.plan import BESIDE, apply, plan_upgrade, refuse_losses
 
     plan = plan_upgrade(project)
     if not plan.is_needed:
@@ -268,6 +268,8 @@ def upgrade(
         say("nothing was written")
         return
     apply(plan)
+    for path in plan.beside:
+        say(f"{path}{BESIDE}: merge it into {path}, then delete it")
     say("written; look at it with `git diff`, then commit it. `dvc repro` or `lcmlora run` runs what is stale")
 
 

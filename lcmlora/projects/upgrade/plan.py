@@ -72,6 +72,11 @@ class Upgrade:
         return self.params != _text(self.project.params_file)
 
     @property
+    def beside(self) -> list[str]:
+        """Returns the files that stay as a person has edited them, whose new text is for the person to merge."""
+        return [change.path for change in self.files if change.action == "beside"]
+
+    @property
     def is_needed(self) -> bool:
         """Returns whether there is anything to write."""
         return (
@@ -127,9 +132,11 @@ def refuse_losses(upgrade: Upgrade) -> None:
     written = [change.path for change in upgrade.files if change.is_change and change.action != "beside"]
     params = [upgrade.project.params_file.name] if upgrade.changes_params else []
     git.check_clean(root, [*params, record.PLACE, *written])
-    for change in upgrade.files:
-        if change.action == "beside" and (beside := root / (change.path + BESIDE)).exists():
-            raise UserError(f"{beside}: is there from a former upgrade; merge it into {change.path}, and delete it")
+    for path in upgrade.beside:
+        if (root / (path + BESIDE)).exists():
+            raise UserError(
+                f"{root / path}{BESIDE}: is left from a former upgrade; merge it into {path}, and delete it"
+            )
 
 
 def apply(upgrade: Upgrade) -> None:

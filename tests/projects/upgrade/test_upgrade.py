@@ -157,9 +157,9 @@ def test_edits_that_contradict_the_new_text_stay_and_it_goes_beside_them(old: Pa
     assert "prefect.yaml: has changes of yours that contradict the new text, which goes to prefect.yaml.new" in told
     assert "-    entrypoint: flows/mine.py:mine\n" in told
     beside.write_text("a part of it is merged\n")
-    assert "prefect.yaml.new: is there from a former upgrade; merge it into prefect.yaml" in refused(old, "--yes")
+    assert "prefect.yaml.new: is left from a former upgrade; merge it into prefect.yaml" in refused(old, "--yes")
     beside.unlink()
-    assert upgrade(old, "--yes").exit_code == 0
+    assert "prefect.yaml.new: merge it into prefect.yaml, then delete it\n" in upgrade(old, "--yes").stdout
     assert path.read_text() == edited and "lcmlora.flows.retrain.retrain_models" in beside.read_text()
     commit(old)
     assert upgrade(old).stdout.endswith(f"is up to date with lcmlora {record.own_version()}\n")  # it is said once
