@@ -182,6 +182,6 @@ def test_a_pipeline_is_looked_up_in_a_project_elsewhere(
     project: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("LCMLORA_CACHE", str(project / "cache"))
-    with pytest.raises(UserError, match=rf"lcm-lora-sd15@champion: not registered at sqlite:///{project}/mlflow.db"):
+    with pytest.raises(UserError, match=rf"tried: .* registered at sqlite:///{project}/mlflow.db.*; file://{project}/"):
         registry.load_pipeline("lcm-lora-sd15@champion", project=project)
     assert list(elsewhere.iterdir()) == []

@@ -235,7 +235,7 @@ def promote(
     if override and not (reason or "").strip():
         raise UserError("--override: needs --reason, which the history keeps")
     why = reason or "passed the gate"
-    reference = find_version(reference, context_of(call).places(config)).reference
+    reference = find_version(reference, context_of(call).places(config)).exact
     version = promotion.promote(reference, config.registry, config.gate, reason=why, who=by, override=override)
     _move_channel(config, version, as_json)
 
@@ -299,7 +299,7 @@ def pull(
     from lcmlora.releases import bundle
 
     version = find_version(reference, places)
-    folder = registry.pull(version.reference, places.registry, out, everything=everything)
+    folder = registry.pull(version.exact, places.registry, out, everything=everything)
     if as_json:
         print(json.dumps({"folder": str(folder), "sha256": bundle.digest(folder)}, indent=2))
     else:

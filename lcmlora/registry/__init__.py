@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lcmlora.registry.loading import load_pipeline
     from lcmlora.registry.lookup import (
         Difference,
         Version,
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
         compare,
         condition,
         figures,
-        load_pipeline,
         pull,
         resolve,
         versions,
@@ -34,6 +34,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Imports on first use: `lcmlora --help` needs none of it."""
+    if name == "load_pipeline":
+        from lcmlora.registry import loading
+
+        return loading.load_pipeline
     if name in __all__:
         from lcmlora.registry import lookup
 

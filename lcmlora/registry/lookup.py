@@ -13,15 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
-from lcmlora import extras, masking
+from lcmlora import masking
 from lcmlora.config import Registry
 from lcmlora.errors import NotFound, UserError
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.io import terminal
 from lcmlora.io.files import make_once, temporary_folder
 from lcmlora.io.parsing import JsonObject, read_json
-from lcmlora.io.private import downloads
-from lcmlora.project import Project
 from lcmlora.registry import events
 from lcmlora.registry.tracking import connect, reaching
 from lcmlora.releases import bundle
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
     from mlflow.store.entities import PagedList
 
-    from lcmlora.inference.pipelines import Pipeline
 
 T = TypeVar("T")
 
@@ -75,6 +72,11 @@ class Version:
     def reference(self) -> str:
         """NAME/VERSION, such as lcm-lora-emoji/3."""
         return f"{self.name}/{self.version}"
+
+    @property
+    def exact(self) -> str:
+        """The version as `resolve` takes it, whatever its name: models:/NAME/VERSION."""
+        return f"{_EXACT}{self.reference}"
 
     @property
     def trained(self) -> str:
@@ -246,46 +248,6 @@ def pull(reference: str, settings: Registry, out: Path, *, everything: bool = Fa
     except OSError as error:
         raise UserError(f"{out}: {error.strerror or error}; nothing was kept") from error
     return out
-
-
-def load_pipeline(
-    reference: str,
-    device: str = "auto",
-    *,
-    project: Path = Path(),
-    settings: Registry | None = None,
-    base: Path | None = None,
-    cache: Path | None = None,
-    controlnet: Path | None = None,
-) -> Pipeline:
-    """Returns a pipeline that draws with the adapter of a version, on its pinned base and with its scheduler.
-
-    The adapter is downloaded once, and every file is checked.
-
-    Args:
-        reference: as for `resolve`.
-        device: auto, cpu or cuda.
-        project: the project's folder. Its params.yaml names the registry, and relative paths of bases start there.
-        settings: of the registry; those of the project by default.
-        base: the folder of the base; the one that the adapter names by default.
-        cache: the folder that keeps downloaded adapters; $LCMLORA_CACHE/adapters or ~/.cache/lcmlora/adapters by
-            default.
-        controlnet: the folder of a ControlNet of the same family, as diffusers saves it.
-
-    Raises:
-        UserError: as for `resolve` and `pull`; the base is missing or has another digest; or the ControlNet cannot be
-            loaded.
-        MissingExtra: torch or another package of the extra `draw` is not installed.
-    """
-    extras.require(extra="draw", needed_by="load_pipeline")
-    from lcmlora.inference import pipelines
-
-    settings = settings or Project(project).settings().registry
-    cache = cache or downloads("adapters")
-    version = resolve(reference, settings)
-    _refuse_foreign(version)
-    folder = pull(version.reference, settings, cache / f"sha256-{version.sha256[:12]}")
-    return pipelines.load(folder, base, device, sources=project, controlnet=controlnet)
 
 
 def _download(client: MlflowClient, version: Version, folder: Path, everything: bool) -> None:

@@ -88,7 +88,7 @@ def promote(
             advice = f"to make it {settings.alias} anyway, use --override with --reason"
             raise UserError(f"{candidate.reference}: {'; '.join(refused)}; {advice}")
     _move(candidate.name, candidate.version, settings, "promoted", reason, who, override=override)
-    return resolve(candidate.reference, settings)
+    return resolve(candidate.exact, settings)
 
 
 def rollback(name: str, settings: Registry, *, reason: str, who: str | None = None, to: int | None = None) -> Version:

@@ -422,7 +422,7 @@ def _pull(version: Version, places: Places, everything: bool) -> Path:
 
     assert places.registry is not None
     folder = places.cache / f"sha256-{version.sha256[:12]}{'-all' if everything else ''}"
-    return registry.pull(version.reference, places.registry, folder, everything=everything)
+    return registry.pull(version.exact, places.registry, folder, everything=everything)
 
 
 def _download_release(reference: str, places: Places, everything: bool) -> Path:

@@ -156,7 +156,9 @@ def test_a_digest_that_leads_elsewhere_is_refused_with_a_run_as_well(shared: tup
     run = registry.resolve(f"{NAME}/1", settings).run_id
     made = client.create_model_version("of another team", "file:///x", run_id=run, tags={"sha256": "../../x"})
     with pytest.raises(UserError, match=r"its tag sha256 is '\.\./\.\./x', expected the SHA-256 of an adapter"):
-        registry.load_pipeline(f"of another team/{made.version}", settings=settings, cache=root / "cache" / "deep")
+        registry.load_pipeline(
+            f"models:/of another team/{made.version}", settings=settings, cache=root / "cache" / "deep"
+        )
 
 
 def test_registering_promoting_and_rolling_back_go_on(shared: tuple[Registry, Path], monkeypatch: pytest.MonkeyPatch):
