@@ -12,7 +12,7 @@ import typer
 from lcmlora.cli.shell import completion
 from lcmlora.errors import UserError
 from lcmlora.flows import choose
-from lcmlora.flows.verbs import enter, standalone
+from lcmlora.flows.verbs import enter, note_unused_servers, standalone
 from lcmlora.io.terminal import note
 
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -77,6 +77,7 @@ def run(
         raise UserError(f"{project.dvc_yaml}: no such file; `lcmlora init` makes a project with it")
     from lcmlora.tasks.processes import end_children_with_this_process
 
+    note_unused_servers()
     for ending in _ENDINGS:
         if signal.getsignal(ending) != signal.SIG_IGN:  # nohup ignores one
             signal.signal(ending, _interrupt)  # by default Python would end at once, and the trainer would go on

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lcmlora.flows.verbs import enter, standalone
+from lcmlora.flows.verbs import enter, note_unused_servers, standalone
 
 
 def status(
@@ -31,6 +31,7 @@ def status(
 
     from lcmlora.flows import overview
 
+    note_unused_servers()
     server = overview.has_server()
     if not server:
         print("note: PREFECT_API_URL is not set, so runs and schedules are not known", file=sys.stderr)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -15,6 +16,7 @@ from lcmlora import extras
 from lcmlora.cli.context import context_of
 from lcmlora.cli.shell.reporting import reporting_errors
 from lcmlora.errors import UserError
+from lcmlora.io.parsing import as_object, read_json
 from lcmlora.io.terminal import note, say
 from lcmlora.project import Project
 
@@ -49,6 +51,15 @@ def enter(call: typer.Context) -> Project:
         raise UserError(f"{project.params_file}: no such file; run in the project's folder or name it with --project")
     os.chdir(project.root)
     return Project()
+
+
+def note_unused_servers() -> None:
+    """Notes that the servers that `up` has started are not used, where the shell does not name them."""
+    state = Path(".up/state.json")
+    if os.environ.get("PREFECT_API_URL") or not state.is_file():
+        return
+    if as_object(read_json(state), str(state)).get("started"):
+        note("note: the servers that `lcmlora up` started are not asked: `source .up/environment` names them")
 
 
 def up(call: typer.Context) -> None:

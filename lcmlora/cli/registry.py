@@ -16,7 +16,7 @@ from lcmlora.errors import UserError
 from lcmlora.io.terminal import LINE, cell, note, say
 
 if TYPE_CHECKING:
-    from lcmlora.config import Config
+    from lcmlora.config import Config, Gate, Registry
     from lcmlora.registry.lookup import Version
     from lcmlora.registry.references import Places
 
@@ -64,6 +64,20 @@ def _places(call: typer.Context) -> Places:
     return context.places(context.settings_if_any())
 
 
+def _registry(call: typer.Context) -> tuple[Registry, Gate]:
+    """Returns the settings of the registry and the gate: the project's, or those of the environment outside one."""
+    context = context_of(call)
+    config = context.settings_if_any()
+    from lcmlora.config import Gate
+
+    registry = context.places(config).registry
+    if registry is None:
+        raise UserError(
+            "there is no registry: set MLFLOW_TRACKING_URI, or run in a project's folder or name it with --project"
+        )
+    return registry, Gate() if config is None else config.gate
+
+
 @app.command("list")
 def list_versions(
     call: typer.Context,
@@ -90,17 +104,17 @@ def list_versions(
 
       lcmlora registry list --where objective=tcd --where "excess.student_4<80"
     """
-    config = context_of(call).settings()
+    settings, gate = _registry(call)
     from lcmlora import registry
     from lcmlora.registry.lookup import registered_name
 
     tests = [registry.condition(text) for text in where or ()]
     name = None if name is None else registered_name(name)
-    found = [v for v in registry.versions(config.registry, name) if all(test(v) for test in tests)]
+    found = [v for v in registry.versions(settings, name) if all(test(v) for test in tests)]
     if as_json:
         print(json.dumps([version.plain() for version in found], indent=2))
         return
-    steps = config.gate.steps
+    steps = gate.steps
     rows = [
         (
             version.reference,
@@ -179,14 +193,14 @@ def history(call: typer.Context, name: Name, as_json: AsJson = False) -> None:
 
     Example: lcmlora registry history emoji
     """
-    config = context_of(call).settings()
+    settings, _ = _registry(call)
     from dataclasses import asdict
 
     from lcmlora.registry import promotion
     from lcmlora.registry.lookup import registered_name
 
     name = registered_name(name)
-    events = promotion.history(name, config.registry)
+    events = promotion.history(name, settings)
     if as_json:
         print(json.dumps([asdict(event) for event in events], indent=2))
         return
@@ -196,7 +210,7 @@ def history(call: typer.Context, name: Name, as_json: AsJson = False) -> None:
         action = event.action + (" against the gate" if event.override else "")
         rows.append((event.time[:19] + "Z", f"/{event.version}", action, alias, event.who, event.reason or ""))
     print_table(("time", "version", "what", "alias", "who", "why"), rows)
-    _note_foreign(promotion.foreign_events(name, config.registry))
+    _note_foreign(promotion.foreign_events(name, settings))
 
 
 def _note_foreign(tags: Sequence[str]) -> None:

@@ -70,7 +70,7 @@ def write_model(folder: Path, *, model: str, base: Mapping[str, str | None]) -> 
 
 
 def write_model_of(release: Path, folder: Path) -> None:
-    """Writes an MLflow model to `folder` that draws with a release on this machine, whose files it links to.
+    """Writes an MLflow model to `folder` that draws with a release; of its files it has those that drawing needs.
 
     Args:
         folder: new or empty.
@@ -80,9 +80,9 @@ def write_model_of(release: Path, folder: Path) -> None:
     """
     provenance = bundle.Provenance.read(release / bundle.PROVENANCE)
     write_model(folder, model=provenance.model, base=provenance.base)
-    place = folder / RELEASE
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.symlink_to(release.absolute(), target_is_directory=True)
+    (folder / RELEASE).mkdir(parents=True)
+    for name in bundle.DRAWING_FILES:
+        shutil.copyfile(release / name, folder / RELEASE / name)  # MLflow follows no link out of the folder
 
 
 @contextlib.contextmanager

@@ -353,7 +353,7 @@ def _resolve(text: str, places: Places) -> Version:
     settings = places.registry
     if settings is None:
         raise NotFound(
-            f"{text}: there is no registry: MLFLOW_TRACKING_URI is not set, and here is no project (params.yaml)"
+            f"{text}: there is no registry: set MLFLOW_TRACKING_URI, or name a project's folder (with params.yaml)"
         )
     if _lacks_database(settings):
         raise NotFound(f"{text}: nothing is registered at {masking.address(settings.tracking_uri)} yet")
@@ -369,7 +369,7 @@ def _lacks_database(settings: Registry) -> bool:
 def _in_store(form: Registered | Digits, places: Places) -> str:
     """Returns the address of a release in the store: of a channel of that name, or of an adapter with these digits."""
     if places.publish is None:
-        raise NotFound("there is no store: LCMLORA_PUBLISH_TO is not set")
+        raise NotFound("there is no store: set LCMLORA_PUBLISH_TO")
     if isinstance(form, Digits):
         return catalog.find_digits(form.text, places.publish)
     if not form.version.startswith("@"):
@@ -394,13 +394,13 @@ def _published_as(sha256: str, reference: str, places: Places) -> str:
 def _of_project(form: Model, places: Places) -> Path:
     """Returns the folder of a model's adapter in the project."""
     if places.project is None:
-        raise UserError(
+        raise NotFound(
             f"{form.name}: no such adapter; tried: no file or folder of this name; no project here (params.yaml), "
             f"so no adapters/{form.name}; {form.name}@champion names the registered one"
         )
     folder = places.project.adapter(form.name)
     if not folder.is_dir():
-        raise UserError(
+        raise NotFound(
             f"{form.name}: no such adapter; tried: no file or folder of this name; {folder} is not there, which "
             f"`lcmlora run` makes; {form.name}@champion names the registered one"
         )

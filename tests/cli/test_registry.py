@@ -101,6 +101,32 @@ def test_a_rejected_version_needs_override_and_override_needs_a_reason(project: 
     assert "promoted against the gate" in output_of("history", NAME)
 
 
+def test_a_version_is_named_by_its_model_its_adapter_and_its_release(project: Path):
+    shown = json.loads(output_of("show", "mini@champion", "--json"))
+    for reference in ("mini/1", shown["sha256"][:12], "one", shown["release_uri"], "models:/lcm-lora-mini/1"):
+        assert json.loads(output_of("show", reference, "--json")) == shown, reference
+    assert [row["version"] for row in json.loads(output_of("list", "mini", "--json"))] == [2, 1]
+    assert json.loads(output_of("history", "mini", "--json")) == json.loads(output_of("history", NAME, "--json"))
+    assert f"{NAME}@champion is {NAME}/2" in output_of("promote", "two", "--reason", "sharper")
+    assert json.loads(output_of("rollback", "mini", "--reason", "blurred", "--json"))["version"] == 1
+    unregistered = releases.write_sealed(project / "three", weights=b"three")
+    assert refused("show", str(unregistered)).startswith(f"{unregistered}: ")
+
+
+def test_outside_a_project_the_environment_names_the_registry(
+    project: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    assert refused("list").startswith("there is no registry: set MLFLOW_TRACKING_URI, or run in a project's folder")
+    assert "there is no registry: set MLFLOW_TRACKING_URI" in refused("show", "mini@champion")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")
+    assert "@champion" in output_of("list") and "promoted" in output_of("history", "mini")
+    assert f"{NAME}/1" in output_of("show", "mini@champion")
+    assert "are the same" in output_of("compare", "mini/1", "mini/2")
+    assert list(elsewhere.iterdir()) == []
+
+
 def test_an_adapter_is_pulled_and_checked():
     answer = json.loads(output_of("pull", f"{NAME}/1", "--out", "here", "--json"))
     assert Path("here/pytorch_lora_weights.safetensors").read_bytes() == b"one"

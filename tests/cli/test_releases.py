@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from lcmlora.cli.releases import app
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
+from lcmlora.registry.registration import register_release
 from lcmlora.releases.publish import point_channel, publish_release
+from tests.support.registries import fresh
 from tests.support.releases import settings as params
 from tests.support.releases import write_sealed
 
@@ -106,6 +108,22 @@ def test_yanking_is_written_down_and_pulling_then_needs_to_be_asked_for(store: P
     assert "6 files" not in output_of("pull", other, "--out", tmp_path / "a", "--yanked")
     assert "yanked by" in output_of("list", "--to", store)
     assert "six fingers" in output_of("verify", other)
+
+
+def test_a_release_is_named_by_its_adapter_and_by_its_version(
+    store: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+):
+    to = ("--to", str(store), "--json")
+    for reference in (SHA, SHA[:12], tmp_path / "bundle", tmp_path / "bundle/pytorch_lora_weights.safetensors"):
+        assert json.loads(output_of("verify", reference, *to))["sha256"] == SHA
+    assert "no such adapter; tried: " in refusal_of("verify", "mini/1", *to[:2])
+    registry = fresh(tmp_path, tmp_path_factory)
+    settings = Publish(to=str(store))
+    register_release("mini", registry, tmp_path / "bundle", publish_release(tmp_path / "bundle", "mini", settings))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.tracking_uri)
+    assert json.loads(output_of("verify", "mini/1", "--json"))["sha256"] == SHA
+    monkeypatch.setenv("LCMLORA_PUBLISH_TO", str(store))
+    assert json.loads(output_of("verify", "mini@champion", "--json"))["sha256"] == SHA
 
 
 def test_links_of_a_directory_are_refused(store: Path):

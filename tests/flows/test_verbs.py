@@ -16,7 +16,8 @@ import pytest
 
 from lcmlora.cli.context import Context
 from lcmlora.errors import UserError
-from lcmlora.flows import command, serve, verbs
+from lcmlora.flows import command, serve, stack, verbs
+from lcmlora.flows.background import StartedProcess
 from lcmlora.tasks import processes
 from tests.flows.conftest import Project
 
@@ -88,6 +89,25 @@ def test_what_a_verb_cannot_work_with_is_told_before_anything_is_started(
     (project.root / "dvc.yaml").unlink()
     with pytest.raises(UserError, match=r"^dvc\.yaml: no such file; `lcmlora init` makes a project with it"):
         command.run(call_for(project.root))
+
+
+def test_servers_that_run_and_are_not_asked_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    verbs.note_unused_servers()
+    (tmp_path / ".up").mkdir()
+    state = stack.State(started={"prefect": StartedProcess(pid=1, digest="")})
+    stack._save(tmp_path / ".up", stack.State())
+    verbs.note_unused_servers()
+    assert capsys.readouterr().err == ""
+    stack._save(tmp_path / ".up", state)
+    verbs.note_unused_servers()
+    assert "`source .up/environment` names them" in capsys.readouterr().err
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    verbs.note_unused_servers()
+    assert capsys.readouterr().err == ""
 
 
 def test_every_verb_is_declared_where_it_is_and_has_a_module_that_imports_nothing_heavy():

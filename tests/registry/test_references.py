@@ -193,7 +193,7 @@ def test_an_alias_that_only_the_store_has_is_taken_from_there_and_said(
     assert "note: mini@staging: is the release file:///" in told and "no such alias; lcm-lora-mini has champion" in told
     without = replace(places, registry=None)
     assert digest(open_adapter("mini@champion", without).weights.parent) == champion
-    with pytest.raises(UserError, match=r"tried: lcm-lora-mini@champion: there is no registry: MLFLOW_TRACKING"):
+    with pytest.raises(UserError, match=r"tried: lcm-lora-mini@champion: there is no registry: set MLFLOW_TRAC"):
         open_adapter("mini@champion", replace(without, publish=None))
 
 
