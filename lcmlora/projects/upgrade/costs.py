@@ -32,7 +32,8 @@ def stage_costs(outlook: Outlook, durations: Durations, doctor: Callable[[str], 
         if estimate and (estimate.seconds is not None or last is None):
             found[stage.name] = estimate
         elif last is None:
-            found[stage.name] = Cost(None, "this machine has not measured it")
+            advice = f"; `lcmlora doctor {stage.run.model}` estimates it" if stage.run.stage == "distill" else ""
+            found[stage.name] = Cost(None, f"this machine has not measured it{advice}")
         else:
             steps = "" if stage.steps == 1 else f", for {stage.steps:.3g} times its steps"
             found[stage.name] = Cost(last * stage.steps, f"its last run{steps}")

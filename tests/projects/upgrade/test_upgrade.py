@@ -94,6 +94,7 @@ def test_the_report_says_for_each_stage_why_it_is_stale_and_what_is_not_known(ol
     assert "reference version 2 (0.2.0): the best settings of each solver are searched on validation captions" in told
     assert "      reads what prepare, reference@emoji, distill@emoji will make\n" in told
     assert "release/emoji/scheduler_config.json, no more release/emoji\n" in told
+    assert "distill@emoji: unknown time (this machine has not measured it; `lcmlora doctor emoji` estimates it)" in told
     assert told.endswith("in all unknown time\n")
     assert git(old, "status", "--porcelain") == ""
 
