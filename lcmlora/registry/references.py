@@ -41,6 +41,7 @@ FORMS = (
     "s3://bucket/.../MODEL/sha256-... or a hub id"
 )
 _SQLITE = "sqlite:///"
+_NO_STORE = "there is no store: set LCMLORA_PUBLISH_TO"
 
 
 # --- forms ------------------------------------------------------------------------------------------------------------
@@ -183,7 +184,9 @@ class Places:
         )
 
     def store_of(self, reference: str) -> Publish:
-        """Returns the settings of the store for an address."""
+        """Returns the settings of the store for an address or for the name of a release. Raises NotFound."""
+        if self.publish is None and "://" not in reference:
+            raise NotFound(f"{reference}: {_NO_STORE}")
         return self.publish or Publish(to=reference)
 
 
@@ -369,7 +372,7 @@ def _lacks_database(settings: Registry) -> bool:
 def _in_store(form: Registered | Digits, places: Places) -> str:
     """Returns the address of a release in the store: of a channel of that name, or of an adapter with these digits."""
     if places.publish is None:
-        raise NotFound("there is no store: set LCMLORA_PUBLISH_TO")
+        raise NotFound(_NO_STORE)
     if isinstance(form, Digits):
         return catalog.find_digits(form.text, places.publish)
     if not form.version.startswith("@"):

@@ -225,6 +225,8 @@ def test_outside_a_project_the_environment_names_registry_store_and_cache(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setenv("LCMLORA_CACHE", str(tmp_path / "mine"))
+    with pytest.raises(UserError, match=r"mini/sha256-0123: there is no store: set LCMLORA_PUBLISH_TO"):
+        open_adapter("mini/sha256-0123", Places.of_environment())
     with pytest.raises(UserError, match=r"mini: no such adapter; .*no project here .*; mini@champion names the regist"):
         open_adapter("mini", Places.of_environment())
     monkeypatch.setenv("LCMLORA_PUBLISH_TO", places.publish.to)
