@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from functools import cache
@@ -27,7 +28,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell that knows the servers of `make up` must not lead the tests to them.
-for _name in ("LCMLORA_GPU_LIMIT", "LCMLORA_PUBLISH_TO"):
+for _name in ("LCMLORA_GPU_LIMIT", "LCMLORA_PUBLISH_TO", "LCMLORA_OFFLINE"):
     os.environ.pop(_name, None)
 for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
     os.environ.pop(_name, None)
@@ -61,6 +62,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def state(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What tests see in signed stores is remembered in a folder of their own."""
     os.environ["LCMLORA_STATE"] = str(tmp_path_factory.mktemp("state"))
+
+
+_caches = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def cache_of_downloads(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test downloads adapters and bases to a folder of its own, which need not exist."""
+    monkeypatch.setenv("LCMLORA_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / str(next(_caches))))
 
 
 @pytest.fixture(scope="session")

@@ -13,21 +13,24 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lcmlora import bases
-from lcmlora.adapters import tensorfile
+from lcmlora.adapters import formats, tensorfile
 from lcmlora.adapters.metadata import LATENT_CONSISTENCY, Sampler
-from lcmlora.bases import architecture, diffusers_pipeline, fetching, folders, singlefile
+from lcmlora.bases import architecture, diffusers_pipeline, families, fetching, folders, singlefile
 from lcmlora.bases.schedule import Schedule
 from lcmlora.config import Base
-from lcmlora.diffusion import noise, sampling, solver
+from lcmlora.diffusion import noise, samplers, sampling, solver
 from lcmlora.diffusion.editing import SourceLatents, check_steps
 from lcmlora.errors import UserError
 from lcmlora.evaluation.image_sets import NotFinite
 from lcmlora.inference.source_picture import STRENGTH, SourcePicture, fit
+from lcmlora.io.files import temporary_folder, write_json
 from lcmlora.io.private import downloads
+from lcmlora.io.terminal import note
 from lcmlora.releases import bundle
 from lcmlora.releases.bundle import Provenance
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _BATCH = 4  # pictures in one pass of the network, which bounds the memory for requests of any length
@@ -292,19 +295,10 @@ def load(
             f"{folder / bundle.WEIGHTS}: expected sha256 {provenance.sha256[:12]}..., got {found[:12]}...; download "
             "the release again"
         )
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device: expected auto, cpu or cuda, got {device!r}")
-    torch_device = bases.pick_device(device)
+    torch_device = _device(device)
     base_folder = _base_folder(folder, provenance.base, base, sources)
     variant = provenance.base.get("variant") or folders.variant(base_folder)
-    pipeline = diffusers_pipeline.assemble_pipeline(
-        base_folder, folder / bundle.SCHEDULER, variant, bases.pick_dtype("auto", torch_device)
-    )
-    pipeline = pipeline.to(torch_device)
-    _load_adapter(pipeline, folder, fuse)
-    if controlnet is not None:
-        pipeline = diffusers_pipeline.with_controlnet(pipeline, controlnet).to(torch_device)
-    pipeline.watermark = None  # of SDXL, which is drawn only where a certain package is installed
+    pipeline = _assembled(base_folder, folder / bundle.SCHEDULER, variant, folder, torch_device, fuse, controlnet)
     resolution = provenance.resolution or architecture.of_folder(base_folder).resolution
     if resolution is None:
         raise UserError(f"{folder / bundle.PROVENANCE}: resolution: is missing, and {base_folder} has none")
@@ -318,10 +312,103 @@ def load(
         has_controlnet=controlnet is not None,
     )
     if warm:
-        side = _WARM_UNITS * ready.size_unit
-        control = Image.new("RGB", (side, side)) if controlnet else None
-        ready("", steps=1, width=side, height=side, control=control)
+        _warm(ready)
     return ready
+
+
+def load_adapter(
+    shown: str,
+    weights: Path,
+    base: Path | None = None,
+    device: str = "auto",
+    *,
+    made_for: dict[str, str | None] | None = None,
+    resolution: int | None = None,
+    sampler: Sampler | None = None,
+    warm: bool = True,
+    sources: Path = Path(),
+    controlnet: Path | None = None,
+) -> Drawer:
+    """Returns an adapter that is no release ready to draw: what `distill` wrote, or another program's LoRA.
+
+    Args:
+        shown: the adapter's name, for messages.
+        weights: a .safetensors file in any spelling, perhaps with its scheduler_config.json beside it.
+        base: the folder of the base; needed where `made_for` does not name it.
+        made_for: the identity of the base that the adapter was made for, by whose digest the base is checked.
+        resolution: of the pictures, in pixels; the base's by default.
+        sampler: that of an LCM-LoRA by default, which is noted.
+        device, warm, sources, controlnet: as for `load`.
+
+    Raises:
+        UserError: the base is not named, is missing or has another digest; the adapter does not fit it; or diffusers
+            cannot load them or the ControlNet.
+    """
+    torch_device, made_for = _device(device), made_for or {}
+    if made_for.get("digest"):
+        base_folder = _base_folder(weights, made_for, base, sources)
+    elif base is None:
+        raise UserError(f"{shown}: does not say which base it was made for; name the base's folder")
+    else:
+        folders.check_folder(base)
+        base_folder = base
+    layers = architecture.of_folder(base_folder)
+    if (resolution := resolution or layers.resolution) is None:
+        raise UserError(f"{shown}: says no resolution, and {base_folder} has none")
+    schedule, base_scheduler = families.of_folder(base_folder).schedule(base_folder, resolution)
+    if sampler is None:
+        note(f"note: {shown} has no sampler settings; it is drawn with as an LCM-LoRA")
+        sampler = LATENT_CONSISTENCY
+    with temporary_folder() as work:
+        folder = Path(work)
+        formats.convert(weights, folder / bundle.WEIGHTS, formats.DIFFUSERS, layers)
+        write_json(folder / bundle.SCHEDULER, samplers.scheduler_config(base_scheduler, sampler))
+        variant = made_for.get("variant") or folders.variant(base_folder)
+        pipeline = _assembled(base_folder, folder / bundle.SCHEDULER, variant, folder, torch_device, False, controlnet)
+    ready = Drawer(
+        name=shown,
+        pipeline=pipeline,
+        sampler=sampler,
+        resolution=resolution,
+        schedule=schedule.to(torch_device),
+        has_controlnet=controlnet is not None,
+    )
+    if warm:
+        _warm(ready)
+    return ready
+
+
+def _device(name: str) -> torch.device:
+    """Returns torch's device. Raises UserError for another name, or where there is no GPU."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: expected auto, cpu or cuda, got {name!r}")
+    return bases.pick_device(name)
+
+
+def _assembled(
+    base: Path,
+    scheduler: Path,
+    variant: str | None,
+    adapter: Path,
+    device: torch.device,
+    fuse: bool,
+    controlnet: Path | None,
+) -> Any:
+    """Returns the base on the device as a pipeline of diffusers, with its adapter, scheduler and ControlNet."""
+    pipeline = diffusers_pipeline.assemble_pipeline(base, scheduler, variant, bases.pick_dtype("auto", device))
+    pipeline = pipeline.to(device)
+    _load_adapter(pipeline, adapter, fuse)
+    if controlnet is not None:
+        pipeline = diffusers_pipeline.with_controlnet(pipeline, controlnet).to(device)
+    pipeline.watermark = None  # of SDXL, which is drawn only where a certain package is installed
+    return pipeline
+
+
+def _warm(ready: Drawer) -> None:
+    """Draws a small picture."""
+    side = _WARM_UNITS * ready.size_unit
+    control = Image.new("RGB", (side, side)) if ready.has_controlnet else None
+    ready("", steps=1, width=side, height=side, control=control)
 
 
 def _load_adapter(pipeline: Any, folder: Path, fuse: bool) -> None:

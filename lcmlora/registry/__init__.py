@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lcmlora.registry.downloads.pulling import figures, pull, verify
     from lcmlora.registry.loading import load_pipeline
-    from lcmlora.registry.lookup import (
-        Difference,
-        Version,
-        champion,
-        compare,
-        condition,
-        figures,
-        pull,
-        resolve,
-        versions,
-    )
+    from lcmlora.registry.lookup import Difference, Version, champion, compare, condition, resolve, versions
+
+_MODULES = {
+    "Difference": "lookup",
+    "Version": "lookup",
+    "champion": "lookup",
+    "compare": "lookup",
+    "condition": "lookup",
+    "figures": "downloads.pulling",
+    "load_pipeline": "loading",
+    "pull": "downloads.pulling",
+    "resolve": "lookup",
+    "verify": "downloads.pulling",
+    "versions": "lookup",
+}
 
 __all__ = [
     "Difference",
@@ -28,18 +34,13 @@ __all__ = [
     "load_pipeline",
     "pull",
     "resolve",
+    "verify",
     "versions",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Imports on first use: `lcmlora --help` needs none of it."""
-    if name == "load_pipeline":
-        from lcmlora.registry import loading
-
-        return loading.load_pipeline
-    if name in __all__:
-        from lcmlora.registry import lookup
-
-        return getattr(lookup, name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"lcmlora.registry.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import datetime
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lcmlora import masking
 from lcmlora.config import Registry
 from lcmlora.errors import NotFound, UserError
-from lcmlora.evaluation.figures import Metrics
-from lcmlora.io import terminal
-from lcmlora.io.files import make_once, temporary_folder
-from lcmlora.io.parsing import JsonObject, read_json
+from lcmlora.io.parsing import JsonObject
+from lcmlora.io.private import downloads
 from lcmlora.registry import events
-from lcmlora.registry.tracking import connect, reaching
-from lcmlora.releases import bundle
-from lcmlora.releases.trust import records
+from lcmlora.registry.downloads import offline
+from lcmlora.registry.tracking import connect, of_environment, reaching
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -92,30 +88,47 @@ class Version:
         """Returns all fields as JSON values."""
         return asdict(self)
 
+    @classmethod
+    def of_plain(cls, values: JsonObject) -> Version:
+        """Returns the version that `plain` returned these fields of."""
+        lists = {name: tuple(values[name]) for name in ("aliases", "foreign_events")}
+        return cls(**{**values, **lists})
 
-def resolve(reference: str, settings: Registry) -> Version:
+
+def resolve(reference: str, settings: Registry | None = None, *, cache: Path | None = None) -> Version:
     """Returns the version that a reference names.
+
+    With LCMLORA_OFFLINE=1 it is the one that this user downloaded under this name, as it was then.
 
     Args:
         reference: `emoji@champion` or `emoji/3`, with or without `lcm-lora-`; `models:/NAME@champion`, with the exact
             name; or the SHA-256 of an adapter, as it was trained or as it was released, whose newest version is
             returned; twelve of its digits are enough.
+        settings: of the registry; MLFLOW_TRACKING_URI names it by default.
+        cache: the folder of downloaded adapters; the user's by default. Only LCMLORA_OFFLINE reads it.
 
     Raises:
-        UserError: there is no such version, or MLflow cannot be reached.
+        UserError: there is no such version, no registry was named, or MLflow cannot be reached.
     """
+    settings = settings or of_environment()
+    if offline.is_asked_for():
+        return Version.of_plain(offline.recall(cache or downloads("adapters"), settings, canonical(reference)))
     with reaching(settings, "ask again later"):
         client = connect(settings)
         version = find_version(client, reference, settings)
         return _described(client, [version], settings)[0]
 
 
-def champion(model: str, settings: Registry) -> Version | None:
+def champion(model: str, settings: Registry | None = None) -> Version | None:
     """Returns the version of `lcm-lora-<model>` that has the configured alias, None where none has.
 
+    Args:
+        settings: of the registry; MLFLOW_TRACKING_URI names it by default, and the alias is then `champion`.
+
     Raises:
-        UserError: MLflow cannot be reached.
+        UserError: no registry was named, or MLflow cannot be reached.
     """
+    settings = settings or of_environment()
     name = f"lcm-lora-{model}"
     with reaching(settings, "ask again later"):
         client = connect(settings)
@@ -123,12 +136,17 @@ def champion(model: str, settings: Registry) -> Version | None:
         return None if number is None else _described(client, [_get(client, name, number, settings)], settings)[0]
 
 
-def versions(settings: Registry, name: str | None = None) -> list[Version]:
+def versions(settings: Registry | None = None, name: str | None = None) -> list[Version]:
     """Returns all versions, of one model or of all, the newest first.
 
+    Args:
+        settings: of the registry; MLFLOW_TRACKING_URI names it by default.
+        name: of the registered model, such as lcm-lora-emoji.
+
     Raises:
-        UserError: there is no such model, or MLflow cannot be reached.
+        UserError: there is no such model, no registry was named, or MLflow cannot be reached.
     """
+    settings = settings or of_environment()
     with reaching(settings, "ask again later"):
         client = connect(settings)
         found: list[ModelVersion] = search_all(client.search_model_versions, f"name = '{name}'" if name else None)
@@ -187,107 +205,17 @@ def condition(text: str) -> Callable[[Version], bool]:
     return test
 
 
-def figures(version: Version, settings: Registry) -> Metrics:
-    """Returns the metrics.json of a version's release.
-
-    Raises:
-        UserError: the version has no release, its file cannot be read, or MLflow cannot be reached.
-    """
-    _refuse_foreign(version)
-    place = f"{version.reference}: {bundle.METRICS} among its artifacts"
-    with reaching(settings, "ask again later"), temporary_folder() as folder:
-        path = _fetch(connect(settings), version, bundle.METRICS, Path(folder))
-        try:
-            found = read_json(path)
-        except UserError as error:
-            raise UserError(f"{place}: {str(error).removeprefix(f'{path}: ')}") from None
-    return Metrics.parse(found, place)
-
-
-def _refuse_foreign(version: Version) -> None:
-    """Raises UserError where lcmlora did not register the version."""
-    if not version.run_id:
-        raise UserError(f"{version.reference}: has no run, so no release; it was registered by other means")
-    if not records.is_digest(version.sha256):
-        shown = f"its tag sha256 is {terminal.shown(repr(version.sha256))}" if version.sha256 else "has no tag sha256"
-        raise UserError(
-            f"{version.reference}: {shown}, expected the SHA-256 of an adapter; it was registered by other means"
-        )
-
-
-def pull(reference: str, settings: Registry, out: Path, *, everything: bool = False) -> Path:
-    """Downloads the adapter of a version to the folder `out`, checks every file, and returns the folder.
-
-    The folder has the weights, the scheduler's settings, the provenance and the checksums. It
-    appears whole or not at all. The weights must have the SHA-256 that the registry knows.
-
-    Args:
-        everything: download the whole release, with card, report and the weights under their name for ComfyUI.
-
-    Raises:
-        UserError: a file is missing or differs from its checksum, `out` exists and is something else, or MLflow cannot
-            be reached.
-    """
-    version = resolve(reference, settings)
-    _refuse_foreign(version)
-
-    def is_there() -> bool:
-        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-            return False
-        if not (out / bundle.CHECKSUMS).is_file() or bundle.digest(out) != version.sha256:
-            raise UserError(f"{out}: exists; expected a new folder, an empty one, or a download of this adapter")
-        bundle.verify(out, None if everything else bundle.ADAPTER_FILES)
-        return True
-
-    def download(folder: Path) -> None:
-        with reaching(settings, "ask again later"):
-            _download(connect(settings), version, folder, everything)
-
-    try:
-        make_once(out, is_there, download)
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror or error}; nothing was kept") from error
-    return out
-
-
-def _download(client: MlflowClient, version: Version, folder: Path, everything: bool) -> None:
-    """Downloads the release of a version, or the part of it that drawing needs, and checks it."""
-    listed = [PurePosixPath(item.path).name for item in client.list_artifacts(version.run_id, RELEASE)]
-    if not listed:
-        raise UserError(f"{version.reference}: has no release among the artifacts of its run {version.run_id}")
-    for name in listed:
-        if fault := bundle.fault_of_name(name):
-            raise UserError(f"{version.reference}: {terminal.shown(repr(name))} among its artifacts {fault}")
-    for name in sorted(listed) if everything else bundle.ADAPTER_FILES:
-        _fetch(client, version, name, folder)
-    bundle.verify(folder, None if everything else bundle.ADAPTER_FILES)
-    found = bundle.digest(folder)
-    if found != version.sha256:
-        raise UserError(
-            f"{version.reference}: {bundle.WEIGHTS} has sha256 {found[:12]}..., the registry says "
-            f"{version.sha256[:12]}...; nothing was kept"
-        )
-
-
-def _fetch(client: MlflowClient, version: Version, name: str, folder: Path) -> Path:
-    """Downloads one file of a version's release into the folder and returns its path."""
-    from mlflow.exceptions import MlflowException
-
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
-        try:
-            path = Path(client.download_artifacts(version.run_id, f"{RELEASE}/{name}", temporary))
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
-                raise
-            raise UserError(f"{version.reference}: has no {name} among its artifacts") from error
-        return path.replace(folder / name)
-
-
 def registered_name(model: str) -> str:
     """Returns the registered model of a model's versions, such as lcm-lora-emoji. `models:/NAME` is an exact name."""
     if model.startswith(_EXACT):
         return model.removeprefix(_EXACT)
     return f"{PREFIX}{model.removeprefix(PREFIX)}"
+
+
+def canonical(reference: str) -> str:
+    """Returns a reference with the exact name of the registered model; digits of a SHA-256 as they are."""
+    match = re.fullmatch(r"((?:models:/)?[^@/]+)([@/].+)", reference)
+    return registered_name(match[1]) + match[2] if match else reference
 
 
 def find_version(client: MlflowClient, reference: str, settings: Registry) -> ModelVersion:

@@ -14,8 +14,9 @@ from lcmlora.config import Gate, Registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.evaluation import gate as gates
 from lcmlora.registry import events
+from lcmlora.registry.downloads.pulling import figures
 from lcmlora.registry.events import Event
-from lcmlora.registry.lookup import PASSED, Version, figures, find_version, read_aliases, resolve, search_all
+from lcmlora.registry.lookup import PASSED, Version, find_version, read_aliases, resolve, search_all
 from lcmlora.registry.registration import Registered
 from lcmlora.registry.tracking import connect, reaching
 

@@ -167,8 +167,8 @@ class Places:
 
     @classmethod
     def of_project(cls, project: Project, config: Config) -> Places:
-        """Returns the places that a project's params.yaml names. Downloads go to its scratch folder."""
-        return cls(project.scratch("adapters"), config.registry, config.publish, project)
+        """Returns the places that a project's params.yaml names. Downloads go to the user's cache."""
+        return cls(downloads("adapters"), config.registry, config.publish, project)
 
     @classmethod
     def of_environment(cls) -> Places:
@@ -251,7 +251,7 @@ def open_adapter(reference: str, places: Places, *, everything: bool = False) ->
     found = _find(form, reference, places)
     if isinstance(found, str):
         return _described(_download_release(found, places, everything), reference)
-    return _described(_pull(found, places, everything), reference)
+    return _described(_pull(found, form.text, places, everything), reference)
 
 
 def open_release(reference: str, places: Places, *, everything: bool = False) -> Path:
@@ -360,7 +360,7 @@ def _resolve(text: str, places: Places) -> Version:
         )
     if _lacks_database(settings):
         raise NotFound(f"{text}: nothing is registered at {masking.address(settings.tracking_uri)} yet")
-    return registry.resolve(text, settings)
+    return registry.resolve(text, settings, cache=places.cache)
 
 
 def _lacks_database(settings: Registry) -> bool:
@@ -420,12 +420,12 @@ def _open_local(path: Path, reference: str) -> AdapterReference:
     return _described(path.parent, reference, path) if ours else AdapterReference(reference, path)
 
 
-def _pull(version: Version, places: Places, everything: bool) -> Path:
-    from lcmlora import registry
+def _pull(version: Version, name: str, places: Places, everything: bool) -> Path:
+    from lcmlora.registry.downloads import pulling
+    from lcmlora.registry.lookup import canonical
 
     assert places.registry is not None
-    folder = places.cache / f"sha256-{version.sha256[:12]}{'-all' if everything else ''}"
-    return registry.pull(version.exact, places.registry, folder, everything=everything)
+    return pulling.pull_to_cache(version, places.registry, places.cache, [canonical(name)], everything=everything)
 
 
 def _download_release(reference: str, places: Places, everything: bool) -> Path:

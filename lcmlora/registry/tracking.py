@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, object]  # nested or flat, as MLflow's params show them
 
+TRACKING_URI = "MLFLOW_TRACKING_URI"  # environment
+
 _FLUSH_SECONDS = 5.0
 _SYSTEM_SECONDS = 10.0  # between two measurements of the machine
 _RUN_FILE = "mlflow_run.json"  # in a distillation's scratch folder, so that a resumed one continues its run
@@ -207,6 +209,18 @@ def existing_run(client: MlflowClient, run_id: str | None) -> str | None:
             raise
         return None
     return run_id if run.info.lifecycle_stage == "active" else None
+
+
+def of_environment() -> Registry:
+    """Returns the settings of the registry that MLFLOW_TRACKING_URI names.
+
+    Raises:
+        UserError: the variable is not set.
+    """
+    uri = os.environ.get(TRACKING_URI)
+    if not uri:
+        raise UserError(f"{TRACKING_URI}: is not set; set it to the address of MLflow, or name a project's settings")
+    return Registry(tracking_uri=uri)
 
 
 def connect(settings: Registry) -> MlflowClient:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from lcmlora.cli.main import app
 from lcmlora.config import load
 from lcmlora.errors import UserError
+from lcmlora.io.private import downloads
 from lcmlora.releases.publish import point_channel, publish_release
 from tests.support import releases
 
@@ -62,7 +63,7 @@ def test_report_opens_the_page_in_the_browser(project: Path, tmp_path: Path, mon
 
 def test_a_release_without_a_page_and_a_model_without_a_release_are_told(project: Path):
     assert _refusal("report", "mini@champion").endswith("report.html: no such file; this release has no report page")
-    assert list(Path("scratch/adapters").glob("sha256-*-all/README.md"))
+    assert list(downloads("adapters").glob("sha256-*-all/README.md")) and not Path("scratch/adapters").exists()
     shutil.rmtree("release")
     assert _refusal("report").startswith(
         "mini: no such release; tried: no file or folder of this name; release/mini is "

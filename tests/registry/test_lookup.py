@@ -14,7 +14,8 @@ from lcmlora.config import Registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.inference.mlflow_internals import start_system_monitor
 from lcmlora.io.files import sha256_file
-from lcmlora.registry.lookup import champion, compare, condition, figures, pull, resolve, versions
+from lcmlora.registry.downloads.pulling import figures, pull
+from lcmlora.registry.lookup import champion, compare, condition, resolve, versions
 from lcmlora.registry.promotion import promote_passed
 from lcmlora.registry.registration import register_release
 from lcmlora.registry.tracking import log_run

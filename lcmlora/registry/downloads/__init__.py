@@ -1,0 +1,1 @@
+"""Versions on this disk: downloaded from the registry, checked, and found again without it."""

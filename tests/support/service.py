@@ -1,0 +1,99 @@
+"""A service that looks adapters up: a process of its own, in a folder that is no project, with few packages.
+
+It runs as a script. Until it draws, every import of a package is refused that neither `pip install 'lcmlora[registry]'`
+nor Python brings. What it finds it prints as JSON.
+
+    service.py NAME [PROMPT]       NAME as `lcmlora.load_pipeline` takes it; with a prompt it also draws
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Sequence
+from importlib import metadata
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[2]
+
+
+def _names(requirements: Sequence[str]) -> set[str]:
+    """Returns the distributions that requirements name, without those of extras."""
+    plain = [each for each in requirements if "extra ==" not in each]
+    return {re.split(r"[^A-Za-z0-9._-]", each, maxsplit=1)[0].lower().replace("_", "-") for each in plain}
+
+
+def brought_by(extra: str) -> set[str]:
+    """Returns the distributions that lcmlora and one of its extras bring, as far as they are installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = _names([*project["dependencies"], *project["optional-dependencies"][extra]])
+    found: set[str] = set()
+    while wanted:
+        name = wanted.pop()
+        found.add(name)
+        try:
+            wanted |= _names(metadata.requires(name) or []) - found
+        except metadata.PackageNotFoundError:  # of another system or Python, by its marker
+            continue
+    return found
+
+
+class _Refusal(MetaPathFinder):
+    """Refuses the packages of other distributions, as if they were not installed."""
+
+    def __init__(self, allowed: set[str]) -> None:
+        self._owners = {
+            package: {name.lower().replace("_", "-") for name in names}
+            for package, names in metadata.packages_distributions().items()
+        }
+        self._allowed = allowed
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        owners = self._owners.get(fullname.partition(".")[0])
+        if owners and not owners & (self._allowed | {"lcmlora"}):
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+        return None
+
+
+def main(name: str, prompt: str | None = None) -> None:
+    refusal = _Refusal(brought_by("registry"))
+    sys.meta_path.insert(0, refusal)
+    import lcmlora
+    from lcmlora import registry
+
+    version = registry.resolve(name)
+    folder = registry.pull(name)
+    found = {
+        "reference": version.reference,
+        "sha256": version.sha256,
+        "folder": str(folder),
+        "files": sorted(path.name for path in folder.iterdir()),
+        "verified": registry.verify(folder).reference,
+        "imported": sorted({"torch", "prefect", "dvc", "diffusers", "pandas", "sqlalchemy"} & set(sys.modules)),
+        "refused": _is_refused("torch"),
+    }
+    if prompt is not None:
+        sys.meta_path.remove(refusal)
+        (picture,) = lcmlora.load_pipeline(name, "cpu")(prompt, steps=2, seed=3)
+        found["picture"] = hashlib.sha256(picture.tobytes()).hexdigest()
+    print(json.dumps(found))
+
+
+def _is_refused(package: str) -> bool:
+    try:
+        __import__(package)
+    except ModuleNotFoundError:
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
