@@ -1,7 +1,7 @@
 """A service that looks adapters up: a process of its own, in a folder that is no project, with few packages.
 
-It runs as a script. Until it draws, every import of a package is refused that neither `pip install 'lcmlora[registry]'`
-nor Python brings. What it finds it prints as JSON.
+It runs as a script. Until it draws, it finds no package that neither `pip install 'lcmlora[registry]'` nor
+Python brings. What it looks up it prints as JSON.
 
     service.py NAME [PROMPT]       NAME as `lcmlora.load_pipeline` takes it; with a prompt it also draws
 """
@@ -19,6 +19,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,28 +45,30 @@ def brought_by(extra: str) -> set[str]:
     return found
 
 
-class _Refusal(MetaPathFinder):
-    """Refuses the packages of other distributions, as if they were not installed."""
+class _Without(MetaPathFinder):
+    """Finds what another finder finds, but for the packages of other distributions: as if they were not installed."""
 
-    def __init__(self, allowed: set[str]) -> None:
+    def __init__(self, finder: Any, allowed: set[str]) -> None:
+        self._finder = finder
         self._owners = {
             package: {name.lower().replace("_", "-") for name in names}
             for package, names in metadata.packages_distributions().items()
         }
-        self._allowed = allowed
+        self._allowed = allowed | {"lcmlora"}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         owners = self._owners.get(fullname.partition(".")[0])
-        if owners and not owners & (self._allowed | {"lcmlora"}):
-            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
-        return None
+        if owners and not owners & self._allowed:
+            return None
+        spec: ModuleSpec | None = self._finder.find_spec(fullname, path, target)
+        return spec
 
 
 def main(name: str, prompt: str | None = None) -> None:
-    refusal = _Refusal(brought_by("registry"))
-    sys.meta_path.insert(0, refusal)
+    finders = list(sys.meta_path)
+    sys.meta_path[:] = [_Without(finder, brought_by("registry")) for finder in finders]
     import lcmlora
     from lcmlora import registry
 
@@ -81,7 +84,7 @@ def main(name: str, prompt: str | None = None) -> None:
         "refused": _is_refused("torch"),
     }
     if prompt is not None:
-        sys.meta_path.remove(refusal)
+        sys.meta_path[:] = finders
         (picture,) = lcmlora.load_pipeline(name, "cpu")(prompt, steps=2, seed=3)
         found["picture"] = hashlib.sha256(picture.tobytes()).hexdigest()
     print(json.dumps(found))
