@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 def _names(requirements: Sequence[str]) -> set[str]:
     """Returns the distributions that requirements name, without those of extras."""
     plain = [each for each in requirements if "extra ==" not in each]
-    return {re.split(r"[^A-Za-z0-9._-]", each, maxsplit=1)[0].lower().replace("_", "-") for each in plain}
+    return {_plain(re.split(r"[^A-Za-z0-9._-]", each, maxsplit=1)[0]) for each in plain}
 
 
 def brought_by(extra: str) -> set[str]:
@@ -46,15 +46,14 @@ def brought_by(extra: str) -> set[str]:
 
 
 class _Without(MetaPathFinder):
-    """Finds what another finder finds, but for the packages of other distributions: as if they were not installed."""
+    """Finds what another finder finds, but for other distributions and their packages: they seem not to be installed.
 
-    def __init__(self, finder: Any, allowed: set[str]) -> None:
-        self._finder = finder
-        self._owners = {
-            package: {name.lower().replace("_", "-") for name in names}
-            for package, names in metadata.packages_distributions().items()
-        }
-        self._allowed = allowed | {"lcmlora"}
+    Args:
+        owners: the distributions that bring each package.
+    """
+
+    def __init__(self, finder: Any, allowed: set[str], owners: Mapping[str, set[str]]) -> None:
+        self._finder, self._allowed, self._owners = finder, allowed, owners
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -65,10 +64,21 @@ class _Without(MetaPathFinder):
         spec: ModuleSpec | None = self._finder.find_spec(fullname, path, target)
         return spec
 
+    def find_distributions(self, context: Any = None) -> Iterator[metadata.Distribution]:
+        """As importlib.metadata asks finders."""
+        find = getattr(self._finder, "find_distributions", lambda _: ())
+        return (found for found in find(context) if _plain(found.metadata["Name"]) in self._allowed)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")
+
 
 def main(name: str, prompt: str | None = None) -> None:
     finders = list(sys.meta_path)
-    sys.meta_path[:] = [_Without(finder, brought_by("registry")) for finder in finders]
+    allowed = brought_by("registry") | {"lcmlora"}
+    owners = {package: set(map(_plain, names)) for package, names in metadata.packages_distributions().items()}
+    sys.meta_path[:] = [_Without(finder, allowed, owners) for finder in finders]
     import lcmlora
     from lcmlora import registry
 
