@@ -13,6 +13,7 @@ from lcmlora.config import Base
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io import temporaries
 from lcmlora.io.files import atomic_write, make_folder, sha256_file
+from lcmlora.io.private import downloads
 
 
 def fetch(name: str, base: Base, root: Path, sources: Path = Path()) -> Path:
@@ -34,6 +35,19 @@ def fetch(name: str, base: Base, root: Path, sources: Path = Path()) -> Path:
     make_folder(root)
     with temporaries.locked(root / name):  # against another process that fetches the same base
         return _fetch(name, base, root, sources)
+
+
+def fetch_pinned(source: str, revision: str, variant: str | None) -> Path:
+    """Returns the folder of a base of the hub at a revision, which is downloaded once to the user's cache.
+
+    Raises:
+        UserError: as of `fetch`.
+        Unavailable: the hub does not answer.
+    """
+    name = f"{source.replace('/', '--')}@{revision}" + (f".{variant}" if variant else "")
+    # Resolution and licence make no difference to a download.
+    base = Base(source=source, revision=revision, variant=variant, resolution=1, license="unknown")
+    return fetch(name, base, downloads("bases"))
 
 
 def _fetch(name: str, base: Base, root: Path, sources: Path) -> Path:

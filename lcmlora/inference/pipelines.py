@@ -24,7 +24,6 @@ from lcmlora.errors import UserError
 from lcmlora.evaluation.image_sets import NotFinite
 from lcmlora.inference.source_picture import STRENGTH, SourcePicture, fit
 from lcmlora.io.files import temporary_folder, write_json
-from lcmlora.io.private import downloads
 from lcmlora.io.terminal import note
 from lcmlora.releases import bundle
 from lcmlora.releases.bundle import Provenance
@@ -449,7 +448,7 @@ def _base_folder(folder: Path, made_for: dict[str, str | None], given: Path | No
             "base's folder"
         )
     else:
-        base_folder = _download(source, revision, made_for.get("variant"))
+        base_folder = fetching.fetch_pinned(source, revision, made_for.get("variant"))
     folders.check_folder(base_folder)
     variant = made_for.get("variant") or folders.variant(base_folder)
     # Resolution and licence are no part of a base's identity.
@@ -463,10 +462,3 @@ def _base_folder(folder: Path, made_for: dict[str, str | None], given: Path | No
             "that the adapter was distilled with"
         )
     return base_folder
-
-
-def _download(source: str, revision: str, variant: str | None) -> Path:
-    name = f"{source.replace('/', '--')}@{revision}" + (f".{variant}" if variant else "")
-    # Resolution and licence make no difference to a download.
-    base = Base(source=source, revision=revision, variant=variant, resolution=1, license="unknown")
-    return fetching.fetch(name, base, downloads("bases"))

@@ -1,5 +1,6 @@
 """Bases, as people name them on the command line and as adapters name theirs."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lcmlora.bases import folders
 from lcmlora.cli.adapters import base_references
 from lcmlora.config import Config
 from lcmlora.errors import UserError
+from lcmlora.io.private import downloads
 from lcmlora.project import Project
 from lcmlora.registry.references import AdapterReference
 from tests.support import releases
@@ -47,6 +49,20 @@ def test_a_base_is_found_by_name_by_folder_and_by_what_the_adapter_says(
         base_references.find_base("sd99", _made_for("x"), config, Project())
     with pytest.raises(UserError, match=r"--base: sd99: .*there is no params\.yaml here"):
         base_references.find_base("sd99", _made_for("x"), None, Project())
+
+
+def test_a_base_of_the_hub_that_was_downloaded_once_is_found_in_the_users_cache(
+    miniatures: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    commit = "0123456789" * 4
+    kept = shutil.copytree(miniatures("sd2"), downloads("bases") / f"owner--mini@{commit}")
+    (kept / ".revision").write_text(f"owner/mini@{commit} \n")
+    adapter = AdapterReference("it", Path("it"), base={"source": "owner/mini", "revision": commit, "variant": None})
+    found = base_references.find_base(None, adapter, None, Project(tmp_path), fetch=True)
+    assert found and (found.folder, found.settings.resolution) == (kept, RESOLUTION)
+    assert base_references.find_base(None, adapter, None, Project(tmp_path)) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_half_precision_folder_is_loaded_by_its_variant(tmp_path: Path):

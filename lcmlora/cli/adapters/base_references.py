@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcmlora.adapters.layer_names import Architecture
-from lcmlora.bases import architecture, folders
+from lcmlora.bases import architecture, fetching, folders, singlefile
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
 from lcmlora.project import Project
@@ -28,11 +28,12 @@ class BaseReference:
 
 
 def find_base(
-    name: str | None, adapter: AdapterReference, config: Config | None, project: Project
+    name: str | None, adapter: AdapterReference, config: Config | None, project: Project, *, fetch: bool = False
 ) -> BaseReference | None:
     """Returns the named base, else the adapter's own. Returns None if the adapter does not name its base.
 
     Args:
+        fetch: download the adapter's own base to the user's cache, if it is one of the hub and not in the project.
         name: a name under `bases` in params.yaml, or a diffusers folder; None for the adapter's own base.
         project: the adapter's own base may be named by a path in it.
 
@@ -43,7 +44,12 @@ def find_base(
         source = (adapter.base or {}).get("source") or ""
         if config and adapter.model in config.bases and config.bases[adapter.model].source == source:
             return _in_project(adapter.model, config, project)
-        return _at(project.root / source, adapter) if source and (project.root / source).is_dir() else None
+        if source and (project.root / source).is_dir():
+            return _at(project.root / source, adapter)
+        revision = (adapter.base or {}).get("revision")
+        if not fetch or not source or revision is None or singlefile.names_a_file(source):
+            return None
+        return _at(fetching.fetch_pinned(source, revision, (adapter.base or {}).get("variant")), adapter)
     if config and name in config.bases:
         return _in_project(name, config, project)
     if not Path(name).is_dir():

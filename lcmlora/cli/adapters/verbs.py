@@ -184,7 +184,8 @@ def generate(
 ) -> None:
     """Draw pictures of prompts with an adapter, by the sampler that it was distilled for.
 
-    A registered or published adapter is downloaded once. Its base must be in params.yaml or be named with --base.
+    A registered or published adapter is downloaded once, and so is its base, if that is one of the hub. Another base
+    must be in the project or be named with --base.
 
     Examples:
 
@@ -202,7 +203,7 @@ def generate(
     source = _source(image, strength, mask)
     chosen = open_adapter(adapter, context.places(config))
     styles = open_adapter(style, context.places(config)) if style else None
-    found = base_references.find_base(base, chosen, config, context.project)
+    found = base_references.find_base(base, chosen, config, context.project, fetch=True)
     if found is None:
         raise UserError(f"{adapter}: does not say where its base is; name the base with --base")
     if chosen.sampler is None:
