@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ class _Context:
     """What templates stand for."""
 
     params: JsonObject
-    loop: Mapping[str, Any]
+    loop: JsonObject
 
     def value(self, key: str) -> Any:
         value: Any = self.params | self.loop

@@ -143,7 +143,7 @@ CONVERSIONS = (
 
 def _sections(params: YamlText, section: str) -> Iterator[Keys]:
     """Yields the keys of a section and of its changes by bases, styles and fine-tunes, where there are any."""
-    places = [(section,)]
+    places: list[Keys] = [(section,)]
     for group in ("bases", "styles", "finetunes"):
         entries = params.get((group,))
         places += [(group, name, section) for name in entries] if isinstance(entries, dict) else []

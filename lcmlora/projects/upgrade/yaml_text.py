@@ -146,7 +146,8 @@ class YamlText:
 
 def _composed(text: str) -> yaml.Node:
     """Returns the nodes of a text that has been read before."""
-    root: yaml.Node = yaml.compose(text, Loader=yaml.SafeLoader)
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert root is not None, "a mapping has a node"
     return root
 
 
@@ -155,11 +156,11 @@ def _find(node: yaml.Node, path: Path) -> tuple[yaml.MappingNode, yaml.Node, yam
     found = None
     for name in path:
         entries = node.value if isinstance(node, yaml.MappingNode) else ()
-        key, value = next(((key, value) for key, value in entries if key.value == name), (None, None))
-        if key is None:
+        entry = next((entry for entry in entries if entry[0].value == name), None)
+        if entry is None:
             return None
-        found = (node, key, value)
-        node = value
+        assert isinstance(node, yaml.MappingNode)
+        found, node = (node, *entry), entry[1]
     return found
 
 
