@@ -13,6 +13,7 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 
+from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write
 
 _TEXTS = {
@@ -28,8 +29,14 @@ _PRETRAIN = re.compile(r"^  pretrain:\n.*?(?=^  \S)", re.MULTILINE | re.DOTALL)
 
 
 def texts() -> dict[str, str]:
-    """Returns the text files of the demo, by their path in the project, with params.yaml."""
+    """Returns the text files of the demo, by their path in the project, with params.yaml.
+
+    Raises:
+        UserError: this installation does not have them.
+    """
     root = resources.files("lcmlora.demo").joinpath("emoji")
+    if not root.joinpath("params.yaml").is_file():
+        raise UserError("--base emoji: this installation of lcmlora has no files of the demo; a wheel of it has them")
     found = {path: root.joinpath(name).read_text(encoding="utf-8") for path, name in _TEXTS.items()}
     # The stage that makes the base is lcmlora's own repository's.
     return found | {"dvc.lock": _PRETRAIN.sub("", found["dvc.lock"])}

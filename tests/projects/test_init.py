@@ -19,10 +19,12 @@ from dvc.repo import Repo
 from typer.testing import CliRunner
 
 from lcmlora.cli.main import app
+from lcmlora.dvc_files import resolved
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.project import Project
 from lcmlora.projects import generated, record
 from tests.data.conftest import NODE_MODULES, add, picture
+from tests.support.miniature import RESOLUTION
 from tests.support.original import save_original
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +67,54 @@ def params_of(*arguments: object) -> dict[str, Any]:
 
 def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def program(folder: Path) -> Path:
+    """Puts a program `lcmlora` into a folder, as an installed package does, and returns the folder."""
+    folder.mkdir()
+    script = folder / "lcmlora"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m lcmlora "$@"\n')
+    script.chmod(0o755)
+    return folder
+
+
+def test_a_project_of_own_pictures_and_a_base_in_a_folder_runs_its_first_stages(
+    here: Path, miniatures: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (here / "bases").mkdir()
+    (here / "bases" / "tiny sdxl").symlink_to(miniatures("sdxl"))
+    root = here / "my adapters"
+    # Names of ours from before there was a package of one name.
+    (root / "flows").mkdir(parents=True)
+    (root / "flows" / "__init__.py").write_text("raise RuntimeError('this is not the package')\n")
+    (root / "tasks.py").write_text("raise RuntimeError('this is not the package')\n")
+    init("my adapters", "--base", "bases/tiny sdxl", "--like", "sdxl", "--data", "my pictures")
+    written = yaml.safe_load((root / "params.yaml").read_text())
+    assert written == {
+        "models": ["tiny-sdxl"],
+        "data": {"source": "folder", "path": str(here / "my pictures")},
+        "bases": {"tiny-sdxl": {"source": str(here / "bases/tiny sdxl"), "like": "sdxl", "license": "unknown"}},
+    }
+    assert len((root / "params.yaml").read_text().splitlines()) <= 20
+    settings = Project(root).settings()
+    assert settings.base("tiny-sdxl").resolution == RESOLUTION and settings.distill_for("tiny-sdxl").steps == 1000
+    assert resolved.is_current(settings, root / "resolved.yaml")
+    assert git(root, "status", "--porcelain") == "?? flows/\n?? tasks.py\n"
+    assert git(root, "log", "--format=%s").strip() == "Make a project of lcmlora"
+    assert {"params.yaml", "dvc.yaml", "resolved.yaml", ".lcmlora/project.json"} <= {*git(root, "ls-files").split("\n")}
+
+    text = (root / "params.yaml").read_text() + "\nevaluation: {features: efficientnet-lite0}\n"
+    (root / "params.yaml").write_text(text.replace("path:", "min_side: 16\n  path:"))
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("PATH", f"{program(tmp_path / 'bin')}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with Repo(str(root)) as repo:
+        assert [stage.addressing for stage in repo.reproduce(["resolve", "prepare"])] == ["resolve", "prepare"]
+        assert repo.status(["prepare"]) == {}
+    assert json.loads((root / "data/pictures/report.json").read_text())["read"] == 24
+    assert git(root, "status", "--porcelain", "--untracked-files=all").split("\n") == [
+        *(" M params.yaml", " M resolved.yaml", "?? dvc.lock", "?? flows/__init__.py", "?? tasks.py", "")
+    ]
 
 
 def test_the_demo_has_all_that_this_repository_has_and_its_reference_is_not_drawn_again(
