@@ -29,7 +29,7 @@ lint: install
 
 # The site in docs/_build/html. It needs no network; a warning, such as a link that leads nowhere, is an error.
 docs: install
-	$(BIN)/sphinx-build --quiet --fail-on-warning --nitpicky --jobs auto docs docs/_build/html
+	$(BIN)/sphinx-build --quiet --fail-on-warning --nitpicky docs docs/_build/html
 	echo "docs/_build/html/index.html"
 
 # Prefect, MLflow, SeaweedFS and a worker on this machine: schedules run by themselves. State is in .up/.
