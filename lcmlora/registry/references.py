@@ -457,10 +457,12 @@ def _download_release(reference: str, places: Places, everything: bool) -> Path:
 
 def _described(folder: Path, shown: str, weights: Path | None = None) -> AdapterReference:
     sealed = (folder / bundle.CHECKSUMS).is_file()
-    if weights is None:
-        from lcmlora.adapters import tensorfile
+    if weights is None and sealed:
+        weights = folder / WEIGHTS
+    elif weights is None:
+        from lcmlora.adapters import tensorfile  # which needs torch
 
-        weights = folder / WEIGHTS if sealed else tensorfile.find(folder)
+        weights = tensorfile.find(folder)
     if sealed:
         bundle.verify(folder, {weights.name, bundle.SCHEDULER, bundle.PROVENANCE})
     facts = bundle.read_facts(folder)

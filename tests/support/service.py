@@ -81,9 +81,11 @@ def main(name: str, prompt: str | None = None) -> None:
     sys.meta_path[:] = [_Without(finder, allowed, owners) for finder in finders]
     import lcmlora
     from lcmlora import registry
+    from lcmlora.registry.references import Places, open_adapter
 
     version = registry.resolve(name)
     folder = registry.pull(name)
+    assert open_adapter(name, Places.of_environment()).weights.parent == folder
     found = {
         "reference": version.reference,
         "sha256": version.sha256,
