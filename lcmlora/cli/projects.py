@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lcmlora.project import Project
     from lcmlora.projects.choices import Ask, BaseOptions
     from lcmlora.projects.init import Plan
+    from lcmlora.projects.record import Workers
     from lcmlora.projects.upgrade.costs import Cost
 
 
@@ -30,6 +31,8 @@ class Pool(StrEnum):
     DOCKER = "docker"
     KUBERNETES = "kubernetes"
 
+
+_WORKERS: dict[Pool, Workers] = {Pool.DOCKER: "docker", Pool.KUBERNETES: "kubernetes"}
 
 _Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The project's folder; it is made.", show_default=False)]
 _Base = Annotated[
@@ -164,7 +167,7 @@ def _plan(
     ask = _ask if sys.stdin.isatty() and sys.stderr.isatty() else None
     known = "emoji for the demo, sd15, sd21, sdxl, ssd1b, a folder, a .safetensors file, a hub id"
     base = _given("--base", base, f"The base ({known})", "emoji", ask)
-    pools = tuple(dict.fromkeys(pool.value for pool in workers))
+    pools = tuple(dict.fromkeys(_WORKERS[pool] for pool in workers))
     if data is not None and prompts is not None:
         raise UserError(
             "--data and --prompts exclude each other: a model learns from pictures or from prompts; prompts that the "

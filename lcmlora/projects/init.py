@@ -162,6 +162,8 @@ def write(plan: Plan) -> None:
     generated.recorded(plan.generated, plan.options).write(root)
     if is_new:
         _commit(plan)
+    elif repository is not None:
+        note(f"the project belongs to the Git repository {repository}; commit its files there")
     if plan.is_demo:
         repositories.install_artwork(root)
 

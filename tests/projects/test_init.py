@@ -194,7 +194,9 @@ def test_a_folder_keeps_its_files_and_a_repository_above_it_gets_no_commit(here:
     root.mkdir(parents=True)
     (root / ".gitignore").write_text("/secret\n/bases/*")
     (root / "README.md").write_text("Ours.\n")
-    init("team/adapters", "--base", "sdxl", "--data", "my pictures", "--with", "kubernetes", "--with", "docker")
+    arguments = ("team/adapters", "--base", "sdxl", "--data", "my pictures", "--with", "kubernetes", "--with", "docker")
+    result = CliRunner().invoke(app, ["init", *arguments], catch_exceptions=False)
+    assert f"the project belongs to the Git repository {here}; commit its files there" in result.stderr
     assert (root / "README.md").read_text() == "Ours.\n"
     ignored = (root / ".gitignore").read_text().splitlines()
     assert ignored[:2] == ["/secret", "/bases/*"] and ignored.count("/bases/*") == 1 and "/scratch/" in ignored
