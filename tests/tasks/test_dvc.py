@@ -202,7 +202,7 @@ def test_a_stage_sees_a_terminal_where_there_is_one(repository: Path):
     assert (repository / "told").read_text() == "none\n"
 
 
-def test_a_run_that_gave_what_git_has_is_told_from_one_that_did_not(repository: Path):
+def test_a_run_that_gave_what_git_has_is_told_from_one_that_did_not(repository: Path, monkeypatch: pytest.MonkeyPatch):
     def git(*arguments: str) -> None:
         identity = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
         subprocess.run(["git", *identity, *arguments], check=True, capture_output=True)
@@ -217,6 +217,8 @@ def test_a_run_that_gave_what_git_has_is_told_from_one_that_did_not(repository: 
         (repository / "source").write_text("2\n")
         repro.fn("first", processes, SETTINGS)
         assert differing(["first", "second@a"]) == ["first"]
+    monkeypatch.setenv("PATH", str(repository))
+    assert differing(["first"]) is None  # there is no Git
 
 
 def test_of_what_dvc_says_a_person_sees_what_runs_and_no_advice(
