@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lcmlora.config import Publish
 from lcmlora.errors import NotFound, UserError
+from lcmlora.extras import MissingExtra
 from lcmlora.io import terminal
 from lcmlora.io.files import make_once, sha256_file
 from lcmlora.releases import bundle, manifest
@@ -84,6 +85,8 @@ def _row(store: Store, prefix: str, entries: list[Entry], channels: Iterable[str
         if content:
             sha256 = manifest.parse_manifest(content[0], f"{place}/{MANIFEST}").sha256
             yanked = manifest.read_yank(store, f"{place}/{YANKED}", f"{prefix}/{YANKED}", model, sha256, settings)
+    except MissingExtra:  # says nothing about the release
+        raise
     except UserError as error:
         fault = terminal.shown(error)
     return Published(

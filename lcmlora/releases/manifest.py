@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lcmlora.config import Publish
 from lcmlora.errors import NotFound, UserError
+from lcmlora.extras import MissingExtra
 from lcmlora.io import terminal
 from lcmlora.io.parsing import Malformed, as_object, parse_json
 from lcmlora.releases import bundle
@@ -195,6 +196,8 @@ def read_pointer(
         records.check_channel(pointer, model, channel, place)
         if settings is not None:
             records.check_signature(record, settings, place, "it is ignored")
+    except MissingExtra:  # says nothing about the pointer
+        raise
     except UserError as error:
         print(f"warning: {terminal.shown(error)}", file=sys.stderr)
         return None
@@ -321,6 +324,8 @@ def read_yank(store: Store, place: str, name: str, model: str, sha256: str, sett
                 raise UserError(f"{place}: is the record of another release")
             remedy = "yank it again where publish.signing_key is set, for the same reason"
             records.check_signature(record, settings, place, remedy)
+        except MissingExtra:
+            raise
         except UserError as error:
             return replace(yank, unproven=str(error))
     if not settings.verify_key:
