@@ -1,7 +1,7 @@
 """Optional packages: which extra of lcmlora brings which, and the one line where one is not installed.
 
-`pip install lcmlora` brings what settings, the command line and an adapter's files need. Everything else belongs to an
-extra. tests/test_install.py holds this table against pyproject.toml, and against every import of the package.
+`pip install lcmlora` brings what settings, the command line and releases in a folder need. Everything else belongs to
+an extra. tests/test_install.py holds this table against pyproject.toml, and against every import of the package.
 """
 
 from __future__ import annotations
