@@ -7,7 +7,7 @@ import pytest
 from benchmarks import figures, tables
 from lcmlora.evaluation.comparisons.compatibility import Compatibility
 from lcmlora.evaluation.figures import Metrics
-from tests.releases.test_report import searched
+from tests.support.reports import searched
 
 ROOT = Path(__file__).parents[2]
 

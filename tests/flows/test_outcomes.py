@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.flows.outcomes import _figures
-from tests.releases.test_report import searched
+from tests.support.reports import searched
 
 
 def test_the_runs_table_names_the_solvers_settings_the_saving_and_the_second_features() -> None:

@@ -14,10 +14,9 @@ from lcmlora.evaluation.comparisons.compatibility import Compatibility
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.releases.clients import Student, recommended_steps
 from lcmlora.releases.pages.card import render_card
-from tests.releases import test_report
-from tests.releases.test_report import searched
-from tests.support import client_schedules
+from tests.support import client_schedules, reports
 from tests.support.releases import ADDITIONS, METRICS
+from tests.support.reports import searched
 
 FILE = "lcm-lora-mini.safetensors"
 HUB = Base(source="someone/base", revision="c" * 40, resolution=512, license="openrail++")
@@ -263,19 +262,20 @@ def test_every_program_has_the_sampler_that_goes_with_the_adapter(
         {"style": Merged(source="ink.safetensors", weight=0.7)},
     ],
 )
-def test_report_and_card_have_the_same_lines_for_diffusers(changes: dict[str, Any], tmp_path: Path):
-    base, figures = test_report.BASE.model_copy(update=changes), test_report.minimal()
-    page = test_report.render(figures, test_report.write_pictures(tmp_path), base=base)
-    (code,) = re.findall(r"<pre><code>(from diffusers.*?)</code>", page, re.S)
-    objective = {"sampler": test_report.provenance()["sampler"], "distill": MADE["distill"] | {"objective": "tcd"}}
-    blocks = re.findall(r"```python\n(.*?)```", render(base, figures, **objective), re.S)
-    assert [line for line in html.unescape(code).splitlines() if line] == blocks[0].splitlines()
-    programs = set(re.findall(r"^#### (.*)$", render(base, figures, **objective), re.M))
-    assert programs <= set(re.findall(r"<summary>(.*?)</summary>", page))
+def test_report_and_card_have_the_same_text_on_every_way_to_draw(changes: dict[str, Any], tmp_path: Path):
+    base, figures = reports.BASE.model_copy(update=changes), reports.minimal()
+    page = reports.render(figures, reports.write_pictures(tmp_path), base=base)
+    code = re.findall(r"<pre><code>(from diffusers.*?)</code>", page, re.S)
+    objective = {"sampler": reports.provenance()["sampler"], "distill": MADE["distill"] | {"objective": "tcd"}}
+    card = render(base, figures, **objective)
+    blocks = re.findall(r"```python\n(.*?)```", card, re.S)
+    assert [html.unescape(each) for each in code] == [each.rstrip() for each in blocks if each.startswith("from diff")]
+    titles = re.findall(r"^#{3,4} (.*)$", card.partition("## Use")[2].partition("## Figures")[0], re.M)
+    assert set(titles) <= set(re.findall(r"<(?:summary|h3)>(.*?)</", html.unescape(page).replace("\u2019", "'")))
 
 
 def test_steps_and_strength_are_told_for_the_recommended_steps():
-    assert "round up: 8 for 4 at 0.5" in section(render(), "Steps and strength")
+    assert "round up: 8 for 4 at 0.5" in section(render(), "img2img and inpainting")
 
 
 @pytest.mark.parametrize(

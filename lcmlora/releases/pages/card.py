@@ -18,14 +18,8 @@ from lcmlora.evaluation.figures import STUDENT, Advantage, Key, Metrics
 from lcmlora.evaluation.gate import unmeasured_diversity, unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
 from lcmlora.releases.bundle import SamplerCheck
-from lcmlora.releases.clients import (
-    Student,
-    drawing_arguments,
-    instructions,
-    is_on_hub,
-    loading_arguments,
-    notes,
-)
+from lcmlora.releases.clients import Student, is_on_hub
+from lcmlora.releases.pages.usage import markdown, style_weights, usage
 from lcmlora.templates.loading import load_template
 
 if TYPE_CHECKING:
@@ -70,7 +64,7 @@ def render_card(
         compatibility: the figures with additions to the base, if they were measured.
     """
     enough = student.steps
-    styles = [v for v in figures.variations.values() if v.kind == "style"]
+    drawing = usage(model, base, student, kohya, weights=style_weights(figures), check=check)
     return load_template("card.md.j2").render(
         front=_front_matter(model, base, made, figures),
         model=model,
@@ -88,16 +82,10 @@ def render_card(
         teacher=figures.teacher,
         unmeasured=unmeasured_retrieval(figures),
         no_diversity=unmeasured_diversity(figures, Key.of(STUDENT, enough)),
-        weights=next((v.weights for v in styles), [0.8, 1.0]),
         table=_table(figures),
         failures=failures,
-        kohya=kohya,
-        load=loading_arguments(model, base),
-        call=drawing_arguments(student, check.side if check else None),
-        clients=instructions(student, kohya),
-        notes=notes(enough),
-        check=check,
         compatibility=compatibility,
+        usage="\n\n".join(markdown(part, 3) for part in drawing),
     )
 
 

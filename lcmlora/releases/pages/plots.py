@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lcmlora.evaluation.figures import Key
-
-MINUS = "\N{MINUS SIGN}"
+from lcmlora.releases.pages.numbers import MINUS
 
 
 class Point(NamedTuple):
