@@ -1,23 +1,29 @@
 """The emoji base's figures in README.md and docs: python -m benchmarks.figures [--check].
 
-Writes what stands there between two comments from metrics/emoji.json and compatibility/emoji.json, and docs/grid.png
-from the evaluation's contact sheet. Run it after `dvc repro evaluate@emoji`. --check writes nothing and fails if a page
-has other figures.
+Writes what stands there between two comments from metrics/emoji.json and compatibility/emoji.json, docs/grid.png from
+the evaluation's contact sheet, and on pages with figures of longer experiments of which adapter and captions these are
+(benchmarks/origins.py). Run it after `dvc repro evaluate@emoji`. --check writes nothing and fails if a page has other
+figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import tables
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from benchmarks import origins, tables
+from lcmlora.errors import UserError
 from lcmlora.evaluation.comparisons.compatibility import Compatibility
 from lcmlora.evaluation.figures import REAL, Key, Metrics
 from lcmlora.project import Project
 
+ADAPTER = "lcmlora.adapter"  # a PNG's text: the SHA-256 of the weights
+GRID = Path("docs/grid.png")
 _SIGN = "\N{MINUS SIGN}"
 _AGREEMENT = {"agree": "agree", "disagree": "disagree", "undecided": "within chance", None: ""}
 _RANK = {"student": "the student is nearer", "solver": "the solver is nearer", "neither": "neither is"}
@@ -178,29 +184,66 @@ BLOCKS: list[tuple[Path, str, Callable[[Metrics], str]]] = [
 ]
 
 
+def _texts(project: Project) -> dict[tuple[Path, str], str]:
+    """Returns what is to stand on the pages, by page and block."""
+    metrics = Metrics.read(project.metrics(origins.MODEL))
+    found = {(path, block): text(metrics) for path, block, text in BLOCKS}
+    if project.compatibility(origins.MODEL).exists():
+        tried = Compatibility.read(project.compatibility(origins.MODEL))
+        found[Path("docs/compatibility.md"), "figures"] = compatibility(tried)
+    return found
+
+
+def save_picture(picture: Image.Image, path: Path, adapter: str | None) -> None:
+    """Writes a picture of an adapter's results as PNG, with the SHA-256 of the adapter's weights in it."""
+    facts = PngInfo()
+    facts.add_text(ADAPTER, adapter or "")
+    picture.save(path, pnginfo=facts, optimize=True)
+
+
+def adapter_of(path: Path) -> str | None:
+    """Returns the SHA-256 of the adapter whose results a picture shows; None where it does not say."""
+    with Image.open(path) as picture:
+        found = picture.info.get(ADAPTER)
+    return found if isinstance(found, str) else None
+
+
+def stale(project: Project) -> list[Path]:
+    """Returns the pages and pictures that are not those of the emoji base as it is measured now."""
+    pages = {path for (path, block), text in _texts(project).items() if tables.read(path, block) != text}
+    adapter = Metrics.read(project.metrics(origins.MODEL)).adapter
+    return [*sorted(pages), *origins.stale(project), *([GRID] if adapter_of(GRID) != adapter else [])]
+
+
+def write(project: Project) -> None:
+    """Writes the figures into the pages, the sentences on their origin, and the contact sheet.
+
+    Raises:
+        UserError: the contact sheet is another adapter's, and this machine has not the present one.
+    """
+    for (path, block), text in _texts(project).items():
+        tables.write(path, text, block)
+    origins.write(project)
+    adapter, sheet = Metrics.read(project.metrics(origins.MODEL)).adapter, project.evaluation(origins.MODEL)
+    if (sheet / "grid.png").exists():
+        with Image.open(sheet / "grid.png") as picture:
+            save_picture(picture, GRID, adapter)
+    elif adapter_of(GRID) != adapter:
+        raise UserError(f"{sheet}: no such folder; run `dvc repro evaluate@{origins.MODEL}`, then this command again")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, and fail where a page has other figures")
     arguments = parser.parse_args()
     project = Project()
-    metrics = Metrics.read(project.metrics("emoji"))
-    texts = {(path, block): write(metrics) for path, block, write in BLOCKS}
-    if project.compatibility("emoji").exists():
-        tried = Compatibility.read(project.compatibility("emoji"))
-        texts[Path("docs/compatibility.md"), "figures"] = compatibility(tried)
-    stale = sorted({str(path) for (path, block), text in texts.items() if tables.read(path, block) != text})
+    found = ", ".join(map(str, stale(project)))
     if arguments.check:
-        if stale:
-            raise SystemExit(
-                f"{', '.join(stale)}: other figures than those of the emoji base; python -m benchmarks.figures"
-            )
+        if found:
+            raise SystemExit(f"{found}: other figures than those of the emoji base; python -m benchmarks.figures")
         return
-    for (path, block), text in texts.items():
-        tables.write(path, text, block)
-    sheet = project.evaluation("emoji") / "grid.png"
-    if sheet.exists():
-        shutil.copyfile(sheet, "docs/grid.png")
-    print(f"{', '.join(stale) or 'nothing'}: written")
+    write(project)
+    print(f"{found or 'nothing'}: written")
 
 
 if __name__ == "__main__":

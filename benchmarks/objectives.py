@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables
+from benchmarks import origins, tables
 from benchmarks.choosing import CHOOSING, REPORTING, Judge, best
 from lcmlora import bases, config
 from lcmlora.bases import folders
@@ -25,6 +25,7 @@ from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation.distill import distill_adapter
 from lcmlora.io.files import write_json
 from lcmlora.plugins import OBJECTIVES
+from lcmlora.project import Project
 from lcmlora.training.loop import NullLogger
 
 
@@ -127,8 +128,10 @@ def main() -> None:
     steps = settings.evaluation_for(options.model).student_steps
     text = report(runs, steps, "objective", settings.gate.steps)
     print(text)
-    write_json(options.docs / "objectives.json", runs)
+    measured = origins.of_runs(itertools.chain.from_iterable(runs.values()), Project())
+    write_json(options.docs / "objectives.json", {"origin": measured.plain(), "runs": runs})
     tables.write(options.docs / "objectives.md", text)
+    origins.write(Project(), options.docs, ["objectives"])
 
 
 if __name__ == "__main__":

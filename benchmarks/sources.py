@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import objectives, tables
+from benchmarks import objectives, origins, tables
 from lcmlora import bases, config
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.sources.source import read_records, survey, write_records
 from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
 from lcmlora.io.files import write_json
+from lcmlora.project import Project
 from lcmlora.training.loop import take_step
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -157,9 +158,18 @@ def main() -> None:
     )
     text += "\n" + objectives.report(runs, (1, 2, 4, 8), "learned from", settings.gate.steps)
     print(text)
-    facts = {"seconds": options.seconds, "paces": pace, "filled": {kind: filled[kind][1] for kind in KINDS}}
-    write_json(options.docs / "sources.json", facts | {"latents": {k: len(filled[k][0]) for k in KINDS}, "runs": runs})
+    measured = origins.of_runs(itertools.chain.from_iterable(runs.values()), Project())
+    facts = {
+        "origin": measured.plain(),
+        "seconds": options.seconds,
+        "paces": pace,
+        "filled": {kind: filled[kind][1] for kind in KINDS},
+        "latents": {kind: len(filled[kind][0]) for kind in KINDS},
+        "runs": runs,
+    }
+    write_json(options.docs / "sources.json", facts)
     tables.write(options.docs / "sources.md", text)
+    origins.write(Project(), options.docs, ["sources"])
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ Writes docs/universal.json and the tables in docs/universal.md.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables
+from benchmarks import origins, tables
+from lcmlora.evaluation.figures import Study
+from lcmlora.evaluation.study import STUDY
 from lcmlora.io.files import write_json
+from lcmlora.project import Project
 
 
 def at_equal_cost(variations: dict[str, Any]) -> str:
@@ -69,13 +71,8 @@ def by_guidance(guidance: dict[str, Any]) -> str:
     return tables.markdown(["guidance scale", "evaluations", "excess", "retrieval", "diversity"], rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="emoji")
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
-    options = parser.parse_args()
-
-    found = json.loads(Path("study", options.model, "study.json").read_text(encoding="utf-8"))
+def text(found: dict[str, Any]) -> str:
+    """Returns all tables of a study."""
     variations = found["variations"]
     count, real = ({facts[key] for facts in variations.values()} for key in ("pictures", "real_pictures"))
     weights, guidance = found["weights"], found["guidance"]
@@ -89,10 +86,25 @@ def main() -> None:
         f"Guidance on top of the adapter, without a style, at {guidance['steps']} steps: excess distance to the "
         "teacher.": by_guidance(guidance),
     }
-    text = "\n".join(f"{title}\n\n{table}" for title, table in titled.items())
-    print(text)
+    return "\n".join(f"{title}\n\n{table}" for title, table in titled.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=origins.MODEL)
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    options = parser.parse_args()
+
+    project = Project()
+    study = Study.read(project.study(options.model) / STUDY)
+    captions = max(facts.prompts or 0 for facts in study.variations.values())
+    changes = {"adapter": study.adapter, "captions": captions, "recipe": None}
+    measured = origins.present(project).model_copy(update=changes)
+    found = study.plain() | {"origin": measured.plain()}
+    print(text(found))
     write_json(options.docs / "universal.json", found)
-    tables.write(options.docs / "universal.md", text)
+    tables.write(options.docs / "universal.md", text(found))
+    origins.write(project, options.docs, ["universal"])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from benchmarks import figures, tables
+from benchmarks import documents, figures, tables
 from lcmlora.evaluation.comparisons.compatibility import Compatibility
 from lcmlora.evaluation.figures import Metrics
 from tests.support.reports import searched
@@ -23,6 +24,19 @@ def test_the_table_of_additions_is_that_of_the_committed_figures_which_are_of_th
     written = tables.read(ROOT / "docs/compatibility.md", "figures")
     assert written == figures.compatibility(found), "run python -m benchmarks.figures"
     assert found.adapter == Metrics.read(ROOT / "metrics" / "emoji.json").adapter
+
+
+@pytest.mark.parametrize("picture", [figures.GRID, documents.PICTURE], ids=str)
+def test_the_pictures_on_the_pages_are_of_the_adapter_of_the_metrics(picture: Path) -> None:
+    metrics = Metrics.read(ROOT / "metrics" / "emoji.json")
+    assert figures.adapter_of(ROOT / picture) == metrics.adapter, "run python -m benchmarks.documents"
+
+
+def test_a_picture_says_whose_results_it_shows(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "plain.png")
+    assert figures.adapter_of(tmp_path / "plain.png") is None
+    figures.save_picture(Image.new("RGB", (4, 4), "red"), tmp_path / "named.png", "a" * 64)
+    assert figures.adapter_of(tmp_path / "named.png") == "a" * 64
 
 
 def test_the_figures_name_the_solvers_settings_and_all_ways_to_compare() -> None:
