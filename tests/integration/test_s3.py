@@ -171,8 +171,9 @@ def test_a_published_release_is_an_adapter_by_its_address_and_by_its_channel(
     config = load_settings(tmp_path, publish=bucket.model_dump())
     uri = publish_release(bundle, "mini", bucket)
     point_channel("mini", SHA, bucket)
-    for name in (uri, f"{bucket.to}/mini/channels/champion.json"):
-        found = open_adapter(name, Places(tmp_path / "cache", config.registry, config.publish))
+    names = (uri, f"{bucket.to}/mini/channels/champion.json")
+    for name in (*names, "mini@champion", f"mini/sha256-{SHA[:12]}", SHA, SHA[:12]):
+        found = open_adapter(name, Places(tmp_path / "cache", None, config.publish))
         assert (found.shown, found.model) == (name, "mini")
         assert found.weights == tmp_path / "cache" / f"sha256-{SHA[:12]}" / "pytorch_lora_weights.safetensors"
         assert found.weights.read_bytes() == b"weights"
@@ -185,7 +186,7 @@ def test_a_published_release_is_an_adapter_by_its_address_and_by_its_channel(
         ),
     ):
         with pytest.raises(UserError, match=message):
-            open_adapter(name, Places(tmp_path / "cache", config.registry, config.publish))
+            open_adapter(name, Places(tmp_path / "cache", None, config.publish))
 
 
 def test_a_published_release_of_which_an_object_was_changed_is_not_kept(
@@ -195,11 +196,11 @@ def test_a_published_release_of_which_an_object_was_changed_is_not_kept(
     uri = publish_release(bundle, "mini", bucket)
     s3.client().put_object(Bucket=name_of(bucket), Key=f"{PREFIX}/grid.png", Body=b"pnG")
     with pytest.raises(UserError, match=r"grid\.png: has 3 bytes, and 73 are listed"):
-        open_adapter(uri, Places(tmp_path / "cache", config.registry, config.publish), everything=True)
+        open_adapter(uri, Places(tmp_path / "cache", None, config.publish), everything=True)
     assert list((tmp_path / "cache").iterdir()) == []
     s3.client().delete_object(Bucket=name_of(bucket), Key=f"{PREFIX}/grid.png")
     with pytest.raises(UserError, match=r"grid\.png: is listed in manifest\.json and missing"):
-        open_adapter(uri, Places(tmp_path / "cache", config.registry, config.publish), everything=True)
+        open_adapter(uri, Places(tmp_path / "cache", None, config.publish), everything=True)
 
 
 def test_every_object_is_encrypted_and_tagged_as_params_say(s3: SeaweedFS, bucket: Publish, bundle: Path):
