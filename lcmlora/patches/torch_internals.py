@@ -73,7 +73,7 @@ def address(tensor: Tensor) -> tuple[int, int]:
 
     Two tensors have the same address if they are views of one storage with the same beginning.
     """
-    return (storage_key(tensor), tensor.storage_offset()) if tensor.is_meta else (tensor.data_ptr(), 0)
+    return (storage_key(tensor), int(tensor.storage_offset())) if tensor.is_meta else (tensor.data_ptr(), 0)
 
 
 def allow_graphs(count: int) -> None:
