@@ -63,7 +63,12 @@ HISTORY = (
         "card and report show second features, costs and worst captions; one file spelling for all programs, with "
         "instructions for each; ComfyUI's workflow",
     ),
-    StageVersion("package", 3, "0.2.0", "card and report have the table of compatibility"),
+    StageVersion(
+        "package",
+        3,
+        "0.2.0",
+        "card and report have the table of compatibility, and one text on how to draw; the report is half as long",
+    ),
 )
 
 
