@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from lcmlora import config
@@ -22,7 +23,7 @@ from lcmlora.project import Project
 
 @pytest.fixture
 def settings(base_folder: Path) -> Config:
-    own = {"encode": {"batch": 2}, "distill": {"batch": 8, "rank": 4}, "evaluation": {"batch": 2, "pictures": 64}}
+    own = {"encode": {"batch": 2}, "distill": {"batch": 4, "rank": 4}, "evaluation": {"batch": 2, "pictures": 64}}
     base = {"source": str(base_folder), "resolution": 16, "license": "apache-2.0"} | own
     values = {"models": ["mini"], "bases": {"mini": base}, "data": {"source": "folder", "path": "pictures"}}
     return config.parse(values, Path("params.yaml"))
@@ -92,6 +93,24 @@ def test_doctor_counts_a_published_base_in_an_empty_folder_and_fetches_nothing(
     assert stages["distill"]["operations"] == pytest.approx(7.3e16, rel=0.02)
     assert found["hours"]["RTX 4090"]["distill"] == pytest.approx([0.352, 1.23], rel=0.02)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_in_a_project_it_counts_with_its_settings_and_measures_once_the_base_is_there(
+    settings: Config, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    own = {"source": str(base_folder), "encode": {"batch": 2}, "evaluation": {"batch": 2, "pictures": 64}}
+    own |= {"distill": {"batch": 4, "rank": 4, "steps": 50, "device": "cpu"}, "resolution": 16, "license": "mit"}
+    values = {"models": ["mini"], "bases": {"mini": own}, "data": {"source": "folder", "path": "pictures"}}
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    counted = CliRunner().invoke(app, ["doctor", "mini", "--gpu-gb", "16"], catch_exceptions=False).stdout
+    assert "50 steps of 4 pictures" in counted and "rank 4" in counted and "RTX 4080" in counted
+    assert "10,000 (assumed; --pictures)" in counted
+    Path("bases").mkdir()
+    Path("bases/mini").symlink_to(base_folder)
+    measured = json.loads(CliRunner().invoke(app, ["doctor", "mini", "--json"], catch_exceptions=False).stdout)
+    assert measured["random_latents"] and measured["trials"][0]["seconds"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bases", "params.yaml", "scratch"]
 
 
 def test_a_name_of_nothing_is_refused_with_what_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
