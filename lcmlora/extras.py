@@ -94,7 +94,7 @@ def missing(error: BaseException) -> MissingExtra | None:
     """Returns the error that says what to install, where an import failed for lack of an extra; else None."""
     if isinstance(error, MissingExtra):
         return error
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ImportError):
         package = (error.name or "").partition(".")[0]
         # A package that is there and lacks a module has another version than lcmlora expects.
         if package in _EXTRA_OF and not _is_installed(package):
@@ -107,7 +107,7 @@ def explaining_imports() -> Iterator[None]:
     """Turns an import in the block that fails for lack of an extra into MissingExtra."""
     try:
         yield
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if explained := missing(error):
             raise explained from None
         raise
@@ -124,6 +124,7 @@ def _explained(packages: tuple[str, ...], extra: str, needed_by: str = "") -> Mi
 
 def _is_installed(package: str) -> bool:
     try:
-        return importlib.util.find_spec(package) is not None
+        spec = importlib.util.find_spec(package)
+        return spec is not None and spec.origin is not None  # a folder that has the same name by chance has none
     except ModuleNotFoundError:  # an import hook refuses it
         return False

@@ -93,11 +93,12 @@ def environments(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with a space in its name, in which an own `flows` and an own `tasks.py` are in the way."""
+    """A folder with a space in its name, in which own files and folders have the names of packages."""
     mine = tmp_path / "my owls"
     (mine / "flows").mkdir(parents=True)
     (mine / "flows/__init__.py").write_text("raise RuntimeError('these flows are mine')\n")
     (mine / "tasks.py").write_text("raise RuntimeError('these tasks are mine')\n")
+    (mine / "mlflow").mkdir()
     return mine
 
 
