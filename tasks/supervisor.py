@@ -94,7 +94,8 @@ def _family() -> list[int]:
 
 def _descendants(pid: int, table: dict[int, tuple[int, int]]) -> list[int]:
     """Returns the children of a process, then their children, and so on."""
-    found, newest = {}, {pid}
+    found: dict[int, None] = {}
+    newest = {pid}
     while newest := {child for child, (parent, _) in table.items() if parent in newest} - found.keys() - {pid}:
         found |= dict.fromkeys(newest)
     return list(found)
