@@ -95,7 +95,7 @@ def compatibility(found: Compatibility) -> str:
     students = found.students
     head = ["addition", *(f"{key.steps} step{'' if key.steps == 1 else 's'}" for key in students)]
     rows = []
-    for tried in found.tried.values():
+    for tried in found.rows:
         cells = [tried.cells[key] for key in students]
         rows.append(
             [

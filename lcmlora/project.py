@@ -129,9 +129,14 @@ class Project:
         """The study of a model: its adapter added to styles and fine-tunes."""
         return self.studies / model
 
+    @property
+    def compatibilities(self) -> Path:
+        """The figures of all adapters together with what people add to the bases."""
+        return self.root / "compatibility"
+
     def compatibility(self, model: str) -> Path:
-        """The figures of the adapter together with what people add to the base."""
-        return self.root / "compatibility" / f"{model}.json"
+        """The figures of a model's adapter together with what people add to the base."""
+        return self.compatibilities / f"{model}.json"
 
     def release(self, model: str) -> Path:
         """The bundle of a model, ready to be published."""

@@ -44,8 +44,9 @@ PATHS: dict[str, Callable[[Project, str, str, Path], list[Path]]] = {
     "style-alone": lambda p, m, n, data: [data, p.base(m), p.style(m, n), p.alone(m, n)],
     "finetune-alone": lambda p, m, n, data: [data, p.finetune(m, n), p.alone(m, n)],
     "study": lambda p, m, n, data: [p.adapter(m), p.base(m), p.reference(m), p.variations(m), p.study(m)],
+    "compatibility": lambda p, m, n, data: [p.adapter(m), p.base(m), p.reference(m), p.compatibility(m)],
     "package": lambda p, m, n, data: [
-        *(p.adapter(m), p.base(m), p.evaluation(m), p.metrics(m), p.studies),
+        *(p.adapter(m), p.base(m), p.evaluation(m), p.metrics(m), p.studies, p.compatibilities),
         *(p.release(m) / name for name in ("pytorch_lora_weights.safetensors", f"lcm-lora-{m}.safetensors")),
         p.release(m) / "scheduler_config.json",
     ],
@@ -74,6 +75,7 @@ def test_every_dependency_and_output_in_dvc_yaml_is_the_projects_path_for_it():
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["models"] = ["emoji", "sdxl"]
     params["study"] |= {"models": ["emoji"], "styles": ["ink"], "finetunes": ["clay"]}
+    params["compatibility"] |= {"models": ["emoji"]}
     found = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert found.keys() == PATHS.keys()
     verbs = {name.removeprefix("style-").removeprefix("finetune-") for name in found} - {"resolve"}

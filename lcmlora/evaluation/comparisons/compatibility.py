@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -57,6 +57,12 @@ class Compatibility(Document):
     limit: Number  # an addition fails beyond so many times the excess without it
     tried: dict[str, Tried]  # by name, `nothing` first
     left_out: dict[str, str] = Field(default_factory=dict)  # by name: why it was not tried
+
+    @property
+    def rows(self) -> list[Tried]:
+        """The additions in the order of their kinds, `nothing` first, whatever the order in the file."""
+        kinds = get_args(AdditionKind)
+        return [self.tried[name] for name in sorted(self.tried, key=lambda n: (kinds.index(self.tried[n].kind), n))]
 
     @property
     def failures(self) -> Iterator[tuple[str, Key, str]]:
