@@ -45,6 +45,8 @@ from lcmlora.progress import track
 from lcmlora.stages import VERSIONS
 
 if TYPE_CHECKING:
+    from lcmlora.bases.examination.library_config import LibraryConfig
+    from lcmlora.bases.schedule import Schedule
     from lcmlora.evaluation.measures.features import Features
 
 TEACHER, AGAIN = "teacher", "teacher/again"
@@ -189,10 +191,9 @@ class _Drawing:
         import diffusers
 
         pipeline = self._pipeline(addition)
+        _, config = self._schedule(pipeline)
         # As `sampling.sample_solver` has it: latents are not confined to [-1, 1].
-        pipeline.scheduler = diffusers.DDIMScheduler.from_config(
-            pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
-        )
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False)
         _fuse(pipeline, addition.loras)
         drawing = addition.teacher(pipeline)
         drawing.set_progress_bar_config(disable=True)
@@ -204,16 +205,20 @@ class _Drawing:
         tensorfile.check_harmless(weights)
         pipeline.load_lora_weights(inputs.adapter, weight_name=WEIGHTS, adapter_name=_ADAPTER, use_safetensors=True)
         _fuse(pipeline, {_ADAPTER: 1.0} | addition.loras)
-        family, resolution = diffusers_pipeline.family_of(pipeline), inputs.base.resolution
+        schedule, _ = self._schedule(pipeline)
         return Drawer(
             name=inputs.model,
             pipeline=pipeline,
             sampler=self.sampler,
-            resolution=resolution,
-            schedule=family.schedule(inputs.base_folder, resolution)[0].to(self.device),
+            resolution=inputs.base.resolution,
+            schedule=schedule.to(self.device),
             has_controlnet=isinstance(addition, ControlNet),
             has_ip_adapter=isinstance(addition, IpAdapter),
         )
+
+    def _schedule(self, pipeline: Any) -> tuple[Schedule, LibraryConfig]:
+        """Returns the base's own noise schedule, and the configuration of its scheduler."""
+        return diffusers_pipeline.family_of(pipeline).schedule(self.inputs.base_folder, self.inputs.base.resolution)
 
     def _by_teacher(self, addition: Addition, pipeline: Callable[[], Any], rows: range, seed: int) -> Tensor:
         """Returns the teacher's pictures (B, 3, H, W) uint8 of these rows. Raises NotFinite."""
