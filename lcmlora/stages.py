@@ -163,7 +163,8 @@ def _study(config: Config, run: Run) -> Settings:
 def _compatibility(config: Config, run: Run) -> Settings:
     if config.compatibility is None:
         raise UserError("params.yaml: compatibility: is missing")
-    drawing = {"seed", "features", "features_source", "guidance_scale", "teacher_steps", "resamples"}
+    # The student's noise goes by batches.
+    drawing = {"seed", "features", "features_source", "guidance_scale", "teacher_steps", "resamples", "batch"}
     return {
         "base": _base(config, run, _LOADING_FIELDS),
         "data": _source(config.data_for(_model(run))),

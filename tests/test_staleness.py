@@ -60,7 +60,7 @@ class Project:
         (root / "bin" / "lcmlora").chmod(0o755)
         for name in ("params.yaml", "package-lock.json"):
             shutil.copy(ROOT / name, root)
-        for name in ("bases/emoji", "study"):
+        for name in ("bases/emoji", "study", "compatibility"):
             (root / name).mkdir(parents=True)
             (root / name / "file").write_text(name)
         self._environment = {

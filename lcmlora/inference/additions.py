@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Facts = dict[str, str | int | float]
-ADAPTER = "lcm"  # the acceleration's name in a pipeline
+_STYLE = "style"  # the name of a style LoRA in a pipeline
 _EDGE = 40  # of 255: fainter differences between neighbouring pixels are no edge
 
 
@@ -33,10 +34,12 @@ class Addition(ABC):
     """One addition at one strength.
 
     needs_pictures: whether each caption needs a real picture.
+    strength: at which real pictures are drawn anew; None where drawing starts from noise alone.
     """
 
     kind: ClassVar[AdditionKind]
     needs_pictures: ClassVar[bool] = False
+    strength: float | None = None
 
     @property
     @abstractmethod
@@ -48,8 +51,14 @@ class Addition(ABC):
         """How a reader calls it."""
         return self.name
 
+    @cached_property
     def facts(self) -> Facts:
-        """Returns what exactly is added: strengths, and the SHA-256 of files."""
+        """What exactly is added: strengths, and the SHA-256 of files, which may be large and are read once."""
+        return {}
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The weights of the LoRAs that `added` has loaded, by their names in the pipeline."""
         return {}
 
     def added(self, pipeline: Any) -> Any:
@@ -59,15 +68,6 @@ class Addition(ABC):
             UserError: diffusers cannot load the addition, or it does not fit the base.
         """
         return pipeline
-
-    def weigh(self, pipeline: Any, *, accelerated: bool) -> None:
-        """Gives the LoRAs of the pipeline their weights.
-
-        Args:
-            accelerated: the pipeline has the acceleration, too.
-        """
-        if accelerated:
-            pipeline.set_adapters([ADAPTER], [1.0])
 
     def teacher(self, pipeline: Any) -> Any:
         """Returns the pipeline of diffusers by which the teacher draws with this addition."""
@@ -118,6 +118,7 @@ class StyleLora(Addition):
 
         return self.source / WEIGHTS if self.source.is_dir() else self.source
 
+    @cached_property
     def facts(self) -> Facts:
         return {"weight": self.weight, "sha256": sha256_file(self._file)}
 
@@ -126,14 +127,14 @@ class StyleLora(Addition):
 
         tensorfile.check_harmless(self._file)
         try:
-            pipeline.load_lora_weights(self._file.parent, weight_name=self._file.name, adapter_name="style")
+            pipeline.load_lora_weights(self._file.parent, weight_name=self._file.name, adapter_name=_STYLE)
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise UserError(f"{self._file}: plain diffusers cannot load it: {_line(error)}") from error
         return pipeline
 
-    def weigh(self, pipeline: Any, *, accelerated: bool) -> None:
-        names = [*([ADAPTER] if accelerated else []), "style"]
-        pipeline.set_adapters(names, [*([1.0] if accelerated else []), self.weight])
+    @property
+    def loras(self) -> dict[str, float]:
+        return {_STYLE: self.weight}
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ class Img2Img(Addition):
     def title(self) -> str:
         return f"img2img, strength {self.strength:g}"
 
+    @cached_property
     def facts(self) -> Facts:
         return {"strength": self.strength}
 
@@ -210,6 +212,7 @@ class ControlNet(Addition):
     def title(self) -> str:
         return f"ControlNet {self.label}"
 
+    @cached_property
     def facts(self) -> Facts:
         return {"picture": self.picture, "scale": self.scale, "sha256": sha256_folder(self.source)}
 
@@ -252,6 +255,7 @@ class IpAdapter(Addition):
     def title(self) -> str:
         return f"IP-Adapter {self.label}"
 
+    @cached_property
     def facts(self) -> Facts:
         return {"scale": self.scale, "sha256": sha256_file(self.source / self.subfolder / self.weight_name)}
 

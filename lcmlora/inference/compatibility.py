@@ -37,7 +37,7 @@ from lcmlora.evaluation.measures.bootstrap import LEVEL, Bootstrap, interval
 from lcmlora.evaluation.measures.distances import distance
 from lcmlora.evaluation.reference import check_count
 from lcmlora.evaluation.sets.captions import reporting, reporting_seeds
-from lcmlora.inference.additions import ADAPTER, Addition, ControlNet, IpAdapter, additions_of
+from lcmlora.inference.additions import Addition, ControlNet, IpAdapter, additions_of
 from lcmlora.inference.pipelines import Drawer
 from lcmlora.io.files import atomic_write, sha256_file
 from lcmlora.plugins import SOURCES
@@ -45,9 +45,12 @@ from lcmlora.progress import track
 from lcmlora.stages import VERSIONS
 
 if TYPE_CHECKING:
+    from lcmlora.bases.examination.library_config import LibraryConfig
+    from lcmlora.bases.schedule import Schedule
     from lcmlora.evaluation.measures.features import Features
 
 TEACHER, AGAIN = "teacher", "teacher/again"
+_ADAPTER = "lcm"  # the acceleration's name in a pipeline
 
 
 @dataclass(frozen=True)
@@ -141,16 +144,15 @@ class _Drawing:
         return drawn
 
     def _impossible_for_teacher(self, addition: Addition) -> str | None:
-        steps, strength = self.inputs.evaluation.teacher_steps, addition.facts().get("strength", 1.0)
-        if int(steps * float(strength)) > 0:  # as the pipelines of diffusers count
+        steps, strength = self.inputs.evaluation.teacher_steps, addition.strength
+        if strength is None or int(steps * strength) > 0:  # as the pipelines of diffusers count
             return None
         return f"the teacher's {steps} steps leave none at strength {strength:g}"
 
     def _impossible(self, addition: Addition, steps: int) -> str | None:
         """Returns why the student cannot take so many steps with this addition; None if it can."""
-        strength = addition.facts().get("strength")
         try:
-            check_steps(self.sampler, steps, None if strength is None else float(strength))
+            check_steps(self.sampler, steps, addition.strength)
         except UserError as error:
             return str(error)
         return None
@@ -159,7 +161,7 @@ class _Drawing:
         """Returns the features (N, D) of a set, of which a batch that is in the scratch folder is not drawn again."""
         inputs = self.inputs
         made_by = digest(
-            {"version": VERSIONS["compatibility"], "base": self.base, "added": addition.facts(), "of": addition.name},
+            {"version": VERSIONS["compatibility"], "base": self.base, "added": addition.facts, "of": addition.name},
             {"set": name, "seed": seed, "prompts": self.prompts, "side": inputs.base.resolution},
             {"adapter": self.adapter if name in self.students else None, "features": self.features.name},
             {"steps": inputs.evaluation.teacher_steps, "guidance": inputs.evaluation.guidance_scale},
@@ -189,13 +191,10 @@ class _Drawing:
         import diffusers
 
         pipeline = self._pipeline(addition)
+        _, config = self._schedule(pipeline)
         # As `sampling.sample_solver` has it: latents are not confined to [-1, 1].
-        pipeline.scheduler = diffusers.DDIMScheduler.from_config(
-            pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
-        )
-        if addition.kind == "lora":
-            addition.weigh(pipeline, accelerated=False)
-            _fuse(pipeline)
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False)
+        _fuse(pipeline, addition.loras)
         drawing = addition.teacher(pipeline)
         drawing.set_progress_bar_config(disable=True)
         return drawing
@@ -204,19 +203,22 @@ class _Drawing:
         inputs, pipeline = self.inputs, self._pipeline(addition)
         weights = inputs.adapter / WEIGHTS
         tensorfile.check_harmless(weights)
-        pipeline.load_lora_weights(inputs.adapter, weight_name=WEIGHTS, adapter_name=ADAPTER, use_safetensors=True)
-        addition.weigh(pipeline, accelerated=True)
-        _fuse(pipeline)
-        family, resolution = diffusers_pipeline.family_of(pipeline), inputs.base.resolution
+        pipeline.load_lora_weights(inputs.adapter, weight_name=WEIGHTS, adapter_name=_ADAPTER, use_safetensors=True)
+        _fuse(pipeline, {_ADAPTER: 1.0} | addition.loras)
+        schedule, _ = self._schedule(pipeline)
         return Drawer(
             name=inputs.model,
             pipeline=pipeline,
             sampler=self.sampler,
-            resolution=resolution,
-            schedule=family.schedule(inputs.base_folder, resolution)[0].to(self.device),
+            resolution=inputs.base.resolution,
+            schedule=schedule.to(self.device),
             has_controlnet=isinstance(addition, ControlNet),
             has_ip_adapter=isinstance(addition, IpAdapter),
         )
+
+    def _schedule(self, pipeline: Any) -> tuple[Schedule, LibraryConfig]:
+        """Returns the base's own noise schedule, and the configuration of its scheduler."""
+        return diffusers_pipeline.family_of(pipeline).schedule(self.inputs.base_folder, self.inputs.base.resolution)
 
     def _by_teacher(self, addition: Addition, pipeline: Callable[[], Any], rows: range, seed: int) -> Tensor:
         """Returns the teacher's pictures (B, 3, H, W) uint8 of these rows. Raises NotFinite."""
@@ -261,10 +263,16 @@ class _Drawing:
         return open_picture(self.inputs.data, self._records[row], size=self.inputs.base.resolution)
 
 
-def _fuse(pipeline: Any) -> None:
-    """Adds the effect of the pipeline's LoRAs to its weights, which draws the same and nearly twice as fast."""
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
+def _fuse(pipeline: Any, loras: dict[str, float]) -> None:
+    """Adds the effect of the pipeline's LoRAs to its weights, which draws the same and nearly twice as fast.
+
+    Args:
+        loras: their weights, by their names in the pipeline.
+    """
+    if loras:
+        pipeline.set_adapters([*loras], [*loras.values()])
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
 
 
 class _Once:
@@ -310,7 +318,7 @@ def _compare(
         }
         addition = additions[name]
         tried[name] = figures.Tried(
-            kind=addition.kind, title=addition.title, added=addition.facts(), floor=measured.floor, cells=cells
+            kind=addition.kind, title=addition.title, added=addition.facts, floor=measured.floor, cells=cells
         )
     return figures.Compatibility(
         adapter=drawing.adapter,
@@ -368,7 +376,7 @@ class _Measured:
                 low, _ = interval(samples - limit * plain._samples[key].clamp(min=0), beyond)
             if (beyond if low is None else low) > 0:
                 failed = (
-                    f"excess {excess:.0f} is more than {limit:g} times the {plain._excess[key]:.0f} without it"
+                    f"excess {excess:.3g} is more than {limit:g} times the {plain._excess[key]:.3g} without it"
                     f"{'' if low is None else ', beyond chance'}"
                 )
         return figures.Cell(excess=excess, interval=spread, failed=failed)

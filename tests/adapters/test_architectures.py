@@ -104,6 +104,7 @@ def test_all_architectures_go_through_the_flow(
     projects.make(tmp_path, miniatures, fresh(tmp_path, tmp_path_factory).tracking_uri, *ARCHITECTURES)
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     shutil.copytree(ROOT / "study", tmp_path / "study")
+    shutil.copytree(ROOT / "compatibility", tmp_path / "compatibility")
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=tmp_path, check=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}

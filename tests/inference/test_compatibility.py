@@ -197,7 +197,7 @@ def test_int8_has_one_scale_for_each_output_channel_and_changes_nothing_twice():
     assert (error <= largest / 127 / 2 * 1.001).all() and (error > 0).all()
     assert all(len(row.unique()) <= 255 for row in rounded)
     assert torch.allclose(_rounded_to_int8(rounded), rounded)
-    assert Int8Weights().facts() == {}
+    assert Int8Weights().facts == {}
 
 
 def test_a_missing_file_is_named_before_anything_is_drawn(tmp_path: Path):
