@@ -110,7 +110,7 @@ def _started(
             numbers = [each.fileno() for each in sockets]
             own = {"RANK": str(first + local), "LOCAL_RANK": str(local)}
             own |= {PEERS: ",".join(map(str, numbers))} if numbers else {}
-            command = [sys.executable, "-m", module, *arguments]
+            command = [sys.executable, "-P", "-m", module, *arguments]
             # In a session of its own: Ctrl+C goes to this process, which passes it on once.
             made = subprocess.Popen(command, env=common | own, pass_fds=numbers, start_new_session=True)
             processes.append(made)

@@ -52,7 +52,7 @@ def init_dvc(folder: Path, repository: Path | None) -> None:
     if (folder / ".dvc").is_dir():
         return
     options = ["--no-scm"] if repository is None else [] if _same(folder, repository) else ["--subdir"]
-    command = [sys.executable, "-m", "dvc", "init", "--quiet", *options]
+    command = [sys.executable, "-P", "-m", "dvc", "init", "--quiet", *options]
     environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL

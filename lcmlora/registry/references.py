@@ -44,9 +44,6 @@ _SQLITE = "sqlite:///"
 _NO_STORE = "there is no store: set LCMLORA_PUBLISH_TO"
 
 
-# --- forms ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Local:
     """A file or folder."""
@@ -150,9 +147,6 @@ def _is_path(reference: str) -> bool:
     return folder in ("adapters", "bases", "data", "release", "releases", "scratch") or Path(folder).is_dir()
 
 
-# --- places -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Places:
     """Where adapters are looked for. Each place may be missing.
@@ -209,9 +203,6 @@ class _Search:
         """Returns the error that names everything that was tried, in one line."""
         shown = terminal.shown(self.reference)
         return NotFound(f"{shown}: no such adapter; tried: {'; '.join(self.tried)}")
-
-
-# --- adapters ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tests.support.reports import searched
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("page", "block", "text"), figures.BLOCKS, ids=lambda part: getattr(part, "__name__", str(part)))
+@pytest.mark.parametrize(("page", "block", "text"), figures.BLOCKS, ids=lambda it: getattr(it, "__name__", str(it)))
 def test_the_figures_on_the_pages_are_those_of_the_metrics(page: Path, block: str, text) -> None:
     metrics = Metrics.read(ROOT / "metrics" / "emoji.json")
     assert tables.read(ROOT / page, block) == text(metrics), "run python -m benchmarks.figures"
