@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lcmlora import registry
 from lcmlora.config import Publish, Registry
 from lcmlora.errors import UserError
 from lcmlora.registry import lookup, promotion
@@ -81,10 +82,10 @@ def test_the_history_of_champions_goes_on(settings: Registry):
 
 
 def test_the_adapter_and_the_figures_of_a_version_are_downloaded_and_checked(settings: Registry, tmp_path: Path):
-    folder = lookup.pull(f"{NAME}@champion", settings, tmp_path / "pulled", everything=True)
+    folder = registry.pull(f"{NAME}@champion", settings, tmp_path / "pulled", everything=True)
     assert (folder / "pytorch_lora_weights.safetensors").read_bytes() == b"two"
     assert bundle.digest(folder) == DIGESTS[1]
-    figures = lookup.figures(lookup.resolve(f"{NAME}/2", settings), settings)
+    figures = registry.figures(lookup.resolve(f"{NAME}/2", settings), settings)
     assert list(figures.students) == ["student@2", "student@4"]
     assert bundle.Provenance.read(folder / bundle.PROVENANCE).model == "mini"
     same = lookup.compare(lookup.resolve(f"{NAME}/1", settings), lookup.resolve(f"{NAME}/2", settings))
@@ -92,7 +93,7 @@ def test_the_adapter_and_the_figures_of_a_version_are_downloaded_and_checked(set
 
 
 def test_a_release_that_0_1_0_registered_is_not_registered_again(settings: Registry, tmp_path: Path):
-    folder = lookup.pull(f"{NAME}/1", settings, tmp_path / "pulled", everything=True)
+    folder = registry.pull(f"{NAME}/1", settings, tmp_path / "pulled", everything=True)
     again = register_release("mini", settings, folder)
     assert (again.version, again.created, again.promoted) == (1, False, True)
 

@@ -75,7 +75,28 @@ def closure(requirements: Iterable[Requirement]) -> dict[str, list[Requirement]]
 def build(work: Path) -> tuple[Path, Path, Path]:
     """Builds in a copy of the checkout, and returns the sdist, the wheel that is made from it, and the wheel that is
     made from the copy itself."""
-    source = work / "source"
+    source = _copied(work / "source")
+    _build(source, work / "from-sdist")
+    _build(source, work / "direct", "--wheel")
+    (sdist,), (wheel,) = (work / "from-sdist").glob("*.tar.gz"), (work / "from-sdist").glob("*.whl")
+    (direct,) = (work / "direct").glob("*.whl")
+    return sdist, wheel, direct
+
+
+def build_wheel(work: Path) -> Path:
+    """Builds in a copy of the checkout, and returns the wheel."""
+    _build(_copied(work / "source"), work, "--wheel")
+    (wheel,) = work.glob("*.whl")
+    return wheel
+
+
+def _build(source: Path, out: Path, *kinds: str) -> None:
+    options = ("--quiet", "--no-build-isolation", "--python", sys.executable)
+    _uv("build", *options, *kinds, "--out-dir", str(out), str(source))
+
+
+def _copied(source: Path) -> Path:
+    """Copies the checkout to a folder, and returns it."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"],
         cwd=ROOT,
@@ -87,12 +108,7 @@ def build(work: Path) -> tuple[Path, Path, Path]:
         if os.path.lexists(ROOT / name):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
-    options = ("--quiet", "--no-build-isolation", "--python", sys.executable)
-    for folder, kinds in (("from-sdist", ()), ("direct", ("--wheel",))):
-        _uv("build", *options, *kinds, "--out-dir", str(work / folder), str(source))
-    (sdist,), (wheel,) = (work / "from-sdist").glob("*.tar.gz"), (work / "from-sdist").glob("*.whl")
-    (direct,) = (work / "direct").glob("*.whl")
-    return sdist, wheel, direct
+    return source
 
 
 class Environment:

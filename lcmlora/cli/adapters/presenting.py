@@ -115,7 +115,9 @@ def serve(
     from lcmlora.registry.references import open_release
 
     release = open_release(reference, context.places(config))
-    environment = {"LCMLORA_DEVICE": device, "LCMLORA_FUSE": str(int(fuse))}
+    # MLflow starts `uvicorn` by its name, and this environment need not be activated.
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = {"LCMLORA_DEVICE": device, "LCMLORA_FUSE": str(int(fuse)), "PATH": programs}
     if base is not None:
         environment["LCMLORA_BASE"] = str(_base_folder(context, base, release))
     with tempfile.TemporaryDirectory(prefix="lcmlora-serve-") as folder:
