@@ -205,7 +205,7 @@ def point_channel_of(model: str, sha256: str, uri: str, settings: Publish, chann
 
     See `point_channel`.
     """
-    to = uri.removeprefix("file://").rpartition(f"/{model}/sha256-")[0]
+    to = uri.rpartition(f"/{model}/sha256-")[0]
     if not to:
         raise UserError(f"{terminal.shown(uri)}: is not the address of a release of {model}, so no channel follows")
     return point_channel(model, sha256, settings.model_copy(update={"to": to}), channel)

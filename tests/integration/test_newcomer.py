@@ -85,15 +85,15 @@ def shorten(raw: dict[str, Any]) -> None:
 
 
 def run_and_look_up(newcomer: Newcomer, project: Path, model: str) -> None:
-    """Runs the project twice, and looks its adapter up from another environment and folder."""
+    """Runs the project, promotes its adapter, and looks it up from another environment and folder."""
     making, looking = newcomer.making, newcomer.looking
     elsewhere = newcomer.home.parent / "elsewhere"
     elsewhere.mkdir()
     for name in ("flows", "tasks.py", "prefect.py", "torch.py"):
         (project / name).symlink_to(newcomer.home / name)
-    # An adapter of two steps does not beat the solvers, and says so.
-    told = newcomer.says(making, "lcmlora", "run", cwd=project)
-    assert "failed: student@4" in told and f"lcm-lora-{model}/1 (new)" in told, told
+    # An adapter of two steps beats the solvers by chance alone, so a person decides.
+    told = newcomer.says(making, "lcmlora", "run", "--no-promote", cwd=project)
+    assert f"lcm-lora-{model}/1 (new)" in told, told
     shown = newcomer.says(making, "lcmlora", "status", cwd=project)
     assert f"lcm-lora-{model}" in shown, shown
     promote = ("lcmlora", "registry", "promote", f"{model}/1", "--override", "--reason", "to look at")

@@ -14,7 +14,7 @@ from lcmlora.registry import references
 from lcmlora.releases import catalog
 from lcmlora.releases.bundle import ADAPTER_FILES, verify
 from lcmlora.releases.catalog import download_release, find_release, list_releases, presigned_links, pull_release
-from lcmlora.releases.publish import point_channel, publish_release, yank_release
+from lcmlora.releases.publish import point_channel, point_channel_of, publish_release, yank_release
 from lcmlora.releases.stores.directory import DirectoryStore
 from tests.support.releases import write_sealed
 from tests.support.together import at_once
@@ -114,6 +114,16 @@ def test_the_channel_points_at_the_release_that_was_named_last(settings: Publish
     before = state(Path(settings.to))
     point_channel("mini", hashlib.sha256(b"better").hexdigest(), settings)
     assert state(Path(settings.to)) == before
+
+
+@pytest.mark.parametrize("folder", ["my owls", "50% owls", "owls#2?", "eulen-übung"])
+def test_a_channel_follows_in_a_directory_whose_name_is_quoted_in_addresses(folder: str, bundle: Path, tmp_path: Path):
+    settings = Publish(to=str(tmp_path / folder))
+    uri = publish_release(bundle, "mini", settings)
+    pointer = tmp_path / folder / "mini/channels/champion.json"
+    assert point_channel_of("mini", SHA, uri, Publish(to=str(tmp_path / "another"))) == pointer.as_uri()
+    for name in ("mini@champion", uri, str(pointer)):
+        assert find_release(name, settings) == (uri, SHA)
 
 
 def test_a_directory_that_cannot_be_written_is_named(bundle: Path, tmp_path: Path):
