@@ -8,7 +8,8 @@ import json
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -91,10 +92,17 @@ def imports_of(node: ast.AST) -> Iterator[str]:
             yield from imports_of(child)
 
 
+@cache
+def owners_of_packages() -> Mapping[str, list[str]]:
+    """Returns the distributions that bring each package. It reads the files of all of them, which takes a second."""
+    return importlib.metadata.packages_distributions()
+
+
+@cache
 def brings(extra: str, package: str) -> bool:
     """Returns whether an extra's requirements, or theirs, have the package of this import name."""
     asked = closure(declared(extra))
-    owners = {canonicalize_name(owner) for owner in importlib.metadata.packages_distributions().get(package, [])}
+    owners = {canonicalize_name(owner) for owner in owners_of_packages().get(package, [])}
     # An extra that is not installed here names its packages as they are imported, but for open-clip-torch.
     return bool(owners & asked.keys()) or any(name.startswith(canonicalize_name(package)) for name in asked)
 

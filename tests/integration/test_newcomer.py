@@ -111,6 +111,7 @@ def run_and_look_up(newcomer: Newcomer, project: Path, model: str) -> None:
         assert drawn.width == drawn.height
 
 
+@pytest.mark.slow
 def test_the_demo(newcomer: Newcomer) -> None:
     newcomer.says(newcomer.making, "lcmlora", "init", "demo", "--base", "emoji", cwd=newcomer.home)
     project = newcomer.home / "demo"
@@ -118,7 +119,6 @@ def test_the_demo(newcomer: Newcomer) -> None:
     run_and_look_up(newcomer, project, "emoji")
 
 
-@pytest.mark.slow
 def test_a_base_and_pictures_of_ones_own(newcomer: Newcomer, miniatures: Callable[[str], Path]) -> None:
     home = newcomer.home
     (home / "tiny owl xl").symlink_to(miniatures("sdxl"))
