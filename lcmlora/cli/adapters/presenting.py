@@ -115,9 +115,7 @@ def serve(
     from lcmlora.registry.references import open_release
 
     release = open_release(reference, context.places(config))
-    # MLflow starts `uvicorn` by its name, and this environment need not be activated.
-    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = {"LCMLORA_DEVICE": device, "LCMLORA_FUSE": str(int(fuse)), "PATH": programs}
+    environment = {"LCMLORA_DEVICE": device, "LCMLORA_FUSE": str(int(fuse))}
     if base is not None:
         environment["LCMLORA_BASE"] = str(_base_folder(context, base, release))
     with tempfile.TemporaryDirectory(prefix="lcmlora-serve-") as folder:
@@ -145,7 +143,9 @@ def _base_folder(context: Context, name: str, release: Path) -> Path:
 def _run(command: list[str], environment: dict[str, str], folder: Path) -> int:
     """Runs a server until it ends or a signal ends it, and returns its exit status, 128 + N after signal N."""
     received: list[int] = []
-    process = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True)  # it starts another one
+    # It starts another one, `uvicorn`, by its name, and this environment need not be activated.
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    process = subprocess.Popen(command, env=environment | {"PATH": programs}, cwd=folder, start_new_session=True)
 
     def end(number: int, frame: object) -> None:
         received.append(number)
