@@ -27,6 +27,7 @@ from lcmlora.settings.data import Data, Encode, Range, Rollouts, Split
 from lcmlora.settings.evaluation import Compatibility, Evaluation, FixedSolver, Gate, Solver, Study
 from lcmlora.settings.fields import Kind, Name, Positive, Quotable, Strict
 from lcmlora.settings.layers import Changes, Layer, S
+from lcmlora.settings.notify import Notify
 from lcmlora.settings.services import Flow, Publish, Registry
 from lcmlora.settings.training import (
     Distill,
@@ -55,6 +56,7 @@ __all__ = [
     "Launch",
     "Merged",
     "Name",
+    "Notify",
     "Positive",
     "Publish",
     "Quotable",
@@ -117,6 +119,8 @@ class Config(Strict):
     """Where releases are published."""
     flow: Flow = Flow()
     """How the Prefect flows run the stages."""
+    notify: Notify = Notify()
+    """Whom the flows tell of what has happened, and of what."""
     bases: dict[Name, Base]
     """Base models by name. The published bases sd15, sd21, sdxl and ssd1b need no entry; one under their name changes
     them."""
@@ -173,6 +177,12 @@ class Config(Strict):
         for model in self.compatibility.models if self.compatibility else ():
             if model not in self.models:
                 raise ValueError(f"compatibility.models: {model!r} is not among models: {', '.join(self.models)}")
+        listed = {"gate.approval": () if isinstance(self.gate.approval, str) else self.gate.approval}
+        listed |= {f"notify.targets.{name}.models": target.models for name, target in self.notify.targets.items()}
+        for key, models in listed.items():
+            for model in models:
+                if model not in self.models:
+                    raise ValueError(f"{key}: {model!r} is not among models: {', '.join(self.models)}")
         for key in ("models", "styles", "finetunes") if self.study else ():
             for name in getattr(self.study, key):
                 if name not in getattr(self, key):

@@ -180,7 +180,7 @@ def _package(config: Config, run: Run) -> Settings:
     return {
         "base": _base(config, run, (*_IDENTITY_FIELDS, "license", *(["author"] if author else []))),
         "distill": {"precision": precision},
-        "gate": config.gate.model_dump(mode="json"),
+        "gate": config.gate.deciding(),
     }
 
 

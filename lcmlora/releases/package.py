@@ -178,10 +178,9 @@ def _stage_settings(model: str, config: Config, distilled: Distilled) -> StageSe
         "data": config.data_for(model),
         "encode": config.encode_for(model),
         "evaluation": config.evaluation_for(model),
-        "gate": config.gate,
     }
     plain = {stage: each.model_dump(mode="json") for stage, each in settings.items()}
-    return StageSettings.model_validate(plain | {"distill": distilled.distill})
+    return StageSettings.model_validate(plain | {"gate": config.gate.deciding(), "distill": distilled.distill})
 
 
 def kohya_name(model: str) -> str:

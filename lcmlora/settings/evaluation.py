@@ -307,3 +307,16 @@ class Gate(Strict):
     `img2img 0.7` or `lora ink 1`."""
     champion: bool = True
     """The candidate must not be worse than the champion by more than the confidence interval."""
+    approval: Literal["none", "required"] | tuple[Name, ...] = "none"
+    """Whether a person must approve a version that passed the gate before it becomes champion: `lcmlora approve`. A
+    list has the models for which it is required."""
+    approval_days: Annotated[float, Field(gt=0)] = 7.0
+    """Days for approving. A version that nobody has approved by then counts as rejected."""
+
+    def needs_approval(self, model: str) -> bool:
+        """Returns whether a person must approve versions of this model."""
+        return self.approval == "required" or (self.approval != "none" and model in self.approval)
+
+    def deciding(self) -> JsonObject:
+        """Returns the settings that decide by the figures alone, as a release's provenance has them."""
+        return self.model_dump(mode="json", exclude={"approval", "approval_days"})

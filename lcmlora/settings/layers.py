@@ -63,6 +63,9 @@ class Layer:
         return bool(location)
 
 
+SECRET = "secret"  # type of the errors of values that may be secrets: `explain` does not quote them
+
+
 def merge(layers: Sequence[Layer]) -> JsonObject:
     """Returns the settings of all layers. Mappings within them are merged key by key."""
     found: JsonObject = {}
@@ -147,7 +150,7 @@ def explain(error: ValidationError, where: Callable[[Location], str], but: str =
         elif item["type"] == "missing":
             lines.append(f"{path}: is missing")
         else:
-            value = "" if item["loc"] == () else f"got {shown(repr(item['input']), 200)}: "
+            value = "" if item["loc"] == () or item["type"] == SECRET else f"got {shown(repr(item['input']), 200)}: "
             lines.append(f"{path}: {value}{message}" if path else f"{value}{message}")
     more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
     return "\n".join(lines[:_MOST_LINES] + more)
