@@ -55,15 +55,19 @@ class AccessGuard:
 
 def prefect() -> AccessGuard:
     """Returns Prefect's server behind the guard; a factory for uvicorn."""
+    from lcmlora.flows.servers import logs
     from lcmlora.tasks import prefect_internals
 
+    logs.keep_small()
     return AccessGuard(prefect_internals.server(), _list("PREFECT_SERVER_CORS_ALLOWED_ORIGINS"))
 
 
 def mlflow() -> AccessGuard:
     """Returns MLflow's server with passwords behind the guard, for `mlflow server --app-name lcmlora`."""
+    from lcmlora.flows.servers import logs
     from lcmlora.inference import mlflow_internals
 
+    logs.keep_small()
     return AccessGuard(mlflow_internals.server_with_passwords(), _list("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"))
 
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from lcmlora.errors import UserError
+from lcmlora.io.files import sync_folder
 
 # Nobody renews a certificate of one machine. It starts in the past, so that it is valid when the clock is wrong.
 _VALID = (datetime(2020, 1, 1), datetime(2120, 1, 1))
@@ -50,7 +51,10 @@ def write_secret(path: Path, content: str) -> None:
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as file:
         file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
+    sync_folder(path.parent)
 
 
 def certificate(folder: Path, host: str) -> Certificate:

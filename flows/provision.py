@@ -23,20 +23,18 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
-from lcmlora.flows.services import POOL
-
 DEAD = "lcmlora: runs whose heartbeats stop have crashed"
 _HEARTBEAT = "prefect.flow-run.heartbeat"
 
 
-def provide(limit: str, *, pool: bool) -> None:
-    """Makes the limit with one slot, the automation, and, with `pool`, the process work pool."""
+def provide(limit: str, *, pool: str | None) -> None:
+    """Makes the limit with one slot, the automation, and the process work pool of this name, unless it is None."""
     with get_client(sync_client=True) as client:
         if pool:
             try:
-                client.read_work_pool(POOL)
+                client.read_work_pool(pool)
             except ObjectNotFound:
-                client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+                client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
         try:
             client.read_global_concurrency_limit_by_name(limit)
         except ObjectNotFound:
@@ -70,13 +68,13 @@ def dead_runs() -> AutomationCore:
     )
 
 
-def cancel_runs() -> int:
-    """Asks the pool's workers to cancel their runs, and returns how many runs have not ended yet."""
+def cancel_runs(pool: str) -> int:
+    """Asks the workers of a pool to cancel their runs, and returns how many runs have not ended yet."""
     going = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(
             flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=going))),
-            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
         )
         for run in runs:
             if run.state_type != StateType.CANCELLING:

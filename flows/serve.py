@@ -50,7 +50,7 @@ def schedule(
     api = os.environ["PREFECT_API_URL"]
     try:
         _require_no_pool(deployments)
-        provision.provide(settings.flow.limit, pool=False)
+        provision.provide(settings.flow.limit, pool=None)
         prefect.serve(*deployments, limit=limit)
     except httpx.TransportError as error:
         raise UserError(f"the Prefect server at {api} does not answer: {error}") from error

@@ -7,23 +7,28 @@ import hashlib
 import json
 import secrets
 import shutil
-import socket
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
+from lcmlora.errors import UserError
 from lcmlora.flows import credentials
 from lcmlora.flows.credentials import Login
+from lcmlora.flows.servers import logs
+from lcmlora.flows.servers.ports import HOST, free_ports, is_free
 from lcmlora.io.parsing import MAX_BYTES, Malformed, parse_json
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-HOST = "127.0.0.1"
+__all__ = ["HOST", "free_ports", "is_free"]
+
 REGION = "us-east-1"  # SeaweedFS has no other
 POOL = "lcmlora"  # Prefect's work pool, which prefect.yaml names
 
@@ -38,12 +43,17 @@ NO_TELEMETRY = {
 
 @dataclass(frozen=True)
 class Service:
-    """A server: the command that starts it, and the test that it works."""
+    """A server: the command that starts it, and the test that it works.
+
+    answers: is asked only when the server's own processes listen on all of its ports, since it tells them a password.
+    ports: of this machine, on which it listens.
+    """
 
     name: str
     command: list[str]
     environment: dict[str, str]  # beside what it inherits; secrets are here, and not on the command line
     answers: Callable[[], bool]
+    ports: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,14 @@ class S3:
 
 
 def seaweedfs(
-    folder: Path, ports: Sequence[int], s3: S3, keys: Path, key: str, bucket: str = "ready", volume_mb: int = 64
+    folder: Path,
+    ports: Sequence[int],
+    s3: S3,
+    keys: Path,
+    key: str,
+    bucket: str = "ready",
+    volume_mb: int = 64,
+    log_folder: Path | None = None,
 ) -> Service:
     """Returns SeaweedFS as an S3 server of one process: `weed server` with a filer.
 
@@ -106,6 +123,7 @@ def seaweedfs(
         key: a passphrase for encrypted objects.
         bucket: is made before the service counts as answering.
         volume_mb: size of the files that keep the objects; each bucket has several.
+        log_folder: for its log, of which it keeps the newest files; None for the standard error.
     """
     flags = {
         "dir": folder,
@@ -132,9 +150,13 @@ def seaweedfs(
         "volume.preStopSeconds": 0,
     }
     # By default its log is a file in the shared temporary folder.
-    command = [str(weed()), f"-config_dir={keys}", "-logtostderr=true", "server", "-filer", "-s3"]
+    to = ["-logtostderr=true"]
+    if log_folder:
+        to = [f"-logdir={log_folder}", f"-log_max_size_mb={logs.MEGABYTES}", f"-log_max_files={logs.KEPT}"]
+        to += ["-stderrthreshold=3"]  # what ends it, and no more
+    command = [str(weed()), f"-config_dir={keys}", *to, "server", "-filer", "-s3"]
     command += [f"-{name}={value}" for name, value in flags.items()]
-    return Service("seaweedfs", command, {"WEED_S3_SSE_KEY": key}, lambda: _stores(s3, bucket))
+    return Service("seaweedfs", command, {"WEED_S3_SSE_KEY": key}, lambda: _stores(s3, bucket), tuple(ports))
 
 
 def write_keys(folder: Path, identities: Mapping[str, Identity]) -> None:
@@ -199,7 +221,8 @@ def mlflow(port: int, database: str, artifacts: str, access: Mapping[str, str], 
             "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",  # refuses requests without a rule
             "MLFLOW_FLASK_SERVER_SECRET_KEY": hashlib.sha256(f"session {login.password}".encode()).hexdigest(),
         },
-        lambda: is_healthy(f"http://{HOST}:{port}/health"),
+        lambda: _admits(f"http://{HOST}:{port}/api/2.0/mlflow/users/get?username={login.name}", login, "mlflow"),
+        (port,),
     )
 
 
@@ -224,7 +247,8 @@ def prefect(port: int, home: Path, login: Login, pages: bool = True) -> Service:
         # `watch` alone runs 35,000 times a year; Prefect deletes runs after 90 days.
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
     }
-    return Service("prefect", [*command, "--log-level", "warning"], environment, lambda: is_healthy(f"{api}/health"))
+    command += ["--log-level", "warning"]
+    return Service("prefect", command, environment, lambda: _admits(f"{api}/version", login, "prefect"), (port,))
 
 
 def _pages(port: int) -> str:
@@ -232,13 +256,18 @@ def _pages(port: int) -> str:
     return f"http://{HOST}:{port},http://localhost:{port}"
 
 
-def worker(api: str, login: Login, home: Path, project: Path, name: str) -> Service:
+def worker(api: str, login: Login, home: Path, project: Path, name: str, pool: str, variables: Path) -> Service:
     """Returns a worker that runs this project's flows as processes, and logs its lines and theirs as JSON.
 
     It counts as answering after its first heartbeat since this call.
+
+    Args:
+        pool: the work pool whose runs it takes.
+        variables: the file with the environment variables of its runs, which may change while it works.
     """
     began = datetime.now(UTC)
-    command = module("prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", name)
+    command = module("lcmlora.flows.servers.worker", str(variables))
+    command += ["worker", "start", "--pool", pool, "--type", "process", "--name", name]
     environment = {
         "PREFECT_API_URL": api,
         "PREFECT_API_AUTH_STRING": login.pair,
@@ -247,29 +276,7 @@ def worker(api: str, login: Login, home: Path, project: Path, name: str) -> Serv
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "LCMLORA_PROJECT": str(project),
     }
-    return Service("worker", command, environment, lambda: _is_online(api, login, name, began))
-
-
-def free_ports(count: int) -> list[int]:
-    """Returns ports that are free at the moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind((HOST, 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def is_free(port: int) -> bool:
-    """Returns whether a server could listen on the port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore a former server's closing connections
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
+    return Service("worker", command, environment, lambda: _is_online(api, login, pool, name, began))
 
 
 def is_healthy(address: str) -> bool:
@@ -277,6 +284,23 @@ def is_healthy(address: str) -> bool:
     try:
         with urllib.request.urlopen(address, timeout=5) as answer:
             return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _admits(address: str, login: Login, server: str) -> bool:
+    """Returns whether the server works and knows the login. Raises UserError if it refuses the login."""
+    request = urllib.request.Request(address, headers={"Authorization": basic_authorization(login)})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise UserError(
+                f"{server}: refuses the password in .up/state.json, which is not the one that it was first started "
+                "with; bring that file back from a backup"
+            ) from None
+        return False
     except OSError:
         return False
 
@@ -300,9 +324,9 @@ def _stores(s3: S3, bucket: str) -> bool:
     return True
 
 
-def _is_online(api: str, login: Login, name: str, began: datetime) -> bool:
+def _is_online(api: str, login: Login, pool: str, name: str, began: datetime) -> bool:
     headers = {"Content-Type": "application/json", "Authorization": basic_authorization(login)}
-    request = urllib.request.Request(f"{api}/work_pools/{POOL}/workers/filter", b"{}", headers)
+    request = urllib.request.Request(f"{api}/work_pools/{quote(pool, safe='')}/workers/filter", b"{}", headers)
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
             workers = parse_json(answer.read(MAX_BYTES))

