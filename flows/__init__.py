@@ -22,3 +22,10 @@ def choose(settings: Config, models: list[str] | None) -> list[str]:
 def name_of(model: str) -> str:
     """Returns the registered model of a model's versions, such as lcm-lora-emoji."""
     return f"lcm-lora-{model.removeprefix('lcm-lora-')}"
+
+
+def has_server() -> bool:
+    """Returns whether a Prefect server is configured. The temporary server of a single run has no schedules."""
+    from prefect.settings import PREFECT_API_URL
+
+    return bool(PREFECT_API_URL.value())

@@ -22,11 +22,13 @@ from prefect.client.schemas.sorting import FlowRunSort
 from lcmlora import registry
 from lcmlora.config import Config
 from lcmlora.errors import Unavailable
-from lcmlora.flows import credentials, name_of
+from lcmlora.flows import credentials, has_server, name_of
 from lcmlora.flows.retrain import prepare_of, stages_of
 from lcmlora.registry.lookup import Version
 from lcmlora.tasks import dvc
 from lcmlora.tasks.processes import Processes
+
+__all__ = ["FIGURES", "Run", "Standing", "has_server", "runs_since", "standings"]
 
 _PAGE = 200  # runs; Prefect returns no more in one answer
 
@@ -50,7 +52,7 @@ class Standing:
     since: str | None  # ISO 8601, UTC
     figures: dict[str, float | None]  # excess and retrieval of the champion at the gate's steps
     newest: str | None
-    newest_gate: str | None
+    newest_gate: str | None  # passed or rejected, and what a person has said
     last_run: Run | None
     stale: list[str]  # stages
     due: str | None  # the next scheduled run, ISO 8601, UTC
@@ -87,7 +89,7 @@ def standings(settings: Config, *, server: bool) -> list[Standing]:
                 since=champion.promoted if champion else None,
                 figures=figures,
                 newest=own[0].reference if own else None,
-                newest_gate=own[0].gate if own else None,
+                newest_gate=_standing_of(own[0]) if own else None,
                 last_run=next((_run(run) for run in past if _concerns(run, model)), None),
                 stale=[name for name in names[model] if name in due],
                 due=next((_time(run.expected_start_time) for run in coming if _concerns(run, model)), None),
@@ -96,14 +98,17 @@ def standings(settings: Config, *, server: bool) -> list[Standing]:
     return found
 
 
+def _standing_of(version: Version) -> str:
+    """Returns what the gate has said of a version, and a person where one was asked: `passed, awaiting approval`."""
+    said = {
+        "awaiting": ", awaiting approval",
+        "rejected": ", rejected by a person",
+        "timed out": ", not approved in time",
+    }
+    return version.gate + said.get(version.approval or "", "")
+
+
 FIGURES = ("excess", "retrieval")
-
-
-def has_server() -> bool:
-    """Returns whether a Prefect server is configured. The temporary server of a single run has no schedules."""
-    from prefect.settings import PREFECT_API_URL
-
-    return bool(PREFECT_API_URL.value())
 
 
 def runs_since(began: datetime) -> list[Run]:

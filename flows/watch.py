@@ -7,48 +7,51 @@ if __name__ == "__main__":  # before Prefect is imported, which takes seconds
 
     standalone("flows.watch", watch)
 
-import hashlib
-import os
+import datetime
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 from prefect import State, flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
-from prefect.events import emit_event
+from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
+from prefect.events.schemas.events import Event, RelatedResource, Resource
 from prefect.states import Completed, Failed
-from prefect.variables import Variable
 
 from lcmlora import config
 from lcmlora.errors import UserError
-from lcmlora.flows.overview import has_server
-from lcmlora.tasks.output import slug
+from lcmlora.flows import memory
+from lcmlora.flows.memory import Entry, Memory
 from lcmlora.tasks.retrying import networked
 from lcmlora.tasks.watched_inputs import read_base_state, read_data_state
 
 DATASET_CHANGED = "lcmlora.dataset.changed"
 BASE_CHANGED = "lcmlora.base.changed"
 
+_KEPT_DAYS = 30  # after the last look at an input, such as a base that is not among the models any more
+
 
 @flow(name="watch")
 def watch_inputs(params: str = "params.yaml") -> State:
-    """Emits `lcmlora.dataset.changed` and `lcmlora.base.changed` once for each change. Ends as Changed or Unchanged.
+    """Emits `lcmlora.dataset.changed` and `lcmlora.base.changed` for each change. Ends as Changed or Unchanged.
 
     Pictures and local bases are compared with their state at the last run of this flow; the first run only remembers
     it. A base on the hub is compared with the revision that params.yaml pins: a new commit is reported, and used only
     when a person pins it.
+
+    A change is kept before its event is sent, and marked as told when Prefect has taken the event. So no event is lost
+    if the flow is killed at any moment: the next run sends it again, at most once more, with the same id.
+
     """
     try:
         settings = config.load(Path(params))
     except UserError as error:
         return Failed(message=str(error))
-    memory = _memory(settings)
-    before: dict[str, str] = Variable.get(memory, default={})
-    now = dict(before)
-    data_changes, data_errors = _check_data(settings, before, now)
-    base_changes, base_errors = _check_bases(settings, before, now)
-    changes, errors = data_changes + base_changes, data_errors + base_errors
-    if now != before:
-        # After the events: a flow that is killed in between emits an event twice rather than never.
-        Variable.set(memory, now, overwrite=True)
+    changes, errors = look(settings)
     for line in changes:
         get_run_logger().info(line)
     if changes:
@@ -58,62 +61,83 @@ def watch_inputs(params: str = "params.yaml") -> State:
     return Completed(name="Changed" if changes else "Unchanged", message="; ".join(changes) or "nothing has changed")
 
 
-def _memory(settings: config.Config) -> str:
-    """Returns the name of the variable that remembers this project's state.
-
-    A server's is the same for all clones of a project, whatever worker looks. Without a server, all projects of this
-    user share one database, so that the folder's path tells them apart.
-    """
-    name = f"watch_{slug(settings.registry.experiment)}"
-    return name if has_server() else f"{name}_{hashlib.sha256(os.fsencode(Path.cwd())).hexdigest()[:12]}"
-
-
-def _check_data(settings: config.Config, before: dict[str, str], now: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Emits an event for each data set that has changed, and writes its state into `now`.
+def look(settings: config.Config) -> tuple[list[str], list[str]]:
+    """Compares every data set and base with what was remembered of it, and tells Prefect of each change.
 
     Returns:
         Changes and errors, a line for each.
     """
+    remembered = Memory("watch", settings)
+    entries = remembered.read()
+    with memory.former(settings) as states:
+        for key in states.keys() - entries.keys():
+            entries[key] = {"seen": states[key], "day": _today()}
+            remembered.write(key, entries[key])
     changes, errors = [], []
+    inputs = list(_inputs(settings))
+    for each in inputs:
+        try:
+            line = _compare(each, each.read(settings), entries.get(each.key), remembered)
+        except UserError as error:
+            errors.append(str(error))
+        except httpx.HTTPError as error:
+            errors.append(f"{each.key}: Prefect did not take what has changed: {error}; the next look tells it again")
+        else:
+            changes += [line] if line else []
+    oldest = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=_KEPT_DAYS)).date().isoformat()
+    for key in entries.keys() - {each.key for each in inputs}:
+        # Not at once: another clone of the project may still have it among its models.
+        if str(entries[key].get("day", "")) < oldest:
+            remembered.forget(key)
+    return changes, errors
+
+
+@dataclass(frozen=True)
+class _Data:
+    """A data set as an input that is watched."""
+
+    key: str  # in the memory, and as Prefect's resource
+    data: config.Data
+    models: list[str]
+
+    event = DATASET_CHANGED
+    pinned = None
+
+    def read(self, settings: config.Config) -> str:
+        return read_data_state(self.data)
+
+    def change(self, now: str) -> tuple[str, dict[str, Any]]:
+        """Returns the line that tells of a change, and the event's payload."""
+        return f"the data set at {self.data.path} has changed", {"models": self.models, "path": self.data.path}
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A model's base as an input that is watched."""
+
+    key: str
+    model: str
+    source: str
+    pinned: str | None  # the revision in params.yaml
+
+    event = BASE_CHANGED
+
+    def read(self, settings: config.Config) -> str:
+        return networked(read_base_state, settings)(self.model, settings)
+
+    def change(self, now: str) -> tuple[str, dict[str, Any]]:
+        """Returns the line that tells of a change, and the event's payload."""
+        pinned = f", and params.yaml pins {self.pinned}" if self.pinned else ""
+        payload = {"models": [self.model], "source": self.source, "revision": self.pinned, "now": now}
+        return f"the base of {self.model}, {self.source}, is at {now[:12]} now{pinned}", payload
+
+
+def _inputs(settings: config.Config) -> Iterator[_Data | _Base]:
     for key, (data, models) in data_sets(settings).items():
-        try:
-            now[key] = read_data_state(data)
-        except UserError as error:
-            errors.append(str(error))
-            continue
-        if before.get(key, now[key]) != now[key]:
-            changes.append(f"the data set at {data.path} has changed")
-            emit_event(
-                DATASET_CHANGED,
-                resource={"prefect.resource.id": f"lcmlora.{key}"},
-                payload={"models": models, "path": data.path},
-            )
-    return changes, errors
-
-
-def _check_bases(settings: config.Config, before: dict[str, str], now: dict[str, str]) -> tuple[list[str], list[str]]:
-    """As `_check_data`, for the bases."""
-    changes, errors = [], []
+        yield _Data(key, data, models)
     for model in settings.models:
-        base, key = settings.base(model), f"base.{model}"
-        try:
-            now[key] = networked(read_base_state, settings)(model, settings)
-        except UserError as error:
-            errors.append(str(error))
-            continue
-        # At the first run, a base of the hub is compared with its pinned revision; a local one is only remembered.
-        known = before.get(key, base.revision or now[key])
-        if now[key] not in (known, base.revision):
-            pinned = f", and params.yaml pins {base.revision}" if base.revision else ""
-            changes.append(f"the base of {model}, {base.source}, is at {now[key][:12]} now{pinned}")
-            payload: dict[str, object] = {
-                "models": [model],
-                "source": base.source,
-                "revision": base.revision,
-                "now": now[key],
-            }
-            emit_event(BASE_CHANGED, resource={"prefect.resource.id": f"lcmlora.base.{model}"}, payload=payload)
-    return changes, errors
+        base = settings.base(model)
+        yield _Base(f"base.{model}", model, base.source, base.revision)
 
 
 def data_sets(settings: config.Config) -> dict[str, tuple[config.Data, list[str]]]:
@@ -121,3 +145,55 @@ def data_sets(settings: config.Config) -> dict[str, tuple[config.Data, list[str]
     shared = {"dataset": (settings.data, settings.models_sharing_data())} if settings.uses_shared_data() else {}
     own = [model for model in settings.models if settings.has_own_data(model)]
     return shared | {f"dataset.{model}": (settings.data_for(model), [model]) for model in own}
+
+
+def _compare(each: _Data | _Base, now: str, entry: Entry | None, remembered: Memory) -> str | None:
+    """Keeps an input's present state, tells Prefect if it has changed, and returns the line that says so.
+
+    The entry has `seen`, the state that was told last, and from before an event is sent until Prefect has taken it
+    `pending`, the state that is being told, and `event`, the event's id.
+    """
+    # At the first run, a base of the hub is compared with its pinned revision; all else is only remembered.
+    seen = (each.pinned or now) if entry is None else entry.get("seen")
+    pending = entry.get("pending") if entry else None
+    today = _today()
+    # A change back while an event may be on its way is told, too: the event may have started a run.
+    if now == each.pinned or (now == seen and pending is None):
+        if entry != (kept := {"seen": now, "day": today}):
+            remembered.write(each.key, kept)
+        return None
+    again = pending == now
+    event = str(entry["event"]) if again and entry and entry.get("event") else str(uuid.uuid4())
+    if not again:
+        remembered.write(each.key, {"seen": seen, "pending": now, "event": event, "day": today})
+    line, payload = each.change(now)
+    _send(each.event, f"lcmlora.{each.key}", payload, uuid.UUID(event))
+    remembered.write(each.key, {"seen": now, "day": today})
+    return line + (" (told again, since the look that noticed it was ended before it had kept that)" if again else "")
+
+
+def _send(name: str, resource: str, payload: dict[str, Any], identity: uuid.UUID) -> None:
+    """Returns when Prefect has taken the event, other than `emit_event`, which puts it into a queue of this process.
+
+    Raises:
+        httpx.HTTPError: Prefect does not answer, or refuses.
+    """
+    run = FlowRunContext.get()
+    related = []
+    if run is not None and run.flow_run is not None:
+        about = {"prefect.resource.id": f"prefect.flow-run.{run.flow_run.id}", "prefect.resource.role": "flow-run"}
+        related.append(RelatedResource(about))
+    event = Event(
+        id=identity,
+        event=name,
+        occurred=datetime.datetime.now(datetime.UTC),
+        resource=Resource({"prefect.resource.id": resource}),
+        related=related,
+        payload=payload,
+    )
+    with get_client(sync_client=True) as client:
+        client.request("POST", "/events", json=[event.model_dump(mode="json")])
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()

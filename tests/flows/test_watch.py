@@ -1,15 +1,24 @@
+import datetime
+import itertools
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.variables import Variable
 
 from lcmlora import config
-from lcmlora.flows.watch import _memory, data_sets, watch_inputs
+from lcmlora.flows import watch
+from lcmlora.flows.memory import Memory
+from lcmlora.flows.watch import BASE_CHANGED, DATASET_CHANGED, data_sets, look, watch_inputs
+from lcmlora.tasks.output import slug
 from tests.flows.conftest import Project
 
 
@@ -66,29 +75,146 @@ def test_what_cannot_be_looked_at_fails_the_watch_and_the_rest_is_told(watched: 
     state = watch_inputs(return_state=True)
     assert state.is_failed()
     assert state.message == "data/in: no such file or folder"
-    assert "lcmlora.base.a" in changed_resources("lcmlora.base.changed")
+    found = events(BASE_CHANGED, lambda found: "lcmlora.base.a" in map(resource, found))
+    assert "lcmlora.base.a" in map(resource, found)
 
 
-def changed_resources(event: str) -> set[str]:
-    """Returns the resources of the events of this name, waiting until the server has them."""
-    event_filter = EventFilter(event=EventNameFilter(name=[event])).model_dump(mode="json")
+def resource(event: dict[str, Any]) -> str:
+    return str(event["resource"]["prefect.resource.id"])
+
+
+class Killed(BaseException):
+    """The end of the process, wherever it is raised."""
+
+
+def killing_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int = 1) -> None:
+    """Ends the process instead of this call of a function."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def killed(*arguments: Any) -> Any:
+        if next(calls) == call:
+            raise Killed
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, killed)
+
+
+def test_a_change_is_told_once_more_and_never_lost_if_the_flow_is_killed_at_any_moment(
+    watched: Project, monkeypatch: pytest.MonkeyPatch
+):
+    settings = config.load()
+    assert look(settings) == ([], [])
+    told, ids = "the data set at data/in has changed", set[str]()
+    # The moments: before the change is kept, before its event is sent, before it is kept that it was sent.
+    for number, (owner, name, call, again) in enumerate(
+        ((Memory, "write", 1, False), (watch, "_send", 1, True), (Memory, "write", 2, True))
+    ):
+        (watched.root / "data/in" / f"dog{number}.txt").write_text("dog")
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killing_at(patch, owner, name, call)
+            look(settings)
+        pending = Memory("watch", settings).read()["dataset"].get("event")
+        ((line,), errors) = look(settings)
+        assert errors == [] and line.startswith(told) and ("told again" in line) is again
+        assert (pending is not None) is again
+        ids |= {str(pending)} if again else set()
+        assert look(settings) == ([], [])
+    on_server = [each["id"] for each in events(DATASET_CHANGED, lambda found: ids <= {each["id"] for each in found})]
+    assert len(ids) == 2 and sorted(ids) == sorted(each for each in on_server if each in ids)
+
+
+def test_an_event_that_prefect_does_not_take_is_told_by_the_next_look(
+    watched: Project, monkeypatch: pytest.MonkeyPatch
+):
+    settings = config.load()
+    look(settings)
+    (watched.root / "sources/b/model_index.json").touch()
+
+    def away(*arguments: Any) -> None:
+        raise httpx.ConnectError("connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "_send", away)
+        assert look(settings) == (
+            [],
+            ["base.b: Prefect did not take what has changed: connection refused; the next look tells it again"],
+        )
+    ((line,), _) = look(settings)
+    assert line.startswith("the base of b, sources/b, is at ")
+
+
+def test_more_bases_than_one_variable_can_hold_are_remembered_whatever_their_names(watched: Project):
+    memory = Memory("watch", config.load())
+    names = ["A.b", "a-b", "a_b", *(f"{'long-name-' * 6}{number:03}" for number in range(57))]
+    entries = {f"base.{name}": {"seen": "0" * 64, "day": "2026-11-29"} for name in names}
+    for key, entry in entries.items():
+        memory.write(key, entry)
+    assert memory.read() == entries
+    memory.forget("base.a-b")
+    assert memory.read().keys() == entries.keys() - {"base.a-b"}
+
+
+def test_what_the_version_before_remembered_in_one_variable_is_taken_over(watched: Project):
+    assert watch_inputs(return_state=True).name == "Unchanged"
+    memory, settings = Memory("watch", config.load()), config.load()
+    states = {key: entry["seen"] for key, entry in memory.read().items()}
+    for key in states:
+        memory.forget(key)
+    former = f"watch_{slug(settings.registry.experiment)}"
+    Variable.set(former, states | {"dataset": "as it was before", "base.gone": "x"})
+    assert watch_inputs(return_state=True).message == "the data set at data/in has changed"
+    assert Variable.get(former, default=None) is None
+    assert memory.read().keys() == {*states, "base.gone"}  # perhaps still a model of another clone
+
+
+def test_what_was_not_looked_at_for_a_month_is_forgotten(watched: Project):
+    memory, now = Memory("watch", config.load()), datetime.datetime.now(datetime.UTC)
+    for days in (29, 31):
+        memory.write(f"base.{days}", {"seen": "x", "day": (now - datetime.timedelta(days)).date().isoformat()})
+    watch_inputs()
+    assert memory.read().keys() == {"dataset", "base.a", "base.b", "base.29"}
+
+
+@pytest.mark.slow
+def test_sixty_bases_are_watched(watched: Project, base_folder: Path):
+    names = [f"base-of-sixty-{number}" for number in range(60)]
+
+    def sixty(raw: dict[str, Any]) -> None:
+        raw["bases"] |= {name: raw["bases"]["a"] | {"source": f"sources/{name}"} for name in names}
+        raw["models"] = names
+
+    for name in names:
+        shutil.copytree(base_folder, watched.root / "sources" / name)
+    watched.change(sixty)
+    assert watch_inputs(return_state=True).name == "Unchanged"
+    (watched.root / "sources" / names[-1] / "model_index.json").touch()
+    state = watch_inputs(return_state=True)
+    assert state.name == "Changed" and state.message.startswith(f"the base of {names[-1]}, ")
+
+
+def events(name: str, expected: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
+    """Returns the events of this name on the server, waiting until they are as expected."""
+    event_filter = EventFilter(event=EventNameFilter(name=[name])).model_dump(mode="json")
     until = time.monotonic() + 30
-    resources: set[str] = set()
+    found: list[dict[str, Any]] = []
     with get_client(sync_client=True) as client:
-        while "lcmlora.base.a" not in resources and time.monotonic() < until:
+        while not expected(found) and time.monotonic() < until:
             time.sleep(0.2)
             found = client.request("POST", "/events/filter", json={"filter": event_filter}).json()["events"]
-            resources = {each["resource"]["prefect.resource.id"] for each in found}
-    return resources
+    return found
 
 
 def test_without_a_server_each_project_of_a_machine_has_a_memory_of_its_own(
     watched: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     settings = config.load()
-    shared = _memory(settings)
+
+    def name() -> str:
+        return Memory("watch", settings).name("dataset")
+
+    shared = name()
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
-        own = _memory(settings)
+        own = name()
         monkeypatch.chdir(tmp_path)
-        assert own != _memory(settings) != shared
-    assert own.startswith(f"{shared}_") and _memory(settings) == shared
+        assert len({own, name(), shared}) == 3
+    assert name() == shared
