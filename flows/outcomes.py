@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
@@ -21,13 +21,14 @@ from lcmlora.io.terminal import cell, shown
 from lcmlora.io.terminal import markdown as plain
 from lcmlora.project import Project
 from lcmlora.registry import tracking
+from lcmlora.registry.approval.standing import Standing
 from lcmlora.tasks.dvc import StageResult
 from lcmlora.tasks.output import slug
 
 # The flow ends as the first of these that one of its models ended with.
-ENDS = ("Failed", "Rejected", "Promoted", "Registered", "Reproduced", "UpToDate")
+ENDS = ("Failed", "Rejected", "AwaitingApproval", "Promoted", "Registered", "Reproduced", "UpToDate")
 
-_CARD = "README.md"  # of a release
+_CARD, _SHEET = "README.md", "grid.png"  # of a release
 _PICTURE_BYTES = 1_000_000  # largest picture in a card; the report page has larger ones
 
 
@@ -47,6 +48,9 @@ class Outcome:
     aliases: list[str] = field(default_factory=list)
     created: bool = False  # the version, by this run
     promoted: bool = False  # by this run
+    approval: Standing | None = None  # what a person said of the version, or since when one is asked
+    awaiting: bool = False  # the version waits for approval
+    asked: bool = False  # for approval, by this run
     run_id: str | None = None
     uri: str | None = None
     errors: list[str] = field(default_factory=list)
@@ -58,6 +62,8 @@ class Outcome:
             return "Failed"
         if self.gate_failures and (self.created or self.ran):
             return "Rejected"
+        if self.awaiting and (self.asked or self.ran):
+            return "AwaitingApproval"
         if self.promoted:
             return "Promoted"
         if self.created:
@@ -92,6 +98,8 @@ def rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
     if outcome.gate_failures is not None:
         passed = "passed" + (f", compared with {outcome.champion}" if outcome.champion else "")
         pairs += [("gate", f"failed: {line}") for line in outcome.gate_failures] or [("gate", passed)]
+    if outcome.approval is not None:
+        pairs.append(("approval", outcome.approval.text))
     if outcome.version:
         aliases = "".join(f" @{alias}" for alias in sorted(outcome.aliases))
         pairs.append(("version", outcome.version + aliases + (" (new)" if outcome.created else "")))
@@ -161,11 +169,42 @@ def leave_artifacts(outcomes: Sequence[Outcome], settings: Config, total: str) -
         if ((release := Project().release(outcome.model)) / _CARD).is_file():
             text = card(release)
             create_markdown_artifact(text, key=f"card-{key}", description=f"Model card of {outcome.model}'s release")
+        if outcome.awaiting and outcome.version:
+            text = _approval_page(outcome, settings)
+            create_markdown_artifact(text, key=f"approval-{key}", description=f"{outcome.version} waits for approval")
         page = tracking.run_page(settings.registry, outcome.run_id) if outcome.run_id else None
         if page:
             create_link_artifact(page, link_text=f"MLflow run of {shown(outcome.version)}", key=f"mlflow-{key}")
         if outcome.uri:
             create_link_artifact(outcome.uri, link_text=f"Release of {shown(outcome.version)}", key=f"release-{key}")
+
+
+def _approval_page(outcome: Outcome, settings: Config) -> str:
+    """Returns what a person needs to decide on a version that waits for approval: figures, pictures, what to type."""
+    assert outcome.version is not None
+    alias, own = settings.registry.alias, outcome.figures
+    gated = Key.of(STUDENT, settings.gate.steps)
+    rows = [] if own is None else [(name, f"{values[gated]:.4g}") for name, values in _judged(own) if gated in values]
+    waiting = outcome.approval.deadline(settings.gate.approval_days) if outcome.approval else None
+    until = f" It counts as rejected after {waiting:%Y-%m-%d %H:%M} UTC." if waiting else ""
+    compared = f", also beside {plain(outcome.champion)}, the {alias}" if outcome.champion else f"; there is no {alias}"
+    return "\n\n".join(
+        filter(
+            None,
+            [
+                f"# {plain(outcome.version)} waits for a person",
+                f"It passed the gate{compared}.{until}",
+                markdown(("figure", f"{settings.gate.steps} steps"), rows),
+                _embedded(Project().release(outcome.model) / _SHEET, "contact sheet"),
+                f"To make it {alias}: `lcmlora approve {outcome.version} --reason ...`, or run the deployment "
+                "`approve/by-hand`. To turn it down: `lcmlora reject` or `reject/by-hand`.",
+            ],
+        )
+    )
+
+
+def _judged(figures: Metrics) -> list[tuple[str, Mapping[Key, float]]]:
+    return [("excess", figures.excess), ("retrieval@1", figures.retrieval)]
 
 
 def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -1,15 +1,15 @@
-"""Flows by which a person changes the champion from Prefect's pages: promotion and rollback.
+"""Flows by which a person decides from Prefect's pages: promotion, rollback, approval and rejection.
 
-`lcmlora registry promote` and `rollback` do the same from a terminal.
+`lcmlora registry promote` and `rollback`, `lcmlora approve` and `reject` do the same from a terminal.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":  # before Prefect is imported, which takes seconds
-    from lcmlora.cli.registry import promote, rollback
+    from lcmlora.cli.registry import approve, promote, reject, rollback
     from lcmlora.flows.verbs import standalone
 
-    standalone("flows.promote", promote, rollback)
+    standalone("flows.promote", promote, rollback, approve, reject)
 
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,7 @@ from lcmlora.errors import UserError
 from lcmlora.flows import name_of, outcomes
 from lcmlora.registry import promotion
 from lcmlora.registry.lookup import Version
-from lcmlora.tasks.champions import move_channel, promote_reference, roll_back
+from lcmlora.tasks.champions import approve_reference, move_channel, promote_reference, reject_reference, roll_back
 from lcmlora.tasks.output import slug
 from lcmlora.tasks.retrying import networked
 
@@ -70,13 +70,52 @@ def roll_back_champion(
         return Failed(message=str(error))
 
 
+@flow(name="approve")
+def approve_version(
+    reference: Annotated[str, Field(description="The version that waits: emoji/3, or 12 digits of a SHA-256.")],
+    reason: Reason,
+    who: Annotated[str, Field(min_length=1, description="Who decided, for the history.")],
+    params: str = "params.yaml",
+) -> State:
+    """Makes a version champion that waits for approval, and moves the published channel. Ends as Promoted."""
+    try:
+        settings = config.load(Path(params))
+        version = networked(approve_reference, settings)(reference, settings, reason, who)
+        return _completed("Promoted", version, settings)
+    except UserError as error:
+        return Failed(message=str(error))
+
+
+@flow(name="reject")
+def reject_version(
+    reference: Annotated[str, Field(description="The version that waits: emoji/3, or 12 digits of a SHA-256.")],
+    reason: Reason,
+    who: Annotated[str, Field(min_length=1, description="Who decided, for the history.")],
+    params: str = "params.yaml",
+) -> State:
+    """Rejects a version that waits for approval: no run makes it champion. Ends as Rejected."""
+    try:
+        settings = config.load(Path(params))
+        version = networked(reject_reference, settings)(reference, settings, reason, who)
+        _leave_history(version, settings)
+        return Completed(name="Rejected", message=f"{version.reference}: rejected by {who}: {reason}")
+    except UserError as error:
+        return Failed(message=str(error))
+
+
 def _completed(end: str, version: Version, settings: config.Config) -> State:
     """Moves the channel, leaves the model's history as an artifact, and returns the flow's end."""
     channel = networked(move_channel, settings)(version, settings) if version.release_uri else None
+    _leave_history(version, settings)
+    moved = f", {channel} follows" if channel else ", which was never published, so no channel was moved"
+    return Completed(name=end, message=f"{version.name}@{settings.registry.alias} is {version.reference}{moved}")
+
+
+def _leave_history(version: Version, settings: config.Config) -> None:
     history = promotion.history(version.name, settings.registry)
     lines = [(e.time[:19] + "Z", f"/{e.version}", e.action, e.alias or "", e.who, e.reason or "") for e in history]
     table = outcomes.markdown(("time", "version", "what", "alias", "who", "why"), lines)
     key = f"history-{slug(version.name)}"
     create_markdown_artifact(table, key=key, description=f"What happened to {version.name}")
-    moved = f", {channel} follows" if channel else ", which was never published, so no channel was moved"
-    return Completed(name=end, message=f"{version.name}@{settings.registry.alias} is {version.reference}{moved}")
+
+

@@ -33,7 +33,9 @@ from lcmlora.flows import choose, outcomes
 from lcmlora.flows.outcomes import Outcome
 from lcmlora.io import faults
 from lcmlora.io.terminal import note
+from lcmlora.registry.approval.standing import AWAITING, REFUSED
 from lcmlora.tasks import dvc
+from lcmlora.tasks.champions import expire_approvals, request_approval
 from lcmlora.tasks.devices import holding_device
 from lcmlora.tasks.models import (
     fetch_base,
@@ -71,8 +73,8 @@ def retrain_models(
 
     Models run side by side, but only one trains or draws at a time, under the GPU limit. If a model fails, the others
     are finished all the same, and the flow ends as Failed. Otherwise it ends as the first of these that one of its
-    models ended with: Rejected, Promoted, Registered, Reproduced (stages ran, and gave a registered adapter again),
-    UpToDate. Run it in the project's folder.
+    models ended with: Rejected, AwaitingApproval (gate.approval), Promoted, Registered, Reproduced (stages ran, and
+    gave a registered adapter again), UpToDate. Run it in the project's folder.
 
     Args:
         models: names under `models` in params.yaml; all of them by default.
@@ -256,17 +258,32 @@ def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: 
             outcome.uri = networked(publish_release, settings)(model, settings)
     if outcome.gate_failures is None:
         return
+    if settings.gate.needs_approval(model):
+        networked(expire_approvals, settings)(model, settings)
     registered = networked(register_release, settings)(model, settings, outcome.uri, outcome.gate_failures)
     outcome.version, outcome.run_id = f"{registered.name}/{registered.version}", registered.run_id
     outcome.created, outcome.aliases = registered.created, list(registered.aliases)
-    alias = settings.registry.alias
+    alias, outcome.approval = settings.registry.alias, registered.approval
     # A person has rolled back a version that was promoted before and is not champion now.
-    if promote and not outcome.gate_failures and not registered.promoted:
+    if promote and not outcome.gate_failures and not registered.promoted and _may_become_champion(outcome, settings):
         networked(promote_version, settings)(model, registered, settings)
         outcome.promoted = True
         outcome.aliases = sorted({*outcome.aliases, alias})
+    elif outcome.awaiting:
+        asked = networked(request_approval, settings)(model, registered, settings)
+        outcome.asked, outcome.approval = asked is not None, asked or outcome.approval
     if promote and alias in outcome.aliases and outcome.uri:
         networked(point_channel, settings)(model, registered.sha256, settings)
+
+
+def _may_become_champion(outcome: Outcome, settings: config.Config) -> bool:
+    """Returns whether a version that passed the gate may become champion now: a person may have to approve it first.
+
+    The run does not wait for the person: it would hold a worker for days. It ends, and approving promotes the version.
+    """
+    state = outcome.approval.state if outcome.approval else None
+    outcome.awaiting = settings.gate.needs_approval(outcome.model) and state in (None, AWAITING, "superseded")
+    return not outcome.awaiting and state not in REFUSED
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from lcmlora.settings.data import Data, Encode, Range, Rollouts, Split
 from lcmlora.settings.evaluation import Compatibility, Evaluation, FixedSolver, Gate, Solver, Study
 from lcmlora.settings.fields import Kind, Name, Positive, Quotable, Strict
 from lcmlora.settings.layers import Changes, Layer, S
-from lcmlora.settings.notify import Notify
+from lcmlora.settings.operation.notify import Notify
 from lcmlora.settings.services import Flow, Publish, Registry
 from lcmlora.settings.training import (
     Distill,

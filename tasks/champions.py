@@ -1,4 +1,4 @@
-"""Moving the champion's alias, and the published channel after it."""
+"""Moving the champion's alias, and the published channel after it; asking a person for approval."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from prefect.cache_policies import NO_CACHE
 
 from lcmlora import config
 from lcmlora.registry import promotion
-from lcmlora.registry.lookup import Version
+from lcmlora.registry.approval import decisions
+from lcmlora.registry.approval.standing import Standing
+from lcmlora.registry.lookup import PREFIX, Version, registered_name
+from lcmlora.registry.registration import Registered
 from lcmlora.releases import publish
 
 
@@ -27,7 +30,31 @@ def roll_back(name: str, settings: config.Config, reason: str, who: str | None, 
 def move_channel(version: Version, settings: config.Config) -> str:
     """Points the channel at a published version and returns the pointer's address; idempotent."""
     assert version.release_uri is not None
-    model = version.name.removeprefix("lcm-lora-")
+    model = version.name.removeprefix(PREFIX)
     return publish.point_channel_of(
         model, version.sha256, version.release_uri, settings.publish, settings.registry.alias
     )
+
+
+@task(task_run_name="ask for approval of {model}", cache_policy=NO_CACHE)
+def request_approval(model: str, version: Registered, settings: config.Config) -> Standing | None:
+    """Lets the version wait for approval, in place of all others of the model; None if it waits already; idempotent."""
+    return decisions.request(version.name, version.version, settings.registry, reason="passed the gate")
+
+
+@task(task_run_name="approvals of {model}", cache_policy=NO_CACHE)
+def expire_approvals(model: str, settings: config.Config) -> list[str]:
+    """Rejects the model's versions that have waited for too long and returns them; idempotent."""
+    return decisions.expire(registered_name(model), settings.registry, settings.gate)
+
+
+@task(task_run_name="approve {reference}", cache_policy=NO_CACHE)
+def approve_reference(reference: str, settings: config.Config, reason: str, who: str | None) -> Version:
+    """Makes a version champion that waits for approval and returns it; idempotent."""
+    return decisions.approve(reference, settings.registry, settings.gate, reason=reason, who=who)
+
+
+@task(task_run_name="reject {reference}", cache_policy=NO_CACHE)
+def reject_reference(reference: str, settings: config.Config, reason: str, who: str | None) -> Version:
+    """Rejects a version, so that no run makes it champion, and returns it; idempotent."""
+    return decisions.reject(reference, settings.registry, reason=reason, who=who)

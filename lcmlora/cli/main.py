@@ -172,6 +172,7 @@ app.command()(doctor.doctor)
 for _verb in (
     *(verbs.convert, verbs.combine, verbs.generate, verbs.comfyui, verbs.remeasure),
     *(presenting.report, presenting.serve),
+    *(registry.approve, registry.reject),
 ):
     app.command()(_verb)
 app.add_typer(data.app, name="data")

@@ -119,7 +119,7 @@ def list_versions(
         (
             version.reference,
             " ".join(f"@{alias}" for alias in version.aliases),
-            version.gate,
+            ", ".join(filter(None, (version.gate, version.approval))),
             _figure(version, f"excess.student_{steps}"),
             _figure(version, f"retrieval.student_{steps}"),
             version.objective,
@@ -275,6 +275,55 @@ def rollback(
 
     name = registered_name(name)
     _move_channel(config, promotion.rollback(name, config.registry, reason=reason, who=by, to=to), as_json)
+
+
+def approve(
+    call: typer.Context,
+    reference: Reference,
+    reason: Annotated[str | None, typer.Option(help="Why, for the history.", show_default=False)] = None,
+    by: By = None,
+    as_json: AsJson = False,
+) -> None:
+    """Approve a version that passed the gate and waits for a person: it becomes champion, and the channel follows.
+
+    Versions wait where params.yaml has `gate.approval`. The version must still be no worse than the champion.
+
+    Examples:
+
+      lcmlora approve emoji/3
+
+      lcmlora approve emoji/3 --reason "hands are right, agreed with design" --by ada
+    """
+    config = context_of(call).settings()
+    from lcmlora.registry.approval import decisions
+    from lcmlora.registry.references import find_version
+
+    reference = find_version(reference, context_of(call).places(config)).exact
+    version = decisions.approve(reference, config.registry, config.gate, reason=reason, who=by)
+    _move_channel(config, version, as_json)
+
+
+def reject(
+    call: typer.Context,
+    reference: Reference,
+    reason: Annotated[str, typer.Option(help="Why, for the history.", show_default=False)],
+    by: By = None,
+    as_json: AsJson = False,
+) -> None:
+    """Reject a version that waits for a person: no run makes it champion, also not if the same adapter comes again.
+
+    Example: lcmlora reject emoji/3 --reason "blurred hands"
+    """
+    config = context_of(call).settings()
+    from lcmlora.registry.approval import decisions
+    from lcmlora.registry.references import find_version
+
+    reference = find_version(reference, context_of(call).places(config)).exact
+    version = decisions.reject(reference, config.registry, reason=reason, who=by)
+    if as_json:
+        print(json.dumps(version.plain(), indent=2))
+    else:
+        say(f"{version.reference} is rejected; {version.name}@{config.registry.alias} stays")
 
 
 def _move_channel(config: Config, version: Version, as_json: bool) -> None:

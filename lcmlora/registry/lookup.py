@@ -18,6 +18,7 @@ from lcmlora.errors import NotFound, UserError
 from lcmlora.io.parsing import JsonObject
 from lcmlora.io.private import downloads
 from lcmlora.registry import events
+from lcmlora.registry.approval.standing import standing
 from lcmlora.registry.downloads import offline
 from lcmlora.registry.tracking import connect, of_environment, reaching
 
@@ -63,6 +64,7 @@ class Version:
     promoted: str | None  # the last time that it got the configured alias
     foreign_events: tuple[str, ...]  # tags that are named like events and that lcmlora did not write
     tags: dict[str, str]
+    approval: str | None = None  # awaiting, approved, rejected, timed out, superseded; None where nobody was asked
 
     @property
     def reference(self) -> str:
@@ -339,6 +341,7 @@ def _described(client: MlflowClient, found: Sequence[ModelVersion], settings: Re
                 promoted=promotions[-1] if promotions else None,
                 foreign_events=tuple(events.foreign_tags(tags)),
                 tags=tags,
+                approval=decided.state if (decided := standing(past, settings.alias)) else None,
             )
         )
     return described

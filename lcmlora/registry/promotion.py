@@ -14,9 +14,10 @@ from lcmlora.config import Gate, Registry
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.evaluation import gate as gates
 from lcmlora.registry import events
+from lcmlora.registry.approval.standing import REFUSED, standing
 from lcmlora.registry.downloads.pulling import figures
 from lcmlora.registry.events import Event
-from lcmlora.registry.lookup import PASSED, Version, find_version, read_aliases, resolve, search_all
+from lcmlora.registry.lookup import PASSED, PREFIX, Version, find_version, read_aliases, resolve, search_all
 from lcmlora.registry.registration import Registered
 from lcmlora.registry.tracking import connect, reaching
 
@@ -25,17 +26,21 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 PREVIOUS = "previous"  # alias of the champion before the present one
+ADVICE = "to make it {} anyway, use `lcmlora registry promote` with --override and --reason"
 
 
-def history(name: str, settings: Registry) -> list[Event]:
+def history(name: str, settings: Registry, *, may_be_missing: bool = False) -> list[Event]:
     """Returns the events of all versions of a model, the oldest first. Tags of other programs are left out.
+
+    Args:
+        may_be_missing: a model that is not registered has no events.
 
     Raises:
         UserError: there is no such model, or MLflow cannot be reached.
     """
     with reaching(settings, "ask again later"):
         found = _versions(connect(settings), name)
-    if not found:
+    if not found and not may_be_missing:
         raise UserError(f"{name}: not registered at {masking.address(settings.tracking_uri)}")
     return _events(found)
 
@@ -83,13 +88,32 @@ def promote(
     """
     candidate = resolve(reference, settings)
     if not override:
-        refused = [] if candidate.gate == PASSED else [candidate.gate_reason or "did not pass the gate"]
-        refused = refused or _worse(candidate, settings, gate)
-        if refused:
-            advice = f"to make it {settings.alias} anyway, use --override with --reason"
-            raise UserError(f"{candidate.reference}: {'; '.join(refused)}; {advice}")
+        check(candidate, settings, gate)
+        _check_approval(candidate, settings, gate)
     _move(candidate.name, candidate.version, settings, "promoted", reason, who, override=override)
     return resolve(candidate.exact, settings)
+
+
+def check(candidate: Version, settings: Registry, gate: Gate) -> None:
+    """Raises UserError if a version did not pass the gate, or is worse than the present champion or incomparable."""
+    refused = [] if candidate.gate == PASSED else [candidate.gate_reason or "did not pass the gate"]
+    refused = refused or _worse(candidate, settings, gate)
+    if refused:
+        raise UserError(f"{candidate.reference}: {'; '.join(refused)}; {ADVICE.format(settings.alias)}")
+
+
+def _check_approval(candidate: Version, settings: Registry, gate: Gate) -> None:
+    """Raises UserError if a person has rejected a version, or has not approved it where the gate asks for that."""
+    past = events.read_events(candidate.version, candidate.tags)
+    present = standing(past, settings.alias)
+    if present is not None and present.state in REFUSED:
+        raise UserError(f"{candidate.reference}: {present.text}; {ADVICE.format(settings.alias)}")
+    approved = present is not None and present.state == "approved"
+    approved = approved or any(event.alias == settings.alias for event in past)  # it was champion before
+    if gate.needs_approval(candidate.name.removeprefix(PREFIX)) and not approved:
+        raise UserError(
+            f"{candidate.reference}: needs approval (gate.approval); `lcmlora approve {candidate.reference}` gives it"
+        )
 
 
 def rollback(name: str, settings: Registry, *, reason: str, who: str | None = None, to: int | None = None) -> Version:
@@ -113,7 +137,10 @@ def rollback(name: str, settings: Registry, *, reason: str, who: str | None = No
         target = champions[-2] if to is None else to
         if target == champions[-1]:
             raise UserError(f"{name}/{target}: is {settings.alias} already")
-        find_version(client, f"{name}/{target}", settings)  # raises where there is no such version
+        found = find_version(client, f"{name}/{target}", settings)  # raises where there is no such version
+        present = standing(events.read_events(target, found.tags), settings.alias)
+        if present is not None and present.state != "approved":
+            raise UserError(f"{name}/{target}: {present.text}; roll back to a version that was {settings.alias} before")
     _move(name, target, settings, "rolled back", reason, who)
     return resolve(f"{name}/{target}", settings)
 

@@ -14,6 +14,7 @@ from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import record
 from lcmlora.io.files import temporary_folder
 from lcmlora.registry import events
+from lcmlora.registry.approval.standing import Standing, standing
 from lcmlora.registry.lookup import MODEL, PASSED, REJECTED, RELEASE, read_aliases, versions_of_release
 from lcmlora.registry.tracking import connect, create_run, existing_run, flat_settings, reaching
 from lcmlora.releases import bundle
@@ -38,6 +39,7 @@ class Registered:
     created: bool  # by this call
     aliases: tuple[str, ...]
     promoted: bool  # has had the configured alias at some time, perhaps not now
+    approval: Standing | None = None  # what a person said, or since when one is asked
 
 
 def register_release(
@@ -98,6 +100,7 @@ def register_release(
         created=not found,
         aliases=tuple(sorted(alias for alias, number in aliases.items() if number == int(version.version))),
         promoted=any(event.alias == settings.alias for event in past),
+        approval=standing(past, settings.alias),
     )
 
 

@@ -82,7 +82,9 @@ def test_every_flow_of_the_project_is_deployed_under_its_own_name(
     names = {f"{flows[entry['entrypoint']].name}/{entry['name']}" for entry in entries}
     assert names == {
         "retrain/scheduled",
+        "approve/by-hand",
         "promote/by-hand",
+        "reject/by-hand",
         "rollback/by-hand",
         "watch/quarter-hourly",
         "report/weekly",
@@ -98,6 +100,8 @@ def test_parameters_of_deployments_and_triggers_are_those_of_the_flows(
     asked = {
         "promote": {"reference": "lcm-lora-emoji/1", "reason": "better"},
         "rollback": {"model": "emoji", "reason": "x"},
+        "approve": {"reference": "lcm-lora-emoji/1", "reason": "sharp", "who": "ada"},
+        "reject": {"reference": "lcm-lora-emoji/1", "reason": "blurred", "who": "ada"},
     }
     for entry in entries:
         flow = flows[entry["entrypoint"]]

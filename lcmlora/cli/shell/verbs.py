@@ -11,9 +11,9 @@ from typer.core import TyperGroup
 PANELS: dict[str, tuple[str, ...]] = {
     "Project": ("init", "check", "config", "bases", "data", "fetch", "doctor", "upgrade"),
     "Runs": ("run", "status", "report"),
-    "Schedules": ("up", "down", "login", "schedule", "watch", "summary"),
+    "Schedules": ("up", "down", "login", "schedule", "watch", "notify", "summary"),
     "Adapters": ("generate", "serve", "comfyui", "convert", "combine"),
-    "Registry and releases": ("registry", "releases"),
+    "Registry and releases": ("registry", "approve", "reject", "releases"),
     "Stages (`run` runs the stale ones)": (
         "resolve",
         "prepare",

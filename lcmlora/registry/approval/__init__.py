@@ -1,0 +1,1 @@
+"""A person's decision on a version that passed the gate, where `gate.approval` asks for one."""
