@@ -1,37 +1,93 @@
-"""Telling people what has happened: one record of an event, and one function that sends it to all who asked for it."""
+"""Telling people what has happened: one record of an event, and one function that sends it to all who asked for it.
+
+A message is kept before it is sent, and forgotten when everybody has it. So none is lost if the process is killed, or a
+receiver is down: the `watch` flow sends it again. A receiver may get it twice, with the same id.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import httpx
+from prefect.exceptions import PrefectException
 
+from lcmlora import masking
 from lcmlora.config import Config
-from lcmlora.settings.notify import EventKind
-from lcmlora.tasks.output import log_line
+from lcmlora.flows.notices import outbox, repeats
+from lcmlora.flows.notices.event import Event
+from lcmlora.flows.notices.message import Message
+from lcmlora.io.terminal import note
+from lcmlora.settings.operation.notify import EventKind
+from lcmlora.tasks.output import log_line, run_logger
 
-
-@dataclass(frozen=True)
-class Event:
-    """Something that people want to be told of.
-
-    `send` masks secrets in every text of it.
-    """
-
-    kind: EventKind
-    reason: str  # in one or a few lines: what happened and, if something must be done, what
-    model: str | None = None  # None where it concerns no single model
-    figures: Mapping[str, float | str] = field(default_factory=dict)  # what a message shows as a table
-    links: Mapping[str, str] = field(default_factory=dict)  # addresses by their titles, such as "MLflow run"
-    run: str | None = None  # id of Prefect's run
-    version: str | None = None  # lcm-lora-emoji/3
+__all__ = ["Event", "resend", "send", "settle", "test", "warn"]
 
 
 def send(event: Event, settings: Config) -> None:
     """Tells all targets of `notify` that asked for this kind of event and model.
 
-    It takes `notify.seconds` at most and raises nothing of a receiver's: what could not be delivered is logged, kept,
-    and tried again by the `watch` flow. Without targets it does nothing.
+    What was told within `notify.repeat_days` is counted and not told again. Telling takes `notify.seconds` at most and
+    raises nothing: what could not be delivered is logged, kept, and tried again by the `watch` flow. Without targets
+    nothing happens.
     """
-    for name, target in settings.notify.targets.items():
-        if event.kind in target.events and (not target.models or event.model in (None, *target.models)):
-            log_line(f"notify {name}: {event.kind}: {event.reason}")
+    targets = _concerned(event, settings)
+    if not targets:
+        return
+    try:
+        counted = repeats.count(event, settings)
+        message = Message.of(event, counted.times, counted.since)
+        if not counted.told:
+            outbox.put(message, targets, settings)
+        counted.keep(settings)
+        if counted.told:
+            log_line(f"notify: {event.kind}: told before, {counted.times} times since {counted.since}")
+            return
+    except (httpx.HTTPError, PrefectException, OSError) as error:
+        # People are told all the same; what cannot be kept is whether they were.
+        warn(f"notify: Prefect does not keep what is told: {masking.text(error)}")
+        outbox.send(Message.of(event), targets, settings, warn, kept=False)
+        return
+    taken = outbox.send(message, targets, settings, warn)
+    try:
+        outbox.take(message, taken, settings)
+    except (httpx.HTTPError, PrefectException, OSError) as error:
+        warn(f"notify: Prefect does not keep what was told, so that it is told again: {masking.text(error)}")
+
+
+def settle(model: str | None, settings: Config, *kinds: EventKind) -> None:
+    """Notes that troubles of these kinds are over, so that they are told at once if they happen again."""
+    if settings.notify.targets:
+        try:
+            repeats.settle(kinds, model, settings)
+        except (httpx.HTTPError, PrefectException, OSError) as error:
+            warn(f"notify: Prefect does not answer: {masking.text(error)}")
+
+
+def resend(settings: Config) -> int:
+    """Sends what still waits for a receiver, and returns how much was delivered.
+
+    Raises:
+        httpx.HTTPError: Prefect does not answer.
+    """
+    repeats.forget_old(settings)
+    return outbox.retry(settings, warn)
+
+
+def test(targets: list[str], settings: Config) -> list[str]:
+    """Sends a message that nothing has happened to these targets, and returns those that have taken it."""
+    return outbox.send(Message.test(), targets, settings, warn, kept=False)
+
+
+def _concerned(event: Event, settings: Config) -> list[str]:
+    return [
+        name
+        for name, target in settings.notify.targets.items()
+        if event.kind in target.events and (not target.models or event.model in (None, *target.models))
+    ]
+
+
+def warn(line: str) -> None:
+    """Writes a line to the log of the present run as a warning, outside a run to standard error."""
+    logger = run_logger()
+    if logger is None:
+        note(line, "warning: ")
+    else:
+        logger.warning("%s", line)

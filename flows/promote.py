@@ -21,9 +21,10 @@ from pydantic import Field
 
 from lcmlora import config
 from lcmlora.errors import UserError
-from lcmlora.flows import name_of, outcomes
+from lcmlora.flows import name_of, notify, outcomes
+from lcmlora.flows.notices import rounds
 from lcmlora.registry import promotion
-from lcmlora.registry.lookup import Version
+from lcmlora.registry.lookup import PREFIX, Version
 from lcmlora.tasks.champions import approve_reference, move_channel, promote_reference, reject_reference, roll_back
 from lcmlora.tasks.output import slug
 from lcmlora.tasks.retrying import networked
@@ -98,6 +99,7 @@ def reject_version(
         settings = config.load(Path(params))
         version = networked(reject_reference, settings)(reference, settings, reason, who)
         _leave_history(version, settings)
+        _tell(version, settings)
         return Completed(name="Rejected", message=f"{version.reference}: rejected by {who}: {reason}")
     except UserError as error:
         return Failed(message=str(error))
@@ -107,6 +109,7 @@ def _completed(end: str, version: Version, settings: config.Config) -> State:
     """Moves the channel, leaves the model's history as an artifact, and returns the flow's end."""
     channel = networked(move_channel, settings)(version, settings) if version.release_uri else None
     _leave_history(version, settings)
+    _tell(version, settings)
     moved = f", {channel} follows" if channel else ", which was never published, so no channel was moved"
     return Completed(name=end, message=f"{version.name}@{settings.registry.alias} is {version.reference}{moved}")
 
@@ -119,3 +122,9 @@ def _leave_history(version: Version, settings: config.Config) -> None:
     create_markdown_artifact(table, key=key, description=f"What happened to {version.name}")
 
 
+def _tell(version: Version, settings: config.Config) -> None:
+    """Tells the targets of `notify`; what cannot be told now the `watch` flow tells."""
+    try:
+        rounds.tell_history(version.name.removeprefix(PREFIX), settings)
+    except UserError as error:
+        notify.warn(f"notify: {error}; `watch` tells it")

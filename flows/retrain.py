@@ -30,6 +30,7 @@ from pydantic import Field
 from lcmlora import config, masking
 from lcmlora.errors import UserError
 from lcmlora.flows import choose, outcomes
+from lcmlora.flows.notices import rounds
 from lcmlora.flows.outcomes import Outcome
 from lcmlora.io import faults
 from lcmlora.io.terminal import note
@@ -92,6 +93,7 @@ def retrain_models(
         return Failed(message=str(error))
     if to is not None:
         settings = settings.model_copy(update={"publish": settings.publish.model_copy(update={"to": to})})
+    rounds.before_run(settings)
     _run_models(results, settings, force, publish, promote)
     return _report(results, settings, time.monotonic() - began)
 
@@ -128,6 +130,7 @@ def _report(results: list[Outcome], settings: config.Config, seconds: float) -> 
     lines = [(outcome.model, *row) for outcome in results for row in outcomes.rows(outcome, settings.gate.steps)]
     outcomes.print_table(lines, total)
     outcomes.leave_artifacts(results, settings, total)
+    rounds.after_run(results, settings)
     if end == "Failed":
         return Failed(message="\n".join(f"{o.model}: {error}" for o in results for error in o.errors))
     return Completed(name=end, message=f"{'; '.join(outcome.line for outcome in results)}; {total}")

@@ -1,4 +1,4 @@
-"""Verbs of `lcmlora` that need Prefect: up, down, login, watch, summary. Heavy imports happen inside the verbs.
+"""Verbs of `lcmlora` that need Prefect: up, down, login, watch, notify, summary. Heavy imports happen inside the verbs.
 
 The others are beside what they do: `run` in command.py, `status` in status.py, `schedule` in serve.py.
 """
@@ -121,6 +121,42 @@ def watch(call: typer.Context) -> None:
         say(change)
     if state.name == "Changed" and not has_server():
         note("`lcmlora run` brings the models up to date")
+
+
+def notify(
+    call: typer.Context,
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="TARGET", help="Names under notify.targets in params.yaml. All by default.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Send a test message to those whom `notify` in params.yaml tells what has happened.
+
+    The exit status is 1 if one of them has not taken it.
+
+    Examples:
+
+      lcmlora notify
+
+      lcmlora notify team
+    """
+    settings = enter(call).settings()
+    from lcmlora.flows import notify
+
+    known = settings.notify.targets
+    if not known:
+        raise UserError("params.yaml: notify.targets: is empty; docs/notifications.md has examples")
+    for name in targets or ():
+        if name not in known:
+            raise UserError(f"unknown target {name!r}: params.yaml notify.targets has {', '.join(known)}")
+    asked = list(dict.fromkeys(targets or known))
+    taken = notify.test(asked, settings)
+    for name in taken:
+        say(f"{name}: took the message")
+    if len(taken) < len(asked):
+        raise SystemExit(1)
 
 
 def summary(call: typer.Context, days: Annotated[int, typer.Option(min=1, help="How many days back.")] = 7) -> None:

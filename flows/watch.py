@@ -26,6 +26,7 @@ from lcmlora import config
 from lcmlora.errors import UserError
 from lcmlora.flows import memory
 from lcmlora.flows.memory import Entry, Memory
+from lcmlora.flows.notices import rounds
 from lcmlora.tasks.retrying import networked
 from lcmlora.tasks.watched_inputs import read_base_state, read_data_state
 
@@ -46,12 +47,14 @@ def watch_inputs(params: str = "params.yaml") -> State:
     A change is kept before its event is sent, and marked as told when Prefect has taken the event. So no event is lost
     if the flow is killed at any moment: the next run sends it again, at most once more, with the same id.
 
+    It also tells the targets of `notify` what nobody else tells: see `rounds.quarter_hourly`.
     """
     try:
         settings = config.load(Path(params))
     except UserError as error:
         return Failed(message=str(error))
     changes, errors = look(settings)
+    rounds.quarter_hourly(settings)
     for line in changes:
         get_run_logger().info(line)
     if changes:

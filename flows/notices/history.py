@@ -1,0 +1,116 @@
+"""Telling people what the registry's history has: rejected, promoted, approval needed, whoever and whatever did it.
+
+The history is the record of what has happened, so that nothing of it is lost if a run is killed before it has told it:
+the next look at the history does.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+
+from lcmlora.config import Config
+from lcmlora.errors import UserError
+from lcmlora.flows import name_of
+from lcmlora.flows.memory import Memory
+from lcmlora.flows.notices import links
+from lcmlora.flows.notices.event import Event
+from lcmlora.project import Project
+from lcmlora.registry import events as records
+from lcmlora.registry import lookup, promotion
+from lcmlora.registry.approval import standing
+from lcmlora.registry.lookup import Version
+from lcmlora.releases import bundle
+from lcmlora.settings.operation.notify import EventKind
+
+SUBJECT = "history"  # of the memory
+
+_FIRST_DAYS = 1  # how far back the first look tells
+_CLOCK_HOURS = 1  # that the clocks of two machines may differ
+_TOLD = 60  # the last events that were told; more than happen in these hours
+_PICTURE = "grid.png"  # of a release
+
+_KINDS: dict[str, EventKind] = {
+    "rejected": "rejected",
+    standing.DECLINED: "rejected",
+    standing.TIMED_OUT: "rejected",
+    standing.REQUESTED: "approval_needed",
+    "promoted": "promoted",
+    "rolled back": "promoted",
+}
+
+
+def untold(model: str, settings: Config) -> Iterator[Event]:
+    """Yields what has happened to a model's versions and was not told, the oldest first.
+
+    What was yielded counts as told when the next one is asked for.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    name, memory = name_of(model), Memory(SUBJECT, settings)
+    past = [each for each in promotion.history(name, settings.registry, may_be_missing=True) if each.action in _KINDS]
+    entry = memory.read().get(name, {})
+    if entry:
+        # The clock of another machine may be behind, so that its events come late.
+        since = datetime.datetime.fromisoformat(entry["newest"]) - datetime.timedelta(hours=_CLOCK_HOURS)
+    else:
+        since = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=_FIRST_DAYS)
+    told = list(entry.get("told", ()))
+    for record in past:
+        identity = f"{record.version} {record.time}"
+        if datetime.datetime.fromisoformat(record.time) <= since or identity in told:
+            continue
+        yield _event(model, record, lookup.resolve(f"models:/{name}/{record.version}", settings.registry), settings)
+        told = [*told, identity][-_TOLD:]
+        memory.write(name, {"newest": max(record.time, entry.get("newest", "")), "told": told})
+
+
+def _event(model: str, record: records.Event, version: Version, settings: Config) -> Event:
+    kind, said = _KINDS[record.action], f": {record.reason}" if record.reason else ""
+    reason = {
+        "approval_needed": f"{version.reference} passed the gate and waits for a person; "
+        f"`lcmlora approve {version.reference}` makes it {settings.registry.alias}, "
+        f"`lcmlora reject {version.reference} --reason ...` does not. "
+        f"It counts as rejected after {settings.gate.approval_days:g} days",
+        "promoted": f"{version.reference} is {settings.registry.alias} now, {record.action} by {record.who}{said}",
+        "rejected": f"{version.reference}: {record.action}{said}",
+    }[kind]
+    if record.action == standing.DECLINED:
+        reason = f"{version.reference}: {record.action} by {record.who}{said}"
+    return Event(
+        kind,
+        reason,
+        model=model,
+        version=version.reference,
+        figures=figures(version, settings),
+        links=links.of_version(version, settings),
+        run=links.flow_run(),
+        pictures=_pictures(model, version),
+        occurrence=f"{version.reference} {record.time} {record.action}",
+    )
+
+
+def figures(version: Version, settings: Config) -> dict[str, float | str]:
+    """Returns the main figures of a version, beside those of the champion where that is another one."""
+    found: dict[str, float | str] = {}
+    champion = lookup.champion(version.name.removeprefix(lookup.PREFIX), settings.registry)
+    for key in ("excess", "retrieval"):
+        steps = settings.gate.steps
+        for each in (version, champion):
+            value = each.figure(f"{key}.student_{steps}") if each else None
+            if each is not None and value is not None and (each is version or each.version != version.version):
+                suffix = "" if each is version else f" of {each.reference}, the {settings.registry.alias}"
+                found[f"{key} at {steps} steps{suffix}"] = value
+    return found
+
+
+def _pictures(model: str, version: Version) -> tuple[Path, ...]:
+    """Returns the contact sheet of a version whose release is in this project's folder."""
+    folder = Project().release(model)
+    try:
+        here = bundle.digest(folder) == version.sha256
+    except (OSError, UserError):  # no release, or half of one
+        return ()
+    return (folder / _PICTURE,) if here else ()
