@@ -132,8 +132,9 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def _tail(folder: Path, service: Service, lines: int = 8) -> str:
-    return logs.tail(folder / f"{service.name}.log", lines)
+def _tail(folder: Path, service: Service) -> str:
+    own = folder / f"{service.name}-log" / "weed.INFO"  # SeaweedFS keeps a log of its own
+    return logs.tail(own, of=r"[IWEF]\d{4} ") if own.exists() else logs.tail(folder / f"{service.name}.log")
 
 
 def family(*marks: Path) -> list[psutil.Process]:

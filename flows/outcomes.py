@@ -197,7 +197,7 @@ def _approval_page(outcome: Outcome, settings: Config) -> str:
                 markdown(("figure", f"{settings.gate.steps} steps"), rows),
                 _embedded(Project().release(outcome.model) / _SHEET, "contact sheet"),
                 f"To make it {alias}: `lcmlora approve {outcome.version} --reason ...`, or run the deployment "
-                "`approve/by-hand`. To turn it down: `lcmlora reject` or `reject/by-hand`.",
+                "`approve`. To turn it down: `lcmlora reject` or the deployment `reject`.",
             ],
         )
     )

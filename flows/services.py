@@ -86,8 +86,8 @@ class S3:
             "AWS_SECRET_ACCESS_KEY": self.secret,
         }
 
-    def client(self) -> S3Client:
-        """Returns a client without retries, as waiting for a server calls it often enough."""
+    def client(self, *, patient: bool = False) -> S3Client:
+        """Returns a client; not a patient one has no retries, as waiting for a server calls it often enough."""
         import boto3
         from botocore.config import Config
 
@@ -97,7 +97,11 @@ class S3:
             region_name=REGION,
             aws_access_key_id=self.access,
             aws_secret_access_key=self.secret,
-            config=Config(connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1}),
+            config=Config(
+                connect_timeout=2,
+                read_timeout=120 if patient else 10,
+                retries={"total_max_attempts": 5 if patient else 1, "mode": "standard"},
+            ),
         )
 
 

@@ -11,7 +11,6 @@ import os
 import secrets
 import shlex
 import socket
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from lcmlora.errors import UserError
 from lcmlora.flows import background, credentials, services
 from lcmlora.flows.background import StartedProcess
 from lcmlora.flows.credentials import Login
-from lcmlora.flows.servers import definitions, environment, ports
+from lcmlora.flows.servers import definitions, deploying, environment, ports
 from lcmlora.flows.servers.ports import Chooser, Taken
 from lcmlora.flows.services import HOST, NO_TELEMETRY, S3, Identity, Service
 from lcmlora.io.files import locked
@@ -72,6 +71,8 @@ def start() -> None:
     project = _project()
     pool = definitions.work_pool(project / "prefect.yaml")
     with _locked(project / ".up") as folder:
+        if (folder / "restoring").is_file():
+            raise UserError(f"{folder}: a restore was interrupted; run `lcmlora restore` with the same backup again")
         state = _read(folder)
         if other := environment.forget_sourced(os.environ, folder, state.exported):
             print(f"this shell has sourced {other}/environment; this project gets servers of its own")
@@ -140,6 +141,34 @@ def _is_ours(server: str, folder: Path, state: State) -> bool:
     """Returns whether a server of this project works: that it, and nobody else, would be told the password."""
     pids = [process.pid for process in background.family(folder / server)]
     return server in state.ports and set(state.ports[server]) <= ports.listening(pids)
+
+
+@contextlib.contextmanager
+def store(folder: Path) -> Iterator[S3]:
+    """Yields the SeaweedFS of .up/, which is started for the block if it does not work.
+
+    Raises:
+        UserError: it does not start.
+    """
+    state = _read(folder)
+    works = _is_ours("seaweedfs", folder, state)
+    for _ in range(_TRIES):
+        with Chooser() as chooser:
+            weed, s3 = _seaweedfs(folder, state, chooser)
+            _save(folder, state)
+            try:
+                if not works:
+                    background.start([weed], folder, state.started, lambda name: dict(os.environ))
+                    background.wait([weed], folder, state.started)
+                break
+            except Taken as taken:
+                background.end(folder / taken.service)
+                state.ports.pop(taken.service, None)
+    try:
+        yield s3
+    finally:
+        if not works:
+            background.end(folder / weed.name)
 
 
 def print_logins() -> None:
@@ -301,14 +330,10 @@ def _deploy(folder: Path, plan: Plan, limit: str, pool: str) -> None:
     from lcmlora.flows import provision
 
     provision.provide(limit, pool=pool)
-    command = services.module("prefect", "--no-prompt", "deploy", "--all")
     variables = _inherited(plan, "worker") | _prefect_variables(plan.exported, folder)
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    output = done.stdout + done.stderr
-    (folder / "deploy.log").write_text(output)
-    if done.returncode != 0 or "Skipping" in output:
-        lines = "\n".join(output.strip().splitlines()[-8:])
-        raise UserError(f"`prefect deploy --all` failed; .up/deploy.log ends with:\n{lines}")
+    output = deploying.deploy_all(variables, folder / "deploy.log")
+    if former := provision.remove_former(definitions.deployments(folder.parent / "prefect.yaml")):
+        print(f"removed {former} deployments with the names that they had until 0.2.0")
     print(f"deployed {output.count('successfully created')} deployments in {time.monotonic() - began:.0f} s")
 
 

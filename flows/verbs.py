@@ -104,7 +104,7 @@ def login(call: typer.Context) -> None:
 def watch(call: typer.Context) -> None:
     """Look whether the pictures or a base have changed since the last look.
 
-    With a Prefect server (PREFECT_API_URL), a change starts a run of the deployment `scheduled`; `up` looks every
+    With a Prefect server (PREFECT_API_URL), a change starts a run of `retrain`; `up` looks every
     quarter of an hour by itself. The first look only remembers what there is.
 
     Example: lcmlora watch

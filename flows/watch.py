@@ -27,6 +27,7 @@ from lcmlora.errors import UserError
 from lcmlora.flows import memory
 from lcmlora.flows.memory import Entry, Memory
 from lcmlora.flows.notices import rounds
+from lcmlora.flows.servers import definitions
 from lcmlora.tasks.retrying import networked
 from lcmlora.tasks.watched_inputs import read_base_state, read_data_state
 
@@ -190,12 +191,18 @@ def _send(name: str, resource: str, payload: dict[str, Any], identity: uuid.UUID
         id=identity,
         event=name,
         occurred=datetime.datetime.now(datetime.UTC),
-        resource=Resource({"prefect.resource.id": resource}),
+        resource=Resource({"prefect.resource.id": resource, "lcmlora.project": _project()}),
         related=related,
         payload=payload,
     )
     with get_client(sync_client=True) as client:
         client.request("POST", "/events", json=[event.model_dump(mode="json")])
+
+
+def _project() -> str:
+    """Returns the name of the project, whose deployments alone listen to its events."""
+    path = Path("prefect.yaml")
+    return definitions.project(path) if path.is_file() else Path.cwd().name
 
 
 def _today() -> str:

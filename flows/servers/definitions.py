@@ -22,13 +22,34 @@ def work_pool(path: Path) -> str:
     return str(pool)
 
 
+def project(path: Path) -> str:
+    """Returns the name of the project in a prefect.yaml, by which a server's events of several projects are told apart.
+
+    Raises:
+        UserError: the file is missing, or has no name.
+    """
+    name = _read(path).get("name")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{path}: name: expected the project's name")
+    return name
+
+
+def deployments(path: Path) -> set[tuple[str, str]]:
+    """Returns the entrypoint and the name of each deployment of a prefect.yaml. Raises UserError as `work_pool`."""
+    return {(str(entry.get("entrypoint")), str(entry.get("name"))) for entry in _entries(path)}
+
+
 def _entries(path: Path) -> list[JsonObject]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; `lcmlora init` makes a project with it")
-    entries = as_object(read_yaml(path), str(path)).get("deployments")
+    entries = _read(path).get("deployments")
     if not isinstance(entries, list):
         raise UserError(f"{path}: deployments: expected a list of deployments")
     return [as_object(entry, f"{path}: deployments.{number}") for number, entry in enumerate(entries)]
+
+
+def _read(path: Path) -> JsonObject:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `lcmlora init` makes a project with it")
+    return as_object(read_yaml(path), str(path))
 
 
 def _pool(entry: JsonObject) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import threading
 import time
@@ -64,13 +65,18 @@ def rotate(path: Path, limit: int = MEGABYTES << 20) -> None:
             newer.replace(older)
 
 
-def tail(path: Path, lines: int = 8) -> str:
-    """Returns the last lines of a log, of the one before it where that has been moved aside just now."""
+def tail(path: Path, lines: int = 8, of: str = "") -> str:
+    """Returns the last lines of a log, of the one before it where that has been moved aside just now.
+
+    Args:
+        of: the regular expression that lines begin with.
+    """
     for each in (path, *_numbered(path)[:1]):
         with contextlib.suppress(FileNotFoundError), each.open("rb") as file:
             file.seek(max(0, each.stat().st_size - (64 << 10)))
-            if text := file.read().decode(errors="replace").splitlines()[-lines:]:
-                return "\n".join(text)
+            found = [line for line in file.read().decode(errors="replace").splitlines() if re.match(of, line)]
+            if found:
+                return "\n".join(found[-lines:])
     return ""
 
 

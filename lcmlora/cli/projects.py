@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lcmlora.config import Config
     from lcmlora.project import Project
     from lcmlora.projects.choices import Ask, BaseOptions
+    from lcmlora.projects.databases.outdated import Database
     from lcmlora.projects.init import Plan
     from lcmlora.projects.record import Workers
     from lcmlora.projects.upgrade.costs import Cost
@@ -237,7 +238,8 @@ def upgrade(
     It first shows what changes, which stages become stale, why, and how
     long they take as far as this machine knows. Then it asks. Your changes
     of generated files stay: they are merged, or the new text is written
-    beside the file. Nothing runs: `dvc repro` or `lcmlora run` does that.
+    beside the file. Databases of an earlier MLflow or Prefect are changed
+    after a backup. Nothing runs: `dvc repro` or `lcmlora run` does that.
 
     The files must be committed to Git, which brings the former ones back.
 
@@ -251,11 +253,13 @@ def upgrade(
     if project.params is not None:
         raise UserError("--params: upgrade rewrites the project's own params.yaml; name its folder with --project")
     from lcmlora.projects import durations
+    from lcmlora.projects.databases import outdated as databases
     from lcmlora.projects.upgrade import costs, report
     from lcmlora.projects.upgrade.plan import BESIDE, apply, plan_upgrade, refuse_losses
 
     plan = plan_upgrade(project)
-    if not plan.is_needed:
+    outdated = databases.outdated(project, plan.settings.registry.tracking_uri)
+    if not plan.is_needed and not outdated:
         say(f"{project.params_file}: the project is up to date with lcmlora {plan.record.lcmlora}")
         return
 
@@ -264,23 +268,41 @@ def upgrade(
 
     for line in report.lines(plan, costs.stage_costs(plan.outlook, durations.read(project), doctor)):
         say(line)
+    if outdated:
+        say(f"databases, after a backup of the project to {databases.BACKUPS}/")
+        for database in outdated:
+            say(f"  {database}")
     if dry_run:
         return
     refuse_losses(plan)
+    if outdated:
+        databases.refuse_running(project)
     if not yes and not _agreed():
         say("nothing was written")
         return
     apply(plan)
     for path in plan.beside:
         say(f"{path}{BESIDE}: merge it into {path}, then delete it")
+    if outdated:  # after the files, since a backup reads the settings; what is interrupted here, the next call does
+        _upgrade_databases(project, outdated)
     say("written; look at it with `git diff`, then commit it. `dvc repro` or `lcmlora run` runs what is stale")
+
+
+def _upgrade_databases(project: Project, outdated: list[Database]) -> None:
+    from lcmlora.projects.databases import outdated as databases
+
+    note("making a backup ...")
+    say(f"the backup is in {databases.save(project)}; `lcmlora restore` brings it back")
+    for database in outdated:
+        databases.upgrade(database, project)
+        say(f"{database.name}: has the tables of the installed {database.owner}")
 
 
 def _agreed() -> bool:
     """Asks on the terminal. Raises UserError where there is none."""
     if not sys.stdin.isatty():
         raise UserError("nothing was written: there is no terminal to ask on; with --yes the files are written")
-    return typer.confirm("Write these files?")
+    return typer.confirm("Do this?")
 
 
 def _estimated(project: Project, config: Config, model: str) -> Cost | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,13 @@ class Options(BaseModel):
     """For which pools of workers, besides processes, the project has job templates (`--with`)."""
     from_source: bool = False
     """Whether it is lcmlora's own repository, which also makes the emoji base and has documents of its own."""
+
+    @property
+    def slug(self) -> str:
+        """The project's name as Prefect takes it, of the work pool and the deployments. Two projects on one server need
+        different ones."""
+        found = re.sub(r"[^A-Za-z0-9._-]+", "-", self.name).strip(".-")[:60]
+        return found if found and not found.lower().startswith("prefect") else f"lcmlora-{found}".rstrip("-")
 
 
 class Record(BaseModel):

@@ -81,13 +81,13 @@ def test_every_flow_of_the_project_is_deployed_under_its_own_name(
 ):
     names = {f"{flows[entry['entrypoint']].name}/{entry['name']}" for entry in entries}
     assert names == {
-        "retrain/scheduled",
-        "approve/by-hand",
-        "promote/by-hand",
-        "reject/by-hand",
-        "rollback/by-hand",
-        "watch/quarter-hourly",
-        "report/weekly",
+        "retrain/lcmlora",
+        "approve/lcmlora",
+        "promote/lcmlora",
+        "reject/lcmlora",
+        "rollback/lcmlora",
+        "watch/lcmlora",
+        "report/lcmlora",
     }
     assert {entry["work_pool"]["name"] for entry in entries} == {POOL}
     assert all(entry["description"] and entry["tags"] for entry in entries)
@@ -224,7 +224,7 @@ def confined(pod: dict[str, Any]) -> None:
 
 
 def test_the_clusters_other_objects_are_those_that_the_template_names():
-    objects = list(yaml.safe_load_all((ROOT / "deploy/kubernetes/worker.yaml").read_text()))
+    objects = _base()
     for each in objects:
         kubernetes_validate.validate(each, KUBERNETES, strict=True)
     found = {each["kind"]: each for each in objects if each["kind"] != "NetworkPolicy"}
@@ -237,19 +237,25 @@ def test_the_clusters_other_objects_are_those_that_the_template_names():
     # Of Prefect's password alone; keys to data are for runs.
     assert worker["containers"][0]["envFrom"] == [{"secretRef": {"name": "lcmlora-worker"}}]
     assert defaults["secret"] != "lcmlora-worker"
-    environment = {each["name"]: each["value"] for each in worker["containers"][0]["env"]}
+    environment = {each["name"]: each.get("value") for each in worker["containers"][0]["env"]}
     handed_on = "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET"
     assert environment[f"{handed_on}_NAME"] == "lcmlora-worker"
     assert environment[f"{handed_on}_KEY"] == "PREFECT_API_AUTH_STRING"
     confined(worker)
     assert worker["serviceAccountName"] == found["ServiceAccount"]["metadata"]["name"]
-    assert POOL in worker["containers"][0]["args"]
     assert found["Namespace"]["metadata"]["labels"] == {"pod-security.kubernetes.io/enforce": "restricted"}
     assert found["ServiceAccount"]["automountServiceAccountToken"] is False
 
 
+def _base() -> list[dict[str, Any]]:
+    """Returns the objects that every overlay has."""
+    files = sorted((ROOT / "deploy/kubernetes/base").glob("*.yaml"))
+    texts = [path.read_text() for path in files if path.name != "kustomization.yaml"]
+    return [each for text in texts for each in yaml.safe_load_all(text)]
+
+
 def test_pods_are_called_by_nobody_and_call_what_is_listed():
-    objects = yaml.safe_load_all((ROOT / "deploy/kubernetes/worker.yaml").read_text())
+    objects = _base()
     policies = {each["metadata"]["name"]: each["spec"] for each in objects if each["kind"] == "NetworkPolicy"}
     assert policies["lcmlora-nothing"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     assert not any("ingress" in each for each in policies.values())

@@ -355,7 +355,7 @@ def test_a_run_goes_through_the_worker_and_nothing_is_left_after_down(project: P
         _assert_nobody_else_gets_in(project, state)
         name, password = state.exported["PREFECT_API_AUTH_STRING"].split(":")
         with httpx.Client(base_url=state.exported["PREFECT_API_URL"], auth=(name, password), timeout=30) as client:
-            found = client.get("/deployments/name/watch/quarter-hourly").json()
+            found = client.get("/deployments/name/watch/lcmlora").json()
             run = client.post(f"/deployments/{found['id']}/create_flow_run", json={}).json()
             until = time.monotonic() + 90
             while not run["end_time"] and time.monotonic() < until:

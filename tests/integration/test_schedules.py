@@ -32,7 +32,9 @@ try:
     app()
 except SystemExit as end:
     assert not end.code
-emit_event("lcmlora.base.changed", resource={"prefect.resource.id": "lcmlora.base.b"}, payload={"models": ["b"]})
+for project, model in (("of another", "a"), ("lcmlora", "b")):
+    resource = {"prefect.resource.id": f"lcmlora.base.{model}", "lcmlora.project": project}
+    emit_event("lcmlora.base.changed", resource=resource, payload={"models": [model]})
 """
 
 

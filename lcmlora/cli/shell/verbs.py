@@ -11,7 +11,18 @@ from typer.core import TyperGroup
 PANELS: dict[str, tuple[str, ...]] = {
     "Project": ("init", "check", "config", "bases", "data", "fetch", "doctor", "upgrade"),
     "Runs": ("run", "status", "report"),
-    "Schedules": ("up", "down", "login", "schedule", "watch", "notify", "summary"),
+    "Schedules": (
+        "up",
+        "down",
+        "login",
+        "deploy",
+        "schedule",
+        "watch",
+        "notify",
+        "summary",
+        "backup",
+        "restore",
+    ),
     "Adapters": ("generate", "serve", "comfyui", "convert", "combine"),
     "Registry and releases": ("registry", "approve", "reject", "releases"),
     "Stages (`run` runs the stale ones)": (
@@ -43,7 +54,6 @@ _HINTS = {
     "update": "upgrade",
     "validate": "check",
     "start": "up",
-    "deploy": "up",
     "stop": "down",
     "draw": "generate",
     "sample": "generate",

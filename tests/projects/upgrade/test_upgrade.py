@@ -169,7 +169,9 @@ def test_edits_that_contradict_the_new_text_stay_and_it_goes_beside_them(old: Pa
 def test_edits_of_a_file_are_merged_with_what_a_later_version_adds(new: Path):
     path = new / "prefect.yaml"
     text = path.read_text()
-    weekly = text[text.index("  - name: weekly") : text.index("  - name: by-hand")]
+    report = text.index("    entrypoint: lcmlora.flows.report")
+    begin, end = text.rindex("  - name:", 0, report), text.index("  - name:", report)
+    weekly = text[begin:end]
     path.write_text(text.replace(weekly, ""))
     kept = record.read(new)
     kept.model_copy(update={"files": kept.files | {path.name: generated.digest(path.read_text())}}).write(new)

@@ -1,0 +1,1 @@
+"""The databases of a project, which belong to MLflow and Prefect."""

@@ -1,0 +1,45 @@
+"""Several people at MLflow's server: who may read, and who may promote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lcmlora import registry
+from lcmlora.config import Registry
+from lcmlora.errors import UserError
+from lcmlora.registry import promotion, registration
+from tests.integration.tracking_servers import MLflow
+from tests.support.releases import load_settings, write_sealed
+
+pytestmark = pytest.mark.integration
+
+NAME = "lcm-lora-people"
+PASSWORD = "a long password"
+
+
+def test_a_reader_reads_and_cannot_promote_and_an_editor_can(
+    mlflow_server: MLflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from mlflow.server import get_app_client
+
+    settings = Registry(tracking_uri=mlflow_server.uri, experiment="people", alias="champion")
+    gate = load_settings(tmp_path).gate
+    for name in ("first", "second"):
+        sealed = write_sealed(tmp_path / name, weights=f"{name} of people".encode(), model="people")
+        registration.register_release("people", settings, sealed)
+    promotion.promote(f"{NAME}/1", settings, gate, reason="the first one")
+    people = get_app_client("basic-auth", tracking_uri=mlflow_server.uri)
+    for user, permission in (("ada", "READ"), ("bob", "EDIT")):
+        people.create_user(user, PASSWORD)
+        people.create_registered_model_permission(NAME, user, permission)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    assert registry.resolve("people@champion", settings).version == 1
+    with pytest.raises(UserError):
+        promotion.promote(f"{NAME}/2", settings, gate, reason="mine is better")
+    assert registry.resolve("people@champion", settings).version == 1
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "bob")
+    promotion.promote(f"{NAME}/2", settings, gate, reason="better")
+    assert registry.resolve("people@champion", settings).version == 2
