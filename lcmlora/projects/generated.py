@@ -27,6 +27,17 @@ BY_LINES = (".gitignore", ".dvcignore")
 
 _EMOJI = "emoji"
 
+_KUSTOMIZE = tuple(
+    f"deploy/kubernetes/{folder}/{name}.yaml"
+    for folder, names in {
+        "base": ("kustomization", "project", "worker", "policies"),
+        "servers": ("kustomization", "postgresql", "seaweedfs", "bucket", "prefect", "mlflow", "policies"),
+        "serving": ("kustomization", "serve"),
+    }.items()
+    for name in names
+)
+_OVERLAYS = tuple(f"deploy/kubernetes/overlays/{name}/kustomization.yaml" for name in ("workers", "whole"))
+
 
 def generated_files(config: Config, options: Options) -> dict[str, str]:
     """Returns the text of every generated file of a project, by its path relative to the project's folder.
@@ -46,9 +57,14 @@ def generated_files(config: Config, options: Options) -> dict[str, str]:
     }
     found |= dvc_yaml.folders(config)
     if "docker" in options.workers:
-        found |= _as_they_are("deploy/docker/base-job-template.json")
+        found |= _as_they_are("deploy/docker/base-job-template.json", "deploy/compose/compose.yaml")
+        found["deploy/compose/.gitignore"] = text("deploy/compose/gitignore")
+        found["deploy/compose/example.env"] = rendered("deploy/compose/example.env", config=config, options=options)
     if "kubernetes" in options.workers:
-        found |= _as_they_are("deploy/kubernetes/base-job-template.json", "deploy/kubernetes/worker.yaml")
+        found |= _as_they_are("deploy/kubernetes/base-job-template.json", *_KUSTOMIZE)
+        found |= {name: rendered(name, config=config, options=options) for name in _OVERLAYS}
+    if options.workers:
+        found |= _as_they_are("deploy/passwords.py")
     if not options.from_source:
         found |= _of_an_installed_package(config, options)
     return found
@@ -67,6 +83,8 @@ def _of_an_installed_package(config: Config, options: Options) -> dict[str, str]
     """Returns the files of a project whose lcmlora is installed and not its own source."""
     sources = {config.data_for(model).source for model in config.models}
     extras = ["pipeline", *([_EMOJI] if _EMOJI in sources else []), *sorted(options.workers)]
+    if options.workers:
+        extras.append("postgresql")  # of the servers that deploy/ has for them
     if config.publish.signing_key or config.publish.verify_key:
         extras.append("signing")
     requirement = f"lcmlora[{','.join(extras)}]=={own_version()}"

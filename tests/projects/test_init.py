@@ -205,7 +205,7 @@ def test_a_folder_keeps_its_files_and_a_repository_above_it_gets_no_commit(here:
     found = record.read(root)
     assert found.options.workers == ("kubernetes", "docker") and "README.md" not in found.files
     files = generated.generated_files(Project(root).settings(), found.options)
-    assert {"deploy/Dockerfile", "deploy/kubernetes/worker.yaml", "deploy/README.md"} <= found.files.keys()
+    assert {"deploy/Dockerfile", "deploy/kubernetes/base/worker.yaml", "deploy/README.md"} <= found.files.keys()
     del files["README.md"]
     assert found == generated.recorded(files, found.options)
     with pytest.raises(UserError, match=r"team/adapters: is a project already; .*lcmlora upgrade"):
