@@ -100,14 +100,14 @@ def require_postgresql_tool(name: str) -> None:
 
 
 def _postgresql(program: str, uri: str, *arguments: str) -> None:
-    from sqlalchemy import make_url
+    from sqlalchemy import URL, make_url
 
     require_postgresql_tool(program)
     url = make_url(uri)
     environment = dict(os.environ)
-    if url.password:
+    if url.password:  # not on the command line, which others see
         environment["PGPASSWORD"] = str(url.password)
-    plain = url.set(drivername="postgresql", password=None).render_as_string()
+    plain = URL.create("postgresql", url.username, None, url.host, url.port, url.database, url.query).render_as_string()
     done = subprocess.run(
         [program, "--no-password", f"--dbname={plain}", *arguments], env=environment, capture_output=True, text=True
     )

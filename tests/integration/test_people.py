@@ -31,12 +31,17 @@ def test_a_reader_reads_and_cannot_promote_and_an_editor_can(
         registration.register_release("people", settings, sealed)
     promotion.promote(f"{NAME}/1", settings, gate, reason="the first one")
     people = get_app_client("basic-auth", tracking_uri=mlflow_server.uri)
-    for user, permission in (("ada", "READ"), ("bob", "EDIT")):
-        people.create_user(user, PASSWORD)
-        people.create_registered_model_permission(NAME, user, permission)
+    for name, permission, person in (("readers", "READ", "ada"), ("publishers", "EDIT", "bob")):
+        role = people.create_role("default", name)
+        for kind in ("registered_model", "experiment"):
+            people.add_role_permission(role.id, kind, "*", permission)
+        people.create_user(person, PASSWORD)
+        people.assign_role(person, role.id)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
     assert registry.resolve("people@champion", settings).version == 1
+    pulled = registry.pull("people@champion", settings, tmp_path / "pulled")
+    assert (pulled / "pytorch_lora_weights.safetensors").read_bytes() == b"first of people"
     with pytest.raises(UserError):
         promotion.promote(f"{NAME}/2", settings, gate, reason="mine is better")
     assert registry.resolve("people@champion", settings).version == 1

@@ -134,8 +134,8 @@ def _database(
 
 def _without_password(uri: str) -> tuple[str, dict[str, str]]:
     """Returns the address for a command line, and the variable that has the password, which others must not see."""
-    from sqlalchemy import make_url
+    from sqlalchemy import URL, make_url
 
     url = make_url(uri)
-    address = url.set(password=None).render_as_string(hide_password=False)
-    return address, {"PGPASSWORD": str(url.password)} if url.password else {}
+    address = URL.create(url.drivername, url.username, None, url.host, url.port, url.database, url.query)
+    return address.render_as_string(), {"PGPASSWORD": str(url.password)} if url.password else {}
