@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lcmlora.adapters import lora, peft_settings
 from lcmlora.errors import UserError
+from lcmlora.io.terminal import joined
 
 MAX_BYTES = 8 << 30  # of a file; an adapter of SDXL at rank 512 in fp32 has 6.3 GB
 MAX_TENSORS = 50_000  # an adapter of SDXL has 2,400, with text encoders and LyCORIS's parts 7,000
@@ -122,7 +123,7 @@ def _pickle(path: Path, shown: str | None = None) -> str:
 
 def _reason(error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split())[:300]
+    return joined(text)
 
 
 def check_finite(tensor: Tensor, name: str, shown: str) -> None:

@@ -9,6 +9,7 @@ from lcmlora.bases import families
 from lcmlora.bases.examination.library_config import LibraryConfig
 from lcmlora.bases.families.family import Family
 from lcmlora.errors import UserError
+from lcmlora.io import faults
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +60,7 @@ def assemble_pipeline(base: Path, scheduler: Path, variant: str | None, dtype: t
         config = LibraryConfig.read(scheduler)
         adapters_scheduler = getattr(diffusers, config.text("_class_name") or "").from_config(config)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{scheduler}: plain diffusers cannot load it or {base}: {reason}") from error
+        raise UserError(f"{scheduler}: plain diffusers cannot load it or {base}: {faults.chain(error)}") from error
     adapters, bases = adapters_scheduler.config.prediction_type, pipeline.scheduler.config.prediction_type
     if adapters != bases:
         raise UserError(f"{scheduler}: prediction_type is {adapters!r}, the base in {base} has {bases!r}")
@@ -86,8 +86,7 @@ def with_controlnet(pipeline: Any, folder: Path) -> Any:
         )
         joined = diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=controlnet)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: diffusers cannot load it as a ControlNet: {reason}") from error
+        raise UserError(f"{folder}: diffusers cannot load it as a ControlNet: {faults.chain(error)}") from error
     network, own = network_of(joined).config, controlnet.config
     for key in ("block_out_channels", "cross_attention_dim", "in_channels"):
         if (expected := network[key]) != (found := own[key]):

@@ -19,6 +19,7 @@ from lcmlora.bases.families.family import SingleFile
 from lcmlora.config import Base
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, sha256_file
+from lcmlora.io.terminal import joined
 from lcmlora.patches import bars
 
 MARKER = ".single-file"  # the file in the folder with the digests of what it was made from
@@ -250,4 +251,4 @@ def _check_scheduler(name: str, source: Path, keys: Collection[str], scheduler: 
 
 def _one_line(error: BaseException) -> str:
     # The rest of diffusers' text is advice for callers of its functions.
-    return " ".join(str(error).split()).partition(". If you want")[0][:300]
+    return joined(" ".join(str(error).split()).partition(". If you want")[0])

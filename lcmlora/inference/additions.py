@@ -19,6 +19,7 @@ from lcmlora.config import Compatibility
 from lcmlora.errors import UserError
 from lcmlora.evaluation.comparisons.compatibility import NOTHING, AdditionKind
 from lcmlora.inference.source_picture import fit
+from lcmlora.io import faults
 from lcmlora.io.files import sha256_file, sha256_folder
 
 if TYPE_CHECKING:
@@ -366,4 +367,4 @@ def _rounded_to_int8(weight: Tensor) -> Tensor:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return faults.chain(error)

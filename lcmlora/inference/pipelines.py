@@ -23,6 +23,7 @@ from lcmlora.diffusion.editing import SourceLatents, check_steps
 from lcmlora.errors import UserError
 from lcmlora.evaluation.image_sets import NotFinite
 from lcmlora.inference.source_picture import STRENGTH, SourcePicture, fit
+from lcmlora.io import faults
 from lcmlora.io.files import temporary_folder, write_json
 from lcmlora.io.terminal import note
 from lcmlora.releases import bundle
@@ -416,8 +417,7 @@ def _load_adapter(pipeline: Any, folder: Path, fuse: bool) -> None:
     try:
         pipeline.load_lora_weights(folder, weight_name=bundle.WEIGHTS, adapter_name="lcm", use_safetensors=True)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder / bundle.WEIGHTS}: plain diffusers cannot load it: {reason}") from error
+        raise UserError(f"{folder / bundle.WEIGHTS}: plain diffusers cannot load it: {faults.chain(error)}") from error
     if fuse:
         pipeline.fuse_lora(components=[diffusers_pipeline.family_of(pipeline).network.folder])
         pipeline.unload_lora_weights()

@@ -73,6 +73,7 @@ class Drawer(PythonModel):
         from lcmlora.errors import UserError
         from lcmlora.inference import request_guard
         from lcmlora.inference.pipelines import Abandoned
+        from lcmlora.io import faults
 
         # Without the guard in front of MLflow's server, the model sets the deadline itself.
         request = request_guard.current.get() or request_guard.Request(time.monotonic() + self._limits.seconds)
@@ -90,7 +91,7 @@ class Drawer(PythonModel):
             raise MlflowException(late, DEADLINE_EXCEEDED) from None
         except Exception as error:
             logging.getLogger(__name__).exception("drawing failed")
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = f"{type(error).__name__}: {faults.chain(error)}"
             raise MlflowException(f"drawing failed: {reason}", INTERNAL_ERROR) from None
         finally:
             self._queue.release()

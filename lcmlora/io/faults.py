@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lcmlora.errors import UserError
 from lcmlora.io import temporaries
+from lcmlora.io.terminal import shortened
 
 _REMEDIES = {
     errno.ENOSPC: "free some, or work on another disk",
@@ -76,6 +77,7 @@ _TO_LOWER = {
     "generate": "lower --batch",
 }
 _SHOWN = 400  # characters of a name
+_LINE = 600  # characters of an error of a library
 _KILLED = "probably for lack of memory (`dmesg` names whom the kernel killed)"
 
 
@@ -94,9 +96,25 @@ def explain(error: BaseException, verb: str = "") -> str | None:
         code = error.errno if isinstance(error.errno, int) else _code(text)
         reason = os.strerror(code) if code in _REMEDIES else error.strerror or text or type(error).__name__
         shown = f"{_shown(error.filename)}: " if error.filename is not None else ""
-        return "; ".join(filter(None, (f"{shown}{' '.join(reason.split())[:500]}", _REMEDIES.get(code or 0))))
+        return "; ".join(
+            filter(None, (f"{shown}{shortened(' '.join(reason.split()), _LINE)}", _REMEDIES.get(code or 0)))
+        )
     code = _code(text) if _is_foreign(error) else None
-    return f"{text[:300]}; {_REMEDIES[code]}" if code else None
+    return f"{shortened(text, _LINE)}; {_REMEDIES[code]}" if code else None
+
+
+def chain(error: BaseException, limit: int = _LINE) -> str:
+    """Returns an error and what caused it in one line, the first cause last: it says why."""
+    found: list[str] = []
+    seen: list[BaseException] = []
+    each: BaseException | None = error
+    while each is not None and each not in seen:
+        seen.append(each)
+        text = " ".join(str(each).split())
+        if text and not any(text in other for other in found):
+            found.append(text)
+        each = each.__cause__ or (None if text or each.__suppress_context__ else each.__context__)
+    return shortened(": ".join(found) or type(error).__name__, limit)
 
 
 def _memory(error: BaseException, text: str, verb: str) -> str | None:

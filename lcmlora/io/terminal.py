@@ -23,13 +23,17 @@ _MARKDOWN = re.compile(r"[\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^(?:[#+
 def shown(text: object, limit: int | None = CELL) -> str:
     """Returns text as one line that only shows: what would move a cursor, colour, turn around or break the line is
     spelled out (`\\x1b`), and from what is longer than `limit` characters the middle is left out."""
-    line = str(text)
-    if limit is not None and len(line) > limit:
-        kept = max(limit - 30, limit // 2)
-        head = line[: kept * 2 // 3]
-        tail = line[len(line) - kept // 3 :]
-        line = f"{head}... {len(line) - len(head) - len(tail):,} more ...{tail}"
+    line = str(text) if limit is None else shortened(str(text), limit)
     return line if _PLAIN.fullmatch(line) else "".join(map(_visible, line))
+
+
+def shortened(text: str, limit: int) -> str:
+    """Returns a text of `limit` characters at most: the end of an error often says why, so the middle is left out."""
+    if len(text) <= limit:
+        return text
+    kept = max(limit - 30, limit // 2)
+    head, tail = text[: kept * 2 // 3], text[len(text) - kept // 3 :]
+    return f"{head}... {len(text) - len(head) - len(tail):,} more ...{tail}"
 
 
 def _visible(character: str) -> str:
@@ -39,8 +43,9 @@ def _visible(character: str) -> str:
 
 
 def joined(text: object, limit: int = CELL) -> str:
-    """Returns the beginning of a text, such as a library's error of several lines, as one line. It is not escaped."""
-    return " ".join(str(text).split())[:limit]
+    """Returns a text, such as a library's error of several lines, as one line without its middle if it is longer than
+    `limit`. It is not escaped."""
+    return shortened(" ".join(str(text).split()), limit)
 
 
 def lines(text: object, limit: int = LINE, most: int = 100) -> list[str]:

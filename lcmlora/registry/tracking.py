@@ -20,7 +20,7 @@ from lcmlora.errors import Unavailable, UserError
 from lcmlora.inference.mlflow_internals import start_system_monitor
 from lcmlora.io.files import write_json
 from lcmlora.io.parsing import as_object, read_json
-from lcmlora.io.terminal import note
+from lcmlora.io.terminal import CELL, note, shortened
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -270,7 +270,7 @@ def reaching(settings: Registry, consequence: str) -> Iterator[None]:
             raise
         uri = settings.tracking_uri
         message = masking.text(error, uri)
-        reason = (message or type(error).__name__).splitlines()[0][:300]
+        reason = shortened((message or type(error).__name__).splitlines()[0], CELL)
         if getattr(error, "get_http_status_code", lambda: 0)() == 401:
             reason = "it asks for a name and a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             reason += " (`source .up/environment` sets those of `lcmlora up`)"

@@ -28,6 +28,7 @@ from lcmlora.config import Base
 from lcmlora.diffusion import solver
 from lcmlora.errors import UserError
 from lcmlora.evaluation.figures import Metrics
+from lcmlora.io import faults
 
 _KEPT = 50  # timesteps that programs keep for latent consistency: `original_timesteps` in their code
 LATENT_CONSISTENCY = "LCMScheduler"
@@ -69,8 +70,7 @@ class Student:
             scheduler = getattr(diffusers, sampler.scheduler).from_config(config)
             schedule = Schedule.variance_preserving(scheduler.alphas_cumprod, scheduler.config.prediction_type)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{folder / SCHEDULER}: diffusers cannot load it: {reason}") from error
+            raise UserError(f"{folder / SCHEDULER}: diffusers cannot load it: {faults.chain(error)}") from error
         if not 1 <= steps <= sampler.grid:
             raise UserError(f"steps: expected 1 to {sampler.grid}, the timesteps of this adapter, got {steps}")
         return cls.of(sampler, schedule, steps)

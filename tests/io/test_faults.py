@@ -321,3 +321,19 @@ def test_the_command_line_tells_a_full_disk_in_one_line(full: Path):
         [sys.executable, "-m", "lcmlora", "data", "preview", "."], cwd=full, capture_output=True, text=True
     )
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
+
+
+def test_what_caused_an_error_is_told_last_and_a_long_one_keeps_its_end():
+    cause = OSError("[Errno 111] Connection refused")
+    outer = ValueError("Could not connect to the store")
+    outer.__cause__ = cause
+    assert faults.chain(outer) == "Could not connect to the store: [Errno 111] Connection refused"
+    same = ValueError("Could not connect: [Errno 111] Connection refused")
+    same.__cause__ = cause
+    assert faults.chain(same) == str(same)
+    long = ValueError(f"Max retries exceeded with url: /{'a' * 900} (Caused by [Errno 113] No route to host)")
+    assert faults.chain(long).endswith("No route to host)") and len(faults.chain(long)) <= 600
+    silent = RuntimeError()
+    silent.__context__ = KeyError("step")
+    assert faults.chain(silent) == "'step'"
+    assert faults.chain(KeyboardInterrupt()) == "KeyboardInterrupt"

@@ -7,6 +7,7 @@ from pathlib import Path
 from lcmlora.bases.examination.library_config import DigestInput, LibraryConfig, read_object, read_small_file
 from lcmlora.bases.examination.structure import TextConfig
 from lcmlora.errors import UserError
+from lcmlora.io import faults
 from lcmlora.io.parsing import Malformed, decoded
 
 # Two captions without a common word, in letters that every vocabulary has.
@@ -42,7 +43,7 @@ def examine_tokenizer(folder: Path, encoder: TextConfig, *, pooled: bool = False
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # tokenizers is Rust, whose panics are no Exception
-        raise UserError(f"{folder}: transformers cannot read it: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{folder}: transformers cannot read it: {faults.chain(error)}") from error
     if any(value is None for value in special.values()):
         raise UserError(f"{folder}/tokenizer_config.json: has no bos_token, eos_token, pad_token or unk_token")
     size, last = encoder.vocab_size, max(known_tokens.values(), default=0)

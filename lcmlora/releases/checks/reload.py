@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lcmlora.adapters.metadata import SCHEDULER, WEIGHTS
 from lcmlora.config import Base
 from lcmlora.errors import UserError
+from lcmlora.io import faults
 from lcmlora.releases.bundle import Proof
 
 if TYPE_CHECKING:
@@ -103,8 +104,7 @@ def load_weights(pipeline: Any, weights: Path, base_folder: Path) -> None:
     try:
         pipeline.load_lora_weights(weights.parent, weight_name=weights.name)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{weights}: plain diffusers cannot load it on {base_folder}: {reason}") from error
+        raise UserError(f"{weights}: plain diffusers cannot load it on {base_folder}: {faults.chain(error)}") from error
 
 
 def _precision(tensors: dict[str, Tensor]) -> torch.dtype:
