@@ -1,85 +1,65 @@
-"""One training or drawing at a time on a device: a lock on this machine, and a slot of Prefect's limit."""
+"""One training or drawing at a time on a GPU: a lock on this machine, and a slot of Prefect's limit."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.io.private import runtime_folder
-from lcmlora.io.terminal import shown
+from lcmlora.io.private import runtime_folder, shared_folder
+from lcmlora.tasks.machine import gpus
+from lcmlora.tasks.machine.locks import Unusable, holding_lock
 from lcmlora.tasks.output import log_line
 from lcmlora.tasks.processes import Processes
 
-_POLL = 0.2  # seconds between two tries of a lock
 _POLL_SERVER = 2.0  # seconds between two tries of a slot
 _LEASE = 60.0  # seconds that a slot stays taken after its holder was killed
 
 
 @contextlib.contextmanager
-def holding_device(limit: str, processes: Processes) -> Iterator[None]:
-    """Waits until nobody else holds the limit, and holds it within the block.
+def holding_device(limit: str, processes: Processes, count: int = 1) -> Iterator[None]:
+    """Waits until nobody else uses the GPUs, nor holds the limit, and holds both within the block.
 
-    On this machine, the limit is a lock. The supervisors of the block's commands hold it, too, so that after a flow is
-    killed, the next one waits until the last of its processes has ended. Between machines, it is a slot of the Prefect
-    server's concurrency limit of this name. Without a server there is no such slot: a temporary server would never give
-    the slot of a killed holder back.
+    On this machine there is a lock for each GPU, which all users share; where there is no NVIDIA GPU, one for each user
+    and limit. The supervisors of the block's commands hold the locks, too, so that after a flow is killed, the next one
+    waits until the last of its processes has ended. Between machines, the limit is a slot of the Prefect server's
+    concurrency limit of this name. Without a server there is no such slot: a temporary server would never give the slot
+    of a killed holder back.
+
+    Args:
+        count: of GPUs, the first of those that CUDA_VISIBLE_DEVICES shows.
 
     Raises:
         UserError: the server has no such limit.
         Unavailable: the server does not answer.
         Ended: the flow ended while it waited.
     """
-    with holding_lock(_lock_file(limit), limit, processes), _slot(limit, processes):
+    with contextlib.ExitStack() as held:
+        found = gpus.used(count)
+        for uuid in sorted(found):  # in one order, so that no two wait for each other
+            _hold(held, f"GPU {uuid}", f"lcmlora-{_plain(uuid)}.lock", processes)
+        if not found:
+            path = runtime_folder() / f"{_plain(limit)}.lock"
+            held.enter_context(holding_lock(path, limit, processes, exposed=True))
+        held.enter_context(_slot(limit, processes))
         yield
 
 
-@contextlib.contextmanager
-def holding_lock(path: Path, name: str, processes: Processes) -> Iterator[None]:
-    """Waits for the lock on a file and holds it within the block. Supervisors of the block's commands hold it, too.
-
-    Args:
-        name: of the locked thing, for messages.
-
-    Raises:
-        UserError: the file cannot be locked.
-        Ended: the flow ended while it waited.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be locked: {error.strerror}") from error
-    try:
-        if not _try(descriptor):
-            holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
-            log_line(f"waiting for {name}, held by process {shown(holder) or 'unknown'}")
-            while not _try(descriptor):
-                processes.pause(_POLL)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        with processes.lending(descriptor):
-            yield
-    finally:
-        os.close(descriptor)
+def _hold(held: contextlib.ExitStack, name: str, file: str, processes: Processes) -> None:
+    """Takes the lock of a GPU: that of all users, or if another user has spoiled its file, that of this user alone."""
+    folder = shared_folder()
+    if folder is not None:
+        try:
+            held.enter_context(holding_lock(folder / file, name, processes, shared=True))
+            return
+        except Unusable as error:
+            log_line(f"warning: {error}; other users of {name} are not waited for until that is removed")
+    held.enter_context(holding_lock(runtime_folder() / file, name, processes, exposed=True))
 
 
-def _try(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _lock_file(limit: str) -> Path:
-    """Returns the lock file of a limit, one for each user of this machine."""
-    name = re.sub(r"[^\w.-]", "_", limit)
-    return runtime_folder() / f"{name}.lock"
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name)
 
 
 @contextlib.contextmanager

@@ -60,8 +60,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def state(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What tests see in signed stores is remembered in a folder of their own."""
+    """What tests see in signed stores is remembered in a folder of their own, and so are their locks of GPUs: what
+    trains on this machine must not keep them waiting."""
     os.environ["LCMLORA_STATE"] = str(tmp_path_factory.mktemp("state"))
+    os.environ["LCMLORA_LOCKS"] = str(tmp_path_factory.mktemp("locks"))
 
 
 _caches = itertools.count()

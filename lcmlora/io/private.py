@@ -1,4 +1,4 @@
-"""Folders that this user alone can write to: for locks, and for caches of code that others must not plant."""
+"""Folders that this user alone can write to, for locks and caches of code; and one that all users share, for locks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from pathlib import Path
 from lcmlora.errors import UserError
 
 DOWNLOADS = "LCMLORA_CACHE"  # environment
+LOCKS = "LCMLORA_LOCKS"  # environment
+
+# Where all users may make files, and nobody delete another's. Cleaners of temporary files pass over the first two.
+_SHARED = ("/run/lock", "/dev/shm", "/tmp")
 
 
 def runtime_folder() -> Path:
@@ -25,6 +29,29 @@ def runtime_folder() -> Path:
         if place and Path(place).is_absolute() and _fault(Path(place)) is None:
             return _made(Path(place, "lcmlora"))
     return cache_folder("run-" + re.sub(r"[^\w.-]", "_", platform.node()))  # homes may be shared by machines
+
+
+def shared_folder() -> Path | None:
+    """Returns the folder for locks that all users of this machine share; None if there is none.
+
+    It is $LCMLORA_LOCKS, such as a folder that containers share, or else the first of the system's folders that belong
+    to root and in which all users may make files, but nobody may delete another's (the sticky bit).
+
+    Raises:
+        UserError: LCMLORA_LOCKS is no folder.
+    """
+    if place := os.environ.get(LOCKS):
+        if not Path(place).is_dir():
+            raise UserError(f"{LOCKS}: {place}: expected a folder")
+        return Path(place)
+    for place in _SHARED:
+        try:
+            found = Path(place).lstat()
+        except OSError:
+            continue
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == 0 and found.st_mode & 0o1002 == 0o1002:
+            return Path(place)
+    return None
 
 
 def cache_folder(name: str) -> Path:

@@ -1,0 +1,1 @@
+"""What this machine has for its users to share: its GPUs, and locks on them."""
