@@ -26,7 +26,9 @@ from lcmlora.tasks.dvc import StageResult
 from lcmlora.tasks.output import slug
 
 # The flow ends as the first of these that one of its models ended with.
-ENDS = ("Failed", "Rejected", "AwaitingApproval", "Promoted", "Registered", "Reproduced", "UpToDate")
+ENDS = ("Failed", "Rejected", "AwaitingApproval", "NotPushed", "Promoted", "Registered", "Reproduced", "UpToDate")
+UNSENT = "NotPushed"  # of the flow alone, and of no model: DVC's remote did not take the results
+NOT_PUSHED = "results are on this machine alone, and the next run sends them"
 
 _CARD, _SHEET = "README.md", "grid.png"  # of a release
 _PICTURE_BYTES = 1_000_000  # largest picture in a card; the report page has larger ones
@@ -54,6 +56,7 @@ class Outcome:
     run_id: str | None = None
     uri: str | None = None
     errors: list[str] = field(default_factory=list)
+    not_pushed: str | None = None  # why the results could not be sent to DVC's remote
 
     @property
     def end(self) -> str:
@@ -78,7 +81,8 @@ class Outcome:
 
 def end(outcomes: Sequence[Outcome]) -> str:
     """Returns the name of the flow's end."""
-    return min((outcome.end for outcome in outcomes), key=ENDS.index, default="UpToDate")
+    ends = [outcome.end for outcome in outcomes] + [UNSENT for outcome in outcomes if outcome.not_pushed]
+    return min(ends, key=ENDS.index, default="UpToDate")
 
 
 def rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
@@ -107,6 +111,7 @@ def rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
         pairs.append(("release", _relative(outcome.uri)))
     elif outcome.figures is not None:
         pairs.append(("release", f"release/{outcome.model}, not published"))
+    pairs += [("not pushed", f"{outcome.not_pushed}; {NOT_PUSHED}")] if outcome.not_pushed else []
     return pairs + [("error", error) for error in outcome.errors]
 
 

@@ -50,6 +50,7 @@ from lcmlora.tasks.models import (
 )
 from lcmlora.tasks.processes import Processes
 from lcmlora.tasks.retrying import networked
+from lcmlora.tasks.workspace.remote import Remote
 
 STAGES = ("encode", "reference", "distill", "evaluate")  # of a model, in order, after the one of `prepare_of`
 
@@ -75,7 +76,8 @@ def retrain_models(
     Models run side by side, but only one trains or draws at a time, under the GPU limit. If a model fails, the others
     are finished all the same, and the flow ends as Failed. Otherwise it ends as the first of these that one of its
     models ended with: Rejected, AwaitingApproval (gate.approval), Promoted, Registered, Reproduced (stages ran, and
-    gave a registered adapter again), UpToDate. Run it in the project's folder.
+    gave a registered adapter again), UpToDate; or instead of the last four as NotPushed, if DVC's remote did not take
+    the results. Run it in the project's folder.
 
     Args:
         models: names under `models` in params.yaml; all of them by default.
@@ -118,9 +120,20 @@ def _run_models(results: list[Outcome], settings: config.Config, force: bool, pu
                     model = outcome.model
                     outcome.differing = dvc.differing([prepare_of(model, settings), *stages_of(model, settings)])
         with _recording_errors(*results):
-            if dvc.is_shared(plan.remote):
+            if plan.remote is not None and dvc.is_shared(plan.address):
                 # Also when nothing ran: the last run may have been killed before its push.
-                networked(dvc.push, settings)(processes)
+                _push(results, plan.remote, settings, processes)
+
+
+def _push(results: list[Outcome], remote: Remote, settings: config.Config, processes: Processes) -> None:
+    """Sends the results to DVC's remote. If that fails, no model has failed: the next run sends them."""
+    task = dvc.push if remote.fault else networked(dvc.push, settings)
+    try:
+        task(processes, settings)
+    except dvc.NotPushed as error:
+        for outcome in results:
+            outcome.not_pushed = str(error)
+        note(f"{outcomes.NOT_PUSHED}: {error}", "warning: ")
 
 
 def _report(results: list[Outcome], settings: config.Config, seconds: float) -> State:
@@ -131,9 +144,11 @@ def _report(results: list[Outcome], settings: config.Config, seconds: float) -> 
     outcomes.print_table(lines, total)
     outcomes.leave_artifacts(results, settings, total)
     rounds.after_run(results, settings)
+    left = [f"{outcomes.NOT_PUSHED}: {reason}" for reason in dict.fromkeys(o.not_pushed for o in results) if reason]
     if end == "Failed":
-        return Failed(message="\n".join(f"{o.model}: {error}" for o in results for error in o.errors))
-    return Completed(name=end, message=f"{'; '.join(outcome.line for outcome in results)}; {total}")
+        errors = [f"{outcome.model}: {error}" for outcome in results for error in outcome.errors]
+        return Failed(message="\n".join([*errors, *left]))
+    return Completed(name=end, message="; ".join([*(outcome.line for outcome in results), *left, total]))
 
 
 def prepare_of(model: str, settings: config.Config) -> str:
@@ -158,13 +173,9 @@ class _Plan:
 
     stale: set[str]  # stages
     force: bool
-    remote: str | None  # DVC's default remote
+    address: str | None  # of DVC's default remote
+    remote: Remote | None  # the same; outputs can be taken from it instead of being computed
     prepared: set[str]  # stages that prepare pictures and that ran: all that follows them may be stale
-
-    @property
-    def pull(self) -> bool:
-        """Whether outputs can be taken from the remote instead of being computed."""
-        return self.remote is not None
 
 
 def _prepare(results: list[Outcome], settings: config.Config, force: bool, processes: Processes) -> _Plan:
@@ -173,12 +184,13 @@ def _prepare(results: list[Outcome], settings: config.Config, force: bool, proce
     for outcome in results:
         sharing.setdefault(prepare_of(outcome.model, settings), []).append(outcome)
     names = {outcome.model: stages_of(outcome.model, settings) for outcome in results}
-    plan = _Plan(set(), force, None, set())
+    plan = _Plan(set(), force, None, None, set())
     with _recording_errors(*results):
         everything = [*sharing, *(name for own in names.values() for name in own)]
         dvc.resolve(processes)
         stale = set(everything) if force else dvc.stale(everything, processes)
-        plan = _Plan(stale, force, dvc.default_remote(), set())
+        address = dvc.default_remote()
+        plan = _Plan(stale, force, address, Remote(address) if address else None, set())
     for stage, concerned in sharing.items():
         for outcome in concerned:
             # DVC knows bases as dependencies and their revisions as parameters, so a new base makes a stage stale.
@@ -189,7 +201,7 @@ def _prepare(results: list[Outcome], settings: config.Config, force: bool, proce
         going = [outcome for outcome in concerned if not outcome.errors]
         with _recording_errors(*going):
             if going and stage in plan.stale:
-                if _run(stage, going, settings, force, plan.pull, processes):
+                if _run(stage, going, settings, force, plan.remote, processes):
                     plan.prepared.add(stage)
             else:
                 for outcome in going:
@@ -210,15 +222,16 @@ def _bring_up(
         on_device = [name for name in names[first:] if dvc.needs_device(name)]
         changed = prepared
         # Held for all of a model's stages, so that one model is finished before the next one starts.
-        with holding_device(settings.flow.limit, processes) if on_device else contextlib.nullcontext():
+        gpus = settings.launch_for(outcome.model).processes
+        with holding_device(settings.flow.limit, processes, gpus) if on_device else contextlib.nullcontext():
             for name in on_device:
                 examined = name.startswith("distill@") and _has_gpu(settings.distill_for(outcome.model))
                 if examined and (changed or name in plan.stale):
                     dvc.run_doctor(outcome.model, processes, settings)
-                changed = _run(name, [outcome], settings, plan.force, plan.pull, processes)
+                changed = _run(name, [outcome], settings, plan.force, plan.remote, processes)
         for name in names[first:]:
             if name not in on_device:
-                _run(name, [outcome], settings, plan.force, plan.pull, processes)
+                _run(name, [outcome], settings, plan.force, plan.remote, processes)
         _release(outcome, settings, publish, promote, processes)
     get_run_logger().info("%s", outcome.line, extra={"model": outcome.model, "mlflow_run": outcome.run_id})
 
@@ -229,12 +242,17 @@ def _has_gpu(distill: config.Distill) -> bool:
 
 
 def _run(
-    name: str, outcomes: list[Outcome], settings: config.Config, force: bool, pull: bool, processes: Processes
+    name: str,
+    outcomes: list[Outcome],
+    settings: config.Config,
+    force: bool,
+    remote: Remote | None,
+    processes: Processes,
 ) -> bool:
     """Runs a stage if it is stale, records its result in the outcomes, and returns whether it ran."""
     for outcome in outcomes:
         outcome.running = name
-    result = dvc.run_stage(name, processes, settings, force, pull)
+    result = dvc.run_stage(name, processes, settings, force, remote)
     for outcome in outcomes:
         outcome.running = None
         if result.ran:

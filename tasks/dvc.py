@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
+from prefect.runtime import flow_run
 from prefect.states import State
 
 from lcmlora.config import Config, Flow
@@ -23,13 +25,18 @@ from lcmlora.io.terminal import note, shown
 from lcmlora.project import Project
 from lcmlora.projects import generated, record
 from lcmlora.tasks import dvc_command, dvc_internals
-from lcmlora.tasks.devices import holding_lock
 from lcmlora.tasks.leftovers import repair
-from lcmlora.tasks.output import line_listener
+from lcmlora.tasks.machine.locks import holding_lock
+from lcmlora.tasks.output import line_listener, log_line, run_logger
 from lcmlora.tasks.prefect_internals import failure
 from lcmlora.tasks.processes import Command, Processes, python, reason, script, stream
+from lcmlora.tasks.workspace import activity
+from lcmlora.tasks.workspace import look as look_command
+from lcmlora.tasks.workspace.remote import Pull, Remote, ask, push_fault
+from lcmlora.tasks.workspace.state import Workspace
 
 _RESOLVE = "resolve"  # the stage that writes resolved.yaml
+_POLL = 1.0  # seconds between two looks at what another DVC does
 _WITHOUT_DEVICE = ("prepare", "prepare-own", "package")  # stages that neither train nor draw
 
 
@@ -45,8 +52,12 @@ class StageFailed(UserError):
         self.resumable = resumable
 
 
-class NotPushed(StageFailed, Unavailable):
-    """Not everything was sent to the remote."""
+class NotPushed(StageFailed):
+    """Not everything was sent to the remote. The next push sends what is missing."""
+
+
+class RemoteUnavailable(NotPushed, Unavailable):
+    """The remote failed, and the same push may succeed soon."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +70,16 @@ class StageResult:
 
 
 def run_stage(
-    stage: str, processes: Processes, settings: Config, force: bool = False, pull: bool = False
+    stage: str, processes: Processes, settings: Config, force: bool = False, remote: Remote | None = None
 ) -> StageResult:
     """Runs one DVC stage if it is stale. A distillation that was killed or crashed is resumed once.
+
+    If another run works on the stage in this folder, it waits and says for what.
 
     Args:
         settings: of which `flow` limits the time of a stage.
         force: run it even if it is up to date.
-        pull: look for its outputs and for former runs in the default remote before computing them.
+        remote: look for its outputs and for former runs there before computing them. If it fails, they are computed.
 
     Raises:
         StageFailed: with the stage and the last error line.
@@ -76,7 +89,7 @@ def run_stage(
         task = repro.with_options(
             retries=1, retry_delay_seconds=settings.flow.retry_seconds, retry_condition_fn=_is_resumable
         )
-    return task(stage, processes, settings, force, pull)
+    return task(stage, processes, settings, force, remote)
 
 
 def needs_device(stage: str) -> bool:
@@ -90,21 +103,51 @@ def _is_resumable(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool
 
 
 @task(task_run_name="stage {stage}", cache_policy=NO_CACHE)
-def repro(stage: str, processes: Processes, settings: Config, force: bool = False, pull: bool = False) -> StageResult:
+def repro(
+    stage: str, processes: Processes, settings: Config, force: bool = False, remote: Remote | None = None
+) -> StageResult:
     """Runs one DVC stage once; see `run_stage`."""
     began = time.monotonic()
-    name, _, model = stage.partition("@")
-    # DVC does not cache a release: with --pull, it would take its missing files for pulled.
-    options = [*(["--force"] if force else []), *(["--pull"] if pull and name != "package" else [])]
+    options = ["--force"] if force else []
     # A killed flow leaves a stage that is ending. DVC would not wait for it, but fail.
     with holding_lock(dvc_internals.TEMPORARY / f"lcmlora-{stage}.lock", stage, processes):
-        repair()
-        status, lines = _listen(processes, _repro(*options, stage), stage, model or None, settings.flow)
+        done = _pulled(stage, processes, settings.flow, options, remote)
+        status, lines = done or _listen(processes, _repro(*options, stage), stage, _model(stage), settings.flow)
     if status != 0:
         raise _failed(stage, status, lines)
     repair()
     ran = any(dvc_internals.is_run_message(line, stage) for line in lines)
     return StageResult(stage, ran, time.monotonic() - began)
+
+
+def _pulled(
+    stage: str, processes: Processes, flow: Flow, options: Sequence[str], remote: Remote | None
+) -> tuple[int, list[str]] | None:
+    """Runs a stage with what the remote has of it and returns status and lines.
+
+    None if that is to be done without the remote: there is none, or it failed before the stage's command began.
+    """
+    # DVC does not cache a release: with --pull, it would take its missing files for pulled.
+    if remote is None or stage.startswith("package@") or not remote.answers(processes):
+        return None
+    pull = Pull(stage, flow.pull_minutes, remote)
+    command = _repro(*options, "--pull", stage)
+    try:
+        status, lines = _listen(processes, command, stage, _model(stage), flow, pull)
+    except TimeoutError:
+        remote.give_up(f"{stage} waited for longer than {flow.pull_minutes:g} minutes (flow.pull_minutes)")
+        return None
+    if status == 0 or pull.begun:
+        return status, lines
+    fault = reason(lines, status)
+    status, lines = _listen(processes, _repro(*options, stage), stage, _model(stage), flow)
+    if status == 0 or any(dvc_internals.is_run_message(line, stage) for line in lines):
+        remote.give_up(fault)  # that it went well without the remote shows that the remote was the reason
+    return status, lines
+
+
+def _model(stage: str) -> str | None:
+    return stage.partition("@")[2] or None
 
 
 @task(task_run_name="resolve settings", cache_policy=NO_CACHE)
@@ -129,7 +172,6 @@ def resolve(processes: Processes) -> None:
         note(f"{project.dvc_yaml}: the stages that read pictures are updated")
     if resolved.is_current(settings, project.resolved):
         return
-    repair()
     status, lines = _listen(processes, _repro(_RESOLVE), _RESOLVE)
     if status != 0:
         raise _failed(_RESOLVE, status, lines)
@@ -137,12 +179,43 @@ def resolve(processes: Processes) -> None:
 
 @task(task_run_name="what is stale", cache_policy=NO_CACHE)
 def stale(stages: Sequence[str], processes: Processes) -> set[str]:
-    """Returns the stages that are stale now. A stage after one of them may become stale when it has run."""
-    answer = _output_of_dvc(processes, ["status", "--json", *stages])
+    """Returns the stages that are stale now. A stage after one of them may become stale when it has run.
+
+    A stage whose files another process writes at the moment counts as stale: only its end tells.
+    """
+    found = look(stages, processes)
+    logger = run_logger()
+    for stage, reasons in found.reasons.items() if logger else ():
+        logger.info("%s is stale: %s", stage, "; ".join(reasons))
+    return {*found.reasons, *found.blocked}
+
+
+def look(stages: Sequence[str], processes: Processes, settings: Config | None = None) -> Workspace:
+    """Returns which stages are stale, why, and what runs. It changes nothing, waits for no other DVC and disturbs none.
+
+    Args:
+        settings: to be compared with the stages' last runs, instead of what resolved.yaml has.
+
+    Raises:
+        StageFailed: DVC cannot read the project.
+        UserError: two names would share one entry of resolved.yaml.
+    """
+    repair()
+    with tempfile.TemporaryDirectory(prefix="lcmlora-") as folder:
+        text = ""
+        if settings is not None and Project().resolved.is_file():
+            text = str(Path(folder, Project().resolved.name))
+            Path(text).write_text(resolved.text(settings), encoding="utf-8")
+        command = script(look_command.__file__, text, *stages)
+        with processes.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            out, err = process.communicate()
+    if process.returncode != 0:
+        why = reason(err.decode(errors="replace").splitlines(), process.returncode)
+        raise StageFailed(f"dvc status: {why}")
     try:
-        return {*as_object(parse_json(answer), "dvc status --json")} & set(stages)
-    except Malformed as error:
-        raise StageFailed(f"dvc status --json: {error}: {shown(answer)}") from None
+        return Workspace.of(parse_json(out))
+    except (Malformed, UserError, KeyError, TypeError) as error:
+        raise StageFailed(f"dvc status: {error}: {shown(out.decode(errors='replace'))}") from None
 
 
 def differing(stages: Sequence[str]) -> list[str] | None:
@@ -185,15 +258,26 @@ def is_shared(remote: str | None) -> bool:
 
 
 @task(task_run_name="push", cache_policy=NO_CACHE)
-def push(processes: Processes, jobs: int = 4) -> None:
+def push(processes: Processes, settings: Config, jobs: int = 4) -> None:
     """Sends outputs and the run-cache to the default remote, from which other machines then restore results.
 
+    Args:
+        settings: of which `flow.push_minutes` limits the time; the rest is left to the next push.
+
     Raises:
-        NotPushed: with the last error line. The next push sends what is missing.
+        NotPushed: with the reason; RemoteUnavailable where the same push may succeed soon.
     """
-    status, lines = _listen(processes, _dvc("push", "--run-cache", "--jobs", str(jobs)), "push")
-    if status != 0:
-        raise NotPushed(f"dvc push: {reason(lines, status)}")
+    if fault := ask(processes):
+        raise RemoteUnavailable(f"dvc push: {fault}")
+    command, minutes = _dvc("push", "--run-cache", "--jobs", str(jobs)), settings.flow.push_minutes
+    try:
+        status, lines = _listen(processes, command, "push", flow=Flow(timeout_hours=minutes / 60))
+    except StageFailed:
+        raise NotPushed(
+            f"dvc push: was ended, as it took longer than {minutes:g} minutes (flow.push_minutes); what was sent stays"
+        ) from None
+    if fault := push_fault(lines, status):
+        raise RemoteUnavailable(f"dvc push: {fault}")
 
 
 @task(task_run_name="doctor {model}", cache_policy=NO_CACHE)
@@ -211,14 +295,57 @@ def run_doctor(model: str, processes: Processes, settings: Config) -> None:
 
 
 def _listen(
-    processes: Processes, command: Command, stage: str, model: str | None = None, flow: Flow | None = None
+    processes: Processes,
+    command: Command,
+    stage: str,
+    model: str | None = None,
+    flow: Flow | None = None,
+    pull: Pull | None = None,
 ) -> tuple[int, list[str]]:
+    """Runs a command and returns its status and important lines. If it is a DVC that cannot begin because another
+    process works on the same paths, it waits, says for what, and tries again.
+
+    Raises:
+        StageFailed: it took longer than `flow.timeout_hours`.
+        TimeoutError: the pull is late.
+    """
+    told: list[int] | None = None
+    while True:
+        repair()
+        status, lines = _stream(processes, command, stage, model, flow, pull)
+        if status != dvc_command.BUSY:
+            return status, lines
+        blockers = dvc_command.blockers(lines)
+        busy = _entries_of(blockers)
+        if blockers != told:
+            log_line(f"{stage} waits for {' and '.join(map(activity.describe, blockers)) or 'another DVC'}")
+            told = blockers
+        processes.pause(_POLL)
+        while busy and _entries_of(blockers) == busy:
+            processes.pause(_POLL)
+
+
+def _entries_of(pids: Sequence[int]) -> set[activity.Entry]:
+    return {entry for entry in activity.entries() if entry.pid in pids}
+
+
+def _stream(
+    processes: Processes, command: Command, stage: str, model: str | None, flow: Flow | None, pull: Pull | None
+) -> tuple[int, list[str]]:
+    timeout = flow.timeout_hours * 3600 if flow else None
     with line_listener(stage, model) as listen:
+        listeners = [each for each in (listen, pull.listen if pull else None) if each]
+
+        def hear(line: str) -> None:
+            for each in listeners:
+                each(line)
+
+        expired = (lambda: pull.is_late) if pull else None
         try:
-            timeout = flow.timeout_hours * 3600 if flow else None
-            return stream(processes, command, timeout=timeout, listen=listen, label=stage)
+            return stream(processes, command, timeout=timeout, listen=hear, label=stage, expired=expired)
         except TimeoutError:
-            assert flow is not None
+            if flow is None or (pull and pull.is_late):
+                raise
             raise StageFailed(
                 f"{stage}: was ended, as it took longer than {flow.timeout_hours:g} hours (flow.timeout_hours); its "
                 "checkpoints are kept, if it writes any"
@@ -231,19 +358,10 @@ def _failed(stage: str, status: int, lines: Sequence[str]) -> StageFailed:
 
 
 def _repro(*arguments: str) -> Command:
-    return script(dvc_command.__file__, "--wait-for-lock", "repro", "--single-item", *arguments)
+    return _dvc("repro", "--single-item", *arguments)
 
 
 def _dvc(*arguments: str) -> Command:
-    return python("dvc", "--wait-for-lock", *arguments)
-
-
-def _output_of_dvc(processes: Processes, arguments: Sequence[str]) -> str:
-    """Returns the standard output of a short DVC command."""
-    repair()
-    with processes.start(_dvc(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        out, err = process.communicate()
-    if process.returncode != 0:
-        why = reason(err.decode(errors="replace").splitlines(), process.returncode)
-        raise StageFailed(f"dvc {arguments[0]}: {why}")
-    return out.decode()
+    command = script(dvc_command.__file__, "--wait-for-lock", *arguments)
+    run = flow_run.get_name()
+    return replace(command, environment={**(command.environment or {}), activity.RUN: run}) if run else command

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from lcmlora.io.files import atomic_write
 from lcmlora.project import Project
-from lcmlora.tasks import dvc_command
 from lcmlora.tasks.dvc_internals import LOCK, READERS_AND_WRITERS, READERS_AND_WRITERS_LOCK, TEMPORARY, is_lock_file
+from lcmlora.tasks.workspace.activity import is_dvc
 
 _LOCK_TIMEOUT = 60.0  # seconds to wait for a running DVC that locks one of these files
 
 _LOCK_FILE = Project().dvc_lock
-_DVC = ("dvc", Path(dvc_command.__file__).name)  # words by which DVC's command line is known
 _COPY = TEMPORARY / "lcmlora-dvc.lock"  # the last whole dvc.lock
 
 
@@ -72,8 +71,8 @@ def _without_ended(table: Path) -> str | None:
     """Returns the table without processes that are no DVC, None where it needs no change."""
     try:
         found = json.loads(table.read_text(encoding="utf-8"))
-        writers = {path: info for path, info in found["write"].items() if _may_be_dvc(info["pid"])}
-        readers = {path: [info for info in infos if _may_be_dvc(info["pid"])] for path, infos in found["read"].items()}
+        writers = {path: info for path, info in found["write"].items() if is_dvc(info["pid"])}
+        readers = {path: [info for info in infos if is_dvc(info["pid"])] for path, infos in found["read"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "{}"
     return (
@@ -81,18 +80,6 @@ def _without_ended(table: Path) -> str | None:
         if (writers, readers) == (found["write"], found["read"])
         else json.dumps({"write": writers, "read": {path: infos for path, infos in readers.items() if infos}})
     )
-
-
-def _may_be_dvc(pid: int) -> bool:
-    """Returns False if there is no such process, or if it is another program, as far as this can be known."""
-    if not sys.platform.startswith("linux"):
-        return True  # DVC itself checks whether the process exists
-    try:
-        return any(Path(word).name in _DVC for word in Path("/proc", str(pid), "cmdline").read_text().split("\0"))
-    except FileNotFoundError:
-        return False
-    except (OSError, UnicodeDecodeError):
-        return True
 
 
 @contextlib.contextmanager

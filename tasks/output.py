@@ -14,6 +14,7 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
+from prefect.runtime import deployment
 
 from lcmlora import masking, progress
 from lcmlora.io.terminal import LINE, markdown, note, shown
@@ -32,13 +33,14 @@ def run_logger() -> Any | None:
 
 
 def log_line(line: str) -> None:
-    """Writes a line to the log of the present Prefect run, outside a run to standard error."""
+    """Writes a line to the log of the present Prefect run, and unless a worker has started it to standard error."""
     line = masking.text(line)
     logger = run_logger()
-    if logger is None:
+    if logger is not None:
+        level = next((level for start, level in _LEVELS.items() if line.startswith(start)), logging.INFO)
+        logger.log(level, "%s", shown(line, LINE))
+    if logger is None or deployment.id is None:
         note(line)
-    else:
-        logger.info("%s", shown(line, LINE))
 
 
 @contextlib.contextmanager

@@ -206,6 +206,8 @@ def stream(
     timeout: float | None = None,
     listen: Callable[[str], None] | None = None,
     label: str | None = None,
+    expired: Callable[[], bool] | None = None,
+    show: bool = True,
 ) -> tuple[int, list[str]]:
     """Runs a command and shows its output on standard error. Returns its status and its important lines.
 
@@ -215,13 +217,15 @@ def stream(
         timeout: seconds after which the command is ended.
         listen: is called with every line. A line that is overwritten, such as a progress bar, counts once, at its end.
         label: the beginning of each line shown, where several commands run at the same time.
+        expired: is asked twice a second whether the command should be ended.
+        show: False shows nothing.
 
     Raises:
         Ended: the flow is ending, and the command with it.
-        TimeoutError: it took longer than `timeout`.
+        TimeoutError: it took longer than `timeout`, or has expired.
     """
-    show = _display(processes, label)
-    source, sink = _output_channel(terminal=show is _show_raw and sys.stderr.isatty())
+    display = _display(processes, label) if show else _show_nothing
+    source, sink = _output_channel(terminal=display is _show_raw and sys.stderr.isatty())
     lines = _Lines()
     until = time.monotonic() + timeout if timeout is not None else None
     try:
@@ -231,9 +235,9 @@ def stream(
         finally:
             os.close(sink)
         with started:
-            for block in _blocks(source, process, until):
+            for block in _blocks(source, process, until, expired):
                 text, whole = lines.add(block)
-                show(text, whole)
+                display(text, whole)
                 if listen:
                     for line in whole:
                         listen(line)
@@ -284,8 +288,12 @@ def _display(processes: Processes, label: str | None) -> Callable[[str, list[str
         sys.stderr.flush()
 
     if deployment.id is not None:
-        return lambda text, lines: None
+        return _show_nothing
     return show_labelled if processes.several and label else _show_raw
+
+
+def _show_nothing(text: str, lines: list[str]) -> None:
+    pass
 
 
 def _show_raw(text: str, lines: list[str]) -> None:
@@ -302,7 +310,9 @@ def _output_channel(*, terminal: bool) -> tuple[int, int]:
     return source, sink
 
 
-def _blocks(source: int, process: subprocess.Popen[bytes], until: float | None) -> Iterator[bytes]:
+def _blocks(
+    source: int, process: subprocess.Popen[bytes], until: float | None, expired: Callable[[], bool] | None
+) -> Iterator[bytes]:
     """Yields blocks until all writers have ended. Raises TimeoutError at `until`, a time of time.monotonic()."""
     poll = select.poll()
     poll.register(source, select.POLLIN | select.POLLHUP)
@@ -317,7 +327,7 @@ def _blocks(source: int, process: subprocess.Popen[bytes], until: float | None) 
             yield block
         elif over:
             return
-        if until is not None and time.monotonic() > until:
+        if (until is not None and time.monotonic() > until) or (expired is not None and expired()):
             raise TimeoutError
 
 

@@ -329,3 +329,44 @@ def test_dvc_lock_file_and_its_locks_and_lines(tmp_path: Path, monkeypatch: pyte
     Path(".dvc/config").write_text("[core]\n    remote = there\n    what = 1\n")
     with pytest.raises(ValueError, match="what"):
         dvc_internals.default_remote()
+
+
+def test_dvc_locks_that_are_left_out_for_a_look_and_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`Stage.status` takes `dvc.rwlock.rwlock` from its module when it is called, and the lock of `Repo.lock`."""
+    from dvc import rwlock
+
+    monkeypatch.chdir(make(tmp_path / "repository", _STAGES))
+    Path("source").write_text("1\n")
+    taken = rwlock.rwlock
+    table = Path(dvc_internals.READERS_AND_WRITERS)
+    with dvc_internals.without_locks() as repo:
+        (stage,) = repo.stage.collect("copy")
+        assert stage.status() and not table.exists() and not dvc_internals.LOCK.exists()
+        assert not any(item.hash_info for item in (*stage.deps, *stage.outs))  # it has never run
+    assert rwlock.rwlock is taken
+
+
+def test_dvc_names_the_processes_that_block_a_path():
+    from dvc.lock import LockError
+    from dvc.rwlock import _infos_to_str
+
+    infos = [{"pid": 12, "cmd": "dvc repro (PID 9): a"}, {"pid": 345, "cmd": "dvc status"}]
+    busy = LockError(f"'/a' is busy, it is being blocked by:\n{_infos_to_str(infos)}\n\nIf there are no processes")
+    failed = ValueError("failed to reproduce 'a'")
+    failed.__cause__ = busy
+    assert dvc_internals.blockers(failed) == [12, 345]
+    assert dvc_internals.blockers(LockError("Unable to acquire lock.")) == []
+    assert dvc_internals.blockers(ValueError("a")) is None
+
+
+def test_dvc_repository_lock_waits_by_its_own_attributes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from dvc import lock
+
+    monkeypatch.setattr(lock, "Lock", lock.Lock)  # put back afterwards
+    made = lock.make_lock(str(tmp_path / "lock"), friendly=True, wait=True)
+    assert made._wait is True and made._friendly is True and made.lockfile == str(tmp_path / "lock")
+    said: list[int | None] = []
+    dvc_internals.say_what_the_lock_is_waited_for(lambda path: None, said.append)
+    with lock.make_lock(str(tmp_path / "lock"), wait=True) as _, pytest.raises(lock.LockError):
+        lock.make_lock(str(tmp_path / "lock"), wait=False).lock()
+    assert said == []

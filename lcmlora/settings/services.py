@@ -79,6 +79,10 @@ class Flow(Strict):
     """Seconds before the first retry, doubled for each further one."""
     timeout_hours: Annotated[float, Field(gt=0)] = 72.0
     """Hours after which a stage is stopped."""
+    pull_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """Minutes that a stage waits for DVC's remote to give former results, before it is computed without."""
+    push_minutes: Annotated[float, Field(gt=0)] = 240.0
+    """Minutes after which sending results to DVC's remote is left to the next run, which sends what is missing."""
 
     @property
     def limit(self) -> str:

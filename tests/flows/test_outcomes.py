@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from lcmlora.evaluation.figures import Metrics
-from lcmlora.flows.outcomes import _figures
+from lcmlora.flows import outcomes
+from lcmlora.flows.outcomes import Outcome, _figures
 from tests.support.reports import searched
 
 
@@ -13,3 +14,13 @@ def test_the_runs_table_names_the_solvers_settings_the_saving_and_the_second_fea
         "second features": "rank both alike",
         "retrieval@1": "student@4 0.400, teacher@50 0.400",
     }
+
+
+def test_a_run_whose_results_were_not_sent_says_so_unless_something_worse_happened() -> None:
+    promoted, unsent = Outcome("a", created=True, promoted=True), "dvc push: Access Denied"
+    assert outcomes.end([promoted]) == "Promoted"
+    promoted.not_pushed = unsent
+    assert promoted.end == "Promoted" and outcomes.end([promoted]) == "NotPushed"
+    assert ("not pushed", f"{unsent}; {outcomes.NOT_PUSHED}") in outcomes.rows(promoted, 4)
+    assert outcomes.end([promoted, Outcome("b", created=True, gate_failures=["x"], not_pushed=unsent)]) == "Rejected"
+    assert outcomes.end([promoted, Outcome("b", errors=["x"], not_pushed=unsent)]) == "Failed"

@@ -16,6 +16,7 @@ from lcmlora import config
 from lcmlora.tasks import dvc_command
 from lcmlora.tasks.dvc import NotPushed, StageFailed, default_remote, differing, is_shared, push, repro, resolve, stale
 from lcmlora.tasks.processes import Processes
+from lcmlora.tasks.workspace.remote import Remote
 from tests.support.repositories import alive, make
 
 SETTINGS = config.load(Path(__file__).parents[2] / "params.yaml")
@@ -145,10 +146,10 @@ def test_a_default_remote_is_seen_and_restores_what_the_cache_lost(repository: P
         dvc("remote", "add", "--default", "shipped", str(tmp_path / "remote"))
         assert default_remote() == str(tmp_path / "remote")
         repro.fn("first", processes, SETTINGS)
-        push.fn(processes)
+        push.fn(processes, SETTINGS)
         assert any((tmp_path / "remote" / "runs").iterdir())  # the run-cache, which a plain push leaves out
         subprocess.run(["rm", "-r", ".dvc/cache", "first"], check=True)
-        assert repro.fn("first", processes, SETTINGS, pull=True).ran is False
+        assert repro.fn("first", processes, SETTINGS, remote=Remote("shipped")).ran is False
     assert (repository / "first").read_text() == "1\n"
 
 
@@ -165,7 +166,7 @@ def test_a_remote_that_cannot_be_reached_is_named(repository: Path, tmp_path: Pa
     with Processes() as processes:
         repro.fn("first", processes, SETTINGS)
         with pytest.raises(NotPushed, match="dvc push: "):
-            push.fn(processes)
+            push.fn(processes, SETTINGS)
 
 
 def test_an_interrupt_ends_the_whole_process_group(repository: Path):
@@ -230,13 +231,13 @@ def test_of_what_dvc_says_a_person_sees_what_runs_and_no_advice(
     command("remote", "add", "--default", "shipped", str(tmp_path / "remote"))
     with Processes() as processes:
         repro.fn("first", processes, SETTINGS)
-        push.fn(processes)
+        push.fn(processes, SETTINGS)
         subprocess.run(["rm", "-r", ".dvc/cache", "first"], check=True)
         capfd.readouterr()
-        repro.fn("first", processes, SETTINGS, pull=True)
+        repro.fn("first", processes, SETTINGS, remote=Remote("shipped"))
         assert capfd.readouterr().err.splitlines() == ["Stage 'first' is restored from the remote"]
         subprocess.run(["rm", "-r", ".dvc/cache", str(tmp_path / "remote"), "first"], check=True)
-        repro.fn("first", processes, SETTINGS, pull=True)
+        repro.fn("first", processes, SETTINGS, remote=Remote("shipped"))
         assert capfd.readouterr().err.splitlines() == ["Running stage 'first':", "making first"]
 
 
