@@ -20,6 +20,7 @@ from lcmlora import config
 from lcmlora.errors import UserError
 from lcmlora.flows import name_of, outcomes, overview
 from lcmlora.flows.overview import Run, Standing
+from lcmlora.io.terminal import LINE
 from lcmlora.io.terminal import markdown as plain
 from lcmlora.registry import promotion
 from lcmlora.registry.events import Event
@@ -55,7 +56,6 @@ def collect(settings: config.Config, days: int) -> Summary:
 
     Raises:
         Unavailable: MLflow or Prefect does not answer.
-        StageFailed: DVC fails.
     """
     began = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days)
     server = overview.has_server()
@@ -84,8 +84,11 @@ def weekly_summary(
     for run in runs:
         ends[run.end] = ends.get(run.end, 0) + 1
     stale = [f"* {plain(s.model)}: {plain(', '.join(s.stale))} stale since the last run" for s in standings if s.stale]
+    now = [f"* {plain(f'{s.model}: {line}', LINE)}" for s in standings for line in s.needs]
     failed = [
-        f"* {plain(f'{run.time} {run.name}: {run.end}: {run.message}')}" for run in runs if run.end in _NEEDS_A_PERSON
+        f"* {plain(f'{run.time} {run.name}: {run.end}: {run.message}', LINE)}"
+        for run in runs
+        if run.end in _NEEDS_A_PERSON
     ]
     parts = [
         f"# The last {days} days",
@@ -112,9 +115,10 @@ def weekly_summary(
         else "None was registered, promoted, rejected or rolled back.",
         "## Runs",
         ", ".join(f"{count} {plain(end)}" for end, count in sorted(ends.items())) or "None.",
+        *(["## Now", "\n".join(now)] if now else []),
         *(["## For a person", "\n".join([*stale, *failed])] if stale or failed else []),
     ]
     return "\n\n".join(parts)
 
 
-_NEEDS_A_PERSON = ("Failed", "Crashed", "Rejected", "TimedOut")
+_NEEDS_A_PERSON = ("Failed", "Crashed", "Rejected", "TimedOut", outcomes.UNSENT)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lcmlora.flows.verbs import enter, note_unused_servers, standalone
+from lcmlora.io.terminal import say
+
+if TYPE_CHECKING:
+    from lcmlora.flows.overview import Standing
 
 
 def status(
@@ -16,6 +20,9 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object for each model.")] = False,
 ) -> None:
     """Show the champion, newest version, last run, stale stages and next run of each model.
+
+    Below the table: what runs now and since when, why the last run failed, why stages are stale, and what keeps runs
+    from starting. It changes nothing, waits for nothing, and disturbs no run.
 
     Runs and schedules come from a Prefect server: run `source .up/environment` for that of `lcmlora up`, or set
     PREFECT_API_URL.
@@ -47,12 +54,22 @@ def status(
             f"{standing.champion} since {standing.since}" if standing.champion else "none",
             f"{standing.newest} {standing.newest_gate}" if standing.newest else "none",
             f"{standing.last_run.end} {standing.last_run.time}" if standing.last_run else "",
-            ", ".join(name.replace(f"@{standing.model}", "") for name in standing.stale) or "nothing",
+            _stale(standing),
             standing.due or "",
         )
         for standing in standings
     ]
     print_table(("model", "champion", "newest version", "last run", "stale", "next run"), rows)
+    for standing in standings:
+        for line in standing.needs:
+            say(f"{standing.model}: {line}")
+
+
+def _stale(standing: Standing) -> str:
+    if standing.unknown:
+        return "not known"
+    names = [name.replace(f"@{standing.model}", "") for name in standing.stale]
+    return ", ".join(names) or ("" if standing.running else "nothing")
 
 
 if __name__ == "__main__":
