@@ -10,7 +10,7 @@ from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.private import runtime_folder, shared_folder
 from lcmlora.tasks.machine import gpus
 from lcmlora.tasks.machine.locks import Unusable, holding_lock
-from lcmlora.tasks.output import log_line
+from lcmlora.tasks.output import Waiting, log_line
 from lcmlora.tasks.processes import Processes
 
 _POLL_SERVER = 2.0  # seconds between two tries of a slot
@@ -70,11 +70,9 @@ def _slot(limit: str, processes: Processes) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as slot:
-        waiting = False
+        waiting = Waiting()
         while not _take(limit, slot):
-            if not waiting:
-                log_line(f"waiting for a slot of Prefect's limit {limit}")
-            waiting = True
+            waiting.tell(limit, lambda: f"waiting for a slot of Prefect's limit {limit}")
             processes.pause(_POLL_SERVER)
         yield
 

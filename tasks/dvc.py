@@ -27,7 +27,7 @@ from lcmlora.projects import generated, record
 from lcmlora.tasks import dvc_command, dvc_internals
 from lcmlora.tasks.leftovers import repair
 from lcmlora.tasks.machine.locks import holding_lock
-from lcmlora.tasks.output import line_listener, log_line, run_logger
+from lcmlora.tasks.output import Waiting, line_listener, run_logger
 from lcmlora.tasks.prefect_internals import failure
 from lcmlora.tasks.processes import Command, Processes, python, reason, script, stream
 from lcmlora.tasks.workspace import activity
@@ -309,7 +309,7 @@ def _listen(
         StageFailed: it took longer than `flow.timeout_hours`.
         TimeoutError: the pull is late.
     """
-    told: list[int] | None = None
+    waiting = Waiting()
     while True:
         repair()
         status, lines = _stream(processes, command, stage, model, flow, pull)
@@ -317,12 +317,17 @@ def _listen(
             return status, lines
         blockers = dvc_command.blockers(lines)
         busy = _entries_of(blockers)
-        if blockers != told:
-            log_line(f"{stage} waits for {' and '.join(map(activity.describe, blockers)) or 'another DVC'}")
-            told = blockers
+        _tell(waiting, stage, blockers)
         processes.pause(_POLL)
         while busy and _entries_of(blockers) == busy:
+            _tell(waiting, stage, blockers)
             processes.pause(_POLL)
+
+
+def _tell(waiting: Waiting, stage: str, blockers: list[int]) -> None:
+    waiting.tell(
+        blockers, lambda: f"{stage} waits for {' and '.join(map(activity.describe, blockers)) or 'another DVC'}"
+    )
 
 
 def _entries_of(pids: Sequence[int]) -> set[activity.Entry]:

@@ -18,6 +18,7 @@ LOCK = TEMPORARY / "lock"  # held with flock by a command that changes the repos
 READERS_AND_WRITERS = TEMPORARY / "rwlock"  # {"write": {path: {"pid", "cmd"}}, "read": {path: [{"pid", "cmd"}]}}
 READERS_AND_WRITERS_LOCK = TEMPORARY / "rwlock.lock"  # held while that table is rewritten
 
+_REMIND = 1800.0  # seconds between two lines about the same wait
 _PATIENCE = 3.0  # seconds that are waited for DVC's lock before anything is said
 
 
@@ -90,7 +91,8 @@ def say_what_the_lock_is_waited_for(holder: Callable[[Path], int | None], say: C
 
     Args:
         holder: returns the process that holds the lock on a file, None if there is none.
-        say: is called with that process when the wait has taken some seconds, and with None when it is over.
+        say: is called with that process when the wait has taken some seconds, again every half hour, and with
+            None when it is over.
     """
     from dvc import lock
 
@@ -101,8 +103,7 @@ def say_what_the_lock_is_waited_for(holder: Callable[[Path], int | None], say: C
             while self._wait and (pid := holder(Path(self.lockfile))) is not None:
                 if time.monotonic() > until:
                     say(pid)
-                    said = True
-                    break
+                    until, said = time.monotonic() + _REMIND, True
                 time.sleep(_PATIENCE / 10)
             super().lock()
             if said:

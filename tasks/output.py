@@ -7,6 +7,7 @@ import contextvars
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 from uuid import UUID
@@ -19,6 +20,7 @@ from prefect.runtime import deployment
 from lcmlora import masking, progress
 from lcmlora.io.terminal import LINE, markdown, note, shown
 
+_REMIND = 1800.0  # seconds between two lines about the same wait
 _EVERY = 5.0  # seconds between two updates of an artifact
 
 _LEVELS = {"error: ": logging.ERROR, "ERROR: ": logging.ERROR, "warning: ": logging.WARNING}
@@ -41,6 +43,25 @@ def log_line(line: str) -> None:
         logger.log(level, "%s", shown(line, LINE))
     if logger is None or deployment.id is None:
         note(line)
+
+
+class Waiting:
+    """Tells what is waited for: at once, when it changes, and every half hour, since a silent run looks stuck."""
+
+    def __init__(self) -> None:
+        self._told: tuple[object, float] | None = None
+
+    def tell(self, what: object, line: Callable[[], str]) -> None:
+        """Writes the line if it is due. To be called again and again.
+
+        Args:
+            what: is waited for.
+            line: makes the line.
+        """
+        now = time.monotonic()
+        if self._told is None or what != self._told[0] or now - self._told[1] > _REMIND:
+            self._told = (what, now)
+            log_line(line())
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from lcmlora.errors import UserError
 from lcmlora.flows import has_server, notify
 from lcmlora.flows.notices import history, links, troubles
 from lcmlora.flows.notices.event import Event
-from lcmlora.flows.outcomes import Outcome
+from lcmlora.flows.outcomes import NOT_PUSHED, Outcome
 from lcmlora.registry.approval import decisions
 from lcmlora.registry.lookup import registered_name
 
@@ -44,6 +44,9 @@ def after_run(results: Sequence[Outcome], settings: Config) -> None:
         model = outcomes[0].model if len(outcomes) == 1 else None
         names = "" if model else f"{', '.join(outcome.model for outcome in outcomes)}: "
         notify.send(Event("failed", names + "; ".join(errors), model=model, links=links.of_run(run), run=run), settings)
+    for reason in dict.fromkeys(outcome.not_pushed for outcome in results):
+        if reason:
+            notify.send(Event("stuck", f"{NOT_PUSHED}: {reason}", links=links.of_run(run), run=run), settings)
     for outcome in results:
         if outcome.version:
             with _warning():

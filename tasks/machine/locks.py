@@ -26,7 +26,7 @@ import psutil
 
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import shown
-from lcmlora.tasks.output import log_line
+from lcmlora.tasks.output import Waiting, log_line
 from lcmlora.tasks.processes import Processes
 
 _POLL = 0.2  # seconds between two tries of a lock
@@ -58,11 +58,10 @@ def holding_lock(
         Ended: the flow ended while it waited.
     """
     with _Held(path, shared) as held:
-        waiting = False
+        waiting = Waiting()
         while (new := (exposed or shared) and held.is_new()) or not held.take():
-            if not waiting and not new:
-                log_line(f"waiting for {name}, held by {held.holder()}")
-                waiting = True
+            if not new:
+                waiting.tell(name, lambda: f"waiting for {name}, held by {held.holder()}")
             processes.pause(_POLL)
         with contextlib.ExitStack() as lent:
             for descriptor in held.descriptors:

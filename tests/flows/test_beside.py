@@ -33,7 +33,8 @@ def start(project: Project, *arguments: str, home: str) -> subprocess.Popen[str]
 def test_two_runs_in_one_folder_do_the_work_once_and_status_says_what_runs(project: Project):
     (project.root / "distill.sh").write_text(WAITING + "cp -r stock/adapters/$1 adapters\n")
     first = start(project, "run", "a", home="first")
-    wait_for((project.root / "begun").exists, 180)
+    wait_for(lambda: (project.root / "begun").exists() or first.poll() is not None, 300)
+    assert first.poll() is None, first.communicate()
     second = start(project, "run", "a", home="second")
 
     shown = start(project, "status", "--json", home="third")
