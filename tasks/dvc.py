@@ -235,6 +235,7 @@ def differing(stages: Sequence[str]) -> list[str] | None:
         old = as_object(parse_yaml(committed.stdout), "dvc.lock")
     except Malformed as error:
         raise UserError(f"dvc.lock of Git's last commit: {error}") from None
+    repair()  # waits for a DVC that is writing it
     new = as_object(read_yaml(Project().dvc_lock), "dvc.lock")
     new_stages, old_stages = (as_object(lock.get("stages", {}), "dvc.lock: stages") for lock in (new, old))
     return [stage for stage in stages if new_stages.get(stage) != old_stages.get(stage)]
@@ -345,6 +346,8 @@ def _stream(
             for each in listeners:
                 each(line)
 
+        if pull:
+            pull.start()
         expired = (lambda: pull.is_late) if pull else None
         try:
             return stream(processes, command, timeout=timeout, listen=hear, label=stage, expired=expired)

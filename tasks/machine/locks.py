@@ -78,6 +78,7 @@ class _Held:
         self._shared = shared
         self.descriptors: list[int] = []  # locked, but for the last one while it is waited for
         self._locked = 0
+        self._opened = 0.0
 
     def __enter__(self) -> _Held:
         if not self._shared:
@@ -85,8 +86,12 @@ class _Held:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"{self._path}: cannot be locked: {error.strerror}") from error
-        self.descriptors.append(_open(self._path, self._shared))
+        self._open()
         return self
+
+    def _open(self) -> None:
+        self.descriptors.append(_open(self._path, self._shared))
+        self._opened = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
         for descriptor in self.descriptors:
@@ -104,13 +109,14 @@ class _Held:
                 self._sign()
             if self._is_at_path():
                 return True
-            self.descriptors.append(_open(self._path, self._shared))
+            self._open()
         return False
 
     def is_new(self) -> bool:
         """Returns whether the file was made a moment ago: another may have been held before and deleted."""
-        made = os.fstat(self.descriptors[-1]).st_ctime  # which locking does not change
-        return self._locked < len(self.descriptors) and 0 <= time.time() - made < _SETTLED
+        made = os.fstat(self.descriptors[-1]).st_ctime  # which locking does not change, but its owner can at any time
+        waited = time.monotonic() - self._opened
+        return self._locked < len(self.descriptors) and waited < _SETTLED and 0 <= time.time() - made < _SETTLED
 
     def holder(self) -> str:
         """Returns who holds the lock that is waited for, for a message."""
@@ -146,7 +152,7 @@ class _Held:
                     told = True
             except (OSError, UserError) as error:
                 if not told:
-                    log_line(f"warning: {self._path}: was deleted while it was held, and cannot be made again: {error}")
+                    log_line(f"warning: {self._path}: cannot be kept in place while it is held: {error}")
                 told = True
 
     def _is_at_path(self) -> bool:

@@ -60,6 +60,10 @@ class Pull:
         self._stage = stage
         self._remote = remote
         self._seconds = 60 * minutes
+        self.start()
+
+    def start(self) -> None:
+        """Begins the time anew, as the command does that had to wait for another DVC."""
         self._until = time.monotonic() + self._seconds
 
     def listen(self, line: str) -> None:
@@ -69,7 +73,7 @@ class Pull:
         elif line.startswith(dvc_command.WAITS):
             self._until = float("inf")  # not for the remote
         elif line.startswith(dvc_command.GOES_ON):
-            self._until = time.monotonic() + self._seconds
+            self.start()
 
     @property
     def is_late(self) -> bool:
