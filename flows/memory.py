@@ -18,6 +18,7 @@ from prefect.variables import Variable
 
 from lcmlora.config import Config
 from lcmlora.flows import has_server
+from lcmlora.flows.servers import definitions
 from lcmlora.tasks.output import slug
 
 Entry = dict[str, Any]  # JSON
@@ -31,13 +32,13 @@ _SHOWN = 60  # characters of a key in the name of its variable, which are for pe
 class Memory:
     """The entries of one subject, such as `watch`, of one project. Every entry is written by itself.
 
-    A server's memory is the same for all clones of a project, whatever worker looks: a project is known by its
-    experiment in MLflow. Without a server, all projects of this user share one database, so that the folder's path
+    A server's memory is the same for all clones of a project, whatever worker looks: a project is known by its name and
+    its experiment in MLflow. Without a server, all projects of this user share one database, so that the folder's path
     tells them apart.
     """
 
     def __init__(self, subject: str, settings: Config) -> None:
-        identity = settings.registry.experiment.encode()
+        identity = f"{project()}\0{settings.registry.experiment}".encode()
         if not has_server():
             identity += b"\0" + os.fsencode(Path.cwd())
         self._prefix = f"lcmlora_{subject}_{hashlib.sha256(identity).hexdigest()[:12]}_"
@@ -65,6 +66,12 @@ class Memory:
         return f"{self._prefix}{slug(key)[:_SHOWN]}_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
+def project() -> str:
+    """Returns the name of the project in the current folder, which its deployments have, too."""
+    path = Path("prefect.yaml")
+    return definitions.project(path) if path.is_file() else Path.cwd().name
+
+
 @contextlib.contextmanager
 def former(settings: Config) -> Iterator[dict[str, str]]:
     """Yields what lcmlora kept of a project's watched inputs in one variable before 2026-11-30, and then deletes it.
@@ -74,8 +81,8 @@ def former(settings: Config) -> Iterator[dict[str, str]]:
     name = f"watch_{slug(settings.registry.experiment)}"
     if not has_server():
         name += f"_{hashlib.sha256(os.fsencode(Path.cwd())).hexdigest()[:12]}"
-    value = Variable.get(name, default=None)
-    states = value if isinstance(value, dict) else {}
+    value: Any = Variable.get(name, default=None)
+    states: Entry = value if isinstance(value, dict) else {}
     yield {key: state for key, state in states.items() if isinstance(state, str)}
     if value is not None:
         Variable.unset(name)

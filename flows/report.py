@@ -90,6 +90,7 @@ def weekly_summary(
         for run in runs
         if run.end in _NEEDS_A_PERSON
     ]
+    waiting = [f"* {plain(f'{s.newest}: {s.newest_gate}')}" for s in standings if "awaiting" in (s.newest_gate or "")]
     parts = [
         f"# The last {days} days",
         outcomes.markdown(
@@ -116,7 +117,7 @@ def weekly_summary(
         "## Runs",
         ", ".join(f"{count} {plain(end)}" for end, count in sorted(ends.items())) or "None.",
         *(["## Now", "\n".join(now)] if now else []),
-        *(["## For a person", "\n".join([*stale, *failed])] if stale or failed else []),
+        *(["## For a person", "\n".join([*waiting, *stale, *failed])] if waiting or stale or failed else []),
     ]
     return "\n\n".join(parts)
 

@@ -18,16 +18,14 @@ import httpx
 from prefect import State, flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
-from prefect.context import FlowRunContext
-from prefect.events.schemas.events import Event, RelatedResource, Resource
+from prefect.events.schemas.events import Event
 from prefect.states import Completed, Failed
 
 from lcmlora import config
 from lcmlora.errors import UserError
 from lcmlora.flows import memory
 from lcmlora.flows.memory import Entry, Memory
-from lcmlora.flows.notices import rounds
-from lcmlora.flows.servers import definitions
+from lcmlora.flows.notices import links, rounds
 from lcmlora.tasks.retrying import networked
 from lcmlora.tasks.watched_inputs import read_base_state, read_data_state
 
@@ -182,27 +180,20 @@ def _send(name: str, resource: str, payload: dict[str, Any], identity: uuid.UUID
     Raises:
         httpx.HTTPError: Prefect does not answer, or refuses.
     """
-    run = FlowRunContext.get()
-    related = []
-    if run is not None and run.flow_run is not None:
-        about = {"prefect.resource.id": f"prefect.flow-run.{run.flow_run.id}", "prefect.resource.role": "flow-run"}
-        related.append(RelatedResource(about))
-    event = Event(
-        id=identity,
-        event=name,
-        occurred=datetime.datetime.now(datetime.UTC),
-        resource=Resource({"prefect.resource.id": resource, "lcmlora.project": _project()}),
-        related=related,
-        payload=payload,
+    run = links.flow_run()
+    about = {"prefect.resource.id": f"prefect.flow-run.{run}", "prefect.resource.role": "flow-run"}
+    event = Event.model_validate(
+        {
+            "id": identity,
+            "event": name,
+            "occurred": datetime.datetime.now(datetime.UTC),
+            "resource": {"prefect.resource.id": resource, "lcmlora.project": memory.project()},
+            "related": [about] if run else [],
+            "payload": payload,
+        }
     )
     with get_client(sync_client=True) as client:
         client.request("POST", "/events", json=[event.model_dump(mode="json")])
-
-
-def _project() -> str:
-    """Returns the name of the project, whose deployments alone listen to its events."""
-    path = Path("prefect.yaml")
-    return definitions.project(path) if path.is_file() else Path.cwd().name
 
 
 def _today() -> str:

@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 import httpx
@@ -86,7 +86,8 @@ def secret(place: str) -> str:
     from prefect.blocks.system import Secret
 
     try:
-        return str(Secret.load(name).get()).strip()
+        block: Any = Secret.load(name)
+        return str(block.get()).strip()
     except ValueError as error:  # Prefect has no such block
         raise UserError(f"Prefect has no Secret block {name!r}") from error
 
@@ -149,9 +150,11 @@ def _send_by_apprise(message: Message, address: str, kind: str, seconds: float) 
     text = message.text
     if kind == "slack":  # words such as !channel would call everybody
         text = re.sub(r"([!@#])(?=\w)", "\\1\u200b", text)
-    files = [str(path) for path in message.pictures] if kind == "email" else None
+    attached = apprise.AppriseAttachment()
+    for path in message.pictures if kind == "email" else ():
+        attached.add(str(path))
     with _Warnings() as warnings:
-        sent = service.notify(body=text, title=message.subject, attach=apprise.AppriseAttachment(files or []))
+        sent = service.notify(body=text, title=message.subject, attach=attached)
     if not sent:
         reason = joined("; ".join(dict.fromkeys(warnings.texts)), 300)
         raise Refused(hidden(reason, address) or "it was not taken", temporary=True)

@@ -9,6 +9,7 @@ from lcmlora.config import Config
 from lcmlora.flows import has_server
 from lcmlora.registry import tracking
 from lcmlora.registry.lookup import Version
+from lcmlora.registry.registration import PREVIEW
 
 
 def flow_run() -> str | None:
@@ -30,6 +31,7 @@ def of_version(version: Version, settings: Config) -> dict[str, str]:
         found["MLflow run"] = page
         server = page.partition("/#/")[0]
         found["MLflow version"] = f"{server}/#/models/{version.name}/versions/{version.version}"
+        found["pictures"] = f"{server}/get-artifact?run_uuid={version.run_id}&path={PREVIEW}"
     if version.release_uri:
         found["release"] = version.release_uri
         found["card"] = f"{version.release_uri.rstrip('/')}/README.md"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmlora import masking
+from lcmlora.flows import memory
 from lcmlora.flows.memory import LARGEST
 from lcmlora.flows.notices.event import Event
 from lcmlora.io.terminal import shown
@@ -59,7 +60,7 @@ class Message:
                 "id": str(uuid.uuid5(_MESSAGES, event.occurrence) if event.occurrence else uuid.uuid4()),
                 "time": now,
                 "kind": event.kind,
-                "project": _clean(Path.cwd().name, _TEXT),
+                "project": _clean(memory.project(), _TEXT),
                 "host": _clean(platform.node(), _TEXT),
                 "model": event.model,
                 "version": event.version,

@@ -11,8 +11,8 @@ from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
+    DeploymentFilter,
+    DeploymentFilterName,
     FlowRunFilter,
     FlowRunFilterEndTime,
     FlowRunFilterState,
@@ -24,16 +24,15 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort, LogSort
 
 from lcmlora.config import Config
+from lcmlora.flows import memory
 from lcmlora.flows.memory import Memory
 from lcmlora.flows.notices import links, repeats
 from lcmlora.flows.notices.event import Event
+from lcmlora.flows.servers import definitions
 from lcmlora.io.private import downloads
 
 _PAGE = 200  # runs; Prefect returns no more in one answer
 _ENDED_HOURS = 24  # how long ago a run may have crashed that is told
-_FLOWS = FlowFilter(
-    name=FlowFilterName(any_=["retrain", "watch", "report", "promote", "rollback", "approve", "reject"])
-)
 _ONGOING = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 
 
@@ -105,10 +104,14 @@ def full_disks(settings: Config) -> Iterator[Event]:
 def _runs(
     client: SyncPrefectClient, state: FlowRunFilterState, ended: FlowRunFilterEndTime | None = None
 ) -> list[FlowRun]:
+    """Returns runs of the project's deployments: another project may share the server."""
+    path = Path("prefect.yaml")
+    names = {name for _, name in definitions.deployments(path)} if path.is_file() else {memory.project()}
+    ours = DeploymentFilter(name=DeploymentFilterName(any_=sorted(names)))
     asked = FlowRunFilter(state=state, end_time=ended)
     # Runs of the future are scheduled as well, and come last.
     order = FlowRunSort.EXPECTED_START_TIME_ASC if ended is None else FlowRunSort.START_TIME_DESC
-    return client.read_flow_runs(flow_filter=_FLOWS, flow_run_filter=asked, sort=order, limit=_PAGE)
+    return client.read_flow_runs(deployment_filter=ours, flow_run_filter=asked, sort=order, limit=_PAGE)
 
 
 def _last_line(client: SyncPrefectClient, run: UUID) -> datetime.datetime | None:

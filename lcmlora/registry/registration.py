@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-_PREVIEW = "preview.png"
+PREVIEW = "preview.png"  # the contact sheet among a run's artifacts
 _PREVIEW_WIDTH = 800  # pixels; MLflow's page does not scale pictures, and cuts wider ones off
 
 
@@ -216,7 +216,7 @@ def _upload(client: MlflowClient, run_id: str, folder: Path, name: str, provenan
     client.log_artifacts(run_id, str(folder), RELEASE)
     with Image.open(folder / "grid.png") as grid:
         side = (_PREVIEW_WIDTH, max(1, round(grid.height * _PREVIEW_WIDTH / grid.width)))
-        client.log_image(run_id, grid.convert("RGB").resize(side, Image.Resampling.LANCZOS), _PREVIEW)
+        client.log_image(run_id, grid.convert("RGB").resize(side, Image.Resampling.LANCZOS), PREVIEW)
 
 
 def _remove_duplicate(client: MlflowClient, version: ModelVersion, sha256: str, *, own_run: bool) -> ModelVersion:
@@ -265,6 +265,6 @@ def _description(figures: Metrics, provenance: Provenance, run_id: str) -> str:
             "",
             f"[The whole report]({artifact}={RELEASE}/{bundle.REPORT}), which the run's artifacts show as a page.",
             "",
-            f"![grid]({artifact}={_PREVIEW})",
+            f"![grid]({artifact}={PREVIEW})",
         ]
     )

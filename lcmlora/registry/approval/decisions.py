@@ -28,6 +28,7 @@ from lcmlora.registry.tracking import connect, reaching
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 
 class Waiting(NamedTuple):
@@ -147,7 +148,8 @@ def reject(reference: str, settings: Registry, *, reason: str, who: str | None =
 
 def _waiting(client: MlflowClient, name: str, settings: Registry) -> list[Waiting]:
     found = []
-    for version in search_all(client.search_model_versions, f"name = '{name}'"):
+    versions: list[ModelVersion] = search_all(client.search_model_versions, f"name = '{name}'")
+    for version in versions:
         number = int(version.version)
         present = standing(events.read_events(number, version.tags), settings.alias)
         if present is not None and present.state == AWAITING:
