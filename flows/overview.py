@@ -64,7 +64,7 @@ def standings(settings: Config, *, server: bool) -> list[Standing]:
     """
     names = {model: [prepare_of(model, settings), *stages_of(model, settings)] for model in settings.models}
     workspace, unknown = _look(settings, list(dict.fromkeys(name for own in names.values() for name in own)))
-    known = server_side.read(settings.models) if server else None
+    known = server_side.read([*settings.models]) if server else None
     now = datetime.now(UTC)
     versions: dict[str, list[Version]] = {}
     for version in registry.versions(settings.registry):

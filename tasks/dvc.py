@@ -184,9 +184,9 @@ def stale(stages: Sequence[str], processes: Processes) -> set[str]:
     A stage whose files another process writes at the moment counts as stale: only its end tells.
     """
     found = look(stages, processes)
-    logger = run_logger()
-    for stage, reasons in found.reasons.items() if logger else ():
-        logger.info("%s is stale: %s", stage, "; ".join(reasons))
+    if (logger := run_logger()) is not None:
+        for stage, reasons in found.reasons.items():
+            logger.info("%s is stale: %s", stage, "; ".join(reasons))
     return {*found.reasons, *found.blocked}
 
 

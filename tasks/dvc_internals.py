@@ -96,7 +96,7 @@ def say_what_the_lock_is_waited_for(holder: Callable[[Path], int | None], say: C
     """
     from dvc import lock
 
-    class Lock(lock.Lock):  # type: ignore[misc]
+    class Lock(lock.Lock):
         def lock(self) -> None:
             self._friendly = False
             until, said = time.monotonic() + _PATIENCE, False

@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[2]
 WAITING = 'echo "$1" >> distilled; touch begun; while test ! -e go; do sleep 0.1; done; mkdir -p adapters\n'
 
 
-def start(project: Project, *arguments: str, home: str) -> subprocess.Popen[str]:
-    """Starts lcmlora in a process of its own, with a Prefect of its own."""
+def start(project: Project, module: str, *arguments: str, home: str) -> subprocess.Popen[str]:
+    """Starts a verb in a process of its own, with a Prefect of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-m", "lcmlora", *arguments],
+        [sys.executable, "-m", module, *arguments],
         env=environment | {"PREFECT_HOME": str(project.root / home)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -32,12 +32,12 @@ def start(project: Project, *arguments: str, home: str) -> subprocess.Popen[str]
 @pytest.mark.slow
 def test_two_runs_in_one_folder_do_the_work_once_and_status_says_what_runs(project: Project):
     (project.root / "distill.sh").write_text(WAITING + "cp -r stock/adapters/$1 adapters\n")
-    first = start(project, "run", "a", home="first")
+    first = start(project, "flows.retrain", "a", home="first")
     wait_for(lambda: (project.root / "begun").exists() or first.poll() is not None, 300)
     assert first.poll() is None, first.communicate()
-    second = start(project, "run", "a", home="second")
+    second = start(project, "flows.retrain", "a", home="second")
 
-    shown = start(project, "status", "--json", home="third")
+    shown = start(project, "flows.status", "--json", home="third")
     out, err = shown.communicate(timeout=120)
     assert shown.returncode == 0, err
     (running,) = json.loads(out)[0]["running"]
