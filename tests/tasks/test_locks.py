@@ -1,7 +1,6 @@
 """Locks that outlast a cleaner of temporary files, and that users share who do not trust each other."""
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +16,7 @@ from lcmlora.tasks.devices import holding_device
 from lcmlora.tasks.machine.gpus import Gpu, visible
 from lcmlora.tasks.machine.locks import Unusable, holding_lock
 from lcmlora.tasks.processes import Processes
-from tests.tasks.test_processes import ROOT, wait_for
+from tests.tasks.test_processes import wait_for
 
 ROOT_ONLY = pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
 NOBODY = 65534
@@ -161,22 +160,27 @@ def test_a_file_of_another_user_is_locked_and_never_written(gpu: str, shared: Pa
 
 
 def test_two_limits_on_one_gpu_are_one_lock_and_two_gpus_are_two(
-    gpu: str, shared: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: str, shared: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    flow = "from lcmlora.tasks.devices import *\nwith Processes() as p, holding_device('other', p): print('in')"
-    command = [sys.executable, "-c", flow]
-    with Processes() as processes, holding_device("gpu", processes):
-        assert [path.name for path in shared.iterdir()] == ["lcmlora-GPU-aaaa.lock"]
-        assert (shared / "lcmlora-GPU-aaaa.lock").stat().st_mode & 0o777 == 0o666
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "GPU-aaaa"}
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as other:
-            assert other.stderr is not None and "waiting for GPU GPU-aaaa" in other.stderr.readline()
-            other.send_signal(signal.SIGKILL)
-        # A GPU of its own (a part of one, here): nobody is waited for.
-        environment["CUDA_VISIBLE_DEVICES"] = "MIG-bbbb"
-        assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "in\n"
+    trained: list[str] = []
+
+    def train() -> None:
+        with holding_device("other", processes):
+            trained.append("other")
+
+    with Processes() as processes:
+        thread = threading.Thread(target=train)
+        with holding_device("gpu", processes):
+            assert [path.name for path in shared.iterdir()] == ["lcmlora-GPU-aaaa.lock"]
+            assert (shared / "lcmlora-GPU-aaaa.lock").stat().st_mode & 0o777 == 0o666
+            thread.start()
+            wait_for(lambda: "waiting for GPU GPU-aaaa" in capfd.readouterr().err)
+            # A GPU of its own (a part of one, here): nobody is waited for.
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-bbbb")
+            with holding_device("other", processes):
+                assert trained == []
+        thread.join()
+    assert trained == ["other"]
 
 
 @pytest.mark.parametrize(

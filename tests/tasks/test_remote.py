@@ -68,6 +68,7 @@ def test_stages_run_without_a_remote_that_does_not_answer_and_it_is_asked_and_to
     assert len(told) == 1 and "s3://bucket/dvc: does not answer" in told[0]
 
 
+@pytest.mark.slow  # DVC tries for long
 def test_a_remote_that_fails_while_a_stage_is_pulled_is_given_up_and_the_stage_runs(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):

@@ -75,6 +75,9 @@ def test_beside_a_running_stage_a_look_says_what_runs_and_why_others_are_stale_a
         (running,) = found.running
         assert (running.stage, running.process, running.run) == ("slow", by_hand.pid, "amber-otter")
         assert running.since is not None and running.command == "dvc repro -q slow"
+        settings = look(["first"], processes, SETTINGS)  # whose resolved.yaml has no entry `first`
+        assert settings.reasons["first"][0].endswith("'distill': {'steps': 700}} -> not set")
+        assert "900" in Path("resolved.yaml").read_text()  # it is not written
         assert stale.fn(["slow", "after"], processes) == {"slow", "after"}  # only its end tells
         assert Path("dvc.lock").read_bytes() == before and by_hand.poll() is None
 
@@ -119,19 +122,6 @@ def test_who_waits_for_dvcs_lock_says_for_whom(repository: Path, capfd: pytest.C
         thread.join()
     assert f"(process {pushing.pid}, since " in said
     assert "DVC's lock is free" in said + capfd.readouterr().err and Path("first").exists()
-
-
-def test_the_settings_that_params_yaml_has_now_are_looked_at_without_writing_them(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-):
-    text = Path("resolved.yaml").read_text()
-    with Processes() as processes:
-        repro.fn("first", processes, SETTINGS)
-        found = look(["first"], processes, SETTINGS)  # whose resolved.yaml has no entry `first`
-    assert found.reasons == {
-        "first": ["resolved.yaml: first {'algorithms': {'first': 3}, 'distill': {'steps': 700}} -> not set"]
-    }
-    assert Path("resolved.yaml").read_text() == text
 
 
 def parameter(file: str, key: str, old: object, new: object) -> dict[str, object]:
