@@ -115,11 +115,29 @@ class Files:
             return content
 
     def put(self, path: Path, name: str) -> None:
-        """Uploads a file of this machine. Raises as `list` does."""
+        """Uploads a file of this machine.
+
+        Raises:
+            UserError, Unavailable: as `list` does; or a bucket has stored it in part, or without the encryption that
+                fsspec's settings ask for (`s3_additional_kwargs`).
+        """
         with self._one_line_errors():
             if self.local:  # a bucket has no folders
                 self._system.makedirs(self.root, exist_ok=True)
             self._system.put_file(str(path), f"{self.root}/{name}")
+            if "s3" not in self._system.protocol:
+                return
+            bucket, key, _ = self._system.split_path(f"{self.root}/{name}")
+            stored = self._system.call_s3("head_object", Bucket=bucket, Key=key)
+        asked = self._system.s3_additional_kwargs.get("ServerSideEncryption")
+        found = stored.get("ServerSideEncryption")
+        if stored["ContentLength"] != (size := path.stat().st_size):
+            raise UserError(f"{self.setting}: {self.path}: {name} has {stored['ContentLength']} bytes, expected {size}")
+        if asked and found != asked:
+            raise UserError(
+                f"{self.setting}: {self.path}: {name} was stored with encryption {found or 'none'}, expected {asked}; "
+                "delete it, and use a server that encrypts"
+            )
 
     def _exists(self) -> bool:
         with self._one_line_errors():

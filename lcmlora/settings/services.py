@@ -41,8 +41,12 @@ class Registry(Strict):
 class Publish(Strict):
     """Where releases are published."""
 
-    to: str = "releases"
-    """A directory, or s3://bucket/prefix. The environment variable LCMLORA_PUBLISH_TO overrides it."""
+    to: str | Annotated[list[str], Field(min_length=1)] = "releases"
+    """A directory, s3://bucket/prefix, or hf://owner/name on the hub. Or a list of these: the first is the one that
+    versions name and that names such as MODEL@CHANNEL are looked up in. `{model}` in it stands for the model. The
+    environment variable LCMLORA_PUBLISH_TO overrides it."""
+    access: Literal["private", "gated", "public"] = "private"
+    """Who may read a repository of the hub: one that lcmlora makes, or at most, one that it finds."""
     endpoint_url: str | None = None
     """Address of MinIO, R2, SeaweedFS and the like. The environment variable AWS_ENDPOINT_URL does as well."""
     region: str | None = None
@@ -53,6 +57,10 @@ class Publish(Strict):
     """Key of encryption aws:kms."""
     tags: Annotated[dict[str, str], Field(max_length=10)] = {}
     """Tags of every object."""
+    tolerate: list[Literal["create", "swap", "checksum"]] = []
+    """What the S3 server may ignore, at your risk: `create`, that an object is created once; `swap`, that it is
+    replaced only if nobody has changed it; `checksum`, that an upload with a wrong SHA-256 is refused. Without the
+    first two no more than one publisher may be at work at a time. Without the third each upload is read back."""
     signing_key: str | None = None
     """PEM file of a private key. Releases are then signed."""
     verify_key: str | None = None
@@ -63,6 +71,39 @@ class Publish(Strict):
         if self.kms_key is not None and self.encryption != "aws:kms":
             raise ValueError(f"kms_key goes with encryption aws:kms, and encryption is {self.encryption}")
         return self
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _split(cls, to: object) -> object:
+        # An environment variable names several by spaces, which an address has none of, and a path may have.
+        words = to.split() if isinstance(to, str) else []
+        return words if len(words) > 1 and all("://" in word for word in words) else to
+
+    @field_validator("to")
+    @classmethod
+    def _each_once(cls, to: str | list[str]) -> str | list[str]:
+        if not isinstance(to, str) and len({*to}) < len(to):
+            raise ValueError("names a store more than once")
+        return to
+
+    @property
+    def stores(self) -> list[str]:
+        """The addresses of all stores in `to`."""
+        return [self.to] if isinstance(self.to, str) else list(self.to)
+
+    @property
+    def first(self) -> str:
+        """The address of the store that is looked into and that versions name."""
+        return self.stores[0]
+
+    def to_one(self, address: str) -> Publish:
+        """Returns these settings for one store."""
+        return self if self.to == address else self.model_copy(update={"to": address})
+
+    def of(self, model: str) -> Publish:
+        """Returns these settings with the addresses of one model's stores."""
+        own = [address.replace("{model}", model) for address in self.stores]
+        return self.model_copy(update={"to": own[0] if len(own) == 1 else own})
 
 
 class Flow(Strict):

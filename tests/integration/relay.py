@@ -60,6 +60,10 @@ class Relay:
         with self._lock:
             self._pattern, self._action = re.compile(pattern), action
 
+    def headers_for(self, command: str, path: str, headers: dict[str, str], body: bytes) -> dict[str, str]:
+        """Returns the headers of a request as it is passed on."""
+        return headers
+
     def _pass_on(self, handler: BaseHTTPRequestHandler) -> None:
         request = Request(f"{handler.command} {handler.path}", _body(handler))
         with self._lock:
@@ -72,6 +76,7 @@ class Relay:
             handler.close_connection = True
             return
         headers = {name: value for name, value in handler.headers.items() if name.lower() not in _OF_ONE_HOP}
+        headers = self.headers_for(handler.command, handler.path, headers, request.body)
         connection = http.client.HTTPConnection("127.0.0.1", self._target, timeout=60)
         try:
             connection.request(handler.command, handler.path, request.body or None, headers)

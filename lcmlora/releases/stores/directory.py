@@ -32,11 +32,11 @@ class DirectoryStore(Store):
 
     @classmethod
     def open(cls, settings: Publish, key: str, consequence: str) -> Self:
-        scheme, mark, path = settings.to.partition("://")
+        scheme, mark, path = settings.first.partition("://")
         if not mark:
-            return cls(Path(settings.to), key, consequence)
+            return cls(Path(settings.first), key, consequence)
         if not path.startswith("/"):
-            raise UserError(f"{key}: expected {scheme}:///path, got {settings.to!r}")
+            raise UserError(f"{key}: expected {scheme}:///path, got {settings.first!r}")
         return cls(Path(urllib.parse.unquote(path)), key, consequence)
 
     def create(self, name: str, content: Path | bytes, sha256: str) -> bool:

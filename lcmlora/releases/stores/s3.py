@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import hashlib
 import os
 import urllib.parse
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from lcmlora import extras
 from lcmlora.config import Publish
 from lcmlora.errors import Unavailable, UserError
+from lcmlora.releases.stores import s3_probe
 from lcmlora.releases.stores.store import Entry, Store, in_blocks, read_small, write_blocks
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ class S3Store(Store):
         self._client = _client(settings, f"{key}: bucket {bucket}")
         endpoint = settings.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         self._place = f"{key}: bucket {bucket} at {endpoint or 'AWS'}"
+        self._settings = settings
+        self._lacking: frozenset[str] | None = None  # what the server ignores; None: not tried yet
         self._options: dict[str, str] = {}  # for every object that is written
         if settings.encryption:
             self._options["ServerSideEncryption"] = settings.encryption
@@ -46,25 +50,33 @@ class S3Store(Store):
 
     @classmethod
     def open(cls, settings: Publish, key: str, consequence: str) -> Self:
-        bucket, _, prefix = settings.to.removeprefix("s3://").strip("/").partition("/")
+        bucket, _, prefix = settings.first.removeprefix("s3://").strip("/").partition("/")
         if not bucket:
-            raise UserError(f"{key}: expected {cls.form}, got {settings.to!r}")
+            raise UserError(f"{key}: expected {cls.form}, got {settings.first!r}")
         return cls(bucket, prefix, settings, key, consequence)
 
     def create(self, name: str, content: Path | bytes, sha256: str) -> bool:
+        condition = {"IfNoneMatch": "*"}
+        if "create" in self._tried(name):  # which publish.tolerate accepts
+            if self._facts(name) is not None:
+                return False
+            condition = {}
+
         def put() -> bool:
             with contextlib.ExitStack() as stack:
                 body = content if isinstance(content, bytes) else stack.enter_context(content.open("rb"))
-                self._put(name, body, sha256, {"IfNoneMatch": "*"})
+                self._put(name, body, sha256, condition)
             return True
 
         return self._call(put, {"PreconditionFailed": False}, name)
 
     def digest(self, name: str, *, reread: bool = False) -> str | None:
-        def noted() -> str | None:
-            stored = self._client.head_object(**self._at(name), ChecksumMode="ENABLED").get("ChecksumSHA256")
-            # Objects of other programs may have none.
-            return base64.b64decode(stored).hex() if stored else hashed()
+        if not reread and "checksum" not in (self._lacking or ()):
+            facts = self._facts(name)
+            if facts is None:
+                return None
+            if stored := facts.get("ChecksumSHA256"):  # objects of other programs may have none
+                return base64.b64decode(stored).hex()
 
         def hashed() -> str | None:
             digest = hashlib.sha256()
@@ -72,7 +84,7 @@ class S3Store(Store):
                 digest.update(block)
             return digest.hexdigest()
 
-        return self._call(hashed if reread else noted, {"404": None, "NoSuchKey": None}, name)
+        return self._call(hashed, {"404": None, "NoSuchKey": None}, name)
 
     def read(self, name: str) -> tuple[bytes, str] | None:
         def get() -> tuple[bytes, str] | None:
@@ -90,10 +102,18 @@ class S3Store(Store):
         return self._call(get, {"NoSuchKey": False}, name)
 
     def swap(self, name: str, content: bytes, tag: str | None) -> bool:
-        sha256 = hashlib.sha256(content).hexdigest()
+        sha256, condition = (
+            hashlib.sha256(content).hexdigest(),
+            {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag},
+        )
+        if ("create" if tag is None else "swap") in self._tried(name):  # which publish.tolerate accepts
+            facts = self._facts(name)
+            if (facts["ETag"] if facts else None) != tag:
+                return False
+            condition = {}
 
         def put() -> bool:
-            self._put(name, content, sha256, {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag})
+            self._put(name, content, sha256, condition)
             return True
 
         # NoSuchKey: the object may have been deleted since.
@@ -121,7 +141,68 @@ class S3Store(Store):
     def _put(self, name: str, body: Any, sha256: str, condition: dict[str, str]) -> None:
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
         request: Any = self._at(name) | self._options | condition
-        self._client.put_object(**request, Body=body, ChecksumSHA256=checksum)
+        answer = self._client.put_object(**request, Body=body, ChecksumSHA256=checksum)
+        wanted, key, place = self._settings.encryption, self._settings.kms_key, f"{self.uri}/{name}"
+        if wanted and not s3_probe.is_encrypted(answer, wanted, key):
+            found = answer.get("SSEKMSKeyId") or answer.get("ServerSideEncryption") or "none"
+            raise UserError(
+                f"{place}: was stored with encryption {found}, and publish.encryption asks for {key or wanted}; delete "
+                "it, and publish to a server that encrypts"
+            )
+        if answer.get("ChecksumSHA256", checksum) != checksum:
+            raise UserError(
+                f"{place}: was stored with another SHA-256 than that of the upload; delete it, and run again"
+            )
+        if not answer.get("ETag"):
+            raise UserError(f"{place}: the server's answer to its upload has no ETag, so it is no S3 server")
+
+    def _facts(self, name: str) -> Any:
+        """Returns the answer to HEAD, None where there is no such object."""
+
+        def head() -> Any:
+            return self._client.head_object(**self._at(name), ChecksumMode="ENABLED")
+
+        return self._call(head, {"404": None, "NoSuchKey": None}, name)
+
+    def _tried(self, name: str) -> frozenset[str]:
+        """Returns what the server lacks of what publishing relies on, and publish.tolerate accepts.
+
+        The server is tried before the first write to it, or its remembered behaviour is taken.
+
+        Args:
+            name: of the object that is about to be written.
+
+        Raises:
+            UserError: it lacks something else.
+        """
+        if self._lacking is None:
+            settings, endpoint = self._settings, self._client.meta.endpoint_url
+            lacking = s3_probe.recall(endpoint, self._bucket, settings)
+            if lacking is None or lacking.difference(settings.tolerate):
+                lacking = self._probe(s3_probe.name_for(self._prefix + name))
+                s3_probe.remember(endpoint, self._bucket, settings, lacking)
+            if excess := lacking.difference(settings.tolerate):
+                raise UserError(f"{self._place}: {s3_probe.refusal(excess)}")
+            self._lacking = lacking
+        return self._lacking
+
+    def _probe(self, key: str) -> frozenset[str]:
+        top = copy.copy(self)  # the store may be a release's folder, and the object for trying lies above it
+        top._prefix = ""
+        checksum = base64.b64encode(hashlib.sha256(s3_probe.CONTENT).digest()).decode()
+        refused, unknown = s3_probe.Outcome("refused", {}), s3_probe.Outcome("unknown", {})
+        codes = ("PreconditionFailed", "BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch")
+        answers = dict.fromkeys(codes, refused) | {"NoSuchKey": refused, "NotImplemented": unknown, "501": unknown}
+
+        def put(parameters: dict[str, str]) -> s3_probe.Outcome:
+            request: Any = top._at(key) | self._options | {"ChecksumSHA256": checksum} | parameters
+
+            def write() -> s3_probe.Outcome:
+                return s3_probe.Outcome("stored", self._client.put_object(**request, Body=s3_probe.CONTENT))
+
+            return top._call(write, answers, key)
+
+        return s3_probe.find_lacking(put, lambda: top._facts(key) or {}, self._settings.encryption)
 
     def _at(self, name: str) -> Any:
         return {"Bucket": self._bucket, "Key": self._prefix + name}
@@ -145,7 +226,7 @@ class S3Store(Store):
         def is_temporary(error: BaseException) -> bool:
             if isinstance(error, ClientError):
                 busy = {"SlowDown", "ConditionalRequestConflict", "RequestTimeout"}
-                return _status(error) >= 500 or _code(error) in busy
+                return (_status(error) >= 500 and _status(error) != 501) or _code(error) in busy
             return isinstance(error, (HTTPClientError, IncompleteReadError))
 
         attempts = Retrying(

@@ -7,7 +7,7 @@ is a class, named by the scheme of its addresses (lcmlora/plugins.py says how to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -54,9 +54,24 @@ class Store(ABC):
             consequence: of a store that cannot be reached, for messages.
         """
 
+    def prepare(self, model: str) -> None:
+        """Makes the store ready for a model's releases, before anything is looked up in it. Idempotent.
+
+        Raises:
+            UserError: it must not be used for them.
+        """
+        return
+
     @abstractmethod
     def create(self, name: str, content: Path | bytes, sha256: str) -> bool:
         """Writes a new object, whole or not at all. Returns False if there is one of this name already."""
+
+    def create_many(self, files: Mapping[str, tuple[Path | bytes, str]]) -> set[str]:
+        """Writes new objects, given by name with their SHA-256, and returns the names of those that were not there.
+
+        A store whose every change is a step of its history does this in one step.
+        """
+        return {name for name, (content, sha256) in files.items() if self.create(name, content, sha256)}
 
     @abstractmethod
     def digest(self, name: str, *, reread: bool = False) -> str | None:
@@ -90,6 +105,13 @@ class Store(ABC):
             tag: None for an object that does not exist yet.
         """
 
+    def show(self, name: str) -> None:
+        """Shows the release of the channel with this pointer to people who open the store itself. Idempotent.
+
+        A store that people do not look at has nothing to do.
+        """
+        return
+
     @abstractmethod
     def entries(self, prefix: str) -> list[Entry]:
         """Returns the objects whose names begin with `prefix`, sorted by name."""
@@ -114,10 +136,13 @@ def open_store(
     Args:
         key, consequence: as for `Store.open`.
     """
-    scheme = scheme_of(settings.to)
+    settings = settings.to_one(settings.first)
+    scheme = scheme_of(settings.first)
     if scheme not in STORES.names:
         forms = " or ".join(STORES.get(name).form for name in STORES.names)
-        raise UserError(f"{key}: expected {forms}, got {settings.to!r}")
+        raise UserError(f"{key}: expected {forms}, got {settings.first!r}")
+    if "{model}" in settings.first:
+        raise UserError(f"{key}: {settings.first} names a store for each model; name the model, as MODEL@CHANNEL does")
     opened: Store = STORES.get(scheme).open(settings, key, consequence)
     return opened
 
@@ -148,9 +173,14 @@ def read_small(read: Callable[[int], bytes], place: str) -> bytes:
     pieces: list[bytes] = []
     for block in in_blocks(read):
         pieces.append(block)
-        if sum(map(len, pieces)) > _SMALL:
-            raise UserError(f"{place}: has more than {_SMALL} bytes, expected a small file; do not use it")
+        expect_small(sum(map(len, pieces)), place)
     return b"".join(pieces)
+
+
+def expect_small(size: int, place: str) -> None:
+    """Raises UserError if so many bytes are too many for a small object."""
+    if size > _SMALL:
+        raise UserError(f"{place}: has more than {_SMALL} bytes, expected a small file; do not use it")
 
 
 def write_blocks(blocks: Iterable[bytes], size: int, target: Path, place: str) -> None:
