@@ -26,7 +26,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "fsspec",
     ),
     "train": ("pyarrow", "pebble", "matplotlib"),
-    "registry": ("mlflow", "boto3", "botocore", "tenacity"),
+    "registry": ("mlflow", "boto3", "botocore", "tenacity", "huggingface_hub", "httpx2"),
     "pipeline": (
         "prefect",
         "dvc",
@@ -60,7 +60,8 @@ INCLUDES: dict[str, tuple[str, ...]] = {
     "optimizers": ("draw",),
 }
 
-_EXTRA_OF = {package: extra for extra, packages in PACKAGES.items() for package in packages}
+# Of two extras that bring a package, the first.
+_EXTRA_OF = {package: extra for extra, packages in reversed(PACKAGES.items()) for package in packages}
 _SHOWN = 3  # names of missing packages in a message
 
 

@@ -179,5 +179,6 @@ STORES = Table(  # by the scheme of an address; a path without one is a file's
     {
         "file": "lcmlora.releases.stores.directory:DirectoryStore",
         "s3": "lcmlora.releases.stores.s3:S3Store",
+        "hf": "lcmlora.releases.stores.hub:HubStore",
     },
 )

@@ -313,7 +313,8 @@ def test_a_store_is_added(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"memory://prefix gives no links; they need a release at s3://bucket/prefix"):
         presigned_links(uri, settings, 60)
     with pytest.raises(
-        UserError, match=r"expected a directory or s3://bucket/prefix or memory://prefix, got 'ftp://x'"
+        UserError,
+        match=r"expected a directory or s3://bucket/prefix or hf://owner/name or memory://prefix, got 'ftp://x'",
     ):
         list_releases(Publish(to="ftp://x"))
 

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="""List, verify, download and yank published releases in a directory or on S3.
+    help="""List, verify, download and yank published releases in a directory, on S3 or on the hub.
 
     A release is the published bundle of one adapter: weights, scheduler,
     card, report, checksums. The store is `publish.to` of params.yaml, or the
     one that --to names. REF names a release in it: MODEL@CHANNEL, such as
     emoji@champion, or MODEL/sha256-DIGITS. It can also be an address:
-    s3://bucket/.../MODEL/sha256-..., a folder, or a channel's pointer.
+    s3://bucket/.../MODEL/sha256-..., hf://owner/name@CHANNEL, a folder, or
+    a channel's pointer.
 
     Examples:
 
@@ -50,7 +51,11 @@ Reference = Annotated[
 ]
 To = Annotated[
     str | None,
-    typer.Option("--to", metavar="STORE", help="The store: a directory or s3://bucket/prefix; publish.to by default."),
+    typer.Option(
+        "--to",
+        metavar="STORE",
+        help="The store: a directory, s3://bucket/prefix or hf://owner/name; publish.to by default.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -71,8 +76,8 @@ def _settings(call: typer.Context, to: str | None) -> tuple[Publish | None, str]
 
 def _missing_store() -> UserError:
     return UserError(
-        "--to: is needed, as there is no params.yaml here, and LCMLORA_PUBLISH_TO is not set; name a directory or "
-        "s3://bucket/prefix"
+        "--to: is needed, as there is no params.yaml here, and LCMLORA_PUBLISH_TO is not set; name a directory, "
+        "s3://bucket/prefix or hf://owner/name"
     )
 
 
@@ -121,7 +126,7 @@ def list_releases(
     if as_json:
         print(json.dumps([asdict(release) for release in releases], indent=2))
     else:
-        print_releases(releases, settings.to)
+        print_releases(releases, settings.first)
 
 
 def print_releases(releases: list[Published], place: str) -> None:

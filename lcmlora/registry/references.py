@@ -8,6 +8,7 @@
     60a5d3e41c9b                             12 digits or more of an adapter's SHA-256: in the registry, then the store
     emoji/sha256-60a5d3e41c9b                a release in the store (publish.to)
     s3://bucket/.../emoji/sha256-...         a release, or a channel's pointer (.../channels/champion.json)
+    hf://owner/name@champion                 a release that lcmlora published on the hub, by its channel or digest
     latent-consistency/lcm-lora-sdxl         a repository of the hub; OWNER/NAME@COMMIT is one state of it
 
 A file or folder that exists comes first. An alias that the registry does not have is looked for among the channels of
@@ -38,7 +39,7 @@ from lcmlora.releases.stores.store import scheme_of
 
 FORMS = (
     "a folder, a .safetensors file, MODEL, MODEL@ALIAS, MODEL/VERSION, models:/NAME@ALIAS, 12 digits of a SHA-256, "
-    "s3://bucket/.../MODEL/sha256-... or a hub id"
+    "s3://bucket/.../MODEL/sha256-..., hf://owner/name@CHANNEL or a hub id"
 )
 _SQLITE = "sqlite:///"
 _NO_STORE = "there is no store: set LCMLORA_PUBLISH_TO"

@@ -86,11 +86,12 @@ def locate(reference: str, settings: Publish, key: str) -> str:
     """
     if match := _CHANNEL.fullmatch(reference):
         _expect_names(reference, *match.groups())
-        store = open_store(settings, key=key, consequence="ask again later")
+        store = open_store(settings.of(match[1]), key=key, consequence="ask again later")
         return _follow(store, match[1], match[2], settings)
     if match := _DIGITS.fullmatch(reference):
         _expect_names(reference, match[1])
-        return _complete_digits(match[1], match[2], open_store(settings, key=key, consequence="ask again later"))
+        store = open_store(settings.of(match[1]), key=key, consequence="ask again later")
+        return _complete_digits(match[1], match[2], store)
     address = reference.rstrip("/") if "://" in reference else Path(reference).absolute().as_uri()
     if address.endswith(".json"):
         match = re.fullmatch(r"(.*)/([^/]+)/channels/([^/]+)\.json", address)
@@ -296,7 +297,7 @@ def read_manifest(store: Store) -> bytes:
     if found is None:
         raise UserError(
             f"{store.uri}: holds no {MANIFEST}, so no release; expected MODEL@CHANNEL, MODEL/sha256-..., "
-            "s3://bucket/.../MODEL/sha256-... or a folder like that"
+            "s3://bucket/.../MODEL/sha256-..., hf://owner/name@CHANNEL or a folder like that"
         )
     return found[0]
 
