@@ -45,7 +45,9 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Run every stage, even if it is up to date.")] = False,
     publish: Annotated[
         str | None,
-        typer.Option(metavar="STORE", help="Publish to this directory or s3://bucket/prefix, not to publish.to."),
+        typer.Option(
+            metavar="STORE", help="Publish to this directory, s3://bucket/prefix or hf://owner/name, not to publish.to."
+        ),
     ] = None,
     no_publish: Annotated[bool, typer.Option("--no-publish", help="Do not publish.")] = False,
     promote: Annotated[bool, typer.Option(help="Give the alias (champion) to a version that passed the gate.")] = True,

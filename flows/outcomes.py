@@ -54,9 +54,14 @@ class Outcome:
     awaiting: bool = False  # the version waits for approval
     asked: bool = False  # for approval, by this run
     run_id: str | None = None
-    uri: str | None = None
+    uris: list[str | None] = field(default_factory=list)  # of the release, one for each store; None where it failed
     errors: list[str] = field(default_factory=list)
     not_pushed: str | None = None  # why the results could not be sent to DVC's remote
+
+    @property
+    def published(self) -> list[str]:
+        """The addresses at which the release is published."""
+        return [uri for uri in self.uris if uri]
 
     @property
     def end(self) -> str:
@@ -107,8 +112,8 @@ def rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
     if outcome.version:
         aliases = "".join(f" @{alias}" for alias in sorted(outcome.aliases))
         pairs.append(("version", outcome.version + aliases + (" (new)" if outcome.created else "")))
-    if outcome.uri:
-        pairs.append(("release", _relative(outcome.uri)))
+    if outcome.published:
+        pairs += [("release", _relative(uri)) for uri in outcome.published]
     elif outcome.figures is not None:
         pairs.append(("release", f"release/{outcome.model}, not published"))
     pairs += [("not pushed", f"{outcome.not_pushed}; {NOT_PUSHED}")] if outcome.not_pushed else []
@@ -180,8 +185,9 @@ def leave_artifacts(outcomes: Sequence[Outcome], settings: Config, total: str) -
         page = tracking.run_page(settings.registry, outcome.run_id) if outcome.run_id else None
         if page:
             create_link_artifact(page, link_text=f"MLflow run of {shown(outcome.version)}", key=f"mlflow-{key}")
-        if outcome.uri:
-            create_link_artifact(outcome.uri, link_text=f"Release of {shown(outcome.version)}", key=f"release-{key}")
+        for number, uri in enumerate(outcome.published):
+            mark = f"-{number + 1}" if number else ""
+            create_link_artifact(uri, link_text=f"Release of {shown(outcome.version)}", key=f"release-{key}{mark}")
 
 
 def _approval_page(outcome: Outcome, settings: Config) -> str:

@@ -107,10 +107,11 @@ def reject_version(
 
 def _completed(end: str, version: Version, settings: config.Config) -> State:
     """Moves the channel, leaves the model's history as an artifact, and returns the flow's end."""
-    channel = networked(move_channel, settings)(version, settings) if version.release_uri else None
+    channels = networked(move_channel, settings)(version, settings) if version.uris else []
     _leave_history(version, settings)
     _tell(version, settings)
-    moved = f", {channel} follows" if channel else ", which was never published, so no channel was moved"
+    follow = f", {', '.join(channels)} follow{'s' if len(channels) == 1 else ''}"
+    moved = follow if channels else ", which was never published, so no channel was moved"
     return Completed(name=end, message=f"{version.name}@{settings.registry.alias} is {version.reference}{moved}")
 
 

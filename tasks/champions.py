@@ -27,13 +27,14 @@ def roll_back(name: str, settings: config.Config, reason: str, who: str | None, 
 
 
 @task(task_run_name="channel {version.name}", cache_policy=NO_CACHE)
-def move_channel(version: Version, settings: config.Config) -> str:
-    """Points the channel at a published version and returns the pointer's address; idempotent."""
-    assert version.release_uri is not None
+def move_channel(version: Version, settings: config.Config) -> list[str]:
+    """Points the channel at a published version in each of its stores and returns the pointers' addresses; idempotent.
+
+    Raises:
+        UserError: as of `point_channels_of`.
+    """
     model = version.name.removeprefix(PREFIX)
-    return publish.point_channel_of(
-        model, version.sha256, version.release_uri, settings.publish, settings.registry.alias
-    )
+    return publish.point_channels_of(model, version.sha256, version.uris, settings.publish, settings.registry.alias)
 
 
 @task(task_run_name="ask for approval of {model}", cache_policy=NO_CACHE)

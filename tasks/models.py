@@ -97,18 +97,24 @@ def pass_gate(model: str, figures: Metrics, champion: Champion | None, settings:
     return failures
 
 
-@task(task_run_name="publish {model}", cache_policy=NO_CACHE)
-def publish_release(model: str, settings: config.Config) -> str:
-    """Returns the release's address; idempotent."""
-    return publish.publish_release(_PROJECT.release(model), model, settings.publish)
+@task(task_run_name="publish {model} to {store}", cache_policy=NO_CACHE)
+def publish_release(model: str, settings: config.Config, store: str) -> str:
+    """Returns the release's address in one of the stores of `publish.to`; idempotent."""
+    return publish.publish_release(_PROJECT.release(model), model, settings.publish.to_one(store))
 
 
 @task(task_run_name="register {model}", cache_policy=NO_CACHE)
 def register_release(
-    model: str, settings: config.Config, uri: str | None, gate_failures: list[str]
+    model: str, settings: config.Config, uris: list[str | None], gate_failures: list[str]
 ) -> registration.Registered:
-    """Returns the version of the release in the registry; idempotent."""
-    return registration.register_release(model, settings.registry, _PROJECT.release(model), uri, gate_failures)
+    """Returns the version of the release in the registry; idempotent.
+
+    Args:
+        uris: the release's address in each store; None where it was not published.
+    """
+    return registration.register_release(
+        model, settings.registry, _PROJECT.release(model), uris[0] if uris else None, gate_failures, uris[1:]
+    )
 
 
 @task(task_run_name="promote {model}", cache_policy=NO_CACHE)
@@ -117,7 +123,7 @@ def promote_version(model: str, version: registration.Registered, settings: conf
     return promotion.promote_passed(version, settings.registry, reason="passed the gate")
 
 
-@task(task_run_name="point channel {model}", cache_policy=NO_CACHE)
-def point_channel(model: str, sha256: str, settings: config.Config) -> str:
+@task(task_run_name="point channel {model} in {store}", cache_policy=NO_CACHE)
+def point_channel(model: str, sha256: str, settings: config.Config, store: str) -> str:
     """Points the published channel with the alias's name at the release, and returns the pointer's address."""
-    return publish.point_channel(model, sha256, settings.publish, settings.registry.alias)
+    return publish.point_channel(model, sha256, settings.publish.to_one(store), settings.registry.alias)

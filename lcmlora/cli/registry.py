@@ -330,16 +330,18 @@ def _move_channel(config: Config, version: Version, as_json: bool) -> None:
     """Points the published channel at the new champion's release, and prints the new champion."""
     from lcmlora.releases import publish
 
-    alias, channel = config.registry.alias, None
+    alias, channels = config.registry.alias, list[str]()
     model = version.name.removeprefix("lcm-lora-")
-    if version.release_uri is None:
+    if version.uris:
+        channels = publish.point_channels_of(model, version.sha256, version.uris, config.publish, alias)
+    else:
         note(f"note: {version.reference} was never published, so no channel was moved")
-    else:
-        channel = publish.point_channel_of(model, version.sha256, version.release_uri, config.publish, alias)
     if as_json:
-        print(json.dumps(version.plain() | {"channel": channel}, indent=2))
+        moved = {"channel": channels[0] if channels else None, "channels": channels}
+        print(json.dumps(version.plain() | moved, indent=2))
     else:
-        say(f"{version.name}@{alias} is {version.reference}" + (f", {channel} follows" if channel else ""))
+        follow = f", {', '.join(channels)} follow{'s' if len(channels) == 1 else ''}" if channels else ""
+        say(f"{version.name}@{alias} is {version.reference}{follow}")
 
 
 @app.command()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lcmlora import masking
 from lcmlora.config import Registry
 from lcmlora.errors import NotFound, UserError
-from lcmlora.io.parsing import JsonObject
+from lcmlora.io.parsing import JsonObject, Malformed, parse_json
 from lcmlora.io.private import downloads
 from lcmlora.registry import events
 from lcmlora.registry.approval.standing import standing
@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 PASSED, REJECTED = "passed", "rejected"
 
+URIS = "release_uris"  # the tag with all addresses of a release, where there are several stores
 PREFIX = "lcm-lora-"  # of the names of registered models
 _EXACT = "models:/"
 
@@ -77,6 +78,12 @@ class Version:
         return f"{_EXACT}{self.reference}"
 
     @property
+    def uris(self) -> list[str]:
+        """The addresses of its release, first the one that is looked up; none if it was never published."""
+        first = [self.release_uri] if self.release_uri else []
+        return list(dict.fromkeys([*first, *read_uris(self.tags)]))
+
+    @property
     def trained(self) -> str:
         """The SHA-256 of the adapter as it was trained; that of its release's weights in versions until 2026-11-28."""
         return self.tags.get("adapter") or self.sha256
@@ -95,6 +102,15 @@ class Version:
         """Returns the version that `plain` returned these fields of."""
         lists = {name: tuple(values[name]) for name in ("aliases", "foreign_events")}
         return cls(**{**values, **lists})
+
+
+def read_uris(tags: Mapping[str, str]) -> list[str]:
+    """Returns the addresses of a release in several stores by the tags of its version; none without that tag."""
+    try:
+        listed = parse_json(tags.get(URIS) or "[]")
+    except Malformed:
+        return []  # of another program
+    return [uri for uri in listed if isinstance(uri, str)] if isinstance(listed, list) else []
 
 
 def resolve(reference: str, settings: Registry | None = None, *, cache: Path | None = None) -> Version:

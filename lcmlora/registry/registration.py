@@ -13,7 +13,7 @@ from lcmlora.config import Registry
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.evaluation.gate import record
 from lcmlora.io.files import temporary_folder
-from lcmlora.registry import events
+from lcmlora.registry import events, lookup
 from lcmlora.registry.approval.standing import Standing, standing
 from lcmlora.registry.lookup import MODEL, PASSED, REJECTED, RELEASE, read_aliases, versions_of_release
 from lcmlora.registry.tracking import connect, create_run, existing_run, flat_settings, reaching
@@ -48,6 +48,7 @@ def register_release(
     folder: Path,
     uri: str | None = None,
     gate_failures: Sequence[str] = (),
+    others: Sequence[str | None] = (),
 ) -> Registered:
     """Registers the release in `folder` as a version of `lcm-lora-<model>`. A release is registered only once.
 
@@ -61,6 +62,7 @@ def register_release(
     Args:
         uri: the address at which the release is published, if it is.
         gate_failures: why the gate was not passed; empty if it was.
+        others: its addresses in further stores; None for one where it was not published.
 
     Raises:
         UserError: MLflow cannot be reached. The release is kept, and the next run registers it.
@@ -71,6 +73,8 @@ def register_release(
     provenance = Provenance.read(folder / bundle.PROVENANCE)
     figures = Metrics.read(folder / bundle.METRICS)
     tags = _tags(provenance, figures, uri, gate_failures)
+    if published := [each for each in (uri, *others) if each] if others else []:
+        tags[lookup.URIS] = json.dumps(published)
     with reaching(settings, f"the release is kept in {folder} and the next run registers it"):
         client = connect(settings)
         found = _with_release(client, versions_of_release(client, sha256, name))
@@ -140,6 +144,9 @@ def _tags(provenance: Provenance, figures: Metrics, uri: str | None, gate_failur
 def _update(client: MlflowClient, version: ModelVersion, tags: dict[str, str]) -> None:
     """Writes the tags that changed. If the gate's decision changed, an event is added."""
     name, number = version.name, version.version
+    if lookup.URIS in tags:  # it stays published in a store that failed this time
+        known = [*lookup.read_uris(tags), *lookup.read_uris(version.tags)]
+        tags = tags | {lookup.URIS: json.dumps(list(dict.fromkeys(known)))}
     for key in sorted(tags.keys() | ({"gate_reason"} & version.tags.keys())):
         if version.tags.get(key) != tags.get(key, ""):
             client.set_model_version_tag(name, number, key, tags.get(key, ""))

@@ -63,7 +63,7 @@ def list_releases(settings: Publish, model: str | None = None, *, key: str = "pu
     Raises:
         UserError: the store cannot be reached.
     """
-    store = open_store(settings, key=key, consequence="ask again later")
+    store = open_store(settings.of(model) if model else settings, key=key, consequence="ask again later")
     groups: dict[str, list[Entry]] = {}
     channels: dict[str, list[str]] = {}
     for entry in store.entries(f"{model}/" if model else ""):

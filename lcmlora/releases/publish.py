@@ -1,4 +1,4 @@
-"""Publishing releases to a directory or S3: each gets an immutable folder, and a channel's pointer can name it.
+"""Publishing releases to a directory, S3 or the hub: each gets an immutable folder, which a channel's pointer can name.
 
     TO/MODEL/sha256-<first 12 of the weights' SHA-256>/{SHA256SUMS, weights, scheduler, card, ..., manifest.json}
     TO/MODEL/channels/champion.json
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from lcmlora.config import Publish
-from lcmlora.errors import UserError
+from lcmlora.errors import Unavailable, UserError
 from lcmlora.io import terminal
 from lcmlora.releases import bundle, manifest
 from lcmlora.releases.bundle import Provenance
@@ -30,6 +31,8 @@ from lcmlora.releases.trust.signing import SIGNATURE
 
 def publish_release(folder: Path, model: str, settings: Publish) -> str:
     """Publishes the bundle in `folder` and returns the release's address. An existing release stays as it is.
+
+    Of several stores in `publish.to` this is the first one.
 
     A release is identified by its weights: the same weights packaged again, with other timings in the metrics, are
     the release that exists already.
@@ -46,8 +49,9 @@ def publish_release(folder: Path, model: str, settings: Publish) -> str:
     sha256 = bundle.digest(folder)
     # Signed before anything is written, so that a key that does not work leaves no half release.
     signature = signing.sign(checksums, settings.signing_key) if settings.signing_key else None
-    store = open_store(settings)
+    store = open_store(settings.of(model))
     prefix = manifest.release_prefix(model, sha256)
+    store.prepare(model)
     if not _is_published(store, model, sha256):
         _claim(store, prefix, folder / bundle.CHECKSUMS, claim)
         # Another publisher may have completed a release of this adapter since.
@@ -81,8 +85,7 @@ def _claim(store: Store, prefix: str, checksums: Path, sha256: str) -> None:
 
 
 def _upload(store: Store, prefix: str, folder: Path, sums: dict[str, str]) -> None:
-    for name, sha256 in sums.items():
-        store.create(f"{prefix}/{name}", folder / name, sha256)
+    store.create_many({f"{prefix}/{name}": (folder / name, sha256) for name, sha256 in sums.items()})
     # Checked after all have been written: whichever publisher wrote an object, it must be the listed one.
     for name, sha256 in sums.items():
         _check_object(store, f"{prefix}/{name}", sha256)
@@ -135,7 +138,7 @@ def point_channel(model: str, sha256: str, settings: Publish, channel: str = "ch
     for name in (model, channel):
         if not records.is_name(name):
             raise UserError(f"{terminal.shown(repr(name))}: expected the name of a model and of a channel")
-    store = open_store(settings, consequence="the channel was not moved, and the next run moves it")
+    store = open_store(settings.of(model), consequence="the channel was not moved, and the next run moves it")
     prefix = manifest.release_prefix(model, sha256)
     if not _is_published(store, model, sha256):
         raise UserError(f"{store.uri}/{prefix}: no {MANIFEST}, so no release to point {channel} at")
@@ -158,6 +161,7 @@ def point_channel(model: str, sha256: str, settings: Publish, channel: str = "ch
             raise UserError(f"{place}: another publisher moved it just now; look at it, then run again")
         if moved and signed:
             replay_protection.accept_pointer(_read_pointer(content, place), store.uri, channel, settings, place)
+    store.show(name)
     # A yank checks the channels before it is written, perhaps just before this one was moved.
     _refuse_unusable(store, prefix, settings)
     return place
@@ -209,6 +213,30 @@ def point_channel_of(model: str, sha256: str, uri: str, settings: Publish, chann
     if not to:
         raise UserError(f"{terminal.shown(uri)}: is not the address of a release of {model}, so no channel follows")
     return point_channel(model, sha256, settings.model_copy(update={"to": to}), channel)
+
+
+def point_channels_of(
+    model: str, sha256: str, uris: Sequence[str], settings: Publish, channel: str = "champion"
+) -> list[str]:
+    """Points the channel in each store that has the release at it, and returns the pointers' addresses.
+
+    Args:
+        uris: the addresses of the release, one for each store.
+
+    Raises:
+        UserError: it was not moved in some of them, after all have been tried; each is named.
+    """
+    moved, errors = [], []
+    for uri in uris:
+        try:
+            moved.append(point_channel_of(model, sha256, uri, settings, channel))
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        also = f"; it was moved at {', '.join(moved)}" if moved else ""
+        kind = Unavailable if all(isinstance(error, Unavailable) for error in errors) else UserError
+        raise kind("; ".join(map(str, errors)) + also) from errors[0]
+    return moved
 
 
 def _refuse_unusable(store: Store, prefix: str, settings: Publish) -> None:

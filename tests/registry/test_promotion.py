@@ -148,6 +148,20 @@ def test_a_champion_that_was_made_in_mlflows_own_pages_can_be_rolled_back_to(set
     assert rollback(NAME, settings, reason="no").version == 3
 
 
+def test_a_release_in_several_stores_is_recorded_with_all_of_them_and_keeps_one_that_failed_later(settings: Registry):
+    def published(*uris: str | None) -> list[str]:
+        register_release("mini", settings, folder, uris[0], [], uris[1:])
+        return resolve(f"{NAME}/1", settings).uris
+
+    folder = write_sealed(Path("one"))
+    assert published("file:///a") == ["file:///a"]
+    assert "release_uris" not in resolve(f"{NAME}/1", settings).tags
+    assert published("file:///a", None) == ["file:///a"]
+    assert published(None, "hf://owls/mini/b") == ["file:///a", "hf://owls/mini/b"]
+    assert published("file:///a", None, "s3://c") == ["file:///a", "s3://c", "hf://owls/mini/b"]
+    assert resolve(f"{NAME}/1", settings).release_uri == "file:///a"
+
+
 def test_a_gate_that_decides_otherwise_than_before_is_an_event(settings: Registry):
     add(settings, "one", rejected="too blurred")
     register_release("mini", settings, Path("one"))

@@ -14,7 +14,13 @@ from lcmlora.registry import references
 from lcmlora.releases import catalog
 from lcmlora.releases.bundle import ADAPTER_FILES, verify
 from lcmlora.releases.catalog import download_release, find_release, list_releases, presigned_links, pull_release
-from lcmlora.releases.publish import point_channel, point_channel_of, publish_release, yank_release
+from lcmlora.releases.publish import (
+    point_channel,
+    point_channel_of,
+    point_channels_of,
+    publish_release,
+    yank_release,
+)
 from lcmlora.releases.stores.directory import DirectoryStore
 from tests.support.releases import write_sealed
 from tests.support.together import at_once
@@ -114,6 +120,32 @@ def test_the_channel_points_at_the_release_that_was_named_last(settings: Publish
     before = state(Path(settings.to))
     point_channel("mini", hashlib.sha256(b"better").hexdigest(), settings)
     assert state(Path(settings.to)) == before
+
+
+def test_a_channel_moves_in_every_store_that_can_be_reached_and_the_others_are_named(bundle: Path, tmp_path: Path):
+    settings = Publish(to=[str(tmp_path / name) for name in ("first", "second", "third")])
+    uris = [publish_release(bundle, "mini", settings.to_one(store)) for store in settings.stores]
+    assert publish_release(bundle, "mini", settings) == uris[0]
+    (tmp_path / "second/mini/channels").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot use .*/second/.*; it was moved at .*/first/.*, .*/third/") as caught:
+        point_channels_of("mini", SHA, uris, settings)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "second/mini/channels").unlink()
+    moved = point_channels_of("mini", SHA, uris, settings)
+    assert moved == [
+        (tmp_path / name / "mini/channels/champion.json").as_uri() for name in ("first", "second", "third")
+    ]
+    assert find_release("mini@champion", settings) == (uris[0], SHA)
+
+
+def test_stores_are_several_by_a_list_or_by_addresses_with_spaces_and_none_twice():
+    assert Publish(to="s3://a hf://b/c").stores == ["s3://a", "hf://b/c"] == Publish(to=["s3://a", "hf://b/c"]).stores
+    assert Publish(to="my owls").stores == ["my owls"]
+    assert Publish(to=["a/{model}", "b"]).of("mini").stores == ["a/mini", "b"]
+    assert Publish(to="hf://o/{model}").of("mini").to == "hf://o/mini"
+    for wrong in ([], ["a", "a"]):
+        with pytest.raises(ValueError, match=r"at least 1 item|names a store more than once"):
+            Publish(to=wrong)
 
 
 @pytest.mark.parametrize("folder", ["my owls", "50% owls", "owls#2?", "eulen-übung"])
