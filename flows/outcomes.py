@@ -22,6 +22,7 @@ from lcmlora.io.terminal import markdown as plain
 from lcmlora.project import Project
 from lcmlora.registry import tracking
 from lcmlora.registry.approval.standing import Standing
+from lcmlora.releases.stores.store import page_of
 from lcmlora.tasks.dvc import StageResult
 from lcmlora.tasks.output import slug
 
@@ -187,7 +188,9 @@ def leave_artifacts(outcomes: Sequence[Outcome], settings: Config, total: str) -
             create_link_artifact(page, link_text=f"MLflow run of {shown(outcome.version)}", key=f"mlflow-{key}")
         for number, uri in enumerate(outcome.published):
             mark = f"-{number + 1}" if number else ""
-            create_link_artifact(uri, link_text=f"Release of {shown(outcome.version)}", key=f"release-{key}{mark}")
+            create_link_artifact(
+                page_of(uri), link_text=f"Release of {shown(outcome.version)}", key=f"release-{key}{mark}"
+            )
 
 
 def _approval_page(outcome: Outcome, settings: Config) -> str:

@@ -10,6 +10,7 @@ from lcmlora.flows import has_server
 from lcmlora.registry import tracking
 from lcmlora.registry.lookup import Version
 from lcmlora.registry.registration import PREVIEW
+from lcmlora.releases.stores.store import page_of
 
 
 def flow_run() -> str | None:
@@ -33,6 +34,6 @@ def of_version(version: Version, settings: Config) -> dict[str, str]:
         found["MLflow version"] = f"{server}/#/models/{version.name}/versions/{version.version}"
         found["pictures"] = f"{server}/get-artifact?run_uuid={version.run_id}&path={PREVIEW}"
     if version.release_uri:
-        found["release"] = version.release_uri
-        found["card"] = f"{version.release_uri.rstrip('/')}/README.md"
+        found["release"] = page_of(version.release_uri)
+        found["card"] = page_of(version.release_uri, "README.md")
     return found

@@ -17,7 +17,7 @@ from lcmlora.registry.references import Places, open_adapter
 from lcmlora.releases.catalog import find_release, list_releases, presigned_links, pull_release, verify_release
 from lcmlora.releases.publish import point_channel, point_channel_of, publish_release, yank_release
 from lcmlora.releases.stores.hub import HubStore
-from lcmlora.releases.stores.store import open_store
+from lcmlora.releases.stores.store import open_store, page_of
 from tests.support import hub_server
 from tests.support.hub_server import Answer, Blob, HubServer, error
 from tests.support.releases import write_sealed
@@ -331,6 +331,21 @@ def test_an_address_that_is_no_repository_is_refused(to: str, bundle: Path):
     message = rf"publish\.to: expected hf://owner/name, or hf://owner/name@revision to read, got '{re.escape(to)}'"
     with pytest.raises(UserError, match=message):
         publish_release(bundle, "mini", Publish(to=to))
+
+
+def test_a_release_has_a_page_on_the_hub_and_other_stores_have_the_address_itself(hub: HubServer):
+    assert page_of(ADDRESS) == f"{hub.uri}/{REPOSITORY}/tree/{BRANCH}"
+    assert page_of(ADDRESS, "README.md") == f"{hub.uri}/{REPOSITORY}/blob/{BRANCH}/README.md"
+    assert page_of(f"hf://{REPOSITORY}@champion") == f"{hub.uri}/{REPOSITORY}/tree/champion"
+    assert page_of("s3://models/mini/sha256-0", "README.md") == "s3://models/mini/sha256-0/README.md"
+    assert page_of("file:///releases/mini") == "file:///releases/mini"
+
+
+def test_a_folder_that_cannot_be_written_is_no_fault_of_the_hub(hub: HubServer, bundle: Path, tmp_path: Path):
+    publish_release(bundle, "mini", SETTINGS)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"file/out: cannot be written: Not a directory; nothing was left"):
+        pull_release(ADDRESS, SETTINGS, tmp_path / "file" / "out")
 
 
 def test_a_revision_is_for_reading_and_a_repository_alone_is_no_release(hub: HubServer, bundle: Path):

@@ -175,7 +175,7 @@ class HubServer:
             return error(403 if token == READER else 401, "You don't have the rights to create a model")
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.repositories:
-            return error(409, "You already created this model repo")
+            return Answer(409, {"error": "You already created this model repo", "url": f"{self.uri}/{name}"})
         made = self.repositories[name] = Repository(asked.get("visibility", "public"))
         made.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}, "initial commit")
         return Answer(200, {"url": f"{self.uri}/{name}", "name": name})

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import quote
 
 from lcmlora.config import Publish
 from lcmlora.errors import UserError
@@ -72,6 +73,16 @@ class HubStore(Store):
         if match is None or (match[2] and match[3]):
             raise UserError(f"{key}: expected {cls.form}, or {cls.form}@revision to read, got {settings.first!r}")
         return cls(match, settings, key, consequence)
+
+    @classmethod
+    def page(cls, address: str, name: str = "") -> str:
+        from huggingface_hub.constants import ENDPOINT
+
+        match = re.match(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?(?:/[^/]+/(sha256-[0-9a-f]{12}))?", address)
+        if match is None:
+            return address
+        branch = quote(match[2] or match[3] or _MAIN, safe="")
+        return f"{ENDPOINT}/{match[1]}/{'blob' if name else 'tree'}/{branch}" + (f"/{quote(name)}" if name else "")
 
     @property
     def _api(self) -> HfApi:

@@ -63,6 +63,7 @@ class Requests:
         Raises:
             Unavailable: the hub does not answer, or is still busy.
             UserError: it refuses.
+            OSError: a file of this machine cannot be read or written.
         """
         from httpx2 import HTTPError
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -76,7 +77,15 @@ class Requests:
         )
         try:
             return attempts(action)
-        except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError, ValueError, RuntimeError) as raised:
+        except (
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            HTTPError,
+            ConnectionError,
+            TimeoutError,
+            ValueError,  # such as a card that the hub does not take
+            RuntimeError,
+        ) as raised:
             error = _origin(raised)
             status = _status(error)
             if status in answers:
@@ -129,8 +138,8 @@ def _is_temporary(error: Any) -> bool:
 
     if isinstance(error, HfHubHTTPError):
         return _status(error) == 429 or _status(error) >= 500
-    # LocalEntryNotFoundError: there was no connection, and the client has no copy.
-    return isinstance(error, ConnectionError | TimeoutError | TransportError | LocalEntryNotFoundError)
+    # LocalEntryNotFoundError: there was no connection, and the client has no copy. RuntimeError: Xet's upload failed.
+    return isinstance(error, ConnectionError | TimeoutError | TransportError | LocalEntryNotFoundError | RuntimeError)
 
 
 def _status(error: Any) -> int:

@@ -116,6 +116,15 @@ class Store(ABC):
     def entries(self, prefix: str) -> list[Entry]:
         """Returns the objects whose names begin with `prefix`, sorted by name."""
 
+    @classmethod
+    def page(cls, address: str, name: str = "") -> str:
+        """Returns the address at which a person looks at a release, or at a file of it.
+
+        Args:
+            address: of the release in such a store.
+        """
+        return f"{address.rstrip('/')}/{name}" if name else address
+
     def link(self, name: str, seconds: int) -> str:
         """Returns an address at which anybody can read the object for so many seconds.
 
@@ -145,6 +154,13 @@ def open_store(
         raise UserError(f"{key}: {settings.first} names a store for each model; name the model, as MODEL@CHANNEL does")
     opened: Store = STORES.get(scheme).open(settings, key, consequence)
     return opened
+
+
+def page_of(address: str, name: str = "") -> str:
+    """Returns the address at which a person looks at the release with this address, or at a file of it."""
+    scheme = scheme_of(address)  # other programs may have recorded any
+    page: str = (STORES.get(scheme) if scheme in STORES.names else Store).page(address, name)
+    return page
 
 
 def scheme_of(address: str) -> str:
