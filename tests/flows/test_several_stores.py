@@ -18,8 +18,8 @@ def test_a_store_that_fails_is_told_and_keeps_nothing_from_the_others_and_the_ne
     project.change(lambda raw: raw["publish"].update(to=[place.name for place in places]))
     places[1].write_text("in the way")
     state = retrain_models(["a"], return_state=True)
-    assert state.is_failed() and state.message.startswith("a: publish.to: cannot use ")
-    assert "/second/" in state.message and state.message.count("publish.to") == 1
+    assert state.is_failed() and state.message.startswith("a: publish.to: cannot use second/")
+    assert state.message.count("publish.to") == 1
     version = resolve("a@champion", load().registry)
     assert [uri.split("/")[-3] for uri in version.uris] == ["releases", "third"]
     table = capfd.readouterr().out

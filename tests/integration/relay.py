@@ -91,7 +91,8 @@ class Relay:
         for name, value in answer.getheaders():
             if name.lower() not in _OF_ONE_HOP:
                 handler.send_header(name, value)
-        handler.send_header("Content-Length", str(len(content)))
+        told = answer.getheader("Content-Length") if handler.command == "HEAD" else None
+        handler.send_header("Content-Length", told or str(len(content)))
         handler.end_headers()
         try:
             handler.wfile.write(content)
