@@ -79,8 +79,8 @@ def _add(found: dict[str, Source], root: Path, path: Path, *, is_state: bool) ->
 
 
 def _releases(root: Path, settings: Config) -> list[Path]:
-    to = settings.publish.to
-    return [] if "://" in to else [root / to]
+    # `{model}` stands for each model.
+    return [root / to.partition("{model}")[0] for to in settings.publish.stores if "://" not in to]
 
 
 def _below(folder: Path, left_out: Collection[str]) -> Iterator[Path]:
