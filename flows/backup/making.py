@@ -73,10 +73,11 @@ def _left_out(settings: Config, store: S3Client | None) -> list[str]:
     uri = settings.registry.tracking_uri
     if "://" in uri and not uri.startswith(("sqlite:", "postgresql")):
         found.append(f"the registry at {masking.address(uri)}: its server has backups of its own")
-    if settings.publish.to.startswith("s3://") and store is None:
-        found.append(f"the releases at {settings.publish.to}: keep versions of that bucket's objects")
-    elif "://" in settings.publish.to and not settings.publish.to.startswith("s3://"):
-        found.append(f"the releases at {masking.address(settings.publish.to)}")
+    for to in settings.publish.stores:
+        if to.startswith("s3://") and store is None:
+            found.append(f"the releases at {to}: keep versions of that bucket's objects")
+        elif "://" in to and not to.startswith("s3://"):
+            found.append(f"the releases at {masking.address(to)}")
     return found
 
 

@@ -333,6 +333,22 @@ def test_an_address_that_is_no_repository_is_refused(to: str, bundle: Path):
         publish_release(bundle, "mini", Publish(to=to))
 
 
+def test_an_object_is_deleted_by_a_commit_and_a_branch_with_its_last_object(hub: HubServer, bundle: Path):
+    publish_release(bundle, "mini", SETTINGS)
+    point_channel("mini", SHA, SETTINGS)
+    store = open_store(SETTINGS)
+    assert isinstance(store, HubStore)
+    store.delete("mini/channels/champion.json")
+    names = [entry.name for entry in store.entries("mini/")]
+    assert len(names) == 8 and all(name.startswith(f"mini/{BRANCH}/") for name in names)
+    for name in names:
+        store.delete(name)
+        store.delete(name)
+        assert store.read(name) is None
+    assert hub.repositories[REPOSITORY].branches.keys() == {"main"}
+    assert publish_release(bundle, "mini", SETTINGS) == ADDRESS
+
+
 def test_a_release_has_a_page_on_the_hub_and_other_stores_have_the_address_itself(hub: HubServer):
     assert page_of(ADDRESS) == f"{hub.uri}/{REPOSITORY}/tree/{BRANCH}"
     assert page_of(ADDRESS, "README.md") == f"{hub.uri}/{REPOSITORY}/blob/{BRANCH}/README.md"

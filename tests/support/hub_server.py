@@ -192,6 +192,9 @@ class HubServer:
         if verb == "refs":
             listed = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in repository.branches.items()]
             return Answer(200, {"branches": listed, "converts": [], "tags": []})
+        if verb == "branch" and method == "DELETE":
+            found = repository.branches.pop(revision, None)
+            return Answer(200, {}) if found else error(404, "Reference not found", "RevisionNotFound")
         if verb == "branch":
             return self._branch(repository, revision, json.loads(body or b"{}"))
         found = repository.find(revision)

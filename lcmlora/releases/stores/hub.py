@@ -186,6 +186,28 @@ class HubStore(Store):
                 return {name for name, _, _ in missing.values()}
         raise self._contended(branch)
 
+    def delete(self, name: str) -> None:
+        """Deletes an object if there is one, by a commit; with the last one of a branch, the branch. Earlier commits
+        of other branches may still have its bytes."""
+        place = self._writable(name)
+        for _ in range(_ATTEMPTS):
+            head = self._head(place.branch)
+            present = self._files(head) if head else {}
+            if head is None or place.file not in present:
+                return
+            if place.is_pointer or {path for path in present if not path.startswith(".")} == {place.file}:
+                self._delete_branch(place.branch)
+                return
+            if self._commit(place.branch, [hub_requests.deletion(place.file)], head, f"Delete {place.file}"):
+                return
+        raise self._contended(place.branch)
+
+    def _delete_branch(self, branch: str) -> None:
+        def delete() -> None:
+            self._api.delete_branch(self._repository, branch=branch)
+
+        self._hub.ask(delete, {404: None}, f"branch {branch}")
+
     def swap(self, name: str, content: bytes, tag: str | None) -> bool:
         place = self._writable(name)
         head = self._head(place.branch)
