@@ -52,11 +52,15 @@ def send(event: Event, settings: Config) -> None:
         warn(f"notify: Prefect does not keep what was told, so that it is told again: {masking.text(error)}")
 
 
-def settle(model: str | None, settings: Config, *kinds: EventKind) -> None:
-    """Notes that troubles of these kinds are over, so that they are told at once if they happen again."""
+def settle(model: str | None, settings: Config, *kinds: EventKind, looked: bool = False) -> None:
+    """Notes that troubles of these kinds are over, so that they are told at once if they happen again.
+
+    Args:
+        looked: those that were found by looks from outside, not those that runs have told of themselves.
+    """
     if settings.notify.targets:
         try:
-            repeats.settle(kinds, model, settings)
+            repeats.settle(kinds, model, settings, looked=looked)
         except (httpx.HTTPError, PrefectException, OSError) as error:
             warn(f"notify: Prefect does not answer: {masking.text(error)}")
 

@@ -24,6 +24,7 @@ class Event:
     run: str | None = None  # id of Prefect's run
     version: str | None = None  # lcm-lora-emoji/3
     pictures: tuple[Path, ...] = ()  # files that an e-mail has as attachments
+    looked: bool = False  # found by a look from outside, which also finds that it is over; not told by a run of itself
     # What tells this event from all others, where it happened but once, such as an entry of a version's history. It is
     # told even if an event that reads the same was told before.
     occurrence: str | None = None

@@ -41,7 +41,7 @@ def count(event: Event, settings: Config) -> Count:
     now = _now()
     if event.occurrence is not None:
         return Count(1, now, False, "", None)
-    key = f"{_start(event.kind, event.model)}{_fingerprint(event)}"
+    key = f"{_start(event.kind, event.model, event.looked)}{_fingerprint(event)}"
     entry = Memory(SUBJECT, settings).read().get(key) or {"times": 0, "since": now, "told": "", "runs": []}
     if event.run is not None and event.run in entry["runs"]:
         return Count(entry["times"], entry["since"], True, key, None)
@@ -57,11 +57,15 @@ def has_told_its_failure(run: str, entries: dict[str, Entry]) -> bool:
     return any(run in entry.get("runs", ()) for key, entry in entries.items() if key.startswith("failed "))
 
 
-def settle(kinds: tuple[str, ...], model: str | None, settings: Config) -> None:
-    """Forgets troubles that are over: if they happen again, they are told at once."""
+def settle(kinds: tuple[str, ...], model: str | None, settings: Config, *, looked: bool = False) -> None:
+    """Forgets troubles that are over: if they happen again, they are told at once.
+
+    Args:
+        looked: those that were found by looks, not those that runs have told of themselves.
+    """
     memory = Memory(SUBJECT, settings)
     for key in memory.read():
-        if key.startswith(tuple(_start(kind, model) for kind in kinds)):
+        if key.startswith(tuple(_start(kind, model, looked) for kind in kinds)):
             memory.forget(key)
 
 
@@ -73,8 +77,8 @@ def forget_old(settings: Config) -> None:
             memory.forget(key)
 
 
-def _start(kind: str, model: str | None) -> str:
-    return f"{kind} {model or ''} "
+def _start(kind: str, model: str | None, looked: bool) -> str:
+    return f"{kind} {model or ''} {'looked' if looked else 'run'} "
 
 
 def _fingerprint(event: Event) -> str:

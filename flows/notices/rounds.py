@@ -39,6 +39,10 @@ def after_run(results: Sequence[Outcome], settings: Config) -> None:
             failed.setdefault(tuple(outcome.errors), []).append(outcome)
         else:
             notify.settle(outcome.model, settings, "failed")
+    if not failed:
+        notify.settle(None, settings, "failed")
+    if not any(outcome.not_pushed for outcome in results):
+        notify.settle(None, settings, "stuck")
     for errors, outcomes in failed.items():
         # One message, where a shared stage has failed for all models.
         model = outcomes[0].model if len(outcomes) == 1 else None
@@ -90,7 +94,7 @@ def quarter_hourly(settings: Config) -> None:
             notify.send(event, settings)
         for kind in ("stuck", "disk"):
             if kind not in {event.kind for event in found}:
-                notify.settle(None, settings, kind)
+                notify.settle(None, settings, kind, looked=True)
 
 
 @contextlib.contextmanager

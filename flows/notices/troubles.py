@@ -30,6 +30,7 @@ from lcmlora.flows.notices import links, repeats
 from lcmlora.flows.notices.event import Event
 from lcmlora.flows.servers import definitions
 from lcmlora.io.private import downloads
+from lcmlora.settings.operation.notify import EventKind
 
 _PAGE = 200  # runs; Prefect returns no more in one answer
 _ENDED_HOURS = 24  # how long ago a run may have crashed that is told
@@ -42,7 +43,9 @@ def stuck_runs(settings: Config, now: datetime.datetime) -> Iterator[Event]:
         for run in _runs(client, FlowRunFilterState(type=FlowRunFilterStateType(any_=list(_ONGOING)))):
             if reason := _why_stuck(run, settings, now, lambda run=run: _last_line(client, run.id)):
                 name = client.read_flow(run.flow_id).name
-                yield Event("stuck", f"a run of {name} {reason}", links=links.of_run(str(run.id)), run=str(run.id))
+                yield Event(
+                    "stuck", f"a run of {name} {reason}", links=links.of_run(str(run.id)), run=str(run.id), looked=True
+                )
 
 
 def _why_stuck(run: FlowRun, settings: Config, now: datetime.datetime, last_line: Any) -> str | None:
@@ -64,7 +67,7 @@ def _why_stuck(run: FlowRun, settings: Config, now: datetime.datetime, last_line
         if now - since > late:
             doing = "is being cancelled" if run.state.type == StateType.CANCELLING else "waits for its process"
             return f"{doing} since {_time(since)}: is the worker alive, and is there a machine for it?"
-    elif now - since > silent:
+    elif run.state.type == StateType.RUNNING and now - since > silent:
         heard = max(filter(None, (since, last_line())))
         if now - heard > silent:
             return f"runs since {_time(since)} and has said nothing since {_time(heard)}"
@@ -82,7 +85,11 @@ def crashed_runs(settings: Config, now: datetime.datetime) -> Iterator[Event]:
                 said = run.state.message if run.state and run.state.message else "Prefect has no reason"
                 end = f"ended as {run.state.name}" if run.state else "failed"
                 reason = f"a run of {client.read_flow(run.flow_id).name} {end}: {said}"
-                yield Event("failed", reason, links=links.of_run(str(run.id)), run=str(run.id))
+                yield _found("failed", reason, run)
+
+
+def _found(kind: EventKind, reason: str, run: FlowRun) -> Event:
+    return Event(kind, reason, links=links.of_run(str(run.id)), run=str(run.id), looked=True)
 
 
 def full_disks(settings: Config) -> Iterator[Event]:
@@ -98,6 +105,7 @@ def full_disks(settings: Config) -> Iterator[Event]:
                 f"{folder}: {free:.1f} GB are free, less than the {settings.notify.disk_gb:g} GB of notify.disk_gb; "
                 "docs/guides/operate.md, Retention, says what may be deleted",
                 figures={"free GB": free},
+                looked=True,
             )
 
 

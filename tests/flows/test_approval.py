@@ -21,6 +21,7 @@ def channel(project: Project, model: str) -> Path:
     return project.root / f"releases/{model}/channels/champion.json"
 
 
+@pytest.mark.slow
 def test_a_run_ends_and_the_version_waits_until_a_person_says_yes_or_no(
     project: Project, capfd: pytest.CaptureFixture[str]
 ):
