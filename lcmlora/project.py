@@ -151,6 +151,11 @@ class Project:
         """The seconds that each stage took on this machine the last time."""
         return self.root / "timings" / "stages.json"
 
+    @property
+    def records(self) -> Path:
+        """The records of what each stage ran with, apart from the results, which have no time and no commit."""
+        return self.root / "timings" / "records"
+
     def scratch(self, *names: str) -> Path:
         """Work in progress, from which a killed run continues, and downloads."""
         return self.root.joinpath("scratch", *names)

@@ -70,7 +70,7 @@ class StageCommand(TyperCommand):
         context = context_of(ctx)
         if context.project.params is not None:  # --params: not the settings of DVC and resolved.yaml
             return super().invoke(ctx)
-        from lcmlora.dvc_files import dvc_yaml, resolved
+        from lcmlora.dvc_files import dvc_yaml, resolved, stage_records
         from lcmlora.projects import durations
         from lcmlora.stages import Run
 
@@ -79,6 +79,7 @@ class StageCommand(TyperCommand):
             dvc_yaml.check(context.settings(), context.project)
         with (
             resolved.running(context.settings(), run, context.project.resolved),
+            stage_records.recorded(context.project, run, context.settings),
             durations.measured(context.project, resolved.entry_name(run)),
         ):
             return super().invoke(ctx)
@@ -203,6 +204,7 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, ra
     from lcmlora.bases import folders
     from lcmlora.config import digest
     from lcmlora.distillation.distill import distill_adapter, versions
+    from lcmlora.dvc_files import stage_records
     from lcmlora.io.files import sha256_file
     from lcmlora.registry import tracking
 
@@ -211,6 +213,7 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, ra
     key = digest(settings, identity, cache.digest, stages.algorithms("distill"))[:12]
     scratch = project.scratch("distill", f"{model}-{key}")
     limit = int(config.teacher_cache_gb * 1e9)
+    ran_with = stage_records.summary(project) if ranks.first else {}  # before the training, which may take days
     logged = config.registry if ranks.first else None
     with (
         locked(scratch) if ranks.first else contextlib.nullcontext(),
@@ -229,7 +232,7 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, ra
             teacher_cache=(project.scratch("teacher"), limit) if limit else None,
         )
         if ranks.first:
-            run.tag_adapter(sha256_file(project.adapter(model) / lora.WEIGHTS), versions())
+            run.tag_adapter(sha256_file(project.adapter(model) / lora.WEIGHTS), versions() | ran_with)
     if ranks.first:
         discard(scratch)
 

@@ -6,6 +6,8 @@ flow, and verbs that are called by hand, do the same. A verb that DVC calls refu
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +98,11 @@ def running(config: Config, run: Run, path: Path) -> Iterator[None]:
 
 def _entry(config: Config, run: Run) -> Settings:
     return {"algorithms": stages.algorithms(run.stage)} | stages.decisive_settings(config, run)
+
+
+def digest(config: Config, run: Run) -> str:
+    """Returns the SHA-256 of all that decides a run's result besides its inputs: its entry in resolved.yaml."""
+    return hashlib.sha256(json.dumps(_entry(config, run), sort_keys=True).encode()).hexdigest()
 
 
 def entry_name(run: Run) -> str:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from pydantic import Field
+
 from lcmlora.adapters.metadata import (
     FACTS,
     SCHEDULER,
@@ -16,6 +18,7 @@ from lcmlora.adapters.metadata import (
     SamplerFacts,
     read_sampler,
 )
+from lcmlora.dvc_files.commits import Commit
 from lcmlora.errors import UserError
 from lcmlora.io.documents import Document, Number
 from lcmlora.io.files import sha256_file
@@ -48,13 +51,6 @@ class Decision(Document):
 
     passed: bool
     failures: list[str]
-
-
-class Commit(Document):
-    """The code's commit, and whether tracked files differed from it; None outside a repository."""
-
-    commit: str | None
-    dirty: bool | None
 
 
 class Kohya(Document):
@@ -98,8 +94,24 @@ class StageSettings(Document):
     gate: GateSettings
 
 
+class RanWith(Document):
+    """What a stage ran with, as it was then; see `stage_records.StageRecord`."""
+
+    settings: str | None = None  # SHA-256 of its entry in resolved.yaml
+    git: Commit
+    package: Commit  # of lcmlora, where it was run from a repository
+    versions: dict[str, str]
+    device: str | None = None
+    began: str | None = None  # ISO 8601, UTC
+    ended: str | None = None
+    changed: list[str] = Field(default_factory=list)  # what a person changed while it ran
+
+
 class Provenance(Document):
-    """provenance.json: what went into a release."""
+    """provenance.json: what went into a release.
+
+    `git`, `params` and `versions` are of the stages that made it, where these are known (`stages`), else of packaging.
+    """
 
     model: str
     packaged: str | None = None  # time, ISO 8601, UTC; missing in releases from before 2026-11-28
@@ -120,6 +132,9 @@ class Provenance(Document):
     gate: Decision | None = None
     reloaded: Proof | None = None
     kohya: Kohya | None = None
+    # By stage, those whose output was made on the machine that packaged; missing where none was, and until 2026-11-29.
+    stages: dict[str, RanWith] | None = None
+    packaged_with: RanWith | None = None
 
     @property
     def trained(self) -> str:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lcmlora import __version__
 from lcmlora.adapters.metadata import FACTS, SCHEDULER, WEIGHTS, Distilled, Sampler, read_sampler
 from lcmlora.config import Base, Config
 from lcmlora.errors import UserError
@@ -34,7 +31,6 @@ from lcmlora.releases.bundle import (
     REPORT,
     SAMPLE,
     WORKFLOW,
-    Commit,
     Decision,
     Kohya,
     Provenance,
@@ -47,6 +43,7 @@ from lcmlora.releases.clients import Student, recommended_steps
 from lcmlora.releases.pages.album import Album
 from lcmlora.releases.pages.card import render_card
 from lcmlora.releases.pages.report import render_report
+from lcmlora.releases.ran import StagesRan
 
 
 def package_release(model: str, config: Config, project: Project, base_folder: Path) -> Provenance:
@@ -68,6 +65,7 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
     steps = [key.steps for key in figures.students]
     compatibility = read_of(project.compatibility(model), adapter / WEIGHTS)
     failures = gate_failures(figures, config.gate, compatibility)
+    ran = StagesRan.of(model, config, project)
     with atomic_folder(project.release(model)) as folder:
         _copy_inputs(model, project, folder)
         header = _header(model, base, project, figures, sampler)
@@ -88,14 +86,16 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
             data_digest=distilled.data_digest,
             data_dvc=_dvc_digest(project, project.pictures_of(model, config)),
             seed=distilled.seed,
-            params=_stage_settings(model, config, distilled),
-            versions=distilled.versions | {"python": platform.python_version(), "lcmlora": __version__},
-            git=_git(project.root),
+            params=_stage_settings(model, config, distilled, ran),
+            versions=ran.versions | distilled.versions,
+            git=ran.git,
             dvc_lock=sha256_file(project.dvc_lock) if project.dvc_lock.is_file() else None,
             gate=Decision(passed=not failures, failures=failures),
             reloaded=check.run(folder / WEIGHTS),
             kohya=Kohya(file=kohya.name, sha256=sha256_file(kohya), reloaded=check.run(kohya)),
         )
+        if ran.stages:
+            provenance = provenance.model_copy(update={"stages": ran.stages, "packaged_with": ran.packaging})
         if config.has_own_data(model):
             pictures = project.own_pictures(model).relative_to(project.root)
             provenance = provenance.model_copy(update={"pictures": pictures.as_posix()})
@@ -173,14 +173,16 @@ def _write_sample(folder: Path, student: Student, weights: str, base: Base, eval
     picture.save(folder / SAMPLE, pnginfo=comfyui.png_chunks(made))
 
 
-def _stage_settings(model: str, config: Config, distilled: Distilled) -> StageSettings:
+def _stage_settings(model: str, config: Config, distilled: Distilled, ran: StagesRan) -> StageSettings:
+    """Returns the settings that each stage ran with; those of now where it is not known."""
     settings = {
         "data": config.data_for(model),
         "encode": config.encode_for(model),
         "evaluation": config.evaluation_for(model),
     }
     plain = {stage: each.model_dump(mode="json") for stage, each in settings.items()}
-    return StageSettings.model_validate(plain | {"gate": config.gate.deciding(), "distill": distilled.distill})
+    made = {"gate": config.gate.deciding(), "distill": distilled.distill}
+    return StageSettings.model_validate(plain | ran.sections | made)
 
 
 def kohya_name(model: str) -> str:
@@ -293,23 +295,3 @@ def _now() -> str:
         raise UserError(f"SOURCE_DATE_EPOCH: expected seconds since 1970, got {epoch!r}")
     moment = datetime.now(UTC) if epoch is None else datetime.fromtimestamp(int(epoch), UTC)
     return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def _git(root: Path) -> Commit:
-    """Returns the commit of the project's repository, and whether tracked files of the project differ from it.
-
-    Both are None outside a repository.
-    """
-
-    def output_of(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
-        except (FileNotFoundError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    # Results that the pipeline itself has just written do not make the code dirty.
-    results = [f":(exclude){name}" for name in ("dvc.lock", "resolved.yaml", "metrics", "plots")]
-    changes = output_of("status", "--porcelain", "--untracked-files=no", "--", ".", *results)
-    commit = output_of("rev-parse", "--verify", "HEAD")
-    return Commit(commit=commit, dirty=None if commit is None or changes is None else bool(changes))

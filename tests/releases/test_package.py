@@ -20,10 +20,12 @@ from lcmlora.bases import architecture
 from lcmlora.bases.base import LoadedBase
 from lcmlora.config import Config
 from lcmlora.diffusion import samplers
+from lcmlora.dvc_files import stage_records
 from lcmlora.errors import UserError
 from lcmlora.project import Project
 from lcmlora.releases import package as release
-from lcmlora.releases.bundle import WEIGHTS, digest, verify
+from lcmlora.releases.bundle import WEIGHTS, Provenance, digest, verify
+from lcmlora.stages import Run
 from tests.support import adapters
 from tests.support.releases import ADDITIONS, METRICS, load_settings, settings, write_stages
 
@@ -273,6 +275,33 @@ def test_the_git_commit_is_recorded_and_changed_code_is_called_dirty_but_fresh_r
     assert package(stages, base_folder)["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     Path("code.py").write_text("a = 2\n")
     assert package(stages, base_folder)["git"]["dirty"] is True
+
+
+def test_provenance_is_of_the_training_and_not_of_the_moment_of_packaging(
+    stages: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(stages)
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
+        return subprocess.run(["git", *identity, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "trained")
+    trained = git("rev-parse", "HEAD")
+    settings = load_settings(base_folder)
+    for stage in ("distill", "evaluate"):
+        with stage_records.recorded(Project(stages), Run(stage, "mini"), lambda: settings):
+            pass
+    git("commit", "-q", "--allow-empty", "-m", "packaged")
+    provenance = package(stages, base_folder, evaluation={"resamples": 300}, data={"seed": 99})
+    assert provenance["git"] == {"commit": trained, "dirty": False}
+    assert provenance["packaged_with"]["git"]["commit"] == git("rev-parse", "HEAD") != trained
+    assert provenance["params"]["evaluation"] == settings.evaluation_for("mini").model_dump(mode="json")
+    assert provenance["params"]["data"]["seed"] == 99  # nothing is known of `encode`, whose output is not here
+    assert set(provenance["stages"]) == {"distill", "evaluate"}
+    assert provenance["stages"]["distill"]["git"]["commit"] == trained
+    assert Provenance.read(stages / "release/mini/provenance.json").plain() == provenance
 
 
 def test_the_card_has_the_front_matter_of_the_hub_and_the_figures(stages: Path, base_folder: Path):
