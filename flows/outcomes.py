@@ -48,6 +48,7 @@ class Outcome:
     champion: str | None = None  # the version that the gate compared with
     gate_failures: list[str] | None = None
     version: str | None = None  # lcm-lora-emoji/3
+    deleted: bool = False  # a person deleted this version, and it is not registered again
     aliases: list[str] = field(default_factory=list)
     created: bool = False  # the version, by this run
     promoted: bool = False  # by this run
@@ -56,6 +57,7 @@ class Outcome:
     asked: bool = False  # for approval, by this run
     run_id: str | None = None
     uris: list[str | None] = field(default_factory=list)  # of the release, one for each store; None where it failed
+    changed: list[str] = field(default_factory=list)  # what a person changed while the run went on
     errors: list[str] = field(default_factory=list)
     not_pushed: str | None = None  # why the results could not be sent to DVC's remote
 
@@ -110,7 +112,10 @@ def rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
         pairs += [("gate", f"failed: {line}") for line in outcome.gate_failures] or [("gate", passed)]
     if outcome.approval is not None:
         pairs.append(("approval", outcome.approval.text))
-    if outcome.version:
+    if outcome.deleted:
+        advice = f"not registered again (`lcmlora registry readmit {outcome.model}` allows it)"
+        pairs.append(("version", f"{outcome.version} was deleted in MLflow: {advice}"))
+    elif outcome.version:
         aliases = "".join(f" @{alias}" for alias in sorted(outcome.aliases))
         pairs.append(("version", outcome.version + aliases + (" (new)" if outcome.created else "")))
     if outcome.published:
@@ -118,6 +123,7 @@ def rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
     elif outcome.figures is not None:
         pairs.append(("release", f"release/{outcome.model}, not published"))
     pairs += [("not pushed", f"{outcome.not_pushed}; {NOT_PUSHED}")] if outcome.not_pushed else []
+    pairs += [("changed", f"while it ran: {change}") for change in outcome.changed]
     return pairs + [("error", error) for error in outcome.errors]
 
 
@@ -177,7 +183,7 @@ def leave_artifacts(outcomes: Sequence[Outcome], settings: Config, total: str) -
         key = slug(outcome.model)
         if outcome.figures is not None:
             create_table_artifact(_methods(outcome.figures), key=f"figures-{key}", description=_counts(outcome.figures))
-        if ((release := Project().release(outcome.model)) / _CARD).is_file():
+        if (release := packaged(outcome)) is not None:
             text = card(release)
             create_markdown_artifact(text, key=f"card-{key}", description=f"Model card of {outcome.model}'s release")
         if outcome.awaiting and outcome.version:
@@ -219,6 +225,15 @@ def _approval_page(outcome: Outcome, settings: Config) -> str:
 
 def _judged(figures: Metrics) -> list[tuple[str, Mapping[Key, float]]]:
     return [("excess", figures.excess), ("retrieval@1", figures.retrieval)]
+
+
+def packaged(outcome: Outcome) -> Path | None:
+    """Returns the folder of the release that a run has packaged, or has found up to date; None where it has not.
+
+    A run that failed before leaves the release of an earlier one in the folder.
+    """
+    release = Project().release(outcome.model)
+    return release if outcome.figures is not None and (release / _CARD).is_file() else None
 
 
 def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

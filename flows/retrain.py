@@ -21,25 +21,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 from prefect import State, flow, get_run_logger
 from prefect.states import Completed, Failed
 from pydantic import Field
 
 from lcmlora import config, masking
-from lcmlora.errors import UserError
+from lcmlora.dvc_files import commits
+from lcmlora.dvc_files.commits import Commit
+from lcmlora.errors import Unavailable, UserError
 from lcmlora.flows import choose, outcomes
 from lcmlora.flows.notices import rounds
 from lcmlora.flows.outcomes import Outcome
 from lcmlora.io import faults
+from lcmlora.io.files import sha256_file
 from lcmlora.io.terminal import note
+from lcmlora.registry import tracking
 from lcmlora.registry.approval.standing import AWAITING, REFUSED
 from lcmlora.tasks import dvc
 from lcmlora.tasks.champions import expire_approvals, request_approval
 from lcmlora.tasks.devices import holding_device
 from lcmlora.tasks.models import (
     fetch_base,
+    follow_champion,
     pass_gate,
     point_channel,
     promote_version,
@@ -92,14 +97,47 @@ def retrain_models(
     began = time.monotonic()
     try:
         settings = config.load(Path(params))
+        _check_registry(settings.registry)
         results = [Outcome(model) for model in choose(settings, models)]
     except UserError as error:
         return Failed(message=str(error))
     if to is not None:
         settings = settings.model_copy(update={"publish": settings.publish.model_copy(update={"to": to})})
+    settled = _Settled.now(Path(params))
     rounds.before_run(settings)
     _run_models(results, settings, force, publish, promote)
+    for outcome in results:
+        outcome.changed = settled.changes(Path(params))
     return _report(results, settings, time.monotonic() - began)
+
+
+def _check_registry(settings: config.Registry) -> None:
+    """Raises UserError where nothing could be registered. A registry that does not answer now may do so at the end."""
+    try:
+        tracking.check(settings)
+    except Unavailable as error:
+        note(f"warning: {error}")
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The settings and the commit that a run begins with. Stages that begin later read what is there then."""
+
+    params: str  # SHA-256 of the file
+    git: Commit
+
+    @classmethod
+    def now(cls, params: Path) -> Self:
+        return cls(sha256_file(params), commits.of_project(Path()))
+
+    def changes(self, params: Path) -> list[str]:
+        """Returns what differs now."""
+        found, git = [], commits.of_project(Path())
+        if not params.is_file() or sha256_file(params) != self.params:
+            found.append(f"{params}; gate, registration and publishing went by the former one, later stages by the new")
+        if git != self.git:
+            found.append(f"the commit, from {self.git.text} to {git.text}")
+        return found
 
 
 def _run_models(results: list[Outcome], settings: config.Config, force: bool, publish: bool, promote: bool) -> None:
@@ -287,6 +325,7 @@ def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: 
         networked(expire_approvals, settings)(model, settings)
     registered = networked(register_release, settings)(model, settings, outcome.uris, outcome.gate_failures)
     outcome.version, outcome.run_id = f"{registered.name}/{registered.version}", registered.run_id
+    outcome.deleted = registered.deleted
     outcome.created, outcome.aliases = registered.created, list(registered.aliases)
     alias, outcome.approval = settings.registry.alias, registered.approval
     # A person has rolled back a version that was promoted before and is not champion now.
@@ -298,9 +337,12 @@ def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: 
         asked = networked(request_approval, settings)(model, registered, settings)
         outcome.asked, outcome.approval = asked is not None, asked or outcome.approval
     for store, uri in zip(settings.publish.stores, outcome.uris, strict=False):
-        if promote and alias in outcome.aliases and uri:
+        if promote and uri:
             with _recording_errors(outcome):
-                networked(point_channel, settings)(model, registered.sha256, settings, store)
+                if alias in outcome.aliases:
+                    networked(point_channel, settings)(model, registered.sha256, settings, store)
+                else:
+                    networked(follow_champion, settings)(model, settings, store)
 
 
 def _may_become_champion(outcome: Outcome, settings: config.Config) -> bool:

@@ -79,6 +79,7 @@ def start() -> None:
         settings = Project().settings()
         try:
             plan = _servers(project, folder, settings, state)
+            _move_artifacts(project, settings, plan)
             _deploy(folder, plan, settings.flow.limit, pool)
             name = f"{socket.gethostname()}:{project.name}"
             api, user = plan.exported["PREFECT_API_URL"], _login("prefect", state)
@@ -327,6 +328,18 @@ def _inherited(plan: Plan, name: str) -> dict[str, str]:
     foreign += ["PREFECT_", "MLFLOW_"] if name != "worker" else []
     kept = {key: value for key, value in os.environ.items() if not key.startswith(tuple(foreign))}
     return kept | NO_TELEMETRY | {"PATH": search_path(kept)}
+
+
+def _move_artifacts(project: Path, settings: config.Config, plan: Plan) -> None:
+    """Moves the artifacts of runs without a server into MLflow's, where other machines can read them."""
+    if "MLFLOW_TRACKING_URI" not in plan.exported:
+        return
+    os.environ |= {name: value for name, value in plan.exported.items() if name.startswith("MLFLOW_TRACKING_")}
+    from lcmlora.registry.servers.moving import move_artifacts
+
+    served = settings.registry.model_copy(update={"tracking_uri": plan.exported["MLFLOW_TRACKING_URI"]})
+    if moved := move_artifacts(_absolute(settings.registry.tracking_uri, project), served, project):
+        print(f"mlflow: the artifacts of {moved} runs were copied from mlruns/ to the server")
 
 
 def _deploy(folder: Path, plan: Plan, limit: str, pool: str) -> None:

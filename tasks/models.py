@@ -18,6 +18,7 @@ from lcmlora.project import Project
 from lcmlora.registry import promotion, registration
 from lcmlora.releases import bundle, publish
 from lcmlora.releases.bundle import Provenance
+from lcmlora.releases.stores.store import open_store
 from lcmlora.tasks.devices import holding_device
 from lcmlora.tasks.dvc import StageFailed
 from lcmlora.tasks.processes import Processes, python, reason, stream
@@ -127,3 +128,18 @@ def promote_version(model: str, version: registration.Registered, settings: conf
 def point_channel(model: str, sha256: str, settings: config.Config, store: str) -> str:
     """Points the published channel with the alias's name at the release, and returns the pointer's address."""
     return publish.point_channel(model, sha256, settings.publish.to_one(store), settings.registry.alias)
+
+
+@task(task_run_name="channel {model} in {store}", cache_policy=NO_CACHE)
+def follow_champion(model: str, settings: config.Config, store: str) -> str | None:
+    """Points the channel of a store at the champion's release, which a person may have chosen on MLflow's page.
+
+    Returns:
+        The pointer's address; None where there is no champion, or it has no release in this store.
+    """
+    champion = registry.champion(model, settings.registry)
+    own = settings.publish.to_one(store)
+    place = open_store(own).uri
+    if champion is None or not any(uri.startswith(place) for uri in champion.uris):
+        return None
+    return publish.point_channel(model, champion.sha256, own, settings.registry.alias)

@@ -277,6 +277,33 @@ def rollback(
     _move_channel(config, promotion.rollback(name, config.registry, reason=reason, who=by, to=to), as_json)
 
 
+@app.command()
+def readmit(
+    call: typer.Context,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model of params.yaml, such as emoji; the release in release/MODEL is meant.",
+            show_default=False,
+            autocompletion=completion.models,
+        ),
+    ],
+) -> None:
+    """Let the adapter in release/MODEL be registered again, whose version was deleted in MLflow.
+
+    A deleted version does not come back by itself. After this, the next `lcmlora run` registers it as a new version.
+
+    Example: lcmlora registry readmit emoji
+    """
+    context = context_of(call)
+    config = context.settings()
+    from lcmlora.registry import registration
+
+    found = registration.readmit(name, config.registry, context.project.release(name))
+    say(f"{found} was deleted, and its adapter may be registered again: `lcmlora run` does it")
+
+
 def approve(
     call: typer.Context,
     reference: Reference,

@@ -211,10 +211,8 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, ra
     loaded, cache = base_and_cache(project, config, model, settings, pictures=ranks.first)
     identity = folders.identity(config.base(model), project.base(model))
     key = digest(settings, identity, cache.digest, stages.algorithms("distill"))[:12]
-    scratch = project.scratch("distill", f"{model}-{key}")
-    limit = int(config.teacher_cache_gb * 1e9)
-    ran_with = stage_records.summary(project) if ranks.first else {}  # before the training, which may take days
-    logged = config.registry if ranks.first else None
+    scratch, limit = project.scratch("distill", f"{model}-{key}"), int(config.teacher_cache_gb * 1e9)
+    logged, ran_with = (config.registry, stage_records.summary(project)) if ranks.first else (None, {})
     with (
         locked(scratch) if ranks.first else contextlib.nullcontext(),
         tracking.log_run(logged, model, settings.model_dump(mode="json"), scratch) as run,

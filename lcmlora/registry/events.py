@@ -99,6 +99,7 @@ def champions(events: Iterable[Event], alias: str) -> list[int]:
         events: those of all versions of a model, the oldest first.
     """
     line: list[int] = []
+    seen: set[int] = set()
     for event in (event for event in events if event.alias == alias):
         # Somebody may have given the alias to the former version in MLflow's own pages.
         if event.former is not None and event.former not in line[-1:]:
@@ -106,7 +107,10 @@ def champions(events: Iterable[Event], alias: str) -> list[int]:
         if event.action == "rolled back" and event.version in line:
             del line[line.index(event.version) + 1 :]
         elif line[-1:] != [event.version]:
+            if event.action == "rolled back" and event.version not in seen:
+                del line[-1:]  # to a version that never was champion, which takes the place of the former one
             line.append(event.version)
+        seen.add(event.version)
     return line
 
 

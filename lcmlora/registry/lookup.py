@@ -20,6 +20,7 @@ from lcmlora.io.private import downloads
 from lcmlora.registry import events
 from lcmlora.registry.approval.standing import standing
 from lcmlora.registry.downloads import offline
+from lcmlora.registry.servers import ledger
 from lcmlora.registry.tracking import connect, of_environment, reaching
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Version:
     foreign_events: tuple[str, ...]  # tags that are named like events and that lcmlora did not write
     tags: dict[str, str]
     approval: str | None = None  # awaiting, approved, rejected, timed out, superseded; None where nobody was asked
+    git_dirty: str | None = None  # true or false: whether tracked files differed from the commit
 
     @property
     def reference(self) -> str:
@@ -192,7 +194,17 @@ class Difference:
 
 def compare(first: Version, second: Version) -> list[Difference]:
     """Returns the facts of two versions, and after them their metrics, side by side."""
-    facts = ("sha256", "objective", "features", "data_digest", "data_dvc", "git_commit", "dvc_lock", "gate")
+    facts = (
+        "sha256",
+        "objective",
+        "features",
+        "data_digest",
+        "data_dvc",
+        "git_commit",
+        "git_dirty",
+        "dvc_lock",
+        "gate",
+    )
     rows = [Difference(name, getattr(first, name), getattr(second, name)) for name in facts]
     rows += [Difference(f"base {key}", first.base[key], second.base[key]) for key in first.base]
     names = dict.fromkeys([*first.metrics, *second.metrics])
@@ -253,6 +265,7 @@ def find_version(client: MlflowClient, reference: str, settings: Registry) -> Mo
         return _get(client, name, int(number), settings)
     aliases = read_aliases(client, name) if _is_registered(client, name) else None
     if aliases is None:
+        ledger.refuse_renamed(client, name)
         raise NotFound(f"{reference}: not registered at {masking.address(settings.tracking_uri)}")
     if alias not in aliases:
         raise NotFound(f"{reference}: no such alias; {name} has {', '.join(sorted(aliases)) or 'none'}")
@@ -267,6 +280,7 @@ def _get(client: MlflowClient, name: str, version: int, settings: Registry) -> M
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
+        ledger.refuse_renamed(client, name)
         raise NotFound(f"{name}/{version}: not registered at {masking.address(settings.tracking_uri)}") from error
 
 
@@ -358,6 +372,7 @@ def _described(client: MlflowClient, found: Sequence[ModelVersion], settings: Re
                 foreign_events=tuple(events.foreign_tags(tags)),
                 tags=tags,
                 approval=decided.state if (decided := standing(past, settings.alias)) else None,
+                git_dirty=tags.get("git_dirty"),
             )
         )
     return described

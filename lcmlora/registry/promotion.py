@@ -6,12 +6,13 @@ in between, the next one completes it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import datetime
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lcmlora import masking
 from lcmlora.config import Gate, Registry
-from lcmlora.errors import Unavailable, UserError
+from lcmlora.errors import NotFound, Unavailable, UserError
 from lcmlora.evaluation import gate as gates
 from lcmlora.registry import events
 from lcmlora.registry.approval.standing import REFUSED, standing
@@ -19,6 +20,7 @@ from lcmlora.registry.downloads.pulling import figures
 from lcmlora.registry.events import Event
 from lcmlora.registry.lookup import PASSED, PREFIX, Version, find_version, read_aliases, resolve, search_all
 from lcmlora.registry.registration import Registered
+from lcmlora.registry.servers import ledger
 from lcmlora.registry.tracking import connect, reaching
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 PREVIOUS = "previous"  # alias of the champion before the present one
 ADVICE = "to make it {} anyway, use `lcmlora registry promote` with --override and --reason"
+
+_EXACT = "models:/"  # before a registered model's exact name
 
 
 def history(name: str, settings: Registry, *, may_be_missing: bool = False) -> list[Event]:
@@ -39,9 +43,11 @@ def history(name: str, settings: Registry, *, may_be_missing: bool = False) -> l
         UserError: there is no such model, or MLflow cannot be reached.
     """
     with reaching(settings, "ask again later"):
-        found = _versions(connect(settings), name)
-    if not found and not may_be_missing:
-        raise UserError(f"{name}: not registered at {masking.address(settings.tracking_uri)}")
+        client = connect(settings)
+        found = _versions(client, name)
+        if not found and not may_be_missing:
+            ledger.refuse_renamed(client, name)
+            raise NotFound(f"{name}: not registered at {masking.address(settings.tracking_uri)}")
     return _events(found)
 
 
@@ -119,7 +125,9 @@ def _check_approval(candidate: Version, settings: Registry, gate: Gate) -> None:
 def rollback(name: str, settings: Registry, *, reason: str, who: str | None = None, to: int | None = None) -> Version:
     """Makes the champion before the present one champion again, or the version `to`, and returns it.
 
-    A second call goes back by one more champion. The flow does not promote a version again that was rolled back.
+    It is the version that has the alias `previous`, which a person may have moved in MLflow, else the last champion
+    before the present one that still exists. A second call goes back by one more champion. The flow does not promote a
+    version again that was rolled back.
 
     Raises:
         UserError: there is no version to go back to, or MLflow cannot be reached.
@@ -127,27 +135,50 @@ def rollback(name: str, settings: Registry, *, reason: str, who: str | None = No
     with reaching(settings, "nothing was rolled back"):
         client = connect(settings)
         history(name, settings)
-        champions = _champions(client, name, settings.alias)
-        if not champions:
-            raise UserError(f"{name}: no version has {settings.alias}, so there is nothing to roll back")
-        if to is None and len(champions) < 2:
-            raise UserError(
-                f"{name}/{champions[-1]}: is the first {settings.alias}; name the version to go to with --to"
-            )
-        target = champions[-2] if to is None else to
-        if target == champions[-1]:
+        aliases, recorded = read_aliases(client, name), _recorded_champions(client, name, settings.alias)
+        target = target_of_rollback(name, settings.alias, aliases, recorded) if to is None else to
+        if target == aliases.get(settings.alias):
             raise UserError(f"{name}/{target}: is {settings.alias} already")
-        found = find_version(client, f"{name}/{target}", settings)  # raises where there is no such version
+        found = find_version(client, f"{_EXACT}{name}/{target}", settings)  # raises where there is no such version
         present = standing(events.read_events(target, found.tags), settings.alias)
         if present is not None and present.state != "approved":
             raise UserError(f"{name}/{target}: {present.text}; roll back to a version that was {settings.alias} before")
     _move(name, target, settings, "rolled back", reason, who)
-    return resolve(f"{name}/{target}", settings)
+    return resolve(f"{_EXACT}{name}/{target}", settings)
+
+
+def target_of_rollback(name: str, alias: str, aliases: Mapping[str, int], recorded: Sequence[int]) -> int:
+    """Returns the version to go back to.
+
+    Args:
+        name: of the registered model, for messages.
+        aliases: the version of each alias now.
+        recorded: the champions that the history has and that still exist, the last one last.
+
+    Raises:
+        UserError: there is none, or a person must say which.
+    """
+    present, previous = aliases.get(alias), aliases.get(PREVIOUS)
+    # Where the history leads to another version, a person has moved `previous`, or deleted the champion.
+    as_recorded = previous in (None, present, *recorded[-2:-1])
+    if previous is not None and (not as_recorded or present is None):
+        return previous
+    if present is None:
+        if not recorded:
+            raise UserError(f"{name}: no version has {alias}, so there is nothing to roll back")
+        known = ", ".join(f"/{number}" for number in dict.fromkeys(recorded))
+        raise UserError(
+            f"{name}: no version has {alias} or {PREVIOUS}; name the version to go to with --to ({known} had {alias})"
+        )
+    champions = _with_present(recorded, present)
+    if len(champions) < 2:
+        raise UserError(f"{name}/{present}: is the first {alias}; name the version to go to with --to")
+    return champions[-2]
 
 
 def _worse(candidate: Version, settings: Registry, gate: Gate) -> list[str]:
     """Returns why the candidate is worse than the champion by their releases' figures; empty if it is not."""
-    reference = f"{candidate.name}@{settings.alias}"
+    reference = f"{_EXACT}{candidate.name}@{settings.alias}"
     with reaching(settings, "nothing was promoted"):
         champion = read_aliases(connect(settings), candidate.name).get(settings.alias)
     if not gate.champion or champion in (None, candidate.version):
@@ -192,17 +223,23 @@ def _move(
 
 
 def _set_previous(client: MlflowClient, name: str, alias: str) -> None:
-    champions, present = _champions(client, name, alias), read_aliases(client, name).get(PREVIOUS)
+    aliases = read_aliases(client, name)
+    champions = _with_present(_recorded_champions(client, name, alias), aliases.get(alias))
+    present = aliases.get(PREVIOUS)
     if len(champions) > 1 and present != champions[-2]:
         client.set_registered_model_alias(name, PREVIOUS, str(champions[-2]))
     elif len(champions) < 2 and present is not None:
         client.delete_registered_model_alias(name, PREVIOUS)
 
 
-def _champions(client: MlflowClient, name: str, alias: str) -> list[int]:
-    """Returns the champions in their order, with the present one last, even if it got its alias in MLflow's pages."""
-    recorded, present = _recorded_champions(client, name, alias), read_aliases(client, name).get(alias)
-    return recorded if present is None or recorded[-1:] == [present] else [*recorded, present]
+def _with_present(recorded: Sequence[int], present: int | None) -> list[int]:
+    """Returns the champions in their order, with the present one last, even if it got its alias in MLflow's pages.
+
+    If that is an earlier champion, it counts as rolled back to.
+    """
+    if present is None:
+        return list(recorded)
+    return [*recorded[: recorded.index(present)], present] if present in recorded else [*recorded, present]
 
 
 def _recorded_champions(client: MlflowClient, name: str, alias: str) -> list[int]:
@@ -221,5 +258,14 @@ def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
 
 
 def _events(found: Sequence[ModelVersion]) -> list[Event]:
-    every = [event for version in found for event in events.read_events(int(version.version), version.tags)]
+    every = [event for version in found for event in _events_of(version)]
     return sorted(every, key=lambda event: event.time)
+
+
+def _events_of(version: ModelVersion) -> list[Event]:
+    """Returns a version's own events. MLflow copies a version with all its tags, so with the events of the original."""
+    own = events.read_events(int(version.version), version.tags)
+    if not (version.source or "").startswith(_EXACT):
+        return own
+    copied = datetime.datetime.fromtimestamp(version.creation_timestamp / 1000, datetime.UTC)
+    return [event for event in own if datetime.datetime.fromisoformat(event.time) >= copied]

@@ -21,10 +21,11 @@ from lcmlora.inference.mlflow_internals import start_system_monitor
 from lcmlora.io.files import write_json
 from lcmlora.io.parsing import as_object, read_json
 from lcmlora.io.terminal import CELL, note, shortened
+from lcmlora.registry.servers import answers, artifacts, terminal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Experiment, Metric
     from PIL.Image import Image
 
 Settings = Mapping[str, object]  # nested or flat, as MLflow's params show them
@@ -151,7 +152,8 @@ def log_run(settings: Registry | None, model: str, params: Settings, scratch: Pa
         except extras.MissingExtra as error:  # a machine that only trains needs no MLflow
             note(f"warning: {error}; {consequence}")
         except UserError as error:
-            note(f"warning: {error}")
+            told = str(error).removesuffix(f"; {consequence}")  # which `reaching` adds, and other refusals do not
+            note(f"warning: {told}; {consequence}")
     try:
         yield run
     except BaseException as error:
@@ -168,6 +170,7 @@ def _continue_or_create(
     if marker and marker.is_file():
         run_id = existing_run(client, as_object(read_json(marker), str(marker)).get("run_id"))
         if run_id:
+            artifacts.check_run(client, run_id, settings)
             client.update_run(run_id, status="RUNNING")
             return run_id
     run_id = create_run(client, settings, model, params)
@@ -179,7 +182,11 @@ def _continue_or_create(
 def create_run(
     client: MlflowClient, settings: Registry, model: str, params: Settings, tags: dict[str, str] | None = None
 ) -> str:
-    """Returns the id of a new run in the configured experiment. The experiment is made if there is none."""
+    """Returns the id of a new run in the configured experiment. The experiment is made if there is none.
+
+    Raises:
+        UserError: it keeps artifacts where others cannot read them.
+    """
     from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
 
@@ -190,6 +197,7 @@ def create_run(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
         identity = client.get_experiment_by_name(settings.experiment).experiment_id
+    _check_experiment(client.get_experiment(identity), settings)
     run_id: str = client.create_run(identity, run_name=model, tags={"model": model, **(tags or {})}).info.run_id
     client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flat_settings(params).items()])
     return run_id
@@ -227,8 +235,10 @@ def connect(settings: Registry) -> MlflowClient:
     """Returns an MLflow client of the configured server or database.
 
     Raises:
+        UserError: the server is too old or no MLflow, or this terminal does not know the servers of `lcmlora up`.
         Exception: of the driver, where a database cannot be reached; see `reaching`.
     """
+    terminal.require_environment(settings)
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
 
@@ -247,7 +257,33 @@ def connect(settings: Registry) -> MlflowClient:
         engine = create_engine(uri)
         engine.connect().close()
         engine.dispose()
+    elif uri.startswith("http"):
+        answers.check_version(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def check(settings: Registry) -> None:
+    """Checks before hours of work that their results can be registered.
+
+    Raises:
+        UserError: MLflow answers, and is too old, or asks for a password, or keeps artifacts where others cannot read
+            them, or this terminal does not know the servers of `lcmlora up`.
+        Unavailable: it does not answer now.
+    """
+    with reaching(settings, "nothing can be registered now"):
+        found = connect(settings).get_experiment_by_name(settings.experiment)
+    if found is not None:
+        _check_experiment(found, settings)
+
+
+def _check_experiment(experiment: Experiment, settings: Registry) -> None:
+    name = f"experiment {experiment.name}"
+    if experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"MLflow at {masking.address(settings.tracking_uri)}: {name} was deleted: restore it (mlflow experiments "
+            f"restore --experiment-id {experiment.experiment_id}), or name another one (registry.experiment)"
+        )
+    artifacts.check_place(experiment.artifact_location or "", settings, name)
 
 
 @contextlib.contextmanager
@@ -264,7 +300,7 @@ def reaching(settings: Registry, consequence: str) -> Iterator[None]:
     except Exception as error:
         if missing := extras.missing(error):  # no other call would find it
             raise missing from None
-        known = {"mlflow", "sqlalchemy", "psycopg2", "requests", "urllib3", "boto3", "botocore"}
+        known = {"mlflow", "sqlalchemy", "psycopg2", "requests", "urllib3", "boto3", "botocore", "google", "json"}
         foreign = {cls.__module__.partition(".")[0] for cls in type(error).__mro__} & known
         if not foreign and not isinstance(error, OSError | ImportError):
             raise
@@ -274,12 +310,24 @@ def reaching(settings: Registry, consequence: str) -> Iterator[None]:
         if getattr(error, "get_http_status_code", lambda: 0)() == 401:
             reason = "it asks for a name and a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             reason += " (`source .up/environment` sets those of `lcmlora up`)"
+        elif uri.startswith("http") and is_forbidden(error):
+            who = os.environ.get("MLFLOW_TRACKING_USERNAME") or "this user"
+            reason = f"it does not permit this to {who}; its administrator may give the right (docs/guides/operate.md)"
+        elif uri.startswith("http") and (answered := answers.fault(error)):
+            reason, status = answered
+            kind = Unavailable if status in _BUSY else UserError  # of a proxy, if the server behind it does not run
+            raise kind(f"MLflow at {masking.address(uri)}: {reason}; {consequence}") from None
         # The original message can contain the address with its password, and a log may print it with the traceback.
         cause = error if _is_clean(error, uri) else None
         kind = Unavailable if _is_temporary(error) else UserError
         if isinstance(error, ImportError):  # such as the driver of a database
             consequence = "install it with pip"
         raise kind(f"MLflow at {masking.address(uri)}: {reason}; {consequence}") from cause
+
+
+def is_forbidden(error: BaseException) -> bool:
+    """Returns whether MLflow knows the user, and does not permit what was asked."""
+    return int(getattr(error, "get_http_status_code", lambda: 0)()) == 403
 
 
 def _is_clean(error: BaseException | None, uri: str) -> bool:

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.flows import outcomes
-from lcmlora.flows.outcomes import Outcome, _figures
+from lcmlora.flows.outcomes import Outcome, _figures, packaged, rows
 from tests.support.reports import searched
 
 
@@ -24,3 +28,26 @@ def test_a_run_whose_results_were_not_sent_says_so_unless_something_worse_happen
     assert ("not pushed", f"{unsent}; {outcomes.NOT_PUSHED}") in outcomes.rows(promoted, 4)
     assert outcomes.end([promoted, Outcome("b", created=True, gate_failures=["x"], not_pushed=unsent)]) == "Rejected"
     assert outcomes.end([promoted, Outcome("b", errors=["x"], not_pushed=unsent)]) == "Failed"
+
+
+def test_the_page_of_a_run_that_failed_before_packaging_has_no_card_of_an_earlier_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    card = Path("release/mini/README.md")
+    card.parent.mkdir(parents=True)
+    card.write_text("of last night")
+    assert packaged(Outcome("mini", errors=["distill@mini: out of memory"])) is None
+    assert packaged(Outcome("mini", figures=Metrics.parse(searched(), "metrics"))) == card.parent
+
+
+def test_a_version_that_was_deleted_and_what_was_changed_meanwhile_are_in_the_table() -> None:
+    outcome = Outcome("mini", version="lcm-lora-mini/3", deleted=True, changed=["params.yaml"])
+    assert rows(outcome, 4) == [
+        ("ran", "nothing"),
+        (
+            "version",
+            "lcm-lora-mini/3 was deleted in MLflow: not registered again (`lcmlora registry readmit mini` allows it)",
+        ),
+        ("changed", "while it ran: params.yaml"),
+    ]

@@ -42,8 +42,11 @@ def test_a_reader_reads_and_cannot_promote_and_an_editor_can(
     assert registry.resolve("people@champion", settings).version == 1
     pulled = registry.pull("people@champion", settings, tmp_path / "pulled")
     assert (pulled / "pytorch_lora_weights.safetensors").read_bytes() == b"first of people"
-    with pytest.raises(UserError):
+    with pytest.raises(
+        UserError, match="it does not permit this to ada; its administrator may give the right"
+    ) as caught:
         promotion.promote(f"{NAME}/2", settings, gate, reason="mine is better")
+    assert "\n" not in str(caught.value)
     assert registry.resolve("people@champion", settings).version == 1
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "bob")
     promotion.promote(f"{NAME}/2", settings, gate, reason="better")

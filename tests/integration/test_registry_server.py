@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from lcmlora.inference import pipelines
 from lcmlora.io.files import sha256_file
 from lcmlora.registry import promotion, registration
 from lcmlora.registry.lookup import Version
+from lcmlora.registry.servers import moving
 from lcmlora.registry.tracking import log_run
 from lcmlora.releases import bundle
 from tests.integration.relay import Relay
@@ -263,6 +265,31 @@ def test_two_processes_that_register_one_adapter_at_the_same_moment_leave_one_ve
 def versions(settings: Registry, name: str) -> list[Version]:
     """Returns none, too, where there is no such model."""
     return [version for version in registry.versions(settings) if version.name == name]
+
+
+def test_what_a_plain_run_made_is_refused_behind_a_server_until_it_is_moved_there(
+    settings: Registry, sealed: Path, postgresql: PostgreSQL, tmp_path: Path
+):
+    database = postgresql.uri("mlflow")
+    plain = settings.model_copy(update={"tracking_uri": database})
+    client(plain).create_experiment(settings.experiment, artifact_location=str(tmp_path / "mlruns/of me"))
+    registration.register_release("plain", plain, sealed)
+    other = write_sealed(tmp_path / "other", weights=b"another adapter of a plain experiment")
+    for folder in (sealed, other):
+        with pytest.raises(
+            UserError, match=r"keeps its artifacts in .*mlruns/of me.*, which only one machine can read"
+        ):
+            registration.register_release("plain", settings, folder)
+    assert [version.version for version in versions(settings, "lcm-lora-plain")] == [1]
+    assert moving.move_artifacts(database, settings, tmp_path) == 1
+    shutil.rmtree(tmp_path / "mlruns")
+    pulled = registry.pull("lcm-lora-plain/1", settings, tmp_path / "pulled", everything=True)
+    assert {path.name: path.read_bytes() for path in pulled.iterdir()} == {
+        path.name: path.read_bytes() for path in sealed.iterdir()
+    }
+    assert not registration.register_release("plain", settings, sealed).created
+    assert registration.register_release("plain", settings, other).version == 2
+    assert moving.move_artifacts(database, settings, tmp_path) == 0
 
 
 @pytest.mark.slow

@@ -179,6 +179,7 @@ def test_a_release_becomes_a_version_with_artifacts_figures_and_tags(settings: R
         "base_digest": "b" * 64,
         "data_digest": "d" * 64,
         "git_commit": "c" * 40,
+        "git_dirty": "false",
         "objective": "lcm",
         "features": "efficientnet-lite0",
         "release_uri": "file:///releases/mini",

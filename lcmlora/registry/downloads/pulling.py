@@ -16,6 +16,7 @@ from lcmlora.io.private import downloads
 from lcmlora.io.terminal import note
 from lcmlora.registry.downloads import offline
 from lcmlora.registry.lookup import RELEASE, Version, canonical, resolve
+from lcmlora.registry.servers import artifacts
 from lcmlora.registry.tracking import connect, of_environment, reaching
 from lcmlora.releases import bundle
 from lcmlora.releases.trust import records
@@ -98,7 +99,7 @@ def _pulled(version: Version, settings: Registry, out: Path, everything: bool, *
         if offline.is_asked_for():
             raise UserError(f"{version.reference}: is not in {out.parent}, and {offline.VARIABLE} is set")
         with reaching(settings, "ask again later"):
-            _download(connect(settings), version, folder, everything)
+            _download(connect(settings), version, settings, folder, everything)
 
     try:
         make_once(out, is_there, download)
@@ -129,8 +130,9 @@ def verify(folder: Path, settings: Registry | None = None) -> Version:
         raise UserError(f"{folder}: {error}") from None
 
 
-def _download(client: MlflowClient, version: Version, folder: Path, everything: bool) -> None:
+def _download(client: MlflowClient, version: Version, settings: Registry, folder: Path, everything: bool) -> None:
     """Downloads the release of a version, or the part of it that drawing needs, and checks it."""
+    artifacts.check_run(client, version.run_id, settings, reading=True)
     listed = [PurePosixPath(item.path).name for item in client.list_artifacts(version.run_id, RELEASE)]
     if not listed:
         raise UserError(f"{version.reference}: has no release among the artifacts of its run {version.run_id}")
@@ -171,7 +173,9 @@ def figures(version: Version, settings: Registry) -> Metrics:
     _refuse_foreign(version)
     place = f"{version.reference}: {bundle.METRICS} among its artifacts"
     with reaching(settings, "ask again later"), temporary_folder() as folder:
-        path = _fetch(connect(settings), version, bundle.METRICS, Path(folder))
+        client = connect(settings)
+        artifacts.check_run(client, version.run_id, settings, reading=True)
+        path = _fetch(client, version, bundle.METRICS, Path(folder))
         try:
             found = read_json(path)
         except UserError as error:
