@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+_REGAINED = 120.0  # seconds: of three tries at intervals of up to half a minute, and of a server that starts slowly
 _HOSTS = ("127.0.0.1", "localhost")  # with any port, as `ssh -L 9000:127.0.0.1:4200` changes it
 
 
@@ -54,11 +55,15 @@ class AccessGuard:
 
 
 def prefect() -> AccessGuard:
-    """Returns Prefect's server behind the guard; a factory for uvicorn."""
+    """Returns Prefect's server behind the guard; a factory for uvicorn.
+
+    Slots that were held when it ended stay taken for some minutes, in which their holders find it again.
+    """
     from lcmlora.flows.servers import logs
     from lcmlora.tasks import prefect_internals
 
     logs.keep_small()
+    prefect_internals.renew_expired_leases(_REGAINED)
     return AccessGuard(prefect_internals.server(), _list("PREFECT_SERVER_CORS_ALLOWED_ORIGINS"))
 
 

@@ -26,6 +26,7 @@ from lcmlora.flows.notices import rounds
 from lcmlora.registry import promotion
 from lcmlora.registry.lookup import PREFIX, Version
 from lcmlora.tasks.champions import approve_reference, move_channel, promote_reference, reject_reference, roll_back
+from lcmlora.tasks.outages.own_state import outlasting
 from lcmlora.tasks.output import slug
 from lcmlora.tasks.retrying import networked
 
@@ -44,8 +45,9 @@ def promote_version(
     """Makes a version champion and moves the published channel. Ends as Promoted, or Failed with the gate's reasons."""
     try:
         settings = config.load(Path(params))
-        version = networked(promote_reference, settings)(reference, settings, reason, who, override)
-        return _completed("Promoted", version, settings)
+        with outlasting(settings.flow.patience):
+            version = networked(promote_reference, settings)(reference, settings, reason, who, override)
+            return _completed("Promoted", version, settings)
     except UserError as error:
         return Failed(message=str(error))
 
@@ -64,9 +66,10 @@ def roll_back_champion(
     """
     try:
         settings = config.load(Path(params))
-        # Not retried: a second call would go back by one more champion.
-        version = roll_back(name_of(model), settings, reason, who, to)
-        return _completed("RolledBack", version, settings)
+        with outlasting(settings.flow.patience):
+            # Not retried: a second call would go back by one more champion.
+            version = roll_back(name_of(model), settings, reason, who, to)
+            return _completed("RolledBack", version, settings)
     except UserError as error:
         return Failed(message=str(error))
 
@@ -81,8 +84,9 @@ def approve_version(
     """Makes a version champion that waits for approval, and moves the published channel. Ends as Promoted."""
     try:
         settings = config.load(Path(params))
-        version = networked(approve_reference, settings)(reference, settings, reason, who)
-        return _completed("Promoted", version, settings)
+        with outlasting(settings.flow.patience):
+            version = networked(approve_reference, settings)(reference, settings, reason, who)
+            return _completed("Promoted", version, settings)
     except UserError as error:
         return Failed(message=str(error))
 
@@ -97,9 +101,10 @@ def reject_version(
     """Rejects a version that waits for approval: no run makes it champion. Ends as Rejected."""
     try:
         settings = config.load(Path(params))
-        version = networked(reject_reference, settings)(reference, settings, reason, who)
-        _leave_history(version, settings)
-        _tell(version, settings)
+        with outlasting(settings.flow.patience):
+            version = networked(reject_reference, settings)(reference, settings, reason, who)
+            _leave_history(version, settings)
+            _tell(version, settings)
         return Completed(name="Rejected", message=f"{version.reference}: rejected by {who}: {reason}")
     except UserError as error:
         return Failed(message=str(error))

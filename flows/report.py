@@ -24,6 +24,7 @@ from lcmlora.io.terminal import LINE
 from lcmlora.io.terminal import markdown as plain
 from lcmlora.registry import promotion
 from lcmlora.registry.events import Event
+from lcmlora.tasks.outages.own_state import outlasting
 
 
 @flow(name="report")
@@ -35,10 +36,12 @@ def leave_digest(
     Ends as Reported, or as Quiet if nothing happened.
     """
     try:
-        found = collect(config.load(Path(params)), days)
+        settings = config.load(Path(params))
+        with outlasting(settings.flow.patience):
+            found = collect(settings, days)
+            create_markdown_artifact(found.text, key="digest")
     except UserError as error:
         return Failed(message=str(error))
-    create_markdown_artifact(found.text, key="digest")
     counts = f"{found.events} events of versions, {found.runs} runs in {days} days"
     return Completed(name="Reported" if found.events or found.runs else "Quiet", message=counts)
 

@@ -53,6 +53,7 @@ from lcmlora.tasks.models import (
     read_metrics,
     register_release,
 )
+from lcmlora.tasks.outages.own_state import outlasting
 from lcmlora.tasks.processes import Processes
 from lcmlora.tasks.retrying import networked
 from lcmlora.tasks.workspace.remote import Remote
@@ -103,12 +104,13 @@ def retrain_models(
         return Failed(message=str(error))
     if to is not None:
         settings = settings.model_copy(update={"publish": settings.publish.model_copy(update={"to": to})})
-    settled = _Settled.now(Path(params))
-    rounds.before_run(settings)
-    _run_models(results, settings, force, publish, promote)
-    for outcome in results:
-        outcome.changed = settled.changes(Path(params))
-    return _report(results, settings, time.monotonic() - began)
+    with outlasting(settings.flow.patience):
+        settled = _Settled.now(Path(params))
+        rounds.before_run(settings)
+        _run_models(results, settings, force, publish, promote)
+        for outcome in results:
+            outcome.changed = settled.changes(Path(params))
+        return _report(results, settings, time.monotonic() - began)
 
 
 def _check_registry(settings: config.Registry) -> None:
@@ -262,8 +264,9 @@ def _bring_up(
         on_device = [name for name in names[first:] if dvc.needs_device(name)]
         changed = prepared
         # Held for all of a model's stages, so that one model is finished before the next one starts.
-        gpus = settings.launch_for(outcome.model).processes
-        with holding_device(settings.flow.limit, processes, gpus) if on_device else contextlib.nullcontext():
+        gpus, patience = settings.launch_for(outcome.model).processes, settings.flow.patience
+        device = holding_device(settings.flow.limit, processes, gpus, patience)
+        with device if on_device else contextlib.nullcontext():
             for name in on_device:
                 examined = name.startswith("distill@") and _has_gpu(settings.distill_for(outcome.model))
                 if examined and (changed or name in plan.stale):

@@ -18,6 +18,8 @@ from lcmlora.io.parsing import JsonObject, as_object, read_yaml
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
+_PATIENCE = 30 * 86_400.0  # seconds to wait for a server that does not answer, after it has once
+
 
 def schedule(
     call: typer.Context,
@@ -46,12 +48,14 @@ def schedule(
     import prefect
 
     from lcmlora.flows import credentials, provision
+    from lcmlora.tasks.prefect_internals import Patience
 
     api = os.environ["PREFECT_API_URL"]
     try:
         _require_no_pool(deployments)
         provision.provide(settings.flow.limit, pool=None)
-        prefect.serve(*deployments, limit=limit)
+        with Patience(_PATIENCE).in_effect():
+            prefect.serve(*deployments, limit=limit)
     except httpx.TransportError as error:
         raise UserError(f"the Prefect server at {api} does not answer: {error}") from error
     except httpx.HTTPStatusError as error:

@@ -6,19 +6,16 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.private import runtime_folder, shared_folder
 from lcmlora.tasks.machine import gpus
 from lcmlora.tasks.machine.locks import Unusable, holding_lock
-from lcmlora.tasks.output import Waiting, log_line
+from lcmlora.tasks.outages.slots import holding_slot
+from lcmlora.tasks.output import log_line
 from lcmlora.tasks.processes import Processes
-
-_POLL_SERVER = 2.0  # seconds between two tries of a slot
-_LEASE = 60.0  # seconds that a slot stays taken after its holder was killed
 
 
 @contextlib.contextmanager
-def holding_device(limit: str, processes: Processes, count: int = 1) -> Iterator[None]:
+def holding_device(limit: str, processes: Processes, count: int = 1, patience: float = 0.0) -> Iterator[None]:
     """Waits until nobody else uses the GPUs, nor holds the limit, and holds both within the block.
 
     On this machine there is a lock for each GPU, which all users share; where there is no NVIDIA GPU, one for each user
@@ -29,6 +26,7 @@ def holding_device(limit: str, processes: Processes, count: int = 1) -> Iterator
 
     Args:
         count: of GPUs, the first of those that CUDA_VISIBLE_DEVICES shows.
+        patience: seconds to wait for a server that does not answer.
 
     Raises:
         UserError: the server has no such limit.
@@ -42,7 +40,7 @@ def holding_device(limit: str, processes: Processes, count: int = 1) -> Iterator
         if not found:
             path = runtime_folder() / f"{_plain(limit)}.lock"
             held.enter_context(holding_lock(path, limit, processes, exposed=True))
-        held.enter_context(_slot(limit, processes))
+        held.enter_context(holding_slot(limit, processes, patience))
         yield
 
 
@@ -60,43 +58,3 @@ def _hold(held: contextlib.ExitStack, name: str, file: str, processes: Processes
 
 def _plain(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name)
-
-
-@contextlib.contextmanager
-def _slot(limit: str, processes: Processes) -> Iterator[None]:
-    from prefect.settings import get_current_settings
-
-    if get_current_settings().api.url is None:
-        yield
-        return
-    with contextlib.ExitStack() as slot:
-        waiting = Waiting()
-        while not _take(limit, slot):
-            waiting.tell(limit, lambda: f"waiting for a slot of Prefect's limit {limit}")
-            processes.pause(_POLL_SERVER)
-        yield
-
-
-def _take(limit: str, slot: contextlib.ExitStack) -> bool:
-    """Returns whether a slot was free. It is taken then, and leaving `slot` gives it back."""
-    from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
-    from prefect.concurrency.sync import concurrency
-
-    from lcmlora.tasks.prefect_internals import is_limit_taken, is_limit_unknown
-
-    try:
-        # No retries here: Prefect's own wait cannot be interrupted from the flow's thread. A lease that cannot be
-        # renewed is no reason to end a training of days.
-        acquisition = concurrency(
-            limit, max_retries=0, lease_duration=_LEASE, strict=True, raise_on_lease_renewal_failure=False
-        )
-        slot.enter_context(acquisition)
-    except ConcurrencySlotAcquisitionError as error:
-        if is_limit_taken(error):
-            return False
-        if is_limit_unknown(error):
-            raise UserError(
-                f"the Prefect server has no limit {limit!r}: `prefect gcl create {limit} --limit 1` makes it"
-            ) from error
-        raise Unavailable(f"no slot of the limit {limit!r}: Prefect's server: {error.__cause__}") from error
-    return True

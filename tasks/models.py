@@ -77,7 +77,7 @@ def read_champion(model: str, figures: Metrics, settings: config.Config, process
 def _remeasure(model: str, reference: str, settings: config.Config, processes: Processes) -> Metrics:
     out = _PROJECT.scratch("champion", f"{model}.json")
     arguments = ("remeasure", model, "--adapter", f"models:/{reference}", "--out", str(out))
-    with holding_device(settings.flow.limit, processes):
+    with holding_device(settings.flow.limit, processes, patience=settings.flow.patience):
         status, lines = stream(processes, python("lcmlora", *arguments))
     if status != 0:
         raise StageFailed(f"remeasure {reference}: {reason(lines, status)}")

@@ -283,7 +283,8 @@ def test_mlflow_server_auth_create_app():
 
 
 # --- Prefect ------------------------------------------------------------------------------------------------------
-# The causes of ConcurrencySlotAcquisitionError: tests/flows/test_runs.py has a server that gives them.
+# Patience and leases: tests/flows/test_outages.py has a server. The temporary server's process: test_outages.py in
+# tests/integration kills one.
 
 
 def test_prefect_state_data():

@@ -124,6 +124,14 @@ class Flow(Strict):
     """Minutes that a stage waits for DVC's remote to give former results, before it is computed without."""
     push_minutes: Annotated[float, Field(gt=0)] = 240.0
     """Minutes after which sending results to DVC's remote is left to the next run, which sends what is missing."""
+    outage_hours: Annotated[float, Field(gt=0)] = 12.0
+    """Hours for which a run waits for a Prefect server that does not answer. It goes on meanwhile, and reports when the
+    server is back."""
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which a run waits for a Prefect server that does not answer."""
+        return self.outage_hours * 3600
 
     @property
     def limit(self) -> str:

@@ -9,13 +9,11 @@ import pytest
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
 
 from lcmlora import config
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.tasks import prefect_internals
 from lcmlora.tasks.devices import holding_device
 from lcmlora.tasks.dvc import StageFailed, repro, run_stage
 from lcmlora.tasks.output import line_listener
@@ -62,20 +60,6 @@ def test_without_the_limit_nothing_runs_and_the_command_that_makes_it_is_told():
         holding_device("tpu", processes),
     ):
         raise AssertionError
-
-
-def test_prefect_says_by_the_cause_of_its_error_whether_a_limit_is_unknown_or_taken():
-    with pytest.raises(ConcurrencySlotAcquisitionError) as unknown, concurrency("tpu", strict=True, max_retries=0):
-        raise AssertionError
-    assert prefect_internals.is_limit_unknown(unknown.value)
-    assert not prefect_internals.is_limit_taken(unknown.value)
-    with (
-        concurrency(LIMIT, strict=True),
-        pytest.raises(ConcurrencySlotAcquisitionError) as taken,
-        concurrency(LIMIT, strict=True, max_retries=0),
-    ):
-        raise AssertionError
-    assert prefect_internals.is_limit_taken(taken.value) and not prefect_internals.is_limit_unknown(taken.value)
 
 
 def test_a_slot_that_another_machine_holds_is_waited_for(capfd: pytest.CaptureFixture):

@@ -1,9 +1,11 @@
-"""A door before an HTTP server: it keeps what went in, and something may happen at a certain request."""
+"""What stands before a server: a relay of HTTP requests, which keeps them, and a wire, which can be cut."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import re
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +22,18 @@ class Request:
 
 
 class Relay:
-    """Passes requests on to the server at a port of this machine, from a port of its own."""
+    """Passes requests on to the server at a port of this machine, from a port of its own.
 
-    def __init__(self, port: int) -> None:
+    Args:
+        own: its port, by default a free one.
+
+    Attributes:
+        away: requests get no answer, and their connections are closed.
+    """
+
+    def __init__(self, port: int, own: int = 0) -> None:
         self._target = port
+        self.away = False
         self._pattern: re.Pattern[str] | None = None
         self._action: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
@@ -43,7 +53,7 @@ class Relay:
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", own), Handler)
         self._server.daemon_threads = True
         self.uri = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -73,6 +83,7 @@ class Relay:
                 self._pattern = None
         if due:
             self._action()
+        if due or self.away:
             handler.close_connection = True
             return
         headers = {name: value for name, value in handler.headers.items() if name.lower() not in _OF_ONE_HOP}
@@ -109,3 +120,59 @@ def _body(handler: BaseHTTPRequestHandler) -> bytes:
         handler.rfile.readline()
     handler.rfile.readline()
     return b"".join(parts)
+
+
+class Wire:
+    """Passes connections of any kind, websockets too, on to the server at a port of this machine, until it is cut."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._whole = True
+        self._ends: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+
+    def __enter__(self) -> Wire:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._listener.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Breaks all connections, and closes new ones at once."""
+        self._whole = False
+        while self._ends:
+            with contextlib.suppress(OSError):
+                self._ends.pop().shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        """Passes new connections on."""
+        self._whole = True
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:  # it was closed
+                return
+            try:
+                far = socket.create_connection(("127.0.0.1", self._target)) if self._whole else None
+            except OSError:
+                far = None
+            if far is None:
+                near.close()
+                continue
+            self._ends += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=_pass_bytes, args=(source, sink), daemon=True).start()
+
+
+def _pass_bytes(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while block := source.recv(1 << 16):
+            sink.sendall(block)
+    for end in (source, sink):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
