@@ -263,6 +263,8 @@ def _pages(port: int) -> str:
 def worker(api: str, login: Login, home: Path, project: Path, name: str, pool: str, variables: Path) -> Service:
     """Returns a worker that runs this project's flows as processes, and logs its lines and theirs as JSON.
 
+    If it is killed, its runs go on.
+
     It counts as answering after its first heartbeat since this call.
 
     Args:

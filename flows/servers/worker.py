@@ -1,4 +1,4 @@
-"""The worker's process: Prefect's own, whose runs get the newest environment variables and whose log is kept small.
+"""The process of `up`'s worker, whose runs get the newest environment variables and whose log is kept small.
 
 python -m lcmlora.flows.servers.worker FILE worker start --pool POOL ...
 
@@ -9,12 +9,12 @@ were rotated: `lcmlora up` writes it, and the worker reads it again. So neither 
 from __future__ import annotations
 
 import os
-import runpy
 import sys
 import threading
 import time
 from pathlib import Path
 
+from lcmlora.flows import worker
 from lcmlora.flows.servers import logs
 from lcmlora.io.parsing import Malformed, parse_json
 
@@ -66,8 +66,7 @@ def main() -> None:
     variables.refresh()
     threading.Thread(target=_follow, args=(variables,), name="variables", daemon=True).start()
     logs.keep_small()
-    sys.argv = ["prefect", *sys.argv[2:]]
-    runpy.run_module("prefect", run_name="__main__", alter_sys=True)
+    worker.run(sys.argv[2:])
 
 
 if __name__ == "__main__":
