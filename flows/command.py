@@ -87,10 +87,12 @@ def run(
     end_children_with_this_process()
     print("starting Prefect ...", file=sys.stderr, flush=True)
     from lcmlora.flows.retrain import retrain_models
+    from lcmlora.tasks.outages.temporary_server import keeping_temporary_server
     from lcmlora.tasks.prefect_internals import keep_temporary_server_apart
 
     keep_temporary_server_apart()
-    state = retrain_models(chosen, force, not no_publish, promote, publish, return_state=True)
+    with keeping_temporary_server():
+        state = retrain_models(chosen, force, not no_publish, promote, publish, return_state=True)
     if not state.is_completed():
         note(state.message, "error: ")
         raise SystemExit(1)
