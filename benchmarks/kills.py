@@ -188,7 +188,7 @@ def _named(pid: int, words: list[str]) -> Process:
         return Process(pid, "watcher" if "--marked" in words else "supervisor", None)
     if "uvicorn" in names:
         return Process(pid, "server", None)
-    if "flows.retrain" in names:
+    if "flows.retrain" in names or "prefect.engine" in names:
         return Process(pid, "flow", None)
     if "lcmlora" in names:
         return Process(pid, "trainer", names[names.index("lcmlora") + 1])
@@ -269,12 +269,13 @@ def _kill(
         while victims:
             draw.shuffle(victims)
             for victim in victims:
-                counts.processes += _killed(victim.pid)
+                counts.processes += kill_process(victim.pid)
             victims = project.processes() if target == "everything" else []
         print(f"{project.root.name}: {counts.kills.total()} {target} {stage or ''}", file=sys.stderr, flush=True)
 
 
-def _killed(pid: int) -> bool:
+def kill_process(pid: int) -> bool:
+    """Returns whether there was a process to kill."""
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -285,7 +286,12 @@ def _killed(pid: int) -> bool:
 def _reason(log: str) -> str:
     """Returns the last error of a run, with N for numbers."""
     lines = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
-    return re.sub(r"\d+", "N", lines[-1] if lines else log[-300:])
+    return without_numbers(lines[-1] if lines else log[-300:])
+
+
+def without_numbers(text: str) -> str:
+    """Returns a text with N for numbers, so that equal errors are counted together."""
+    return re.sub(r"\d+", "N", text)
 
 
 def _undisturbed(root: Path) -> tuple[dict[str, Any], float]:
