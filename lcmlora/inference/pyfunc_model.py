@@ -23,21 +23,28 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from lcmlora.inference.request_guard import Request
+
 
 class Drawer(PythonModel):
     """Draws with the release among its artifacts.
 
     Environment variables: LCMLORA_BASE, the folder of the base (default: see pipelines.load); LCMLORA_DEVICE, auto, cpu
-    or cuda; LCMLORA_FUSE=1, faster steps (see pipelines.load); LCMLORA_MAX_..., the limits of a request (see Limits).
+    or cuda; LCMLORA_FUSE=1, faster steps (see pipelines.load); LCMLORA_MAX_..., the limits of a request (see Limits);
+    LCMLORA_SERVED, the adapter's name in metrics; LCMLORA_KEEP_PROMPTS and the like (see kept_prompts.Keeping).
     """
 
     def load_context(self, context: PythonModelContext) -> None:
         """Loads the release. Raises UserError where its base is missing or another one."""
         from lcmlora.inference import pipelines, request_guard
         from lcmlora.inference.limits import Limits
+        from lcmlora.inference.production.kept_prompts import Keeping, PromptKeeper
+        from lcmlora.inference.production.metrics import ServingMetrics
 
         self._limits = Limits.read()
+        keeping = Keeping.read()
         self._queue = threading.BoundedSemaphore(1 + self._limits.queue)
+        self._keeping = threading.Lock()
         base = os.environ.get("LCMLORA_BASE")
         # MLflow's server answers each request in another thread. On a CPU, torch starts a team of workers for every
         # thread that calls it; with more workers than cores, drawing takes twice as long.
@@ -49,7 +56,12 @@ class Drawer(PythonModel):
             os.environ.get("LCMLORA_DEVICE") or "auto",
             fuse=os.environ.get("LCMLORA_FUSE") == "1",
         ).result()
-        request_guard.guard_mlflow_server(self._limits)
+        self._metrics = ServingMetrics(
+            self._pipeline.provenance, queue_limit=self._limits.queue, device=self._pipeline.pipeline.device
+        )
+        keeps = keeping.mode != "off"
+        self._keeper = PromptKeeper(keeping, self._pipeline.provenance.model) if keeps else None
+        request_guard.guard_mlflow_server(self._limits, self._metrics)
 
     def predict(
         self,
@@ -79,7 +91,7 @@ class Drawer(PythonModel):
         request = request_guard.current.get() or request_guard.Request(time.monotonic() + self._limits.seconds)
         request.reached_model = True
         try:
-            draw = self._drawing(model_input, params or {}, request.abandoned)
+            draw = self._drawing(model_input, params or {}, request)
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
         if not self._queue.acquire(blocking=False):
@@ -95,10 +107,22 @@ class Drawer(PythonModel):
             raise MlflowException(f"drawing failed: {reason}", INTERNAL_ERROR) from None
         finally:
             self._queue.release()
+        self._keep(list(model_input["prompt"]))
         return pandas.DataFrame({"png": [_png(picture) for picture in pictures]})
 
+    def _keep(self, prompts: list[str]) -> None:
+        """Keeps prompts that were drawn, if this is asked for. A full disk takes no picture from whoever waits."""
+        if self._keeper is None:
+            return
+        with self._keeping:
+            try:
+                self._metrics.kept(len(prompts), self._keeper.keep(prompts))
+            except OSError as error:
+                self._metrics.lost(len(prompts))
+                logging.getLogger(__name__).error("%d prompts could not be kept: %s", len(prompts), error)
+
     def _drawing(
-        self, model_input: pandas.DataFrame, params: dict[str, int | float | None], abandoned: Callable[[], bool]
+        self, model_input: pandas.DataFrame, params: dict[str, int | float | None], request: Request
     ) -> Callable[[], list[Image]]:
         """Returns the function that draws the pictures of a request. Raises UserError where it is over a limit."""
         from lcmlora.errors import UserError
@@ -113,7 +137,8 @@ class Drawer(PythonModel):
         steps, guidance, seed = int(values["steps"]), float(values["guidance"]), int(values["seed"])
         width, height = (int(values[name]) or resolution for name in ("width", "height"))
         self._pipeline.check(prompts, steps=steps, guidance=guidance, width=width, height=height)
-        return partial(
+        request.steps = steps
+        draw = partial(
             self._pipeline,
             prompts,
             steps=steps,
@@ -121,8 +146,16 @@ class Drawer(PythonModel):
             seed=seed,
             width=width,
             height=height,
-            abandoned=abandoned,
+            abandoned=request.abandoned,
         )
+        return partial(self._timed, draw, steps)
+
+    def _timed(self, draw: Callable[[], list[Image]], steps: int) -> list[Image]:
+        """Draws, and counts the pictures and their seconds."""
+        began = time.monotonic()
+        pictures = draw()
+        self._metrics.drawn(len(pictures), seconds=time.monotonic() - began, steps=steps)
+        return pictures
 
 
 def _plain(value: Any) -> Any:

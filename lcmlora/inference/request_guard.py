@@ -1,5 +1,7 @@
 """A guard in front of MLflow's scoring server: it refuses requests over the limits, and errors become one line.
 
+It also answers with the server's metrics, at /metrics.
+
 `mlflow models serve` makes its application right after it has loaded the model, and offers no hook. So loading
 the model wraps that application in `RequestGuard` (`guard_mlflow_server`). Other servers can run the model,
 too: `pyfunc_model.Drawer` itself checks all limits but the number of a request's bytes.
@@ -20,6 +22,8 @@ from typing import Any
 
 from lcmlora.inference.limits import Limits
 from lcmlora.inference.mlflow_internals import guard_next_application
+from lcmlora.inference.production import metrics
+from lcmlora.inference.production.metrics import ServingMetrics
 from lcmlora.io.parsing import JsonObject, Malformed, parse_json
 from lcmlora.io.terminal import joined
 
@@ -41,8 +45,10 @@ class Request:
     """A request as the model sees it: its deadline, and whether the client still waits for the answer."""
 
     deadline: float  # on the clock of time.monotonic()
-    disconnected: threading.Event = field(default_factory=threading.Event)
+    disconnected: threading.Event = field(default_factory=threading.Event)  # nobody waits for the drawing any more
+    client_left: bool = False  # before the answer
     reached_model: bool = False  # an error before that is a fault of the request
+    steps: int | None = None  # that the pictures are drawn with, once the model has read them
 
     def abandoned(self) -> bool:
         """Returns whether nobody waits for the answer any more, or the time is over."""
@@ -53,35 +59,73 @@ class Request:
 current: ContextVar[Request | None] = ContextVar("request", default=None)
 
 
-def guard_mlflow_server(limits: Limits) -> bool:
+def guard_mlflow_server(limits: Limits, served: ServingMetrics) -> bool:
     """Puts a RequestGuard around the application that MLflow's server makes next. Returns False in other servers."""
-    return guard_next_application(lambda application: RequestGuard(application, limits))
+    return guard_next_application(lambda application: RequestGuard(application, limits, served))
 
 
 class RequestGuard:
-    """An ASGI application around MLflow's, which checks requests for pictures and rewrites errors."""
+    """An ASGI application around MLflow's, which checks requests for pictures and rewrites errors.
 
-    def __init__(self, application: Application, limits: Limits) -> None:
+    Args:
+        served: counts the requests, and is what /metrics shows.
+    """
+
+    def __init__(self, application: Application, limits: Limits, served: ServingMetrics) -> None:
         self._application = application
         self._limits = limits
+        self._served = served
         self._active = 0  # requests that are drawn or wait
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != _PATH or scope["method"] != "POST":
+        if scope["type"] == "http" and scope["path"] == metrics.PATH:
+            await self._answer_with_metrics(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] == _PATH and scope["method"] == "POST":
+            await self._count(scope, receive, send)
+        else:
             await self._application(scope, receive, send)
-            return
+
+    async def _answer_with_metrics(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["method"] not in ("GET", "HEAD"):
+            await _answer(send, 405, f"{metrics.PATH}: expected GET, got {joined(scope['method'], 20)}")
+        elif (application := self._served.application()) is None:
+            text = f"this server has several workers: start it with {metrics.PROCESSES} set to a new, empty folder"
+            await _answer(send, 503, text, code="TEMPORARILY_UNAVAILABLE")
+        else:
+            # Without the query, by which prometheus-client's application lets clients choose metrics.
+            await application({**scope, "query_string": b""}, receive, send)
+
+    async def _count(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answers a request for pictures, and counts how it ended."""
+        began, status = time.monotonic(), 0
+        request = Request(began + self._limits.seconds)
+
+        async def send_and_keep_status(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._queue(scope, receive, send_and_keep_status, request)
+        finally:
+            ended = 499 if request.client_left else status
+            self._served.ended(ended, seconds=time.monotonic() - began, steps=request.steps)
+
+    async def _queue(self, scope: Message, receive: Receive, send: Send, request: Request) -> None:
+        """Answers a request, or refuses it where too many wait already."""
         if self._active > self._limits.queue:
             text = f"{self._limits.queue} requests wait already (LCMLORA_MAX_QUEUE); ask again later"
             await _answer(send, 429, text, code="RESOURCE_EXHAUSTED")
             return
         self._active += 1
+        self._served.active(self._active)
         try:
-            await self._answer_request(scope, receive, send)
+            await self._answer_request(scope, receive, send, request)
         finally:
             self._active -= 1
+            self._served.active(self._active)
 
-    async def _answer_request(self, scope: Message, receive: Receive, send: Send) -> None:
-        request = Request(time.monotonic() + self._limits.seconds)
+    async def _answer_request(self, scope: Message, receive: Receive, send: Send, request: Request) -> None:
         headers = {bytes(name).lower(): bytes(value) for name, value in scope["headers"]}
         try:
             body = await asyncio.wait_for(self._read(receive, headers), self._limits.seconds)
@@ -93,7 +137,8 @@ class RequestGuard:
         except TimeoutError:
             await _answer(send, 408, f"the request took more than {self._limits.seconds} seconds to arrive")
             return
-        if body is None:  # the client has disconnected
+        if body is None:
+            request.client_left = True
             return
         await self._forward(scope, body, receive, send, request)
 
@@ -136,6 +181,7 @@ class RequestGuard:
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
+            request.client_left = True
             request.disconnected.set()
 
         response = _CapturedResponse()

@@ -31,6 +31,7 @@ REQUIREMENTS = (
     "numpy",
     "peft",
     "pillow",
+    "prometheus-client",
     "pydantic",
     "pyyaml",
     "safetensors",

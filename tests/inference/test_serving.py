@@ -305,7 +305,9 @@ class Served:
         import mlflow
         from mlflow.pyfunc import scoring_server
 
-        self._guard = request_guard.RequestGuard(scoring_server.init(mlflow.pyfunc.load_model(str(model))), limits)
+        loaded = mlflow.pyfunc.load_model(str(model))
+        metrics = loaded.unwrap_python_model()._metrics
+        self._guard = request_guard.RequestGuard(scoring_server.init(loaded), limits, metrics)
 
     def ask(self, *pieces: bytes, kind: str = "application/json", leaves: bool = False) -> tuple[int, bytes]:
         """Returns status and body of the answer. `leaves`: the client goes as soon as it has asked."""

@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from lcmlora.inference import pipelines
 from lcmlora.inference.pipelines import Pipeline
+from lcmlora.inference.production import kept_prompts
+from lcmlora.inference.production.kept_prompts import Keeping
 from tests.integration.seaweed import free_ports
 from tests.support import served
 from tests.support.miniature import RESOLUTION
@@ -32,6 +35,8 @@ class Server:
 
     address: str
     draw: Pipeline
+    release: Path
+    prompts: Path  # the folder of those that are kept
 
     def ask(self, *prompts: Any, **params: Any) -> tuple[int, dict[str, Any]]:
         """Returns the status and the JSON of the answer."""
@@ -58,6 +63,7 @@ class Server:
 def server(miniatures: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("serving")
     made = served.make(miniatures("sd15"), root / "made", gamma=0.4, grid=20)
+    keeping = Keeping("text", tmp_path_factory.mktemp("kept") / "prompts")
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "lcmlora", "serve", made, "--port", port, "--base", miniatures("sd15")]
     log = root / "log"
@@ -67,12 +73,12 @@ def server(miniatures: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=root,
-            env=served.environment(MLFLOW_TRACKING_URI="http://127.0.0.1:9"),
+            env=served.environment(MLFLOW_TRACKING_URI="http://127.0.0.1:9", **keeping.environment),
         )
     try:
         draw = pipelines.load(made, warm=False)
         _wait(process, f"http://127.0.0.1:{port}/ping", log)
-        yield Server(f"http://127.0.0.1:{port}", draw)
+        yield Server(f"http://127.0.0.1:{port}", draw, made, keeping.folder)
     finally:
         process.terminate()
         status = process.wait()
@@ -184,3 +190,53 @@ def test_clients_that_leave_do_not_keep_the_server_busy(server: Server):
     while (status := server.ask("owl")[0]) == 429 and time.monotonic() < until:
         time.sleep(0.1)
     assert status == 200
+
+
+def _scraped(server: Server) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+    """Returns the samples of /metrics by name and labels, as Prometheus's own client reads them."""
+    with urllib.request.urlopen(f"{server.address}/metrics?name[]=nothing", timeout=30) as answer:
+        assert answer.headers["content-type"].startswith("text/plain; version=")
+        text = answer.read().decode()
+    found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+    return found
+
+
+def _grown(before: dict, after: dict, name: str, **labels: str) -> float:
+    key = tuple(sorted({"model": "mini", **labels}.items()))
+    return after[name][key] - before.get(name, {}).get(key, 0)
+
+
+def test_the_metrics_count_what_was_asked_and_drawn_and_have_no_word_of_a_prompt(server: Server):
+    before = _scraped(server)
+    server.pictures("a secret wish", "a second one", steps=3)
+    server.pictures("a secret wish", steps=20)
+    assert server.ask("a secret wish", steps=21)[0] == 400
+    assert server.send(b"x" * (2 << 20))[0] == 413
+    after = _scraped(server)
+    kept = {each.text for each in kept_prompts.sample(server.prompts, "mini", 500)}
+    assert {"a secret wish", "a second one"} <= kept
+    assert _grown(before, after, "lcmlora_serving_prompts_total", outcome="kept") == 3
+    requests = "lcmlora_serving_requests_total"
+    outcomes = ("answered", "invalid", "too_large", "failed", "queue_full", "deadline_exceeded")
+    assert [_grown(before, after, requests, outcome=outcome) for outcome in outcomes] == [2, 1, 1, 0, 0, 0]
+    assert _grown(before, after, "lcmlora_serving_pictures_total", steps="3") == 2
+    for kind in ("request", "drawing"):
+        for steps in ("3", "17-32"):
+            assert _grown(before, after, f"lcmlora_serving_{kind}_seconds_count", steps=steps) == 1
+    assert after["lcmlora_serving_queue_length"][("model", "mini"),] == 0
+    assert after["lcmlora_serving_queue_limit"][("model", "mini"),] == 8
+    (info,) = after["lcmlora_serving_adapter_info"]
+    assert dict(info) == {
+        "model": "mini",
+        "sha256": server.draw.provenance.sha256[:12],
+        "reference": str(server.release),
+    }
+    assert after["process_resident_memory_bytes"][()] > 1 << 20
+    assert "secret" not in json.dumps([[name, *map(str, samples)] for name, samples in after.items()])
+    request = urllib.request.Request(f"{server.address}/metrics", b"x", method="POST")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=30)
+    assert (refused.value.code, json.load(refused.value)["message"]) == (405, "/metrics: expected GET, got POST")

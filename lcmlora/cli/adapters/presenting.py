@@ -9,16 +9,20 @@ import sys
 import tempfile
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lcmlora import extras
+from lcmlora import extras, masking
 from lcmlora.cli.context import Context, context_of
 from lcmlora.cli.shell import completion
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import note, say
 
+if TYPE_CHECKING:
+    from lcmlora.config import Config
+
+_LONGEST_LABEL = 200  # characters of the adapter's name in metrics
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -97,8 +101,8 @@ def serve(
     """Draw pictures for requests over HTTP with an adapter, until interrupted.
 
     It is MLflow's server: POST /invocations takes {"dataframe_records": [{"prompt": "owl"}], "params": {"steps": 4}},
-    and answers with PNGs in base64. LCMLORA_MAX_... limit a request. To run the schedules of prefect.yaml from one
-    process, see `lcmlora schedule`.
+    and answers with PNGs in base64. LCMLORA_MAX_... limit a request. GET /metrics answers with
+    metrics for Prometheus. To run the schedules of prefect.yaml from one process, see `lcmlora schedule`.
 
     Examples:
 
@@ -112,10 +116,14 @@ def serve(
         raise UserError(f"--device: expected auto, cpu or cuda, got {device!r}")
     extras.require(extra="pipeline", needed_by="lcmlora serve")
     from lcmlora.inference import serving
+    from lcmlora.inference.production.metrics import SERVED
     from lcmlora.registry.references import open_release
 
     release = open_release(reference, context.places(config))
-    environment = {"LCMLORA_DEVICE": device, "LCMLORA_FUSE": str(int(fuse))}
+    served = masking.text(reference)[:_LONGEST_LABEL]
+    environment = {"LCMLORA_DEVICE": device, "LCMLORA_FUSE": str(int(fuse)), SERVED: served}
+    if config is not None:
+        environment |= _keeping(config, context.project.root)
     if base is not None:
         environment["LCMLORA_BASE"] = str(_base_folder(context, base, release))
     with tempfile.TemporaryDirectory(prefix="lcmlora-serve-") as folder:
@@ -126,6 +134,17 @@ def serve(
         note(f"serving {reference} at http://{host}:{port}/invocations; Ctrl-C ends it")
         status = _run(command, os.environ | environment, context.project.root)
     raise SystemExit(status)
+
+
+def _keeping(config: Config, root: Path) -> dict[str, str]:
+    """Returns the environment that says how prompts are kept. What is set already counts more."""
+    from lcmlora.inference.production.kept_prompts import MODE, Keeping
+
+    if MODE in os.environ:
+        return {}
+    asked = config.serving
+    folder = (root / asked.prompts).absolute()
+    return Keeping(asked.keep_prompts, folder, asked.prompts_a_day, asked.prompt_days).environment
 
 
 def _base_folder(context: Context, name: str, release: Path) -> Path:
