@@ -31,6 +31,8 @@ ENDS = ("Failed", "Rejected", "AwaitingApproval", "NotPushed", "Promoted", "Regi
 UNSENT = "NotPushed"  # of the flow alone, and of no model: DVC's remote did not take the results
 NOT_PUSHED = "results are on this machine alone, and the next run sends them"
 
+STAGES_KEY = "stages-%"  # of the artifacts with the seconds of stages, as a pattern of SQL
+
 _CARD, _SHEET = "README.md", "grid.png"  # of a release
 _PICTURE_BYTES = 1_000_000  # largest picture in a card; the report page has larger ones
 
@@ -183,6 +185,9 @@ def leave_artifacts(outcomes: Sequence[Outcome], settings: Config, total: str) -
         key = slug(outcome.model)
         if outcome.figures is not None:
             create_table_artifact(_methods(outcome.figures), key=f"figures-{key}", description=_counts(outcome.figures))
+        if outcome.ran:
+            seconds = [{"stage": result.stage, "seconds": result.seconds} for result in outcome.ran]
+            create_table_artifact(seconds, key=stages_key(outcome.model), description="Stages that ran")
         if (release := packaged(outcome)) is not None:
             text = card(release)
             create_markdown_artifact(text, key=f"card-{key}", description=f"Model card of {outcome.model}'s release")
@@ -197,6 +202,11 @@ def leave_artifacts(outcomes: Sequence[Outcome], settings: Config, total: str) -
             create_link_artifact(
                 page_of(uri), link_text=f"Release of {shown(outcome.version)}", key=f"release-{key}{mark}"
             )
+
+
+def stages_key(model: str) -> str:
+    """Returns the key of the artifact with the seconds of the stages that ran last; `lcmlora metrics` reads it."""
+    return STAGES_KEY.replace("%", slug(model))
 
 
 def _approval_page(outcome: Outcome, settings: Config) -> str:

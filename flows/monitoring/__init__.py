@@ -1,0 +1,1 @@
+"""Metrics of runs and models for Prometheus: `lcmlora metrics`."""

@@ -1,0 +1,268 @@
+"""Where the metrics of runs and models come from: MLflow, Prefect, DVC and the disk.
+
+Labels are names of the project's models, its stages, ends of runs and folders. The time of an event is exported as its
+timestamp, from which Prometheus computes ages.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.core import GaugeMetricFamily
+
+from lcmlora import registry
+from lcmlora.config import Config
+from lcmlora.flows import name_of, outcomes, overview
+from lcmlora.flows.monitoring import past_runs
+from lcmlora.flows.retrain import prepare_of, stages_of
+from lcmlora.project import Project
+from lcmlora.registry import tracking
+from lcmlora.registry.lookup import PASSED, REJECTED, Version
+from lcmlora.tasks import dvc
+from lcmlora.tasks.processes import Processes
+
+Families = list[GaugeMetricFamily]
+
+WINDOW_DAYS = 7  # of `lcmlora_runs_ended`
+_ENDS = (*outcomes.ENDS, "Crashed", "Cancelled", "TimedOut")
+_OTHER = "other"  # any other name of a state, so that labels stay few
+_RUNNING = "RUNNING"  # status of an MLflow run
+
+# The metrics of each source without their prefix `lcmlora_`: their help, and their labels.
+Declared = dict[str, tuple[str, tuple[str, ...]]]
+OF_MLFLOW: Declared = {
+    "champion_info": ("The champion of a model.", ("model", "version", "sha256")),
+    "champion_promoted_timestamp_seconds": ("When the champion was promoted.", ("model",)),
+    "champion_excess": ("The champion's excess distance at the gate's steps.", ("model", "steps")),
+    "champion_retrieval": ("The champion's retrieval@1 at the gate's steps.", ("model", "steps")),
+    "versions": ("Registered versions, by the gate's decision.", ("model", "gate")),
+    "newest_version_passed": ("1 if the newest version passed the gate.", ("model",)),
+    "training_images_per_second": ("Pictures per second of the last training, or of the one that runs.", ("model",)),
+    "training_loss": ("Loss of the last training, or of the one that runs.", ("model",)),
+    "training_running": ("1 while a training reports to MLflow.", ("model",)),
+}
+OF_PREFECT: Declared = {
+    "runs_ended": (f"Runs of the last {WINDOW_DAYS} days, by how they ended.", ("end",)),
+    "runs_going": ("Runs that have begun and not ended.", ()),
+    "run_last_end_timestamp_seconds": ("When a run of a model last ended so.", ("model", "end")),
+    "run_next_timestamp_seconds": ("When the next run of a model is due.", ("model",)),
+    "stage_seconds": ("Seconds that a stage took when it last ran.", ("model", "stage")),
+}
+OF_DVC: Declared = {
+    "stale_stages": ("Stages that the next run will run.", ("model",)),
+}
+OF_DISK: Declared = {
+    "disk_free_bytes": ("Free bytes of the disk that the project is on.", ()),
+    "disk_size_bytes": ("Bytes of the disk that the project is on.", ()),
+}
+OF_FOLDERS: Declared = {"kept_bytes": ("Bytes of the project's files, by folder.", ("place",))}
+DECLARED = OF_MLFLOW | OF_PREFECT | OF_DVC | OF_DISK | OF_FOLDERS
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of metrics.
+
+    Attributes:
+        seconds: between two looks, at least: what a look costs decides it.
+        collect: returns the metrics. Raises UserError where the source does not answer.
+    """
+
+    name: str
+    seconds: float
+    collect: Callable[[Config], Families]
+
+
+def sources(seconds: float) -> list[Source]:
+    """Returns the sources. Prefect is one of them only if a server is configured.
+
+    Args:
+        seconds: between two looks at a server. DVC is asked every 15 minutes at most, and folders are added up once an
+            hour.
+    """
+    prefect = [Source("prefect", seconds, of_prefect)] if overview.has_server() else []
+    return [
+        Source("mlflow", seconds, of_mlflow),
+        *prefect,
+        Source("dvc", max(seconds, 900.0), of_dvc),
+        Source("disk", seconds, of_disk),
+        Source("folders", max(seconds, 3600.0), of_folders),
+    ]
+
+
+class _Gauges:
+    """Gauges of a source, which are filled value by value."""
+
+    def __init__(self, declared: Declared) -> None:
+        self._families = {
+            name: GaugeMetricFamily(f"lcmlora_{name}", text, labels=labels) for name, (text, labels) in declared.items()
+        }
+
+    def set(self, name: str, value: float | None, *labels: str) -> None:
+        """Adds a value; None adds nothing."""
+        if value is not None:
+            self._families[name].add_metric(labels, value)
+
+    def families(self) -> Families:
+        return list(self._families.values())
+
+
+def of_mlflow(settings: Config) -> Families:
+    """Returns the metrics of champions, versions and trainings."""
+    gauges = _Gauges(OF_MLFLOW)
+    versions: dict[str, list[Version]] = {}
+    for version in registry.versions(settings.registry):
+        versions.setdefault(version.name, []).append(version)
+    trainings = _last_trainings(settings)
+    for name in settings.models:
+        own = versions.get(name_of(name), [])
+        _set_champion(gauges, name, own, settings)
+        for decision in (PASSED, REJECTED):
+            gauges.set("versions", sum(version.gate == decision for version in own), name, decision)
+        if own:
+            gauges.set("newest_version_passed", own[0].gate == PASSED, name)
+        if (run := trainings.get(name)) is not None:
+            gauges.set("training_images_per_second", run.data.metrics.get("images_per_second"), name)
+            gauges.set("training_loss", run.data.metrics.get("loss"), name)
+        gauges.set("training_running", run is not None and run.info.status == _RUNNING, name)
+    return gauges.families()
+
+
+def _set_champion(gauges: _Gauges, model: str, versions: list[Version], settings: Config) -> None:
+    champion = next((version for version in versions if settings.registry.alias in version.aliases), None)
+    if champion is None:
+        return
+    gauges.set("champion_info", 1, model, str(champion.version), champion.sha256[:12])
+    if champion.promoted:
+        gauges.set("champion_promoted_timestamp_seconds", datetime.fromisoformat(champion.promoted).timestamp(), model)
+    steps = settings.gate.steps
+    for figure in overview.FIGURES:
+        gauges.set(f"champion_{figure}", champion.figure(f"{figure}.student_{steps}"), model, str(steps))
+
+
+def _last_trainings(settings: Config) -> dict[str, Any]:
+    """Returns the MLflow run that began last, of each model that has one with a figure of its speed."""
+    found = {}
+    with tracking.reaching(settings.registry, "ask again later"):
+        client = tracking.connect(settings.registry)
+        experiment = client.get_experiment_by_name(settings.registry.experiment)
+        for model in settings.models if experiment else ():
+            runs = client.search_runs(
+                [experiment.experiment_id],
+                f"tags.model = '{model}' AND metrics.images_per_second > 0",
+                order_by=["attributes.start_time DESC"],
+                max_results=1,
+            )
+            if runs:
+                found[model] = runs[0]
+    return found
+
+
+def of_prefect(settings: Config) -> Families:
+    """Returns the metrics of runs: how and when they ended, how long their stages took, when the next ones are due."""
+    gauges = _Gauges(OF_PREFECT)
+    since = datetime.now(UTC) - timedelta(days=WINDOW_DAYS)
+    found = past_runs.read(since)
+    counts = dict.fromkeys((*_ENDS, _OTHER), 0)
+    last: dict[tuple[str, str], float] = {}
+    for run in found.ended:
+        end = run.end if run.end in _ENDS else _OTHER
+        counts[end] += run.time >= since
+        for model in settings.models if run.models is None else run.models:
+            if model in settings.models:
+                last.setdefault((model, end), run.time.timestamp())  # the newest come first
+    for end, count in counts.items():
+        gauges.set("runs_ended", count, end)
+    gauges.set("runs_going", found.going)
+    for (model, end), time in sorted(last.items()):
+        gauges.set("run_last_end_timestamp_seconds", time, model, end)
+    for model in settings.models:
+        due = next((each.time for each in found.coming if each.models is None or model in each.models), None)
+        gauges.set("run_next_timestamp_seconds", due and due.timestamp(), model)
+        known = {prepare_of(model, settings), *stages_of(model, settings)}
+        for stage, seconds in found.stage_seconds.get(outcomes.stages_key(model), {}).items():
+            if stage in known:
+                gauges.set("stage_seconds", seconds, model, stage.replace(f"@{model}", ""))
+    return gauges.families()
+
+
+def of_dvc(settings: Config) -> Families:
+    """Returns how many stages of each model are stale. Nothing is changed: resolved.yaml stays as it is."""
+    gauges = _Gauges(OF_DVC)
+    names = {model: [prepare_of(model, settings), *stages_of(model, settings)] for model in settings.models}
+    with Processes() as processes:
+        stale = dvc.stale.fn(list(dict.fromkeys(name for own in names.values() for name in own)), processes)
+    for model, own in names.items():
+        gauges.set("stale_stages", len(stale.intersection(own)), model)
+    return gauges.families()
+
+
+def of_disk(settings: Config) -> Families:
+    """Returns how full the disk is that the project's folder is on."""
+    gauges = _Gauges(OF_DISK)
+    usage = shutil.disk_usage(Path.cwd())
+    gauges.set("disk_free_bytes", usage.free)
+    gauges.set("disk_size_bytes", usage.total)
+    return gauges.families()
+
+
+def of_folders(settings: Config) -> Families:
+    """Returns the bytes that the project keeps in its folder."""
+    gauges = _Gauges(OF_FOLDERS)
+    for place, folder in _places(settings).items():
+        gauges.set("kept_bytes", folder_bytes(folder), place)
+    return gauges.families()
+
+
+def _places(settings: Config) -> dict[str, Path]:
+    """Returns the folders that grow, by their names. What others keep, such as a bucket, is not among them."""
+    root = Project().root
+    places = {
+        "dvc_cache": root / ".dvc" / "cache",
+        "scratch": root / "scratch",
+        "data": root / "data",
+        "servers": root / ".up",  # of `lcmlora up`: databases, logs, SeaweedFS with its releases and artifacts
+        "mlruns": root / "mlruns",
+    }
+    if "://" not in settings.publish.to:
+        places["releases"] = root / settings.publish.to
+    return places
+
+
+def folder_bytes(folder: Path) -> int:
+    """Returns the bytes of all files below a folder, each once however many hard links it has; 0 if there is none."""
+    seen: set[tuple[int, int]] = set()
+    total = 0
+    for entry in _files(folder):
+        try:
+            found = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:  # deleted meanwhile
+            continue
+        if (found.st_dev, found.st_ino) not in seen:
+            seen.add((found.st_dev, found.st_ino))
+            total += found.st_size
+    return total
+
+
+def _files(folder: Path) -> Iterable[os.DirEntry[str]]:
+    folders: list[str | Path] = [folder]
+    while folders:
+        for entry in _entries(folders.pop()):
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            else:
+                yield entry
+
+
+def _entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except (FileNotFoundError, NotADirectoryError):  # deleted meanwhile, or never made
+        return
