@@ -23,7 +23,7 @@ from prefect.states import Completed, Failed
 
 from lcmlora import config
 from lcmlora.errors import UserError
-from lcmlora.flows import memory
+from lcmlora.flows import memory, production_prompts
 from lcmlora.flows.memory import Entry, Memory
 from lcmlora.flows.notices import links, rounds
 from lcmlora.tasks.retrying import networked
@@ -31,6 +31,7 @@ from lcmlora.tasks.watched_inputs import read_base_state, read_data_state
 
 DATASET_CHANGED = "lcmlora.dataset.changed"
 BASE_CHANGED = "lcmlora.base.changed"
+PROMPTS_DRIFTED = "lcmlora.prompts.drifted"
 
 _KEPT_DAYS = 30  # after the last look at an input, such as a base that is not among the models any more
 
@@ -38,6 +39,9 @@ _KEPT_DAYS = 30  # after the last look at an input, such as a base that is not a
 @flow(name="watch")
 def watch_inputs(params: str = "params.yaml") -> State:
     """Emits `lcmlora.dataset.changed` and `lcmlora.base.changed` for each change. Ends as Changed or Unchanged.
+
+    If `serving.keep_prompts` is text, it emits `lcmlora.prompts.drifted` when a model's prompts begin to drift from the
+    training captions.
 
     Pictures and local bases are compared with their state at the last run of this flow; the first run only remembers
     it. A base on the hub is compared with the revision that params.yaml pins: a new commit is reported, and used only
@@ -134,12 +138,33 @@ class _Base:
         return f"the base of {self.model}, {self.source}, is at {now[:12]} now{pinned}", payload
 
 
-def _inputs(settings: config.Config) -> Iterator[_Data | _Base]:
+@dataclass(frozen=True)
+class _Prompts:
+    """What production asks of a model, as an input that is watched."""
+
+    key: str
+    model: str
+
+    event = PROMPTS_DRIFTED
+    pinned = production_prompts.NO_DRIFT
+
+    def read(self, settings: config.Config) -> str:
+        return production_prompts.drift_state(self.model, settings)
+
+    def change(self, now: str) -> tuple[str, dict[str, Any]]:
+        """Returns the line that tells of a change, and the event's payload; no word of a prompt."""
+        payload = {"models": [self.model], "days": now}
+        return f"the prompts of {self.model} have drifted from its training captions: {now}", payload
+
+
+def _inputs(settings: config.Config) -> Iterator[_Data | _Base | _Prompts]:
     for key, (data, models) in data_sets(settings).items():
         yield _Data(key, data, models)
     for model in settings.models:
         base = settings.base(model)
         yield _Base(f"base.{model}", model, base.source, base.revision)
+        if settings.serving.keep_prompts == "text":
+            yield _Prompts(f"prompts.{model}", model)
 
 
 def data_sets(settings: config.Config) -> dict[str, tuple[config.Data, list[str]]]:
@@ -149,7 +174,7 @@ def data_sets(settings: config.Config) -> dict[str, tuple[config.Data, list[str]
     return shared | {f"dataset.{model}": (settings.data_for(model), [model]) for model in own}
 
 
-def _compare(each: _Data | _Base, now: str, entry: Entry | None, remembered: Memory) -> str | None:
+def _compare(each: _Data | _Base | _Prompts, now: str, entry: Entry | None, remembered: Memory) -> str | None:
     """Keeps an input's present state, tells Prefect if it has changed, and returns the line that says so.
 
     The entry has `seen`, the state that was told last, and from before an event is sent until Prefect has taken it

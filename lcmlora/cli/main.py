@@ -15,7 +15,7 @@ import typer
 
 from lcmlora import __version__
 from lcmlora.cli import data, doctor, projects, registry, releases, settings, stages
-from lcmlora.cli.adapters import presenting, verbs
+from lcmlora.cli.adapters import presenting, prompts, verbs
 from lcmlora.cli.context import Context, context_of
 from lcmlora.cli.shell.reporting import reporting_errors
 from lcmlora.cli.shell.verbs import Verbs
@@ -176,6 +176,7 @@ for _verb in (
 ):
     app.command()(_verb)
 app.add_typer(data.app, name="data")
+app.add_typer(prompts.app, name="prompts")
 app.add_typer(registry.app, name="registry")
 app.add_typer(releases.app, name="releases")
 

@@ -1,5 +1,6 @@
 import datetime
 import itertools
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.variables import Variable
 
 from lcmlora import config
-from lcmlora.flows import watch
+from lcmlora.data.sources.source import Record, write_records
+from lcmlora.flows import production_prompts, watch
 from lcmlora.flows.memory import Memory
 from lcmlora.flows.watch import BASE_CHANGED, DATASET_CHANGED, data_sets, look, watch_inputs
 from lcmlora.tasks.output import slug
@@ -218,3 +220,68 @@ def test_without_a_server_each_project_of_a_machine_has_a_memory_of_its_own(
         monkeypatch.chdir(tmp_path)
         assert len({own, name(), shared}) == 3
     assert name() == shared
+
+
+def keep_prompts(watched: Project, texts: list[str], ago: int) -> None:
+    """Lets prompts lie there as a server has kept them so many days ago."""
+    day = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(ago)).date()
+    folder = watched.root / "prompts/a"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"key": number / len(texts), "prompt": text}) for number, text in enumerate(texts)]
+    (folder / f"{day}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+ASKED = [f"tree {number} on the moon" for number in range(60)]
+
+
+def test_no_day_is_compared_twice_and_few_or_fresh_prompts_are_waited_for(watched: Project):
+    watched.change(lambda raw: raw.update(serving={"keep_prompts": "text", "drift_days": 3}))
+    settings = config.load(watched.root / "params.yaml")
+
+    def due(until: str | None = None) -> tuple[int, int] | None:
+        found = production_prompts._due("a", settings, until)
+        today = datetime.datetime.now(datetime.UTC).date()
+        return found and tuple((today - datetime.date.fromisoformat(day)).days for day in found)
+
+    assert due() is None  # nothing is kept
+    keep_prompts(watched, ASKED, ago=0)
+    assert due() is None  # the day goes on
+    keep_prompts(watched, ASKED, ago=2)
+    assert due() is None  # more days are waited for
+    keep_prompts(watched, ["the same"] * 500, ago=5)
+    assert due() == (5, 2)
+    day = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(5)).date()
+    assert due(until=day.isoformat()) is None
+    keep_prompts(watched, ["the same"] * 500, ago=2)
+    assert due() is None  # too few different ones
+
+
+@pytest.mark.slow
+def test_drift_is_told_when_it_begins_and_no_second_time(watched: Project, base_folder: Path):
+    """With the text encoder of the base, in another process."""
+    watched.change(lambda raw: raw.update(serving={"keep_prompts": "text", "drift_days": 1}))
+    (watched.root / "bases").mkdir()
+    (watched.root / "bases/a").symlink_to(base_folder)
+    (watched.root / "data/pictures").mkdir(parents=True)
+    captions = [f"red apple {number}" for number in range(150)]
+    for part in ("train", "validation", "test"):
+        records = [Record(str(n), text, "ab" * 32, 8, 8) for n, text in enumerate(captions)]
+        write_records(watched.root / f"data/pictures/{part}.jsonl", records)
+
+    def look() -> str:
+        state = watch_inputs(return_state=True)
+        assert state.is_completed(), state.message
+        return str(state.message)
+
+    assert look() == "nothing has changed"
+    keep_prompts(watched, captions[:70], ago=9)
+    assert look() == "nothing has changed"
+    keep_prompts(watched, ASKED, ago=8)
+    assert look().startswith("the prompts of a have drifted from its training captions: prompts from ")
+    assert look() == "nothing has changed"
+    keep_prompts(watched, ASKED, ago=7)
+    assert look() == "nothing has changed"  # they are still drifted
+    keep_prompts(watched, captions[:70], ago=6)
+    assert look() == "nothing has changed"  # and are like the captions again
+    keep_prompts(watched, ASKED, ago=5)
+    assert look().startswith("the prompts of a have drifted")

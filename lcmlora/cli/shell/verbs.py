@@ -19,11 +19,11 @@ PANELS: dict[str, tuple[str, ...]] = {
         "schedule",
         "watch",
         "notify",
-        "summary",
+        "summary", "metrics",
         "backup",
         "restore",
     ),
-    "Adapters": ("generate", "serve", "comfyui", "convert", "combine"),
+    "Adapters": ("generate", "serve", "prompts", "comfyui", "convert", "combine"),
     "Registry and releases": ("registry", "approve", "reject", "releases"),
     "Stages (`run` runs the stale ones)": (
         "resolve",
