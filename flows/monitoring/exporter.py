@@ -173,7 +173,7 @@ def serve(exporter: Exporter, host: str, port: int, login: Login | None) -> None
     """
     import uvicorn
 
-    is_local = host in ("127.0.0.1", "localhost", "::1")
+    is_local = host in ("127.0.0.1", "localhost")
     if login is None and not is_local:
         raise UserError(
             f"--host {host}: other machines could read the metrics without a password; set LCMLORA_METRICS_LOGIN to "
