@@ -184,7 +184,7 @@ def of_prefect(settings: Config) -> Families:
         gauges.set("run_last_end_timestamp_seconds", time, model, end)
     for model in settings.models:
         due = next((each.time for each in found.coming if each.models is None or model in each.models), None)
-        gauges.set("run_next_timestamp_seconds", due and due.timestamp(), model)
+        gauges.set("run_next_timestamp_seconds", due.timestamp() if due else None, model)
         known = {prepare_of(model, settings), *stages_of(model, settings)}
         for stage, seconds in found.stage_seconds.get(outcomes.stages_key(model), {}).items():
             if stage in known:
