@@ -14,13 +14,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from prefect.client.schemas.objects import StateType
 from prometheus_client.core import GaugeMetricFamily
 
 from lcmlora import registry
 from lcmlora.config import Config
 from lcmlora.flows import name_of, outcomes, overview
-from lcmlora.flows.monitoring import past_runs
+from lcmlora.flows.monitoring import stage_seconds
 from lcmlora.flows.retrain import prepare_of, stages_of
+from lcmlora.flows.standing import server
 from lcmlora.project import Project
 from lcmlora.registry import tracking
 from lcmlora.registry.lookup import PASSED, REJECTED, Version
@@ -31,6 +33,7 @@ Families = list[GaugeMetricFamily]
 
 WINDOW_DAYS = 7  # of `lcmlora_runs_ended`
 _ENDS = (*outcomes.ENDS, "Crashed", "Cancelled", "TimedOut")
+_OVER = (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED)
 _OTHER = "other"  # any other name of a state, so that labels stay few
 _RUNNING = "RUNNING"  # status of an MLflow run
 
@@ -167,39 +170,45 @@ def _last_trainings(settings: Config) -> dict[str, Any]:
 def of_prefect(settings: Config) -> Families:
     """Returns the metrics of runs: how and when they ended, how long their stages took, when the next ones are due."""
     gauges = _Gauges(OF_PREFECT)
-    since = datetime.now(UTC) - timedelta(days=WINDOW_DAYS)
-    found = past_runs.read(since)
+    now = datetime.now(UTC)
+    since = now - timedelta(days=WINDOW_DAYS)
+    known = server.read(list(settings.models))
+    ended = [run for run in known.past if run.end_time is not None and server.has_begun(run)]
     counts = dict.fromkeys((*_ENDS, _OTHER), 0)
     last: dict[tuple[str, str], float] = {}
-    for run in found.ended:
-        end = run.end if run.end in _ENDS else _OTHER
-        counts[end] += run.time >= since
-        for model in settings.models if run.models is None else run.models:
-            if model in settings.models:
-                last.setdefault((model, end), run.time.timestamp())  # the newest come first
+    for run in ended:
+        time = run.end_time
+        if time is None or run.state is None or run.state.type not in _OVER:
+            continue
+        end = run.state.name if run.state.name in _ENDS else _OTHER
+        counts[end] += time >= since
+        for model in settings.models:
+            if server.concerns(run, model):
+                last[model, end] = max(time.timestamp(), last.get((model, end), 0.0))
     for end, count in counts.items():
         gauges.set("runs_ended", count, end)
-    gauges.set("runs_going", found.going)
-    for (model, end), time in sorted(last.items()):
-        gauges.set("run_last_end_timestamp_seconds", time, model, end)
+    gauges.set("runs_going", sum(run.state is not None and run.state.type in server.GOING for run in known.past))
+    for (model, end), moment in sorted(last.items()):
+        gauges.set("run_last_end_timestamp_seconds", moment, model, end)
+    seconds = stage_seconds.read([run.id for run in ended])
     for model in settings.models:
-        due = next((each.time for each in found.coming if each.models is None or model in each.models), None)
-        gauges.set("run_next_timestamp_seconds", due.timestamp() if due else None, model)
-        known = {prepare_of(model, settings), *stages_of(model, settings)}
-        for stage, seconds in found.stage_seconds.get(outcomes.stages_key(model), {}).items():
-            if stage in known:
-                gauges.set("stage_seconds", seconds, model, stage.replace(f"@{model}", ""))
+        due, _ = known.next_run(model, now)
+        gauges.set("run_next_timestamp_seconds", datetime.fromisoformat(due).timestamp() if due else None, model)
+        stages = {prepare_of(model, settings), *stages_of(model, settings)}
+        for stage, took in seconds.get(outcomes.stages_key(model), {}).items():
+            if stage in stages:
+                gauges.set("stage_seconds", took, model, stage.replace(f"@{model}", ""))
     return gauges.families()
 
 
 def of_dvc(settings: Config) -> Families:
-    """Returns how many stages of each model are stale. Nothing is changed: resolved.yaml stays as it is."""
+    """Returns how many stages of each model are stale. Nothing is changed, and no run is disturbed."""
     gauges = _Gauges(OF_DVC)
     names = {model: [prepare_of(model, settings), *stages_of(model, settings)] for model in settings.models}
     with Processes() as processes:
-        stale = dvc.stale.fn(list(dict.fromkeys(name for own in names.values() for name in own)), processes)
+        found = dvc.look(list(dict.fromkeys(name for own in names.values() for name in own)), processes, settings)
     for model, own in names.items():
-        gauges.set("stale_stages", len(stale.intersection(own)), model)
+        gauges.set("stale_stages", len(found.reasons.keys() & {*own}), model)
     return gauges.families()
 
 

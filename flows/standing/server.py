@@ -36,7 +36,7 @@ _FLOW = FlowFilter(name=FlowFilterName(any_=["retrain"]))
 _ENTRYPOINT = "retrain_models"  # of the deployments of this flow in prefect.yaml
 _NEWEST, _NEXT = FlowRunSort.START_TIME_DESC, FlowRunSort.EXPECTED_START_TIME_ASC
 _COMING = [StateType.SCHEDULED, StateType.PENDING]
-_GOING = (StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING)
+GOING = (StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING)
 _PAGE = 200  # runs; Prefect returns no more in one answer
 _STAGE = "stage "  # the beginning of the names of task runs that run a stage
 _TIMELY = 60  # seconds after its time before a run that has not started is called late
@@ -113,7 +113,7 @@ def read(models: list[str]) -> Server:
         UserError: prefect.yaml cannot be read.
     """
     names = own_deployments()
-    with _Client() as client:
+    with Client() as client:
         every = client.read_deployments(flow_filter=_FLOW, limit=_PAGE)
         own = [each for each in every if names is None or each.name in names]
         past, coming = [], []
@@ -125,7 +125,7 @@ def read(models: list[str]) -> Server:
                 flow_filter=_FLOW, flow_run_filter=_filter(where, not_any_=_COMING), sort=_NEWEST, limit=_PAGE
             )
         ours = [run for run in past if any(concerns(run, model) for model in models)]
-        going = [run for run in ours if run.state is not None and run.state.type in _GOING]
+        going = [run for run in ours if run.state is not None and run.state.type in GOING]
         running = _stages(client, going)
         pools = sorted({each.work_pool_name for each in own if each.work_pool_name})
         paused = [name for name in pools if client.read_work_pool(name).is_paused]
@@ -149,7 +149,7 @@ def runs_since(began: datetime) -> list[Run]:
     names = own_deployments()
     due = FlowRunFilterExpectedStartTime.model_validate({"after_": began})
     found: list[FlowRun] = []
-    with _Client() as client:
+    with Client() as client:
         every = client.read_deployments(flow_filter=_FLOW, limit=_PAGE)
         for where in _places([each for each in every if names is None or each.name in names]):
             chosen = _filter(where, not_any_=_COMING).model_copy(update={"expected_start_time": due})
@@ -202,7 +202,7 @@ def as_run(run: FlowRun, model: str | None = None) -> Run:
     return Run(_end(run), _time(run.start_time or run.expected_start_time) or "", message, run.name)
 
 
-class _Client:
+class Client:
     """A client of the configured server in a `with` block. If the server does not answer, the error is one line."""
 
     def __enter__(self) -> SyncPrefectClient:

@@ -9,19 +9,17 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.client.schemas.objects import Artifact
 
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.flows import outcomes
 from lcmlora.flows.access_guard import AccessGuard
 from lcmlora.flows.credentials import Login
-from lcmlora.flows.monitoring import exporter, past_runs, sources
+from lcmlora.flows.monitoring import exporter, sources, stage_seconds
 from lcmlora.flows.monitoring.exporter import Endpoint, Exporter
 from lcmlora.flows.monitoring.sources import Source
-from lcmlora.flows.outcomes import Outcome
 from lcmlora.inference.production.metrics import ServingMetrics
 from lcmlora.project import Project as Folder
 from lcmlora.releases.bundle import Provenance
-from lcmlora.tasks.dvc import StageResult
 from tests.flows.conftest import Project
 from tests.support import releases
 from tests.support.scraping import samples
@@ -45,19 +43,19 @@ def test_a_training_is_told_of_while_it_runs(project: Project):
     assert found["lcmlora_training_running"] == {("a",): 1, ("b",): 0}
 
 
-def test_seconds_of_stages_outlast_runs_with_nothing_to_do_and_artifacts_of_others_are_left_out(project: Project):
-    from prefect.artifacts import create_markdown_artifact, create_table_artifact
+def test_seconds_are_of_the_stages_last_run_and_artifacts_of_others_are_left_out():
+    def left(data: object, key: str = "stages-b") -> Artifact:
+        return Artifact(key=key, data=json.dumps(data) if not isinstance(data, str) else data)
 
-    settings = Folder().settings()
-    ran = [StageResult("encode@b", True, 12.5), StageResult("style@b-ink", True, 4.0)]
-    outcomes.leave_artifacts([Outcome("b", ran=ran)], settings, "")
-    outcomes.leave_artifacts([Outcome("b", up_to_date=["encode@b"])], settings, "")
-    create_markdown_artifact("hello", key="stages-of-another-program")
-    create_table_artifact([{"stage": 3, "seconds": None}], key="stages-of-a-third")
-    with past_runs.overview.Client() as client:
-        found = past_runs._stages(client)
-    assert found["stages-b"] == {"encode@b": 12.5, "style@b-ink": 4.0}
-    assert "stages-of-another-program" not in found and "stages-of-a-third" not in found
+    found = stage_seconds.last(
+        [
+            left([{"stage": "encode@b", "seconds": 12.5}]),
+            left([{"stage": "encode@b", "seconds": 99}, {"stage": "style@b-ink", "seconds": 4}]),
+            left("# hello", key="stages-of-another-program"),
+            left([{"stage": 3, "seconds": None}, 7], key="stages-of-a-third"),
+        ]
+    )
+    assert found == {"stages-b": {"encode@b": 12.5, "style@b-ink": 4.0}}
 
 
 class Faulty:
