@@ -239,9 +239,10 @@ def _places(settings: Config) -> dict[str, Path]:
         "servers": root / ".up",  # of `lcmlora up`: databases, logs, SeaweedFS with its releases and artifacts
         "mlruns": root / "mlruns",
     }
-    if "://" not in settings.publish.to:
-        places["releases"] = root / settings.publish.to
-    return places
+    folders = [store for store in settings.publish.stores if "://" not in store]
+    return places | {
+        f"releases {number}" if number > 1 else "releases": root / folder for number, folder in enumerate(folders, 1)
+    }
 
 
 def folder_bytes(folder: Path) -> int:
