@@ -9,13 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.states import Crashed, Scheduled
 
 from lcmlora import config
 from lcmlora.cli.context import Context
 from lcmlora.config import Config
 from lcmlora.errors import UserError
-from lcmlora.flows import notify, verbs
+from lcmlora.flows import memory, notify, verbs
 from lcmlora.flows.memory import Memory
 from lcmlora.flows.notices import delivery, outbox, repeats, rounds, troubles
 from lcmlora.flows.notices.event import Event
@@ -192,6 +194,34 @@ def test_a_disk_with_little_space_is_told_once_and_again_when_it_was_free_in_bet
         rounds.quarter_hourly(settings)
     assert [document["kind"] for document in web.documents] == ["disk"] * 2
     assert "less than the 1e+09 GB of notify.disk_gb" in web.documents[0]["reason"]
+
+
+def test_runs_that_are_late_or_crashed_are_told_once_and_those_of_other_projects_are_not(
+    told: Config, web: Receiver, project: Project
+):
+    def run(deployment: Any, state: State) -> None:
+        client.create_flow_run_from_deployment(deployment, state=state)
+
+    now = datetime.datetime.now(datetime.UTC)
+    late = now - datetime.timedelta(hours=2)
+    with get_client(sync_client=True) as client:
+        flow = client.create_flow_from_name("retrain")
+        ours = client.create_deployment(flow, name=memory.project())
+        others = client.create_deployment(flow, name="another")
+        for deployment in (ours, others):
+            run(deployment, Scheduled(scheduled_time=late))
+            run(deployment, Scheduled(scheduled_time=now + datetime.timedelta(hours=2)))
+            run(deployment, Crashed(message="killed by the system, token=abcdef"))
+    for _ in range(2):
+        rounds.quarter_hourly(told)
+    assert sorted((document["kind"], document["times"]) for document in web.documents) == [("failed", 1), ("stuck", 1)]
+    crashed, stuck = sorted(web.documents, key=lambda document: str(document["kind"]))
+    assert crashed["reason"] == "a run of retrain ended as Crashed: killed by the system, token=***"
+    assert stuck["reason"].startswith(f"a run of retrain should have started at {late:%Y-%m-%d %H:%M} UTC: is a worker")
+    assert stuck["links"]["Prefect run"].endswith(f"/runs/flow-run/{stuck['run']}")
+    with get_client(sync_client=True) as client:
+        for deployment in (ours, others):
+            client.delete_deployment(deployment)
 
 
 def test_the_verb_tests_the_targets(told: Config, web: Receiver, project: Project, capsys: pytest.CaptureFixture[str]):

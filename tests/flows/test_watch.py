@@ -210,6 +210,8 @@ def test_without_a_server_each_project_of_a_machine_has_a_memory_of_its_own(
     watched: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     settings = config.load()
+    for folder in (watched.root, tmp_path):  # two clones of one project
+        (folder / "prefect.yaml").write_text("name: owls\n")
 
     def name() -> str:
         return Memory("watch", settings).name("dataset")
