@@ -70,10 +70,10 @@ def start() -> None:
     """
     project = _project()
     pool = definitions.work_pool(project / "prefect.yaml")
-    with _locked(project / ".up") as folder:
+    with locked_folder(project / ".up") as folder:
         if (folder / "restoring").is_file():
             raise UserError(f"{folder}: a restore was interrupted; run `lcmlora restore` with the same backup again")
-        state = _read(folder)
+        state = read_state(folder)
         if other := environment.forget_sourced(os.environ, folder, state.exported):
             print(f"this shell has sourced {other}/environment; this project gets servers of its own")
         settings = Project().settings()
@@ -125,8 +125,8 @@ def end() -> None:
     if not folder.is_dir():
         print("nothing to end: there is no .up/")
         return
-    with _locked(folder):
-        state = _read(folder)
+    with locked_folder(folder):
+        state = read_state(folder)
         if len(background.family(folder / "worker")) > 1 and _is_ours("prefect", folder, state):
             print("cancelling runs ...", flush=True)
             _cancel(state.exported, folder, definitions.work_pool(project / "prefect.yaml"))
@@ -151,7 +151,7 @@ def store(folder: Path) -> Iterator[S3]:
     Raises:
         UserError: it does not start.
     """
-    state = _read(folder)
+    state = read_state(folder)
     works = _is_ours("seaweedfs", folder, state)
     for _ in range(_TRIES):
         with Chooser() as chooser:
@@ -165,6 +165,8 @@ def store(folder: Path) -> Iterator[S3]:
             except Taken as taken:
                 background.end(folder / taken.service)
                 state.ports.pop(taken.service, None)
+    else:
+        raise UserError(f"other processes took the ports of SeaweedFS {_TRIES} times; try again")
     try:
         yield s3
     finally:
@@ -179,7 +181,7 @@ def print_logins() -> None:
         UserError: there are none, as nothing was started.
     """
     folder = _project() / ".up"
-    exported = _read(folder).exported if folder.is_dir() else {}
+    exported = read_state(folder).exported if folder.is_dir() else {}
     if "PREFECT_API_AUTH_STRING" not in exported:
         raise UserError(".up/ has no passwords; `lcmlora up` makes them")
     print(f"Prefect    {exported['PREFECT_API_URL'].removesuffix('/api')}")
@@ -377,7 +379,7 @@ def _cancel(exported: Mapping[str, str], folder: Path, pool: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[Path]:
+def locked_folder(folder: Path) -> Iterator[Path]:
     """Makes the folder, which only its owner can read, and locks it, so that one command at a time changes it."""
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.geteuid():
@@ -389,7 +391,8 @@ def _locked(folder: Path) -> Iterator[Path]:
         yield folder
 
 
-def _read(folder: Path) -> State:
+def read_state(folder: Path) -> State:
+    """Returns the state in .up/. Raises UserError if it is damaged."""
     path = folder / "state.json"
     try:
         return State.model_validate_json(read_bytes(path)) if path.is_file() else State()

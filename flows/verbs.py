@@ -54,8 +54,10 @@ def enter(call: typer.Context) -> Project:
 
 
 def note_unused_servers() -> None:
-    """Notes that the servers that `up` has started are not used, where the shell does not name them."""
-    state = Path(".up/state.json")
+    """Notes that the servers that `up` has started are not used, where the shell names none, or another project's."""
+    state, sourced = Path(".up/state.json"), os.environ.get("LCMLORA_SERVERS")
+    if sourced and Path(sourced) != state.parent.absolute():
+        note(f"note: this shell has sourced {sourced}/environment, so that project's servers are used")
     if os.environ.get("PREFECT_API_URL") or not state.is_file():
         return
     if as_object(read_json(state), str(state)).get("started"):

@@ -60,7 +60,7 @@ def make(root: Path, settings: Config, target: Path, name: str, store: S3Client 
                 files=copier.files,
                 buckets=copier.buckets,
                 others=copier.others,
-                left_out=_left_out(settings, store),
+                left_out=_left_out(settings),
             )
             write_json(folder / archive.MANIFEST, manifest.model_dump())
     finally:
@@ -68,15 +68,15 @@ def make(root: Path, settings: Config, target: Path, name: str, store: S3Client 
     return place, manifest
 
 
-def _left_out(settings: Config, store: S3Client | None) -> list[str]:
+def _left_out(settings: Config) -> list[str]:
     found = ["the results of stages in DVC's cache: `dvc push` keeps them in the DVC remote"]
     uri = settings.registry.tracking_uri
     if "://" in uri and not uri.startswith(("sqlite:", "postgresql")):
         found.append(f"the registry at {masking.address(uri)}: its server has backups of its own")
     for to in settings.publish.stores:
-        if to.startswith("s3://") and store is None:
+        if to.startswith("s3://"):
             found.append(f"the releases at {to}: keep versions of that bucket's objects")
-        elif "://" in to and not to.startswith("s3://"):
+        elif "://" in to:
             found.append(f"the releases at {masking.address(to)}")
     return found
 

@@ -48,8 +48,8 @@ def backup(
     up = root / ".up"
     with contextlib.ExitStack() as stays:
         if up.is_dir():
-            stays.enter_context(stack._locked(up))
-            environment.forget_sourced(os.environ, up, stack._read(up).exported)
+            stays.enter_context(stack.locked_folder(up))
+            environment.forget_sourced(os.environ, up, stack.read_state(up).exported)
         settings = project.settings()
         store = stays.enter_context(_client(up)) if (up / "seaweedfs").is_dir() else None
         place, manifest = making.make(root, settings, target, _name(root), store)
@@ -91,7 +91,7 @@ def restore(
     environment.forget_sourced(os.environ, up, {})
     note(f"checking {place} ...")
     archive.check(place, manifest)
-    with stack._locked(up):
+    with stack.locked_folder(up):
         if background.family(*(up / name for name in (*stack.PORTS, "worker"))):
             raise UserError(f"{up}: its servers work; `lcmlora down` ends them")
         restoring.restore(place, manifest, root, lambda: _client(up))

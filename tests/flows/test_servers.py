@@ -285,7 +285,7 @@ def test_a_shell_that_knows_the_servers_of_another_project_does_not_lead_there(t
 def test_a_damaged_state_is_told_in_one_line(folder: Path):
     (folder / "state.json").write_text('{"ports": {"mlflow"')
     with pytest.raises(UserError, match=r"state\.json: .*bring it back from a backup, or move it away"):
-        stack._read(folder)
+        stack.read_state(folder)
 
 
 def test_all_deployments_have_one_pool(tmp_path: Path):

@@ -89,8 +89,8 @@ def test_what_an_older_version_left_gets_passwords_and_is_closed(project: Path):
     (folder / "identities.json").write_text("{}")
     older = {"secrets": {"access": "a", "secret": "b", "passphrase": "c"}, "ports": {"prefect": [4200]}}
     (folder / "state.json").write_text(json.dumps(older))
-    with stack._locked(folder):
-        state = stack._read(folder)
+    with stack.locked_folder(folder):
+        state = stack.read_state(folder)
         plan = planned(project, state)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert not (folder / "identities.json").exists()
@@ -279,7 +279,7 @@ def test_the_command_says_what_is_missing_and_that_another_is_at_work(project: P
     assert (
         elsewhere.stderr == "error: params.yaml: no such file; run in the project's folder or name it with --project\n"
     )
-    with stack._locked(project / ".up"):
+    with stack.locked_folder(project / ".up"):
         second = _run(project, "down")
     assert second.returncode == 2
     assert "another `lcmlora up` or `lcmlora down` is at work" in second.stderr
@@ -342,14 +342,14 @@ def test_a_run_goes_through_the_worker_and_nothing_is_left_after_down(project: P
     try:
         first = _run(project, "up")
         assert first.returncode == 0, first.stdout + first.stderr
-        state = stack._read(project / ".up")
+        state = stack.read_state(project / ".up")
         again = _run(project, "up")
         assert again.returncode == 0, again.stdout + again.stderr
-        assert stack._read(project / ".up").started == state.started
+        assert stack.read_state(project / ".up").started == state.started
         os.kill(state.started["prefect"].pid, signal.SIGKILL)
         repaired = _run(project, "up")
         assert repaired.returncode == 0, repaired.stdout + repaired.stderr
-        now = stack._read(project / ".up").started
+        now = stack.read_state(project / ".up").started
         assert {name for name in now if now[name] != state.started[name]} == {"prefect"}
         assert stat.S_IMODE((project / ".up").stat().st_mode) == 0o700
         _assert_nobody_else_gets_in(project, state)
@@ -387,7 +387,7 @@ def test_two_projects_started_at_the_same_moment_have_servers_of_their_own(proje
         for each in begun:
             output = "".join(each.communicate())
             assert each.returncode == 0, output
-        states = [stack._read(each / ".up") for each in projects]
+        states = [stack.read_state(each / ".up") for each in projects]
         ports = [{port for ports in state.ports.values() for port in ports} for state in states]
         assert not ports[0] & ports[1] and len(ports[0]) == len(ports[1]) == 10
         for number, state in enumerate(states):
@@ -401,9 +401,9 @@ def test_two_projects_started_at_the_same_moment_have_servers_of_their_own(proje
             assert s3.get_object(Bucket=BUCKET, Key="whose")["Body"].read() == str(number).encode()
         # What the shell of a second `up` knows reaches the worker's next runs, and nothing is started again.
         assert _run(project, "up", HF_TOKEN="rotated").returncode == 0
-        assert stack._read(project / ".up").started == states[0].started
+        assert stack.read_state(project / ".up").started == states[0].started
         assert json.loads((project / ".up/variables.json").read_text())["HF_TOKEN"] == "rotated"
-        assert stack._read(project / ".up").exported == states[0].exported
+        assert stack.read_state(project / ".up").exported == states[0].exported
     finally:
         for each in projects:
             assert _run(each, "down").returncode == 0

@@ -106,8 +106,10 @@ def test_servers_that_run_and_are_not_asked_are_noted(
     verbs.note_unused_servers()
     assert "`source .up/environment` names them" in capsys.readouterr().err
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
-    verbs.note_unused_servers()
-    assert capsys.readouterr().err == ""
+    for folder, told in ((tmp_path, ""), (tmp_path / "other", "that project's servers are used")):
+        monkeypatch.setenv("LCMLORA_SERVERS", str(folder / ".up"))
+        verbs.note_unused_servers()
+        assert told in (error := capsys.readouterr().err) and bool(told) == bool(error)
 
 
 def test_every_verb_is_declared_where_it_is_and_has_a_module_that_imports_nothing_heavy():

@@ -22,16 +22,27 @@ ROOT = Path(__file__).parents[2]
 # One process for all, since importing Prefect and the flows takes longer than the work.
 DEPLOY = """
 import sys
+from pathlib import Path
 from lcmlora.flows import provision
+from lcmlora.flows.servers import definitions
 from prefect.cli import app
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.events import emit_event
 provision.provide("mine", pool="lcmlora")
 provision.provide("mine", pool="lcmlora")  # what is there stays
+with get_client(sync_client=True) as client:  # as a project of 0.2.0, and somebody else, have left them
+    client.create_work_pool(WorkPoolCreate(name="of-another", type="process"))
+    for flow, pool in (("retrain", "lcmlora"), ("theirs", "of-another")):
+        flow_id = client.create_flow_from_name(flow)
+        client.create_deployment(flow_id, "scheduled", work_pool_name=pool, entrypoint="lcmlora.flows.retrain.retrain")
 sys.argv[1:] = ["--no-prompt", "deploy", "--all"]
 try:
     app()
 except SystemExit as end:
     assert not end.code
+deployed = definitions.deployments(Path("prefect.yaml"))
+print("former:", provision.remove_former(deployed), provision.remove_former(deployed))
 for project, model in (("of another", "a"), ("lcmlora", "b")):
     resource = {"prefect.resource.id": f"lcmlora.base.{model}", "lcmlora.project": project}
     emit_event("lcmlora.base.changed", resource=resource, payload={"models": [model]})
@@ -47,6 +58,7 @@ def api(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory)
     done = subprocess.run([sys.executable, "-c", DEPLOY], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("successfully created") == 7
+    assert "former: 1 0\n" in done.stdout
     with httpx.Client(base_url=prefect_server.api, auth=(PREFECT.name, PREFECT.password), timeout=30) as client:
         yield lambda path, **question: client.post(path, json=question).raise_for_status().json()
 
@@ -79,6 +91,11 @@ def test_a_changed_base_starts_a_retrain_of_its_model(api: Callable[..., Any]):
     (run,) = _wait(started)
     assert run["parameters"] == {"models": ["b"]}
     assert run["work_pool_name"] == POOL
+
+
+def test_deployments_with_their_former_names_are_removed_and_those_of_others_stay(api: Callable[..., Any]):
+    found = {(each["name"], each["work_pool_name"]) for each in api("/deployments/filter")}
+    assert found == {("lcmlora", "lcmlora"), ("scheduled", "of-another")}
 
 
 def test_the_limit_has_one_slot_and_dead_runs_are_watched_for(api: Callable[..., Any]):
