@@ -15,7 +15,16 @@ from lcmlora.projects import record
 
 UP = ".up"
 # Of .up/: logs, what is copied in another way, and what means nothing elsewhere.
-_LEFT_OUT = ("seaweedfs", "seaweedfs-log", "*.log", "*.log.?", ".lock", "variables.json", "prefect/concurrency_leases")
+_LEFT_OUT = (
+    "seaweedfs",
+    "seaweedfs-log",
+    "*.log",
+    "*.log.?",
+    ".lock",
+    ".gitignore",
+    "variables.json",
+    "prefect/concurrency_leases",
+)
 _LEFT_OUT += ("*.db-wal", "*.db-shm", "*.db-journal", "*.part")
 _SECRETS = (".dvc/config.local",)  # of a project, which Git ignores
 

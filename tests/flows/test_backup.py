@@ -60,6 +60,7 @@ def project(
     (root / ".up/state.json").write_text(json.dumps({"secrets": {"mlflow": "a-password"}}))
     (root / ".up/state.json").chmod(0o600)
     (root / ".up/prefect.log").write_text("a log\n")
+    (root / ".up/.gitignore").write_text("*\n")
     (root / ".up/prefect/concurrency_leases/1.json").write_text("{}")
     with contextlib.closing(sqlite3.connect(root / ".up/prefect/prefect.db")) as prefect:
         prefect.executescript(PREFECT)
@@ -85,6 +86,7 @@ def restore(backup: Path, root: Path) -> None:
     manifest = archive.read(backup)
     archive.check(backup, manifest)
     (root / ".up").mkdir(parents=True, exist_ok=True)
+    (root / ".up/.gitignore").write_text("*\n")  # as by `stack.locked_folder`
     restoring.restore(backup, manifest, root, no_store)  # type: ignore[arg-type]
 
 
@@ -100,7 +102,12 @@ def test_a_backup_in_an_empty_folder_elsewhere_has_champion_channel_history_and_
     assert {stat.S_IMODE(path.stat().st_mode) for path in place.rglob("*") if path.is_file()} == {0o600}
     names = set(manifest.files)
     assert {"params.yaml", "mlflow.db", ".up/state.json", ".up/prefect/prefect.db"} <= names
-    left_out = {".up/prefect.log", ".up/prefect/concurrency_leases/1.json", ".up/prefect/prefect.db-wal"}
+    left_out = {
+        ".up/.gitignore",
+        ".up/prefect.log",
+        ".up/prefect/concurrency_leases/1.json",
+        ".up/prefect/prefect.db-wal",
+    }
     assert not left_out & names and all((project / name).is_file() for name in names)
     shutil.rmtree(project)
     elsewhere = tmp_path / "elsewhere"

@@ -106,5 +106,4 @@ def test_an_upgrade_makes_a_backup_and_changes_the_databases_of_mlflow_and_prefe
 def former_project(root: Path, factory: pytest.TempPathFactory) -> Path:
     made = former.make(root)
     fresh(made, factory)
-    former.commit(made)
     return made
