@@ -141,8 +141,8 @@ def _pulled(
         return status, lines
     fault = reason(lines, status)
     status, lines = _listen(processes, _repro(*options, stage), stage, _model(stage), flow)
-    if status == 0 or any(dvc_internals.is_run_message(line, stage) for line in lines):
-        remote.give_up(fault)  # that it went well without the remote shows that the remote was the reason
+    if status == 0 or reason(lines, status) != fault:
+        remote.give_up(fault)  # without the remote it went otherwise, so that the remote was the reason
     return status, lines
 
 

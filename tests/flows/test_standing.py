@@ -28,12 +28,16 @@ class Deployed:
             client.create_flow_from_name("retrain"), name=name, paused=paused, schedules=[schedule]
         )
 
-    def run(self, *states: State, models: list[str] | None = None) -> str:
-        """Makes a run that goes through these states and returns its name."""
+    def run(self, *states: State, models: list[str] | None = None, stage: str | None = None) -> str:
+        """Makes a run that goes through these states, now in this stage, and returns its name."""
         first, *more = states
         made = self.client.create_flow_run_from_deployment(self.id, parameters={"models": models}, state=first)
         for state in more:
             self.client.set_flow_run_state(made.id, state, force=True)
+        if stage is not None:
+            task = {"name": f"stage {stage}", "task_key": "repro", "dynamic_key": "0", "state": {"type": "RUNNING"}}
+            answer = self.client.request("POST", "/task_runs/", json=task | {"flow_run_id": str(made.id)})
+            assert answer.is_success
         return made.name
 
 
@@ -66,8 +70,9 @@ def test_neither_a_collision_nor_a_cancelled_run_nor_another_model_hides_a_failu
     found = read(MODELS)
     assert (found.last_run("a").name, found.failure("a").name) == (cancelled, failed)
     own.run(Running(), Failed(message="b: evaluate@b: no memory"), models=["b"])
-    going = own.run(Running(), models=["a"])
+    going = own.run(Running(), models=["a"], stage="distill@a")
     found = read(MODELS)
+    assert [(each.stage, each.run, bool(each.since)) for each in found.running] == [("distill@a", going, True)]
     assert (found.last_run("a").name, found.failure("a").name) == (going, failed)
     own.run(Running(), Failed(message="b: evaluate@b: no memory"))  # of both models, of which only b failed
     assert read(MODELS).failure("a") is None and read(MODELS).failure("b").message == "evaluate@b: no memory"
