@@ -184,6 +184,7 @@ def serve(exporter: Exporter, host: str, port: int, login: Login | None) -> None
         application = AccessGuard(application, ())
     stop = threading.Event()
     exporter.keep_looking(stop)
+    note(f"metrics at http://{host}:{port}{_PATH}; Ctrl-C ends it")
     try:
         uvicorn.run(application, host=host, port=port, log_level="warning", lifespan="off")
     except SystemExit:  # uvicorn's, after it has said why

@@ -61,7 +61,6 @@ def metrics(
         if not textfile.parent.is_dir():
             raise UserError(f"--textfile {textfile}: {textfile.parent} is no folder")
         raise SystemExit(0 if exporter.write(made, textfile) else 1)
-    note(f"metrics at http://{host}:{port}/metrics; Ctrl-C ends it")
     exporter.serve(made, host, port, login)
 
 
