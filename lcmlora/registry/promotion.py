@@ -239,7 +239,10 @@ def _with_present(recorded: Sequence[int], present: int | None) -> list[int]:
     """
     if present is None:
         return list(recorded)
-    return [*recorded[: recorded.index(present)], present] if present in recorded else [*recorded, present]
+    if present not in recorded:
+        return [*recorded, present]
+    last = max(place for place, number in enumerate(recorded) if number == present)  # promoted twice, perhaps
+    return list(recorded[: last + 1])
 
 
 def _recorded_champions(client: MlflowClient, name: str, alias: str) -> list[int]:

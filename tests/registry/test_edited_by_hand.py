@@ -94,12 +94,21 @@ def test_a_model_that_was_deleted_whole_does_not_come_back_with_the_same_adapter
         (2, 2, [1, 2, 3], 1),  # the alias was moved back
         (2, 1, [1, 3], 3),  # the alias was moved on
         (None, 1, [1, 2], 1),  # the alias was removed
+        (1, 2, [1, 2, 1], 2),  # promoted twice
     ],
 )
 def test_the_version_to_go_back_to(champion: int | None, previous: int | None, recorded: list[int], target: int):
     found = {"champion": champion, "previous": previous}
     known = {alias: number for alias, number in found.items() if number is not None}
     assert target_of_rollback(NAME, "champion", known, recorded) == target
+
+
+@pytest.mark.slow
+def test_promoting_an_earlier_champion_again_leaves_the_one_before_as_previous(settings: Registry):
+    champions(settings, "one", "two")
+    promote_passed(resolve(f"{NAME}/1", settings), settings, reason="after all")
+    assert aliases(settings) == {"champion": 1, "previous": 2}
+    assert rollback(NAME, settings, reason="no").version == 2
 
 
 @pytest.mark.slow
