@@ -172,7 +172,8 @@ def write_keys(folder: Path, identities: Mapping[str, Identity]) -> None:
     ]
     credentials.write_secret(folder / "identities.json", json.dumps({"identities": users}))
     made = credentials.certificate(folder, HOST)
-    if (folder / "security.toml").exists():
+    settings = folder / "security.toml"
+    if settings.exists() and json.dumps(str(made.key)) in settings.read_text():  # else the project was moved
         return
     own = {"cert": made.certificate, "key": made.key}
     sections: dict[str, Mapping[str, object]] = {"grpc": {"ca": made.authority}}
@@ -186,7 +187,7 @@ def write_keys(folder: Path, identities: Mapping[str, Identity]) -> None:
         lines += [f"[{title}]"]
         # JSON's strings and booleans are TOML's.
         lines += [f"{name} = {json.dumps(v if v is True else str(v))}" for name, v in values.items()]
-    credentials.write_secret(folder / "security.toml", "\n".join(lines) + "\n")
+    credentials.write_secret(settings, "\n".join(lines) + "\n")
 
 
 def weed() -> str | None:

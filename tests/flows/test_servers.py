@@ -172,6 +172,18 @@ def test_servers_are_found_in_a_renamed_project_and_not_in_a_copy(folder: Path):
     assert background.end(renamed / "prefect") == 1
 
 
+def test_settings_of_seaweedfs_follow_a_project_that_was_renamed_or_restored_elsewhere(tmp_path: Path):
+    identities = {"lcmlora": services.Identity("a", "b", services.OWNER)}
+    services.write_keys(tmp_path / "keys", identities)
+    first = (tmp_path / "keys/security.toml").read_text()
+    services.write_keys(tmp_path / "keys", identities)
+    assert (tmp_path / "keys/security.toml").read_text() == first
+    (tmp_path / "keys").rename(tmp_path / "renamed")
+    services.write_keys(tmp_path / "renamed", identities)
+    now = (tmp_path / "renamed/security.toml").read_text()
+    assert str(tmp_path / "keys") not in now and str(tmp_path / "renamed/authority.pem") in now
+
+
 WRITER = """
 import sys, threading, time
 from pathlib import Path
