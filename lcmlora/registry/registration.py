@@ -185,7 +185,7 @@ def _was_promoted(own: Sequence[ModelVersion], alias: str, champion: int | None)
     That is if one of them has had the alias: if none has it now, a person has rolled back. If one without a release has
     it, the first version takes its place.
     """
-    if champion in (int(version.version) for version in own[1:]):
+    if any(int(version.version) == champion for version in own[1:]):
         return False
     past = (event for version in own for event in events.read_events(int(version.version), version.tags))
     return any(event.alias == alias for event in past)
