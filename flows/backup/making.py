@@ -7,7 +7,7 @@ import stat
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lcmlora import __version__, masking
 from lcmlora.config import Config
@@ -137,7 +137,7 @@ class _Copier:
             except FileNotFoundError:  # deleted meanwhile, which the next pass sees
                 continue
             mode = stat.S_IMODE(source.path.stat().st_mode)
-            kind = "state" if source.is_state else "project"
+            kind: Literal["project", "state"] = "state" if source.is_state else "project"
             self.files[name] = File(**content.model_dump(), kind=kind, mode=mode)
             self._versions[name] = version
 

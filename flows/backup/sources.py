@@ -24,8 +24,11 @@ _LEFT_OUT = (
     ".gitignore",
     "variables.json",
     "prefect/concurrency_leases",
+    "*.db-wal",
+    "*.db-shm",
+    "*.db-journal",
+    "*.part",
 )
-_LEFT_OUT += ("*.db-wal", "*.db-shm", "*.db-journal", "*.part")
 _SECRETS = (".dvc/config.local",)  # of a project, which Git ignores
 
 

@@ -59,13 +59,17 @@ FEATURES = ("create", "swap", "checksum", "encryption")
 SUBSETS = [set(each) for count in range(5) for each in itertools.combinations(FEATURES, count)]
 
 
+def _name(features: set[str]) -> str:
+    return "+".join(sorted(features))  # the same in every process that collects the tests
+
+
 @pytest.mark.parametrize("present", [False, True])
-@pytest.mark.parametrize("ignored", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("ignored", SUBSETS, ids=_name)
 def test_a_server_lacks_exactly_what_it_ignores(ignored: set[str], present: bool):
     assert Server(ignored, present=present).lacking() == ignored
 
 
-@pytest.mark.parametrize("unknown", [each for each in SUBSETS if "encryption" not in each], ids="+".join)
+@pytest.mark.parametrize("unknown", [each for each in SUBSETS if "encryption" not in each], ids=_name)
 def test_a_server_lacks_what_it_says_not_to_know(unknown: set[str]):
     assert Server(unknown=unknown).lacking() == unknown
 

@@ -87,10 +87,11 @@ def _run(command: list[str], project: Project, variables: Mapping[str, str], oth
 
 
 def _mlflow(project: Project, uri: str) -> Database | None:
+    variables: dict[str, str] = {}
     if uri.startswith("sqlite:///"):
         path = project.root / uri.removeprefix("sqlite:///")
         revision = revisions.of_file(path)
-        name, variables, address = str(path), {}, f"sqlite:///{path.absolute()}"
+        name, address = str(path), f"sqlite:///{path.absolute()}"
     elif uri.startswith("postgresql"):
         revision = revisions.of_server(uri)
         name = masking.address(uri)

@@ -58,7 +58,8 @@ def known(package: str, folder: str) -> dict[str, tuple[str, ...]]:
             values = _constants(ast.parse(path.read_text(encoding="utf-8")))
             if isinstance(revision := values.get("revision"), str):
                 former = values.get("down_revision")
-                found[revision] = (former,) if isinstance(former, str) else tuple(former or ())  # type: ignore[call-overload]
+                several = former if isinstance(former, tuple | list) else (former,) if former else ()
+                found[revision] = tuple(map(str, several))
     return found
 
 
