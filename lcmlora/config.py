@@ -29,7 +29,7 @@ from lcmlora.settings.fields import Kind, Name, Positive, Quotable, Strict
 from lcmlora.settings.layers import Changes, Layer, S
 from lcmlora.settings.operation.notify import Notify
 from lcmlora.settings.operation.serving import Serving
-from lcmlora.settings.services import Flow, Publish, Registry
+from lcmlora.settings.services import Costs, Flow, Publish, Registry, Retention
 from lcmlora.settings.training import (
     Distill,
     FinetuneTraining,
@@ -46,6 +46,7 @@ __all__ = [
     "Base",
     "Compatibility",
     "Config",
+    "Costs",
     "Data",
     "Distill",
     "Encode",
@@ -63,6 +64,7 @@ __all__ = [
     "Quotable",
     "Range",
     "Registry",
+    "Retention",
     "Rollouts",
     "Serving",
     "Solver",
@@ -125,6 +127,10 @@ class Config(Strict):
     """Whom the flows tell of what has happened, and of what."""
     serving: Serving = Serving()
     """What `lcmlora serve` keeps of the prompts that it draws, and when `watch` says that they have drifted."""
+    retention: Retention = Retention()
+    """What `lcmlora prune` keeps."""
+    costs: Costs = Costs()
+    """What devices cost, and how much a model may cost in a month."""
     bases: dict[Name, Base]
     """Base models by name. The published bases sd15, sd21, sdxl and ssd1b need no entry; one under their name changes
     them."""

@@ -1,4 +1,7 @@
-"""Settings of what surrounds the stages: `registry`, `publish` and `flow`. No stage's result depends on them."""
+"""Settings of what surrounds the stages: `registry`, `publish`, `flow`, `retention`, `costs`.
+
+No stage's result depends on them.
+"""
 
 from __future__ import annotations
 
@@ -137,3 +140,32 @@ class Flow(Strict):
     def limit(self) -> str:
         """The limit's name; LCMLORA_GPU_LIMIT, which a worker with GPUs of its own sets, overrides `gpu_limit`."""
         return names.check(os.environ.get("LCMLORA_GPU_LIMIT") or self.gpu_limit, "LCMLORA_GPU_LIMIT")
+
+
+class Retention(Strict):
+    """What `lcmlora prune` keeps. What an alias or a channel names is kept in any case."""
+
+    versions: Positive = 10
+    """The newest versions of each model are kept, so many."""
+    days: Annotated[float, Field(ge=0)] = 90.0
+    """Versions, runs and releases younger than so many days are kept."""
+    scratch_days: Annotated[float, Field(ge=1)] = 14.0
+    """Unfinished work in scratch/, and old logs, are kept for so many days after the last change."""
+    dvc: Literal["everything", "commits", "branches", "workspace"] = "commits"
+    """Whose results stay in DVC's cache: everything; those of all commits; of the ends of branches and tags; of the
+    workspace alone."""
+    dvc_remote: bool = False
+    """Prune DVC's default remote in the same way. Only where no other project and no other clone uses it: what they
+    alone need is deleted, too."""
+
+
+class Costs(Strict):
+    """What a device costs, and how much a model may cost in a month."""
+
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "EUR"
+    """Currency of all prices, ISO 4217."""
+    per_hour: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Price of a device's hour, by `cpu` or by the beginning of the GPU's name, such as `NVIDIA H100`. The longest
+    that fits counts."""
+    budget: Annotated[float, Field(gt=0)] | None = None
+    """What a model may cost in a calendar month (UTC). Once it is spent, scheduled runs leave the model to a person."""
