@@ -35,7 +35,7 @@ DRAWING_FILES = (WEIGHTS, SCHEDULER, PROVENANCE)  # the files that drawing needs
 ADAPTER_FILES = (CHECKSUMS, *DRAWING_FILES)  # the files of a download without the report and the rest
 
 _LONGEST_NAME = 200  # bytes; a file system allows 255, and a download adds some to the name
-_RESERVED = ("manifest.json", "yanked.json", "sha256sums.sig")  # files that a store adds to a release
+_RESERVED = ("manifest.json", "yanked.json", "pruned.json", "sha256sums.sig")  # files that a store adds to a release
 
 
 class Proof(Document):

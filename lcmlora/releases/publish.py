@@ -20,7 +20,7 @@ from pathlib import Path
 from lcmlora.config import Publish
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io import terminal
-from lcmlora.releases import bundle, manifest
+from lcmlora.releases import bundle, manifest, removal
 from lcmlora.releases.bundle import Provenance
 from lcmlora.releases.manifest import MANIFEST, YANKED
 from lcmlora.releases.stores.store import Store, open_store
@@ -51,6 +51,7 @@ def publish_release(folder: Path, model: str, settings: Publish) -> str:
     signature = signing.sign(checksums, settings.signing_key) if settings.signing_key else None
     store = open_store(settings.of(model))
     prefix = manifest.release_prefix(model, sha256)
+    removal.refuse_pruned(store, prefix)
     store.prepare(model)
     if not _is_published(store, model, sha256):
         _claim(store, prefix, folder / bundle.CHECKSUMS, claim)
@@ -59,6 +60,7 @@ def publish_release(folder: Path, model: str, settings: Publish) -> str:
             _upload(store, prefix, folder, sums)
             _sign(store, prefix, checksums, signature, settings)
             _complete(store, prefix, folder, sums)
+            _restore_deleted(store, prefix, folder, sums)
             return f"{store.uri}/{prefix}"
     _sign(store, prefix, checksums, signature, settings)
     return f"{store.uri}/{prefix}"
@@ -102,6 +104,18 @@ def _complete(store: Store, prefix: str, folder: Path, sums: dict[str, str]) -> 
     digest = hashlib.sha256(content.encode()).hexdigest()
     if not store.create(f"{prefix}/{MANIFEST}", content.encode(), digest):
         _check_object(store, f"{prefix}/{MANIFEST}", digest)
+
+
+def _restore_deleted(store: Store, prefix: str, folder: Path, sums: dict[str, str]) -> None:
+    """Uploads the files that `removal.remove` has deleted meanwhile, as it had begun before the upload.
+
+    Raises:
+        Unavailable: it is still at work.
+    """
+    removal.refuse_pruned(store, prefix)
+    if not {*sums, MANIFEST} <= removal.sizes(store, prefix).keys():
+        _upload(store, prefix, folder, sums)
+        _complete(store, prefix, folder, sums)
 
 
 def _sign(store: Store, prefix: str, checksums: bytes, signature: bytes | None, settings: Publish) -> None:
@@ -156,6 +170,8 @@ def point_channel(model: str, sha256: str, settings: Publish, channel: str = "ch
         time = _time_after(kept, newest)
         content = records.serialize_record(records.POINTER, fields | {"time": time}, settings.signing_key)
         moved = store.swap(name, content, current[1] if current else None)
+        if moved:
+            _put_back(store, name, prefix, content, current)
         after = None if moved else store.read(name)
         if not moved and (after is None or _read_pointer(after[0], place).sha256 != sha256):
             raise UserError(f"{place}: another publisher moved it just now; look at it, then run again")
@@ -165,6 +181,23 @@ def point_channel(model: str, sha256: str, settings: Publish, channel: str = "ch
     # A yank checks the channels before it is written, perhaps just before this one was moved.
     _refuse_unusable(store, prefix, settings)
     return place
+
+
+def _put_back(store: Store, name: str, prefix: str, content: bytes, former: tuple[bytes, str] | None) -> None:
+    """Points a channel back to the release that it named before, if the new one is being deleted since just now.
+
+    Raises:
+        Unavailable: the new one is being deleted.
+    """
+    try:
+        removal.refuse_pruned(store, prefix)
+    except UserError:
+        tag = store.read(name)
+        if tag is not None and tag[0] == content and former is not None:
+            store.swap(name, former[0], tag[1])
+        elif tag is not None and tag[0] == content:
+            store.delete(name)
+        raise
 
 
 def _read_pointer(content: bytes, place: str) -> records.Pointer:
@@ -240,7 +273,8 @@ def point_channels_of(
 
 
 def _refuse_unusable(store: Store, prefix: str, settings: Publish) -> None:
-    """Raises UserError where readers would refuse the release."""
+    """Raises UserError where readers would refuse the release, or it is being deleted."""
+    removal.refuse_pruned(store, prefix)
     release = manifest.open_release(f"{store.uri}/{prefix}", settings)
     manifest.refuse_yanked(release.yanked, release.uri, "no channel can point to it; take another release")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -17,6 +18,8 @@ from lcmlora.errors import UserError
 from lcmlora.io import temporaries
 from lcmlora.io.files import atomic_write, make_folder, sha256_file, sync_folder
 from lcmlora.releases.stores.store import Entry, Store, blocks_of, in_blocks, read_small, write_blocks
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK)  # of file systems without hard links
 
 
 class DirectoryStore(Store):
@@ -59,6 +62,31 @@ class DirectoryStore(Store):
                     os.link(temporary, path)
                 except FileExistsError:
                     return False
+            sync_folder(path.parent)
+        return True
+
+    def create_many(self, files: Mapping[str, tuple[Path | bytes, str]]) -> set[str]:
+        """As `Store.create_many`. Objects with the same bytes, such as weights under two names, are one file."""
+        created: set[str] = set()
+        sources: dict[str, str] = {}  # name by SHA-256
+        for name, (content, sha256) in files.items():
+            if self._link(sources.get(sha256), name) or self.create(name, content, sha256):
+                created.add(name)
+            sources.setdefault(sha256, name)
+        return created
+
+    def _link(self, source: str | None, name: str) -> bool:
+        """Gives a stored file a second name. Returns False where there is one of this name, or no links are made."""
+        if source is None:
+            return False
+        path = self._root / name
+        with self._explained(path):
+            try:
+                os.link(self._root / source, path)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, *_NO_LINKS):
+                    raise
+                return False
             sync_folder(path.parent)
         return True
 
@@ -112,6 +140,13 @@ class DirectoryStore(Store):
                     state = path.stat()
                     found.append(Entry(name, state.st_size, datetime.fromtimestamp(int(state.st_mtime), UTC)))
         return sorted(found, key=lambda entry: entry.name)
+
+    def delete(self, name: str) -> None:
+        path = self._root / name
+        with self._explained(path):
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder is not empty, or another process has removed it
+                path.parent.rmdir()
 
     @contextlib.contextmanager
     def _explained(self, path: Path) -> Iterator[None]:

@@ -132,6 +132,12 @@ class S3Store(Store):
 
         return sorted(self._call(listed, {}, prefix), key=lambda entry: entry.name)
 
+    def delete(self, name: str) -> None:
+        def remove() -> None:
+            self._client.delete_object(**self._at(name))
+
+        self._call(remove, {"NoSuchKey": None}, name)
+
     def link(self, name: str, seconds: int) -> str:
         def presigned() -> str:
             return str(self._client.generate_presigned_url("get_object", Params=self._at(name), ExpiresIn=seconds))

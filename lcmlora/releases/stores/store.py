@@ -125,6 +125,14 @@ class Store(ABC):
         """
         return f"{address.rstrip('/')}/{name}" if name else address
 
+    def delete(self, name: str) -> None:
+        """Deletes an object. Does nothing if there is none of this name.
+
+        Raises:
+            UserError: this kind of store deletes nothing.
+        """
+        raise UserError(f"{self.uri}: {self.form} deletes nothing; delete {name} there by other means")
+
     def link(self, name: str, seconds: int) -> str:
         """Returns an address at which anybody can read the object for so many seconds.
 
