@@ -6,7 +6,7 @@ A served model's requirements pin the version of MLflow that these parts were te
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 VERSION = "3.17"  # that this was written against
@@ -68,3 +68,45 @@ def server_with_passwords() -> Any:
     from mlflow.server.auth import create_app
 
     return create_app()
+
+
+def delete_rows(client: Any, run_ids: Sequence[str], names: Collection[str]) -> int:
+    """Deletes for good, from a database, what MLflow has only marked as deleted, as `mlflow gc` does for runs.
+
+    MLflow offers this for runs alone, and leaves their inputs, and a deleted version with all of its tags, for ever.
+
+    Args:
+        client: of the database itself, not of a server.
+        run_ids: deleted runs, whose artifacts are gone.
+        names: registered models, whose deleted versions go. The one with the highest number stays, so that no number
+            is given twice.
+
+    Returns:
+        How many runs and versions were deleted.
+    """
+    from mlflow.entities.model_registry.model_version_stages import STAGE_DELETED_INTERNAL
+    from mlflow.store.model_registry.dbmodels.models import SqlModelVersion
+    from mlflow.store.tracking.dbmodels.models import SqlInput, SqlInputTag
+    from sqlalchemy import func
+
+    tracking, versions = client._tracking_client.store, client._get_registry_client().store
+    for run_id in run_ids:
+        with tracking.ManagedSessionMaker(read_only=False) as session:
+            inputs = session.query(SqlInput).filter(SqlInput.destination_id == run_id).all()
+            for each in inputs:
+                session.query(SqlInputTag).filter(SqlInputTag.input_uuid == each.input_uuid).delete()
+                session.delete(each)
+        tracking._hard_delete_run(run_id)
+    count = len(run_ids)
+    with versions.ManagedSessionMaker(read_only=False) as session:
+        for name in names:
+            highest = session.query(func.max(SqlModelVersion.version)).filter(SqlModelVersion.name == name).scalar()
+            gone = session.query(SqlModelVersion).filter(
+                SqlModelVersion.name == name,
+                SqlModelVersion.current_stage == STAGE_DELETED_INTERNAL,
+                SqlModelVersion.version < (highest or 0),
+            )
+            for version in gone.all():
+                session.delete(version)  # its tags follow
+                count += 1
+    return count

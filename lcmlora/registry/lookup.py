@@ -17,9 +17,10 @@ from lcmlora.config import Registry
 from lcmlora.errors import NotFound, UserError
 from lcmlora.io.parsing import JsonObject, Malformed, parse_json
 from lcmlora.io.private import downloads
-from lcmlora.registry import events
+from lcmlora.registry import costs, events
 from lcmlora.registry.approval.standing import standing
 from lcmlora.registry.downloads import offline
+from lcmlora.registry.retention import tombstones
 from lcmlora.registry.servers import ledger
 from lcmlora.registry.tracking import connect, of_environment, reaching
 
@@ -169,11 +170,18 @@ def versions(settings: Registry | None = None, name: str | None = None) -> list[
     settings = settings or of_environment()
     with reaching(settings, "ask again later"):
         client = connect(settings)
-        found: list[ModelVersion] = search_all(client.search_model_versions, f"name = '{name}'" if name else None)
+        found = described_versions(client, name, settings)
         if name and not found:
             raise UserError(f"{name}: not registered at {masking.address(settings.tracking_uri)}")
-        found.sort(key=lambda version: (version.name, -int(version.version)))
-        return _described(client, found, settings)
+        # Those that are being deleted are not shown: no other lookup finds them.
+        return [version for version in found if tombstones.MARK not in version.tags]
+
+
+def described_versions(client: MlflowClient, name: str | None, settings: Registry) -> list[Version]:
+    """Returns all versions as `versions` does, with those that are being pruned."""
+    found: list[ModelVersion] = search_all(client.search_model_versions, f"name = '{name}'" if name else None)
+    found.sort(key=lambda version: (version.name, -int(version.version)))
+    return _described(client, found, settings)
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,7 @@ class Difference:
 
 
 def compare(first: Version, second: Version) -> list[Difference]:
-    """Returns the facts of two versions, and after them their metrics, side by side."""
+    """Returns the facts of two versions, and after them their costs and metrics, side by side."""
     facts = (
         "sha256",
         "objective",
@@ -207,6 +215,10 @@ def compare(first: Version, second: Version) -> list[Difference]:
     )
     rows = [Difference(name, getattr(first, name), getattr(second, name)) for name in facts]
     rows += [Difference(f"base {key}", first.base[key], second.base[key]) for key in first.base]
+    spent = [costs.figures(version.tags) for version in (first, second)]
+    rows += [
+        Difference(name, *(figures[name] for figures in spent)) for name in spent[0] if any(f[name] for f in spent)
+    ]
     names = dict.fromkeys([*first.metrics, *second.metrics])
     return rows + [Difference(name, first.metrics.get(name), second.metrics.get(name)) for name in names]
 
@@ -251,8 +263,9 @@ def canonical(reference: str) -> str:
 def find_version(client: MlflowClient, reference: str, settings: Registry) -> ModelVersion:
     """Returns MLflow's entity of the version that a reference names; see `resolve`."""
     if re.fullmatch(r"[0-9a-f]{12,64}", reference):
-        found = versions_of_adapter(client, reference)
+        found = [version for version in versions_of_adapter(client, reference) if tombstones.MARK not in version.tags]
         if not found:
+            _explain_pruned_adapter(client, reference)
             raise NotFound(f"{reference}: no adapter of this SHA-256 at {masking.address(settings.tracking_uri)}")
         return found[-1]
     match = re.fullmatch(r"((?:models:/)?[^@/]+)(?:@([^@/]+)|/(\d+))", reference)
@@ -276,12 +289,33 @@ def _get(client: MlflowClient, name: str, version: int, settings: Registry) -> M
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version(name, str(version))
+        found = client.get_model_version(name, str(version))
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         ledger.refuse_renamed(client, name)
+        if _is_registered(client, name):
+            _explain_pruned(client, name, version)
         raise NotFound(f"{name}/{version}: not registered at {masking.address(settings.tracking_uri)}") from error
+    if tombstones.MARK in found.tags:
+        _explain_pruned(client, name, version)
+        raise NotFound(f"{name}/{version}: is being pruned since {found.tags[tombstones.MARK][:19]}Z")
+    return found
+
+
+def _explain_pruned(client: MlflowClient, name: str, version: int) -> None:
+    """Raises NotFound with the tombstone's line, if the version has one."""
+    stones = tombstones.read(dict(client.get_registered_model(name).tags))
+    if stone := next((stone for stone in stones if stone.version == version), None):
+        raise NotFound(stone.line(name))
+
+
+def _explain_pruned_adapter(client: MlflowClient, digits: str) -> None:
+    """Raises NotFound with the tombstone's line, if a version of any model with such an adapter has one."""
+    models: list[RegisteredModel] = search_all(client.search_registered_models)
+    for model in models:
+        if stone := tombstones.with_digits(tombstones.read(dict(model.tags)), digits):
+            raise NotFound(f"{digits}: is the adapter of {stone.line(model.name)}")
 
 
 def _is_registered(client: MlflowClient, name: str) -> bool:

@@ -20,6 +20,7 @@ from lcmlora.registry.downloads.pulling import figures
 from lcmlora.registry.events import Event
 from lcmlora.registry.lookup import PASSED, PREFIX, Version, find_version, read_aliases, resolve, search_all
 from lcmlora.registry.registration import Registered
+from lcmlora.registry.retention import tombstones
 from lcmlora.registry.servers import ledger
 from lcmlora.registry.tracking import connect, reaching
 
@@ -34,7 +35,9 @@ _EXACT = "models:/"  # before a registered model's exact name
 
 
 def history(name: str, settings: Registry, *, may_be_missing: bool = False) -> list[Event]:
-    """Returns the events of all versions of a model, the oldest first. Tags of other programs are left out.
+    """Returns the events of all versions of a model, the oldest first, and when others were pruned.
+
+    Tags of other programs are left out.
 
     Args:
         may_be_missing: a model that is not registered has no events.
@@ -48,7 +51,8 @@ def history(name: str, settings: Registry, *, may_be_missing: bool = False) -> l
         if not found and not may_be_missing:
             ledger.refuse_renamed(client, name)
             raise NotFound(f"{name}: not registered at {masking.address(settings.tracking_uri)}")
-    return _events(found)
+        stones = tombstones.read(dict(client.get_registered_model(name).tags)) if found else []
+    return sorted([*_events(found), *(stone.event for stone in stones)], key=lambda event: event.time)
 
 
 def foreign_events(name: str, settings: Registry) -> list[str]:
@@ -215,11 +219,33 @@ def _move(
         recorded, present = _recorded_champions(client, name, alias), read_aliases(client, name).get(alias)
         if recorded[-1:] != [version] or present != version:
             former = present if present != version else next((v for v in reversed(recorded) if v != version), None)
+            find_version(client, f"{_EXACT}{name}/{version}", settings)  # raises where it was pruned
             client.set_registered_model_alias(name, alias, str(version))
+            _take_back_from_pruned(client, name, version, settings, present)
             key, event = events.event_tag(action, reason=reason, who=who, alias=alias, former=former, override=override)
             client.set_model_version_tag(name, str(version), key, event)
         _set_previous(client, name, alias)
     return f"{name}@{alias}"
+
+
+def _take_back_from_pruned(
+    client: MlflowClient, name: str, version: int, settings: Registry, former: int | None
+) -> None:
+    """Gives the alias back to the version that had it, if the new one is being pruned since just now.
+
+    `lcmlora prune` looks for aliases after it has marked a version, and this for the mark after it has moved the alias.
+
+    Raises:
+        NotFound: the version is being pruned.
+    """
+    try:
+        find_version(client, f"{_EXACT}{name}/{version}", settings)
+    except NotFound:
+        if former is None:
+            client.delete_registered_model_alias(name, settings.alias)
+        else:
+            client.set_registered_model_alias(name, settings.alias, str(former))
+        raise
 
 
 def _set_previous(client: MlflowClient, name: str, alias: str) -> None:
@@ -248,7 +274,7 @@ def _with_present(recorded: Sequence[int], present: int | None) -> list[int]:
 def _recorded_champions(client: MlflowClient, name: str, alias: str) -> list[int]:
     """Returns the champions that the history has, in their order, without versions that do not exist any more."""
     found = _versions(client, name)
-    existing = {int(version.version) for version in found}
+    existing = {int(version.version) for version in found if tombstones.MARK not in version.tags}
     champions: list[int] = []
     for number in events.champions(_events(found), alias):
         if number in existing and champions[-1:] != [number]:

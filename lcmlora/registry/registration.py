@@ -20,6 +20,7 @@ from lcmlora.io.terminal import note
 from lcmlora.registry import events, lookup
 from lcmlora.registry.approval.standing import Standing, standing
 from lcmlora.registry.lookup import MODEL, PASSED, PREFIX, REJECTED, RELEASE, read_aliases, versions_of_release
+from lcmlora.registry.retention import plan, tombstones
 from lcmlora.registry.servers import artifacts, ledger
 from lcmlora.registry.tracking import connect, create_run, existing_run, flat_settings, reaching
 from lcmlora.releases import bundle
@@ -86,7 +87,7 @@ def register_release(
         tags[lookup.URIS] = json.dumps(published)
     with reaching(settings, f"the release is kept in {folder} and the next run registers it"):
         client = connect(settings)
-        same = versions_of_release(client, sha256, name)
+        same = [v for v in versions_of_release(client, sha256, name) if tombstones.MARK not in v.tags]
         if not same and (number := _entered(client, settings, name, provenance)):
             same = _edited(client, name, number, provenance.trained)
             if not same:
@@ -103,6 +104,7 @@ def register_release(
         ledger.enter(client, name, number, sha256, provenance.trained, version.run_id)
         aliases = read_aliases(client, name)
         own = [client.get_model_version(name, version.version), *(each for each in same if each not in found)]
+        pruned = tombstones.with_digits(tombstones.read(dict(client.get_registered_model(name).tags)), sha256)
     return Registered(
         name=name,
         version=number,
@@ -110,7 +112,8 @@ def register_release(
         run_id=version.run_id,
         created=not found,
         aliases=tuple(sorted(alias for alias, each in aliases.items() if each == number)),
-        promoted=_was_promoted(own, settings.alias, aliases.get(settings.alias)),
+        promoted=_was_promoted(own, settings.alias, aliases.get(settings.alias))
+        or (pruned is not None and pruned.promoted),
         approval=standing(events.read_events(number, own[0].tags), settings.alias),
     )
 
@@ -230,9 +233,14 @@ def _of_training(summary: str | None) -> dict[str, str]:
 
 
 def _with_release(client: MlflowClient, found: Sequence[ModelVersion], settings: Registry) -> list[ModelVersion]:
-    """Returns the versions whose run exists and has a release. Versions of other programs have none."""
+    """Returns the versions whose run exists and has a release, and that are not being pruned.
+
+    Versions of other programs have no release.
+    """
 
     def has_release(version: ModelVersion) -> bool:
+        if tombstones.MARK in version.tags:
+            return False
         run_id = existing_run(client, version.run_id or None)
         if run_id is None:
             return False
@@ -303,12 +311,13 @@ def _run_of(client: MlflowClient, settings: Registry, name: str, provenance: Pro
         client.search_runs(
             [experiment.experiment_id],
             f"tags.sha256 = '{sha256}'",
-            max_results=1,
+            max_results=100,
             order_by=["attributes.start_time DESC"],
         )
         if experiment
         else []
     )
+    found = [run for run in found if tombstones.MARK not in run.data.tags]
     if found:
         return str(found[0].info.run_id), found[0].info.status != "RUNNING"
     model, params = name.removeprefix(PREFIX), provenance.params.distill.plain()
@@ -355,11 +364,17 @@ def _upload(client: MlflowClient, run_id: str, folder: Path, name: str, provenan
     with temporary_folder() as temporary:
         serving.write_model(Path(temporary, MODEL), model=name, base=provenance.base)
         client.log_artifacts(run_id, str(Path(temporary, MODEL)), MODEL)
+        size = _bytes(Path(temporary)) + _bytes(folder)
     client.log_artifacts(run_id, str(folder), RELEASE)
     artifacts.check_uploaded(client, run_id, RELEASE, folder)
+    client.set_tag(run_id, plan.BYTES, str(size))  # a server says it only folder by folder
     with Image.open(folder / "grid.png") as grid:
         side = (_PREVIEW_WIDTH, max(1, round(grid.height * _PREVIEW_WIDTH / grid.width)))
         client.log_image(run_id, grid.convert("RGB").resize(side, Image.Resampling.LANCZOS), PREVIEW)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _remove_duplicate(

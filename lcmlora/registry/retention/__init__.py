@@ -1,0 +1,1 @@
+"""What is kept of versions and runs, and how the others are deleted."""
