@@ -24,6 +24,8 @@ SCRIPT = "pyfunc_model.py"
 RELEASE = "artifacts/release"  # the release's place in the model's folder
 # Parameters of a request. Width and height 0 are the release's resolution: MLflow has no parameter without a default.
 DEFAULTS: dict[str, int | float] = {"steps": 4, "guidance": 1.0, "seed": 0, "width": 0, "height": 0}
+# Wings of this package that no drawing needs: those that may not be imported by `inference`, and stages before it.
+LEFT_OUT = ("registry", "demo", "projects", "cli", "tasks", "flows", "doctor", "distillation", "training", "dvc_files")
 REQUIREMENTS = (
     "accelerate",
     "diffusers",
@@ -43,8 +45,8 @@ REQUIREMENTS = (
 def write_model(folder: Path, *, model: str, base: Mapping[str, str | None]) -> None:
     """Writes an MLflow model to `folder`. It can draw as soon as a release's files are in its RELEASE.
 
-    It consists of a script (pyfunc_model.py) and a copy of this package. It has no pickle, so that whoever loads it
-    runs this code and no other.
+    It consists of a script (pyfunc_model.py) and a copy of this package, of what drawing needs. It has no pickle, so
+    that whoever loads it runs this code and no other.
 
     Args:
         folder: new or empty.
@@ -101,7 +103,8 @@ def _quiet() -> Iterator[None]:
 def _not_code(folder: str, names: list[str]) -> set[str]:
     def is_code(path: Path) -> bool:
         if path.is_dir():
-            return path.name != "__pycache__"
+            top = path.parent == Path(lcmlora.__file__).parent  # links among them are followed
+            return path.name != "__pycache__" and not (top and path.name in (*LEFT_OUT, "templates"))
         return path.suffix in (".py", ".json", ".j2") or path.name == "py.typed"
 
     return {name for name in names if not is_code(Path(folder, name))}
