@@ -253,6 +253,7 @@ def _plan(project: Path, folder: Path, settings: config.Config, state: State, ch
         servers.append(services.mlflow(port, _absolute(uri, project), artifacts, access, user, keys))
         exported["MLFLOW_TRACKING_URI"] = f"http://{HOST}:{port}"
         exported |= {"MLFLOW_TRACKING_USERNAME": user.name, "MLFLOW_TRACKING_PASSWORD": user.password}
+        exported["MLFLOW_BACKEND_STORE_URI"] = _absolute(uri, project)  # its rows cannot be deleted over http
     else:
         notes.append("registry.tracking_uri is a server of its own, so none is started")
     port = _port("prefect", state, folder, chooser)

@@ -34,6 +34,21 @@ def is_lock_file(content: bytes) -> bool:
     return True
 
 
+def cache_folder() -> Path:
+    """Returns the folder of DVC's cache of the repository in the current folder.
+
+    Raises:
+        ValueError: DVC's settings cannot be read.
+    """
+    from dvc.config import Config, ConfigError
+
+    try:
+        found = Config.from_cwd()["cache"].get("dir")
+    except ConfigError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return Path(found) if found else Path(".dvc/cache")
+
+
 def default_remote() -> str | None:
     """Returns the address of the default remote of the repository in the current folder, None where there is none.
 

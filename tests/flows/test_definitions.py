@@ -88,6 +88,7 @@ def test_every_flow_of_the_project_is_deployed_under_its_own_name(
         "rollback/lcmlora",
         "watch/lcmlora",
         "report/lcmlora",
+        "prune/lcmlora",
     }
     assert {entry["work_pool"]["name"] for entry in entries} == {POOL}
     assert all(entry["description"] and entry["tags"] for entry in entries)
@@ -119,6 +120,7 @@ def test_every_schedule_has_a_slug_of_its_own_and_a_time_zone(entries: list[dict
         "retrain-nightly": ("0 2 * * *", "UTC"),
         "watch-quarter-hourly": ("*/15 * * * *", "UTC"),
         "report-weekly": ("0 7 * * 1", "UTC"),
+        "prune-monthly": ("0 12 1 * *", "UTC"),
     }
     assert len({schedule["slug"] for schedule in schedules}) == len(schedules)
 

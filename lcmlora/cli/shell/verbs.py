@@ -25,7 +25,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "restore",
     ),
     "Adapters": ("generate", "serve", "prompts", "comfyui", "convert", "combine"),
-    "Registry and releases": ("registry", "approve", "reject", "releases"),
+    "Registry and releases": ("registry", "approve", "reject", "releases", "prune"),
     "Stages (`run` runs the stale ones)": (
         "resolve",
         "prepare",
@@ -67,6 +67,9 @@ _HINTS = {
     "pull": "registry pull",
     "download": "registry pull",
     "verify": "releases verify",
+    "gc": "prune",
+    "clean": "prune",
+    "delete": "prune",
 }
 
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
