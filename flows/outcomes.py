@@ -22,12 +22,16 @@ from lcmlora.io.terminal import markdown as plain
 from lcmlora.project import Project
 from lcmlora.registry import tracking
 from lcmlora.registry.approval.standing import Standing
+from lcmlora.registry.costs import Spent
 from lcmlora.releases.stores.store import page_of
 from lcmlora.tasks.dvc import StageResult
 from lcmlora.tasks.output import slug
 
 # The flow ends as the first of these that one of its models ended with.
-ENDS = ("Failed", "Rejected", "AwaitingApproval", "NotPushed", "Promoted", "Registered", "Reproduced", "UpToDate")
+ENDS = (
+    *("Failed", "Rejected", "OverBudget", "AwaitingApproval", "NotPushed"),
+    *("Promoted", "Registered", "Reproduced", "UpToDate"),
+)
 UNSENT = "NotPushed"  # of the flow alone, and of no model: DVC's remote did not take the results
 NOT_PUSHED = "results are on this machine alone, and the next run sends them"
 
@@ -60,6 +64,8 @@ class Outcome:
     run_id: str | None = None
     uris: list[str | None] = field(default_factory=list)  # of the release, one for each store; None where it failed
     changed: list[str] = field(default_factory=list)  # what a person changed while the run went on
+    spent: Spent | None = None  # on devices, since the last version
+    over_budget: str | None = None  # why a scheduled run has left the model to a person
     errors: list[str] = field(default_factory=list)
     not_pushed: str | None = None  # why the results could not be sent to DVC's remote
 
@@ -75,6 +81,8 @@ class Outcome:
             return "Failed"
         if self.gate_failures and (self.created or self.ran):
             return "Rejected"
+        if self.over_budget:
+            return "OverBudget"
         if self.awaiting and (self.asked or self.ran):
             return "AwaitingApproval"
         if self.promoted:
@@ -120,6 +128,10 @@ def rows(outcome: Outcome, gate_steps: int) -> list[tuple[str, str]]:
     elif outcome.version:
         aliases = "".join(f" @{alias}" for alias in sorted(outcome.aliases))
         pairs.append(("version", outcome.version + aliases + (" (new)" if outcome.created else "")))
+    if outcome.spent is not None:
+        pairs.append(("cost", outcome.spent.line))
+    if outcome.over_budget:
+        pairs.append(("budget", outcome.over_budget))
     if outcome.published:
         pairs += [("release", _relative(uri)) for uri in outcome.published]
     elif outcome.figures is not None:

@@ -24,6 +24,7 @@ from lcmlora.io.terminal import LINE
 from lcmlora.io.terminal import markdown as plain
 from lcmlora.registry import promotion
 from lcmlora.registry.events import Event
+from lcmlora.tasks import costs
 from lcmlora.tasks.outages.own_state import outlasting
 
 
@@ -71,7 +72,19 @@ def collect(settings: config.Config, days: int) -> Summary:
         for event in promotion.history(name_of(standing.model), settings.registry)
         if event.time >= began.isoformat()
     ]
-    return Summary(weekly_summary(days, standings, events, runs, settings.gate.steps), len(events), len(runs))
+    text = weekly_summary(days, standings, events, runs, settings.gate.steps)
+    return Summary(f"{text}\n\n{_costs(settings, began)}", len(events), len(runs))
+
+
+def _costs(settings: config.Config, began: datetime.datetime) -> str:
+    """Returns the part about what was spent since then, in Markdown."""
+    rows = []
+    for model in settings.models:
+        spent = costs.spent(costs.since(model, began), settings)
+        budget = costs.budget_of(model, settings)
+        rows.append((model, *(value for _, value in spent.rows()), budget.line if budget else "none"))
+    titles = ("model", "device time", "energy", "price", "budget of the month")
+    return f"## Costs of this folder\n\n{outcomes.markdown(titles, rows)}"
 
 
 def weekly_summary(
@@ -125,4 +138,4 @@ def weekly_summary(
     return "\n\n".join(parts)
 
 
-_NEEDS_A_PERSON = ("Failed", "Crashed", "Rejected", "TimedOut", outcomes.UNSENT)
+_NEEDS_A_PERSON = ("Failed", "Crashed", "Rejected", "OverBudget", "TimedOut", outcomes.UNSENT)

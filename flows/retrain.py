@@ -31,7 +31,7 @@ from lcmlora import config, masking
 from lcmlora.dvc_files import commits
 from lcmlora.dvc_files.commits import Commit
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.flows import choose, outcomes
+from lcmlora.flows import budgets, choose, outcomes
 from lcmlora.flows.notices import rounds
 from lcmlora.flows.outcomes import Outcome
 from lcmlora.io import faults
@@ -39,7 +39,7 @@ from lcmlora.io.files import sha256_file
 from lcmlora.io.terminal import note
 from lcmlora.registry import tracking
 from lcmlora.registry.approval.standing import AWAITING, REFUSED
-from lcmlora.tasks import dvc
+from lcmlora.tasks import cleaning, costs, dvc
 from lcmlora.tasks.champions import expire_approvals, request_approval
 from lcmlora.tasks.devices import holding_device
 from lcmlora.tasks.models import (
@@ -51,6 +51,7 @@ from lcmlora.tasks.models import (
     publish_release,
     read_champion,
     read_metrics,
+    record_costs,
     register_release,
 )
 from lcmlora.tasks.outages.own_state import outlasting
@@ -83,9 +84,9 @@ def retrain_models(
 
     Models run side by side, but only one trains or draws at a time, under the GPU limit. If a model fails, the others
     are finished all the same, and the flow ends as Failed. Otherwise it ends as the first of these that one of its
-    models ended with: Rejected, AwaitingApproval (gate.approval), Promoted, Registered, Reproduced (stages ran, and
-    gave a registered adapter again), UpToDate; or instead of the last four as NotPushed, if DVC's remote did not take
-    the results. Run it in the project's folder.
+    models ended with: Rejected, OverBudget (costs.budget, in scheduled runs alone), AwaitingApproval (gate.approval),
+    Promoted, Registered, Reproduced (stages ran, and gave a registered adapter again), UpToDate; or instead of the last
+    four as NotPushed, if DVC's remote did not take the results. Run it in the project's folder.
 
     Args:
         models: names under `models` in params.yaml; all of them by default.
@@ -107,7 +108,8 @@ def retrain_models(
     with outlasting(settings.flow.patience):
         settled = _Settled.now(Path(params))
         rounds.before_run(settings)
-        _run_models(results, settings, force, publish, promote)
+        with cleaning.in_use():
+            _run_models(results, settings, force, publish, promote)
         for outcome in results:
             outcome.changed = settled.changes(Path(params))
         return _report(results, settings, time.monotonic() - began)
@@ -161,6 +163,8 @@ def _run_models(results: list[Outcome], settings: config.Config, force: bool, pu
                 with _recording_errors(outcome):
                     model = outcome.model
                     outcome.differing = dvc.differing([prepare_of(model, settings), *stages_of(model, settings)])
+        for outcome in results:
+            outcome.spent = outcome.spent or costs.uncounted_sum(outcome.model, settings)
         with _recording_errors(*results):
             if plan.remote is not None and dvc.is_shared(plan.address):
                 # Also when nothing ran: the last run may have been killed before its push.
@@ -262,6 +266,8 @@ def _bring_up(
         first = next((n for n, name in enumerate(names) if name in plan.stale or prepared), len(names))
         outcome.up_to_date += names[:first]
         on_device = [name for name in names[first:] if dvc.needs_device(name)]
+        if on_device and budgets.leave_to_a_person(outcome, settings):
+            return
         changed = prepared
         # Held for all of a model's stages, so that one model is finished before the next one starts.
         gpus, patience = settings.launch_for(outcome.model).processes, settings.flow.patience
@@ -330,6 +336,7 @@ def _release(outcome: Outcome, settings: config.Config, publish: bool, promote: 
     outcome.version, outcome.run_id = f"{registered.name}/{registered.version}", registered.run_id
     outcome.deleted = registered.deleted
     outcome.created, outcome.aliases = registered.created, list(registered.aliases)
+    outcome.spent = networked(record_costs, settings)(model, registered, settings)
     alias, outcome.approval = settings.registry.alias, registered.approval
     # A person has rolled back a version that was promoted before and is not champion now.
     if promote and not outcome.gate_failures and not registered.promoted and _may_become_champion(outcome, settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import tempfile
@@ -24,7 +25,8 @@ from lcmlora.io.parsing import Malformed, as_object, parse_json, parse_yaml, rea
 from lcmlora.io.terminal import note, shown
 from lcmlora.project import Project
 from lcmlora.projects import generated, record
-from lcmlora.tasks import dvc_command, dvc_internals
+from lcmlora.tasks import costs, dvc_command, dvc_internals
+from lcmlora.tasks.costs import Metered
 from lcmlora.tasks.leftovers import repair
 from lcmlora.tasks.machine.locks import holding_lock
 from lcmlora.tasks.output import Waiting, line_listener, run_logger
@@ -110,13 +112,16 @@ def repro(
     began = time.monotonic()
     options = ["--force"] if force else []
     # A killed flow leaves a stage that is ending. DVC would not wait for it, but fail.
-    with holding_lock(dvc_internals.TEMPORARY / f"lcmlora-{stage}.lock", stage, processes):
+    with (
+        holding_lock(dvc_internals.TEMPORARY / f"lcmlora-{stage}.lock", stage, processes),
+        costs.metering(stage, settings) if needs_device(stage) else contextlib.nullcontext(Metered()) as metered,
+    ):
         done = _pulled(stage, processes, settings.flow, options, remote)
         status, lines = done or _listen(processes, _repro(*options, stage), stage, _model(stage), settings.flow)
+        metered.used = ran = any(dvc_internals.is_run_message(line, stage) for line in lines)
     if status != 0:
         raise _failed(stage, status, lines)
     repair()
-    ran = any(dvc_internals.is_run_message(line, stage) for line in lines)
     return StageResult(stage, ran, time.monotonic() - began)
 
 
@@ -249,6 +254,18 @@ def default_remote() -> str | None:
     """
     try:
         return dvc_internals.default_remote()
+    except ValueError as error:
+        raise StageFailed(f"dvc config: {error}") from error
+
+
+def is_cache_shared() -> bool:
+    """Returns whether DVC's cache lies outside this repository, so that other projects may keep their results there.
+
+    Raises:
+        StageFailed: DVC's settings cannot be read.
+    """
+    try:
+        return not dvc_internals.cache_folder().resolve().is_relative_to(Path.cwd().resolve())
     except ValueError as error:
         raise StageFailed(f"dvc config: {error}") from error
 

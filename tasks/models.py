@@ -15,10 +15,13 @@ from lcmlora.evaluation import gate
 from lcmlora.evaluation.comparisons import compatibility
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.project import Project
+from lcmlora.registry import costs as registry_costs
 from lcmlora.registry import promotion, registration
+from lcmlora.registry.costs import Spent
 from lcmlora.releases import bundle, publish
 from lcmlora.releases.bundle import Provenance
 from lcmlora.releases.stores.store import open_store
+from lcmlora.tasks import costs
 from lcmlora.tasks.devices import holding_device
 from lcmlora.tasks.dvc import StageFailed
 from lcmlora.tasks.processes import Processes, python, reason, stream
@@ -116,6 +119,18 @@ def register_release(
     return registration.register_release(
         model, settings.registry, _PROJECT.release(model), uris[0] if uris else None, gate_failures, uris[1:]
     )
+
+
+@task(task_run_name="costs {model}", cache_policy=NO_CACHE)
+def record_costs(model: str, version: registration.Registered, settings: config.Config) -> Spent | None:
+    """Writes what was spent since the last version into the tags of a new one, and returns it. None: nothing was."""
+    found = costs.uncounted(model)
+    if not found or version.deleted:
+        return None
+    spent = costs.spent(found, settings)
+    registry_costs.record(spent, version.name, version.version, settings.registry)
+    costs.count_for(model, f"{version.name}/{version.version}")
+    return spent
 
 
 @task(task_run_name="promote {model}", cache_policy=NO_CACHE)
