@@ -22,7 +22,7 @@ from lcmlora.io.terminal import markdown as plain
 from lcmlora.project import Project
 from lcmlora.registry import tracking
 from lcmlora.registry.approval.standing import Standing
-from lcmlora.registry.costs import Spent
+from lcmlora.registry.costs.spent import Spent
 from lcmlora.releases.stores.store import page_of
 from lcmlora.tasks.dvc import StageResult
 from lcmlora.tasks.output import slug

@@ -46,7 +46,6 @@ __all__ = [
     "Base",
     "Compatibility",
     "Config",
-    "Costs",
     "Data",
     "Distill",
     "Encode",
@@ -64,7 +63,6 @@ __all__ = [
     "Quotable",
     "Range",
     "Registry",
-    "Retention",
     "Rollouts",
     "Serving",
     "Solver",
@@ -154,9 +152,7 @@ class Config(Strict):
     def _complete_bases(cls, raw: Any, info: ValidationInfo) -> Any:
         """Adds the published bases, and completes the others from presets and their own files."""
         sources = (info.context or {}).get("sources", Path())
-        if not isinstance(raw, dict):
-            return raw
-        own = raw.get("bases", {})
+        own = raw.get("bases", {}) if isinstance(raw, dict) else None
         if not isinstance(own, dict):
             return raw
         found = {}

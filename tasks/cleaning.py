@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcmlora.config import Retention
 from lcmlora.errors import UserError
 from lcmlora.io.files import discard, locked
 from lcmlora.project import Project
+from lcmlora.settings.services import Retention
 from lcmlora.tasks.dvc import StageFailed, is_cache_shared
 from lcmlora.tasks.leftovers import repair
 from lcmlora.tasks.processes import Processes, python, reason

@@ -21,7 +21,7 @@ from lcmlora.config import Config
 from lcmlora.io.files import atomic_write, write_json
 from lcmlora.io.parsing import Malformed, as_object, parse_json, read_json
 from lcmlora.project import Project
-from lcmlora.registry.costs import Spent, Use, add_up
+from lcmlora.registry.costs.spent import Spent, Use, add_up
 from lcmlora.tasks import energy
 
 _EVERY = 60.0  # seconds

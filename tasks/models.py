@@ -15,9 +15,8 @@ from lcmlora.evaluation import gate
 from lcmlora.evaluation.comparisons import compatibility
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.project import Project
-from lcmlora.registry import costs as registry_costs
 from lcmlora.registry import promotion, registration
-from lcmlora.registry.costs import Spent
+from lcmlora.registry.costs.spent import Spent, record
 from lcmlora.releases import bundle, publish
 from lcmlora.releases.bundle import Provenance
 from lcmlora.releases.stores.store import open_store
@@ -128,7 +127,7 @@ def record_costs(model: str, version: registration.Registered, settings: config.
     if not found or version.deleted:
         return None
     spent = costs.spent(found, settings)
-    registry_costs.record(spent, version.name, version.version, settings.registry)
+    record(spent, version.name, version.version, settings.registry)
     costs.count_for(model, f"{version.name}/{version.version}")
     return spent
 

@@ -145,7 +145,7 @@ def show(call: typer.Context, reference: Reference, as_json: AsJson = False) -> 
     Example: lcmlora registry show emoji@champion --json
     """
     places = _places(call)
-    from lcmlora.registry import costs
+    from lcmlora.registry.costs import spent
     from lcmlora.registry.references import find_version
 
     version = find_version(reference, places)
@@ -159,7 +159,7 @@ def show(call: typer.Context, reference: Reference, as_json: AsJson = False) -> 
     facts["aliases"] = " ".join(facts["aliases"])
     rows = [(key, str(value)) for key, value in facts.items() if value not in (None, "")]
     rows += [(f"base {key}", str(value)) for key, value in base.items() if value]
-    rows += costs.of_tags(version.tags)
+    rows += spent.of_tags(version.tags)
     shown = {key: value for key, value in metrics.items() if "student_" in key and "interval" not in key}
     print_table(("", version.reference), rows + [(key, f"{value:.4g}") for key, value in sorted(shown.items())])
     print(f"{len(metrics) - len(shown)} more figures: --json")

@@ -17,8 +17,9 @@ from lcmlora.config import Registry
 from lcmlora.errors import NotFound, UserError
 from lcmlora.io.parsing import JsonObject, Malformed, parse_json
 from lcmlora.io.private import downloads
-from lcmlora.registry import costs, events
+from lcmlora.registry import events
 from lcmlora.registry.approval.standing import standing
+from lcmlora.registry.costs.spent import figures
 from lcmlora.registry.downloads import offline
 from lcmlora.registry.retention import tombstones
 from lcmlora.registry.servers import ledger
@@ -215,10 +216,8 @@ def compare(first: Version, second: Version) -> list[Difference]:
     )
     rows = [Difference(name, getattr(first, name), getattr(second, name)) for name in facts]
     rows += [Difference(f"base {key}", first.base[key], second.base[key]) for key in first.base]
-    spent = [costs.figures(version.tags) for version in (first, second)]
-    rows += [
-        Difference(name, *(figures[name] for figures in spent)) for name in spent[0] if any(f[name] for f in spent)
-    ]
+    one, two = figures(first.tags), figures(second.tags)
+    rows += [Difference(name, one[name], two[name]) for name in one if one[name] or two[name]]
     names = dict.fromkeys([*first.metrics, *second.metrics])
     return rows + [Difference(name, first.metrics.get(name), second.metrics.get(name)) for name in names]
 

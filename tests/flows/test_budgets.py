@@ -9,10 +9,11 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
 
-from lcmlora.config import Config, Costs, load
+from lcmlora.config import Config, load
 from lcmlora.flows import budgets, notify
 from lcmlora.flows.outcomes import Outcome
 from lcmlora.flows.retrain import retrain_models
+from lcmlora.settings.services import Costs
 from lcmlora.tasks import costs
 from tests.flows.conftest import Project
 from tests.support.releases import load_settings

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from lcmlora import registry
-from lcmlora.config import Publish, Registry, Retention
+from lcmlora.config import Publish, Registry
 from lcmlora.errors import NotFound
 from lcmlora.registry import promotion, registration
 from lcmlora.registry.retention import database, plan, removal
 from lcmlora.registry.retention.selection import Rules
 from lcmlora.registry.tracking import log_run
 from lcmlora.releases import catalog, publish
+from lcmlora.settings.services import Retention
 from tests.integration.seaweed import SeaweedFS
 from tests.integration.tracking_servers import MLflow, PostgreSQL
 from tests.support.releases import write_sealed

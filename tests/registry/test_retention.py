@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from lcmlora import registry
-from lcmlora.config import Gate, Publish, Retention
+from lcmlora.config import Gate, Publish
 from lcmlora.errors import NotFound, Unavailable, UserError
 from lcmlora.inference import serving
 from lcmlora.registry import events, promotion
@@ -26,6 +26,7 @@ from lcmlora.registry.tracking import log_run
 from lcmlora.releases import bundle, catalog, publish
 from lcmlora.releases.removal import PRUNED
 from lcmlora.releases.stores.directory import DirectoryStore
+from lcmlora.settings.services import Retention
 from tests.support.registries import fresh
 from tests.support.releases import write_sealed
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lcmlora.config import Retention
 from lcmlora.io.files import locked
 from lcmlora.project import Project
+from lcmlora.settings.services import Retention
 from lcmlora.tasks import cleaning
 from lcmlora.tasks.dvc import StageFailed
 from lcmlora.tasks.processes import Processes

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lcmlora.config import Config, Costs
-from lcmlora.registry.costs import Use, add_up, figures, of_tags
+from lcmlora.config import Config
+from lcmlora.registry.costs.spent import Use, add_up, figures, of_tags
+from lcmlora.settings.services import Costs
 from lcmlora.tasks import costs, energy
 from lcmlora.tasks.energy import Gpu
 from tests.support.releases import load_settings

@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from lcmlora.config import Retention
 from lcmlora.registry.lookup import Version
 from lcmlora.registry.retention import tombstones
 from lcmlora.releases.trust import records
+from lcmlora.settings.services import Retention
 
 
 @dataclass(frozen=True)

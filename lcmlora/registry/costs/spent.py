@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lcmlora.config import Costs, Registry
+from lcmlora.config import Registry
 from lcmlora.registry.tracking import connect, reaching
+from lcmlora.settings.services import Costs
 
 _SECONDS, _ENERGY, _PRICE, _DEVICES = "device_seconds", "energy_kwh", "price", "devices"  # tags
 _JOULES = 3.6e6  # of a kilowatt-hour
