@@ -133,7 +133,7 @@ def _table(page: str, title: str) -> list[list[str]]:
 def test_the_figures_of_the_emoji_base_are_those_of_its_evaluation() -> None:
     metrics = Metrics.read(ROOT / "metrics/emoji.json")
     student = {steps: Key.of(STUDENT, steps) for steps in (1, 2, 4, 8, 16)}
-    for steps, excess, retrieval in _table("troubleshooting.md", "student's steps"):
+    for steps, excess, retrieval in _table("questions.md", "student's steps"):
         key = student[int(steps)]
         assert float(excess) == pytest.approx(metrics.excess[key], rel=0.005)
         assert float(retrieval) == pytest.approx(metrics.retrieval[key], abs=5e-4)

@@ -103,7 +103,7 @@ def full_disks(settings: Config) -> Iterator[Event]:
             yield Event(
                 "disk",
                 f"{folder}: {free:.1f} GB are free, less than the {settings.notify.disk_gb:g} GB of notify.disk_gb; "
-                "docs/guides/operate.md, Retention, says what may be deleted",
+                "docs/guides/retention.md says what may be deleted",
                 figures={"free GB": free},
                 looked=True,
             )

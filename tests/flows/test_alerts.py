@@ -1,4 +1,4 @@
-"""The alert of docs/guides/schedule.md, made on a Prefect server by the block as it stands there."""
+"""The alert of docs/guides/monitor.md, made on a Prefect server by the block as it stands there."""
 
 from prefect.client.orchestration import get_client
 from prefect.events.actions import SendNotification
@@ -12,7 +12,7 @@ PREFECTS_OWN = {"Crashed", "TimedOut"}  # the other ends that mean trouble
 
 
 def test_the_alert_of_the_guide_is_an_automation_for_the_ends_that_need_a_person(prefect: None) -> None:
-    (block,) = [b for b in code_blocks.blocks(ROOT / "docs/guides/schedule.md") if b.language == "python"]
+    (block,) = [b for b in code_blocks.blocks(ROOT / "docs/guides/monitor.md") if b.language == "python"]
     exec(compile(block.text, str(block), "exec"), {})
     with get_client(sync_client=True) as client:
         (made,) = client.read_automations_by_name("lcmlora: a run needs a person")
