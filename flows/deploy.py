@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lcmlora.errors import UserError
-from lcmlora.flows.servers import definitions, deploying
+from lcmlora.flows.servers import definitions
 from lcmlora.flows.verbs import enter
 from lcmlora.io.parsing import JsonObject, as_object, read_json
 from lcmlora.io.terminal import say
@@ -48,6 +48,7 @@ def deploy(
     import httpx
 
     from lcmlora.flows import credentials, provision
+    from lcmlora.flows.servers import deploying
 
     try:
         provision.provide(settings.flow.limit, pool=name, kind=pool.value, template=template)
