@@ -134,7 +134,7 @@ class Training:
             keys = {each["key"] for each in prefect.request("POST", "/artifacts/filter", json=asked).json()}
             tasks = {"flow_runs": {"id": {"any_": [str(self.run)]}}}
             states = wait_for(lambda: _ended(prefect.request("POST", "/task_runs/filter", json=tasks).json()), 60)
-        assert keys == {"progress-distill-a", "retrain", "figures-a", "card-a", "release-a"}
+        assert keys >= {"progress-distill-a", "retrain", "figures-a", "card-a", "release-a"}
         assert states == {"Completed"}
 
 
