@@ -67,7 +67,7 @@ _CHANGES: dict[Any, tuple[str, ...]] = {
         *("set_model_version_tag", "set_registered_model_tag", "set_registered_model_alias", "create_model_version"),
         *("delete_model_version", "set_tag", "log_artifacts", "log_batch", "delete_run"),
     ),
-    DirectoryStore: ("create", "create_again", "swap", "delete"),
+    DirectoryStore: ("create", "swap", "delete"),
     LocalArtifactRepository: ("delete_artifacts",),
 }
 
