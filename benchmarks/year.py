@@ -197,8 +197,20 @@ class Year:
         ]
 
 
-HEAD = ("night", "versions", "releases", "database, MB", "artifacts, MB", "releases, MB", "DVC cache, MB")
-HEAD += ("run-cache, MB", "list versions, s", "list releases, s", "prune, s", "kills")
+HEAD = (
+    "night",
+    "versions",
+    "releases",
+    "database, MB",
+    "artifacts, MB",
+    "releases, MB",
+    "DVC cache, MB",
+    "run-cache, MB",
+    "list versions, s",
+    "list releases, s",
+    "prune, s",
+    "kills",
+)
 
 
 def _patches(count: Callable[[], None]) -> Iterator[Any]:

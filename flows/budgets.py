@@ -28,7 +28,7 @@ def leave_to_a_person(outcome: Outcome, settings: Config) -> bool:
     advice = f"`lcmlora run {outcome.model}`, or a run of the deployment by hand, goes on all the same"
     outcome.over_budget = f"{budget.line}; {advice}"
     if costs.is_first_notice(outcome.model):
-        figures = {"spent": budget.spent, "budget": budget.budget, "currency": budget.currency}
+        figures: dict[str, float | str] = {"spent": budget.spent, "budget": budget.budget, "currency": budget.currency}
         event = notify.Event("budget", outcome.over_budget, outcome.model, figures, run=flow_run.id)
         notify.send(event, settings)
     return True

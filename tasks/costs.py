@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from lcmlora.config import Config
 from lcmlora.io.files import atomic_write, write_json
@@ -161,7 +162,7 @@ def _parse(text: str) -> list[Entry]:
         except Malformed:
             continue
         if isinstance(fields, dict) and {"time", "model", "stage", "device", "seconds"} <= fields.keys():
-            known = {key: fields.get(key) for key in Entry.__dataclass_fields__}
+            known: dict[str, Any] = {key: fields.get(key) for key in Entry.__dataclass_fields__}
             found.append(Entry(**known))
     return found
 
