@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lcmlora.projects.record import Options
 from tests.flows.test_definitions import KUBERNETES, confined
 
 ROOT = Path(__file__).parents[2]
-SCHEMAS = ROOT / "tests/support/schemas"
+SCHEMAS = resources.files("check_jsonschema") / "builtin_schemas/vendor"
 LEASES = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"
 DIGEST = "sha256:" + "0" * 64  # of no image
 
@@ -55,7 +56,7 @@ def variables(path: Path) -> dict[str, str]:
 
 
 def test_the_compose_file_fits_the_compose_specification(compose: dict[str, Any]):
-    schema = json.loads((SCHEMAS / "compose-spec.json").read_text())
+    schema = json.loads((SCHEMAS / "compose-spec.json").read_text(encoding="utf-8"))
     checker = jsonschema.validators.validator_for(schema)(schema)
     assert [error.message for error in checker.iter_errors(compose)] == []
     compose["services"]["prefect"] |= {"commands": []}
