@@ -95,6 +95,7 @@ def test_drift_is_said_of_prompts_unlike_the_captions_and_not_of_too_few(project
     assert json.loads(done("drift", "mini", "--json"))["drifted"] is True
 
 
+@pytest.mark.slow
 def test_two_adapters_are_drawn_side_by_side_and_what_people_choose_is_in_the_history(
     project: Path, miniatures: Callable[[str], Path]
 ):

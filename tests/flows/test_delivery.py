@@ -141,6 +141,7 @@ def test_messages_have_no_secret_of_the_environment_and_fit_into_a_variable(monk
     assert message.document["links"] and message.text.splitlines()[0].endswith("the end")
 
 
+@pytest.mark.slow
 def test_a_mail_has_subject_text_and_picture(web: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     picture = tmp_path / "grid.png"
     picture.write_bytes(base64.b64decode(PIXEL))

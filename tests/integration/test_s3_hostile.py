@@ -111,6 +111,7 @@ def test_a_server_is_tried_once_and_no_other_publisher_and_channel_tries_it_agai
         assert len(list_releases(settings)) == 2
 
 
+@pytest.mark.slow
 def test_a_server_that_ignores_everything_serves_one_publisher_who_accepts_that(
     s3: SeaweedFS, bucket: Publish, bundle: Path, tmp_path: Path
 ):

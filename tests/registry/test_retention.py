@@ -259,6 +259,7 @@ def test_a_kill_before_any_change_leaves_no_dangling_name_and_the_next_call_ends
     check_kills(filled, lambda done: list(range(len(done))))
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_version_goes_or_within_its_release_or_before_its_run_goes_is_made_up_for(
     filled: tuple[Shelf, Path], shelf: Shelf
 ):
@@ -357,6 +358,7 @@ def test_nothing_is_deleted_where_a_pointer_cannot_be_read(shelf: Shelf):
         shelf.plan()
 
 
+@pytest.mark.slow
 def test_rows_of_deleted_runs_and_versions_go_and_the_file_shrinks(shelf: Shelf):
     client, before = shelf.client(), database.space(shelf.settings)
     run = registry.resolve("mini/1", shelf.settings).run_id

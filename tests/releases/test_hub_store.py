@@ -286,6 +286,7 @@ def test_a_private_repository_is_read_with_a_token_and_missing_without(
         pull_release(ADDRESS, SETTINGS, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, pytest.param(503, marks=pytest.mark.slow)])
 def test_a_busy_hub_is_asked_again_and_then_told_as_unavailable(
     hub: HubServer, bundle: Path, patient: None, status: int
