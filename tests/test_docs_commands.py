@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import logging
 import re
 import tomllib
 from functools import cache
@@ -260,11 +261,15 @@ def _fault_of_dvc(arguments: tuple[str, ...]) -> str | None:
     from dvc.cli import DvcParserError
     from dvc.cli.parser import get_main_parser
 
-    with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(told):
-        try:
+    # DVC's handlers keep the standard error of the test that has imported it, and raise when that is closed.
+    logging.disable()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(told):
             get_main_parser().parse_args(list(arguments))
-        except DvcParserError:
-            return f"dvc {' '.join(arguments)}: {told.getvalue()}"
+    except DvcParserError:
+        return f"dvc {' '.join(arguments)}: {told.getvalue()}"
+    finally:
+        logging.disable(logging.NOTSET)
     return None
 
 

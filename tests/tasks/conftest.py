@@ -13,5 +13,6 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 def alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Where the lock of the device is: what trains on this machine must not keep tests waiting.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("locks")))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)  # of threads, which do not know temporary settings
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
         yield
