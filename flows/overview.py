@@ -37,6 +37,7 @@ class Standing:
     due: str | None  # the next scheduled run, ISO 8601, UTC
     reasons: dict[str, list[str]] = field(default_factory=dict)  # of each stale stage
     running: list[Running] = field(default_factory=list)  # stages, wherever the server or this folder knows of them
+    undecided: list[str] = field(default_factory=list)  # stages that are stale or not when what runs now has ended
     failure: Run | None = None  # the last run that came to an end, if that was a failure
     kept_from_running: str | None = None  # such as a schedule that is paused
     unknown: str | None = None  # why it is not known which stages are stale
@@ -45,6 +46,7 @@ class Standing:
     def needs(self) -> list[str]:
         """What a person should know of the model, a line each: what runs, why a run failed, why stages are stale."""
         lines = [f"runs now: {each.line}" for each in self.running]
+        lines += [f"known when that has ended: whether {', '.join(self.undecided)} must run"] if self.undecided else []
         if self.failure:
             named = f"{self.failure.end} {self.failure.time} ({self.failure.name})"
             lines += [f"{named}: {line}" for line in (self.failure.message or "no reason is known").splitlines()]
@@ -87,6 +89,11 @@ def standings(settings: Config, *, server: bool) -> list[Standing]:
                 stale=[name for name in names[model] if name in workspace.reasons],
                 due=due,
                 reasons={name: workspace.reasons[name] for name in names[model] if name in workspace.reasons},
+                undecided=[
+                    name
+                    for name in names[model]
+                    if name in workspace.blocked and name not in {each.stage for each in workspace.running}
+                ],
                 running=_running(names[model], workspace.running, known.running if known else []),
                 failure=known.failure(model) if known else None,
                 kept_from_running=kept,
