@@ -94,7 +94,7 @@ def settings(base_folder: Path, *, models: tuple[str, ...] = ("mini",), **change
     return raw
 
 
-def load_settings(base_folder: Path, **changes: dict[str, Any]) -> config.Config:
+def load_settings(base_folder: Path, **changes: Any) -> config.Config:
     return config.Config.model_validate(settings(base_folder, **changes))
 
 
