@@ -51,8 +51,8 @@ def publish_release(folder: Path, model: str, settings: Publish) -> str:
     signature = signing.sign(checksums, settings.signing_key) if settings.signing_key else None
     store = open_store(settings.of(model))
     prefix = manifest.release_prefix(model, sha256)
-    removal.refuse_pruned(store, prefix)
     store.prepare(model)
+    removal.refuse_pruned(store, prefix)
     if not _is_published(store, model, sha256):
         _claim(store, prefix, folder / bundle.CHECKSUMS, claim)
         # Another publisher may have completed a release of this adapter since.

@@ -241,7 +241,7 @@ def test_the_folder_has_code_and_no_pickle(model: Path):
         "serving_input_example.json",
     }
     code = [path for path in files if path.parts[0] == "code" and "__pycache__" not in path.parts]
-    assert {path.suffix for path in code if path.name != "py.typed"} == {".py", ".json", ".j2"}
+    assert {path.suffix for path in code if path.name != "py.typed"} == {".py", ".json"}
     assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt")]
     package, cache = Path(serving.__file__).parents[1], "data/latents/cache.py"
     assert (model / "code/lcmlora" / cache).read_bytes() == (package / cache).read_bytes()

@@ -57,7 +57,7 @@ def api(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory)
     environment["PREFECT_HOME"] = str(tmp_path_factory.mktemp("prefect"))
     done = subprocess.run([sys.executable, "-c", DEPLOY], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("successfully created") == 7
+    assert done.stdout.count("successfully created") == 8
     assert "former: 1 0\n" in done.stdout
     with httpx.Client(base_url=prefect_server.api, auth=(PREFECT.name, PREFECT.password), timeout=30) as client:
         yield lambda path, **question: client.post(path, json=question).raise_for_status().json()
