@@ -73,7 +73,7 @@ def _wait(found: Callable[[], list[Any]]) -> list[Any]:
 def test_every_schedule_has_runs_that_wait_for_their_time(api: Callable[..., Any]):
     deployments = {each["id"]: each for each in api("/deployments/filter")}
     scheduled = {each for each, deployment in deployments.items() if deployment["schedules"]}
-    assert len(scheduled) == 3
+    assert len(scheduled) == 4
 
     def due() -> list[dict[str, Any]]:
         runs = api("/flow_runs/filter", flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}})
