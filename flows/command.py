@@ -77,6 +77,11 @@ def run(
     choose(project.settings(), chosen)
     if not project.dvc_yaml.is_file():
         raise UserError(f"{project.dvc_yaml}: no such file; `lcmlora init` makes a project with it")
+    _run(chosen, force, not no_publish, promote, publish)
+
+
+def _run(models: list[str] | None, force: bool, publish: bool, promote: bool, to: str | None) -> None:
+    """Runs the flow in the current folder, and ends the process with 1 if a model failed."""
     from lcmlora.tasks.processes import end_children_with_this_process
 
     note_unused_servers()
@@ -92,7 +97,7 @@ def run(
 
     keep_temporary_server_apart()
     with keeping_temporary_server():
-        state = retrain_models(chosen, force, not no_publish, promote, publish, return_state=True)
+        state = retrain_models(models, force, publish, promote, to, return_state=True)
     if not state.is_completed():
         note(state.message, "error: ")
         raise SystemExit(1)

@@ -74,7 +74,7 @@ def project() -> str:
 
 @contextlib.contextmanager
 def former(settings: Config) -> Iterator[dict[str, str]]:
-    """Yields what lcmlora kept of a project's watched inputs in one variable before 2026-11-30, and then deletes it.
+    """Yields what lcmlora kept of a project's watched inputs in one variable in 0.1.0, and then deletes it.
 
     A flow that is killed before the end finds the variable again.
     """

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before Prefect is imported, which takes seconds
 
     standalone("flows.promote", promote, rollback, approve, reject)
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -43,13 +44,12 @@ def promote_version(
     params: str = "params.yaml",
 ) -> State:
     """Makes a version champion and moves the published channel. Ends as Promoted, or Failed with the gate's reasons."""
-    try:
-        settings = config.load(Path(params))
-        with outlasting(settings.flow.patience):
-            version = networked(promote_reference, settings)(reference, settings, reason, who, override)
-            return _completed("Promoted", version, settings)
-    except UserError as error:
-        return Failed(message=str(error))
+
+    def promote(settings: config.Config) -> State:
+        version = networked(promote_reference, settings)(reference, settings, reason, who, override)
+        return _completed("Promoted", version, settings)
+
+    return _decided(promote, params)
 
 
 @flow(name="rollback")
@@ -64,14 +64,13 @@ def roll_back_champion(
 
     The `retrain` flow does not promote a version again that was rolled back.
     """
-    try:
-        settings = config.load(Path(params))
-        with outlasting(settings.flow.patience):
-            # Not retried: a second call would go back by one more champion.
-            version = roll_back(name_of(model), settings, reason, who, to)
-            return _completed("RolledBack", version, settings)
-    except UserError as error:
-        return Failed(message=str(error))
+
+    def go_back(settings: config.Config) -> State:
+        # Not retried: a second call would go back by one more champion.
+        version = roll_back(name_of(model), settings, reason, who, to)
+        return _completed("RolledBack", version, settings)
+
+    return _decided(go_back, params)
 
 
 @flow(name="approve")
@@ -82,13 +81,12 @@ def approve_version(
     params: str = "params.yaml",
 ) -> State:
     """Makes a version champion that waits for approval, and moves the published channel. Ends as Promoted."""
-    try:
-        settings = config.load(Path(params))
-        with outlasting(settings.flow.patience):
-            version = networked(approve_reference, settings)(reference, settings, reason, who)
-            return _completed("Promoted", version, settings)
-    except UserError as error:
-        return Failed(message=str(error))
+
+    def approve(settings: config.Config) -> State:
+        version = networked(approve_reference, settings)(reference, settings, reason, who)
+        return _completed("Promoted", version, settings)
+
+    return _decided(approve, params)
 
 
 @flow(name="reject")
@@ -99,13 +97,23 @@ def reject_version(
     params: str = "params.yaml",
 ) -> State:
     """Rejects a version that waits for approval: no run makes it champion. Ends as Rejected."""
+
+    def reject(settings: config.Config) -> State:
+        version = networked(reject_reference, settings)(reference, settings, reason, who)
+        _leave_history(version, settings)
+        _tell(version, settings)
+        return Completed(name="Rejected", message=f"{version.reference}: rejected by {who}: {reason}")
+
+    return _decided(reject, params)
+
+
+def _decided(decide: Callable[[config.Config], State], params: str) -> State:
+    """Returns the end of a decision, which waits for a Prefect server that is away. Failed with the reason of an
+    error."""
     try:
         settings = config.load(Path(params))
         with outlasting(settings.flow.patience):
-            version = networked(reject_reference, settings)(reference, settings, reason, who)
-            _leave_history(version, settings)
-            _tell(version, settings)
-        return Completed(name="Rejected", message=f"{version.reference}: rejected by {who}: {reason}")
+            return decide(settings)
     except UserError as error:
         return Failed(message=str(error))
 

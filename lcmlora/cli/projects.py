@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lcmlora.projects.init import Plan
     from lcmlora.projects.record import Workers
     from lcmlora.projects.upgrade.costs import Cost
+    from lcmlora.projects.upgrade.plan import Upgrade
 
 
 class Pool(StrEnum):
@@ -252,9 +253,7 @@ def upgrade(
     project = context_of(call).project
     if project.params is not None:
         raise UserError("--params: upgrade rewrites the project's own params.yaml; name its folder with --project")
-    from lcmlora.projects import durations
     from lcmlora.projects.databases import outdated as databases
-    from lcmlora.projects.upgrade import costs, report
     from lcmlora.projects.upgrade.plan import BESIDE, apply, plan_upgrade, refuse_losses
 
     plan = plan_upgrade(project)
@@ -263,15 +262,7 @@ def upgrade(
         say(f"{project.params_file}: the project is up to date with lcmlora {plan.record.lcmlora}")
         return
 
-    def doctor(model: str) -> Cost | None:
-        return _estimated(project, plan.settings, model) if estimate else None
-
-    for line in report.lines(plan, costs.stage_costs(plan.outlook, durations.read(project), doctor)):
-        say(line)
-    if outdated:
-        say(f"databases, after a backup of the project to {databases.BACKUPS}/")
-        for database in outdated:
-            say(f"  {database}")
+    _show(plan, outdated, project, estimate)
     if dry_run:
         return
     refuse_losses(plan)
@@ -286,6 +277,22 @@ def upgrade(
     if outdated:  # after the files, since a backup reads the settings; what is interrupted here, the next call does
         _upgrade_databases(project, outdated)
     say("written; look at it with `git diff`, then commit it. `dvc repro` or `lcmlora run` runs what is stale")
+
+
+def _show(plan: Upgrade, outdated: list[Database], project: Project, estimate: bool) -> None:
+    from lcmlora.projects import durations
+    from lcmlora.projects.databases.outdated import BACKUPS
+    from lcmlora.projects.upgrade import costs, report
+
+    def doctor(model: str) -> Cost | None:
+        return _estimated(project, plan.settings, model) if estimate else None
+
+    for line in report.lines(plan, costs.stage_costs(plan.outlook, durations.read(project), doctor)):
+        say(line)
+    if outdated:
+        say(f"databases, after a backup of the project to {BACKUPS}/")
+        for database in outdated:
+            say(f"  {database}")
 
 
 def _upgrade_databases(project: Project, outdated: list[Database]) -> None:

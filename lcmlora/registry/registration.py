@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,8 +64,7 @@ def register_release(
     made: the release becomes artifacts of its run, the metrics its figures, the data its input, and tags say where it
     comes from. A release that failed the gate becomes a version, too, with the tag `rejected`. The run is that of the
     distillation, on whatever machine it was, which has the SHA-256 of the trained adapter as a tag
-    (`tracking.Run.tag_adapter`).
-    If there is no such run, a new one is made.
+    (`tracking.Run.tag_adapter`). If there is no such run, a new one is made.
 
     An adapter whose version a person deleted in MLflow is not registered again (`ledger`), until `readmit` is called.
 
@@ -82,9 +81,7 @@ def register_release(
     name = f"lcm-lora-{model}"
     provenance = Provenance.read(folder / bundle.PROVENANCE)
     figures = Metrics.read(folder / bundle.METRICS)
-    tags = _tags(provenance, figures, uri, gate_failures)
-    if published := [each for each in (uri, *others) if each] if others else []:
-        tags[lookup.URIS] = json.dumps(published)
+    tags = _tags(provenance, figures, uri, gate_failures) | _all_addresses((uri, *others))
     with reaching(settings, f"the release is kept in {folder} and the next run registers it"):
         client = connect(settings)
         same = [v for v in versions_of_release(client, sha256, name) if tombstones.MARK not in v.tags]
@@ -95,9 +92,7 @@ def register_release(
         found = _with_release(client, same, settings) or _uploaded_again(client, same, folder, name, provenance)
         if found:
             version = found[0]
-            # What is not known here was written by the machine that trained the adapter.
-            kept = set() if _knows_training(provenance) else _OF_TRAINING & version.tags.keys()
-            _update(client, version, {key: value for key, value in tags.items() if key not in kept})
+            _update(client, version, _known_here(tags, version, provenance))
         else:
             version = _create_version(client, settings, name, folder, provenance, figures, tags)
         number = int(version.version)
@@ -149,6 +144,12 @@ def _entered(client: MlflowClient, settings: Registry, name: str, provenance: Pr
     """Returns the version that an adapter had, which is not found by its tags. Raises NotFound for a renamed model."""
     ledger.refuse_renamed(client, name)
     return ledger.deleted_version(client, name, provenance.sha256, provenance.trained, settings.experiment)
+
+
+def _known_here(tags: Mapping[str, str], version: ModelVersion, provenance: Provenance) -> dict[str, str]:
+    """Returns the tags without those that only the machine knows which has trained the adapter, and has written."""
+    kept = set() if _knows_training(provenance) else _OF_TRAINING & version.tags.keys()
+    return {key: value for key, value in tags.items() if key not in kept}
 
 
 def _edited(client: MlflowClient, name: str, number: int, trained: str) -> list[ModelVersion]:
@@ -249,6 +250,12 @@ def _with_release(client: MlflowClient, found: Sequence[ModelVersion], settings:
         return any(item.path.endswith(f"/{bundle.CHECKSUMS}") for item in listed)
 
     return [version for version in found if has_release(version)]
+
+
+def _all_addresses(uris: Sequence[str | None]) -> dict[str, str]:
+    """Returns the tag with the addresses in all stores; none where there is one store."""
+    published = [uri for uri in uris if uri] if len(uris) > 1 else []
+    return {lookup.URIS: json.dumps(published)} if published else {}
 
 
 def _tags(provenance: Provenance, figures: Metrics, uri: str | None, gate_failures: Sequence[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from lcmlora.adapters.metadata import FACTS, SCHEDULER, WEIGHTS, Distilled, Sampler, read_sampler
 from lcmlora.config import Base, Config
@@ -94,11 +95,7 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
             reloaded=check.run(folder / WEIGHTS),
             kohya=Kohya(file=kohya.name, sha256=sha256_file(kohya), reloaded=check.run(kohya)),
         )
-        if ran.stages:
-            provenance = provenance.model_copy(update={"stages": ran.stages, "packaged_with": ran.packaging})
-        if config.has_own_data(model):
-            pictures = project.own_pictures(model).relative_to(project.root)
-            provenance = provenance.model_copy(update={"pictures": pictures.as_posix()})
+        provenance = provenance.model_copy(update=_where_known(model, config, project, ran))
         figures.write(folder / METRICS)
         if compatibility:
             compatibility.write(folder / COMPATIBILITY)
@@ -110,6 +107,14 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
         (folder / "README.md").write_text(page, encoding="utf-8")
         _write_checksums(folder)
     return provenance
+
+
+def _where_known(model: str, config: Config, project: Project, ran: StagesRan) -> dict[str, Any]:
+    """Returns the fields of the provenance that only some releases have."""
+    found: dict[str, Any] = {"stages": ran.stages, "packaged_with": ran.packaging} if ran.stages else {}
+    if config.has_own_data(model):
+        found["pictures"] = project.own_pictures(model).relative_to(project.root).as_posix()
+    return found
 
 
 def _figures(model: str, project: Project) -> Metrics:
