@@ -24,6 +24,7 @@ from lcmlora.releases.stores.store import Entry, Store, open_store
 from lcmlora.releases.trust import records
 
 PRUNED = "pruned.json"
+_RELEASE = re.compile(r"[^/]+/sha256-[0-9a-f]{12}")
 _ROUNDS = 5  # of deleting what another process has just added
 
 
@@ -53,7 +54,9 @@ def find(settings: Publish, model: str) -> dict[str, Stored]:
     store = open_store(settings, consequence="nothing was deleted there")
     entries: dict[str, list[Entry]] = {}
     for entry in store.entries(f"{model}/sha256-"):
-        entries.setdefault(entry.name.rpartition("/")[0], []).append(entry)
+        prefix = entry.name.rpartition("/")[0]
+        if _RELEASE.fullmatch(prefix):  # not so the object on which an S3 server is tried, MODEL/sha256-probe
+            entries.setdefault(prefix, []).append(entry)
     channels = _channels(store, model)
     return {
         prefix: Stored(store, prefix, sum(each.bytes for each in found), len(found), tuple(channels.get(prefix, ())))
@@ -137,4 +140,4 @@ def sizes(store: Store, prefix: str) -> dict[str, int]:
 def release_of(uri: str) -> tuple[str, str] | None:
     """Returns the address of the store and MODEL/sha256-<12 digits> of a release's address; None for any other."""
     root, prefix = manifest.split_address(uri)
-    return (root, prefix) if root and re.fullmatch(r"[^/]+/sha256-[0-9a-f]{12}", prefix) else None
+    return (root, prefix) if root and _RELEASE.fullmatch(prefix) else None

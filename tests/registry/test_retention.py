@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import json
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from lcmlora import registry
 from lcmlora.config import Gate, Publish
 from lcmlora.errors import NotFound, Unavailable, UserError
 from lcmlora.inference import serving
-from lcmlora.registry import events, promotion
+from lcmlora.registry import events, lookup, promotion
 from lcmlora.registry.approval.standing import REQUESTED
 from lcmlora.registry.registration import Registered, register_release
 from lcmlora.registry.retention import database, plan, removal, selection, tombstones
@@ -157,6 +158,18 @@ def test_what_has_a_name_is_kept_and_all_of_the_others_goes(shelf: Shelf):
     assert len(list((shelf.root / "releases/mini").glob("sha256-*"))) == 4
     shelf.check_names()
     assert shelf.plan().versions == shelf.plan().runs == shelf.plan().unfinished == ()
+
+
+def test_releases_in_a_former_store_go_too_and_what_is_no_release_stays(shelf: Shelf):
+    former = Publish(to=str(shelf.root / "former"))
+    uris = [publish.publish_release(shelf.folders[0], "mini", store) for store in (shelf.store, former)]
+    shelf.client().set_model_version_tag(NAME, "1", lookup.URIS, json.dumps(uris))
+    probe = shelf.root / "former/mini/sha256-probe"  # as on an S3 server that was tried
+    probe.write_text("tried")
+
+    shelf.prune()
+
+    assert [path.name for path in probe.parent.glob("sha256-*")] == [probe.name]
 
 
 def test_what_is_young_waits_for_approval_or_is_in_this_folder_is_kept(shelf: Shelf):

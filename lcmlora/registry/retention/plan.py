@@ -123,15 +123,15 @@ def _waits(version: Version, alias: str) -> bool:
 def _releases(found: Sequence[Version], publish: Publish, model: str) -> tuple[list[Stored], dict[str, list[str]]]:
     """Returns the releases of a model in all stores, and what points to them by the first 12 digits of their weights.
 
-    Stores are those of `publish.to`, and those that a version's tag names. What lies in one of the latter that cannot
+    Stores are those of `publish.to`, and those that a version's tags name. What lies in one of the latter that cannot
     be reached stays, so it counts as pointed to.
     """
     own = publish.of(model)
     roots = {open_store(store).uri: store for store in map(own.to_one, own.stores)}
-    places = {v.sha256[:12]: removal.release_of(v.release_uri) for v in found if v.release_uri}
+    places = [(place[0], v.sha256[:12]) for v in found for uri in v.uris if (place := removal.release_of(uri))]
     releases: list[Stored] = []
     pointing: dict[str, list[str]] = {}
-    former = {place[0] for place in places.values() if place} - roots.keys()
+    former = {root for root, _ in places} - roots.keys()
     for root in [*roots, *sorted(former)]:
         store = roots.get(root) or publish.to_one(root)
         try:
@@ -140,8 +140,8 @@ def _releases(found: Sequence[Version], publish: Publish, model: str) -> tuple[l
             if root in roots:
                 raise
             note(f"warning: {error}")
-            for digits, place in places.items():
-                if place and place[0] == root:
+            for place, digits in places:
+                if place == root:
                     pointing.setdefault(digits, []).append(f"a version keeps a release at {root}, which fails; it")
             continue
         releases += inside
