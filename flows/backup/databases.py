@@ -12,6 +12,7 @@ from typing import Any
 
 from lcmlora import masking
 from lcmlora.errors import UserError
+from lcmlora.registry.lookup import URIS
 
 _SECONDS = 60.0  # that a database may be locked by others
 
@@ -118,17 +119,20 @@ def _postgresql(program: str, uri: str, *arguments: str) -> None:
 
 def move_addresses(database: Path, former: str, now: str) -> None:
     """Changes the addresses in MLflow's database that begin with the project's former folder."""
+    # Of addresses, some have special characters quoted.
+    moved = {former: now, f"file://{former}": f"file://{now}", Path(former).as_uri(): Path(now).as_uri()}
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
-        for table, column in _ADDRESSES:
-            if column not in _columns(connection, table):
-                continue
-            for prefix in ("", "file://"):
-                old, new = prefix + former, prefix + now
-                connection.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
-                    f"WHERE substr({column}, 1, ?) = ? OR {column} = ?",
-                    (new, len(old) + 1, len(old) + 1, f"{old}/", old),
-                )
+        for old, new in moved.items():
+            for table, column in _ADDRESSES:
+                if column in _columns(connection, table):
+                    connection.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                        f"WHERE substr({column}, 1, ?) = ? OR {column} = ?",
+                        (new, len(old) + 1, len(old) + 1, f"{old}/", old),
+                    )
+            # A list of addresses as JSON
+            replaced = (f'"{old}/', f'"{new}/', URIS)
+            connection.execute("UPDATE model_version_tags SET value = replace(value, ?, ?) WHERE key = ?", replaced)
 
 
 def end_runs(database: Path) -> None:

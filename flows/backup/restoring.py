@@ -47,7 +47,8 @@ def restore(
     if not begun.is_file():
         begun.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_json(begun, {"clone": (root / "params.yaml").is_file()})
-    is_clone = as_object(read_json(begun), str(begun)).get("clone") is True
+    done = as_object(read_json(begun), str(begun))
+    is_clone = done.get("clone") is True
     for name, file in manifest.files.items():
         path = place_of(name, root)
         if file.kind == "project" and is_clone and path.exists():
@@ -56,8 +57,9 @@ def restore(
     if archive.BUNDLE in manifest.others and not (root / ".git").exists():
         _restore_history(backup / archive.BUNDLE, root)
     settings = config.load(root / "params.yaml", root)
-    if archive.DUMP in manifest.others:
+    if archive.DUMP in manifest.others and done.get("postgresql") is not True:
         databases.restore_postgresql(backup / archive.DUMP, settings.registry.tracking_uri)
+        write_json(begun, {**done, "postgresql": True})  # it has tables now, which another restore would refuse
     registry = sqlite_of(settings.registry.tracking_uri, root)
     if registry and registry.is_file() and manifest.folder != str(root):
         databases.move_addresses(registry, manifest.folder, str(root))

@@ -40,7 +40,7 @@ def project(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, base_folder: Path
 ) -> Path:
     """A project with a champion in registry and store, and a folder .up/ with a database that is written to."""
-    root = tmp_path / "project"
+    root = tmp_path / "my project"
     (root / ".up/prefect/concurrency_leases").mkdir(parents=True)
     raw = raw_settings(base_folder, registry={"tracking_uri": "sqlite:///mlflow.db"}, publish={"to": "releases"})
     (root / "params.yaml").write_text(yaml.safe_dump(raw))
@@ -57,6 +57,8 @@ def project(
     version = registration.register_release("mini", registry_of(root), sealed, uri)
     promotion.promote_passed(version, registry_of(root), reason="first")
     publish.point_channel("mini", version.sha256, settings.publish)
+    mirror = (root / "mirror/mini/sha256-1").as_uri()
+    registration.register_release("mini", registry_of(root), sealed, uri, others=[mirror])
     (root / ".up/state.json").write_text(json.dumps({"secrets": {"mlflow": "a-password"}}))
     (root / ".up/state.json").chmod(0o600)
     (root / ".up/prefect.log").write_text("a log\n")
@@ -110,13 +112,13 @@ def test_a_backup_in_an_empty_folder_elsewhere_has_champion_channel_history_and_
     }
     assert not left_out & names and all((project / name).is_file() for name in names)
     shutil.rmtree(project)
-    elsewhere = tmp_path / "elsewhere"
+    elsewhere = tmp_path / "else where"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     restore(archive.find(tmp_path / "backups"), elsewhere)
     champion = registry.resolve("mini@champion", registry_of(elsewhere))
     assert champion.version == 1 and champion.release_uri
-    assert str(project) not in str(champion.release_uri)
+    assert len(champion.uris) == 2 and all(uri.startswith(f"{elsewhere.as_uri()}/") for uri in champion.uris)
     downloaded = registry.pull("mini@champion", registry_of(elsewhere), tmp_path / "pulled")
     assert (Path(downloaded) / "pytorch_lora_weights.safetensors").read_bytes() == b"weights"
     pointer = json.loads((elsewhere / "releases/mini/channels/champion.json").read_text())
@@ -138,6 +140,28 @@ def test_a_backup_in_an_empty_folder_elsewhere_has_champion_channel_history_and_
             ("gpu", 0),
             ("in the write-ahead log", 0),
         ]
+
+
+def test_an_interrupted_restore_goes_on_after_the_postgresql_registry_that_it_has_filled(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place, manifest = backup(project, tmp_path / "backups")
+    (place / archive.DUMP).write_bytes(b"a dump")
+    filled = manifest.model_copy(
+        update={"others": {**manifest.others, archive.DUMP: archive.Content(sha256="", bytes=6)}}
+    )
+    restored: list[Path] = []
+    monkeypatch.setattr(databases, "restore_postgresql", lambda source, uri: restored.append(source))
+    target = tmp_path / "target"
+    target.mkdir()
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(databases, "end_runs", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        restoring.restore(place, filled, target, no_store)
+    restoring.restore(place, filled, target, no_store)
+
+    assert restored == [place / archive.DUMP]
+    assert not (target / ".up" / restoring.BEGUN).exists()
 
 
 def test_a_damaged_or_incomplete_backup_is_refused_before_anything_is_written(project: Path, tmp_path: Path):

@@ -109,7 +109,8 @@ class Remover:
         """
         with reaching(self.settings, _LEFT):
             client = connect(self.settings)
-            client.set_tag(run.run_id, MARK, events.now()) if _is_active(client, run.run_id) else None
+            if _is_active(client, run.run_id):
+                client.set_tag(run.run_id, MARK, events.now())
             self._remove_run(client, run.run_id)
 
     def _is_named(self, client: MlflowClient, going: PrunedVersion) -> bool:
