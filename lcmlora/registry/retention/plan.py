@@ -140,8 +140,8 @@ def _releases(found: Sequence[Version], publish: Publish, model: str) -> tuple[l
             if root in roots:
                 raise
             note(f"warning: {error}")
-            for place, digits in places:
-                if place == root:
+            for at, digits in places:
+                if at == root:
                     pointing.setdefault(digits, []).append(f"a version keeps a release at {root}, which fails; it")
             continue
         releases += inside
