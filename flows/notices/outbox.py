@@ -25,7 +25,8 @@ def put(message: Message, targets: Iterable[str], settings: Config) -> None:
     """Keeps a message for these targets."""
     memory = Memory(SUBJECT, settings)
     for name in targets:
-        memory.write(_key(message, name), {"target": name, "message": message.document})
+        # The time of a message is in whole seconds.
+        memory.write(_key(message, name), {"target": name, "kept": time.time_ns(), "message": message.document})
 
 
 def take(message: Message, targets: Iterable[str], settings: Config) -> None:
@@ -79,7 +80,7 @@ def retry(settings: Config, warn: Callable[[str], None]) -> int:
     """
     memory, delivered, down = Memory(SUBJECT, settings), 0, set[str]()
     oldest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=_KEPT_DAYS)
-    waiting = sorted(memory.read().items(), key=lambda item: str(item[1]["message"]["time"]))
+    waiting = sorted(memory.read().items(), key=lambda item: int(item[1]["kept"]))
     for key, entry in waiting:
         message, name = Message(entry["message"]), entry["target"]
         if datetime.datetime.fromisoformat(message.document["time"]) < oldest:

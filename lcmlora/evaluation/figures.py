@@ -153,6 +153,7 @@ class Trial(Document):
 
     settings: SolverSettings
     distance: Number | None  # to the teacher, of few pictures: for ranks only; None: pictures that were not finite
+    pictures: int  # fewer than those of the search where the first were so far off that the rest were not drawn
 
 
 class Search(Document):
@@ -160,7 +161,7 @@ class Search(Document):
 
     split: str  # of the captions: validation, or test if there are no others
     captions: int
-    pictures: int  # of each trial
+    pictures: int  # of a trial that was not given up
     seeds: dict[str, int]  # of the teacher and of the solvers
     network_evaluations: int  # of single pictures, in all
     trials: dict[Key, list[Trial]]  # in their order

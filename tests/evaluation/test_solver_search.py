@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,21 @@ def emoji(**changes: Any) -> Evaluation:
     return config.load(ROOT / "params.yaml").evaluation_for("emoji").model_copy(update=changes)
 
 
+def trials_of(solver: str, evaluation: Evaluation, measure: Callable[[SolverSettings], float]) -> Iterator[Trial]:
+    """Yields the trials of a search in which settings are as far from the teacher as `measure` says."""
+
+    def tried(settings: SolverSettings, best: SolverSettings | None) -> Trial:
+        del best
+        distance = measure(settings)
+        return Trial(settings=settings, distance=distance if math.isfinite(distance) else None, pictures=8)
+
+    return search_settings(solver, evaluation, tried)
+
+
 def found(solver: str, measure: Any, evaluation: Evaluation) -> dict[int, SolverSettings]:
     """Returns the best settings of a solver by its number of evaluations."""
     trials: dict[int, list[Trial]] = {}
-    for trial in search_settings(solver, evaluation, measure):
+    for trial in trials_of(solver, evaluation, measure):
         trials.setdefault(trial.settings.evaluations, []).append(trial)
     return {count: best_trial(each).settings for count, each in trials.items()}
 
@@ -77,11 +89,11 @@ def test_the_scales_are_tried_again_when_an_option_changes_which_is_best() -> No
 
 
 def test_an_odd_number_of_evaluations_is_unguided_and_settings_that_draw_nothing_finite_are_not_chosen() -> None:
-    trials = list(search_settings("ddim", emoji(solver_evaluations=(3,)), lambda tried: math.inf))
+    trials = list(trials_of("ddim", emoji(solver_evaluations=(3,)), lambda tried: math.inf))
     assert {trial.settings.guidance_scale for trial in trials} == {1.0} and {t.distance for t in trials} == {None}
     best = found("ddim", lambda tried: math.inf if tried.guidance_scale < 5 else tried.guidance_scale, emoji())
     assert best[4].guidance_scale == 5.0
-    assert list(search_settings("ddim", emoji(solver_evaluations=(3,), guidance_scales=(2.0,)), len)) == []
+    assert list(trials_of("ddim", emoji(solver_evaluations=(3,), guidance_scales=(2.0,)), lambda tried: 0)) == []
 
 
 def test_the_choice_keeps_to_its_budget_whatever_it_meets() -> None:
@@ -94,7 +106,7 @@ def test_the_choice_keeps_to_its_budget_whatever_it_meets() -> None:
         trials = [
             trial.settings
             for solver in evaluation.solver_names
-            for trial in search_settings(solver, evaluation, lambda _, chance=chance: chance.random())
+            for trial in trials_of(solver, evaluation, lambda _, chance=chance: chance.random())
         ]
         assert max(Counter(trials).values()) == 1  # nothing is tried twice
         drawn = teacher + sum(each.evaluations for each in trials)
@@ -123,21 +135,55 @@ def test_the_nearest_trial_is_drawn_for_the_report_and_every_trial_is_kept(
     assert set(facts.baselines) == {"ddim@2", "ddim@4", "dpm++@2", "dpm++@4"} == set(search.trials)
     few = ImageSets(base, Quarters(base.device), validation, 10, 8, 0)
     teacher = few.draw("teacher", SolverSettings.of("ddim", 6, 4.0), 2000).features
-    cost = 12
+    cost = 12 * 10
     for key, trials in search.trials.items():
-        cost += sum(trial.settings.evaluations for trial in trials)
-        again = {t.settings: few.draw(key, t.settings, 2001).features for t in trials}
-        distances = [named("frechet").between_few(teacher, again[trial.settings]) for trial in trials]
+        cost += sum(trial.settings.evaluations * trial.pictures for trial in trials)
+        distances = []
+        for trial in trials:
+            again = few.draw(key, trial.settings, 2001).features[: trial.pictures]
+            distances.append(named("frechet").between_few(teacher[: trial.pictures], again))
         assert [trial.distance for trial in trials] == pytest.approx(distances, rel=1e-6)
         assert facts.baselines[key] == best_trial(trials).settings
-        assert distances[trials.index(best_trial(trials))] == pytest.approx(min(distances), rel=2e-3)
-    assert search.network_evaluations == 10 * cost
+        whole = [distance for distance, trial in zip(distances, trials, strict=True) if trial.pictures == 10]
+        assert distances[trials.index(best_trial(trials))] == pytest.approx(min(whole), rel=2e-3)
+    assert search.network_evaluations == cost
     assert facts.network_evaluations["ddim@4"] == 4 == facts.baselines[Key("ddim@4")].evaluations
     whole = ImageSets(base, Quarters(base.device), facts.prompts, 20, 8, 0)
     drawn = whole.draw("", facts.baselines[Key("ddim@4")], 1001).features
     assert torch.equal(drawn, load_file(tmp_path / "reference" / "features.safetensors")["ddim@4"])
     # Read again as it was written, with every trial.
     assert Reference.read(tmp_path / "reference" / "reference.json").search == search
+
+
+def test_settings_that_are_far_off_are_given_up_after_a_quarter_of_the_pictures(
+    base: bases.LoadedBase, data: Data, pictures: Path, tmp_path: Path
+) -> None:
+    changes = {
+        "solvers": ("ddim",),
+        "solver_evaluations": (4,),
+        "guidance_scales": (1.0, 4.0, 8.0),
+        "batch": 4,
+        "teacher_steps": 7,
+    }
+    plant(base, by=40)
+    search = draw(base, data, pictures, tmp_path, **changes, choosing_pictures=16).search
+    assert search
+    (trials,) = search.trials.values()
+    drawn = {trial.settings: trial.pictures for trial in trials}
+    assert [drawn[SolverSettings.of("ddim", 2, scale)] for scale in (4.0, 8.0)] == [4, 4]
+    assert drawn[best_trial(trials).settings] == 16 and best_trial(trials).settings.guidance_scale == 1
+    assert all(trial.distance is not None for trial in trials)
+    assert search.network_evaluations == 16 * 14 + sum(trial.pictures * 4 for trial in trials)
+
+
+def test_of_trials_that_were_given_up_none_is_the_best_while_another_was_not() -> None:
+    def trial(scale: float, distance: float | None, drawn: int) -> Trial:
+        return Trial(settings=SolverSettings.of("ddim", 2, scale), distance=distance, pictures=drawn)
+
+    given_up, nearer, whole = trial(2.0, 5.0, 32), trial(3.0, 4.0, 32), trial(4.0, 9.0, 128)
+    assert best_trial([given_up, nearer, whole]) == whole
+    assert best_trial([given_up, trial(5.0, None, 128), nearer]) == nearer
+    assert best_trial([trial(5.0, None, 128)]).settings.guidance_scale == 5.0
 
 
 def test_a_search_that_was_killed_goes_on_and_draws_nothing_twice(
@@ -207,7 +253,7 @@ def test_a_solver_fixed_by_hand_is_drawn_as_it_says_at_every_even_number_of_eval
     assert facts.baselines[Key("ddim@2")].steps == 2
 
 
-def plant(base: bases.LoadedBase) -> None:
+def plant(base: bases.LoadedBase, by: float = 1) -> None:
     """Makes guidance harmful in two steps: at t = 499, their last, the unconditional noise is wrong.
 
     The teacher's seven steps and four unguided ones do not meet that.
@@ -216,7 +262,7 @@ def plant(base: bases.LoadedBase) -> None:
 
     def wrong(_: Any, args: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor]) -> tuple[Tensor]:
         met = (args[2] == alone).flatten(1).all(dim=1) & (args[1] == 499)
-        return (output[0] + met[:, None, None, None],)
+        return (output[0] + by * met[:, None, None, None],)
 
     base.network.register_forward_hook(wrong)
 

@@ -129,6 +129,9 @@ class Wire:
         self._target = port
         self._whole = True
         self._ends: list[socket.socket] = []
+        self._left: int | None = None
+        self._action: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
 
@@ -151,6 +154,21 @@ class Wire:
         """Passes new connections on."""
         self._whole = True
 
+    def after(self, count: int, action: Callable[[], None]) -> None:
+        """Does this once, when so many more bytes have come for the server, before the last of them are passed on."""
+        with self._lock:
+            self._left, self._action = count, action
+
+    def _count(self, block: bytes) -> None:
+        with self._lock:
+            if self._left is None:
+                return
+            self._left -= len(block)
+            if self._left > 0:
+                return
+            self._left = None
+        self._action()
+
     def _accept(self) -> None:
         while True:
             try:
@@ -165,13 +183,18 @@ class Wire:
                 near.close()
                 continue
             self._ends += [near, far]
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=_pass_bytes, args=(source, sink), daemon=True).start()
+            for source, sink, seen in ((near, far, self._count), (far, near, _unseen)):
+                threading.Thread(target=_pass_bytes, args=(source, sink, seen), daemon=True).start()
 
 
-def _pass_bytes(source: socket.socket, sink: socket.socket) -> None:
+def _unseen(block: bytes) -> None:
+    del block
+
+
+def _pass_bytes(source: socket.socket, sink: socket.socket, seen: Callable[[bytes], None]) -> None:
     with contextlib.suppress(OSError):
         while block := source.recv(1 << 16):
+            seen(block)
             sink.sendall(block)
     for end in (source, sink):
         with contextlib.suppress(OSError):

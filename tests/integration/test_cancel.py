@@ -79,6 +79,7 @@ def test_cancelling_a_run_ends_its_trainer_and_leaves_its_checkpoint(
         finally:
             os.killpg(worker.pid, signal.SIGKILL)  # asked to end, it now and then does not
             worker.wait()
+            client.delete_deployment(deployed)  # other tests use this server, too
 
 
 def _wait(what, seconds: float):

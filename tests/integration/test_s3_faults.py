@@ -6,7 +6,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lcmlora.releases.bundle import digest
 from lcmlora.releases.catalog import find_release, list_releases, pull_release, verify_release
 from lcmlora.releases.publish import point_channel, publish_release, yank_release
 from tests.integration import seaweed
+from tests.integration.relay import Wire
 from tests.integration.seaweed import IDENTITIES, Identity, SeaweedFS
 from tests.support.releases import write_sealed
 
@@ -81,6 +81,10 @@ def objects(server: SeaweedFS, settings: Publish) -> dict[str, str]:
     return {name: state for name, state in found.items() if not name.endswith("probe")}
 
 
+def wire_to(server: SeaweedFS) -> Wire:
+    return Wire(int(server.endpoint.rpartition(":")[2]))
+
+
 class Publisher:
     """A process that publishes a folder once it is told to go."""
 
@@ -108,17 +112,16 @@ def large(size: int, first: bytes) -> bytes:
 def test_a_server_killed_in_mid_upload_leaves_no_release_and_the_next_run_completes_it(
     server: SeaweedFS, settings: Publish, tmp_path: Path
 ):
-    bundle = write_sealed(tmp_path / "bundle", weights=large(256 * MIB, b"killed"))
+    bundle = write_sealed(tmp_path / "bundle", weights=large(32 * MIB, b"killed"))
     prefix = f"mini/sha256-{digest(bundle)[:12]}"
-    first = Publisher(bundle, settings)
-    first.go()
-    until = time.monotonic() + 60
-    while f"{prefix}/provenance.json" not in objects(server, settings):  # the last before the weights
-        assert first.process.poll() is None and time.monotonic() < until
-    server.kill()
-    status, out, error = first.end()
+    with wire_to(server) as wire:
+        wire.after(16 * MIB, server.kill)  # of the weights, which are the last
+        through = settings.model_copy(update={"endpoint_url": f"http://127.0.0.1:{wire.port}"})
+        first = Publisher(bundle, through)
+        first.go()
+        status, out, error = first.end()
     assert (status, out) == (1, "")
-    assert error.startswith(f"error: publish.to: bucket {BUCKET} at {server.endpoint}: ") and "\n" not in error
+    assert error.startswith(f"error: publish.to: bucket {BUCKET} at {through.endpoint_url}: ") and "\n" not in error
     assert error.endswith("the release is kept, and the next run publishes it")
     server.restart()
     left = objects(server, settings)
@@ -137,13 +140,12 @@ def test_a_server_killed_in_mid_upload_leaves_no_release_and_the_next_run_comple
 def test_a_publisher_killed_in_mid_upload_leaves_no_release_and_the_next_run_completes_it(
     server: SeaweedFS, settings: Publish, tmp_path: Path
 ):
-    bundle = write_sealed(tmp_path / "bundle", weights=large(128 * MIB, b"process"))
-    first = Publisher(bundle, settings)
-    first.go()
-    while not any(name.endswith("provenance.json") for name in objects(server, settings)):
-        assert first.process.poll() is None
-    first.process.kill()
-    assert first.end()[0] == -9
+    bundle = write_sealed(tmp_path / "bundle", weights=large(32 * MIB, b"process"))
+    with wire_to(server) as wire:
+        first = Publisher(bundle, settings.model_copy(update={"endpoint_url": f"http://127.0.0.1:{wire.port}"}))
+        wire.after(16 * MIB, first.process.kill)
+        first.go()
+        assert first.end()[0] == -9
     assert [row.whole for row in list_releases(settings)] == [False]
     uri = publish_release(bundle, "mini", settings)
     assert [(row.uri, row.whole) for row in list_releases(settings)] == [(uri, True)]

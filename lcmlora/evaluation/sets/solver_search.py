@@ -17,12 +17,12 @@ from lcmlora.diffusion.solver_settings import SPACINGS, SolverSettings, finals
 from lcmlora.evaluation.figures import Key, Search, Trial
 from lcmlora.evaluation.image_sets import ImageSets, NotFinite
 from lcmlora.evaluation.measures.distances import named
-from lcmlora.evaluation.sets.captions import Captions, choosing_seeds
+from lcmlora.evaluation.sets.captions import Captions, Seeds, choosing_seeds
 from lcmlora.io.terminal import note
 from lcmlora.progress import track
 from lcmlora.settings.evaluation import KARRAS
 
-Measure = Callable[[SolverSettings], float]  # the distance to the teacher; infinite for pictures that are not finite
+Measure = Callable[[SolverSettings, SolverSettings | None], Trial]  # tries settings; the other are the best so far
 
 # A trial costs its evaluations, and the more steps there are, the less the settings matter. So the search is thorough
 # up to these numbers of evaluations, and beyond the last it only looks for a higher scale than was best at fewer.
@@ -32,6 +32,10 @@ _FEW_SCALES, _FEWER_SCALES = 3, 2  # scales tried at most beyond _ALL_SCALES_UP_
 # Neighbouring scales tried at most after an option has changed, up to _ALL_SCALES_UP_TO and beyond.
 _NEIGHBOURS, _FEWER_NEIGHBOURS = 2, 1
 _KARRAS_FROM = 3  # steps; in one or two, Karras sigmas are the highest noise level and the lowest
+
+# A trial whose first pictures, this part of all, are so many times as far from the teacher as the same pictures of the
+# best settings is given up. All start from the same noise, so a quarter tells settings that are far apart.
+_FIRST, _HOPELESS = 0.25, 1.25
 
 # Two distances that differ by less may do so by rounding, which is another on every machine: the first stays the best.
 _ROUNDING = 1e-3
@@ -60,32 +64,61 @@ def choose_baselines(
             "there are no validation captions (data.validation), so the solvers' settings are chosen on test captions, "
             "with other seeds than the report's: to the solvers' advantage"
         )
-    few = replace(image_sets, prompts=prompts, pictures=settings.choosing_pictures, rows=0, scorers=(), check=None)
-    seeds, distance = choosing_seeds(settings.seed), named(few.features.distance)
-    teacher_settings = SolverSettings.of("ddim", settings.teacher_steps, settings.guidance_scale)
-    teacher = few.draw("teacher, to choose solver settings by", teacher_settings, seeds.teacher).features
-
-    def measure(tried: SolverSettings) -> float:
-        try:
-            drawn = few.draw(f"{Key.of_solver(tried)}, {tried.text}", tried, seeds.compared, quiet=True)
-        except NotFinite:  # the trial is kept, without a distance
-            return math.inf
-        return distance.between_few(teacher, drawn.features)
-
+    seeds = choosing_seeds(settings.seed)
+    tried_by = _Trials(replace(image_sets, prompts=prompts, rows=0, scorers=(), check=None), settings, seeds)
     trials: dict[Key, list[Trial]] = {}
-    search = (trial for solver in searched for trial in search_settings(solver, settings, measure))
+    search = (trial for solver in searched for trial in search_settings(solver, settings, tried_by))
     for trial in track(search, "solver settings (at most)", total=most_trials(settings)):
         trials.setdefault(Key.of_solver(trial.settings), []).append(trial)
     baselines |= {key: best_trial(tried).settings for key, tried in trials.items()}
-    evaluations = teacher_settings.evaluations + sum(t.settings.evaluations for each in trials.values() for t in each)
     return baselines, Search(
         split=split,
         captions=len(prompts),
-        pictures=few.pictures,
+        pictures=settings.choosing_pictures,
         seeds={"teacher": seeds.teacher, "compared": seeds.compared},
-        network_evaluations=evaluations * few.pictures,
+        network_evaluations=tried_by.teacher.evaluations * settings.choosing_pictures
+        + sum(trial.settings.evaluations * trial.pictures for each in trials.values() for trial in each),
         trials=trials,
     )
+
+
+class _Trials:
+    """Draws settings that are tried, and measures how far their pictures are from the teacher's.
+
+    Args:
+        image_sets: draws the trials; its number of pictures is not used.
+    """
+
+    def __init__(self, image_sets: ImageSets, settings: Evaluation, seeds: Seeds) -> None:
+        first = math.ceil(_FIRST * settings.choosing_pictures / image_sets.batch) * image_sets.batch
+        counts = sorted({min(first, settings.choosing_pictures), settings.choosing_pictures})
+        self._sets = [replace(image_sets, pictures=count) for count in counts]
+        self._seeds = seeds
+        self._distance = named(image_sets.features.distance)
+        self._known: dict[tuple[int, SolverSettings], float] = {}
+        self.teacher = SolverSettings.of("ddim", settings.teacher_steps, settings.guidance_scale)
+        label = "teacher, to choose solver settings by"
+        self._teachers = self._sets[-1].draw(label, self.teacher, seeds.teacher).features
+
+    def __call__(self, tried: SolverSettings, best: SolverSettings | None) -> Trial:
+        for few in self._sets:
+            distance = self._between(few, tried)
+            if few is self._sets[-1] or not math.isfinite(distance):
+                break
+            if best and distance > _HOPELESS * self._between(few, best):
+                break
+        return Trial(settings=tried, distance=distance if math.isfinite(distance) else None, pictures=few.pictures)
+
+    def _between(self, few: ImageSets, tried: SolverSettings) -> float:
+        """Returns the distance to the teacher; infinite for pictures that are not finite."""
+        known = few.pictures, tried
+        if known not in self._known:
+            try:
+                drawn = few.draw(f"{Key.of_solver(tried)}, {tried.text}", tried, self._seeds.compared, quiet=True)
+                self._known[known] = self._distance.between_few(self._teachers[: few.pictures], drawn.features)
+            except NotFinite:  # the trial is kept, without a distance
+                self._known[known] = math.inf
+        return self._known[known]
 
 
 def search_settings(solver: str, settings: Evaluation, measure: Measure) -> Iterator[Trial]:
@@ -194,20 +227,25 @@ class _Search:
 
     def _try(self, settings: SolverSettings) -> Iterator[Trial]:
         if settings not in self._tried:
-            distance = self._measure(settings)
-            trial = Trial(settings=settings, distance=distance if math.isfinite(distance) else None)
+            trial = self._measure(settings, self._best if self._tried else None)
             self._tried[settings] = trial
             yield trial
 
 
 def best_trial(trials: list[Trial]) -> Trial:
-    """Returns the nearest trial, the first of several that are as near but for rounding."""
-    best = trials[0]
-    for trial in trials[1:]:
-        if trial.distance is not None and (
-            best.distance is None or trial.distance < best.distance - _ROUNDING * abs(best.distance)
-        ):
-            best = trial
+    """Returns the nearest of the trials that were not given up, the first of several as near but for rounding.
+
+    Distances of fewer pictures are greater, so those of other numbers of pictures are not compared.
+    """
+    finite = [trial for trial in trials if trial.distance is not None]
+    most = max((trial.pictures for trial in finite), default=0)
+    whole = [(trial.distance, trial) for trial in finite if trial.distance is not None and trial.pictures == most]
+    if not whole:
+        return trials[0]
+    nearest, best = whole[0]
+    for distance, trial in whole[1:]:
+        if distance < nearest - _ROUNDING * abs(nearest):
+            nearest, best = distance, trial
     return best
 
 

@@ -41,6 +41,12 @@ HISTORY = (
         "0.2.0",
         "the best settings of each solver are searched on validation captions; second features measure every image set",
     ),
+    StageVersion(
+        "reference",
+        3,
+        "0.2.0",
+        "the search draws settings that are far from the teacher only for a quarter of the pictures",
+    ),
     StageVersion("distill", 1, "0.2.0", "the same weights as in 0.1.0; the base's digest covers all of its parts"),
     StageVersion("evaluate", 1, "0.2.0", "caption retrieval that says nothing is reported as not measured"),
     StageVersion(
