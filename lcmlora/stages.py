@@ -26,7 +26,7 @@ VERSIONS = {
     "pretrain": 1,  # the embedded base: how its VAE, text encoder and UNet are trained
     "prepare": 2,  # which pictures are kept, their captions, how they are split
     "encode": 1,  # latents and embeddings: resizing, the VAE's scaling, teacher rollouts, the layout of the cache
-    "reference": 2,  # what the teacher and the solvers draw, image features, scores
+    "reference": 3,  # what the teacher and the solvers draw, image features, scores
     "distill": 1,  # objectives, teacher, samples, optimization, which weights are saved
     "evaluate": 2,  # how the student draws, and the metrics
     "style": 1,  # training of style LoRAs

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from lcmlora import extras, names
+from lcmlora.cli import allocator
 from lcmlora.cli.context import Context, context_of
 from lcmlora.cli.shell import completion
 from lcmlora.errors import UserError
@@ -469,6 +470,8 @@ def _load(
     from lcmlora import bases
 
     torch_device = bases.pick_device(device)
+    if torch_device.type == "cpu":
+        allocator.keep_freed_memory()
     dtype = bases.pick_dtype(precision, torch_device)
     return bases.load(
         model, config.base(model), folder or project.base(model), device=torch_device, dtype=dtype, parts=parts
