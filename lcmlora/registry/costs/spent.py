@@ -54,20 +54,26 @@ class Spent:
 
     def rows(self) -> list[tuple[str, str]]:
         """Returns names and values for a table."""
-        energy = "not measured" if self.kwh is None else f"{self.kwh:.3g} kWh"
         return [
             ("device time", f"{duration(self.seconds)}{self._by_device()}"),
-            ("energy", energy),
-            ("price", "no price in costs.per_hour" if self.price is None else f"{self.price:.2f} {self.currency}"),
+            ("energy", self._energy() or "not measured"),
+            ("price", self._price() or "no price in costs.per_hour"),
         ]
+
+    def _energy(self) -> str | None:
+        return None if self.kwh is None else f"{self.kwh:.3g} kWh"
+
+    def _price(self) -> str | None:
+        return None if self.price is None else f"{self.price:.2f} {self.currency}"
 
     def _by_device(self) -> str:
         return f" ({', '.join(device for device, _ in self.devices)})" if self.devices else ""
 
     @property
     def line(self) -> str:
-        """All of it in one line."""
-        return ", ".join(value for _, value in self.rows())
+        """What is known of it in one line."""
+        time = f"{duration(self.seconds)}{self._by_device()}"
+        return ", ".join(value for value in (time, self._energy(), self._price()) if value)
 
 
 def add_up(uses: Iterable[Use], settings: Costs) -> Spent:
