@@ -46,12 +46,12 @@ def status(
     if as_json:
         print(json.dumps([asdict(standing) for standing in standings], indent=2))
         return
-    from lcmlora.cli.registry import print_table
+    from lcmlora.cli.registry import print_table, whole_seconds
 
     rows = [
         (
             standing.model,
-            f"{standing.champion} since {standing.since}" if standing.champion else "none",
+            (standing.champion or "none") + (f" since {whole_seconds(standing.since)}" if standing.since else ""),
             f"{standing.newest} {standing.newest_gate}" if standing.newest else "none",
             f"{standing.last_run.end} {standing.last_run.time}" if standing.last_run else "",
             _stale(standing),

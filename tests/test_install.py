@@ -99,12 +99,18 @@ def owners_of_packages() -> Mapping[str, list[str]]:
 
 
 @cache
+def asked_by(extra: str) -> frozenset[str]:
+    """Returns the distributions that an extra asks for, and those that they ask for."""
+    return frozenset(closure(declared(extra)))
+
+
+@cache
 def brings(extra: str, package: str) -> bool:
     """Returns whether an extra's requirements, or theirs, have the package of this import name."""
-    asked = closure(declared(extra))
+    asked = asked_by(extra)
     owners = {canonicalize_name(owner) for owner in owners_of_packages().get(package, [])}
     # An extra that is not installed here names its packages as they are imported, but for open-clip-torch.
-    return bool(owners & asked.keys()) or any(name.startswith(canonicalize_name(package)) for name in asked)
+    return bool(owners & asked) or any(name.startswith(canonicalize_name(package)) for name in asked)
 
 
 def test_a_missing_package_is_always_explained_by_the_extra_that_brings_it():

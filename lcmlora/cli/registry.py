@@ -157,6 +157,7 @@ def show(call: typer.Context, reference: Reference, as_json: AsJson = False) -> 
     facts.pop("tags")
     facts["foreign_events"] = ", ".join(version.foreign_events)
     facts["aliases"] = " ".join(facts["aliases"])
+    facts["promoted"] = version.promoted and whole_seconds(version.promoted)
     rows = [(key, str(value)) for key, value in facts.items() if value not in (None, "")]
     rows += [(f"base {key}", str(value)) for key, value in base.items() if value]
     rows += spent.of_tags(version.tags)
@@ -210,9 +211,14 @@ def history(call: typer.Context, name: Name, as_json: AsJson = False) -> None:
     for event in events:
         alias = f"@{event.alias}" + (f" (was /{event.former})" if event.former else "") if event.alias else ""
         action = event.action + (" against the gate" if event.override else "")
-        rows.append((event.time[:19] + "Z", f"/{event.version}", action, alias, event.who, event.reason or ""))
+        rows.append((whole_seconds(event.time), f"/{event.version}", action, alias, event.who, event.reason or ""))
     print_table(("time", "version", "what", "alias", "who", "why"), rows)
     _note_foreign(promotion.foreign_events(name, settings))
+
+
+def whole_seconds(time: str) -> str:
+    """Returns a time of the registry, ISO 8601 in UTC, for a person to read."""
+    return time[:19] + "Z"
 
 
 def _note_foreign(tags: Sequence[str]) -> None:
