@@ -9,8 +9,7 @@ import pytest
 
 from lcmlora import __version__
 from lcmlora.config import Config
-from lcmlora.dvc_files import stage_records
-from lcmlora.io import commits
+from lcmlora.dvc_files import commits, stage_records
 from lcmlora.project import Project
 from lcmlora.stages import Run
 from tests.support.releases import load_settings

@@ -13,12 +13,12 @@ import typer
 from typer.core import TyperCommand
 
 from lcmlora import extras, names
-from lcmlora.cli import allocator
 from lcmlora.cli.context import Context, context_of
 from lcmlora.cli.shell import completion
 from lcmlora.errors import UserError
 from lcmlora.io.files import discard, locked
 from lcmlora.io.terminal import note
+from lcmlora.parallel.allocator import keep_freed_memory
 from lcmlora.plugins import SOURCES
 
 if TYPE_CHECKING:
@@ -314,8 +314,7 @@ def _tune(context: Context, kind: Kind, model: str, name: str, out: Path) -> Non
         parts = ("network", "text") if cache.tokenized else ("network",)
         bare = bases.load(model, entry, folder, device=device, dtype=dtype, parts=parts)
         cache.embed = bare.encode_tokens
-        label = f"{model}-{kind}-{name}"
-        with tracking.log_run(config.registry, label, settings.model_dump(mode="json"), work) as run:
+        with tracking.log_run(config.registry, f"{model}-{kind}-{name}", settings.model_dump(mode="json"), work) as run:
             train_variation(bare, cache, settings, work, out, identity=identity, logger=run)
     discard(work)
 
@@ -470,8 +469,7 @@ def _load(
     from lcmlora import bases
 
     torch_device = bases.pick_device(device)
-    if torch_device.type == "cpu":
-        allocator.keep_freed_memory()
+    keep_freed_memory(torch_device)
     dtype = bases.pick_dtype(precision, torch_device)
     return bases.load(
         model, config.base(model), folder or project.base(model), device=torch_device, dtype=dtype, parts=parts

@@ -23,10 +23,9 @@ from pydantic import Field
 
 import lcmlora
 from lcmlora.config import Config
-from lcmlora.dvc_files import resolved
+from lcmlora.dvc_files import commits, resolved, temporaries
+from lcmlora.dvc_files.commits import Commit
 from lcmlora.errors import UserError
-from lcmlora.io import commits, temporaries
-from lcmlora.io.commits import Commit
 from lcmlora.io.documents import Document
 from lcmlora.io.files import make_folder
 from lcmlora.io.parsing import JsonObject

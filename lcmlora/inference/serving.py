@@ -25,7 +25,7 @@ RELEASE = "artifacts/release"  # the release's place in the model's folder
 # Parameters of a request. Width and height 0 are the release's resolution: MLflow has no parameter without a default.
 DEFAULTS: dict[str, int | float] = {"steps": 4, "guidance": 1.0, "seed": 0, "width": 0, "height": 0}
 # Wings of this package that no drawing needs: those that may not be imported by `inference`, and stages before it.
-LEFT_OUT = ("registry", "demo", "projects", "cli", "tasks", "flows", "doctor", "distillation", "training", "dvc_files")
+LEFT_OUT = ("registry", "demo", "projects", "cli", "tasks", "flows", "doctor", "distillation", "training")
 REQUIREMENTS = (
     "accelerate",
     "diffusers",

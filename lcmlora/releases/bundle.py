@@ -18,8 +18,8 @@ from lcmlora.adapters.metadata import (
     SamplerFacts,
     read_sampler,
 )
+from lcmlora.dvc_files.commits import Commit
 from lcmlora.errors import UserError
-from lcmlora.io.commits import Commit
 from lcmlora.io.documents import Document, Number
 from lcmlora.io.files import sha256_file
 from lcmlora.io.parsing import JsonObject, as_object, read_bytes, read_json

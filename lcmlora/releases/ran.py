@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import lcmlora
 from lcmlora.config import Config
-from lcmlora.dvc_files import stage_records
-from lcmlora.io import commits
-from lcmlora.io.commits import Commit
+from lcmlora.dvc_files import commits, stage_records
+from lcmlora.dvc_files.commits import Commit
 from lcmlora.io.parsing import JsonObject
 from lcmlora.io.terminal import note
 from lcmlora.project import Project

@@ -10,11 +10,12 @@ BLOCKS, SIZE = 20, 16 << 20
 # Prints how many pages the system gave it while it asked for the same block again and again.
 PROGRAM = f"""
 import ctypes, resource, sys
-from lcmlora.cli.allocator import keep_freed_memory
+from types import SimpleNamespace
+from lcmlora.parallel.allocator import keep_freed_memory
 malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
 malloc.restype, free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 if sys.argv[1] == "keep":
-    keep_freed_memory()
+    keep_freed_memory(SimpleNamespace(type="cpu"))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range({BLOCKS}):
     block = malloc({SIZE})
