@@ -28,12 +28,13 @@ from prefect.states import Completed, Failed
 from pydantic import Field
 
 from lcmlora import config, masking
-from lcmlora.dvc_files import commits, faults
+from lcmlora.dvc_files import commits
 from lcmlora.dvc_files.commits import Commit
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.flows import budgets, choose, outcomes
 from lcmlora.flows.notices import rounds
 from lcmlora.flows.outcomes import Outcome
+from lcmlora.io import faults
 from lcmlora.io.files import sha256_file
 from lcmlora.io.terminal import note
 from lcmlora.registry import tracking

@@ -23,9 +23,10 @@ from pydantic import Field
 
 import lcmlora
 from lcmlora.config import Config
-from lcmlora.dvc_files import commits, resolved, temporaries
+from lcmlora.dvc_files import commits, resolved
 from lcmlora.dvc_files.commits import Commit
 from lcmlora.errors import UserError
+from lcmlora.io import temporaries
 from lcmlora.io.documents import Document
 from lcmlora.io.files import make_folder
 from lcmlora.io.parsing import JsonObject
