@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -19,9 +19,14 @@ from prefect.runtime import deployment
 
 from lcmlora import masking, progress
 from lcmlora.io.terminal import LINE, markdown, note, shown
+from lcmlora.tasks.outages.connection import leave_to_run
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 _REMIND = 1800.0  # seconds between two lines about the same wait
 _EVERY = 5.0  # seconds between two updates of an artifact
+_LATE = 30.0  # seconds for the last update once the server is back; it is tried about every five
 
 _LEVELS = {"error: ": logging.ERROR, "ERROR: ": logging.ERROR, "warning: ": logging.WARNING}
 
@@ -112,6 +117,13 @@ class _ProgressArtifact:
         self._over.set()
         self._changed.set()
         self._thread.join(_EVERY)
+        if self._thread.is_alive():  # the server is away
+            leave_to_run(self._wait)
+
+    def _wait(self, client: SyncPrefectClient) -> None:
+        """Waits until the last figures are shown, which the thread tries again and again."""
+        client.hello()
+        self._thread.join(_LATE)
 
     def put(self, label: str, done: int, total: int) -> None:
         self._waiting = (label, done, total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import subprocess
@@ -38,7 +39,7 @@ from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Cras
 from lcmlora.errors import Unavailable
 from lcmlora.flows import provision
 from lcmlora.flows.services import POOL, free_ports
-from lcmlora.tasks import prefect_internals
+from lcmlora.tasks import output, prefect_internals
 from lcmlora.tasks.outages import orphans, own_state, slots, temporary_server
 from lcmlora.tasks.outages.connection import collecting_requests, connection
 from lcmlora.tasks.outages.own_state import Move, move, outlasting
@@ -268,6 +269,26 @@ def test_a_run_says_that_the_server_is_away_and_back(
         assert watch.look(client) and watch.look(client)  # nobody asks for it any more
     said = capfd.readouterr().err
     assert [said.count(part) for part in ("does not answer", "is back after", "does not know this run")] == [1, 1, 1]
+
+
+def test_the_last_progress_of_a_stage_that_ends_while_the_server_is_away_is_shown_when_it_is_back(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(own_state._Watch, "_say_alive", lambda watch: None)  # the relay passes no websocket on
+    monkeypatch.setattr(output, "_EVERY", 0.1)
+    monkeypatch.setattr(prefect_internals, "_LONGEST_WAIT", 2.0)
+    with connection() as client:
+        run = client.create_flow_run(flow(lambda: None, name="quiet"), state=Running())
+        with Patience(60).in_effect(), collecting_requests() as left:
+            relay.away = True
+            with output._ProgressArtifact("progress-late", logging.getLogger("late")) as artifact:
+                artifact.put("distill a", 7, 8)
+                wait_for(lambda: relay.requests)
+            threading.Timer(1.0, lambda: setattr(relay, "away", False)).start()
+            own_state._Watch(run.id, 60, left).settle()
+        asked = {"artifacts": {"key": {"any_": ["progress-late"]}}}
+        (found,) = client.request("POST", "/artifacts/filter", json=asked).json()
+    assert found["data"] == 87.5
 
 
 # --- a worker that has died -------------------------------------------------------------------------------------------
