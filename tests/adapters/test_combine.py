@@ -35,8 +35,15 @@ def _reference(path: Path, digest: str | None = None, **facts: object) -> Adapte
     return AdapterReference(path.name, path, base=base if digest else None, **facts)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-@pytest.mark.parametrize("style", [DIFFUSERS, KOHYA])
+@pytest.mark.parametrize(
+    ("name", "style"),
+    [
+        ("sd15", KOHYA),
+        ("sdxl", DIFFUSERS),
+        pytest.param("sd15", DIFFUSERS, marks=pytest.mark.slow),
+        pytest.param("sdxl", KOHYA, marks=pytest.mark.slow),
+    ],
+)
 def test_one_adapter_is_what_diffusers_draws_with_both(miniatures: Miniatures, tmp_path: Path, name: str, style: str):
     base, first, second = _two(miniatures, name)
     structure = architecture.of_folder(base.folder)

@@ -110,6 +110,7 @@ def test_the_additions_of_an_sdxl_base_are_drawn_with(
     assert all(tried.cells[Key("student@2")].excess is not None for tried in found.tried.values())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_draws_no_batch_twice(
     made: inputs.Inputs, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

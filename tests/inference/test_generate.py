@@ -85,7 +85,7 @@ def test_a_folder_a_release_its_files_and_its_alias_draw_the_same_picture(root: 
     assert bare.read_bytes() != Path("0.png").read_bytes()
 
 
-@pytest.mark.parametrize("style_weight", [None, 0.8])
+@pytest.mark.parametrize("style_weight", [0.8, pytest.param(None, marks=pytest.mark.slow)])
 def test_the_picture_is_the_one_that_plain_diffusers_draws(
     root: Path, miniatures: Callable[[str], Path], style_weight: float | None
 ):

@@ -367,7 +367,8 @@ def _pulled(kind: str, uri: str, settings: Publish, cache: Path) -> tuple[str, i
     return folder.name, len(list(folder.iterdir()))
 
 
-@pytest.mark.parametrize("kind", ["whole", pytest.param("adapter", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
 def test_of_twelve_processes_that_pull_into_one_cache_all_have_the_whole_release(
     settings: Publish, bundle: Path, tmp_path: Path, kind: str
 ):
