@@ -146,7 +146,7 @@ class Deployed:
 
     def left(self) -> list[str]:
         """Returns what runs that have ended should not have left: slots, a held lock, living processes."""
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60  # a run that has ended still sends its events
         while True:
             worker = None if self._worker is None else self._worker.pid
             wrong = [f"{each.pid} lives" for each in self.processes() if each.pid != worker]
