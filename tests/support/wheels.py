@@ -65,11 +65,17 @@ def closure(requirements: Iterable[Requirement]) -> dict[str, list[Requirement]]
         found.setdefault(name, []).append(requirement)
         if known or name == "torch":
             continue
-        try:
-            waiting += map(Requirement, importlib.metadata.requires(name) or [])
-        except importlib.metadata.PackageNotFoundError:  # an extra that this environment does not have
-            continue
+        waiting += _asked_by(name)
     return found
+
+
+@cache
+def _asked_by(name: str) -> tuple[Requirement, ...]:
+    """Returns what a distribution asks for; nothing if it is of an extra that this environment does not have."""
+    try:
+        return tuple(map(Requirement, importlib.metadata.requires(name) or []))
+    except importlib.metadata.PackageNotFoundError:
+        return ()
 
 
 def build(work: Path) -> tuple[Path, Path, Path]:
