@@ -103,7 +103,7 @@ class Config(Strict):
     encode: Annotated[JsonObject, Changes(Encode)] = {}
     """The latent cache (stage `encode`), for all models."""
     launch: Annotated[JsonObject, Changes(Launch)] = {}
-    """On how many processes `encode` and `distill` run, for all models."""
+    """On how many processes and machines the stages run, for all models."""
     teacher_cache_gb: Annotated[float, Field(ge=0)] = 0.0
     """Disk for the teacher's predictions of each model, in gigabytes. A later run on the same samples need not compute
     them. 0: no cache."""

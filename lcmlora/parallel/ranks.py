@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
-import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -24,8 +22,7 @@ from lcmlora.io.parsing import parse_json
 from lcmlora.io.terminal import shown
 from lcmlora.parallel import launcher
 from lcmlora.parallel.exchange import EXCHANGE_TIMEOUT, Exchange, ProcessEnded, SocketPairs, TorchGroup
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from lcmlora.parallel.worker import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def connected(device: str) -> Iterator[Ranks]:
     rank = int(os.environ["RANK"])
     ours = os.environ.get(launcher.PARENT) == str(os.getppid())
     if ours:
-        _end_with_parent()
+        end_with_parent(int(os.environ[launcher.PARENT]))
     gpu = _take_gpu(device)
     peers = os.environ.get(launcher.PEERS) if ours else None
     exchange: Exchange
@@ -147,14 +144,6 @@ def _join(backend: str, rank: int, size: int, ours: bool) -> None:
         dist.init_process_group(backend, timeout=EXCHANGE_TIMEOUT)
         return
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=EXCHANGE_TIMEOUT)
-
-
-def _end_with_parent() -> None:
-    """Has Linux kill this process if its launcher is killed, which then cannot end it any more."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.environ[launcher.PARENT] != str(os.getppid()):  # it was killed before that
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def launched() -> bool:

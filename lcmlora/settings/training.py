@@ -229,19 +229,36 @@ class FinetuneTraining(Tuning):
 
 
 class Launch(Strict):
-    """On how many processes `encode` and `distill` run. Results do not depend on it, but for rounding."""
+    """On how many processes and machines the stages run. Results do not depend on it, but for rounding.
+
+    `prepare`, `encode`, `reference` and `evaluate` deal their work to workers as these become free; `distill` divides
+    each step among its processes.
+    """
 
     processes: Positive = 1
     """Processes on each machine, one for each GPU."""
+    engine: Literal["local", "ray"] = "local"
+    """Where the workers run: local, as `processes` of this machine; ray, on all nodes of a Ray cluster, one for each
+    GPU, or `processes` on a node without any. `distill` does not use it."""
+    address: str | None = None
+    """ray: host:port of the cluster, which `ray start` prints. null: a Ray of this machine alone, for one stage."""
+    objects: str | None = None
+    """ray: s3://bucket/prefix through which files travel between nodes that share no disk. null: all nodes see the
+    project folder under the same path."""
     machines: Positive = 1
-    """Machines. Each runs the same command on the same files."""
+    """distill: machines. Each runs the same command on the same files."""
     rendezvous: str | None = None
-    """host:port on one of several machines, which all of them reach."""
+    """distill: host:port on one of several machines, which all of them reach."""
 
     @model_validator(mode="after")
     def _reachable(self) -> Self:
         if self.machines > 1 and not self.rendezvous:
             raise ValueError(f"rendezvous (host:port) is needed for {self.machines} machines")
+        for key in ("address", "objects"):
+            if getattr(self, key) is not None and self.engine != "ray":
+                raise ValueError(f"{key} is for engine ray, and engine is {self.engine}")
+        if self.objects is not None and not self.objects.startswith("s3://"):
+            raise ValueError(f"objects: expected s3://bucket/prefix, got {self.objects!r}")
         return self
 
 
