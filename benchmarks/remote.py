@@ -30,7 +30,7 @@ from tests.integration.seaweed import REGION, SeaweedFS
 def make(base: bases.LoadedBase, folder: Path, pictures: int, rows: int, place: str | None) -> int:
     """Writes a cache of random latents and returns the bytes of its shards."""
     generator = torch.Generator().manual_seed(0)
-    store = UnfinishedCache(folder.with_name(folder.name + "-work"), "random", [], place)
+    store = UnfinishedCache(folder.with_name(folder.name + "-work"), "random", place)
     names = [f"shard-{number:05d}.safetensors" for number in range(pictures // rows)]
     for number, name in enumerate(names):
         mean = torch.randn(rows, *base.latent_shape, generator=generator).half()

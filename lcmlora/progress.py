@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Generator, Iterable, Iterator
+from typing import Generic, Self, TypeVar
 
 from lcmlora.io.terminal import note, shown
 
@@ -32,10 +32,11 @@ class Track(Generic[T]):
         """Shows these figures beside the bar from now on."""
         self._figures |= figures
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Generator[T, None, None]:
         if self._quiet:
-            return iter(self._items)
-        return self._on_terminal() if sys.stderr.isatty() else self._in_log()
+            yield from self._items
+        else:
+            yield from self._on_terminal() if sys.stderr.isatty() else self._in_log()
 
     def _text(self, done: int, seconds: float) -> str:
         rate = (done - self._start) * self._unit / max(seconds, 1e-9)
@@ -92,6 +93,25 @@ def track(
     """
     count = len(items) if total is None else total  # type: ignore[arg-type]
     return Track(items, label, count, completed, unit, quiet)
+
+
+class Bar:
+    """Progress that is shown from the beginning to the end of a block, and advanced where no loop does it."""
+
+    def __init__(self, items: int, label: str, *, total: int, completed: int, unit: int) -> None:
+        """The arguments are those of `track`; `items` is how many are left."""
+        self._steps = iter(track(range(items), label, total=total, completed=completed, unit=unit))
+
+    def __enter__(self) -> Self:
+        self.advance()  # the first step begins
+        return self
+
+    def advance(self, items: int = 1) -> None:
+        for _ in range(items):
+            next(self._steps, None)
+
+    def __exit__(self, *_: object) -> None:
+        self._steps.close()
 
 
 def parse_log_line(line: str) -> tuple[str, int, int] | None:

@@ -14,9 +14,9 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from lcmlora import registry
-from lcmlora.cli import stages
 from lcmlora.cli.context import Context
 from lcmlora.cli.main import app
+from lcmlora.cli.stages.verbs import VERBS
 from lcmlora.dvc_files import resolved
 from lcmlora.errors import UserError
 from lcmlora.project import Project
@@ -79,7 +79,7 @@ def test_every_dependency_and_output_in_dvc_yaml_is_the_projects_path_for_it():
     found = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert found.keys() == PATHS.keys()
     verbs = {name.removeprefix("style-").removeprefix("finetune-") for name in found} - {"resolve"}
-    assert verbs == stages.VERBS.keys()
+    assert verbs == VERBS.keys()
     for stage, raw in found.items():
         runs = list(declared(raw, params))
         assert runs, stage

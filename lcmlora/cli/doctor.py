@@ -96,7 +96,7 @@ def _gpus(name: str | None, gigabytes: float | None, teraflops: float | None) ->
 def _measure(context: Context, config: Config, model: str, as_json: bool) -> None:
     import tempfile
 
-    from lcmlora.cli.stages import base_and_cache
+    from lcmlora.cli.stages.loading import base_and_cache
     from lcmlora.data.latents.cache import MANIFEST
     from lcmlora.doctor import measuring
 

@@ -14,12 +14,13 @@ from typing import Annotated
 import typer
 
 from lcmlora import __version__
-from lcmlora.cli import data, doctor, projects, registry, releases, settings, stages
+from lcmlora.cli import data, doctor, projects, registry, releases, settings
 from lcmlora.cli.adapters import presenting, prompts, verbs
 from lcmlora.cli.context import Context, context_of
 from lcmlora.cli.shell.reporting import reporting_errors
 from lcmlora.cli.shell.verbs import Verbs
-from lcmlora.cli.stages import Model, StageCommand
+from lcmlora.cli.stages.command import Model, StageCommand
+from lcmlora.cli.stages.verbs import VERBS
 from lcmlora.io import faults
 from lcmlora.io.terminal import note, say
 
@@ -164,7 +165,7 @@ def fetch(call: typer.Context, model: Model) -> None:
     note(f"{model}: {examine_base(model, folder, base.variant)}")
 
 
-for _name, _stage in stages.VERBS.items():
+for _name, _stage in VERBS.items():
     app.command(_name, cls=StageCommand)(_stage)
 
 

@@ -323,7 +323,7 @@ def _estimated(project: Project, config: Config, model: str) -> Cost | None:
     scratch.mkdir(parents=True, exist_ok=True)
     try:
         extras.require(extra="train", needed_by="the estimate")
-        from lcmlora.cli.stages import base_and_cache
+        from lcmlora.cli.stages.loading import base_and_cache
         from lcmlora.doctor.measuring import estimate_run
 
         base, cache = base_and_cache(project, config, model, settings, pictures=True)

@@ -23,7 +23,7 @@ def random_cache(base: LoadedBase, pictures: int, folder: Path) -> LatentCache:
     """
     captions = [f"picture {number}" for number in range(pictures)]
     limit = Encode(batch=1).text_cache_mb
-    store = UnfinishedCache(folder, "random latents", [_SHARD])
+    store = UnfinishedCache(folder, "random latents")
     tensors, cut = texts.encode_captions(base, captions, 16, texts.plan_text(base, pictures, limit))
     store.save_text(tensors, captions=pictures, cut=cut)
     generator = torch.Generator().manual_seed(0)

@@ -233,9 +233,10 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """Yields a folder among the machine's temporary files. OSErrors of the block without a path name it."""
-    with tempfile.TemporaryDirectory(prefix="lcmlora-") as folder, naming(Path(folder)):
+def temporary_folder(within: Path | None = None) -> Iterator[Path]:
+    """Yields a folder that ends with the block, by default among the machine's temporary files. OSErrors of the block
+    without a path name it."""
+    with tempfile.TemporaryDirectory(prefix="lcmlora-", dir=within) as folder, naming(Path(folder)):
         yield Path(folder)
 
 

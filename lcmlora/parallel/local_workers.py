@@ -18,7 +18,7 @@ from typing import Any
 from lcmlora.errors import UserError
 from lcmlora.io import faults
 from lcmlora.parallel.dealing import Died, Event
-from lcmlora.parallel.worker import COMMAND, PARENT, PATIENCE
+from lcmlora.parallel.worker import COMMAND, PARENT, PATIENCE, Ready
 
 _POLL = 0.2  # seconds between two checks whether a worker has died
 
@@ -34,6 +34,7 @@ class LocalProcesses:
         self._gpus = _gpus(count) if device != "cpu" else []
         self._started = 0
         self._processes: dict[int, _Process] = {}
+        self._ready: set[int] = set()  # those that have made their function
         try:
             for place in range(count):
                 self._start(place)
@@ -64,15 +65,17 @@ class LocalProcesses:
                 while process.connection.poll():
                     found.append((number, _received(process.connection)))
             found.append((number, Died(_ending(status))))
+            self._ready.discard(number)
             process.connection.close()
             del self._processes[number]
             self._start(process.place)
+        self._ready |= {number for number, event in found if isinstance(event, Ready)}
         return found
 
     def end(self, *, at_once: bool) -> None:
         until = time.monotonic() + (0.0 if at_once else PATIENCE)
-        for process in self._processes.values():
-            if at_once:
+        for number, process in self._processes.items():
+            if at_once or number not in self._ready:
                 process.popen.kill()
             process.connection.close()
         for process in self._processes.values():

@@ -33,7 +33,7 @@ def workers(launch: Launch, make: Callable[[], Callable[[T], R]], device: str = 
     Raises:
         UserError: raised by `make`, there are too few GPUs, or Ray's cluster cannot be used.
     """
-    if launch.engine == "local" and launch.processes == 1:
+    if launch.alone:
         yield _ThisProcess(make())
         return
     engine: Engine

@@ -250,6 +250,11 @@ class Launch(Strict):
     rendezvous: str | None = None
     """distill: host:port on one of several machines, which all of them reach."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether there are no workers, but one process that does everything."""
+        return self.engine == "local" and self.processes == 1
+
     @model_validator(mode="after")
     def _reachable(self) -> Self:
         if self.machines > 1 and not self.rendezvous:

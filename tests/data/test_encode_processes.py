@@ -1,72 +1,86 @@
-"""Many processes that encode one cache together."""
+"""Workers that encode one cache together."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from lcmlora.bases.base import LoadedBase
-from lcmlora.config import Data
+from lcmlora.cli.stages.loading import refuse_ranks
+from lcmlora.config import Data, Launch
 from lcmlora.data.latents.encode import encode_latents
+from lcmlora.data.latents.shard_encoding import MakeShardEncoder
+from lcmlora.data.latents.store import ShardWriter
 from lcmlora.errors import UserError
-from lcmlora.parallel import ranks
-from lcmlora.parallel.ranks import Ranks
 from tests.data.conftest import load_encoders
 from tests.support.latents import LARGE, SETTINGS, Load, count_batches, run, tree
 
 
-def _encode_as(rank: int, environment: dict[str, str], dies: bool, load: Callable[[], LoadedBase], *rest: Any) -> None:
-    """One of the processes: what a launcher would set is in `environment`."""
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    base = load()
-    if dies:
-        base.encode_pictures = lambda pictures: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
-    with ranks.connected("cpu") as place:
-        encode_latents(base, *rest, place)
+@dataclass(frozen=True)
+class LoadOnce:
+    """Loads encoders of a miniature; the first worker that has loaded them dies at its second batch."""
+
+    folder: Path
+    resolution: int
+    marks: Path
+
+    def __call__(self) -> LoadedBase:
+        base = load_encoders(self.folder, self.resolution)
+        sizes = count_batches(base)
+        counted = base.encode_pictures
+
+        def encode(pictures: object) -> object:
+            with (self.marks / str(os.getpid())).open("w") as file:
+                file.write(str(len(sizes) + 1))
+            if len(sizes) == 1 and self._first():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return counted(pictures)
+
+        base.encode_pictures = encode  # type: ignore[method-assign, assignment]
+        return base
+
+    def _first(self) -> bool:
+        try:
+            (self.marks / "killed").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    @property
+    def batches(self) -> int:
+        """The batches that were begun in all workers."""
+        return sum(int(path.read_text()) for path in self.marks.iterdir() if path.name.isdigit())
 
 
-def encode_in(processes: int, folder: Path, data: Data, tmp_path: Path, out: str, killed: int | None = None) -> Path:
-    """Encodes in so many processes that talk over gloo; process `killed` dies at its first batch."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imports once, not in each of them
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    rest = (data, SETTINGS, tmp_path / "pictures", tmp_path / "scratch", tmp_path / out)
-    load = partial(load_encoders, folder, LARGE)
-    started = [
-        context.Process(target=_encode_as, args=(rank, environment, rank == killed, load, *rest))
-        for rank in range(processes)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-    failed = [process.exitcode != 0 for process in started]
-    assert failed == [killed is not None] * processes
-    return tmp_path / out
+def encode_with(load: Callable[[], LoadedBase], base: LoadedBase, data: Data, work: Path, out: str) -> Path:
+    paths = (work / "pictures", work / "scratch", work / out)
+    encode_latents(base, data, SETTINGS, *paths, Launch(processes=2), load)
+    return work / out
 
 
-@pytest.mark.slow
-def test_two_processes_write_the_bytes_that_one_writes(
+def test_two_workers_of_which_one_is_killed_write_the_bytes_that_one_process_writes(
     load_base: Load, base_folder: Path, listed: Data, tmp_path: Path
 ) -> None:
     alone = run(load_base(LARGE), listed, tmp_path, out="alone")
-    assert tree(encode_in(2, base_folder, listed, tmp_path, "two")) == tree(alone)
+    load = LoadOnce(base_folder, LARGE, tmp_path / "marks")
+    load.marks.mkdir()
+    base = load_base(LARGE)
+    own = count_batches(base)
+    assert tree(encode_with(load, base, listed, tmp_path, "two")) == tree(alone)
+    assert own == []
+    # 40 pictures in batches of 5, and the two that the killed worker had begun once more.
+    assert load.batches == 8 + 2
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_what_a_killed_process_left_three_others_finish(
+def test_workers_go_on_where_a_killed_process_was(
     load_base: Load, base_folder: Path, listed: Data, tmp_path: Path
 ) -> None:
     undisturbed = run(load_base(LARGE), listed, tmp_path, out="undisturbed")
@@ -74,32 +88,23 @@ def test_what_a_killed_process_left_three_others_finish(
     count_batches(base, fail_after=4)
     with pytest.raises(KeyboardInterrupt):
         run(base, listed, tmp_path)
-    assert tree(encode_in(3, base_folder, listed, tmp_path, "three")) == tree(undisturbed)
+    load = LoadOnce(base_folder, LARGE, tmp_path / "marks")
+    load.marks.mkdir()
+    (load.marks / "killed").touch()
+    assert tree(encode_with(load, base, listed, tmp_path, "latents/mini")) == tree(undisturbed)
+    assert load.batches == 8 - 3  # the first of three shards was there
 
 
-@pytest.mark.slow
-def test_one_process_encodes_only_what_the_killed_one_of_two_had_to(
-    load_base: Load, base_folder: Path, listed: Data, tmp_path: Path
-) -> None:
-    undisturbed = run(load_base(LARGE), listed, tmp_path, out="undisturbed")
-    encode_in(2, base_folder, listed, tmp_path, "latents/mini", killed=1)
-    assert not (tmp_path / "latents").exists()
-    base = load_base(LARGE)
-    sizes = count_batches(base)
-    assert tree(run(base, listed, tmp_path)) == tree(undisturbed)
-    assert sizes == [5] * 3  # the second of three shards
+def test_a_worker_whose_base_has_another_precision_is_refused(load_base: Load, listed: Data, tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "", None)
+    make = MakeShardEncoder(partial(load_base, LARGE), torch.bfloat16, listed, None, 5, writer)
+    with pytest.raises(UserError, match=r"mini: a worker would encode in torch\.float32 on its cpu, and the captions"):
+        make()
 
 
-def test_processes_with_scratch_folders_of_their_own_are_told_so(
-    load_base: Load, listed: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def gather(into: list[object], mine: object) -> None:
-        into[:] = [mine, mine]
-
-    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
-    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
-    monkeypatch.setattr("lcmlora.data.latents.store._VISIBLE_SECONDS", 0.0)
-    rest = (listed, SETTINGS, tmp_path / "pictures", tmp_path / "scratch", tmp_path / "latents/mini")
-    with pytest.raises(UserError, match=r"shard-00001\.safetensors: is not there.*one and the same scratch folder"):
-        encode_latents(load_base(LARGE), *rest, Ranks(0, 2))
-    assert not (tmp_path / "latents").exists()
+def test_processes_of_torchrun_are_told_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refuse_ranks("encode")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="encode: was started in 4 processes; start it once, `lcmlora encode`"):
+        refuse_ranks("encode")

@@ -1,7 +1,7 @@
 """Stage `encode`: encodes the prepared pictures and captions once into a latent cache (cache.py).
 
-The VAE makes the latents of pictures (vae_encoding.py); of prompts without pictures the teacher draws them
-(rollouts.py).
+Workers make the shards (shard_encoding.py): the VAE encodes pictures, and of prompts without pictures the teacher draws
+the latents (rollouts.py). This process encodes the captions, and puts the cache together.
 """
 
 from __future__ import annotations
@@ -12,30 +12,29 @@ import hashlib
 import json
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from lcmlora import config, stages
 from lcmlora.bases.base import LoadedBase
 from lcmlora.data.latents import aspect, texts
-from lcmlora.data.latents.cache import MANIFEST, ROWS, TEXT, VERSION, Manifest, Tensors, parse_manifest
+from lcmlora.data.latents.cache import MANIFEST, ROWS, TEXT, VERSION, Manifest, parse_manifest
 from lcmlora.data.latents.remote_shards import CacheFile, ShardFile
-from lcmlora.data.latents.rollouts import SHARD_ROWS, RolloutEncoder
+from lcmlora.data.latents.rollouts import SHARD_ROWS
+from lcmlora.data.latents.shard_encoding import MakeShardEncoder, Shard
 from lcmlora.data.latents.store import UnfinishedCache, link
-from lcmlora.data.latents.vae_encoding import picture_encoder
 from lcmlora.data.sources.source import RESIZE_FILTER, Record
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_folder, atomic_write, discard, locked, sha256_folder
 from lcmlora.io.parsing import Malformed
-from lcmlora.parallel.ranks import Ranks
+from lcmlora.parallel.workers import workers
 from lcmlora.plugins import SOURCES
-from lcmlora.progress import track
+from lcmlora.progress import Bar
 
 ROW_BYTES = 8 + 8 + 16 + 4  # of a picture besides its latent: orig_size, crop_tl, key, text_row
 
@@ -50,51 +49,40 @@ def encode_latents(
     pictures: Path,
     scratch: Path,
     out: Path,
-    ranks: Ranks | None = None,
+    launch: config.Launch | None = None,
+    load: Callable[[], LoadedBase] | None = None,
 ) -> None:
     """Encodes the training pictures and captions of `pictures` into a latent cache in the folder `out`.
 
     Finished shards stay in `scratch` until the whole cache is finished, so a run that was killed continues at the next
-    shard, on any number of processes. The cache has the same bytes on any number of processes.
+    shard, with any workers. The cache has the same bytes whatever workers make it.
 
     Args:
         base: with its VAE and text encoders; for prompts with its network instead of the VAE.
         pictures: the folder that `prepare` wrote.
-        scratch: folder for unfinished work, best on the same disk as `out`, and the same for all processes.
-        ranks: this process among those that encode together; alone by default.
+        scratch: folder for unfinished work, best on the same disk as `out`.
+        launch: the workers that encode; by default this process.
+        load: loads `base` in each of them; needed where they are not this process.
 
     Raises:
         UserError: there is no list of pictures, a picture changed, latents or embeddings are not finite, the disk is
-            too small, another run works on the same cache, or the processes have different files. `out` is then as it
-            was before.
+            too small, another run works on the same cache, or there are no such workers. `out` is then as it was
+            before.
     """
-    ranks = ranks or Ranks()
+    launch = launch or config.Launch()
     job = _Job.plan(base, data, settings, pictures)
-    own = list(job.shards)[ranks.rank :: ranks.size]  # in turn, so that the rest of a killed run is divided evenly, too
     work = job.work_folder(scratch)
-    with locked(work) if ranks.first else nullcontext():
-        store = UnfinishedCache(work, job.fingerprint, own, job.place)
-        digests = {name: job.listed.digest_of(job.shards[name], job.text_fingerprint) for name in own}
+    with locked(work):
+        store = UnfinishedCache(work, job.fingerprint, job.place)
+        digests = {name: job.listed.digest_of(rows, job.text_fingerprint) for name, rows in job.shards.items()}
         _reuse_shards(out, store, digests)
-        with _disk_space(scratch, job.bytes_needed(store, own, ranks)):
-            # No process writes before all have checked the disk and the first one has the lock.
-            ranks.agree(
-                listed_pictures=job.listed.digest,
-                base=(job.fingerprint, job.text_fingerprint),
-                settings=job.varied_settings(),
-            )
-            if ranks.first and store.text is None:
+        with _disk_space(scratch, job.bytes_needed(store, launch.processes)):
+            if store.text is None:
                 tensors, cut = texts.encode_captions(base, list(job.listed.captions), settings.batch, job.text)
                 store.save_text(tensors, captions=len(job.listed.captions), cut=cut)
-            for name, shard in _encode_shards(job, store, own, ranks):
-                store.save_shard(name, shard, digests[name])
-            ranks.wait()
-            if ranks.first:
-                store.wait_for_others(list(job.shards))
-                _assemble_cache(job, store, out)
-            ranks.wait()
-        if ranks.first:
-            discard(work)
+            _encode_shards(job, store, digests, launch, load)
+            _assemble_cache(job, store, out)
+        discard(work)
 
 
 @dataclass(frozen=True)
@@ -166,13 +154,12 @@ class _Job:
         key = config.digest(self.listed.digest, self.fingerprint, self.text_fingerprint, self.varied_settings())
         return scratch / key[:16]
 
-    def bytes_needed(self, store: UnfinishedCache, own: list[str], ranks: Ranks) -> int:
-        """Returns how many bytes of disk are still needed: the first process counts all shards, others their own."""
-        missing = [len(self.shards[name]) for name in (self.shards if ranks.first else own) if name not in store.shards]
-        text = self.text.size if ranks.first else 0
-        if self.place:  # each shard is on this disk until it is in the bucket; its small tensors stay
-            return text + ROW_BYTES * sum(missing) + self.row_bytes * max(missing, default=0)
-        return text + self.row_bytes * sum(missing)
+    def bytes_needed(self, store: UnfinishedCache, processes: int) -> int:
+        """Returns how many bytes of disk are still needed."""
+        missing = [len(rows) for name, rows in self.shards.items() if name not in store.shards]
+        if self.place:  # each process has a shard on this disk until it is in the bucket; small tensors stay
+            return self.text.size + ROW_BYTES * sum(missing) + self.row_bytes * max(missing, default=0) * processes
+        return self.text.size + self.row_bytes * sum(missing)
 
 
 def _assemble_cache(job: _Job, store: UnfinishedCache, out: Path) -> None:
@@ -335,10 +322,6 @@ def _shard_rows(listed: PictureList, row_bytes: int, settings: config.Encode, mo
     return {f"shard-{number:05d}.safetensors": each for number, each in enumerate(ranges)}
 
 
-def _batches(rows: range, size: int) -> list[range]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
 def _fingerprint(base: LoadedBase, *parts: str, **also: object) -> str:
     """Returns a SHA-256 of these parts of the base, by the patterns of their folders, and of what else decides their
     output."""
@@ -381,44 +364,40 @@ def _disk_space(folder: Path, needed: int) -> Iterator[None]:
         raise disk_full(error.filename or folder) from error
 
 
-def _encode_shards(job: _Job, store: UnfinishedCache, own: list[str], ranks: Ranks) -> Iterator[tuple[str, Tensors]]:
-    """Yields name and tensors of each of this process's shards that is not finished yet."""
-    listed, batch_size = job.listed, job.settings.batch
-    missing = {name: job.shards[name] for name in own if name not in store.shards}
-    batches = [(name, batch) for name, rows in missing.items() for batch in _batches(rows, batch_size)]
-    total = sum(len(_batches(job.shards[name], batch_size)) for name in own)
-    sizes = {name: listed.sizes[listed.bucket(rows.start)] for name, rows in missing.items()}
-    cropped = ((record, sizes[name]) for name, batch in batches for record in listed.read(batch))
-    progress = track(
-        batches,
-        "draw rollouts" if job.rollouts else "encode pictures",
-        total=total,
-        completed=total - len(batches),
-        unit=batch_size * ranks.size,
-        quiet=not ranks.first,
-    )
-    parts: list[Tensors] = []
-    with _encoder(job, cropped) as encode:
-        for name, batch in progress:
-            records = listed.read(batch)
-            tensors = encode(records)
-            tensors["key"] = torch.tensor([list(bytes.fromhex(r.sha256)[:16]) for r in records], dtype=torch.uint8)
-            tensors["text_row"] = torch.tensor([listed.captions[r.caption] for r in records], dtype=torch.int32)
-            parts.append(tensors)
-            if batch.stop == missing[name].stop:
-                yield name, {key: torch.cat([part[key] for part in parts]) for key in tensors}
-                parts = []
-
-
-@contextmanager
-def _encoder(job: _Job, records: Iterable[tuple[Record, aspect.Size]]) -> Iterator[Callable[[list[Record]], Tensors]]:
-    """Gives the function that makes the latents of a batch of records.
-
-    Args:
-        records: all records in the order of the batches, with the sizes that they are cropped to.
-    """
-    if job.rollouts:
-        yield RolloutEncoder(job.base, job.rollouts)
+def _encode_shards(
+    job: _Job,
+    store: UnfinishedCache,
+    digests: dict[str, str],
+    launch: config.Launch,
+    load: Callable[[], LoadedBase] | None,
+) -> None:
+    """Has the shards encoded that are not finished yet."""
+    listed, batch, base = job.listed, job.settings.batch, job.base
+    batches = {name: -(-len(rows) // batch) for name, rows in job.shards.items()}
+    missing = [name for name in job.shards if name not in store.shards]
+    if not missing:
         return
-    with picture_encoder(job.base, job.data, records, job.settings.batch) as encoder:
-        yield encoder
+    left, total = sum(batches[name] for name in missing), sum(batches.values())
+    label = "draw rollouts" if job.rollouts else "encode pictures"
+    bar = Bar(left, label, total=total, completed=total - left, unit=batch)
+    make = MakeShardEncoder(
+        load=load if load and not launch.alone else lambda: base,
+        dtype=base.dtype,
+        data=job.data,
+        rollouts=job.rollouts,
+        batch=batch,
+        writer=store.writer,
+        after_batch=bar.advance if launch.alone else None,  # of workers only whole shards are known
+    )
+
+    def shard(name: str) -> Shard:
+        rows = job.shards[name]
+        records = listed.read(rows)
+        text_rows = [listed.captions[record.caption] for record in records]
+        return Shard(name, digests[name], listed.sizes[listed.bucket(rows.start)], records, text_rows)
+
+    with bar, workers(launch, make, job.settings.device) as pool:
+        for made, (file, small) in pool.results(map(shard, missing)):
+            store.add(file, small)
+            if not launch.alone:
+                bar.advance(batches[made.name])

@@ -1,12 +1,13 @@
-"""The finished files of a latent cache that is being made: kept over kills, by many processes, here or in a bucket."""
+"""The finished files of a latent cache that is being made: kept over kills, written by workers, here or in a bucket."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,24 +17,58 @@ from safetensors.torch import save as to_bytes
 from lcmlora.data.latents.cache import ROWS, TEXT, Tensors, TextFile, fault
 from lcmlora.data.latents.remote_shards import CacheFile, ShardFile, object_name
 from lcmlora.errors import UserError
-from lcmlora.io.files import atomic_write
+from lcmlora.io.files import atomic_write, temporary_folder
 from lcmlora.io.parsing import Malformed, parse_json
 from lcmlora.io.remote import Files
 
 ROW_TENSORS = ("orig_size", "crop_tl", "text_row", "key")  # tensors of a shard that have a few bytes a row
 
-_VISIBLE_SECONDS = 120.0  # until another machine's files must be seen; NFS may take 60 (acdirmax in nfs(5))
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Writes the shards of a cache, in any process: into the folder `files`, which all see, or into a bucket.
+
+    fingerprint: SHA-256 of what makes the latents.
+    place: s3://bucket/prefix of the shards; None keeps them in the folder.
+    """
+
+    files: Path
+    fingerprint: str
+    place: str | None
+
+    def write(self, name: str, tensors: Tensors, made_of: str) -> tuple[ShardFile, Tensors]:
+        """Writes a shard. Returns what is known of it and, if it is in a bucket, its small tensors (ROW_TENSORS)."""
+        content = _serialized(tensors, self.fingerprint)
+        digest, pictures = hashlib.sha256(content).hexdigest(), len(tensors["key"])
+        shard = ShardFile(name=name, bytes=len(content), sha256=digest, pictures=pictures, made_of=made_of)
+        if self.place is None:
+            atomic_write(self.files / name, lambda path: path.write_bytes(content))
+            return shard, {}
+        with temporary_folder(self.files if self.files.is_dir() else None) as folder:
+            (folder / name).write_bytes(content)
+            _bucket(self.place).put(folder / name, object_name(shard))
+        return shard, {part: tensors[part] for part in ROW_TENSORS}
+
+
+@lru_cache(1)
+def _bucket(place: str) -> Files:
+    return Files(place, "encode.shards")
+
+
+def _serialized(tensors: Tensors, fingerprint: str) -> bytes:
+    """Returns the bytes of a file of the cache."""
+    return to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, {"fingerprint": fingerprint})
 
 
 class UnfinishedCache:
     """The finished files of a cache that is being made, in the folder `work`.
 
-    Each file is recorded in a file of its own, so that many processes can write to one folder. A process checks the
-    SHA-256 of the shards in `own`, which it makes, and only the size of the others. If the shards go to a bucket, their
+    Each file is recorded in a file of its own, after it has been written whole. If the shards go to a bucket, their
     small tensors (ROW_TENSORS) stay here.
 
     Attributes:
         files: the folder with the files.
+        writer: writes the shards, in this process or another one.
         shards: the finished shards, by name.
         text: the finished file of captions.
 
@@ -41,15 +76,14 @@ class UnfinishedCache:
         place: s3://bucket/prefix of the shards; None keeps them here.
     """
 
-    def __init__(self, work: Path, fingerprint: str, own: Sequence[str], place: str | None = None) -> None:
+    def __init__(self, work: Path, fingerprint: str, place: str | None = None) -> None:
         self.files = work / "files"
         self.files.mkdir(parents=True, exist_ok=True)
+        self.writer = ShardWriter(self.files, fingerprint, place)
         self.fingerprint = fingerprint
         self.place = place
-        self._bucket = Files(place, "encode.shards") if place else None
-        self._object_sizes = self._bucket.sizes(missing_ok=True) if self._bucket else {}
+        self._object_sizes = _bucket(place).sizes(missing_ok=True) if place else {}
         self._records = work / "done"
-        self._own = set(own)
         self.shards: dict[str, ShardFile] = {}
         self.text: TextFile | None = None
         self._read_records()
@@ -61,16 +95,16 @@ class UnfinishedCache:
         self.text.write(self._record(TEXT))
 
     def save_shard(self, name: str, tensors: Tensors, made_of: str) -> None:
-        """Keeps a shard, in the bucket if there is one."""
-        file, pictures = self._write(name, tensors), len(tensors["key"])
-        shard = ShardFile(name=name, bytes=file.bytes, sha256=file.sha256, pictures=pictures, made_of=made_of)
-        if self._bucket:
-            remote = object_name(shard)
-            self._bucket.put(self.files / name, remote)
-            self._object_sizes[remote] = shard.bytes
-            self._save_row_tensors(name, {part: tensors[part] for part in ROW_TENSORS})
-            (self.files / name).unlink()
-        self._add_shard(shard)
+        """Writes a shard and keeps it."""
+        self.add(*self.writer.write(name, tensors, made_of))
+
+    def add(self, shard: ShardFile, small: Tensors) -> None:
+        """Keeps a shard that `writer` has written; its arguments are what that returned."""
+        if self.place:
+            self._object_sizes[object_name(shard)] = shard.bytes
+            self._save_row_tensors(shard.name, small)
+        self.shards[shard.name] = shard
+        shard.write(self._record(shard.name))
 
     def save_rows(self, names: Iterable[str]) -> CacheFile:
         """Keeps the small tensors of these shards in one file."""
@@ -83,42 +117,23 @@ class UnfinishedCache:
         Args:
             rows: its rows in that cache.
         """
-        if self._bucket:
+        small: Tensors = {}
+        if self.place:
             if self._object_sizes.get(object_name(shard)) != shard.bytes:
                 return
-            small = load_file(folder / ROWS)
-            self._save_row_tensors(name, {part: small[part][rows.start : rows.stop].clone() for part in ROW_TENSORS})
+            every = load_file(folder / ROWS)
+            small = {part: every[part][rows.start : rows.stop].clone() for part in ROW_TENSORS}
         elif fault(folder, shard, contents=True) is None:
             link(folder / shard.name, self.files / name)
         else:
             return
         kept = {key: value for key, value in shard.plain().items() if key != "bucket"}
-        self._add_shard(ShardFile.model_validate(kept | {"name": name}))
-
-    def wait_for_others(self, names: Sequence[str]) -> None:
-        """Adds the shards and the file of captions that the other processes have finished.
-
-        Raises:
-            UserError: one of these files does not appear.
-        """
-        until = time.monotonic() + _VISIBLE_SECONDS
-        while missing := [*(name for name in names if name not in self.shards), *([] if self.text else [TEXT])]:
-            if time.monotonic() > until:
-                raise UserError(
-                    f"{self.files / missing[0]}: is not there, though another process has made it, and neither are "
-                    f"{len(missing) - 1} others; all machines need one and the same scratch folder"
-                )
-            self._read_records()
-            time.sleep(0.1)
+        self.add(ShardFile.model_validate(kept | {"name": name}), small)
 
     def _write(self, name: str, tensors: Tensors) -> CacheFile:
-        content = to_bytes({n: t.contiguous() for n, t in tensors.items()}, {"fingerprint": self.fingerprint})
+        content = _serialized(tensors, self.fingerprint)
         atomic_write(self.files / name, lambda path: path.write_bytes(content))
         return CacheFile(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-    def _add_shard(self, shard: ShardFile) -> None:
-        self.shards[shard.name] = shard
-        shard.write(self._record(shard.name))
 
     def _record(self, name: str) -> Path:
         return self._records / f"{name}.json"
@@ -147,13 +162,9 @@ class UnfinishedCache:
                 continue
 
     def _is_sound(self, shard: ShardFile) -> bool:
-        is_own = shard.name in self._own
-        if self._bucket is None:
-            return fault(self.files, shard, contents=is_own) is None
-        # The listing of the bucket does not have what another process has put there since.
-        return self._row_tensors(shard.name).is_file() and (
-            not is_own or self._object_sizes.get(object_name(shard)) == shard.bytes
-        )
+        if self.place is None:
+            return fault(self.files, shard, contents=True) is None
+        return self._row_tensors(shard.name).is_file() and self._object_sizes.get(object_name(shard)) == shard.bytes
 
 
 def link(source: Path, target: Path) -> None:

@@ -3,87 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
-from typer.core import TyperCommand
 
-from lcmlora import extras, names
 from lcmlora.cli.context import Context, context_of
-from lcmlora.cli.shell import completion
+from lcmlora.cli.stages import loading
+from lcmlora.cli.stages.command import Checkpoint, Model, OwnData, Style, StyleOrCheckpoint
+from lcmlora.cli.stages.loading import LoadBase, drawing_base
 from lcmlora.errors import UserError
 from lcmlora.io.files import discard, locked
 from lcmlora.io.terminal import note
-from lcmlora.parallel.allocator import keep_freed_memory
 from lcmlora.plugins import SOURCES
 
 if TYPE_CHECKING:
-    from lcmlora.bases import LoadedBase
-    from lcmlora.config import Config, Distill, Encode, Evaluation, Kind, Launch
-    from lcmlora.data.latents.cache import LatentCache
+    from lcmlora.config import Config, Distill, Kind
     from lcmlora.parallel.ranks import Ranks
     from lcmlora.project import Project
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A name under `bases` in params.yaml, e.g. emoji.", show_default=False, autocompletion=completion.bases
-    ),
-]
-Style = Annotated[
-    str,
-    typer.Argument(help="A name under `styles` in params.yaml.", show_default=False, autocompletion=completion.styles),
-]
-Checkpoint = Annotated[
-    str,
-    typer.Argument(
-        help="A name under `finetunes` in params.yaml.", show_default=False, autocompletion=completion.finetunes
-    ),
-]
-OwnData = Annotated[
-    str | None,
-    typer.Argument(
-        help="A base with `data` of its own. By default the shared `data` is prepared.",
-        show_default=False,
-        autocompletion=completion.bases,
-    ),
-]
-StyleOrCheckpoint = Annotated[
-    str,
-    typer.Argument(
-        help="A name under `study` in params.yaml.", show_default=False, autocompletion=completion.variations
-    ),
-]
-
-
-class StageCommand(TyperCommand):
-    """A verb that dvc.yaml calls. Its names may also be given in DVC's form, --model NAME and --name NAME."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, names.positional_arguments(args))
-
-    def invoke(self, ctx: Any) -> Any:
-        extras.require(extra="train", needed_by=f"lcmlora {self.name}")
-        context = context_of(ctx)
-        if context.project.params is not None:  # --params: not the settings of DVC and resolved.yaml
-            return super().invoke(ctx)
-        from lcmlora.dvc_files import dvc_yaml, resolved, stage_records
-        from lcmlora.projects import durations
-        from lcmlora.stages import Run
-
-        run = Run(str(self.name), ctx.params.get("model"), ctx.params.get("name"))
-        if "DVC_STAGE" in os.environ:
-            dvc_yaml.check(context.settings(), context.project)
-        with (
-            resolved.running(context.settings(), run, context.project.resolved),
-            stage_records.recorded(context.project, run, context.settings),
-            durations.measured(context.project, resolved.entry_name(run)),
-        ):
-            return super().invoke(ctx)
 
 
 def pretrain_stage(call: typer.Context) -> None:
@@ -140,25 +78,20 @@ def encode_stage(call: typer.Context, model: Model) -> None:
     Example: lcmlora encode emoji
     """
     context = context_of(call)
-    config = context.settings()
+    config, project = context.settings(), context.project
     settings, launch = config.encode_for(model), config.launch_for(model)
-    with _ranks(launch, settings.device) as ranks:
-        _encode(context.project, config, model, settings, ranks)
-
-
-def _encode(project: Project, config: Config, model: str, settings: Encode, ranks: Ranks) -> None:
     from lcmlora.data import enlargement
     from lcmlora.data.latents.encode import encode_latents
     from lcmlora.diffusion import objectives
 
+    loading.refuse_ranks("encode")
     objectives.check(config.distill_for(model), f"{model}: ")  # before the encoding, which may take hours
     data = project.located_data(config.data_for(model))
     parts = ("vae" if SOURCES.get(data.source).has_pictures else "network", "text")
-    base = _load(project, config, model, settings.device, parts)
-    pictures = project.pictures_of(model, config)
-    if ranks.first:
-        enlargement.warn(data, model, base.resolution, pictures)
-    encode_latents(base, data, settings, pictures, project.scratch("encode"), project.latents(model), ranks)
+    load = LoadBase(model, config.base(model), project.base(model), settings.device, parts)
+    base, pictures = load(), project.pictures_of(model, config)
+    enlargement.warn(data, model, base.resolution, pictures)
+    encode_latents(base, data, settings, pictures, project.scratch("encode"), project.latents(model), launch, load)
 
 
 def reference_stage(call: typer.Context, model: Model) -> None:
@@ -172,7 +105,8 @@ def reference_stage(call: typer.Context, model: Model) -> None:
     config, project = context.settings(), context.project
     from lcmlora.evaluation.reference import draw_reference
 
-    base, settings = _drawing_base(project, config, model)
+    load, settings = drawing_base(project, config, model)
+    base = load()
     with locked(project.scratch("reference", model)) as scratch:
         draw_reference(
             base,
@@ -195,7 +129,7 @@ def distill_stage(call: typer.Context, model: Model) -> None:
     context = context_of(call)
     config = context.settings()
     settings, launch = config.distill_for(model), config.launch_for(model)
-    with _ranks(launch, settings.device) as ranks:
+    with loading.ranks_of(launch, settings.device) as ranks:
         _distill(context.project, config, model, settings, ranks)
 
 
@@ -209,7 +143,7 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, ra
     from lcmlora.io.files import sha256_file
     from lcmlora.registry import tracking
 
-    loaded, cache = base_and_cache(project, config, model, settings, pictures=ranks.first)
+    loaded, cache = loading.base_and_cache(project, config, model, settings, pictures=ranks.first)
     identity = folders.identity(config.base(model), project.base(model))
     key = digest(settings, identity, cache.digest, stages.algorithms("distill"))[:12]
     scratch, limit = project.scratch("distill", f"{model}-{key}"), int(config.teacher_cache_gb * 1e9)
@@ -247,7 +181,8 @@ def evaluate_stage(call: typer.Context, model: Model) -> None:
     config, project = context.settings(), context.project
     from lcmlora.evaluation.evaluate import evaluate_student
 
-    base, settings = _drawing_base(project, config, model)
+    load, settings = drawing_base(project, config, model)
+    base = load()
     with locked(project.scratch("evaluate", model)) as scratch:
         evaluate_student(
             base,
@@ -332,7 +267,8 @@ def alone_stage(call: typer.Context, model: Model, name: StyleOrCheckpoint) -> N
     kind = stages.studied_kind(config, model, name)
     assert config.study is not None
     folder = _variation(project, kind, model, name)
-    base, settings = _drawing_base(project, config, model, folder if kind == "finetune" else None)
+    load, settings = drawing_base(project, config, model, folder if kind == "finetune" else None)
+    base = load()
     with locked(project.scratch("alone", f"{model}-{name}")) as scratch:
         draw_alone(
             base,
@@ -363,7 +299,7 @@ def study_stage(call: typer.Context, model: Model) -> None:
     ]
     with locked(project.scratch("study", model)) as scratch:
         run_study(
-            lambda folder: _drawing_base(project, config, model, folder)[0],
+            lambda folder: drawing_base(project, config, model, folder)[0](),
             project.adapter(model),
             variations,
             config.study,
@@ -437,64 +373,5 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 
 
-@contextlib.contextmanager
-def _ranks(launch: Launch, device: str) -> Iterator[Ranks]:
-    """Yields this process's rank among those that train together.
-
-    If several are configured and this process is none of them, it starts them with the same command, and exits with
-    their status.
-    """
-    from lcmlora.parallel import launcher, ranks
-
-    if launch.processes * launch.machines > 1 and not ranks.launched():
-        raise SystemExit(launcher.launch(launch, "lcmlora", sys.argv[1:]))
-    with ranks.connected(device) as connected:
-        yield connected
-
-
 def _variation(project: Project, kind: Kind, model: str, name: str) -> Path:
     return project.style(model, name) if kind == "style" else project.finetune(model, name)
-
-
-def _load(
-    project: Project,
-    config: Config,
-    model: str,
-    device: str,
-    parts: tuple[str, ...],
-    *,
-    precision: str = "auto",
-    folder: Path | None = None,
-) -> LoadedBase:
-    from lcmlora import bases
-
-    torch_device = bases.pick_device(device)
-    keep_freed_memory(torch_device)
-    dtype = bases.pick_dtype(precision, torch_device)
-    return bases.load(
-        model, config.base(model), folder or project.base(model), device=torch_device, dtype=dtype, parts=parts
-    )
-
-
-def _drawing_base(
-    project: Project, config: Config, model: str, folder: Path | None = None
-) -> tuple[LoadedBase, Evaluation]:
-    """Returns the base, or the fine-tuned checkpoint in `folder`, with all parts, and its evaluation settings."""
-    settings = project.located_evaluation(config.evaluation_for(model))
-    return _load(project, config, model, settings.device, ("network", "vae", "text"), folder=folder), settings
-
-
-def base_and_cache(
-    project: Project, config: Config, model: str, settings: Distill, *, pictures: bool
-) -> tuple[LoadedBase, LatentCache]:
-    """Returns the base and its latent cache. With `pictures`, the base has a VAE."""
-    from lcmlora import bases
-    from lcmlora.data.latents.cache import LatentCache
-
-    bases.pick_device(settings.device)  # raises first if there is no such device
-    budget = int(config.shard_cache_gb * 1e9)
-    cache = LatentCache(project.latents(model), shards=project.scratch("shards", model), budget=budget)
-    parts = ("network", *(["vae"] if pictures else []), *(["text"] if cache.tokenized else []))
-    base = _load(project, config, model, settings.device, parts, precision=settings.precision)
-    cache.embed = base.encode_tokens
-    return base, cache
