@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+import contextlib
+import math
+import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
-from lcmlora.config import Data
+import numpy as np
+
+from lcmlora.config import Data, Launch
 from lcmlora.data import rejection_advice
-from lcmlora.data.duplicates import NearDuplicates
-from lcmlora.data.reading.candidates import DUPLICATE, display_name
-from lcmlora.data.rejections import write_rejections
-from lcmlora.data.sources.source import Record, Rejection, Survey, survey, write_records
-from lcmlora.data.unused_files import Tally, tally
+from lcmlora.data.preparation import rejected, splitting
+from lcmlora.data.preparation.partitions import Digests
+from lcmlora.data.preparation.selecting import NEAR_DUPLICATE, Selection
+from lcmlora.data.preparation.shards import Finished
+from lcmlora.data.preparation.splitting import Levels, Limits, Part
+from lcmlora.data.preparation.surveying import Found
+from lcmlora.data.reading.candidates import DUPLICATE, Rejection, display_name
+from lcmlora.data.rejection_advice import ByReason
+from lcmlora.data.sources.source import find
+from lcmlora.data.unused_files import Tally, count, no_names, tally
 from lcmlora.errors import UserError
-from lcmlora.io.files import atomic_folder, write_json
-from lcmlora.plugins import SOURCES
+from lcmlora.io.files import atomic_folder, discard, locked, temporary_folder, write_json
 
-NEAR_DUPLICATE = "looks like another picture (data.near_duplicates)"
+__all__ = ["DUPLICATE", "NEAR_DUPLICATE", "PARTS", "HeldOut", "Report", "hold_out", "prepare_pictures", "print_report"]
 
-Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")  # each has a list of pictures, such as test.jsonl
 
+_DROPPED = 1000  # rank of rejections that depend on the other pictures or on `data`; after all others
+_CHUNK = 1 << 14  # levels in memory
 _PRINTED_KINDS = 12  # kinds of unused files in the printed table
 
 
@@ -64,49 +73,127 @@ class Report(TypedDict):
     cleaned: NotRequired[Tally]
 
 
-def prepare_pictures(data: Data, minimum: int, out: Path) -> Report:
+def prepare_pictures(
+    data: Data, minimum: int, out: Path, *, scratch: Path | None = None, launch: Launch | None = None
+) -> Report:
     """Writes train.jsonl, validation.jsonl, test.jsonl and report.json to the folder `out`; returns the report.
 
     If anything was dropped, rejected.parquet lists all of it, and rejected.html shows examples.
 
     Args:
         minimum: training pictures without which training cannot start (one batch).
+        launch: where pictures are read; by default on all cores of this machine, on eight at most.
+        scratch: keeps what was read of each shard, from which a killed run, or one on a set that has grown, goes on.
 
     Raises:
         UserError: there is nothing to read, or fewer than `minimum` training pictures are left; then `out` is as it
             was before.
     """
-    found = survey(data)
-    read = len(found.records) + len(found.rejections)
+    with contextlib.ExitStack() as stack:
+        work = stack.enter_context(temporary_folder() if scratch is None else locked(scratch))
+        folder = work / "run"
+        discard(folder)
+        folder.mkdir()
+        began = folder.stat().st_mtime  # by the clock of the disk
+        finished = Finished(work / "shards")
+        found = find(data, finished, folder, launch or Launch())
+        report = _merge(found, data, minimum, folder, out)
+        discard(folder)
+        finished.remove_unused(since=began)
+    return report
+
+
+def _merge(found: Found, data: Data, minimum: int, folder: Path, out: Path) -> Report:
+    selection = Selection(found.records, data, folder)
+    read = selection.count + found.rejections.count
     if read:
-        rejection_advice.check_rejections(data, found.rejections, read, found.unused_files)
-    kept, dropped = _select(found.records, data)
-    rejections = found.rejections + dropped
-    held_out = hold_out({r.caption for r in kept}, data.validation, data.test, data.seed)
-    parts: dict[Part, list[Record]] = {
-        "train": [r for r in kept if r.caption not in held_out.validation | held_out.test],
-        "validation": [r for r in kept if r.caption in held_out.validation],
-        "test": [r for r in kept if r.caption in held_out.test],
-    }
+        rejection_advice.check_rejections(data, ByReason(found.rejections), read, found.unused_files)
+    captions = _Captions(data, folder)
+    noted, cleaned = ByReason(), no_names()
+    for record, reason in selection:
+        captions.add(record["caption"], kept=not reason)
+        if reason:
+            found.rejections.add(Rejection(record["key"], reason, record.get("place") or record["key"], rank=_DROPPED))
+            continue
+        if note := record.get("note"):
+            noted.add(Rejection(record["key"], note))
+        if "raw_caption" in record:
+            count(cleaned, record["key"])
+    sizes = captions.split()
+    rejections = ByReason(found.rejections)
     report: Report = {
         "source": data.source,
         "read": read,
-        "kept": len(kept),
-        "dropped": _tally_by_reason(rejections),
-        "train": _size(parts["train"]),
-        "validation": _size(parts["validation"]),
-        "test": _size(parts["test"]),
+        "kept": sum(size["pictures"] for size in sizes.values()),
+        "dropped": _tallies(rejections),
+        "train": sizes["train"],
+        "validation": sizes["validation"],
+        "test": sizes["test"],
     }
-    _add_optional_parts(report, found, kept)
-    if len(parts["train"]) < minimum or not parts["test"]:
+    _add_optional_parts(report, found, _tallies(noted), cleaned)
+    if report["train"]["pictures"] < minimum or not report["test"]["pictures"]:
         raise UserError(_too_few_message(data, report, minimum, rejections, found.unused_files))
-    with atomic_folder(out) as folder:
-        for part, records in parts.items():
-            write_records(folder / f"{part}.jsonl", records)
-        write_json(folder / "report.json", report)
-        if rejections:
-            write_rejections(folder, data, rejections)
+    with atomic_folder(out) as temporary:
+        _write_lists(found.records, captions, temporary)
+        write_json(temporary / "report.json", report)
+        if rejections.counts:
+            rejected.write_table(temporary, found.rejections)
+            rejected.write_page(temporary, data, rejections)
     return report
+
+
+class _Captions:
+    """The captions of all records, as their levels (splitting.py): in a file in the order of the records, NaN for one
+    that is not kept, and the distinct ones by their digests."""
+
+    def __init__(self, data: Data, folder: Path) -> None:
+        self._data = data
+        self._levels = (folder / "levels").open("w+b")
+        self._distinct = Digests(folder / "captions")
+        self._limits = Limits(0.0, 0.0)
+
+    def add(self, caption: str, *, kept: bool) -> None:
+        level = splitting.level(caption, self._data.seed) if kept else math.nan
+        bits = struct.pack("<d", level)
+        self._levels.write(bits)
+        if kept:
+            self._distinct.add(caption, int.from_bytes(bits, "little"))
+
+    def split(self) -> dict[Part, SplitSize]:
+        """Splits the captions; returns what each part has."""
+
+        def kept() -> Iterator[Levels]:
+            return (levels[~np.isnan(levels)] for levels in self._chunks())
+
+        self._limits = splitting.find_limits(kept, self._data.validation, self._data.test)
+        sizes: dict[Part, SplitSize] = {part: {"pictures": 0, "captions": 0} for part in PARTS}
+        for levels in kept():
+            for part, number in self._limits.sizes(levels).items():
+                sizes[part]["pictures"] += number
+        for rows, firsts in self._distinct.groups():
+            levels = rows["value"][firsts == np.arange(len(rows))].view(np.float64)
+            for part, number in self._limits.sizes(levels).items():
+                sizes[part]["captions"] += number
+        return sizes
+
+    def parts(self) -> Iterator[Part | None]:
+        """Yields the part of each record; None if it is not kept."""
+        for levels in self._chunks():
+            for level in levels.tolist():
+                yield None if math.isnan(level) else self._limits.part(level)
+
+    def _chunks(self) -> Iterator[Levels]:
+        self._levels.seek(0)
+        while content := self._levels.read(8 * _CHUNK):
+            yield np.frombuffer(content, "<f8")
+
+
+def _write_lists(records: Iterable[bytes], captions: _Captions, folder: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        lists = {part: stack.enter_context((folder / f"{part}.jsonl").open("wb")) for part in PARTS}
+        for line, part in zip(records, captions.parts(), strict=True):
+            if part is not None:
+                lists[part].write(line)
 
 
 class HeldOut(NamedTuple):
@@ -125,26 +212,12 @@ def hold_out(captions: set[str], validation: float, test: float, seed: int) -> H
     Apart from these bounds each caption is judged by its own hash: a data set that grows moves no caption from one
     part to another. Captions that differ in case only belong to the same part.
     """
-
-    def draw(caption: str) -> float:
-        """Returns the caption's number in [0, 1), which depends on the seed."""
-        return int.from_bytes(hashlib.sha256(f"{seed}/{caption.casefold()}".encode()).digest()[:8], "big") / 2**64
-
-    draws = {caption: draw(caption) for caption in captions}
-    levels = sorted(set(draws.values()))
-    if len(levels) < 2:
-        return HeldOut(set(), set())
-    wanted = validation > 0 and len(levels) > 2
-    # The lowest hash is always for test and the highest for training; the lowest of those between for validation.
-    test_limit = min(max(test, levels[1]), levels[-2] if wanted else levels[-1])
-    limit = test_limit
-    if wanted:
-        following = next(level for level in levels if level > min(v for v in levels if v >= test_limit))
-        limit = min(max(test + validation, following), levels[-1])
-    return HeldOut(
-        validation={caption for caption, value in draws.items() if test_limit <= value < limit},
-        test={caption for caption, value in draws.items() if value < test_limit},
-    )
+    levels = {caption: splitting.level(caption, seed) for caption in captions}
+    limits = splitting.find_limits(lambda: [np.array([*levels.values()])], validation, test)
+    held_out: dict[Part, set[str]] = {part: set() for part in PARTS}
+    for caption, level in levels.items():
+        held_out[limits.part(level)].add(caption)
+    return HeldOut(held_out["validation"], held_out["test"])
 
 
 def print_report(report: Report) -> None:
@@ -179,63 +252,28 @@ def print_report(report: Report) -> None:
     Console(stderr=True).print(table)
 
 
-def _select(records: Iterable[Record], data: Data) -> tuple[list[Record], list[Rejection]]:
-    """Returns the records to keep, and rejections of those with a bad size and of duplicates of an earlier record."""
-    kept: list[Record] = []
-    rejections: list[Rejection] = []
-    digests: set[str] = set()
-    near_duplicates = NearDuplicates(data.near_duplicates or 0)
-    for record in records:
-        reason = _bad_size(record, data) or (DUPLICATE if record.sha256 in digests else "")
-        if not reason and record.look is not None and near_duplicates.has_or_add(int(record.look, 16)):
-            reason = NEAR_DUPLICATE
-        if reason:
-            rejections.append(Rejection(record.key, reason, record.place or record.key))
-        else:
-            digests.add(record.sha256)
-            kept.append(record)
-    return kept, rejections
-
-
-def _bad_size(record: Record, data: Data) -> str:
-    """Returns why the picture's size is not accepted, as a reason; empty if it is."""
-    if not SOURCES.get(data.source).has_pictures:
-        return ""
-    short, long = sorted((record.width, record.height))
-    if short < data.min_side:
-        return f"shorter side under {data.min_side} pixels (data.min_side)"
-    if long > data.max_aspect * short:
-        return f"longer side over {data.max_aspect:g} times the shorter (data.max_aspect)"
-    return ""
-
-
-def _add_optional_parts(report: Report, found: Survey, kept: list[Record]) -> None:
+def _add_optional_parts(report: Report, found: Found, noted: dict[str, Tally], cleaned: Tally) -> None:
     """Adds to the report the parts that are left out of it if they are empty."""
     unit = "pictures" if found.of_pictures else "files"
-    left_out: dict[str, LeftOut] = {split: {"of": unit, **tally(names)} for split, names in found.left_out.items()}
-    if left_out:
-        report["left_out"] = left_out
+    if found.left_out:
+        report["left_out"] = {split: {"of": unit, **names} for split, names in found.left_out.items()}
     if found.unused_files:
         report["passed_over"] = found.unused_files
-    if noted := _tally_by_reason(Rejection(record.key, record.note) for record in kept if record.note):
+    if noted:
         report["noted"] = noted
-    if cleaned := [record.key for record in kept if record.raw_caption is not None]:
-        report["cleaned"] = tally(cleaned)
+    if cleaned["count"]:
+        report["cleaned"] = cleaned
 
 
-def _tally_by_reason(rejections: Iterable[Rejection]) -> dict[str, Tally]:
-    names: dict[str, list[str]] = {}
-    for rejection in rejections:
-        names.setdefault(rejection.reason, []).append(rejection.name)
-    return {reason: tally(names[reason]) for reason in sorted(names)}
-
-
-def _size(records: list[Record]) -> SplitSize:
-    return {"pictures": len(records), "captions": len({r.caption for r in records})}
+def _tallies(rejections: ByReason) -> dict[str, Tally]:
+    return {
+        reason: {**tally([each.name for each in rejections.first[reason]]), "count": rejections.counts[reason]}
+        for reason in sorted(rejections.counts)
+    }
 
 
 def _too_few_message(
-    data: Data, report: Report, minimum: int, rejections: list[Rejection], unused_files: dict[str, Tally]
+    data: Data, report: Report, minimum: int, rejections: ByReason, unused_files: dict[str, Tally]
 ) -> str:
     """Returns the error's text: how many pictures are left, the reasons of the dropped ones, and what to do."""
     unit = rejection_advice.unit_of(data.source)
@@ -250,7 +288,8 @@ def _too_few_message(
         f"read {report['read']}, held out for validation {held_out[0]}, for test {held_out[1]}"
     )
     most = max((dropped["count"] for dropped in report["dropped"].values()), default=0)
-    if 2 * most > len(rejections) and (most >= report["kept"] or report["train"]["pictures"] + most >= minimum):
+    dropped = rejections.counts.total()
+    if 2 * most > dropped and (most >= report["kept"] or report["train"]["pictures"] + most >= minimum):
         return f"{data.path}: {left}, dropped: {rejection_advice.summary(rejections, unused_files)}"
     reasons = ", ".join(f"{d['count']} {reason}" for reason, d in report["dropped"].items()) or "none"
     return (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 
 from lcmlora.config import Data
 from lcmlora.data.reading import candidates as reasons
@@ -14,6 +14,7 @@ from lcmlora.errors import UserError
 from lcmlora.plugins import SOURCES
 
 _EXAMPLES = 3  # names that an error lists for a reason
+_KEPT = 12  # rejections of each reason that are kept as examples
 
 _ADD_CAPTIONS = (
     "put it into a .txt file of the same name, or into metadata.jsonl or metadata.csv with file_name and text"
@@ -43,6 +44,32 @@ _SETTING_REMEDIES = {  # by the setting that a reason ends with
 }
 
 
+class ByReason:
+    """Rejections, counted by their reason; the first of each are kept.
+
+    Attributes:
+        counts, first: by reason, in the order in which the reasons came.
+    """
+
+    def __init__(self, rejections: Iterable[Rejection] = ()) -> None:
+        self.counts = Counter[str]()
+        self.first = defaultdict[str, list[Rejection]](list)
+        for rejection in rejections:
+            self.add(rejection)
+
+    def add(self, rejection: Rejection) -> None:
+        self.counts[rejection.reason] += 1
+        if len(first := self.first[rejection.reason]) < _KEPT:
+            first.append(rejection)
+
+    def only(self, wanted: Callable[[str], bool]) -> ByReason:
+        """Returns those whose reasons are wanted."""
+        found = ByReason()
+        for reason in filter(wanted, self.counts):
+            found.counts[reason], found.first[reason] = self.counts[reason], self.first[reason]
+        return found
+
+
 def is_intended(reason: str) -> bool:
     """Returns whether the reason is no fault of the data: a setting asks for the rejection, the picture or prompt is a
     duplicate, or the file is a map beside a picture."""
@@ -53,34 +80,35 @@ def is_intended(reason: str) -> bool:
     )
 
 
-def check_captions(data: Data, rejections: Sequence[Rejection], total: int, unused_files: dict[str, Tally]) -> None:
+def check_captions(data: Data, rejections: ByReason, total: int, unused_files: dict[str, Tally]) -> None:
     """Raises UserError if captions are files of their own and most pictures have none: the layout must be another."""
     if not SOURCES.get(data.source).separate_files:
         return
-    without = [rejection for rejection in rejections if rejection.reason == reasons.NO_CAPTION]
-    if 2 * len(without) > total and data.max_rejected < 1:
+    without = rejections.counts[reasons.NO_CAPTION]
+    if 2 * without > total and data.max_rejected < 1:
         raise UserError(
-            f"{data.path}: {len(without)} of {total} {unit_of(data.source)} have no caption"
-            f"{_examples_and_remedy(without, unused_files)}{_other_reasons(rejections, reasons.NO_CAPTION)}"
+            f"{data.path}: {without} of {total} {unit_of(data.source)} have no caption"
+            f"{_examples_and_remedy(rejections, reasons.NO_CAPTION, unused_files)}"
+            f"{_other_reasons(rejections, reasons.NO_CAPTION)}"
         )
 
 
-def check_rejections(data: Data, rejections: Sequence[Rejection], total: int, unused_files: dict[str, Tally]) -> None:
+def check_rejections(data: Data, rejections: ByReason, total: int, unused_files: dict[str, Tally]) -> None:
     """Raises UserError if the share of faulty pictures exceeds data.max_rejected."""
     check_captions(data, rejections, total, unused_files)
-    faults = [rejection for rejection in rejections if not is_intended(rejection.reason)]
-    if len(faults) > data.max_rejected * total:
+    faults = rejections.only(lambda reason: not is_intended(reason))
+    if (count := faults.counts.total()) > data.max_rejected * total:
         raise UserError(
-            f"{data.path}: {len(faults)} of {total} {unit_of(data.source)} cannot be used, more than data.max_rejected "
+            f"{data.path}: {count} of {total} {unit_of(data.source)} cannot be used, more than data.max_rejected "
             f"lets pass ({data.max_rejected:g}): {summary(faults, unused_files)}"
         )
 
 
-def summary(rejections: Sequence[Rejection], unused_files: dict[str, Tally]) -> str:
+def summary(rejections: ByReason, unused_files: dict[str, Tally]) -> str:
     """Returns the most frequent reason with its count, first names and remedy, then the other reasons."""
-    reason = _most_frequent(rejections)
-    count = sum(rejection.reason == reason for rejection in rejections)
-    return f"{count} {reason}{_examples_and_remedy(rejections, unused_files)}{_other_reasons(rejections, reason)}"
+    reason = _most_frequent(rejections.counts)
+    examples = _examples_and_remedy(rejections, reason, unused_files)
+    return f"{rejections.counts[reason]} {reason}{examples}{_other_reasons(rejections, reason)}"
 
 
 def remedy(reason: str) -> str:
@@ -96,27 +124,26 @@ def unit_of(source: str) -> str:
     return "pictures" if SOURCES.get(source).has_pictures else "prompts"
 
 
-def _examples_and_remedy(rejections: Sequence[Rejection], unused_files: dict[str, Tally]) -> str:
-    """Returns the first names with the most frequent reason, and its remedy."""
-    reason = _most_frequent(rejections)
-    examples = [rejection for rejection in rejections if rejection.reason == reason]
-    names = ", ".join(display_name(f"{r.name} ({r.detail})" if r.detail else r.name) for r in examples[:_EXAMPLES])
-    more = ", ..." if len(examples) > _EXAMPLES else ""
+def _examples_and_remedy(rejections: ByReason, reason: str, unused_files: dict[str, Tally]) -> str:
+    """Returns the first names with a reason, and its remedy."""
+    examples = rejections.first[reason][:_EXAMPLES]
+    names = ", ".join(display_name(f"{r.name} ({r.detail})" if r.detail else r.name) for r in examples)
+    more = ", ..." if rejections.counts[reason] > _EXAMPLES else ""
     return f" ({names}{more}); {remedy(reason)}{_hint(reason, unused_files)}"
 
 
-def _other_reasons(rejections: Sequence[Rejection], except_reason: str) -> str:
+def _other_reasons(rejections: ByReason, except_reason: str) -> str:
     """Returns all reasons but one, each with its count and first name; empty if there are no others."""
-    first = {rejection.reason: rejection.name for rejection in reversed(rejections)}
-    counts = Counter(rejection.reason for rejection in rejections)
-    del counts[except_reason]
-    parts = [f"{count} {reason} ({display_name(first[reason])})" for reason, count in counts.most_common()]
+    others = rejections.only(lambda reason: reason != except_reason)
+    parts = [
+        f"{count} {reason} ({display_name(others.first[reason][0].name)})"
+        for reason, count in others.counts.most_common()
+    ]
     return f"; also: {', '.join(parts)}" if parts else ""
 
 
-def _most_frequent(rejections: Sequence[Rejection]) -> str:
+def _most_frequent(counts: Counter[str]) -> str:
     """Returns the most frequent reason; of several, one that may have caused the others (a missing caption did not)."""
-    counts = Counter(rejection.reason for rejection in rejections)
     return max(counts, key=lambda reason: (counts[reason], reason != reasons.NO_CAPTION))
 
 

@@ -39,6 +39,22 @@ def tally(names: Sequence[str]) -> Tally:
     return {"count": len(names), "first": [printable(name) for name in names[:_MAX_NAMES]]}
 
 
+def count(tallied: Tally, name: str) -> None:
+    """Adds a name to a tally."""
+    tallied["count"] += 1
+    if len(tallied["first"]) < _MAX_NAMES:
+        tallied["first"].append(printable(name))
+
+
+def no_names() -> Tally:
+    return {"count": 0, "first": []}
+
+
+def merged(tallied: Tally, following: Tally) -> Tally:
+    first = [*tallied["first"], *following["first"]][:_MAX_NAMES]
+    return {"count": tallied["count"] + following["count"], "first": first}
+
+
 class UnusedFiles:
     """Counts names by kind, and keeps the first few names of each kind."""
 
@@ -51,10 +67,7 @@ class UnusedFiles:
             key = kind or _ending(name)
             if key not in self._tallies and len(self._tallies) >= _MAX_KINDS:
                 key = OTHER_ENDINGS
-            counted = self._tallies.setdefault(key, {"count": 0, "first": []})
-            counted["count"] += 1
-            if len(counted["first"]) < _MAX_NAMES:
-                counted["first"].append(printable(name))
+            count(self._tallies.setdefault(key, no_names()), name)
 
     def by_kind(self) -> dict[str, Tally]:
         """Returns the tally of each kind, the most frequent kind first."""

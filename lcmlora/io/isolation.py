@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -56,6 +57,48 @@ def isolated(
         finally:
             if waiting:
                 pool.stop()
+
+
+class Lost(Exception):
+    """A process crashed, or had to be ended; the text is the reason."""
+
+
+class Processes:
+    """Processes for untrusted bytes that stay for many calls, which may come from several threads at a time.
+
+    They are started with the first call, and end with `close`, with the object or with the program.
+    """
+
+    def __init__(self, count: int, *, preload: Sequence[str], memory: int = MEMORY) -> None:
+        """
+        Args:
+            preload, memory: as of `isolated`.
+        """
+        self._pool = _pool(count, preload, memory)
+        self.close = weakref.finalize(self, _end, self._pool)
+
+    def call(self, function: Callable[[T], R], item: T, *, seconds: float = SECONDS) -> R:
+        """Returns function(item), from one of the processes. Raises Lost."""
+
+        def lost(item: T, reason: str) -> R:
+            raise Lost(reason)
+
+        return _result(item, self._pool.schedule(function, [item], timeout=seconds), lost)
+
+    def pieces(
+        self, function: Callable[[T], Piece[T, R]], item: T, lost: Callable[[T, str], Piece[T, R]]
+    ) -> Iterator[R]:
+        """Yields the results of all pieces of an item, as `in_pieces` does."""
+        rest: T | None = item
+        while rest is not None:
+            piece = _result(rest, self._pool.schedule(function, [rest], timeout=SECONDS), lost)
+            yield from piece.results
+            rest = piece.rest
+
+
+def _end(pool: ProcessPool) -> None:
+    pool.stop()
+    pool.join()
 
 
 class Piece(NamedTuple, Generic[T, R]):

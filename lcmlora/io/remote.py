@@ -89,14 +89,24 @@ class Files:
 
     def state(self) -> str:
         """Returns a digest that changes with any name, size, time or tag of a file. Raises as `list` does."""
+        digest = hashlib.sha256()
+        for path, facts in self._facts():
+            digest.update(json.dumps([path, facts], sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def states(self) -> dict[str, str]:
+        """Returns a text for each file below the path that changes with it, by its name. Raises as `list` does."""
+        names = ((str(PurePosixPath(path).relative_to(self.root)), facts) for path, facts in self._facts())
+        return {name: json.dumps(facts, sort_keys=True) for name, facts in names}
+
+    def _facts(self) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yields size, time and tag of each file, sorted by their paths."""
         with self._one_line_errors():
             path = f"{self.root}/{self.only}" if self.only else self.root
             found = self._system.find(path, detail=True)
-        digest = hashlib.sha256()
+        wanted = ("size", "ETag", "LastModified", "mtime")
         for path, facts in sorted(found.items()):
-            facts = {name: str(facts.get(name)) for name in ("size", "ETag", "LastModified", "mtime")}
-            digest.update(json.dumps([path, facts], sort_keys=True).encode())
-        return digest.hexdigest()
+            yield path, {name: str(facts.get(name)) for name in wanted}
 
     def open(self, name: str) -> IO[bytes]:
         """Returns the file for random access. Raises as `list` does, and UserError where it is no ordinary file: a pipe

@@ -56,6 +56,7 @@ def prepare_stage(call: typer.Context, model: OwnData = None) -> None:
     """
     context = context_of(call)
     config, project = context.settings(), context.project
+    from lcmlora.config import Launch
     from lcmlora.data import enlargement
     from lcmlora.data.prepare import prepare_pictures, print_report
 
@@ -65,7 +66,9 @@ def prepare_stage(call: typer.Context, model: OwnData = None) -> None:
     data = project.located_data(config.data if model is None else config.data_for(model))
     pictures = project.pictures if model is None else project.own_pictures(model)
     minimum = max((config.distill_for(name).batch for name in models), default=1)
-    print_report(prepare_pictures(data, minimum, pictures))
+    launch = Launch.model_validate(config.launch) if model is None else config.launch_for(model)
+    scratch = project.scratch("prepare") if model is None else project.scratch("prepare-own", model)
+    print_report(prepare_pictures(data, minimum, pictures, scratch=scratch, launch=launch))
     for name in models:
         enlargement.warn(data, name, config.base(name).resolution, pictures)
 

@@ -99,12 +99,14 @@ class Rejection:
     reason: one of a few texts; rejections are counted by it.
     place: where its source reads it, if it can be read.
     detail: about this picture only; an error that stops a run shows it.
+    rank: where it comes in lists: those of lower ranks first, and within a rank in the order of the source.
     """
 
     name: str
     reason: str
     place: str | None = None
     detail: str = ""
+    rank: int = field(default=0, compare=False)
 
 
 class Unusable(Exception):

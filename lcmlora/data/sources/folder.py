@@ -32,7 +32,7 @@ from lcmlora.data.reading.tar_samples import AUXILIARY, maps_beside
 from lcmlora.data.sources import split_names
 from lcmlora.data.sources.inputs import count_unused
 from lcmlora.data.sources.source import EncodedPictures
-from lcmlora.data.unused_files import CAPTION_WITHOUT_PICTURE, SECOND_CAPTION, UnusedFiles, in_words
+from lcmlora.data.unused_files import CAPTION_WITHOUT_PICTURE, SECOND_CAPTION, UnusedFiles, in_words, tally
 from lcmlora.errors import UserError
 from lcmlora.io.remote import Files
 
@@ -51,6 +51,7 @@ class Folder(EncodedPictures):
         self._path = data.path
         self._wanted = data.split
         self._table: str | None = None  # the metadata's name, if the path is a table
+        self._others: dict[str, list[str]] = {}  # pictures of splits that are not wanted
         self._used: set[str] = set()  # names of files that are used or rejected
         if "://" in self._path:
             path = self._path
@@ -73,13 +74,14 @@ class Folder(EncodedPictures):
         rejections = [Rejection(printable(name), reason) for name, reason in refused.items()]
         listed = [] if self._table else [name for name in listing.names if _is_picture(name)]
         self._used.update(refused, listed)
-        pictures, self.left_out = split_names.choose(self._path, listed, self._wanted)
+        pictures, self._others = split_names.choose(self._path, listed, self._wanted)
         metadata, empty_rows = self._metadata(scores, rejections)
         if self._table:
-            pictures, self.left_out = split_names.choose(self._path, {*metadata, *empty_rows}, self._wanted)
+            pictures, self._others = split_names.choose(self._path, {*metadata, *empty_rows}, self._wanted)
         else:
-            named = (name for name in (*metadata, *empty_rows) if self._split(name) not in self.left_out)
+            named = (name for name in (*metadata, *empty_rows) if self._split(name) not in self._others)
             pictures = sorted({*pictures, *named})
+        self.left_out = {split: tally(names) for split, names in self._others.items()}
         if not (pictures or rejections):
             raise UserError(self._no_pictures())
         usable = [name for name in pictures if printable(name) == name]
@@ -116,7 +118,7 @@ class Folder(EncodedPictures):
     def _captions_left_out(self) -> set[str]:
         """Returns the caption files of the pictures in splits that are left out."""
         files = CaptionFiles(self._folder.listing.names)
-        return {name for pictures in self.left_out.values() for picture in pictures for name in files.possible(picture)}
+        return {name for pictures in self._others.values() for picture in pictures for name in files.possible(picture)}
 
     def _split(self, name: str) -> str:
         return split_names.split_of(name) or split_names.TRAIN
@@ -156,7 +158,7 @@ class Folder(EncodedPictures):
         listing = self._folder.listing
         all_tables = [name for name in listing.names if PurePosixPath(name).name.lower() in _METADATA]
         self._used.update(all_tables)
-        wanted_tables = [name for name in all_tables if self._split(name) not in self.left_out]
+        wanted_tables = [name for name in all_tables if self._split(name) not in self._others]
         names = FileNames(listing.names, self._folder.root)
         descriptions: dict[str, Description] = {}
         empty_rows: dict[str, str] = {}

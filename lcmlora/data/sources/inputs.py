@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from lcmlora.data import rejection_advice
+from lcmlora.data.preparation.shards import InputShard
 from lcmlora.data.reading.candidates import Rejection, printable
 from lcmlora.data.reading.folder_listing import FolderListing, LinkRule, list_folder
+from lcmlora.data.rejection_advice import ByReason
 from lcmlora.data.sources import split_names
 from lcmlora.data.unused_files import HIDDEN_FILE, REPEATED_FOLDER, UnusedFiles
 from lcmlora.errors import UserError
@@ -46,6 +48,19 @@ class InputFiles(Files):
                 self._listing = FolderListing(names=list(self.sizes()))
         return self._listing
 
+    def shards(self, names: Iterable[str]) -> Iterator[InputShard]:
+        """Yields each of these files as a shard; its content is the name."""
+        states = {} if self.local else self.states()
+        for name in names:
+            yield InputShard(printable(name), self._local_state(name) if self.local else states[name], name)
+
+    def _local_state(self, name: str) -> str:
+        try:
+            status = Path(self.root, name).stat()
+        except OSError:  # whoever reads it gives the reason
+            return ""
+        return f"{status.st_size} {status.st_mtime_ns}"
+
     def rejections(self) -> list[Rejection]:
         """Returns the files with the source's endings, and the folders, that must not or cannot be read."""
         if self.only:
@@ -74,7 +89,7 @@ class InputFiles(Files):
         names = [name for name in self.listing.names if _has_ending(name, endings)]
         refused = [rejection for rejection in self.rejections() if not rejection.name.endswith("/")]
         if refused and not names:
-            raise UserError(f"data.path: {self.path}: {rejection_advice.summary(refused, {})}")
+            raise UserError(f"data.path: {self.path}: {rejection_advice.summary(ByReason(refused), {})}")
         names, self.left_out = split_names.choose(self.path, names, self._wanted, container=True)
         self._listed = {*names, *(name for left in self.left_out.values() for name in left)}
         return names

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from lcmlora.config import Data
+from lcmlora.data.preparation.shards import InputShard
+from lcmlora.data.preparation.surveying import Listed
 from lcmlora.data.reading.candidates import (
     CAPTIONS,
     EMPTY,
@@ -42,15 +45,15 @@ from lcmlora.data.reading.parquet_files import (
 from lcmlora.data.reading.tables import PRELOAD, row_name
 from lcmlora.data.sources.inputs import InputFiles
 from lcmlora.data.sources.source import EncodedPictures
-from lcmlora.data.unused_files import UnusedFiles
+from lcmlora.data.unused_files import UnusedFiles, tally
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.io.isolation import Piece, in_pieces, isolated, processes
-from lcmlora.progress import track
+from lcmlora.io.isolation import Piece, Processes, isolated
 
 _PICTURES = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 _ADDRESSES = ("url", "image_url")
 _MAX_GROUPS = 2  # groups of rows whose pictures are in memory
 _BATCH = 8  # pictures decoded from a page at once
+_REFUSED = 3  # rank of rejections
 _KEPT_BYTES = 256 << 20  # of a group's last pictures; several threads ask for rows, roughly in order
 
 NO_BYTES = "no bytes of a picture in its row"
@@ -58,7 +61,7 @@ NO_COLUMN = "table without a column of captions or of pictures"
 
 
 class Parquet(EncodedPictures):
-    """A Parquet file, or a folder of them. A place is `file@group+row`, a key `file/row`."""
+    """A Parquet file, or a folder of them. A place is `file@group+row`, a key `file/row`. A shard is a file."""
 
     def __init__(self, data: Data) -> None:
         super().__init__(data)
@@ -67,26 +70,30 @@ class Parquet(EncodedPictures):
         self._lock = threading.Lock()
         self._groups: OrderedDict[tuple[str, int], _Pictures] = OrderedDict()
 
-    def candidates(self) -> tuple[list[Candidate], list[Rejection]]:
+    def shards(self) -> Iterator[InputShard]:
         tables = self._files.list(".parquet")
         if not tables:
             raise UserError(f"data.path: {self._path}: no .parquet files")
-        candidates: list[Candidate] = []
-        rejections: list[Rejection] = []
-        positions = [Position(self._path, table) for table in track(tables, "read tables")]
+        self.left_out = {split: tally(names) for split, names in self._files.left_out.items()}
+        yield from self._files.shards(tables)
+
+    def listed(self, shard: InputShard, processes: Processes) -> Iterator[Candidate | Rejection]:
         read = partial(_read_piece, tuple(self.data.scores))
-        for each in in_pieces(read, positions, after_loss, processes(len(tables)), preload=PRELOAD):
-            if isinstance(each, Candidate):
-                candidates.append(each)
-            else:
-                rejections.append(each)
-        if not candidates and not rejections:
-            raise UserError(f"data.path: {self._path}: no rows in {len(tables)} parquet files")
-        if not candidates and all(rejection.name in tables for rejection in rejections):
-            first = rejections[0]
-            raise UserError(f"data.path: {self._path}: {first.name}: {first.detail or first.reason}")
-        self.left_out = self._files.left_out
-        return candidates, rejections + self._files.rejections()
+        yield from processes.pieces(read, Position(self._path, shard.content), after_loss)
+
+    def refused(self) -> Iterable[Rejection]:
+        return [replace(rejection, rank=_REFUSED) for rejection in self._files.rejections()]
+
+    def unit_of(self, candidate: Candidate) -> str:
+        return candidate.place.rpartition("+")[0]  # pages of a group are decoded from its beginning
+
+    def check_listed(self, listed: Listed) -> None:
+        if not (listed.candidates or listed.rejections):
+            raise UserError(f"data.path: {self._path}: no rows in {listed.shards} parquet files")
+        if listed.first and not listed.candidates and listed.of_shards == listed.rejections:
+            raise UserError(
+                f"data.path: {self._path}: {listed.first.name}: {listed.first.detail or listed.first.reason}"
+            )
 
     def unused_files(self) -> UnusedFiles:
         return self._files.unused_files()

@@ -12,29 +12,34 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
+import time
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcmlora.config import Data
-from lcmlora.data import rejection_advice
+from lcmlora.config import Data, Launch
+from lcmlora.data.preparation.shards import Finished, InputShard
+from lcmlora.data.preparation.surveying import Found, Listed, Rejections, survey_shards
+from lcmlora.data.preparation.working import default_decoders
 from lcmlora.data.reading.candidates import Candidate, Rejection, Unusable
 from lcmlora.data.reading.tables import PRELOAD
-from lcmlora.data.unused_files import Tally, UnusedFiles
+from lcmlora.data.unused_files import Tally, UnusedFiles, tally
 from lcmlora.errors import UserError
-from lcmlora.io.files import atomic_write
-from lcmlora.io.isolation import isolated
+from lcmlora.io.files import atomic_write, temporary_folder
+from lcmlora.io.isolation import Lost, Processes
 from lcmlora.plugins import SOURCES
-from lcmlora.progress import track
 
 if TYPE_CHECKING:
     from PIL import Image
 
 RESIZE_FILTER = "lanczos"
+
+_PIECE_SECONDS = 10.0  # a call of another process has 60
+_BAD_SCORE, _UNDECODABLE = 100, 101  # ranks of rejections, after those of all listings
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Survey:
     """What a source has at `data.path`.
 
     records: the usable pictures, in a stable order.
-    left_out: names of pictures or files in splits that are not wanted, by split.
+    left_out: names of pictures or files in splits that are not wanted, by split; of many the first ones.
     of_pictures: whether `left_out` has names of pictures; else they are names of files with many pictures.
     unused_files: files that the source does not use, by kind.
     """
@@ -121,7 +126,7 @@ class Source(ABC):
 
     def readers(self) -> int:
         """Returns how many threads should read pictures at the same time."""
-        return workers()
+        return default_decoders()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_kind, (type(self), _Settings.of(self.data))
@@ -130,15 +135,20 @@ class Source(ABC):
 class EncodedPictures(Source):
     """A source whose pictures are JPEG, PNG or WebP. They are decoded in processes that may crash.
 
+    A source needs `candidates` and `read`. One for sets too large for a list in memory has `shards` and `listed`
+    instead of `candidates`: then `prepare` reads a shard once, and its memory does not grow with the pictures.
+
     Attributes:
-        left_out: names in splits that are not wanted, by split; known after `candidates`.
+        left_out: what is in splits that are not wanted, by split; known after `shards`.
+        splits_inside: whether shards have folders that name splits, which `split_inside` tells.
     """
+
+    splits_inside: ClassVar[bool] = False
 
     def __init__(self, data: Data) -> None:
         super().__init__(data)
-        self.left_out: dict[str, list[str]] = {}
+        self.left_out: dict[str, Tally] = {}
 
-    @abstractmethod
     def candidates(self) -> tuple[list[Candidate], list[Rejection]]:
         """Returns the pictures with captions, in a stable order, and the rejections; decodes no picture.
 
@@ -147,22 +157,73 @@ class EncodedPictures(Source):
         Raises:
             UserError: there are no pictures, or the files are of another source.
         """
+        candidates: list[Candidate] = []
+        rejections: list[Rejection] = []
+        listed = Listed()
+        processes = Processes(1, preload=PRELOAD)
+        for shard in self.shards():
+            listed.shards += 1
+            for each in self.listed(shard, processes):
+                if isinstance(each, Candidate):
+                    candidates.append(each)
+                    listed.candidates += 1
+                else:
+                    rejections.append(each)
+                    listed.add(each, shard.name)
+        processes.close()
+        self.check_listed(listed)
+        return candidates, sorted([*rejections, *self.refused()], key=lambda each: each.rank)
 
     @abstractmethod
     def read(self, place: str) -> bytes:
         """Returns the bytes of a candidate's picture. May be called from any thread. Raises Unusable."""
 
+    def shards(self) -> Iterator[InputShard]:
+        """Yields the parts that are read by themselves, in a stable order; by default all is one, read in each run.
+
+        Raises:
+            UserError: as of `candidates`.
+        """
+        yield InputShard("", "")
+
+    def listed(self, shard: InputShard, processes: Processes) -> Iterator[Candidate | Rejection]:
+        """Yields what `candidates` returns of one shard. Depends on nothing but the shard and the settings.
+
+        Args:
+            processes: for what must not be read in this process.
+        """
+        for found in self.candidates():
+            yield from found
+
+    def refused(self) -> Iterable[Rejection]:
+        """Returns the files that are no shard because they must not be read; called after `shards`."""
+        return ()
+
+    def split_inside(self, each: Candidate | Rejection) -> tuple[str, str]:
+        """Returns the split that folders in the shard name, or nothing for a rejection, and the name to report."""
+        return "", ""
+
+    def unit_of(self, candidate: Candidate) -> str:
+        """Returns what is best read as a whole, such as a group of rows."""
+        return candidate.place
+
+    def check_listed(self, listed: Listed) -> None:
+        """Raises UserError if this is not a data set of this source, given what was listed."""
+
     def unused_files(self) -> UnusedFiles:
-        """Returns the files that the source does not use; call it after `candidates`."""
+        """Returns the files that the source does not use; called when all shards are listed."""
         return UnusedFiles()
 
     def survey(self) -> Survey:
-        candidates, rejections = self.candidates()
-        unused = self.unused_files().by_kind()
-        # Before hours are spent on decoding the few that have a caption.
-        rejection_advice.check_captions(self.data, rejections, len(candidates) + len(rejections), unused)
-        records = self._decodable(candidates, rejections)
-        return Survey(records, rejections, self.left_out, unused, self.separate_files)
+        with temporary_folder() as folder:
+            found = survey_shards(self, Finished(folder / "finished"), folder, Launch())
+            return Survey(
+                [Record(**json.loads(line)) for line in found.records],
+                [*found.rejections],
+                {split: names["first"] for split, names in found.left_out.items()},
+                found.unused_files,
+                found.of_pictures,
+            )
 
     def picture(self, record: Record, size: int | None = None) -> Image.Image:
         from lcmlora.data.decoding import decode
@@ -187,24 +248,29 @@ class EncodedPictures(Source):
         except Unusable:
             return None
 
-    def _decodable(self, candidates: list[Candidate], rejections: list[Rejection]) -> list[Record]:
-        """Returns the pictures whose scores are in range and that can be decoded; adds the others to the rejections."""
+    def examined(self, candidates: Sequence[Candidate], processes: Processes) -> Iterator[bytes | Rejection]:
+        """Yields the line of each picture whose scores are in range and that can be decoded, and the rejections."""
         within_scores = []
         for candidate in candidates:
             if reason := _bad_score(candidate, self.data):
-                rejections.append(Rejection(candidate.key, reason, candidate.place))
+                yield Rejection(candidate.key, reason, candidate.place, rank=_BAD_SCORE)
             else:
                 within_scores.append(candidate)
-        examined = isolated(
-            partial(_examine, self),
-            within_scores,
-            lambda candidate, reason: Rejection(candidate.key, reason),
-            workers(),
-            preload=PRELOAD,
-        )
-        results = list(track(examined, "read pictures", total=len(within_scores)))
-        rejections += [r for r in results if isinstance(r, Rejection)]
-        return [r for r in results if isinstance(r, Record)]
+        done = 0
+        while done < len(within_scores):
+            try:
+                results = processes.call(partial(_examine_first, self), within_scores[done:])
+                yield from results
+                done += len(results)
+            except Lost:
+                # One of them made its process crash, hang or fill its memory: which one shows when each is alone.
+                for candidate in within_scores[done:]:
+                    done += 1
+                    try:
+                        yield processes.call(partial(_examine, self), candidate)
+                    except Lost as reason:
+                        yield Rejection(candidate.key, str(reason), rank=_UNDECODABLE)
+                        break
 
 
 @dataclass(frozen=True)
@@ -235,14 +301,29 @@ def survey(data: Data) -> Survey:
     return surveyed
 
 
+def find(data: Data, finished: Finished, folder: Path, launch: Launch) -> Found:
+    """Returns what the source has at `data.path` now.
+
+    Args:
+        finished: what earlier runs have read; takes what this one reads.
+        folder: for files of this run.
+        launch: where pictures are read.
+    """
+    source = SOURCES.get(data.source)(data)
+    if isinstance(source, EncodedPictures):
+        return survey_shards(source, finished, folder, launch)
+    surveyed: Survey = source.survey()
+    rejections = Rejections(folder)
+    for rejection in surveyed.rejections:
+        rejections.add(rejection)
+    left_out = {split: tally(names) for split, names in surveyed.left_out.items()}
+    records = [record_line(record) for record in surveyed.records]
+    return Found(records, rejections, left_out, surveyed.unused_files, surveyed.of_pictures)
+
+
 def open_picture(data: Data, record: Record, *, size: int | None = None) -> Image.Image:
     """Returns the picture of a record; see `Source.picture`."""
     return open_source(data).picture(record, size)
-
-
-def workers() -> int:
-    """Returns how many threads or processes decode pictures: each may take 0.4 GB for a large one, and more."""
-    return min(8, os.cpu_count() or 1)
 
 
 def _bad_score(candidate: Candidate, data: Data) -> str:
@@ -258,8 +339,19 @@ def _bad_score(candidate: Candidate, data: Data) -> str:
     return ""
 
 
-def _examine(source: EncodedPictures, candidate: Candidate) -> Record | Rejection:
-    """Returns the record of a candidate, or why it cannot be decoded. Runs in a process that may crash."""
+def _examine_first(source: EncodedPictures, candidates: Sequence[Candidate]) -> list[bytes | Rejection]:
+    """Returns the results of the first candidates: as many as can be decoded in a few seconds, one at least."""
+    until = time.monotonic() + _PIECE_SECONDS
+    results = []
+    for candidate in candidates:
+        results.append(_examine(source, candidate))
+        if time.monotonic() > until:
+            break
+    return results
+
+
+def _examine(source: EncodedPictures, candidate: Candidate) -> bytes | Rejection:
+    """Returns the line of a candidate, or why it cannot be decoded. Runs in a process that may crash."""
     from PIL import Image
 
     from lcmlora.data.decoding import decode
@@ -272,8 +364,8 @@ def _examine(source: EncodedPictures, candidate: Candidate) -> Record | Rejectio
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture, note = decode(content)
     except Unusable as reason:
-        return Rejection(candidate.key, str(reason))
-    return Record(
+        return Rejection(candidate.key, str(reason), rank=_UNDECODABLE)
+    record = Record(
         candidate.key,
         candidate.caption.text,
         hashlib.sha256(content).hexdigest(),
@@ -283,6 +375,7 @@ def _examine(source: EncodedPictures, candidate: Candidate) -> Record | Rejectio
         look=None if source.data.near_duplicates is None else f"{perceptual_hash(picture):016x}",
         note=note,
     )
+    return record_line(record)
 
 
 def rejected_thumbnail(source: Source, side: int, place: str) -> bytes | None:
@@ -314,18 +407,33 @@ def fit(picture: Image.Image, height: int, width: int | None = None) -> tuple[Im
 
 def read_records(path: Path) -> list[Record]:
     """Returns the records of a list that `write_records` wrote. Raises UserError if there is no such list."""
+    return [*iter_records(path)]
+
+
+def iter_records(path: Path) -> Iterator[Record]:
+    """Yields what `read_records` returns, one at a time."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [Record(**json.loads(line)) for line in lines]
+        with path.open("rb") as file:
+            for line in file:
+                yield Record(**json.loads(line))
     except FileNotFoundError:
         raise UserError(f"{path}: no such list of pictures; run `lcmlora prepare`") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a list of pictures ({error}); run `lcmlora prepare`") from None
 
 
-def write_records(path: Path, records: list[Record]) -> None:
+def write_records(path: Path, records: Iterable[Record]) -> None:
     """Writes one JSON object in each line, with the fields of `Record` that are not None."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.writelines(map(record_line, records))
+
+    atomic_write(path, write)
+
+
+def record_line(record: Record) -> bytes:
+    """Returns the line of a record in a list."""
     # ASCII, because str.splitlines also breaks at characters that JSON leaves bare (U+2028, U+0085).
-    plain = ({name: value for name, value in asdict(record).items() if value is not None} for record in records)
-    text = "".join(json.dumps(record, sort_keys=True) + "\n" for record in plain)
-    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
+    plain = {name: value for name, value in vars(record).items() if value is not None}
+    return json.dumps(plain, sort_keys=True).encode() + b"\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePosixPath
 
 from lcmlora.errors import UserError
@@ -54,12 +54,22 @@ def choose(
     by_split: dict[str, list[str]] = {}
     for name in names:
         by_split.setdefault(split_of(name, container=container) or TRAIN, []).append(name)
-    used = [split for split in by_split if split in wanted] or (list(by_split) if len(by_split) == 1 else [])
-    if by_split and not used:
-        counts = " and ".join(f"{len(names)} files of {split}" for split, names in sorted(by_split.items()))
-        raise UserError(
-            f"{path}: has {counts} by their names, and none of {' or '.join(wanted)} (data.split); set data.split to "
-            "what is to be trained on, or to all"
-        )
+    used = used_splits(path, {split: len(names) for split, names in by_split.items()}, wanted)
     kept = sorted(name for split in used for name in by_split[split])
     return kept, {split: by_split[split] for split in sorted(by_split) if split not in used}
+
+
+def used_splits(path: str, counts: Mapping[str, int], wanted: Collection[str]) -> list[str]:
+    """Returns which of the splits are used, given how many names each has: the wanted ones, or the only one.
+
+    Raises:
+        UserError: there are several, and none of them is wanted.
+    """
+    used = [split for split in counts if split in wanted] or (list(counts) if len(counts) == 1 else [])
+    if counts and not used:
+        has = " and ".join(f"{count} files of {split}" for split, count in sorted(counts.items()))
+        raise UserError(
+            f"{path}: has {has} by their names, and none of {' or '.join(wanted)} (data.split); set data.split to "
+            "what is to be trained on, or to all"
+        )
+    return used

@@ -8,11 +8,14 @@ with `000123.txt`, or with a `000123.json` that has a caption. Nothing is unpack
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import IO, NamedTuple
 
 from lcmlora.config import Data
+from lcmlora.data.preparation.shards import InputShard
+from lcmlora.data.preparation.surveying import Listed
 from lcmlora.data.reading.candidates import (
     DAMAGED,
     EMPTY,
@@ -29,17 +32,15 @@ from lcmlora.data.reading.candidates import (
     scores_in,
 )
 from lcmlora.data.reading.parquet_files import GIVEN_UP, MAX_REFUSED
-from lcmlora.data.reading.tables import PRELOAD
 from lcmlora.data.reading.tar_members import Member, read_members
 from lcmlora.data.reading.tar_samples import match_captions, sample_key, stem
 from lcmlora.data.sources import split_names
 from lcmlora.data.sources.inputs import InputFiles
 from lcmlora.data.sources.source import EncodedPictures
-from lcmlora.data.unused_files import UnusedFiles
+from lcmlora.data.unused_files import UnusedFiles, tally
 from lcmlora.errors import Unavailable, UserError
-from lcmlora.io.isolation import Piece, in_pieces, processes
+from lcmlora.io.isolation import Piece, Processes
 from lcmlora.io.remote import Files
-from lcmlora.progress import track
 
 NO_FILE = "a link or a device in a tar file"
 NO_PICTURE = "a sample without a picture"
@@ -51,56 +52,60 @@ SECOND_PICTURE = "a second picture of one name in a tar file; the first counts"
 _PIECE_PICTURES = 20_000
 _PIECE_SECONDS = 10.0  # a bucket may be slow, and a piece has 60 seconds
 _MAX_SAMPLE = 100_000  # members, if all names have the same beginning
+_UNMATCHED, _BARE, _REFUSED = 1, 2, 3  # ranks of rejections
 
 
 class Tars(EncodedPictures):
-    """A tar file, or a folder of them. A place is `tar@offset+size`."""
+    """A tar file, or a folder of them. A place is `tar@offset+size`. A shard is a tar file."""
+
+    splits_inside = True
 
     def __init__(self, data: Data) -> None:
         super().__init__(data)
         self._path = data.path
         self._files = InputFiles(data.path, data.links, data.split)
 
-    def candidates(self) -> tuple[list[Candidate], list[Rejection]]:
-        candidates, rejections = self._members()
-        # Folders in a tar file (`tar c train test`) name splits, unless the name of the tar file does.
-        name_in_tar = {candidate.key: _name_in_tar(candidate) for candidate in candidates}
-        wanted_names, unwanted = split_names.choose(self._path, name_in_tar.values(), self.data.split)
-        wanted, left_out = {*wanted_names}, dict(self._files.left_out)
-        for split, names in unwanted.items():
-            left_out[split] = [*left_out.get(split, []), *names]
-        self.left_out = left_out
-        rejections = [rejection for rejection in rejections if _split_in_tar(rejection.name) not in unwanted]
-        kept = [candidate for candidate in candidates if name_in_tar[candidate.key] in wanted]
-        return kept, rejections + self._files.rejections()
-
-    def unused_files(self) -> UnusedFiles:
-        return self._files.unused_files()
-
-    def _members(self) -> tuple[list[Candidate], list[Rejection]]:
+    def shards(self) -> Iterator[InputShard]:
         tars = self._files.list(".tar")
         if not tars:
             raise UserError(
                 f"data.path: {self._path}: no .tar files; those of .tar.gz, .tgz, ... must be unpacked to .tar first"
             )
-        positions = [_Position(self._path, tar) for tar in track(tars, "read tar files")]
-        read = partial(_read_piece, tuple(self.data.scores))
-        candidates: dict[str, Candidate] = {}
-        rejections: list[Rejection] = []
+        self.left_out = {split: tally(names) for split, names in self._files.left_out.items()}
+        yield from self._files.shards(tars)
+
+    def listed(self, shard: InputShard, processes: Processes) -> Iterator[Candidate | Rejection]:
+        seen: set[str] = set()
         unmatched = _UnmatchedParts()
-        for each in in_pieces(read, positions, _after_loss, processes(len(tars)), preload=PRELOAD):
+        read = partial(_read_piece, tuple(self.data.scores))
+        for each in processes.pieces(read, _Position(self._path, shard.content), _after_loss):
             if isinstance(each, _Unmatched):
                 unmatched.add(each)
             elif isinstance(each, Rejection):
-                rejections.append(each)
-            elif each.key in candidates:
-                rejections.append(Rejection(each.key, SECOND_PICTURE, each.place))
+                yield each
+            elif each.key in seen:
+                yield Rejection(each.key, SECOND_PICTURE, each.place)
             else:
-                candidates[each.key] = each
-        rejections += unmatched.rejections()
-        if not candidates and not rejections:
-            raise UserError(f"data.path: {self._path}: no pictures in {len(tars)} tar files")
-        return list(candidates.values()), rejections
+                seen.add(each.key)
+                yield each
+        yield from unmatched.rejections()
+
+    def refused(self) -> Iterable[Rejection]:
+        return [replace(rejection, rank=_REFUSED) for rejection in self._files.rejections()]
+
+    def split_inside(self, each: Candidate | Rejection) -> tuple[str, str]:
+        # Folders in a tar file (`tar c train test`) name splits, unless the name of the tar file does.
+        if isinstance(each, Rejection):
+            return _split_in_tar(each.name) or "", each.name
+        name = _name_in_tar(each)
+        return split_names.split_of(name) or split_names.TRAIN, name
+
+    def check_listed(self, listed: Listed) -> None:
+        if not (listed.candidates or listed.rejections):
+            raise UserError(f"data.path: {self._path}: no pictures in {listed.shards} tar files")
+
+    def unused_files(self) -> UnusedFiles:
+        return self._files.unused_files()
 
     def read(self, place: str) -> bytes:
         tar, _, byte_range = place.rpartition("@")
@@ -173,16 +178,16 @@ class _UnmatchedParts:
         else:
             self._captions[part.tar, part.stem] = None
 
-    def rejections(self) -> list[Rejection]:
-        rejections = []
+    def rejections(self) -> Iterator[Rejection]:
         elsewhere = set()
         for part in self._pictures:
             captions = {(part.tar, part.stem), (part.tar, sample_key(part.stem))} & self._captions.keys()
             elsewhere |= captions
             reason = CAPTION_ELSEWHERE if captions else NO_CAPTION
-            rejections.append(Rejection(part.picture or "", reason, part.place))
+            yield Rejection(part.picture or "", reason, part.place, rank=_UNMATCHED)
         bare = (caption for caption in self._captions if caption not in elsewhere)
-        return rejections + [Rejection(f"{printable(tar)}/{printable(name)}", NO_PICTURE) for tar, name in bare]
+        for tar, name in bare:
+            yield Rejection(f"{printable(tar)}/{printable(name)}", NO_PICTURE, rank=_BARE)
 
 
 def _read_piece(scores: tuple[str, ...], position: _Position) -> Piece[_Position, Candidate | Rejection | _Unmatched]:
