@@ -53,6 +53,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "postgresql": ("psycopg2",),
     "docker": ("prefect_docker",),
     "kubernetes": ("prefect_kubernetes",),
+    "ray": ("ray",),
     "optimizers": ("bitsandbytes", "prodigyopt", "schedulefree"),
 }
 INCLUDES: dict[str, tuple[str, ...]] = {

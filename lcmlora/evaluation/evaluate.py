@@ -13,7 +13,7 @@ from typing import Any, Self
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcmlora.adapters import formats, lora
+from lcmlora.adapters import lora
 from lcmlora.adapters.metadata import read_sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import comparable_digests
@@ -37,6 +37,7 @@ from lcmlora.evaluation.figures import (
 from lcmlora.evaluation.image_sets import (
     CHECK,
     FEATURES,
+    Drawers,
     ImageSet,
     ImageSets,
     StudentSettings,
@@ -51,12 +52,10 @@ from lcmlora.evaluation.reference import (
     REFERENCE,
     Reference,
     image_sets_of,
-    load_check,
-    load_features,
-    load_scorers,
     mean_scores,
 )
 from lcmlora.evaluation.sets.captions import reporting, reporting_seeds
+from lcmlora.evaluation.sets.drawing import adapter_layers, load_check, load_features, load_scorers
 from lcmlora.evaluation.sets.own_prompts import OWN_PICTURES, OWN_PROMPTS, read_own_prompts
 from lcmlora.io import parsing
 from lcmlora.io.files import atomic_folder, atomic_write, sha256_file, write_json
@@ -82,6 +81,7 @@ def evaluate_student(
     plots_file: Path,
     timings_folder: Path,
     gate_steps: int = 4,
+    drawers: Drawers | None = None,
 ) -> Metrics:
     """Draws with the student, compares, and returns the metrics, which it also writes to `metrics_file`.
 
@@ -95,6 +95,8 @@ def evaluate_student(
         reference: the folder that `draw_reference` wrote.
         scratch: folder in which a run that was killed left its batches.
         gate_steps: the student's steps at which its worst captions are shown (`gate.steps`).
+        drawers: workers that draw with the same base and adapter; by default this process does. It always draws what
+            is timed, and the worst captions.
 
     Raises:
         UserError: the reference was made for another base, with other features, prompts or settings, or the student is
@@ -107,7 +109,7 @@ def evaluate_student(
     _check_reference(reference, facts, features, check, settings, prompts, adapter)
     students = student_settings(adapter, settings.student_steps, "evaluation.student_steps")
     scorers = load_scorers(base, settings)
-    image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers, check)
+    image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers, check, drawers)
     own = own_reference(reference, settings)
 
     layers, identity = adapter_layers(adapter)
@@ -248,13 +250,6 @@ def student_settings(adapter: Path, steps: tuple[int, ...], setting: str) -> dic
     if max(steps) > sampler.grid:
         raise UserError(f"{setting}: {max(steps)} is more than the {sampler.grid} timesteps of the adapter's grid")
     return {Key.of(STUDENT, n): StudentSettings(n, sampler) for n in steps}
-
-
-def adapter_layers(adapter: Path) -> tuple[lora.Layers, str]:
-    """Returns the factors of the adapter in a folder, of scale 1, and the SHA-256 of its file."""
-    weights = adapter / lora.WEIGHTS
-    read = formats.read(weights)
-    return {name: (layer.down, layer.folded.up) for name, layer in read.layers.items()}, sha256_file(weights)
 
 
 def read_json(path: Path, stage: str) -> dict[str, Any]:

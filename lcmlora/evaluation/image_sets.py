@@ -6,7 +6,7 @@ Picture i of a set shows `prompts[i % len(prompts)]` and starts from noise (seed
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from lcmlora.evaluation.figures import REAL, Key, Latency, Quantiles
 from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.scores import Scorer
 from lcmlora.io.files import atomic_write
+from lcmlora.parallel.workers import Pool
 from lcmlora.progress import track
 from lcmlora.stages import VERSIONS
 
@@ -75,6 +76,34 @@ class ImageSet:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Pictures of an image set that are drawn at once.
+
+    indices: of the pictures in the set.
+    captions: of these pictures.
+    rows: number of pictures of the set whose pixels are kept.
+    adapter: a digest of what is active in the network besides the base.
+    scores: names of the scorers.
+    checked: whether there are second features.
+    """
+
+    indices: range
+    captions: tuple[str, ...]
+    settings: Settings
+    seed: int
+    rows: int
+    adapter: str
+    scores: tuple[str, ...]
+    checked: bool
+
+    def __str__(self) -> str:
+        return f"pictures {self.indices.start} to {self.indices.stop - 1} of {self.settings.text}, seed {self.seed}"
+
+
+Drawers = Pool[Batch, dict[str, Tensor]]  # workers that draw with one base: see sets/drawing.py
+
+
+@dataclass(frozen=True)
 class ImageSets:
     """Draws image sets of one size with one base.
 
@@ -83,6 +112,7 @@ class ImageSets:
         scratch: folder with the batches of a run that was killed; a digest of what made a batch is in its name.
         identity: what else made them: the base.
         check: second features of the same pictures, where there are any.
+        drawers: workers that draw with the same base, features and scorers; None where this process draws.
     """
 
     base: LoadedBase
@@ -95,6 +125,7 @@ class ImageSets:
     identity: str = ""
     scorers: Sequence[Scorer] = ()
     check: Features | None = None
+    drawers: Drawers | None = None
 
     @property
     def shown(self) -> list[str]:
@@ -120,37 +151,56 @@ class ImageSets:
         made_by = (self.identity, adapter, {"settings": plain, "seed": seed, "rows": self.rows, "features": seen_by})
         scored = [scorer.name for scorer in self.scorers]
         key = digest(*made_by, {"prompts": list(self.prompts), "batch": self.batch, "scores": scored})[:20]
-        parts = []
-        for start in track(range(0, self.pictures, self.batch), label, unit=self.batch, quiet=quiet):
-            indices = range(start, min(start + self.batch, self.pictures))
-            stored = self.scratch and self.scratch / f"{key}-{indices.start:06d}-{indices.stop:06d}.safetensors"
-            if stored and stored.exists():
-                parts.append(load_file(stored))
-                continue
-            part = self._batch(indices, settings, seed)
-            if stored:
-                atomic_write(stored, lambda path, part=part: save_file(part, path))  # type: ignore[misc]
-            parts.append(part)
+        every, shown = range(self.pictures), self.shown
+        batches = [
+            Batch(
+                indices=every[start : start + self.batch],
+                captions=tuple(shown[start : start + self.batch]),
+                settings=settings,
+                seed=seed,
+                rows=self.rows,
+                adapter=adapter,
+                scores=tuple(scored),
+                checked=self.check is not None,
+            )
+            for start in every[:: self.batch]
+        ]
+        drawn = track(self._drawn(key, batches), label, total=len(batches), unit=self.batch, quiet=quiet)
+        parts = [part for _, part in sorted(drawn, key=lambda each: each[0].indices.start)]
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         scores = {name.removeprefix(_SCORE): value for name, value in whole.items() if name.startswith(_SCORE)}
         seconds = whole["seconds"].sum().item() / self.pictures
         return ImageSet(whole["features"], whole.get("check"), whole["thumbnails"], seconds, scores)
 
-    def _batch(self, indices: range, settings: Settings, seed: int) -> dict[str, Tensor]:
-        base = self.base
-        captions = [self.prompts[i % len(self.prompts)] for i in indices]
-        pictures, seconds = draw(base, captions, settings, seed, indices)
-        scored = {_SCORE + scorer.name: scorer(pictures.float() / 255, captions).cpu() for scorer in self.scorers}
-        return scored | {
-            **self.vectors(pictures),
-            "thumbnails": pictures[: max(self.rows - indices.start, 0)].cpu().contiguous(),
-            "seconds": torch.tensor([seconds], dtype=torch.float64),
-        }
+    def _drawn(self, key: str, batches: Sequence[Batch]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        """Yields every batch with what was drawn, those in `scratch` first.
+
+        Args:
+            key: a digest of what makes the set.
+        """
+        missing = []
+        for batch in batches:
+            stored = self._stored(key, batch)
+            if stored and stored.exists():
+                yield batch, load_file(stored)
+            else:
+                missing.append(batch)
+        results = self.drawers.results(missing) if self.drawers else ((batch, self._draw(batch)) for batch in missing)
+        for batch, part in results:
+            if stored := self._stored(key, batch):
+                atomic_write(stored, lambda path, part=part: save_file(part, path))  # type: ignore[misc]
+            yield batch, part
+
+    def _stored(self, key: str, batch: Batch) -> Path | None:
+        name = f"{key}-{batch.indices.start:06d}-{batch.indices.stop:06d}.safetensors"
+        return self.scratch / name if self.scratch else None
+
+    def _draw(self, batch: Batch) -> dict[str, Tensor]:
+        return draw_batch(self.base, self.features, self.check, self.scorers, batch)
 
     def vectors(self, pictures: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) uint8 -> `features` (B, D) and, with second features, `check` (B, E), fp16 on the CPU."""
-        seen_by = {"features": self.features} | ({"check": self.check} if self.check else {})
-        return {name: features(pictures.float() / 255).half().cpu() for name, features in seen_by.items()}
+        return _vectors(pictures, self.features, self.check)
 
     def real(self, label: str, records: Sequence[Record], data: Data) -> dict[str, Tensor]:
         """Returns the `vectors` of real pictures, as training sees them."""
@@ -184,6 +234,29 @@ class ImageSets:
             return
         shown = self.shown[: self.rows]
         save_thumbnails(first_pictures(data, records, shown, self.base.resolution), thumbnails_path(folder, REAL))
+
+
+def draw_batch(
+    base: LoadedBase, features: Features, check: Features | None, scorers: Sequence[Scorer], batch: Batch
+) -> dict[str, Tensor]:
+    """Draws a batch with what is active in the network, and returns its part of an image set: tensors by name.
+
+    Raises:
+        NotFinite: pictures that are not finite.
+    """
+    captions = list(batch.captions)
+    pictures, seconds = draw(base, captions, batch.settings, batch.seed, batch.indices)
+    scored = {_SCORE + scorer.name: scorer(pictures.float() / 255, captions).cpu() for scorer in scorers}
+    return scored | {
+        **_vectors(pictures, features, check),
+        "thumbnails": pictures[: max(batch.rows - batch.indices.start, 0)].cpu().contiguous(),
+        "seconds": torch.tensor([seconds], dtype=torch.float64),
+    }
+
+
+def _vectors(pictures: Tensor, features: Features, check: Features | None) -> dict[str, Tensor]:
+    seen_by = {"features": features} | ({"check": check} if check else {})
+    return {name: each(pictures.float() / 255).half().cpu() for name, each in seen_by.items()}
 
 
 def draw(

@@ -26,12 +26,12 @@ from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
 from lcmlora.evaluation.figures import AGAIN, REAL, TEACHER, FeatureSet, Key, Search
-from lcmlora.evaluation.image_sets import FEATURES, ImageSet, ImageSets
-from lcmlora.evaluation.measures import distances, scores
-from lcmlora.evaluation.measures import features as feature_sets
+from lcmlora.evaluation.image_sets import FEATURES, Drawers, ImageSet, ImageSets
+from lcmlora.evaluation.measures import distances
 from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.scores import Scorer
 from lcmlora.evaluation.sets.captions import choosing, distinct_captions, reporting, reporting_seeds
+from lcmlora.evaluation.sets.drawing import load_check, load_features, load_scorers, pictures_needed
 from lcmlora.evaluation.sets.own_prompts import OWN_PROMPTS, read_own_prompts
 from lcmlora.evaluation.sets.solver_search import choose_baselines
 from lcmlora.io.documents import Document, Number
@@ -96,6 +96,7 @@ def draw_reference(
     scratch: Path,
     out: Path,
     timings_folder: Path,
+    drawers: Drawers | None = None,
 ) -> Reference:
     """Writes features.safetensors, reference.json and pictures/*.png to the folder `out`; returns reference.json.
 
@@ -104,6 +105,7 @@ def draw_reference(
         pictures: the folder that `prepare` wrote.
         scratch: folder in which a run that was killed left its batches.
         timings_folder: where it is written how long this machine took.
+        drawers: workers that draw with the same base; by default this process does.
 
     Raises:
         UserError: fewer pictures asked for than the features need, or no test captions.
@@ -113,7 +115,7 @@ def draw_reference(
     captions, seeds = reporting(pictures), reporting_seeds(settings.seed)
     prompts = captions.prompts[: settings.pictures]
     scorers = load_scorers(base, settings)
-    image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers, check)
+    image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers, check, drawers)
 
     baselines, search = choose_baselines(image_sets, settings, choosing(pictures), captions)
     jobs = _jobs(settings, baselines)
@@ -205,18 +207,6 @@ def _vectors(drawn: dict[Key, ImageSet]) -> tuple[dict[str, Tensor], dict[str, T
     return {str(key): image_set.features for key, image_set in drawn.items()}, check
 
 
-def load_features(base: LoadedBase, settings: Evaluation) -> Features:
-    return feature_sets.load(settings.features, base.device, settings.features_source)
-
-
-def load_check(base: LoadedBase, settings: Evaluation) -> Features | None:
-    """Returns the second features; None where the settings have none, or too few pictures for their distance."""
-    if settings.check_features is None:
-        return None
-    check = feature_sets.load(settings.check_features, base.device, settings.check_features_source)
-    return None if settings.pictures < _pictures_needed(check) else check
-
-
 def _check_missing(settings: Evaluation) -> str:
     """Returns why there are no second features."""
     if settings.check_features is None:
@@ -224,22 +214,14 @@ def _check_missing(settings: Evaluation) -> str:
     return f"{settings.pictures} pictures are too few for the distance of {settings.check_features}"
 
 
-def load_scorers(base: LoadedBase, settings: Evaluation) -> list[Scorer]:
-    return [scores.load(name, base.device, settings.scores_source.get(name)) for name in settings.scores]
-
-
 def check_count(key: str, count: int, features: Features) -> None:
     """Raises UserError where so few pictures, asked for under this key, have no distance."""
-    needed = _pictures_needed(features)
+    needed = pictures_needed(features)
     if count < needed:
         raise UserError(
             f"{key}: {count} are too few: the distance of {features.name} needs more pictures than its "
             f"{features.dimensions} dimensions; set at least {needed}"
         )
-
-
-def _pictures_needed(features: Features) -> int:
-    return distances.named(features.distance).pictures_needed(features.dimensions)
 
 
 def image_sets_of(
@@ -251,6 +233,7 @@ def image_sets_of(
     scratch: Path,
     scorers: Sequence[Scorer] = (),
     check: Features | None = None,
+    drawers: Drawers | None = None,
 ) -> ImageSets:
     """Returns what draws with this base. Its identity is its folder, its precision and the version of `reference`."""
     parts = sorted(part.name for part in base.folder.iterdir() if part.is_dir() and not part.name.startswith("."))
@@ -268,6 +251,7 @@ def image_sets_of(
         f"{identity} {base.dtype} reference {stages.VERSIONS['reference']}",
         scorers,
         check,
+        drawers,
     )
 
 

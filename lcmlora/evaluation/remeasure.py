@@ -18,8 +18,9 @@ from lcmlora.evaluation.comparisons.measuring import measure
 from lcmlora.evaluation.evaluate import read_reference
 from lcmlora.evaluation.figures import AGAIN, REAL, STUDENT, Key, Metrics
 from lcmlora.evaluation.image_sets import StudentSettings
-from lcmlora.evaluation.reference import image_sets_of, load_features
+from lcmlora.evaluation.reference import image_sets_of
 from lcmlora.evaluation.sets.captions import reporting, reporting_seeds
+from lcmlora.evaluation.sets.drawing import load_features
 from lcmlora.io.files import sha256_file
 
 

@@ -25,7 +25,7 @@ from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.errors import UserError
 from lcmlora.evaluation import figures
 from lcmlora.evaluation.comparisons.measuring import variety
-from lcmlora.evaluation.evaluate import adapter_layers, read_reference, student_settings
+from lcmlora.evaluation.evaluate import read_reference, student_settings
 from lcmlora.evaluation.figures import AGAIN, REAL, STUDENT, Key
 from lcmlora.evaluation.image_sets import StudentSettings, save_thumbnails, thumbnails_path
 from lcmlora.evaluation.measures.bootstrap import Bootstrap, interval
@@ -37,9 +37,9 @@ from lcmlora.evaluation.reference import (
     check_count,
     choose_real,
     image_sets_of,
-    load_features,
 )
 from lcmlora.evaluation.sets.captions import reporting, reporting_seeds
+from lcmlora.evaluation.sets.drawing import adapter_layers, load_features
 from lcmlora.io.files import atomic_folder, sha256_file, write_json
 
 STUDY = "study.json"

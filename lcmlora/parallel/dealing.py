@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from lcmlora.errors import UserError
-from lcmlora.io.terminal import shown
+from lcmlora.io.terminal import note, shown
 from lcmlora.parallel.worker import Done, Failed, Ready
 
 T = TypeVar("T")
@@ -144,6 +144,7 @@ class Dealer(Generic[T, R]):
         Raises:
             UserError: too many workers have died at the task that it was at, or before they did anything.
         """
+        note(f"launch: a worker {died.how}; another one takes its place")
         left = self.in_hand.pop(number, deque())
         if died.by_itself and left:
             left[0].deaths += 1

@@ -18,7 +18,7 @@ from typing import Any
 from lcmlora.errors import UserError
 from lcmlora.io import faults
 from lcmlora.parallel.dealing import Died, Event
-from lcmlora.parallel.worker import COMMAND, PARENT, PATIENCE, Ready
+from lcmlora.parallel.worker import COMMAND, PARENT, PATIENCE, Ready, unpickled
 
 _POLL = 0.2  # seconds between two checks whether a worker has died
 
@@ -114,7 +114,7 @@ class _Process:
 
 
 def _received(connection: Connection) -> Event:
-    event: Event = pickle.loads(connection.recv_bytes())  # noqa: S301 - of our own process, over an inherited socket
+    event: Event = unpickled(connection.recv_bytes())
     return event
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import pickle
 import queue
@@ -69,18 +70,34 @@ class Work:
     """The function of a worker.
 
     A function with a method `expect` is told of each task as soon as it is dealt, in another thread, while it may still
-    be at the task before: so it can read ahead.
+    be at the task before: so it can read ahead. It is told once, and before it is called.
     """
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self._function = function
         self._expect: Callable[[Any], None] = getattr(function, "expect", lambda task: None)
+        self._told = 0  # tasks
+        self._telling = threading.Lock()
 
-    def expect(self, task: Any) -> None:
-        self._expect(task)
+    def expect(self, number: int, task: Any) -> None:
+        """Tells of a task.
 
-    def do(self, task: Any) -> Done | Failed:
-        return attempt(lambda: Done(self._function(task)))
+        Args:
+            number: of the task among those of this worker.
+        """
+        with self._telling:
+            if number == self._told:
+                self._expect(task)
+                self._told += 1
+
+    def do(self, number: int, task: Any) -> Done | Failed:
+        """Returns what became of a task; its number is that of `expect`."""
+
+        def act() -> Done:
+            self.expect(number, task)
+            return Done(self._function(task))
+
+        return attempt(act)
 
 
 def attempt(act: Callable[[], Any]) -> Any:
@@ -94,7 +111,7 @@ def attempt(act: Callable[[], Any]) -> Any:
 def _portable(error: Exception) -> Exception:
     """Returns the error itself if it can be pickled and read again, else one of the same message."""
     with contextlib.suppress(Exception):
-        if type(pickle.loads(pickle.dumps(error))) is type(error):  # noqa: S301 - what this line has pickled
+        if type(unpickled(pickle.dumps(error))) is type(error):
             return error
     kind = UserError if isinstance(error, UserError) else RuntimeError
     return kind(str(error) if kind is UserError else f"{type(error).__name__}: {error}")
@@ -112,30 +129,36 @@ def main() -> None:
     end_with_parent(int(os.environ[PARENT]))
     driver = Connection(int(sys.argv[1]))
     os.set_inheritable(driver.fileno(), False)
-    sys.path[:] = pickle.loads(driver.recv_bytes())  # noqa: S301 - of the driver, over an inherited socket
-    made = attempt(lambda: Work(pickle.loads(driver.recv_bytes())()))  # noqa: S301 - likewise
+    sys.path[:] = unpickled(driver.recv_bytes())
+    made = attempt(lambda: Work(unpickled(driver.recv_bytes())()))
     if isinstance(made, Failed):
         driver.send_bytes(pickle.dumps(made))
         return
-    tasks: queue.SimpleQueue[tuple[Any] | None] = queue.SimpleQueue()
+    tasks: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(driver, made, tasks), daemon=True).start()
     driver.send_bytes(pickle.dumps(Ready()))
     while task := tasks.get():
-        driver.send_bytes(_pickled(made.do(*task)))
+        driver.send_bytes(pickled(made.do(*task)))
 
 
-def _pickled(outcome: Done | Failed) -> bytes:
-    found = attempt(lambda: pickle.dumps(outcome))  # a result may be none that can be pickled
+def pickled(outcome: Done | Failed) -> bytes:
+    """Returns the bytes of an outcome; those of a failure if its result cannot be pickled."""
+    found = attempt(lambda: pickle.dumps(outcome))
     return pickle.dumps(found) if isinstance(found, Failed) else found
 
 
-def _receive(driver: Connection, work: Work, tasks: queue.SimpleQueue[tuple[Any] | None]) -> None:
+def unpickled(content: bytes) -> Any:
+    """Returns what a driver or its worker has pickled for the other."""
+    return pickle.loads(content)  # noqa: S301 - over an inherited socket, or a Ray cluster whose nodes trust each other
+
+
+def _receive(driver: Connection, work: Work, tasks: queue.SimpleQueue[tuple[int, Any] | None]) -> None:
     """Takes tasks until the driver has ended, or ends the worker."""
     with contextlib.suppress(EOFError, OSError):
-        while True:
-            task = pickle.loads(driver.recv_bytes())  # noqa: S301 - of the driver, over an inherited socket
-            work.expect(task)
-            tasks.put((task,))
+        for number in itertools.count():
+            task = unpickled(driver.recv_bytes())
+            work.expect(number, task)
+            tasks.put((number, task))
     tasks.put(None)
     time.sleep(PATIENCE)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from lcmlora.config import Launch
-from lcmlora.errors import UserError
 from lcmlora.parallel.dealing import IN_HAND, Dealer, Engine, Pool
 
 T = TypeVar("T")
@@ -38,7 +37,9 @@ def workers(launch: Launch, make: Callable[[], Callable[[T], R]], device: str = 
         return
     engine: Engine
     if launch.engine == "ray":
-        raise UserError("launch.engine: ray: is not there yet")
+        from lcmlora.parallel.ray_workers import RayActors
+
+        engine = RayActors(launch, make, device)
     else:
         from lcmlora.parallel.local_workers import LocalProcesses
 

@@ -107,10 +107,15 @@ def reference_stage(call: typer.Context, model: Model) -> None:
     context = context_of(call)
     config, project = context.settings(), context.project
     from lcmlora.evaluation.reference import draw_reference
+    from lcmlora.evaluation.sets.drawing import drawers
 
+    loading.refuse_ranks("reference")
     load, settings = drawing_base(project, config, model)
     base = load()
-    with locked(project.scratch("reference", model)) as scratch:
+    with (
+        locked(project.scratch("reference", model)) as scratch,
+        drawers(config.launch_for(model), load, base, settings) as many,
+    ):
         draw_reference(
             base,
             project.located_data(config.data_for(model)),
@@ -119,6 +124,7 @@ def reference_stage(call: typer.Context, model: Model) -> None:
             scratch,
             project.reference(model),
             project.timings(model),
+            many,
         )
 
 
@@ -183,10 +189,15 @@ def evaluate_stage(call: typer.Context, model: Model) -> None:
     context = context_of(call)
     config, project = context.settings(), context.project
     from lcmlora.evaluation.evaluate import evaluate_student
+    from lcmlora.evaluation.sets.drawing import drawers
 
+    loading.refuse_ranks("evaluate")
     load, settings = drawing_base(project, config, model)
     base = load()
-    with locked(project.scratch("evaluate", model)) as scratch:
+    with (
+        locked(project.scratch("evaluate", model)) as scratch,
+        drawers(config.launch_for(model), load, base, settings, project.adapter(model)) as many,
+    ):
         evaluate_student(
             base,
             project.adapter(model),
@@ -200,6 +211,7 @@ def evaluate_stage(call: typer.Context, model: Model) -> None:
             project.plot(model),
             project.timings(model),
             config.gate.steps,
+            many,
         )
 
 
