@@ -50,8 +50,8 @@ from lcmlora.data.latents import cache
 from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import prepare_pictures
 from lcmlora.data.sources.source import fit, open_picture, read_records
-from lcmlora.distillation.distill import probe_inputs
 from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
+from lcmlora.distillation.outcome import probe_inputs
 from lcmlora.errors import UserError
 from lcmlora.io.files import write_json
 from lcmlora.training.checkpoint import BestWeights, Checkpoints

@@ -85,6 +85,29 @@ def inject(unet: nn.Module, rank: int, alpha: float, seed: int, placement: Place
     return parameters
 
 
+@torch.no_grad()
+def fill(unet: nn.Module, layers: Layers, source: str) -> None:
+    """Gives the layers that `inject` added the values of an adapter of scale 1.
+
+    Args:
+        layers: see `attach`.
+        source: the adapter's name in errors.
+
+    Raises:
+        UserError: it has other layers, or another rank.
+    """
+    own = dict(_layers(unet))
+    if own.keys() != layers.keys():
+        other = min(own.keys() ^ layers.keys())
+        raise UserError(f"{source}: {'lacks' if other in own else 'has'} {other}, and training starts from all layers")
+    for name, layer in own.items():
+        for part, value in zip((layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]), layers[name], strict=True):
+            if part.weight.shape != value.shape:
+                raise UserError(f"{source}: {name} is {tuple(value.shape)}, expected {tuple(part.weight.shape)}")
+            part.weight.copy_(value)
+        layer.lora_B[ADAPTER].weight.div_(layer.scaling[ADAPTER])
+
+
 @contextmanager
 def disabled(unet: nn.Module) -> Iterator[None]:
     """Within the block the UNet computes without its adapter. No backward pass may begin before it and end in it."""
@@ -159,6 +182,15 @@ def load(unet: nn.Module, path: Path, placement: Placement = UNET) -> None:
     Raises:
         UserError: the file cannot be read, or a tensor does not fit this UNet; the error names the first.
     """
+    attach(unet, read(unet, path, placement), str(path))
+
+
+def read(unet: nn.Module, path: Path, placement: Placement = UNET) -> Layers:
+    """Returns the layers in a diffusers-format file of an adapter for this UNet.
+
+    Raises:
+        UserError: the file cannot be read, or a tensor does not fit this UNet; the error names the first.
+    """
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -172,7 +204,7 @@ def load(unet: nn.Module, path: Path, placement: Placement = UNET) -> None:
         raise UserError(f"{path}: {error.args[0]} is missing") from None
     if tensors:
         raise UserError(f"{path}: {len(tensors)} tensors do not fit this base, the first is {min(tensors)}")
-    attach(unet, layers, str(path))
+    return layers
 
 
 def attach(unet: nn.Module, layers: Layers, source: str) -> None:

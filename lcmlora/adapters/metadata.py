@@ -87,6 +87,15 @@ class DistillSettings(Document):
     gamma: Number | None = None
 
 
+class Polished(Document):
+    """What a polish made of a distilled adapter."""
+
+    of: str  # SHA-256 of the distilled adapter's weights
+    steps: int
+    final_loss: Number
+    validation: Validated  # its loss is the distance to the teacher's pictures
+
+
 class Distilled(Document):
     """config.json of a distilled adapter."""
 
@@ -104,6 +113,7 @@ class Distilled(Document):
     lora_parameters: int
     versions: dict[str, str]
     validation: Validated
+    polish: Polished | None = None
 
 
 class Tuned(Document):

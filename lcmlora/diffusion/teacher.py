@@ -48,13 +48,13 @@ class Teacher:
             samples: their indices, if x (B, C, h, w) is their noisy state at t; the cache is used only with them.
         """
         schedule = self._base.schedule
-        guided = solver.guide(*self._outputs(x, t, conditioning, samples), w)
+        guided = solver.guide(*self.outputs(x, t, conditioning, samples), w)
         return schedule.state(*schedule.prediction(guided, x, t), t_prev)
 
-    def _outputs(
-        self, x: Tensor, t: Tensor, conditioning: Conditioning, samples: range | None
+    def outputs(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, samples: range | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Returns the conditional and the unconditional output, both (B, C, h, w) fp32."""
+        """Returns the conditional and the unconditional output, both (B, C, h, w) fp32; see `step`."""
         if self._cache and samples and (cached := self._cache.read(samples)):
             conditional, unconditional = (output.to(x.device).float() for output in cached)
             return conditional, unconditional

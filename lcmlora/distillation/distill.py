@@ -6,42 +6,28 @@ embeddings, a VAE only if validation pictures are wanted (`decode`).
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from lcmlora import stages
 from lcmlora.adapters import lora
-from lcmlora.adapters.metadata import FACTS, SCHEDULER, Distilled, DistillSettings, SamplerFacts, Validated
+from lcmlora.adapters.metadata import Distilled, DistillSettings, SamplerFacts, Validated
 from lcmlora.bases.base import LoadedBase
-from lcmlora.bases.families import Conditioning
 from lcmlora.bases.folders import Identity
 from lcmlora.config import Distill, check_trajectory, digest
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.diffusion import samplers
 from lcmlora.diffusion.teacher_cache import TeacherCache
 from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
+from lcmlora.distillation.outcome import file_dtype, probe_inputs, versions, write_adapter
 from lcmlora.distillation.validation import Validation
 from lcmlora.errors import UserError
-from lcmlora.io.files import atomic_folder, write_json
 from lcmlora.parallel.ranks import Ranks
-from lcmlora.training.batches import Batch, Batches, split_rows
-from lcmlora.training.execution import AdapterCheck, eager
+from lcmlora.training.batches import Batches, split_rows
+from lcmlora.training.execution import AdapterCheck
 from lcmlora.training.loop import Logger, TrainingState, train
-
-
-class Probe(NamedTuple):
-    """The inputs of one fixed forward."""
-
-    latents: Tensor  # (B, C, h, w)
-    timesteps: Tensor  # (B,) int64
-    conditioning: Conditioning
 
 
 def distill_adapter(
@@ -75,7 +61,7 @@ def distill_adapter(
             row, the adapter has no effect, or the processes have different files.
     """
     ranks = ranks or Ranks()
-    rows, validation_rows = _rows(base, cache, settings)
+    rows, validation_rows = training_rows(base, cache, settings)
     batches = sample_stream(cache, rows, settings, base.device, ranks)
     teacher_outputs = _teacher_cache(teacher_cache, base, cache, settings, batches, identity)
     probe = probe_inputs(base, batches.at(range(-2, 0), rows[:1].expand(2)))
@@ -103,15 +89,15 @@ def distill_adapter(
     made = None
     if ranks.first:
         assert state.best is not None  # the last step is validated
-        optimization.load_weights(state.best["weights"], _file_dtype(base))
+        optimization.load_weights(state.best["weights"], file_dtype(base))
         validated = Validated(pictures=len(validation_rows), loss=state.history, best_step=state.best["step"])
         made = _facts(distillation, cache, settings, identity, len(rows), state, validated)
-        _write(distillation, settings, out, made, probe)
+        write_adapter(distillation, settings, out, made, probe)
     ranks.wait()
     return made
 
 
-def _rows(base: LoadedBase, cache: LatentCache, settings: Distill) -> tuple[Tensor, Tensor]:
+def training_rows(base: LoadedBase, cache: LatentCache, settings: Distill) -> tuple[Tensor, Tensor]:
     """Returns the rows of the cache to train on and those to validate with.
 
     Raises:
@@ -185,47 +171,3 @@ def _facts(
         versions={name: number.partition("+")[0] for name, number in versions().items() if name != "python"},
         validation=validated,
     )
-
-
-def _write(distillation: Distillation, settings: Distill, out: Path, made: Distilled, probe: Probe) -> None:
-    """Writes the adapter that the base has now, its scheduler's configuration, its facts and the probe."""
-    base = distillation.base
-    with atomic_folder(out) as folder:
-        placement = base.family.placement
-        tensors, metadata = lora.state_dict(base.network, placement), lora.adapter_metadata(settings.rank, placement)
-        lora.save_file(tensors, folder / lora.WEIGHTS, dtype=_file_dtype(base), metadata=metadata)
-        scheduler = samplers.scheduler_config(base.scheduler_config, distillation.objective.sampler)
-        write_json(folder / SCHEDULER, scheduler)
-        made.write(folder / FACTS)
-        _save_probe(base, probe, folder / "probe.safetensors")
-
-
-def _file_dtype(base: LoadedBase) -> torch.dtype:
-    """Returns the precision of the adapter's file: of a half-precision base fp16, as the published adapters have it."""
-    return torch.float32 if base.dtype == torch.float32 else torch.float16
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions that may decide how a run is rounded, down to the build: `2.13.0+cpu`."""
-    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "diffusers", "peft")}
-
-
-def probe_inputs(base: LoadedBase, batch: Batch) -> Probe:
-    """Returns the noise and conditioning of a batch of two, with two timesteps."""
-    timesteps = len(base.schedule)
-    t = torch.tensor([timesteps - 1, timesteps // 2], device=base.device)
-    return Probe(batch.noise, t, {name: value.contiguous() for name, value in batch.conditioning.items()})
-
-
-@torch.no_grad()
-def _save_probe(base: LoadedBase, probe: Probe, path: Path) -> None:
-    """Writes the probe with the student's and the base's outputs, with which packaging compares a reloaded adapter."""
-    from safetensors.torch import save_file
-
-    with eager():
-        student = base.predict(*probe)
-        with lora.disabled(base.network):
-            alone = base.predict(*probe)
-    inputs = {"latents": probe.latents, "timesteps": probe.timesteps} | probe.conditioning
-    tensors = {"student": student, "base": alone} | inputs
-    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)

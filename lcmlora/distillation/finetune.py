@@ -23,13 +23,13 @@ from lcmlora.parallel.ranks import Ranks
 from lcmlora.patches.lora_forwards import LoraForwards
 from lcmlora.training.batches import Batch, Batches, chunks, split_rows
 from lcmlora.training.execution import AdapterCheck, compile_network, recompute
-from lcmlora.training.loop import Logger, train
+from lcmlora.training.loop import Logger, Trainable, train
 from lcmlora.training.optimization import Optimization
 
 _NOISE_LEVELS = 4  # at which each validation picture is measured
 
 
-class Denoising:
+class Denoising(Trainable):
     """The ordinary diffusion loss (arXiv 2006.11239, eq. 14), uniform in t, in the base's own prediction type."""
 
     def __init__(self, base: LoadedBase) -> None:

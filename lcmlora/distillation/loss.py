@@ -9,6 +9,7 @@ teacher rollout (`data.source: prompts`) needs only the last two.
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from lcmlora.parallel.ranks import Ranks
 from lcmlora.patches.lora_forwards import LoraForwards
 from lcmlora.training.batches import Batch, Batches
 from lcmlora.training.execution import compile_network, recompute
+from lcmlora.training.loop import Trainable
 from lcmlora.training.optimization import Optimization
 
 
@@ -48,7 +50,7 @@ def sample_stream(
     )
 
 
-class Distillation:
+class Distillation(Trainable):
     """The loss of a base with an adapter under a distillation objective."""
 
     def __init__(
@@ -111,9 +113,22 @@ class Distillation:
         return self.weight[batch.index] * pseudo_huber(online, target, self._huber_c)
 
 
-def add_adapter(base: LoadedBase, settings: Distill, ranks: Ranks | None = None) -> Optimization:
-    """Gives a base without adapter a new one, executed as the settings say, and returns the adapter's optimization."""
-    parameters = lora.inject(base.network, settings.rank, settings.alpha, settings.seed, base.family.placement)
+def add_adapter(
+    base: LoadedBase, settings: Distill, ranks: Ranks | None = None, start: Path | None = None
+) -> Optimization:
+    """Gives a base without adapter a new one, executed as the settings say, and returns the adapter's optimization.
+
+    Args:
+        start: the file of an adapter whose values it begins with.
+
+    Raises:
+        UserError: that adapter has other layers, or another rank.
+    """
+    placement = base.family.placement
+    layers = None if start is None else lora.read(base.network, start, placement)
+    parameters = lora.inject(base.network, settings.rank, settings.alpha, settings.seed, placement)
+    if layers is not None:
+        lora.fill(base.network, layers, str(start))
     LoraForwards().install(base.network)
     recompute(base.network, settings.checkpointing)
     if settings.compile:

@@ -74,6 +74,28 @@ class Training(Strict):
         return self
 
 
+class Polish(Strict):
+    """Distribution matching after the distillation (stage `polish`)."""
+
+    steps: Positive = 300
+    """Optimizer steps of the student."""
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate of the student."""
+    fake_lr: Annotated[float, Field(gt=0)] = 2e-4
+    """Learning rate of the fake score, the diffusion model of the student's pictures."""
+    fake_updates: Positive = 2
+    """Steps of the fake score before each step of the student."""
+    head_start: Annotated[int, Field(ge=0)] = 20
+    """More steps of the fake score, before the student's first."""
+    w: Annotated[float, Field(ge=0)] = 1.0
+    """Guidance weight of the teacher in the papers' convention, c + w (c - u). The higher it is, the more alike are the
+    pictures of one caption."""
+    consistency: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the loss of the distillation beside distribution matching. 0: distribution matching alone."""
+    student_steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4)
+    """Numbers of steps with which the student draws its pictures, in turns at random."""
+
+
 class Distill(Training):
     """Distillation of the adapter (stage `distill`).
 
@@ -122,6 +144,8 @@ class Distill(Training):
     rollout: Share = 0.0
     """Share of the steps that begin at states of student rollouts: where the student's own first one or two steps
     lead."""
+    polish: Polish | None = None
+    """Distribution matching after the distillation. null: none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

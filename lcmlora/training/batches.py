@@ -105,6 +105,16 @@ class Batches:
         """Samples in one forward of this process."""
         return self._settings.batch // (self._ranks.size * self._settings.accumulate)
 
+    @property
+    def whole(self) -> int:
+        """Samples in a step, over all processes."""
+        return self._settings.batch
+
+    @property
+    def accumulate(self) -> int:
+        """Forwards of this process in a step."""
+        return self._settings.accumulate
+
     def sample_indices(self, step: int, part: int) -> range:
         """Returns the sample indices of this process's `part`-th forward of a step."""
         start = step * self._settings.batch + (self._ranks.rank * self._settings.accumulate + part) * self.size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Checkpoint(TypedDict):
     best: BestWeights | None  # None on all processes but the first, which alone validates
     history: dict[str, float]  # validation loss by step
     optimization: OptimizationState
+    companion: NotRequired[OptimizationState | None]  # of weights that are trained besides
 
 
 class Checkpoints:

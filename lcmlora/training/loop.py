@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from lcmlora.parallel.ranks import Ranks
 from lcmlora.progress import track
 from lcmlora.training.batches import Batch, Batches
 from lcmlora.training.checkpoint import BestWeights, Checkpoints
-from lcmlora.training.optimization import Optimization
+from lcmlora.training.optimization import Optimization, OptimizationState
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,11 +51,34 @@ class NullLogger:
         del name, picture, step
 
 
-class Trainable(Protocol):
+class Trainable(ABC):
     """Computes the loss that is minimized."""
 
-    def losses(self, batch: Batch, optimization: Optimization) -> Tensor:
+    @abstractmethod
+    def losses(self, batch: Batch, optimization: Optimization | None = None) -> Tensor:
         """Returns the loss of each sample, (B,), with gradients to the weights under training."""
+
+    def parts(self, batch: Batch, optimization: Optimization) -> Iterator[Tensor]:
+        """Yields the terms of the loss of each sample, (B,), whose sum is minimized.
+
+        The backward pass of a term runs before the next is computed, so that the activations of one are in memory.
+        """
+        yield self.losses(batch, optimization)
+
+
+class Companion(Protocol):
+    """Weights besides those under training, which are trained between their steps."""
+
+    def before_step(self, step: int) -> None:
+        """Trains what belongs before this step."""
+        ...
+
+    def state(self) -> OptimizationState:
+        """Returns the state for a checkpoint; its tensors are the live ones."""
+        ...
+
+    def restore(self, state: OptimizationState) -> None:
+        """Continues from the state of a checkpoint."""
         ...
 
 
@@ -89,6 +113,8 @@ def train(
     agree: Mapping[str, object],
     logger: Logger,
     ranks: Ranks,
+    companion: Companion | None = None,
+    validate_start: bool = False,
 ) -> TrainingState:
     """Trains to the last step and returns the final state.
 
@@ -99,14 +125,18 @@ def train(
         scratch: a locked folder of this configuration alone; a checkpoint in it is continued.
         check: is called when losses are logged; it raises if training has no effect.
         agree: by name, what must be equal on all processes: values that JSON can hold.
+        companion: is trained before each step.
+        validate_start: the weights before the first step are validated, too, and kept if none later are better.
 
     Raises:
         UserError: the loss is not finite ten times in a row, or the processes have different files.
     """
     checkpoints = Checkpoints(scratch)
-    state = _continue(checkpoints, optimization)
+    state = _continue(checkpoints, optimization, companion)
     ranks.agree(**agree, settings=settings, first_step=state.step)
     validation = validator() if ranks.first and state.step < settings.steps else None
+    if validation and validate_start and state.step == 0:
+        _validate(validation, optimization, state, logger)
     recent = _RecentLosses(batches, settings, ranks)
     progress = track(
         range(state.step, settings.steps),
@@ -117,6 +147,8 @@ def train(
         quiet=not ranks.first,
     )
     for step in progress:
+        if companion:
+            companion.before_step(step)
         losses, norm = take_step(trainable, optimization, batches, settings, step)
         recent.add(step, losses)
 
@@ -141,17 +173,22 @@ def train(
                         "best": state.best,
                         "history": state.history,
                         "optimization": optimization.state(),
+                        "companion": companion.state() if companion else None,
                     }
                 )
     return state
 
 
-def _continue(checkpoints: Checkpoints, optimization: Optimization) -> TrainingState:
-    """Returns the state of the latest checkpoint, with the optimization restored, or that of a new run."""
+def _continue(checkpoints: Checkpoints, optimization: Optimization, companion: Companion | None) -> TrainingState:
+    """Returns the state of the latest checkpoint, with all weights restored, or that of a new run."""
     checkpoint = checkpoints.load()
     if checkpoint is None:
         return TrainingState()
     optimization.restore(checkpoint["optimization"])
+    if companion:
+        kept = checkpoint.get("companion")
+        assert kept is not None  # the checkpoint's settings are the same
+        companion.restore(kept)
     return TrainingState(checkpoint["step"], checkpoint["loss"], checkpoint["best"], checkpoint["history"])
 
 
@@ -171,9 +208,11 @@ def take_step(
     """Returns the losses of this process's samples, (accumulate, B), and the norm of the gradient over all, ()."""
     losses = []
     for part in range(settings.accumulate):
-        loss = trainable.losses(batches.draw(step, part), optimization)
-        optimization.backward(loss.mean() / settings.accumulate)
-        losses.append(loss.detach())
+        terms = []
+        for term in trainable.parts(batches.draw(step, part), optimization):
+            optimization.backward(term.mean() / settings.accumulate)
+            terms.append(term.detach())
+        losses.append(sum(terms[1:], terms[0]))
     return torch.stack(losses), optimization.step(step)
 
 

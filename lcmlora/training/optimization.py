@@ -55,6 +55,7 @@ class Optimization:
         """
         self._settings = settings
         self._ranks = ranks or Ranks()
+        self._scaled = scaled
         starts, total = [], 0
         for parameter in parameters.values():
             starts.append(total)
@@ -77,6 +78,23 @@ class Optimization:
         """Returns each parameter's part of a flat buffer, in the parameter's shape."""
         pairs = zip(self._starts, self._parameters, strict=True)
         return [flat[start : start + p.numel()].view_as(p) for start, p in pairs]
+
+    def second(self, settings: Training) -> Optimization:
+        """Returns an optimization of other weights for the same network, which begin as these. The network has these
+        until the other one takes it."""
+        named = {str(number): parameter for number, parameter in enumerate(self._parameters)}
+        other = Optimization(named, settings, ranks=self._ranks, scaled=self._scaled)
+        self.take_network()
+        return other
+
+    def take_network(self) -> None:
+        """Makes the network's parameters views of this optimization's weights, where there is a `second` one.
+
+        No backward pass may begin before this call and end after it.
+        """
+        for view, parameter in zip(self._views(self._weights.data), self._parameters, strict=True):
+            parameter.data = view
+        self._changed()
 
     def _changed(self) -> None:
         """Counts a change of all parameters.

@@ -147,7 +147,8 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, ra
     from lcmlora.adapters import lora
     from lcmlora.bases import folders
     from lcmlora.config import digest
-    from lcmlora.distillation.distill import distill_adapter, versions
+    from lcmlora.distillation.distill import distill_adapter
+    from lcmlora.distillation.outcome import versions
     from lcmlora.dvc_files import stage_records
     from lcmlora.io.files import sha256_file
     from lcmlora.registry import tracking
