@@ -85,7 +85,7 @@ class Project:
         raw = yaml.safe_load((root / "params.yaml").read_text())
         raw["distill"] |= {"steps": STEPS, "checkpoint_every": 2, "validate_every": 10, "lr": 1e-5}
         # Features of few dimensions need few pictures. At two network evaluations even a student that is hardly trained
-        # draws better than the solver, so it is promoted: by the figures alone, for its one test caption says nothing of
+        # draws better than the solver, so it is promoted: by the figures alone, as its one test caption says nothing of
         # others.
         save_clip(root / "clip")
         raw["evaluation"] |= {"features": "clip", "features_source": "clip", "pictures": 24, "batch": 24}

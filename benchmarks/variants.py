@@ -132,7 +132,9 @@ class Build:
 class _TwoPasses(Teacher):
     """Guidance by two forwards, one after the other."""
 
-    def outputs(self, x: Tensor, t: Tensor, conditioning: Conditioning, samples: range | None) -> tuple[Tensor, Tensor]:
+    def outputs(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, samples: range | None = None
+    ) -> tuple[Tensor, Tensor]:
         no_text = conditioning | {k: v.expand_as(conditioning[k]) for k, v in self._unconditional.items()}
         with lora.disabled(self._base.network):
             return self._base.predict(x, t, conditioning), self._base.predict(x, t, no_text)

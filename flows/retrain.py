@@ -59,7 +59,8 @@ from lcmlora.tasks.processes import Processes
 from lcmlora.tasks.retrying import networked
 from lcmlora.tasks.workspace.remote import Remote
 
-STAGES = ("encode", "reference", "distill", "evaluate")  # of a model, in order, after the one of `prepare_of`
+# Of every model, in order, after the one of `prepare_of`; where adapters are polished, `polish` follows `distill`.
+STAGES = ("encode", "reference", "distill", "evaluate")
 
 Models = Annotated[
     list[str] | None, Field(min_length=1, description="Names under `models` in params.yaml; all of them if left out.")
@@ -204,7 +205,8 @@ def prepare_of(model: str, settings: config.Config) -> str:
 
 def stages_of(model: str, settings: config.Config) -> list[str]:
     """Returns the names of the model's own DVC stages in their order, without the one that prepares its pictures."""
-    names = [f"{stage}@{model}" for stage in STAGES]
+    polish = ["polish"] if settings.distill_for(model).polish else []
+    names = [f"{stage}@{model}" for stage in (*STAGES[:-1], *polish, STAGES[-1])]
     studied = settings.studied(model)
     for kind, name in studied:
         names += [f"{kind}@{model}-{name}", f"{kind}-alone@{model}-{name}"]

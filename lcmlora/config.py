@@ -274,6 +274,10 @@ class Config(Strict):
         found = self.layers_of("distill", model)
         return self._settings(_distill_class(found), found, model)
 
+    def polished(self) -> list[str]:
+        """Returns the models whose adapters are polished after the distillation."""
+        return [model for model in self.models if self.distill_for(model).polish is not None]
+
     def evaluation_for(self, model: str) -> Evaluation:
         """Returns the settings of the evaluation of a model."""
         return self._settings(Evaluation, self.layers_of("evaluation", model), model)

@@ -89,8 +89,12 @@ class Project:
         return self.root / "reference" / model
 
     def adapter(self, model: str) -> Path:
-        """The adapter, as it was distilled."""
+        """The trained adapter."""
         return self.root / "adapters" / model
+
+    def distilled(self, model: str, config: Config) -> Path:
+        """The adapter as it was distilled, in a folder of its own where it is polished afterwards."""
+        return self.root / "distilled" / model if model in config.polished() else self.adapter(model)
 
     def evaluation(self, model: str) -> Path:
         """The student's image sets, and the pictures of the evaluation."""

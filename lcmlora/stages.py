@@ -28,6 +28,7 @@ VERSIONS = {
     "encode": 1,  # latents and embeddings: resizing, the VAE's scaling, teacher rollouts, the layout of the cache
     "reference": 3,  # what the teacher and the solvers draw, image features, scores
     "distill": 1,  # objectives, teacher, samples, optimization, which weights are saved
+    "polish": 1,  # distribution matching, and by which pictures the weights are chosen
     "evaluate": 2,  # how the student draws, and the metrics
     "style": 1,  # training of style LoRAs
     "finetune": 1,  # training of whole checkpoints
@@ -63,10 +64,12 @@ def algorithms(stage: str) -> dict[str, int]:
 
 def runs(config: Config) -> list[Run]:
     """Returns all runs that dvc.yaml has with this configuration."""
+    polished = config.polished()
     found = [Run("pretrain"), *([Run("prepare")] if config.uses_shared_data() else [])]
     for model in config.models:
         found += [Run("prepare", model)] if config.has_own_data(model) else []
-        found += [Run(stage, model) for stage in ("encode", "reference", "distill", "evaluate", "package")]
+        polish = ("polish",) if model in polished else ()
+        found += [Run(stage, model) for stage in ("encode", "reference", "distill", *polish, "evaluate", "package")]
     for model in config.study.models if config.study else ():
         for kind, name in config.studied(model):
             found += [Run(kind, model, name), Run("alone", model, name)]
@@ -112,7 +115,17 @@ def _reference(config: Config, run: Run) -> Settings:
 
 
 def _distill(config: Config, run: Run) -> Settings:
-    return {"base": _base(config, run, _IDENTITY_FIELDS), "distill": _training(config.distill_for(_model(run)))}
+    distill = config.distill_for(_model(run)).alone()
+    return {"base": _base(config, run, _IDENTITY_FIELDS), "distill": _training(distill)}
+
+
+def _polish(config: Config, run: Run) -> Settings:
+    judging = {"seed", "features", "features_source", "guidance_scale", "teacher_steps", "choosing_pictures"}
+    return {
+        "base": _base(config, run, _IDENTITY_FIELDS),
+        "distill": _training(config.distill_for(_model(run))),
+        "evaluation": config.evaluation_for(_model(run)).model_dump(mode="json", include=judging),
+    }
 
 
 def _evaluate(config: Config, run: Run) -> Settings:
@@ -190,6 +203,7 @@ _DECISIVE: dict[str, Callable[[Config, Run], Settings]] = {
     "encode": _encode,
     "reference": _reference,
     "distill": _distill,
+    "polish": _polish,
     "evaluate": _evaluate,
     "style": _tune,
     "finetune": _tune,

@@ -27,7 +27,7 @@ from lcmlora.tasks import energy
 
 _EVERY = 60.0  # seconds
 _KEPT = timedelta(days=400)  # a year to look back on, and a month
-_RANKED = ("encode", "distill")  # stages that run on `launch.processes` devices
+_RANKED = ("encode", "distill", "polish")  # stages that run on `launch.processes` devices
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ def _keep_noting(stage: str, measured: Callable[[], Entry], over: threading.Even
 def _devices(stage: str, model: str, settings: Config) -> tuple[list[energy.Gpu], str]:
     """Returns the GPUs that a stage uses, none where it computes on the CPU, and the device's name."""
     kind = stage.partition("@")[0]
-    section = settings.section({"encode": "encode", "distill": "distill"}.get(kind, "evaluation"), model)
+    section = settings.section(
+        {"encode": "encode", "distill": "distill", "polish": "distill"}.get(kind, "evaluation"), model
+    )
     found = [] if getattr(section, "device", "auto") == "cpu" else energy.gpus()
     if not found:
         return [], "cpu"

@@ -87,7 +87,7 @@ def run_stage(
         StageFailed: with the stage and the last error line.
     """
     task = repro
-    if stage.startswith("distill@"):
+    if stage.startswith(("distill@", "polish@")):
         task = repro.with_options(
             retries=1, retry_delay_seconds=settings.flow.retry_seconds, retry_condition_fn=_is_resumable
         )

@@ -56,14 +56,14 @@ def test_a_record_belongs_to_an_output_and_comes_back_with_it(project: Project, 
     second = commit("second")
     Path("code.py").write_text("edited")
     train(project, config, "two")
-    assert (stage_records.find(project, DISTILL)).git == commits.Commit(commit=second, dirty=True)
+    assert (stage_records.find(project, DISTILL, config)).git == commits.Commit(commit=second, dirty=True)
     (project.adapter("mini") / "weights").write_text("one")  # as DVC restores it from its cache
-    found = stage_records.find(project, DISTILL)
+    found = stage_records.find(project, DISTILL, config)
     assert found and found.git == commits.Commit(commit=first, dirty=False)
     assert found.versions["lcmlora"] == __version__ and found.device.startswith("cpu")
     assert found.sections["distill"]["steps"] == config.distill_for("mini").steps
     (project.adapter("mini") / "weights").write_text("of another machine")
-    assert stage_records.find(project, DISTILL) is None
+    assert stage_records.find(project, DISTILL, config) is None
     assert git("status", "--porcelain", "--untracked-files=no") == "M code.py"
 
 
@@ -80,7 +80,7 @@ def test_what_is_changed_while_a_stage_runs_is_told_and_recorded(
     told = capsys.readouterr().err
     assert "models.mini.distill: its settings were changed while it ran" in told
     assert f"the project's commit was {first[:12]} when it began and is {second[:12]} now" in told
-    found = stage_records.find(project, DISTILL)
+    found = stage_records.find(project, DISTILL, config)
     assert found and found.git.commit == first and len(found.changed) == 2
     assert found.sections["distill"]["steps"] == steps - 1
 
@@ -89,13 +89,13 @@ def test_a_run_that_goes_on_from_a_killed_one_of_another_commit_says_so(project:
     first = git("rev-parse", "HEAD")
     with pytest.raises(KeyboardInterrupt), stage_records.recorded(project, DISTILL, lambda: config):
         raise KeyboardInterrupt
-    assert stage_records.find(project, DISTILL) is None
+    assert stage_records.find(project, DISTILL, config) is None
     commit("second")
     train(project, config, "one")
-    found = stage_records.find(project, DISTILL)
+    found = stage_records.find(project, DISTILL, config)
     assert found and found.changed == [f"it may have gone on from an unfinished run of commit {first[:12]}"]
     train(project, config, "two")
-    found = stage_records.find(project, DISTILL)
+    found = stage_records.find(project, DISTILL, config)
     assert found and found.changed == []
 
 
@@ -107,7 +107,7 @@ def test_a_damaged_file_of_records_is_told_and_begun_anew(
     file.write_text("{")
     train(project, config, "one")
     assert "it is begun anew" in capsys.readouterr().err
-    assert stage_records.find(project, DISTILL) is not None
+    assert stage_records.find(project, DISTILL, config) is not None
 
 
 def test_records_are_bounded(project: Project, config: Config, monkeypatch: pytest.MonkeyPatch):

@@ -3,15 +3,16 @@
 dvc.yaml is the same for all projects whose models share one data set, but for the stages of `study` and of
 `compatibility`, which only a project with these settings has: a template of DVC must not name a setting that is not
 there. Where a base has `data` of its own, the stages that read pictures list every model with its folder (`foreach`),
-since a template of DVC cannot look up a model's folder in a matrix of models. Names and commands of the stages are the
-same in both forms, so that other models' stages do not become stale.
+since a template of DVC cannot look up a model's folder in a matrix of models. So does `distill` where an adapter is
+polished: it is then distilled to another folder, and `polish` writes the one that all other stages read. Names and
+commands of the stages are the same in both forms, so that other models' stages do not become stale.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -29,8 +30,9 @@ _STUDYING = ("style", "finetune", "style-alone", "finetune-alone", "study")
 # The stages of each section that a project may lack. `package` depends on the section's folder.
 _OPTIONAL = {"study": _STUDYING, "compatibility": ("compatibility",)}
 _STAGES = (*_PREPARING, *_READING, *_STUDYING, "compatibility", "package")  # which depend on params.yaml
+_POLISHING = ("distill", "polish")  # which depend on it, too, where there is `distill.polish` or was
 _ORDER = (
-    *("resolve", "pretrain", "prepare", "prepare-own", "encode", "reference", "distill", "evaluate"),
+    *("resolve", "pretrain", "prepare", "prepare-own", "encode", "reference", "distill", "polish", "evaluate"),
     *(*_STUDYING, "compatibility", "package"),
 )
 
@@ -47,7 +49,7 @@ def whole(config: Config, *, pretrain: bool = False) -> str:
         pretrain: with the stage that makes the emoji base, which only lcmlora's own repository has.
     """
     head, *_ = _paragraphs()
-    found = {_stage_of(block): block for block in _paragraphs()[1:]} | _wanted(config)
+    found = {_stage_of(block): block for block in _paragraphs()[1:]} | _polishing(config) | _wanted(config)
     left_out = {*(() if pretrain else ("pretrain",)), *_without(config)}
     return "\n".join([head, *(found[name] for name in _ORDER if name in found and name not in left_out)])
 
@@ -61,8 +63,9 @@ def check(config: Config, project: Project) -> None:
 def refresh(config: Config, project: Project) -> bool:
     """Writes the stages anew that follow params.yaml, where they do not; returns whether it did.
 
-    These are the stages that prepare and read pictures, those of `study` and `compatibility`, and `package`. Everything
-    else in dvc.yaml stays as it is. Where settings have such a section, its folder is made.
+    These are the stages that prepare and read pictures, those of `study` and `compatibility`, `package`, and where an
+    adapter is or was polished `distill` and `polish`. Everything else in dvc.yaml stays as it is. Where settings have
+    such a section, its folder is made.
 
     Raises:
         UserError: dvc.yaml cannot be read, or its stages are not indented by two spaces.
@@ -74,8 +77,13 @@ def refresh(config: Config, project: Project) -> bool:
     if not path.is_file() or not _difference(config, _stages(read_yaml(path))):
         return False
     before = path.read_text(encoding="utf-8")
-    after = _rewritten(before, _wanted(config))
-    if (difference := _difference(config, _stages(parse_yaml(after)))) or _others(before) != _others(after):
+    wanted: dict[str, str] = _wanted(config)
+    written: tuple[str, ...] = _STAGES
+    if config.polished() or "polish" in _stages(read_yaml(path)):
+        wanted, written = _polishing(config) | wanted, (*_POLISHING, *_STAGES)
+    after = _rewritten(before, wanted, written)
+    others = [_others(text, written) for text in (before, after)]
+    if (difference := _difference(config, _stages(parse_yaml(after)))) or others[0] != others[1]:
         raise UserError(
             f"{path}: {difference or 'other stages would change'}; its stages cannot be rewritten, since it is not "
             "laid out as the one that comes with lcmlora (two spaces before the name of a stage)"
@@ -114,6 +122,8 @@ def _difference(config: Config, stages: Mapping[str, object]) -> str | None:
             )
     if (listed := _listed(stages.get("prepare-own", {}), {})) != _own_paths(config):
         return f"prepare-own: has {_in_words(listed)}, and params.yaml has {_in_words(_own_paths(config))}"
+    if difference := _polish_difference(config, stages):
+        return difference
     shared = dict.fromkeys(config.models, Project().pictures.as_posix())
     for stage in _READING:
         listed = _listed(stages.get(stage, {}), shared)
@@ -122,6 +132,36 @@ def _difference(config: Config, stages: Mapping[str, object]) -> str | None:
                 f"{stage}: reads {_in_words(listed)}, and the models of params.yaml are {_in_words(_folders(config))}"
             )
     return None
+
+
+def _polish_difference(config: Config, stages: Mapping[str, object]) -> str | None:
+    """Returns in words how `distill` and `polish` differ from what the settings ask for; None where they do not."""
+    polished = config.polished()
+    if not polished and "polish" not in stages:
+        return None
+    folders = {model: folder for model, folder in _folders(config).items() if model in polished}
+    if (listed := _listed(stages.get("polish", {}), {})) != folders:
+        return f"polish: reads {_in_words(listed)}, and the models with distill.polish are {_in_words(folders)}"
+    if (listed := _listed(stages.get("distill", {}), {})) != (_distilled(config) if polished else {}):
+        return f"distill: writes {_in_words(listed)}, and the models with distill.polish are {_in_words(folders)}"
+    return None
+
+
+def _distilled(config: Config) -> dict[str, str]:
+    """Returns the folder that each model is distilled to."""
+    return {model: Project().distilled(model, config).as_posix() for model in config.models}
+
+
+def _polishing(config: Config) -> dict[str, str]:
+    """Returns the text of `distill`, and of `polish` where an adapter is polished."""
+    polished = config.polished()
+    if not polished:
+        return {
+            "distill": next(block for block in _paragraphs() if _BEGIN.search(block) and _stage_of(block) == "distill")
+        }
+    pictures = {model: folder for model, folder in _folders(config).items() if model in polished}
+    text = _template("polished_adapters.yaml").replace("DISTILLED\n", _mapping(_distilled(config)))
+    return _blocks(text.replace("POLISHED\n", _mapping(pictures)))
 
 
 def _listed(stage: object, otherwise: dict[str, str]) -> dict[str, str]:
@@ -184,8 +224,12 @@ def _blocks(text: str) -> dict[str, str]:
     return {block.split(":", 1)[0].strip(): block.rstrip("\n") + "\n" for block in _BEGIN.split(text) if block.strip()}
 
 
-def _rewritten(text: str, wanted: dict[str, str]) -> str:
-    """Returns the text of dvc.yaml with these stages in the places of the former ones, or before those they precede."""
+def _rewritten(text: str, wanted: dict[str, str], written: Sequence[str]) -> str:
+    """Returns the text of dvc.yaml with these stages in the places of the former ones, or before those they precede.
+
+    Args:
+        written: the stages that are taken out.
+    """
     left = dict(wanted)
     parts = []
     for block in _BEGIN.split(text):
@@ -193,7 +237,7 @@ def _rewritten(text: str, wanted: dict[str, str]) -> str:
         if name in _ORDER:
             due = [stage for stage in left if _ORDER.index(stage) <= _ORDER.index(name)]
             parts += [left.pop(stage) + "\n" for stage in due]
-        parts.append(_after(block) if name in _STAGES else block)
+        parts.append(_after(block) if name in written else block)
     return "".join(parts).rstrip("\n") + "\n"
 
 
@@ -208,7 +252,7 @@ def _stages(raw: object) -> dict[str, object]:
     return as_object(as_object(raw, "dvc.yaml").get("stages", {}), "dvc.yaml: stages")
 
 
-def _others(text: str) -> dict[str, object]:
+def _others(text: str, written: Sequence[str]) -> dict[str, object]:
     """Returns everything in dvc.yaml but these stages."""
     raw = as_object(parse_yaml(text), "dvc.yaml")
-    return raw | {"stages": {name: stage for name, stage in _stages(raw).items() if name not in _STAGES}}
+    return raw | {"stages": {name: stage for name, stage in _stages(raw).items() if name not in written}}

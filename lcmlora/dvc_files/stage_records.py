@@ -70,13 +70,13 @@ class _Records(Document):
     begun: Begun | None = None
 
 
-def find(project: Project, run: Run) -> StageRecord | None:
+def find(project: Project, run: Run, config: Config) -> StageRecord | None:
     """Returns what the present output of a stage was made with, None where this is not known.
 
     Raises:
         UserError: the file of its records is damaged.
     """
-    path, output = _file(project, run), output_of(project, run)
+    path, output = _file(project, run), output_of(project, run, config)
     if not path.is_file() or not output.exists():
         return None
     digest = output_digest(output)
@@ -108,7 +108,7 @@ def recorded(project: Project, run: Run, settings: Callable[[], Config]) -> Iter
         note(f"{resolved.entry_name(run)}: {change}; what it ran with is recorded", "warning: ")
     with _reported():
         record = StageRecord(
-            output=output_digest(output_of(project, run)),
+            output=output_digest(output_of(project, run, config)),
             settings=entry,
             sections=_sections(config, run),
             git=git,
@@ -140,7 +140,7 @@ def summary(project: Project) -> dict[str, str]:
     return {RAN_WITH: json.dumps(git.plain() | {"lcmlora": lcmlora.__version__}, sort_keys=True)}
 
 
-def output_of(project: Project, run: Run) -> Path:
+def output_of(project: Project, run: Run, config: Config) -> Path:
     """Returns the output by which a stage's record is found: its folder, or the file that sums it up."""
     model, name = run.model or "", run.name or ""
     outputs: dict[str, Callable[[], Path]] = {
@@ -148,7 +148,8 @@ def output_of(project: Project, run: Run) -> Path:
         "prepare": lambda: project.own_pictures(model) if model else project.pictures,
         "encode": lambda: project.latents(model),
         "reference": lambda: project.reference(model),
-        "distill": lambda: project.adapter(model),
+        "distill": lambda: project.distilled(model, config),
+        "polish": lambda: project.adapter(model),
         "evaluate": lambda: project.metrics(model),
         "style": lambda: project.style(model, name),
         "finetune": lambda: project.finetune(model, name),
@@ -201,7 +202,7 @@ def _sections(config: Config, run: Run) -> JsonObject:
         "distill": config.distill_for(run.model),
         "evaluation": config.evaluation_for(run.model),
     }
-    read = {"prepare": ("data",), "encode": ("data", "encode"), "distill": ("distill",)}
+    read = {"prepare": ("data",), "encode": ("data", "encode"), "distill": ("distill",), "polish": ("distill",)}
     names = read.get(run.stage, ("evaluation",))
     return {name: made[name].model_dump(mode="json") for name in names}
 

@@ -66,6 +66,7 @@ _TO_LOWER = {
     "pretrain": "lower pretrain.batch or pretrain.vae_batch in params.yaml",
     "encode": "lower encode.batch in params.yaml",
     "distill": _TRAINING.format("distill"),
+    "polish": _TRAINING.format("distill"),
     "doctor": _TRAINING.format("distill"),
     "style": _TRAINING.format("style"),
     "finetune": _TRAINING.format("finetune"),

@@ -24,8 +24,8 @@ class StagesRan:
     """What the stages of a release ran with.
 
     sections: the settings in force then, by section; those that are not known are missing.
-    git: the project's commit when the adapter was distilled; that of packaging where it is not known.
-    versions: of the packages of the distillation; those of packaging where they are not known.
+    git: the project's commit when the adapter was trained; that of packaging where it is not known.
+    versions: of the packages of that training; those of packaging where they are not known.
     """
 
     stages: dict[str, RanWith]
@@ -41,8 +41,9 @@ class StagesRan:
         Raises:
             UserError: a file of records is damaged.
         """
-        own = {stage: model if stage != "prepare" or config.has_own_data(model) else None for stage in _STAGES}
-        found = {stage: stage_records.find(project, Run(stage, name)) for stage, name in own.items()}
+        names = (*_STAGES, *(["polish"] if model in config.polished() else []))
+        own = {stage: model if stage != "prepare" or config.has_own_data(model) else None for stage in names}
+        found = {stage: stage_records.find(project, Run(stage, name), config) for stage, name in own.items()}
         known = {stage: record for stage, record in found.items() if record is not None}
         versions = {"python": platform.python_version(), "lcmlora": lcmlora.__version__}
         now = RanWith(git=commits.of_project(project.root), package=commits.of_package(), versions=versions)
@@ -50,7 +51,7 @@ class StagesRan:
             stage: RanWith.model_validate(record.model_dump(exclude={"output", "sections"}))
             for stage, record in known.items()
         }
-        trained = stages.get("distill", now)
+        trained = stages.get("polish") or stages.get("distill", now)
         _warn(trained, now, model)
         return cls(
             stages=stages,
@@ -69,6 +70,6 @@ def _warn(trained: RanWith, now: RanWith, model: str) -> None:
     """Notes that the code is another one than that which the adapter was trained with."""
     if trained.git.commit and trained.git != now.git:
         note(
-            f"note: {model} was distilled at commit {trained.git.text} and is packaged at {now.git.text}; "
+            f"note: {model} was trained at commit {trained.git.text} and is packaged at {now.git.text}; "
             "its provenance has both"
         )

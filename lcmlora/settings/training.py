@@ -144,8 +144,8 @@ class Distill(Training):
     rollout: Share = 0.0
     """Share of the steps that begin at states of student rollouts: where the student's own first one or two steps
     lead."""
-    polish: Polish | None = None
-    """Distribution matching after the distillation. null: none."""
+    polish: Annotated[Polish | None, Field(exclude_if=lambda polish: polish is None)] = None
+    """Distribution matching after the distillation (stage `polish`). null: none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -156,6 +156,10 @@ class Distill(Training):
         if self.phases > self.grid:
             raise ValueError(f"phases {self.phases} is more than the {self.grid} timesteps of grid")
         return self
+
+    def alone(self) -> Self:
+        """Returns the settings of the distillation without those of the polish after it."""
+        return self.model_copy(update={"polish": None})
 
     @classmethod
     def own_keys(cls) -> list[str]:

@@ -24,13 +24,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lcmlora.adapters import lora
-from lcmlora.config import Compatibility, Data, Encode, Rollouts
+from lcmlora.config import Compatibility, Data, Encode, Polish, Rollouts
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import PARTS, prepare_pictures
 from lcmlora.data.sources.source import Record, write_records
 from lcmlora.distillation.distill import distill_adapter
 from lcmlora.distillation.finetune import train_variation
+from lcmlora.distillation.polish import polish_adapter
+from lcmlora.evaluation.comparisons.judging import TeacherJudge
 from lcmlora.evaluation.evaluate import evaluate_student
 from lcmlora.evaluation.measures import features
 from lcmlora.evaluation.reference import draw_reference
@@ -233,6 +235,27 @@ def of_distill(inputs: Inputs, work: Path) -> Outcome:
     return found
 
 
+def of_polish(inputs: Inputs, work: Path) -> Outcome:
+    polish = Polish(steps=3, lr=1e-3, fake_lr=1e-3, fake_updates=2, head_start=1, student_steps=(1, 2))
+    settings = SETTINGS.model_copy(update={"polish": polish, "objective": "tcd", "grid": 10, "validate_every": 2})
+    distilled, scratch, out = work / "distilled", work / "scratch", work / "out"
+    scratch.mkdir()
+    cache, logger = LatentCache(inputs.latents), _Losses()
+    distill_adapter(inputs.load("network"), cache, settings, scratch, distilled, identity={}, logger=logger)
+    base, work = inputs.load(), work / "polish"
+    work.mkdir()
+    judge = TeacherJudge.of(base, EVALUATION, inputs.pictures, (1, 2), work)
+    losses = _Losses()
+    made = polish_adapter(base, cache, settings, distilled, work, out, identity={}, logger=losses, judge=judge)
+    assert made is not None
+    assert made.polish is not None
+    return {
+        "losses": losses.losses,
+        "validation": made.polish.validation.plain(),
+        "weights": tell_weights(load_file(out / lora.WEIGHTS)),
+    }
+
+
 def of_evaluate(inputs: Inputs, work: Path) -> Outcome:
     metrics = evaluate_student(
         inputs.load(),
@@ -349,6 +372,7 @@ OUTCOMES: dict[str, Callable[[Inputs, Path], Outcome]] = {
     "encode": of_encode,
     "reference": of_reference,
     "distill": of_distill,
+    "polish": of_polish,
     "evaluate": of_evaluate,
     "style": of_style,
     "finetune": of_finetune,

@@ -32,6 +32,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "encode",
         "reference",
         "distill",
+        "polish",
         "evaluate",
         "style",
         "finetune",

@@ -79,16 +79,16 @@ def drawing_base(
 
 
 def base_and_cache(
-    project: Project, config: Config, model: str, settings: Distill, *, pictures: bool
+    project: Project, config: Config, model: str, settings: Distill, *, pictures: bool, texts: bool = False
 ) -> tuple[LoadedBase, LatentCache]:
-    """Returns the base and its latent cache. With `pictures`, the base has a VAE."""
+    """Returns the base and its latent cache. With `pictures`, the base has a VAE; with `texts`, its text encoders."""
     from lcmlora import bases
     from lcmlora.data.latents.cache import LatentCache
 
     bases.pick_device(settings.device)  # raises first if there is no such device
     budget = int(config.shard_cache_gb * 1e9)
     cache = LatentCache(project.latents(model), shards=project.scratch("shards", model), budget=budget)
-    parts = ("network", *(["vae"] if pictures else []), *(["text"] if cache.tokenized else []))
+    parts = ("network", *(["vae"] if pictures else []), *(["text"] if cache.tokenized or texts else []))
     base = LoadBase(model, config.base(model), project.base(model), settings.device, parts, settings.precision)()
     cache.embed = base.encode_tokens
     return base, cache

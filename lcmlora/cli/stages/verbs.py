@@ -131,13 +131,14 @@ def reference_stage(call: typer.Context, model: Model) -> None:
 def distill_stage(call: typer.Context, model: Model) -> None:
     """Distil the base into an adapter. A run that was killed goes on from its last checkpoint.
 
-    The adapter is written to adapters/MODEL, and the losses to MLflow at registry.tracking_uri.
+    The adapter is written to adapters/MODEL, and the losses to MLflow at registry.tracking_uri. With distill.polish it
+    is written to distilled/MODEL, and `lcmlora polish` makes adapters/MODEL of it.
 
     Example: lcmlora distill emoji
     """
     context = context_of(call)
     config = context.settings()
-    settings, launch = config.distill_for(model), config.launch_for(model)
+    settings, launch = config.distill_for(model).alone(), config.launch_for(model)
     with loading.ranks_of(launch, settings.device) as ranks:
         _distill(context.project, config, model, settings, ranks)
 
@@ -158,6 +159,7 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, ra
     key = digest(settings, identity, cache.digest, stages.algorithms("distill"))[:12]
     scratch, limit = project.scratch("distill", f"{model}-{key}"), int(config.teacher_cache_gb * 1e9)
     logged, ran_with = (config.registry, stage_records.summary(project)) if ranks.first else (None, {})
+    out = project.distilled(model, config)
     with (
         locked(scratch) if ranks.first else contextlib.nullcontext(),
         tracking.log_run(logged, model, settings.model_dump(mode="json"), scratch) as run,
@@ -167,7 +169,7 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, ra
             cache,
             settings,
             scratch,
-            project.adapter(model),
+            out,
             identity=identity,
             logger=run,
             ranks=ranks,
@@ -175,7 +177,66 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, ra
             teacher_cache=(project.scratch("teacher"), limit) if limit else None,
         )
         if ranks.first:
-            run.tag_adapter(sha256_file(project.adapter(model) / lora.WEIGHTS), versions() | ran_with)
+            run.tag_adapter(sha256_file(out / lora.WEIGHTS), versions() | ran_with)
+    if ranks.first:
+        discard(scratch)
+
+
+def polish_stage(call: typer.Context, model: Model) -> None:
+    """Train a distilled adapter on by distribution matching, where params.yaml has distill.polish.
+
+    It is distilled to distilled/MODEL and polished to adapters/MODEL. A run that was killed goes on from its last
+    checkpoint.
+
+    Example: lcmlora polish emoji
+    """
+    context = context_of(call)
+    config = context.settings()
+    settings, launch = config.distill_for(model), config.launch_for(model)
+    if settings.polish is None:
+        raise UserError(f"{model}: distill.polish: is missing in params.yaml, which says how adapters are polished")
+    with loading.ranks_of(launch, settings.device) as ranks:
+        _polish(context.project, config, model, settings, ranks)
+
+
+def _polish(project: Project, config: Config, model: str, settings: Distill, ranks: Ranks) -> None:
+    from lcmlora import stages
+    from lcmlora.adapters import lora
+    from lcmlora.bases import folders
+    from lcmlora.config import digest
+    from lcmlora.distillation.outcome import versions
+    from lcmlora.distillation.polish import polish_adapter
+    from lcmlora.dvc_files import stage_records
+    from lcmlora.evaluation.comparisons.judging import TeacherJudge
+    from lcmlora.io.files import sha256_file
+    from lcmlora.registry import tracking
+
+    assert settings.polish is not None
+    distilled, out = project.distilled(model, config), project.adapter(model)
+    if not (distilled / lora.WEIGHTS).is_file():
+        raise UserError(f"{distilled}: holds no distilled adapter; run `lcmlora distill {model}` first")
+    base, cache = loading.base_and_cache(project, config, model, settings, pictures=ranks.first, texts=ranks.first)
+    identity = folders.identity(config.base(model), project.base(model))
+    evaluation = project.located_evaluation(config.evaluation_for(model))
+    key = digest(
+        *(settings, identity, cache.digest, stages.algorithms("polish"), sha256_file(distilled / lora.WEIGHTS)),
+        stages.decisive_settings(config, stages.Run("polish", model)),
+    )
+    scratch = project.scratch("polish", f"{model}-{key[:12]}")
+    logged, ran_with = (config.registry, stage_records.summary(project)) if ranks.first else (None, {})
+    with (
+        locked(scratch) if ranks.first else contextlib.nullcontext(),
+        tracking.log_run(logged, model, settings.model_dump(mode="json"), scratch) as run,
+    ):
+        judge = None
+        if ranks.first:
+            steps, pictures = settings.polish.student_steps, project.pictures_of(model, config)
+            judge = TeacherJudge.of(base, evaluation, pictures, steps, scratch)
+        polish_adapter(
+            base, cache, settings, distilled, scratch, out, identity=identity, logger=run, judge=judge, ranks=ranks
+        )
+        if ranks.first:
+            run.tag_adapter(sha256_file(out / lora.WEIGHTS), versions() | ran_with)
     if ranks.first:
         discard(scratch)
 
@@ -379,6 +440,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "encode": encode_stage,
     "reference": reference_stage,
     "distill": distill_stage,
+    "polish": polish_stage,
     "evaluate": evaluate_stage,
     "style": style_stage,
     "finetune": finetune_stage,
