@@ -79,7 +79,7 @@ def test_every_dependency_and_output_in_dvc_yaml_is_the_projects_path_for_it():
     found = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert found.keys() == PATHS.keys()
     verbs = {name.removeprefix("style-").removeprefix("finetune-") for name in found} - {"resolve"}
-    assert verbs == VERBS.keys()
+    assert verbs == VERBS.keys() - {"polish"}  # tests/test_polish_stage.py
     for stage, raw in found.items():
         runs = list(declared(raw, params))
         assert runs, stage

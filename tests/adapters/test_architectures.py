@@ -26,7 +26,8 @@ from tests.support.miniature import ARCHITECTURES, SDXL_FAMILY
 from tests.support.registries import fresh
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("encode", "reference", "distill", "evaluate")
+STAGES = ("encode", "reference", "distill", "polish", "evaluate")
+POLISH = {"steps": 2, "fake_updates": 1, "head_start": 1, "student_steps": [1, 2]}
 VARIATIONS = (("style", "ink"), ("alone", "ink"), ("finetune", "clay"), ("alone", "clay"))
 
 
@@ -73,6 +74,7 @@ def test_a_miniature_goes_from_pictures_to_a_release_that_plain_diffusers_loads(
     FEATURES.register("quarters", Quarters)
     raw["evaluation"] |= {"pictures": 16, "features": "quarters"}  # the real ones need 321 pictures
     raw["study"]["models"] = [model]
+    raw["distill"]["polish"] = POLISH
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     monkeypatch.chdir(tmp_path)
     stages = [["prepare"], ["fetch", model], *([stage, model] for stage in STAGES)]
