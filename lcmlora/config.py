@@ -34,7 +34,6 @@ from lcmlora.settings.training import (
     Distill,
     FinetuneTraining,
     Launch,
-    Polish,
     StyleTraining,
     Training,
     Tuning,
@@ -59,7 +58,6 @@ __all__ = [
     "Merged",
     "Name",
     "Notify",
-    "Polish",
     "Positive",
     "Publish",
     "Quotable",
@@ -273,10 +271,6 @@ class Config(Strict):
         """
         found = self.layers_of("distill", model)
         return self._settings(_distill_class(found), found, model)
-
-    def polished(self) -> list[str]:
-        """Returns the models whose adapters are polished after the distillation."""
-        return [model for model in self.models if self.distill_for(model).polish is not None]
 
     def evaluation_for(self, model: str) -> Evaluation:
         """Returns the settings of the evaluation of a model."""

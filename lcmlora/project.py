@@ -94,7 +94,7 @@ class Project:
 
     def distilled(self, model: str, config: Config) -> Path:
         """The adapter as it was distilled, in a folder of its own where it is polished afterwards."""
-        return self.root / "distilled" / model if model in config.polished() else self.adapter(model)
+        return self.root / "distilled" / model if config.distill_for(model).polish else self.adapter(model)
 
     def evaluation(self, model: str) -> Path:
         """The student's image sets, and the pictures of the evaluation."""

@@ -64,11 +64,10 @@ def algorithms(stage: str) -> dict[str, int]:
 
 def runs(config: Config) -> list[Run]:
     """Returns all runs that dvc.yaml has with this configuration."""
-    polished = config.polished()
     found = [Run("pretrain"), *([Run("prepare")] if config.uses_shared_data() else [])]
     for model in config.models:
         found += [Run("prepare", model)] if config.has_own_data(model) else []
-        polish = ("polish",) if model in polished else ()
+        polish = ("polish",) if config.distill_for(model).polish else ()
         found += [Run(stage, model) for stage in ("encode", "reference", "distill", *polish, "evaluate", "package")]
     for model in config.study.models if config.study else ():
         for kind, name in config.studied(model):
@@ -76,6 +75,11 @@ def runs(config: Config) -> list[Run]:
         found.append(Run("study", model))
     tried = config.compatibility.models if config.compatibility else ()
     return found + [Run("compatibility", model) for model in tried]
+
+
+def polished(config: Config) -> list[str]:
+    """Returns the models whose adapters are polished after the distillation."""
+    return [model for model in config.models if config.distill_for(model).polish]
 
 
 def decisive_settings(config: Config, run: Run) -> Settings:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from lcmlora.adapters import lora
 from lcmlora.bases.families import Conditioning
-from lcmlora.config import Polish
 from lcmlora.diffusion import solver
 from lcmlora.diffusion.noise import generator
 from lcmlora.distillation.loss import Distillation
+from lcmlora.settings.training import Polish
 from lcmlora.training.batches import Batch, Batches
 from lcmlora.training.loop import Trainable
 from lcmlora.training.optimization import Optimization, OptimizationState

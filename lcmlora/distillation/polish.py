@@ -15,7 +15,7 @@ from lcmlora.adapters import lora
 from lcmlora.adapters.metadata import FACTS, Distilled, DistillSettings, Polished, Sampler, Validated
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import Identity
-from lcmlora.config import Distill, Polish, Training
+from lcmlora.config import Distill, Training
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.distillation.distill import training_rows
 from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
@@ -24,6 +24,7 @@ from lcmlora.distillation.outcome import file_dtype, probe_inputs, write_adapter
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file
 from lcmlora.parallel.ranks import Ranks
+from lcmlora.settings.training import Polish
 from lcmlora.training.execution import AdapterCheck
 from lcmlora.training.loop import Logger, train
 

@@ -23,6 +23,7 @@ from lcmlora.io.files import atomic_write
 from lcmlora.io.parsing import as_object, parse_yaml, read_yaml
 from lcmlora.io.terminal import shown
 from lcmlora.project import Project
+from lcmlora.stages import polished
 
 _PREPARING = ("prepare", "prepare-own")
 _READING = ("encode", "reference", "evaluate")
@@ -79,7 +80,7 @@ def refresh(config: Config, project: Project) -> bool:
     before = path.read_text(encoding="utf-8")
     wanted: dict[str, str] = _wanted(config)
     written: tuple[str, ...] = _STAGES
-    if config.polished() or "polish" in _stages(read_yaml(path)):
+    if polished(config) or "polish" in _stages(read_yaml(path)):
         wanted, written = _polishing(config) | wanted, (*_POLISHING, *_STAGES)
     after = _rewritten(before, wanted, written)
     others = [_others(text, written) for text in (before, after)]
@@ -136,13 +137,13 @@ def _difference(config: Config, stages: Mapping[str, object]) -> str | None:
 
 def _polish_difference(config: Config, stages: Mapping[str, object]) -> str | None:
     """Returns in words how `distill` and `polish` differ from what the settings ask for; None where they do not."""
-    polished = config.polished()
-    if not polished and "polish" not in stages:
+    models = polished(config)
+    if not models and "polish" not in stages:
         return None
-    folders = {model: folder for model, folder in _folders(config).items() if model in polished}
+    folders = {model: folder for model, folder in _folders(config).items() if model in models}
     if (listed := _listed(stages.get("polish", {}), {})) != folders:
         return f"polish: reads {_in_words(listed)}, and the models with distill.polish are {_in_words(folders)}"
-    if (listed := _listed(stages.get("distill", {}), {})) != (_distilled(config) if polished else {}):
+    if (listed := _listed(stages.get("distill", {}), {})) != (_distilled(config) if models else {}):
         return f"distill: writes {_in_words(listed)}, and the models with distill.polish are {_in_words(folders)}"
     return None
 
@@ -154,12 +155,12 @@ def _distilled(config: Config) -> dict[str, str]:
 
 def _polishing(config: Config) -> dict[str, str]:
     """Returns the text of `distill`, and of `polish` where an adapter is polished."""
-    polished = config.polished()
-    if not polished:
+    models = polished(config)
+    if not models:
         return {
             "distill": next(block for block in _paragraphs() if _BEGIN.search(block) and _stage_of(block) == "distill")
         }
-    pictures = {model: folder for model, folder in _folders(config).items() if model in polished}
+    pictures = {model: folder for model, folder in _folders(config).items() if model in models}
     text = _template("polished_adapters.yaml").replace("DISTILLED\n", _mapping(_distilled(config)))
     return _blocks(text.replace("POLISHED\n", _mapping(pictures)))
 

@@ -107,6 +107,8 @@ def _table(fields: JsonSchemaValue, schema: JsonSchemaValue, section: str) -> st
 def _flat(fields: JsonSchemaValue, schema: JsonSchemaValue, prefix: str) -> Iterator[tuple[str, JsonSchemaValue]]:
     for name, entry in fields.items():
         inner = {} if _repeats(prefix, name) else _properties(entry, schema)
+        if inner and "default" in entry and entry["default"] is None:
+            yield f"{prefix}{name}", entry
         if inner:
             yield from _flat(inner, schema, f"{prefix}{name}.")
         else:

@@ -41,7 +41,7 @@ class StagesRan:
         Raises:
             UserError: a file of records is damaged.
         """
-        names = (*_STAGES, *(["polish"] if model in config.polished() else []))
+        names = (*_STAGES, *(["polish"] if config.distill_for(model).polish else []))
         own = {stage: model if stage != "prepare" or config.has_own_data(model) else None for stage in names}
         found = {stage: stage_records.find(project, Run(stage, name), config) for stage, name in own.items()}
         known = {stage: record for stage, record in found.items() if record is not None}

@@ -11,7 +11,7 @@ from torch import Tensor
 from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.adapters.metadata import FACTS, Distilled, Sampler
-from lcmlora.config import Distill, Polish
+from lcmlora.config import Distill
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion import sampling
 from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
@@ -19,6 +19,7 @@ from lcmlora.distillation.matching import DistributionMatching
 from lcmlora.distillation.polish import polish_adapter
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file
+from lcmlora.settings.training import Polish
 from lcmlora.training.loop import NullLogger
 from tests.support.distillation import CPU, SETTINGS, load_parts, run_distill
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lcmlora.adapters import lora
-from lcmlora.config import Compatibility, Data, Encode, Polish, Rollouts
+from lcmlora.config import Compatibility, Data, Encode, Rollouts
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.prepare import PARTS, prepare_pictures
@@ -41,6 +41,7 @@ from lcmlora.inference import compatibility
 from lcmlora.io.documents import Document
 from lcmlora.project import Project
 from lcmlora.releases.package import package_release
+from lcmlora.settings.training import Polish
 from lcmlora.training.loop import NullLogger
 from tests.data.conftest import add, data_in, picture
 from tests.demo.test_pretrain import MODULES, TINY
