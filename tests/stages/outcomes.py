@@ -437,5 +437,5 @@ def _steady(text: str, inputs: Inputs, work: Path) -> list[str]:
     text = re.sub(r"[0-9a-f]{12,}", "DIGEST", text)
     text = re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?Z?", "TIME", text)
     text = re.sub(r"\b\d+\.\d+\.\d+\S*", "VERSION", text)
-    text = re.sub(r"\b\d(\.\d+)?e-\d+", "ERROR", text)
+    text = re.sub(r"\b\d(\.\d+)?e[-+]\d+", "ERROR", text)
     return [line for line in text.splitlines() if line.strip()]
