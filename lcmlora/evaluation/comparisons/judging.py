@@ -17,8 +17,8 @@ from lcmlora.evaluation.comparisons.measuring import variety
 from lcmlora.evaluation.image_sets import ImageSets, StudentSettings
 from lcmlora.evaluation.measures.distances import named
 from lcmlora.evaluation.measures.metrics import retrieval_at_1
-from lcmlora.evaluation.reference import load_features
 from lcmlora.evaluation.sets.captions import VALIDATION, choosing, choosing_seeds
+from lcmlora.evaluation.sets.drawing import load_features
 
 
 @dataclass(frozen=True)
