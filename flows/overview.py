@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from lcmlora import registry
 from lcmlora.config import Config
 from lcmlora.flows import has_server, name_of
 from lcmlora.flows.retrain import prepare_of, stages_of
 from lcmlora.flows.standing import server as server_side
 from lcmlora.flows.standing.server import Run, runs_since
+from lcmlora.registry.listing import current
+from lcmlora.registry.listing.current import Current
 from lcmlora.registry.lookup import Version
 from lcmlora.tasks import dvc
 from lcmlora.tasks.processes import Processes
@@ -68,13 +69,10 @@ def standings(settings: Config, *, server: bool) -> list[Standing]:
     workspace, unknown = _look(settings, list(dict.fromkeys(name for own in names.values() for name in own)))
     known = server_side.read([*settings.models]) if server else None
     now = datetime.now(UTC)
-    versions: dict[str, list[Version]] = {}
-    for version in registry.versions(settings.registry):
-        versions.setdefault(version.name, []).append(version)
+    registered = current.read(settings.registry, {name_of(model) for model in settings.models})
     found = []
     for model in settings.models:
-        own = versions.get(name_of(model), [])
-        champion = next((v for v in own if settings.registry.alias in v.aliases), None)
+        champion, newest = registered.get(name_of(model), Current(None, None))
         steps = settings.gate.steps
         due, kept = known.next_run(model, now) if known else (None, None)
         found.append(
@@ -83,8 +81,8 @@ def standings(settings: Config, *, server: bool) -> list[Standing]:
                 champion=champion.reference if champion else None,
                 since=champion.promoted if champion else None,
                 figures={key: champion.figure(f"{key}.student_{steps}") if champion else None for key in FIGURES},
-                newest=own[0].reference if own else None,
-                newest_gate=_standing_of(own[0]) if own else None,
+                newest=newest.reference if newest else None,
+                newest_gate=_standing_of(newest) if newest else None,
                 last_run=known.last_run(model) if known else None,
                 stale=[name for name in names[model] if name in workspace.reasons],
                 due=due,

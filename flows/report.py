@@ -22,8 +22,8 @@ from lcmlora.flows import name_of, outcomes, overview
 from lcmlora.flows.overview import Run, Standing
 from lcmlora.io.terminal import LINE
 from lcmlora.io.terminal import markdown as plain
-from lcmlora.registry import promotion
 from lcmlora.registry.events import Event
+from lcmlora.registry.listing import recent
 from lcmlora.tasks import costs
 from lcmlora.tasks.outages.own_state import outlasting
 
@@ -65,13 +65,8 @@ def collect(settings: config.Config, days: int) -> Summary:
     server = overview.has_server()
     standings = overview.standings(settings, server=server)
     runs = overview.runs_since(began) if server else []
-    events = [
-        (standing.model, event)
-        for standing in standings
-        if standing.newest
-        for event in promotion.history(name_of(standing.model), settings.registry)
-        if event.time >= began.isoformat()
-    ]
+    models = {name_of(standing.model): standing.model for standing in standings if standing.newest}
+    events = [(models[each.name], each.event) for each in recent.read(settings.registry, models.keys(), began)]
     text = weekly_summary(days, standings, events, runs, settings.gate.steps)
     return Summary(f"{text}\n\n{_costs(settings, began)}", len(events), len(runs))
 

@@ -6,25 +6,27 @@ timestamp, from which Prometheus computes ages.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from prefect.client.schemas.objects import StateType
 from prometheus_client.core import GaugeMetricFamily
 
-from lcmlora import registry
 from lcmlora.config import Config
 from lcmlora.flows import name_of, outcomes, overview
 from lcmlora.flows.monitoring import stage_seconds
+from lcmlora.flows.monitoring.trainings import RUNNING, Trainings
 from lcmlora.flows.retrain import prepare_of, stages_of
 from lcmlora.flows.standing import server
 from lcmlora.project import Project
-from lcmlora.registry import tracking
+from lcmlora.registry.listing import current, search
+from lcmlora.registry.listing.current import Current
 from lcmlora.registry.lookup import PASSED, REJECTED, Version
 from lcmlora.tasks import dvc
 from lcmlora.tasks.processes import Processes
@@ -35,7 +37,6 @@ WINDOW_DAYS = 7  # of `lcmlora_runs_ended`
 _ENDS = (*outcomes.ENDS, "Crashed", "Cancelled", "TimedOut")
 _OVER = (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED)
 _OTHER = "other"  # any other name of a state, so that labels stay few
-_RUNNING = "RUNNING"  # status of an MLflow run
 
 # The metrics of each source without their prefix `lcmlora_`: their help, and their labels.
 Declared = dict[str, tuple[str, tuple[str, ...]]]
@@ -44,11 +45,13 @@ OF_MLFLOW: Declared = {
     "champion_promoted_timestamp_seconds": ("When the champion was promoted.", ("model",)),
     "champion_excess": ("The champion's excess distance at the gate's steps.", ("model", "steps")),
     "champion_retrieval": ("The champion's retrieval@1 at the gate's steps.", ("model", "steps")),
-    "versions": ("Registered versions, by the gate's decision.", ("model", "gate")),
     "newest_version_passed": ("1 if the newest version passed the gate.", ("model",)),
     "training_images_per_second": ("Pictures per second of the last training, or of the one that runs.", ("model",)),
     "training_loss": ("Loss of the last training, or of the one that runs.", ("model",)),
     "training_running": ("1 while a training reports to MLflow.", ("model",)),
+}
+OF_VERSIONS: Declared = {
+    "versions": ("Registered versions, by the gate's decision.", ("model", "gate")),
 }
 OF_PREFECT: Declared = {
     "runs_ended": (f"Runs of the last {WINDOW_DAYS} days, by how they ended.", ("end",)),
@@ -65,7 +68,7 @@ OF_DISK: Declared = {
     "disk_size_bytes": ("Bytes of the disk that the project is on.", ()),
 }
 OF_FOLDERS: Declared = {"kept_bytes": ("Bytes of the project's files, by folder.", ("place",))}
-DECLARED = OF_MLFLOW | OF_PREFECT | OF_DVC | OF_DISK | OF_FOLDERS
+DECLARED = OF_MLFLOW | OF_VERSIONS | OF_PREFECT | OF_DVC | OF_DISK | OF_FOLDERS
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,13 @@ def sources(seconds: float) -> list[Source]:
     """Returns the sources. Prefect is one of them only if a server is configured.
 
     Args:
-        seconds: between two looks at a server. DVC is asked every 15 minutes at most, and folders are added up once an
-            hour.
+        seconds: between two looks at a server. DVC is asked, and versions are counted, every 15 minutes at most;
+            folders are added up once an hour.
     """
     prefect = [Source("prefect", seconds, of_prefect)] if overview.has_server() else []
     return [
-        Source("mlflow", seconds, of_mlflow),
+        Source("mlflow", seconds, functools.partial(of_mlflow, trainings=Trainings())),
+        Source("versions", max(seconds, 900.0), of_versions),
         *prefect,
         Source("dvc", max(seconds, 900.0), of_dvc),
         Source("disk", seconds, of_disk),
@@ -116,29 +120,33 @@ class _Gauges:
         return list(self._families.values())
 
 
-def of_mlflow(settings: Config) -> Families:
-    """Returns the metrics of champions, versions and trainings."""
+def of_mlflow(settings: Config, trainings: Trainings) -> Families:
+    """Returns the metrics of champions, newest versions and trainings."""
     gauges = _Gauges(OF_MLFLOW)
-    versions: dict[str, list[Version]] = {}
-    for version in registry.versions(settings.registry):
-        versions.setdefault(version.name, []).append(version)
-    trainings = _last_trainings(settings)
-    for name in settings.models:
-        own = versions.get(name_of(name), [])
-        _set_champion(gauges, name, own, settings)
-        for decision in (PASSED, REJECTED):
-            gauges.set("versions", sum(version.gate == decision for version in own), name, decision)
-        if own:
-            gauges.set("newest_version_passed", own[0].gate == PASSED, name)
-        if (run := trainings.get(name)) is not None:
-            gauges.set("training_images_per_second", run.data.metrics.get("images_per_second"), name)
-            gauges.set("training_loss", run.data.metrics.get("loss"), name)
-        gauges.set("training_running", run is not None and run.info.status == _RUNNING, name)
+    registered = current.read(settings.registry, {name_of(model) for model in settings.models})
+    last = trainings.look(settings)
+    for model in settings.models:
+        champion, newest = registered.get(name_of(model), Current(None, None))
+        _set_champion(gauges, model, champion, settings)
+        gauges.set("newest_version_passed", newest.gate == PASSED if newest else None, model)
+        if (run := last.get(model)) is not None:
+            gauges.set("training_images_per_second", run.data.metrics.get("images_per_second"), model)
+            gauges.set("training_loss", run.data.metrics.get("loss"), model)
+        gauges.set("training_running", run is not None and run.info.status == RUNNING, model)
     return gauges.families()
 
 
-def _set_champion(gauges: _Gauges, model: str, versions: list[Version], settings: Config) -> None:
-    champion = next((version for version in versions if settings.registry.alias in version.aliases), None)
+def of_versions(settings: Config) -> Families:
+    """Returns how many versions there are, which takes a look at all of them."""
+    gauges = _Gauges(OF_VERSIONS)
+    found = Counter((version.name, version.gate) for version in search.find(settings.registry, figures="none").versions)
+    for model in settings.models:
+        for decision in (PASSED, REJECTED):
+            gauges.set("versions", found[name_of(model), decision], model, decision)
+    return gauges.families()
+
+
+def _set_champion(gauges: _Gauges, model: str, champion: Version | None, settings: Config) -> None:
     if champion is None:
         return
     gauges.set("champion_info", 1, model, str(champion.version), champion.sha256[:12])
@@ -147,24 +155,6 @@ def _set_champion(gauges: _Gauges, model: str, versions: list[Version], settings
     steps = settings.gate.steps
     for figure in overview.FIGURES:
         gauges.set(f"champion_{figure}", champion.figure(f"{figure}.student_{steps}"), model, str(steps))
-
-
-def _last_trainings(settings: Config) -> dict[str, Any]:
-    """Returns the MLflow run that began last, of each model that has one with a figure of its speed."""
-    found = {}
-    with tracking.reaching(settings.registry, "ask again later"):
-        client = tracking.connect(settings.registry)
-        experiment = client.get_experiment_by_name(settings.registry.experiment)
-        for model in settings.models if experiment else ():
-            runs = client.search_runs(
-                [experiment.experiment_id],
-                f"tags.model = '{model}' AND metrics.images_per_second > 0",
-                order_by=["attributes.start_time DESC"],
-                max_results=1,
-            )
-            if runs:
-                found[model] = runs[0]
-    return found
 
 
 def of_prefect(settings: Config) -> Families:

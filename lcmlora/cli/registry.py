@@ -58,6 +58,8 @@ Name = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 By = Annotated[str | None, typer.Option(help="Who decided, for the history; this user by default.")]
 
+_LISTED = 100  # versions of a list that a person reads
+
 
 def _places(call: typer.Context) -> Places:
     context = context_of(call)
@@ -94,9 +96,19 @@ def list_versions(
             "Repeatable."
         ),
     ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help=f"How many versions at most; 0 lists all. By default {_LISTED}, and with --json all.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the versions with their aliases, gate decisions and main figures, the newest first.
+
+    --json has all figures of each version, which takes a hundred times as long for each as the main ones.
 
     Examples:
 
@@ -105,14 +117,18 @@ def list_versions(
       lcmlora registry list --where objective=tcd --where "excess.student_4<80"
     """
     settings, gate = _registry(call)
-    from lcmlora import registry
+    from lcmlora.registry.listing import conditions, search
     from lcmlora.registry.lookup import registered_name
 
-    tests = [registry.condition(text) for text in where or ()]
+    tests = [conditions.condition(text) for text in where or ()]
     name = None if name is None else registered_name(name)
-    found = [v for v in registry.versions(settings, name) if all(test(v) for test in tests)]
+    if limit is None:
+        limit = 0 if as_json else _LISTED
+    figures: search.Figures = "all" if as_json else "main"
+    found, more = search.find(settings, name, tests, newest=limit or None, figures=figures)
     if as_json:
         print(json.dumps([version.plain() for version in found], indent=2))
+        _note_more(limit, more)
         return
     steps = gate.steps
     rows = [
@@ -131,6 +147,12 @@ def list_versions(
     titles = ("version", "alias", "gate", f"excess@{steps}", f"retrieval@{steps}", "objective", "sha256", "created")
     print_table(titles, rows)
     _note_foreign([f"{version.reference}: {tag}" for version in found for tag in version.foreign_events])
+    _note_more(limit, more)
+
+
+def _note_more(limit: int, more: bool) -> None:
+    if more:
+        note(f"note: these are the newest {limit}; --limit 0 lists all, and --where or MODEL fewer")
 
 
 def _figure(version: Version, name: str) -> str:

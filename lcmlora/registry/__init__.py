@@ -7,21 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lcmlora.registry.downloads.pulling import figures, pull, verify
+    from lcmlora.registry.listing.conditions import condition
+    from lcmlora.registry.listing.search import versions
     from lcmlora.registry.loading import load_pipeline
-    from lcmlora.registry.lookup import Difference, Version, champion, compare, condition, resolve, versions
+    from lcmlora.registry.lookup import Difference, Version, champion, compare, resolve
 
 _MODULES = {
     "Difference": "lookup",
     "Version": "lookup",
     "champion": "lookup",
     "compare": "lookup",
-    "condition": "lookup",
+    "condition": "listing.conditions",
     "figures": "downloads.pulling",
     "load_pipeline": "loading",
     "pull": "downloads.pulling",
     "resolve": "lookup",
     "verify": "downloads.pulling",
-    "versions": "lookup",
+    "versions": "listing.search",
 }
 
 __all__ = [

@@ -1,4 +1,7 @@
-"""The history of a registered version, kept in its tags: the tag `event.<time>` has one event as JSON."""
+"""The history of a registered version, kept in its tags: the tag `event.<time>` has one event as JSON.
+
+The tag `last_event` has the day of the last one, by which the versions are found that something happened to.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,15 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from lcmlora.io.parsing import Malformed, parse_json
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+LAST = "last_event"  # tag of a version: 2026-11-29, UTC
 
 _TAG = "event."
 _TYPES = {"action": str, "who": str, "reason": str, "alias": str, "former": int, "override": bool}  # in a tag
@@ -62,6 +72,50 @@ def event_tag(
     fields = {key: value for key, value in asdict(event).items() if value and key not in ("time", "version")}
     # MLflow allows no colon in the name of a tag.
     return f"{_TAG}{event.time.replace(':', '').replace('-', '')}", json.dumps(fields, sort_keys=True)
+
+
+def last_tag() -> tuple[str, str]:
+    """Returns the name and the value of the tag of a version that something happens to now."""
+    return LAST, now()[:10]
+
+
+def write(
+    client: MlflowClient,
+    name: str,
+    version: int,
+    action: str,
+    *,
+    reason: str | None = None,
+    who: str | None = None,
+    alias: str | None = None,
+    former: int | None = None,
+    override: bool = False,
+) -> None:
+    """Adds an event that happens now to the history of a version.
+
+    Args:
+        name: of the registered model; the others as for `event_tag`.
+    """
+    event = event_tag(action, reason=reason, who=who, alias=alias, former=former, override=override)
+    for key, value in (last_tag(), event):  # the day first: a version without its event is looked at in vain at most
+        client.set_model_version_tag(name, str(version), key, value)
+
+
+def of_versions(found: Iterable[ModelVersion]) -> list[Event]:
+    """Returns the own events of versions, the oldest first.
+
+    MLflow copies a version with all its tags, so with the events of the original, which are left out.
+    """
+    every = [event for version in found for event in _of_version(version)]
+    return sorted(every, key=lambda event: event.time)
+
+
+def _of_version(version: ModelVersion) -> list[Event]:
+    own = read_events(int(version.version), version.tags)
+    if not (version.source or "").startswith("models:/"):
+        return own
+    copied = datetime.datetime.fromtimestamp(version.creation_timestamp / 1000, datetime.UTC)
+    return [event for event in own if datetime.datetime.fromisoformat(event.time) >= copied]
 
 
 def read_events(version: int, tags: Mapping[str, str]) -> list[Event]:

@@ -1,4 +1,4 @@
-"""Looking up the versions of `lcm-lora-<model>` in MLflow's registry: finding, comparing, downloading, loading them.
+"""Looking up a version of `lcm-lora-<model>` in MLflow's registry, and comparing two.
 
 A version is an MLflow model that can be served (lcmlora/inference/serving.py). The release is among its artifacts.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -21,6 +21,7 @@ from lcmlora.registry import events
 from lcmlora.registry.approval.standing import standing
 from lcmlora.registry.costs.spent import figures
 from lcmlora.registry.downloads import offline
+from lcmlora.registry.listing import collection, main_figures
 from lcmlora.registry.retention import tombstones
 from lcmlora.registry.servers import ledger
 from lcmlora.registry.tracking import connect, of_environment, reaching
@@ -53,7 +54,7 @@ class Version:
     base: dict[str, str | None]  # source, revision, digest
     objective: str
     features: str
-    metrics: dict[str, float]  # by MLflow's flat names
+    metrics: dict[str, float]  # by MLflow's flat names; none in a list that did not need them
     data_digest: str
     data_dvc: str | None  # DVC's digest of the captioned pictures
     git_commit: str | None
@@ -93,9 +94,13 @@ class Version:
         return self.tags.get("adapter") or self.sha256
 
     def figure(self, name: str) -> float | None:
-        """Returns a metric by its name, with or without the features in front of it; None where there is none."""
+        """Returns a figure by its name, with or without the features in front of it; None where it is not known."""
         found = (value for key, value in self.metrics.items() if key == name or key.endswith(f"/{name}"))
-        return next(found, None)
+        return next(found, None) if self.metrics else (main_figures.read(self.tags) or {}).get(name)
+
+    def fact(self, name: str) -> object:
+        """Returns a field, else the tag of this name; None where there is neither."""
+        return getattr(self, name) if name in self.__dataclass_fields__ else self.tags.get(name)
 
     def plain(self) -> JsonObject:
         """Returns all fields as JSON values."""
@@ -138,7 +143,7 @@ def resolve(reference: str, settings: Registry | None = None, *, cache: Path | N
     with reaching(settings, "ask again later"):
         client = connect(settings)
         version = find_version(client, reference, settings)
-        return _described(client, [version], settings)[0]
+        return _described(client, version, settings)
 
 
 def champion(model: str, settings: Registry | None = None) -> Version | None:
@@ -155,34 +160,7 @@ def champion(model: str, settings: Registry | None = None) -> Version | None:
     with reaching(settings, "ask again later"):
         client = connect(settings)
         number = read_aliases(client, name).get(settings.alias) if _is_registered(client, name) else None
-        return None if number is None else _described(client, [_get(client, name, number, settings)], settings)[0]
-
-
-def versions(settings: Registry | None = None, name: str | None = None) -> list[Version]:
-    """Returns all versions, of one model or of all, the newest first.
-
-    Args:
-        settings: of the registry; MLFLOW_TRACKING_URI names it by default.
-        name: of the registered model, such as lcm-lora-emoji.
-
-    Raises:
-        UserError: there is no such model, no registry was named, or MLflow cannot be reached.
-    """
-    settings = settings or of_environment()
-    with reaching(settings, "ask again later"):
-        client = connect(settings)
-        found = described_versions(client, name, settings)
-        if name and not found:
-            raise UserError(f"{name}: not registered at {masking.address(settings.tracking_uri)}")
-        # Those that are being deleted are not shown: no other lookup finds them.
-        return [version for version in found if tombstones.MARK not in version.tags]
-
-
-def described_versions(client: MlflowClient, name: str | None, settings: Registry) -> list[Version]:
-    """Returns all versions as `versions` does, with those that are being pruned."""
-    found: list[ModelVersion] = search_all(client.search_model_versions, f"name = '{name}'" if name else None)
-    found.sort(key=lambda version: (version.name, -int(version.version)))
-    return _described(client, found, settings)
+        return None if number is None else _described(client, _get(client, name, number, settings), settings)
 
 
 @dataclass(frozen=True)
@@ -220,30 +198,6 @@ def compare(first: Version, second: Version) -> list[Difference]:
     rows += [Difference(name, one[name], two[name]) for name in one if one[name] or two[name]]
     names = dict.fromkeys([*first.metrics, *second.metrics])
     return rows + [Difference(name, first.metrics.get(name), second.metrics.get(name)) for name in names]
-
-
-def condition(text: str) -> Callable[[Version], bool]:
-    """Returns the test that a text describes: `KEY=VALUE` (a field or a tag), `FIGURE<NUMBER` or `FIGURE>NUMBER`.
-
-    Raises:
-        UserError: the text has none of these forms.
-    """
-    match = re.fullmatch(r"\s*(.+?)\s*([=<>])\s*(.+?)\s*", text)
-    if match is None:
-        raise UserError(f"{text!r}: expected KEY=VALUE, FIGURE<NUMBER or FIGURE>NUMBER")
-    key, sign, value = match.groups()
-    if sign == "=":
-        return lambda version: str(version.plain().get(key, version.tags.get(key))) == value
-    try:
-        limit = float(value)
-    except ValueError:
-        raise UserError(f"{text!r}: {value!r} is not a number") from None
-
-    def test(version: Version) -> bool:
-        figure = version.figure(key)
-        return figure is not None and (figure < limit if sign == "<" else figure > limit)
-
-    return test
 
 
 def registered_name(model: str) -> str:
@@ -341,81 +295,85 @@ def versions_of_adapter(client: MlflowClient, digits: str) -> list[ModelVersion]
 
 def search_all(search: Callable[..., PagedList[T]], condition: str | None = None) -> list[T]:
     """Returns all results of one of the client's search methods, which return them in pages."""
-    page = search(condition, max_results=1000)
-    found = list(page)
-    while page.token:
-        page = search(condition, max_results=1000, page_token=page.token)
-        found += page
+    with collection.paused():
+        page = search(condition, max_results=1000)
+        found = list(page)
+        while page.token:
+            page = search(condition, max_results=1000, page_token=page.token)
+            found += page
     return found
 
 
 def read_aliases(client: MlflowClient, name: str) -> dict[str, int]:
     """Returns the version number of each alias of a model. `search_model_versions` leaves aliases out."""
-    return _aliases(client.get_registered_model(name))
+    return aliases_of(client.get_registered_model(name))
 
 
-def _aliases(model: RegisteredModel) -> dict[str, int]:
+def aliases_of(model: RegisteredModel) -> dict[str, int]:
+    """Returns the version number of each alias of a model."""
     # The numbers are integers from a database, and text from a server.
     return {alias: int(number) for alias, number in model.aliases.items()}
 
 
-def _described(client: MlflowClient, found: Sequence[ModelVersion], settings: Registry) -> list[Version]:
-    """Returns the versions with aliases and figures, by one request for 1,000 models and one for 100 runs."""
-    names = {version.name for version in found}
-    if len(names) > 1:  # one request for all models: one for each model would take most of the time
-        models: list[RegisteredModel] = search_all(client.search_registered_models)
-        aliases = {model.name: _aliases(model) for model in models}
-    else:
-        aliases = {name: read_aliases(client, name) for name in names}
+def _described(client: MlflowClient, found: ModelVersion, settings: Registry) -> Version:
+    """Returns a version with its aliases and all figures."""
+    metrics = read_metrics(client, [found.run_id])
+    return describe(found, read_aliases(client, found.name), metrics.get(found.run_id, {}), settings)
+
+
+def describe(
+    found: ModelVersion, aliases: Mapping[str, int], metrics: Mapping[str, float], settings: Registry
+) -> Version:
+    """Returns the facts about a version.
+
+    Args:
+        aliases: those of its model, with their versions.
+        metrics: those of its run; empty if they are not needed.
+    """
+    tags, number = dict(found.tags), int(found.version)
+    past = events.read_events(number, tags)
+    promotions = [event.time for event in past if event.alias == settings.alias]
+    return Version(
+        name=found.name,
+        version=number,
+        sha256=tags.get("sha256", ""),
+        base={
+            "source": tags.get("base"),
+            "revision": tags.get("base_revision"),
+            "digest": tags.get("base_digest"),
+            # Versions from before 2026-11 have no such tag: their digest is the UNet's.
+            **({"unet": tags["base_unet"]} if "base_unet" in tags else {}),
+        },
+        objective=tags.get("objective", ""),
+        features=tags.get("features", ""),
+        metrics=dict(metrics),
+        data_digest=tags.get("data_digest", ""),
+        data_dvc=tags.get("data_dvc"),
+        git_commit=tags.get("git_commit"),
+        dvc_lock=tags.get("dvc_lock"),
+        gate=tags.get("gate", ""),
+        gate_reason=tags.get("gate_reason") or None,
+        release_uri=tags.get("release_uri"),
+        run_id=found.run_id or "",
+        aliases=tuple(sorted(alias for alias, each in aliases.items() if each == number)),
+        created=_iso(found.creation_timestamp),
+        updated=_iso(found.last_updated_timestamp),
+        promoted=promotions[-1] if promotions else None,
+        foreign_events=tuple(events.foreign_tags(tags)),
+        tags=tags,
+        approval=decided.state if (decided := standing(past, settings.alias)) else None,
+        git_dirty=tags.get("git_dirty"),
+    )
+
+
+def read_metrics(client: MlflowClient, run_ids: Iterable[str | None]) -> dict[str, dict[str, float]]:
+    """Returns all figures of runs, by one request for 100 of them."""
     # Other programs may have registered a version with any text as its run.
-    runs = {version.run_id for version in found if re.fullmatch(r"[0-9a-f]{32}", version.run_id or "")}
-    metrics = _metrics(client, sorted(runs))
-    described = []
-    for version in found:
-        tags, number = dict(version.tags), int(version.version)
-        past = events.read_events(number, tags)
-        promotions = [event.time for event in past if event.alias == settings.alias]
-        described.append(
-            Version(
-                name=version.name,
-                version=number,
-                sha256=tags.get("sha256", ""),
-                base={
-                    "source": tags.get("base"),
-                    "revision": tags.get("base_revision"),
-                    "digest": tags.get("base_digest"),
-                    # Versions from before 2026-11 have no such tag: their digest is the UNet's.
-                    **({"unet": tags["base_unet"]} if "base_unet" in tags else {}),
-                },
-                objective=tags.get("objective", ""),
-                features=tags.get("features", ""),
-                metrics=metrics.get(version.run_id, {}),
-                data_digest=tags.get("data_digest", ""),
-                data_dvc=tags.get("data_dvc"),
-                git_commit=tags.get("git_commit"),
-                dvc_lock=tags.get("dvc_lock"),
-                gate=tags.get("gate", ""),
-                gate_reason=tags.get("gate_reason") or None,
-                release_uri=tags.get("release_uri"),
-                run_id=version.run_id or "",
-                aliases=tuple(sorted(a for a, v in aliases.get(version.name, {}).items() if v == number)),
-                created=_iso(version.creation_timestamp),
-                updated=_iso(version.last_updated_timestamp),
-                promoted=promotions[-1] if promotions else None,
-                foreign_events=tuple(events.foreign_tags(tags)),
-                tags=tags,
-                approval=decided.state if (decided := standing(past, settings.alias)) else None,
-                git_dirty=tags.get("git_dirty"),
-            )
-        )
-    return described
-
-
-def _metrics(client: MlflowClient, run_ids: Sequence[str]) -> dict[str, dict[str, float]]:
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    known = sorted({run_id for run_id in run_ids if run_id and re.fullmatch(r"[0-9a-f]{32}", run_id)})
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()] if known else []
     metrics: dict[str, dict[str, float]] = {}
-    for start in range(0, len(run_ids), 100):
-        listed = ", ".join(f"'{run_id}'" for run_id in run_ids[start : start + 100])
+    for start in range(0, len(known), 100):
+        listed = ", ".join(f"'{run_id}'" for run_id in known[start : start + 100])
         for run in client.search_runs(experiments, f"attributes.run_id IN ({listed})", max_results=100):
             metrics[run.info.run_id] = dict(run.data.metrics)
     return metrics

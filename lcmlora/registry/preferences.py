@@ -30,7 +30,5 @@ def record(version: Version, reason: str, settings: Registry, *, who: str | None
         past = events.read_events(version.version, tags)
         if any((event.action, event.reason, event.who) == (COMPARED, reason, who) for event in past):
             return False
-        client.set_model_version_tag(
-            version.name, str(version.version), *events.event_tag(COMPARED, reason=reason, who=who)
-        )
+        events.write(client, version.name, version.version, COMPARED, reason=reason, who=who)
         return True

@@ -6,7 +6,6 @@ in between, the next one completes it.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from lcmlora.registry import events
 from lcmlora.registry.approval.standing import REFUSED, standing
 from lcmlora.registry.downloads.pulling import figures
 from lcmlora.registry.events import Event
+from lcmlora.registry.listing.current import CHAMPION_RUN
 from lcmlora.registry.lookup import PASSED, PREFIX, Version, find_version, read_aliases, resolve, search_all
 from lcmlora.registry.registration import Registered
 from lcmlora.registry.retention import tombstones
@@ -52,7 +52,7 @@ def history(name: str, settings: Registry, *, may_be_missing: bool = False) -> l
             ledger.refuse_renamed(client, name)
             raise NotFound(f"{name}: not registered at {masking.address(settings.tracking_uri)}")
         stones = tombstones.read(dict(client.get_registered_model(name).tags)) if found else []
-    return sorted([*_events(found), *(stone.event for stone in stones)], key=lambda event: event.time)
+    return sorted([*events.of_versions(found), *(stone.event for stone in stones)], key=lambda event: event.time)
 
 
 def foreign_events(name: str, settings: Registry) -> list[str]:
@@ -219,11 +219,13 @@ def _move(
         recorded, present = _recorded_champions(client, name, alias), read_aliases(client, name).get(alias)
         if recorded[-1:] != [version] or present != version:
             former = present if present != version else next((v for v in reversed(recorded) if v != version), None)
-            find_version(client, f"{_EXACT}{name}/{version}", settings)  # raises where it was pruned
+            found = find_version(client, f"{_EXACT}{name}/{version}", settings)  # raises where it was pruned
             client.set_registered_model_alias(name, alias, str(version))
             _take_back_from_pruned(client, name, version, settings, present)
-            key, event = events.event_tag(action, reason=reason, who=who, alias=alias, former=former, override=override)
-            client.set_model_version_tag(name, str(version), key, event)
+            client.set_registered_model_tag(name, CHAMPION_RUN, found.run_id or "")
+            events.write(
+                client, name, version, action, reason=reason, who=who, alias=alias, former=former, override=override
+            )
         _set_previous(client, name, alias)
     return f"{name}@{alias}"
 
@@ -276,7 +278,7 @@ def _recorded_champions(client: MlflowClient, name: str, alias: str) -> list[int
     found = _versions(client, name)
     existing = {int(version.version) for version in found if tombstones.MARK not in version.tags}
     champions: list[int] = []
-    for number in events.champions(_events(found), alias):
+    for number in events.champions(events.of_versions(found), alias):
         if number in existing and champions[-1:] != [number]:
             champions.append(number)
     return champions
@@ -284,17 +286,3 @@ def _recorded_champions(client: MlflowClient, name: str, alias: str) -> list[int
 
 def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
     return search_all(client.search_model_versions, f"name = '{name}'")
-
-
-def _events(found: Sequence[ModelVersion]) -> list[Event]:
-    every = [event for version in found for event in _events_of(version)]
-    return sorted(every, key=lambda event: event.time)
-
-
-def _events_of(version: ModelVersion) -> list[Event]:
-    """Returns a version's own events. MLflow copies a version with all its tags, so with the events of the original."""
-    own = events.read_events(int(version.version), version.tags)
-    if not (version.source or "").startswith(_EXACT):
-        return own
-    copied = datetime.datetime.fromtimestamp(version.creation_timestamp / 1000, datetime.UTC)
-    return [event for event in own if datetime.datetime.fromisoformat(event.time) >= copied]

@@ -19,6 +19,7 @@ from lcmlora.io.parsing import Malformed, as_object, parse_json
 from lcmlora.io.terminal import note
 from lcmlora.registry import events, lookup
 from lcmlora.registry.approval.standing import Standing, standing
+from lcmlora.registry.listing import main_figures
 from lcmlora.registry.lookup import MODEL, PASSED, PREFIX, REJECTED, RELEASE, read_aliases, versions_of_release
 from lcmlora.registry.retention import plan, tombstones
 from lcmlora.registry.servers import artifacts, ledger
@@ -92,7 +93,7 @@ def register_release(
         found = _with_release(client, same, settings) or _uploaded_again(client, same, folder, name, provenance)
         if found:
             version = found[0]
-            _update(client, version, _known_here(tags, version, provenance))
+            _update(client, version, _known_here(tags, version, provenance) | main_figures.tag(record(figures)))
         else:
             version = _create_version(client, settings, name, folder, provenance, figures, tags)
         number = int(version.version)
@@ -130,11 +131,12 @@ def _create_version(
     _log(client, run_id, provenance, figures, tags)
     _upload(client, run_id, folder, name, provenance)
     _create_model(client, name)
+    happened = [events.event_tag("registered"), events.event_tag(tags["gate"], reason=tags.get("gate_reason"))]
     version = client.create_model_version(
         name,
         f"runs:/{run_id}/{MODEL}",
         run_id,
-        tags=tags | dict([events.event_tag("registered"), _gate_event(tags)]),
+        tags=tags | main_figures.tag(record(figures)) | dict([*happened, events.last_tag()]),
         description=_description(figures, provenance, run_id),
     )
     return _remove_duplicate(client, version, provenance.sha256, settings, own_run=not ended)
@@ -300,11 +302,7 @@ def _update(client: MlflowClient, version: ModelVersion, tags: dict[str, str]) -
         if version.tags.get(key) != tags.get(key, ""):
             client.set_model_version_tag(name, number, key, tags.get(key, ""))
     if version.tags.get("gate") != tags["gate"]:
-        client.set_model_version_tag(name, number, *_gate_event(tags))
-
-
-def _gate_event(tags: dict[str, str]) -> tuple[str, str]:
-    return events.event_tag(tags["gate"], reason=tags.get("gate_reason"))
+        events.write(client, name, int(number), tags["gate"], reason=tags.get("gate_reason"))
 
 
 def _run_of(client: MlflowClient, settings: Registry, name: str, provenance: Provenance) -> tuple[str, bool]:

@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import functools
 import json
 import re
 import threading
@@ -17,6 +18,7 @@ from lcmlora.flows.credentials import Login
 from lcmlora.flows.monitoring import exporter, sources, stage_seconds
 from lcmlora.flows.monitoring.exporter import Endpoint, Exporter
 from lcmlora.flows.monitoring.sources import Source
+from lcmlora.flows.monitoring.trainings import Trainings
 from lcmlora.inference.production.metrics import ServingMetrics
 from lcmlora.project import Project as Folder
 from lcmlora.releases.bundle import Provenance
@@ -35,12 +37,23 @@ def test_a_training_is_told_of_while_it_runs(project: Project):
         client.log_metric(run.info.run_id, "images_per_second", speed)
         client.log_metric(run.info.run_id, "loss", speed / 10)
     client.create_run(experiment, tags={"model": "a"})  # has reported nothing yet
-    made = Exporter([Source("mlflow", 1, sources.of_mlflow)], Folder().settings)
+    source = Source("mlflow", 1, functools.partial(sources.of_mlflow, trainings=Trainings()))
+    made = Exporter([source], Folder().settings)
     assert made.look_at_all()
     found = samples(made)
     assert found["lcmlora_training_images_per_second"] == {("a",): 7.5}
     assert found["lcmlora_training_loss"] == {("a",): 0.75}
     assert found["lcmlora_training_running"] == {("a",): 1, ("b",): 0}
+    # The next look reads what has changed since.
+    client.log_metric(run.info.run_id, "loss", 0.5)
+    client.set_terminated(run.info.run_id)
+    other = client.create_run(experiment, tags={"model": "b"})
+    client.log_metric(other.info.run_id, "images_per_second", 2.0)
+    assert made.look_at_all()
+    found = samples(made)
+    assert found["lcmlora_training_images_per_second"] == {("a",): 7.5, ("b",): 2.0}
+    assert found["lcmlora_training_loss"] == {("a",): 0.5}
+    assert found["lcmlora_training_running"] == {("a",): 0, ("b",): 1}
 
 
 def test_seconds_are_of_the_stages_last_run_and_artifacts_of_others_are_left_out():

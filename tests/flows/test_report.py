@@ -81,5 +81,5 @@ def check_metrics(project: Project) -> None:
     assert found["lcmlora_kept_bytes"]["scratch",] == 1000
     assert 0 < found["lcmlora_disk_free_bytes"][()] < found["lcmlora_disk_size_bytes"][()]
     assert found["lcmlora_collection_success"] == {
-        (name,): 1 for name in ("mlflow", "prefect", "dvc", "disk", "folders")
+        (name,): 1 for name in ("mlflow", "versions", "prefect", "dvc", "disk", "folders")
     }

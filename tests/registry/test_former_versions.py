@@ -50,7 +50,7 @@ def store(former: Path) -> Publish:
 
 
 def test_versions_are_found_by_alias_number_and_digest(settings: Registry):
-    found = lookup.versions(settings, NAME)
+    found = registry.versions(settings, NAME)
     assert [(each.version, each.sha256) for each in found] == [
         (3, DIGESTS[2]),
         (2, DIGESTS[1]),

@@ -15,7 +15,9 @@ from lcmlora.errors import Unavailable, UserError
 from lcmlora.inference.mlflow_internals import start_system_monitor
 from lcmlora.io.files import sha256_file
 from lcmlora.registry.downloads.pulling import figures, pull
-from lcmlora.registry.lookup import champion, compare, condition, resolve, versions
+from lcmlora.registry.listing.conditions import condition
+from lcmlora.registry.listing.search import versions
+from lcmlora.registry.lookup import champion, compare, resolve
 from lcmlora.registry.promotion import promote_passed
 from lcmlora.registry.registration import register_release
 from lcmlora.registry.tracking import log_run
@@ -173,7 +175,10 @@ def test_a_release_becomes_a_version_with_artifacts_figures_and_tags(settings: R
     version = client(settings).get_model_version("lcm-lora-mini", "1")
     assert version.run_id == run.id
     events = {key: value for key, value in version.tags.items() if key.startswith("event.")}
+    main = json.loads(version.tags["main_figures"])
     assert version.tags == events | {
+        "main_figures": json.dumps(main, sort_keys=True),
+        "last_event": max(events)[6:10] + "-" + max(events)[10:12] + "-" + max(events)[12:14],
         "sha256": SHA,
         "base": "bases/mini",
         "base_digest": "b" * 64,
@@ -188,7 +193,8 @@ def test_a_release_becomes_a_version_with_artifacts_figures_and_tags(settings: R
     assert [json.loads(value)["action"] for _, value in sorted(events.items())] == ["registered", "passed"]
     metrics = client(settings).get_run(run.id).data.metrics
     assert metrics["loss"] == 1.0
-    assert metrics["efficientnet-lite0/excess.student_4"] == 4.5
+    assert metrics["efficientnet-lite0/excess.student_4"] == main["excess.student_4"] == 4.5
+    assert main == {key: metrics[f"efficientnet-lite0/{key}"] for key in main} and "retrieval.student_4" in main
     assert metrics["efficientnet-lite0/excess.dpmpp_2"] == 93.0
     client(settings).download_artifacts(run.id, "model", str(tmp_path))
     for path in bundle.iterdir():

@@ -163,4 +163,4 @@ def _standing(client: MlflowClient, name: str, version: int, settings: Registry)
 
 
 def _write(client: MlflowClient, name: str, version: int, action: str, reason: str | None, who: str | None) -> None:
-    client.set_model_version_tag(name, str(version), *events.event_tag(action, reason=reason, who=who))
+    events.write(client, name, version, action, reason=reason, who=who)

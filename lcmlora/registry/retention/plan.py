@@ -13,7 +13,8 @@ from lcmlora.errors import UserError
 from lcmlora.io.terminal import note
 from lcmlora.registry import events
 from lcmlora.registry.approval.standing import AWAITING, standing
-from lcmlora.registry.lookup import PREFIX, Version, described_versions, search_all
+from lcmlora.registry.listing.search import described_versions
+from lcmlora.registry.lookup import PREFIX, Version, search_all
 from lcmlora.registry.retention import tombstones
 from lcmlora.registry.retention.selection import Choice, Rules, choose
 from lcmlora.registry.retention.tombstones import MARK, Tombstone
