@@ -1,5 +1,7 @@
 """Polish: distribution matching by a second adapter of the same layers on the same frozen base."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.adapters.metadata import FACTS, Distilled, Sampler
-from lcmlora.config import Distill
+from lcmlora.config import Base, Distill, Launch
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.diffusion import sampling
 from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
@@ -19,9 +21,11 @@ from lcmlora.distillation.matching import DistributionMatching
 from lcmlora.distillation.polish import polish_adapter
 from lcmlora.errors import UserError
 from lcmlora.io.files import sha256_file
+from lcmlora.parallel import launcher
 from lcmlora.settings.training import Polish
 from lcmlora.training.loop import NullLogger
 from tests.support.distillation import CPU, SETTINGS, load_parts, run_distill
+from tests.support.miniature import RESOLUTION
 
 POLISH = Polish(steps=4, lr=1e-3, fake_lr=1e-2, fake_updates=2, head_start=1, w=1.0, student_steps=(1, 2))
 POLISHED = SETTINGS.model_copy(update={"polish": POLISH, "validate_every": 2})
@@ -238,3 +242,67 @@ def test_every_objective_is_polished(
 def test_an_adapter_of_another_rank_is_refused(base_folder: Path, cache: LatentCache, distilled: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"expected \(8, "):
         run_polish(base_folder, cache, distilled, tmp_path, POLISHED.model_copy(update={"rank": 8}))
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_adapter_of_one(
+    base_folder: Path, cache: LatentCache, distilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = []
+    for processes in (1, 2):
+        work = tmp_path / str(processes)
+        arguments = [str(path) for path in (base_folder, cache._folder, distilled, work)]
+        if processes == 1:
+            subprocess.run([sys.executable, "-m", "tests.support.polisher", *arguments], check=True)
+        else:
+            assert launcher.launch(Launch(processes=2), "tests.support.polisher", arguments) == 0
+        found.append(load_file(work / "adapter" / lora.WEIGHTS))
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name], atol=2e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+def test_over_a_half_precision_base_both_adapters_are_trained_in_fp32(
+    base_folder: Path, cache: LatentCache, tmp_path: Path, dtype: torch.dtype
+):
+    def load() -> bases.LoadedBase:
+        settings = Base(source=str(base_folder), resolution=RESOLUTION, license="apache-2.0")
+        return bases.load("mini", settings, base_folder, device=CPU, dtype=dtype, parts=("network",))
+
+    run_distill(load(), cache, tmp_path / "distilled")
+    work, base = tmp_path / "polished", load()
+    (work / "scratch").mkdir(parents=True)
+    polish_adapter(
+        base,
+        cache,
+        POLISHED,
+        tmp_path / "distilled" / "adapter",
+        work / "scratch",
+        work / "adapter",
+        identity={"source": "mini"},
+        logger=NullLogger(),
+        judge=judge_of(base, cache),
+    )
+    checkpoint = torch.load(work / "scratch" / "checkpoint.pt", weights_only=True)
+    for kept in (checkpoint["optimization"], checkpoint["companion"]):
+        assert kept["weights"].dtype == kept["average"].dtype == torch.float32
+    assert base.network.conv_in.weight.dtype == dtype
+    files = [load_file(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("distilled", "polished")]
+    assert {tensor.dtype for tensor in files[1].values()} == {torch.float16}
+    assert any(not torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+@pytest.mark.slow
+def test_a_compiled_polish_makes_the_adapter_of_an_eager_one(
+    base_folder: Path, cache: LatentCache, distilled: Path, tmp_path: Path
+):
+    slow = POLISHED.model_copy(update={"polish": POLISH.model_copy(update={"lr": 1e-4, "fake_lr": 1e-4})})
+    for name, settings in (("eager", slow), ("compiled", slow.model_copy(update={"compile": True}))):
+        distances = iter((3.0, 2.0, 1.0))
+        judge = lambda sampler, distances=distances: {"distance@1": next(distances)}  # noqa: E731
+        run_polish(base_folder, cache, distilled, tmp_path / name, settings, judge=judge)
+    torch._dynamo.reset()
+    eager, compiled = (load_file(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("eager", "compiled"))
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name], atol=2e-5, rtol=0, msg=name)
