@@ -191,9 +191,9 @@ def show(found: dict[str, Any]) -> str:
 
 
 def _table(seconds: dict[str, Any], kind: str, rows: Sequence[str]) -> str:
-    sizes = [size for size in sorted(seconds, key=int) if len(seconds[size]) == len(PLACES)]
-    head = ["", *(f"{place}, {int(size):,}" for place in PLACES for size in sizes)]
-    cells = [[words, *(f"{seconds[s][p][kind][words]:.2f}" for p in PLACES for s in sizes)] for words in rows]
+    measured = [(place, size) for place in PLACES for size in sorted(seconds, key=int) if place in seconds[size]]
+    head = ["", *(f"{place}, {int(size):,}" for place, size in measured)]
+    cells = [[words, *(f"{seconds[size][place][kind][words]:.2f}" for place, size in measured)] for words in rows]
     return tables.markdown(head, cells)
 
 
