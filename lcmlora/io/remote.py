@@ -96,8 +96,11 @@ class Files:
 
     def states(self) -> dict[str, str]:
         """Returns a text for each file below the path that changes with it, by its name. Raises as `list` does."""
-        names = ((str(PurePosixPath(path).relative_to(self.root)), facts) for path, facts in self._facts())
-        return {name: json.dumps(facts, sort_keys=True) for name, facts in names}
+        names = ((PurePosixPath(path).relative_to(self.root), facts) for path, facts in self._facts())
+        states = {str(name): json.dumps(facts, sort_keys=True) for name, facts in names if not _hidden(name)}
+        if not states and not self._exists():
+            raise UserError(f"{self.setting}: {self.path}: no such file or folder")
+        return states
 
     def _facts(self) -> Iterator[tuple[str, dict[str, str]]]:
         """Yields size, time and tag of each file, sorted by their paths."""

@@ -35,6 +35,15 @@ class InputShard(NamedTuple):
     content: Any = None
 
 
+class Spare(NamedTuple):
+    """Files of a shard that nothing was taken from."""
+
+    names: list[str]
+
+
+Listing = Candidate | Rejection | Spare
+
+
 class Task(NamedTuple):
     """What a worker does: list the pictures of a shard, or decode these candidates of it.
 
@@ -52,16 +61,19 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def packed(results: Iterable[Candidate | Rejection | bytes]) -> bytes:
+def packed(results: Iterable[Listing | bytes]) -> bytes:
     """Returns the compressed lines of a result. The line of a record is there already, as bytes."""
     compressor = zlib.compressobj(1, wbits=31)
     parts = [compressor.compress(each if isinstance(each, bytes) else line_of(each)) for each in results]
     return b"".join([*parts, compressor.flush()])
 
 
-def line_of(each: Candidate | Rejection) -> bytes:
+def line_of(each: Listing) -> bytes:
+    plain: list[Any]
     if isinstance(each, Candidate):
-        plain: list[Any] = ["candidate", each.key, *each.caption, each.place, each.scores]
+        plain = ["candidate", each.key, *each.caption, each.place, each.scores]
+    elif isinstance(each, Spare):
+        plain = ["spare", each.names]
     else:
         plain = ["rejection", each.name, each.reason, each.place, each.detail, each.rank]
     return json.dumps(plain).encode() + b"\n"
@@ -76,13 +88,13 @@ def is_record(line: bytes) -> bool:
     return line.startswith(b"{")
 
 
-def parsed(line: bytes) -> Candidate | Rejection:
+def parsed(line: bytes) -> Listing:
     """Returns what `line_of` wrote."""
     kind, *fields = json.loads(line)
     if kind == "candidate":
         key, text, raw, place, scores = fields
         return Candidate(key, Caption(text, raw), place, scores)
-    return Rejection(*fields)
+    return Spare(*fields) if kind == "spare" else Rejection(*fields)
 
 
 class Finished:

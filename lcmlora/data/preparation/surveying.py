@@ -15,6 +15,7 @@ from lcmlora.data import rejection_advice
 from lcmlora.data.preparation.shards import (
     Finished,
     InputShard,
+    Spare,
     Task,
     digest,
     is_candidate,
@@ -69,6 +70,8 @@ class PictureSource(ShardedSource, Protocol):
     def left_out(self) -> dict[str, Tally]: ...
 
     def refused(self) -> Iterable[Rejection]: ...
+
+    def take_spare(self, spare: Spare) -> None: ...
 
     def split_inside(self, each: Candidate | Rejection) -> tuple[str, str]: ...
 
@@ -187,6 +190,7 @@ class _Survey:
         self._slices = _Plan(folder / "slices")
         self._rejections = Rejections(folder)
         self._inside = _SplitsInside(source)
+        self._unused_files = dict[str, Tally]()
         self._run = secrets.token_hex(8)  # of the keys of shards whose state nobody knows
         data = source.data
         kind = f"{type(source).__module__}.{type(source).__qualname__}"
@@ -214,8 +218,10 @@ class _Survey:
                 if is_candidate(line):
                     listed.candidates += 1
                     self._inside.count(line)
-                else:
-                    listed.add(_rejection(line), planned.name)
+                elif isinstance(found := parsed(line), Rejection):
+                    listed.add(found, planned.name)
+                elif isinstance(found, Spare):
+                    self._source.take_spare(found)
         self._source.check_listed(listed)
         self._inside.choose()
 
@@ -231,7 +237,7 @@ class _Survey:
             note(f"{self._slices.done} of {self._slices.count} shards were read before")
         # Before hours are spent on decoding the few that have a caption.
         total = self._slices.pictures + self._rejections.count
-        unused = self._source.unused_files().by_kind()
+        self._unused_files = unused = self._source.unused_files().by_kind()
         rejection_advice.check_captions(self._source.data, ByReason(self._rejections), total, unused)
 
     def read_pictures(self) -> None:
@@ -257,7 +263,7 @@ class _Survey:
             _Records(self._finished, self._slices),
             self._rejections,
             self._inside.left_out(),
-            self._source.unused_files().by_kind(),
+            self._unused_files,
             self._source.separate_files,
         )
 
@@ -279,8 +285,8 @@ class _Survey:
             if not self._inside.wants(line):
                 continue
             if not is_candidate(line):
-                if rejections is not None:
-                    rejections.add(_rejection(line))
+                if rejections is not None and isinstance(found := parsed(line), Rejection):
+                    rejections.add(found)
                 continue
             if len(lines) >= _SLICE:
                 following = self._source.unit_of(_candidate(line))
@@ -317,7 +323,8 @@ class _SplitsInside:
 
     def wants(self, line: bytes) -> bool:
         """Returns whether a candidate or a rejection is in a split that is used."""
-        return not self._unwanted or self._source.split_inside(parsed(line))[0] not in self._unwanted
+        found = parsed(line) if self._unwanted else None
+        return found is None or isinstance(found, Spare) or self._source.split_inside(found)[0] not in self._unwanted
 
     def left_out(self) -> dict[str, Tally]:
         """Returns what is left out: files of the source, and names in its tar files."""

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Protocol
 
 from lcmlora.config import Data, Launch
-from lcmlora.data.preparation.shards import InputShard, Task, packed
+from lcmlora.data.preparation.shards import InputShard, Listing, Task, packed
 from lcmlora.data.reading.candidates import Candidate, Rejection
 from lcmlora.data.reading.tables import PRELOAD
 from lcmlora.io.isolation import Processes
@@ -26,7 +26,7 @@ class ShardedSource(Protocol):
 
     def shards(self) -> Iterator[InputShard]: ...
 
-    def listed(self, shard: InputShard, processes: Processes) -> Iterator[Candidate | Rejection]: ...
+    def listed(self, shard: InputShard, processes: Processes) -> Iterator[Listing]: ...
 
     def examined(self, candidates: list[Candidate], processes: Processes) -> Iterator[bytes | Rejection]: ...
 

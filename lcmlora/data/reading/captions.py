@@ -12,7 +12,6 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from lcmlora.data.reading.candidates import (
-    AMBIGUOUS,
     CAPTIONS,
     LONG_CAPTION,
     MAX_CAPTION,
@@ -23,12 +22,12 @@ from lcmlora.data.reading.candidates import (
     decoded_caption,
     scores_in,
 )
-from lcmlora.data.reading.file_names import FileNames
 from lcmlora.data.reading.picture_folders import PictureFolder
 from lcmlora.io.parsing import JsonObject, Malformed, parse_json
 
 JSON = ".json"
 BAD_JSON = "the JSON beside it cannot be read"
+_LAST_TURN = 38
 _MAX_JSON = 1 << 20  # bytes; it may hold more than a caption
 
 
@@ -39,42 +38,31 @@ class Description(NamedTuple):
     scores: dict[str, float]
 
 
+class CaptionFile(NamedTuple):
+    """A file that may have a picture's caption.
+
+    size: its bytes.
+    refusal: why it must not be read; empty if it may be.
+    """
+
+    name: str
+    size: int
+    refusal: str = ""
+
+
 class ReadDescription(NamedTuple):
-    """A picture's description, or why the picture is refused; and the files that were read for it."""
+    """A picture's description, or why the picture is refused; and the files that were read for it.
+
+    turn: when it was found, for the order of the refused ones.
+    """
 
     description: Description | Unusable
     files: list[str]
-
-
-class CaptionFiles:
-    """The caption files of a folder, by picture."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._files: dict[str, list[str]] = {}  # by name without ending; the file that counts first comes first
-        for name in sorted(names, key=_order):
-            if _ending(name) in (*TEXTS, JSON):
-                self._files.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name)
-        self._stems = FileNames(self._files)
-
-    def of(self, picture: str) -> list[str]:
-        """Returns the caption files of a picture, the one that counts first. Raises Unusable if they are ambiguous."""
-        files: list[str] = []
-        for stem in _stems(picture):
-            matches = self._stems.matches(stem)
-            if len(matches) > 1:
-                possible = " or ".join(self._files[match][0] for match in matches[:3])
-                raise Unusable(AMBIGUOUS, f"its caption could be {possible}")
-            files += [name for match in matches for name in self._files[match] if name not in files]
-        return files
-
-    def possible(self, picture: str) -> list[str]:
-        """Returns the files that may have this picture's caption, also if they are ambiguous."""
-        stems = {match for stem in _stems(picture) for match in self._stems.matches(stem)}
-        return [name for stem in stems for name in self._files[stem]]
+    turn: int
 
 
 def read_captions(
-    folder: PictureFolder, files: dict[str, list[str]], scores: tuple[str, ...]
+    folder: PictureFolder, files: dict[str, list[CaptionFile]], scores: tuple[str, ...]
 ) -> dict[str, ReadDescription]:
     """Returns the descriptions of pictures from the files beside them; leaves out pictures whose files are all empty.
 
@@ -83,29 +71,41 @@ def read_captions(
         scores: names of the numbers that are wanted; a .json has them, whichever file has the caption.
     """
     found: dict[str, ReadDescription] = {}
-    texts = {picture: [name for name in names if _ending(name) != JSON] for picture, names in files.items()}
-    while next_files := {picture: names.pop(0) for picture, names in texts.items() if names and picture not in found}:
+    texts = {picture: [file for file in all_ if ending(file.name) != JSON] for picture, all_ in files.items()}
+    turn = 0
+    while next_files := {picture: rest.pop(0) for picture, rest in texts.items() if rest and picture not in found}:
         for picture, content in _contents(folder, next_files, MAX_CAPTION):
+            file = next_files[picture]
+            at = min(turn, _LAST_TURN) + (not file.refusal)
             try:
                 if isinstance(content, Unusable):
                     raise content
                 if (caption := decoded_caption(content)).text:
-                    found[picture] = ReadDescription(Description(caption, {}), [next_files[picture]])
+                    found[picture] = ReadDescription(Description(caption, {}), [file.name], at)
             except Unusable as reason:
-                found[picture] = ReadDescription(reason, [next_files[picture]])
-    jsons = {picture: names[-1] for picture, names in files.items() if names and _ending(names[-1]) == JSON}
-    jsons = {picture: name for picture, name in jsons.items() if scores or picture not in found}
+                found[picture] = ReadDescription(reason, [file.name], at)
+        turn += 2
+    jsons = {picture: all_[-1] for picture, all_ in files.items() if all_ and ending(all_[-1].name) == JSON}
+    jsons = {picture: file for picture, file in jsons.items() if scores or picture not in found}
     for picture, content in _contents(folder, jsons, _MAX_JSON):
-        known, read = found.get(picture, (None, []))
+        known, file = found.get(picture), jsons[picture]
+        description: Description | Unusable
         try:
             fields = _json(content)
-            caption = known.caption if isinstance(known, Description) else caption_in(fields)
-            if isinstance(known, Unusable) or not caption.text:
+            if known is None:
+                caption = caption_in(fields)
+            elif isinstance(known.description, Unusable):
+                continue
+            else:
+                caption = known.description.caption
+            if not caption.text:
                 continue
             description = Description(caption, scores_in(fields, scores))
-            found[picture] = ReadDescription(description, [*read, jsons[picture]])
         except Unusable as reason:
-            found[picture] = ReadDescription(reason, [*read, jsons[picture]])
+            description = reason
+        read = [*(known.files if known else ()), file.name]
+        at = known.turn if known else _LAST_TURN + 2 + (not file.refusal)
+        found[picture] = ReadDescription(description, read, at)
     return found
 
 
@@ -122,13 +122,14 @@ def caption_in(fields: Mapping[str, object], names: Collection[str] = CAPTIONS) 
     return clean_caption(text)
 
 
-def _contents(folder: PictureFolder, files: dict[str, str], limit: int) -> Iterable[tuple[str, bytes | Unusable]]:
+def _contents(
+    folder: PictureFolder, files: dict[str, CaptionFile], limit: int
+) -> Iterable[tuple[str, bytes | Unusable]]:
     """Yields the content of each picture's file, or the reason why it cannot be used."""
-    all_refused = folder.listing.refused
-    refused = {picture: all_refused[name] for picture, name in files.items() if name in all_refused}
-    yield from ((picture, Unusable(reason)) for picture, reason in refused.items())
-    readable = [picture for picture in files if picture not in refused]
-    yield from zip(readable, folder.read_small_files([files[picture] for picture in readable], limit), strict=True)
+    yield from ((picture, Unusable(file.refusal)) for picture, file in files.items() if file.refusal)
+    readable = {picture: file for picture, file in files.items() if not file.refusal}
+    sizes = {file.name: file.size for file in readable.values()}
+    yield from zip(readable, folder.read_small_files([f.name for f in readable.values()], sizes, limit), strict=True)
 
 
 def _json(content: bytes | Unusable) -> JsonObject:
@@ -143,16 +144,21 @@ def _json(content: bytes | Unusable) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 
-def _stems(picture: str) -> tuple[str, str]:
+def stems_of(picture: str) -> tuple[str, str]:
+    """Returns the names without ending that a caption file of a picture may have."""
     return str(PurePosixPath(picture).with_suffix("")), picture
 
 
-def _ending(name: str) -> str:
+def is_caption_file(name: str) -> bool:
+    return ending(name) in (*TEXTS, JSON)
+
+
+def ending(name: str) -> str:
     return PurePosixPath(name).suffix.lower()
 
 
-def _order(name: str) -> tuple[int, bool, str]:
-    """Sorts by the ending that counts first; an ending in lower case comes before the same one in capitals."""
-    ending = PurePosixPath(name).suffix
-    rank = (*TEXTS, JSON).index(ending.lower()) if ending.lower() in (*TEXTS, JSON) else 9
-    return rank, ending != ending.lower(), name
+def order(name: str) -> tuple[int, bool]:
+    """Sorts caption files of one name by their endings: the one that counts comes first, and an ending in lower case
+    before the same one in capitals."""
+    suffix = PurePosixPath(name).suffix
+    return (*TEXTS, JSON).index(suffix.lower()), suffix != suffix.lower()

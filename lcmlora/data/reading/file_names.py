@@ -8,13 +8,14 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import PurePosixPath
 from urllib.parse import unquote
 
 from lcmlora.data.reading.candidates import AMBIGUOUS, MISSING, OUTSIDE, Unusable, printable
 
 _MAX_SUGGESTIONS = 200  # missing names for which a similar one is sought; each search takes its time
-_MAX_COMPARED = 200  # names that are compared with a missing one
+MAX_COMPARED = 200  # names that are compared with a missing one
 _DRIVE = re.compile(r"[a-zA-Z]:(?=[\\/])")
 
 
@@ -59,13 +60,18 @@ class FileNames:
 
     def matches(self, path: str) -> list[str]:
         """Returns the file of exactly this name; if there is none, all files of the same normal form."""
-        if path in self._names:
-            return [path]
+        return [path] if self.has(path) else self.of_form(normal_form(path))
+
+    def has(self, path: str) -> bool:
+        return path in self._names
+
+    def of_form(self, form: str) -> list[str]:
+        """Returns the sorted names of this normal form."""
         if self._by_form is None:
             self._by_form = defaultdict(list)
             for name in sorted(self._names):
                 self._by_form[normal_form(name)].append(name)
-        return self._by_form.get(normal_form(path), [])
+        return self._by_form.get(form, [])
 
     def _possible_paths(self, name: str, folder: str) -> Iterator[str]:
         """Yields the paths below the root that the name may mean, the likeliest first."""
@@ -92,21 +98,34 @@ class FileNames:
         self._suggestions += 1
         if self._suggestions > _MAX_SUGGESTIONS:
             return ""
+        nearest = self.nearest(stem_form(name.replace("\\", "/"))[:255])
+        return f"the nearest is {printable(nearest)}" if nearest else ""
+
+    def nearest(self, stem: str) -> str | None:
+        """Returns the first name with the most similar stem, if there is one."""
         if not self._by_stem:
             stems = defaultdict(list)
             for each in sorted(self._names):
-                stems[normal_form(PurePosixPath(each).stem)].append(each)
+                stems[stem_form(each)].append(each)
             self._by_stem = dict(stems)
-        missing = normal_form(PurePosixPath(name.replace("\\", "/")).stem)[:255]
-        nearest = self._by_stem.get(missing)
-        if not nearest:
-            similar = [stem for stem in self._by_stem if stem[:1] == missing[:1] and abs(len(stem) - len(missing)) < 4]
-            closest = get_close_matches(missing, similar[:_MAX_COMPARED], n=1, cutoff=0.75)
-            nearest = self._by_stem[closest[0]] if closest else []
-        return f"the nearest is {printable(nearest[0])}" if nearest else ""
+        if stem not in self._by_stem:
+            similar = (each for each in self._by_stem if each[:1] == stem[:1] and abs(len(each) - len(stem)) < 4)
+            found = closest(stem, list(islice(similar, MAX_COMPARED)))
+            return self._by_stem[found][0] if found else None
+        return self._by_stem[stem][0]
 
 
 def normal_form(name: str) -> str:
     """Returns a form that is equal for names which a person, or another system, takes for the same."""
     plain = unquote(name, errors="surrogateescape") if "%" in name else name
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", plain).casefold()).replace("\\", "/")
+
+
+def stem_form(name: str) -> str:
+    """Returns the normal form of a name without its folders and ending."""
+    return normal_form(PurePosixPath(name).stem)
+
+
+def closest(stem: str, others: list[str]) -> str | None:
+    """Returns the most similar of some stems, if one is similar."""
+    return next(iter(get_close_matches(stem, others, n=1, cutoff=0.75)), None)

@@ -10,11 +10,13 @@ only narrows where its links may lead.
 from __future__ import annotations
 
 import configparser
+import itertools
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from lcmlora.data.reading.candidates import LINKED, MISSING, NO_FILE, UNREADABLE
 from lcmlora.project import PARAMS
@@ -68,45 +70,73 @@ class FolderListing:
     hidden: list[str] = field(default_factory=list)
 
 
+class Entry(NamedTuple):
+    """A file or a folder below a folder.
+
+    kind: the field of FolderListing that has it.
+    folder: the number of the folder that has it, as folders are read one after the other.
+    found: the file; None for a folder.
+    """
+
+    kind: Literal["names", "refused", "repeated", "hidden"]
+    name: str
+    folder: int = 0
+    reason: str = ""
+    found: os.DirEntry[str] | None = None
+
+
 def list_folder(links: LinkRule) -> FolderListing:
     """Returns the files below the rule's folder. Each folder is read once, however many links lead to it.
 
     Folders that are really there are read before those that links lead to.
     """
     listing = FolderListing()
+    entries = sorted(walk(links), key=lambda entry: (entry.folder, entry.name))
+    listing.names = sorted(entry.name for entry in entries if entry.kind == "names")
+    listing.refused = {entry.name: entry.reason for entry in entries if entry.kind == "refused"}
+    listing.repeated = [entry.name for entry in entries if entry.kind == "repeated"]
+    listing.hidden = [entry.name for entry in entries if entry.kind == "hidden"]
+    return listing
+
+
+def walk(links: LinkRule) -> Iterator[Entry]:
+    """Yields what `list_folder` returns, in the order of the folders, and in no order within one."""
     seen: set[tuple[int, int]] = set()  # device and inode
     folders, linked = [""], list[str]()
-    while folders or linked:
+    for number in itertools.count():
+        if not (folders or linked):
+            return
         folder = folders.pop() if folders else linked.pop(0)
         path = links.root / folder
         try:
             status = path.stat()
-            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+            entries = os.scandir(path)
         except OSError:
-            listing.refused[f"{folder}/"] = UNREADABLE
+            yield Entry("refused", f"{folder}/", number, UNREADABLE)
             continue
         if (status.st_dev, status.st_ino) in seen:
-            listing.repeated.append(f"{folder}/")
+            yield Entry("repeated", f"{folder}/", number)
             continue
         seen.add((status.st_dev, status.st_ino))
+        within, linked_here = list[str](), list[str]()
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.name.startswith("."):
-                listing.hidden.append(name)
+                yield Entry("hidden", name, number)
             elif entry.is_dir(follow_symlinks=False):
-                folders.append(name)
+                within.append(name)
             elif entry.is_file(follow_symlinks=False):
-                listing.names.append(name)
+                yield Entry("names", name, number, found=entry)
             elif not entry.is_symlink():
-                listing.refused[name] = NO_FILE
+                yield Entry("refused", name, number, NO_FILE)
             elif reason := _refusal(entry, links):
-                listing.refused[f"{name}/" if _is_folder(entry) else name] = reason
+                yield Entry("refused", f"{name}/" if _is_folder(entry) else name, number, reason)
             elif _is_folder(entry):
-                linked.append(name)
+                linked_here.append(name)
             else:
-                listing.names.append(name)
-    listing.names.sort()
-    return listing
+                yield Entry("names", name, number, found=entry)
+        folders += sorted(within)
+        linked += sorted(linked_here)
 
 
 def _refusal(entry: os.DirEntry[str], links: LinkRule) -> str:

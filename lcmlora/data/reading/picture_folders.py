@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from lcmlora.data.reading.candidates import LINKED, LONG_CAPTION, MISSING, UNREADABLE, Unusable
-from lcmlora.data.reading.folder_listing import FolderListing, LinkRule, list_folder
+from lcmlora.data.reading.folder_listing import Entry, LinkRule, walk
 from lcmlora.errors import Unavailable, UserError
 from lcmlora.io.remote import Files
 
@@ -23,16 +23,19 @@ class PictureFolder(Protocol):
     path: str
     root: str
 
-    @property
-    def listing(self) -> FolderListing: ...
+    def entries(self) -> Iterator[Entry]:
+        """Yields the files, as `folder_listing.walk` does."""
+
+    def state(self, entry: Entry) -> tuple[str, int]:
+        """Returns a text that changes with the file of an entry, and its size in bytes."""
 
     def check_readable(self, name: str) -> None:
-        """Raises Unusable if there is no such file, or it must not be read. The listing need not have it."""
+        """Raises Unusable if there is no such file, or it must not be read. No entry need have the name."""
 
     def read(self, name: str, limit: int) -> bytes:
         """Returns the file's first bytes, at most one more than the limit. Raises Unusable."""
 
-    def read_small_files(self, names: list[str], limit: int) -> Iterator[bytes | Unusable]:
+    def read_small_files(self, names: list[str], sizes: Mapping[str, int], limit: int) -> Iterator[bytes | Unusable]:
         """Yields each file's content, or the reason why it cannot be used."""
 
 
@@ -44,9 +47,15 @@ class LocalFolder:
         self.path = str(path)
         self.root = str(self._links.root)
 
-    @cached_property
-    def listing(self) -> FolderListing:
-        return list_folder(self._links)
+    def entries(self) -> Iterator[Entry]:
+        return walk(self._links)
+
+    def state(self, entry: Entry) -> tuple[str, int]:
+        try:
+            status = entry.found.stat() if entry.found else (self._links.root / entry.name).stat()
+        except OSError:  # whoever reads it gives the reason
+            return "", 0
+        return f"{status.st_size} {status.st_mtime_ns}", status.st_size
 
     def check_readable(self, name: str) -> None:
         path = self._links.root / name
@@ -65,7 +74,7 @@ class LocalFolder:
         except OSError:
             raise Unusable(UNREADABLE) from None
 
-    def read_small_files(self, names: list[str], limit: int) -> Iterator[bytes | Unusable]:
+    def read_small_files(self, names: list[str], sizes: Mapping[str, int], limit: int) -> Iterator[bytes | Unusable]:
         for name in names:
             try:
                 yield self.read(name, limit)
@@ -74,23 +83,26 @@ class LocalFolder:
 
 
 class BucketFolder:
-    """A prefix of a bucket. It is listed once."""
+    """A prefix of a bucket."""
 
     root = ""
 
     def __init__(self, files: Files) -> None:
         self._files = files
-        self._sizes: dict[str, int] = {}
+        self._states: dict[str, str] = {}
         self.path = files.path
 
-    @cached_property
-    def listing(self) -> FolderListing:
-        self._sizes = self._files.sizes()
-        return FolderListing(names=list(self._sizes))
+    def entries(self) -> Iterator[Entry]:
+        self._states = self._files.states()
+        for name in self._states:
+            yield Entry("names", name)
+
+    def state(self, entry: Entry) -> tuple[str, int]:
+        state = self._states[entry.name]
+        return state, int(json.loads(state)["size"])
 
     def check_readable(self, name: str) -> None:
-        if name not in self._sizes:
-            raise Unusable(MISSING)
+        raise Unusable(MISSING)
 
     def read(self, name: str, limit: int) -> bytes:
         try:
@@ -100,7 +112,7 @@ class BucketFolder:
         except UserError:
             raise Unusable(UNREADABLE) from None
 
-    def read_small_files(self, names: list[str], limit: int) -> Iterator[bytes | Unusable]:
-        contents = self._files.read_many([name for name in names if self._sizes[name] <= limit])
+    def read_small_files(self, names: list[str], sizes: Mapping[str, int], limit: int) -> Iterator[bytes | Unusable]:
+        contents = self._files.read_many([name for name in names if sizes[name] <= limit])
         for name in names:
-            yield contents.get(name, Unusable(LONG_CAPTION if self._sizes[name] > limit else UNREADABLE))
+            yield contents.get(name, Unusable(LONG_CAPTION if sizes[name] > limit else UNREADABLE))

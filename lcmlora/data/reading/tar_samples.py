@@ -8,7 +8,7 @@ the picture with its own name up to the last dot; if there is none, to the only 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -152,16 +152,11 @@ def _is_map(picture: Member, key: str, texts: dict[str, dict[str, Member]]) -> b
     return words[0] in _MAPS or words[-1] in _MAPS
 
 
-def maps_beside(bare: Iterable[str], pictures: Iterable[str]) -> set[str]:
-    """Returns those of the pictures without a caption that are by their name maps of another picture in their folder:
-    `cat-mask.png` beside `cat.png`, as other trainers lay them out."""
-    stems = {stem(name) for name in pictures}
-    maps = set()
-    for name in bare:
-        parts = max((stem(name).rpartition(mark) for mark in "-_."), key=lambda each: len(each[0]))
-        if parts[0] in stems and parts[2].lower() in _MAPS:
-            maps.add(name)
-    return maps
+def picture_of_map(name: str) -> str | None:
+    """Returns the name up to its ending of the picture beside which a picture is a map by its name: `cat` of
+    `cat-mask.png`, as other trainers lay them out. None if it is no map."""
+    picture, _, kind = max((stem(name).rpartition(mark) for mark in "-_."), key=lambda each: len(each[0]))
+    return picture if kind.lower() in _MAPS else None
 
 
 class _LooseCaption:

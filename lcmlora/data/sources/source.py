@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lcmlora.config import Data, Launch
-from lcmlora.data.preparation.shards import Finished, InputShard
+from lcmlora.data.preparation.shards import Finished, InputShard, Listing, Spare
 from lcmlora.data.preparation.surveying import Found, Listed, Rejections, survey_shards
 from lcmlora.data.preparation.working import default_decoders
 from lcmlora.data.reading.candidates import Candidate, Rejection, Unusable
@@ -167,9 +167,11 @@ class EncodedPictures(Source):
                 if isinstance(each, Candidate):
                     candidates.append(each)
                     listed.candidates += 1
-                else:
+                elif isinstance(each, Rejection):
                     rejections.append(each)
                     listed.add(each, shard.name)
+                else:
+                    self.take_spare(each)
         processes.close()
         self.check_listed(listed)
         return candidates, sorted([*rejections, *self.refused()], key=lambda each: each.rank)
@@ -186,8 +188,10 @@ class EncodedPictures(Source):
         """
         yield InputShard("", "")
 
-    def listed(self, shard: InputShard, processes: Processes) -> Iterator[Candidate | Rejection]:
-        """Yields what `candidates` returns of one shard. Depends on nothing but the shard and the settings.
+    def listed(self, shard: InputShard, processes: Processes) -> Iterator[Listing]:
+        """Yields what `candidates` returns of one shard, and files that it does not use.
+
+        It depends on nothing but the shard and the settings, since it runs in any process, or has run in the past.
 
         Args:
             processes: for what must not be read in this process.
@@ -198,6 +202,9 @@ class EncodedPictures(Source):
     def refused(self) -> Iterable[Rejection]:
         """Returns the files that are no shard because they must not be read; called after `shards`."""
         return ()
+
+    def take_spare(self, spare: Spare) -> None:
+        """Takes note of what `listed` says of a shard, which may have been another process, or an earlier run."""
 
     def split_inside(self, each: Candidate | Rejection) -> tuple[str, str]:
         """Returns the split that folders in the shard name, or nothing for a rejection, and the name to report."""
