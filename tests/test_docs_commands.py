@@ -72,6 +72,7 @@ OTHERS = {
         "rclone",
         "torchrun",
         "accelerate",
+        "ray",
         "npm",
         "uv",
         "python3",

@@ -189,11 +189,11 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
         process.wait()
 
 
-def address(place: str) -> tuple[str, int]:
-    """Returns host and port. Raises UserError if the place is not host:port."""
+def host_and_port(place: str, setting: str = "launch.rendezvous") -> tuple[str, int]:
+    """Returns host and port. Raises UserError if the place, which this setting has, is not host:port."""
     host, _, port = place.rpartition(":")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
-        raise UserError(f"launch.rendezvous: {shown(repr(place), 80)} is not host:port, e.g. 10.0.0.5:29400")
+        raise UserError(f"{setting}: {shown(repr(place), 80)} is not host:port, e.g. 10.0.0.5:29400")
     return host.strip("[]"), int(port)
 
 
@@ -218,7 +218,7 @@ class _Rendezvous:
     def __enter__(self) -> _Rendezvous:
         from torch.distributed import DistError, PrefixStore, TCPStore
 
-        host, port = address(self.place)
+        host, port = host_and_port(self.place)
         try:
             listening = _listening(host, port)
             here = None if listening is None else listening.detach()

@@ -137,7 +137,7 @@ def _join(backend: str, rank: int, size: int, ours: bool) -> None:
     if ours and (folder := os.environ.get(launcher.FOLDER)):
         store = dist.FileStore(str(Path(folder, "group")), size)
     elif ours:
-        host, port = launcher.address(os.environ[launcher.RENDEZVOUS])
+        host, port = launcher.host_and_port(os.environ[launcher.RENDEZVOUS])
         met = dist.TCPStore(host, port, is_master=False, timeout=EXCHANGE_TIMEOUT)
         store = dist.PrefixStore(f"{os.environ[launcher.RUN]}/group", met)
     else:

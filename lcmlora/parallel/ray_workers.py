@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import secrets
+import socket
 import sys
 import tempfile
 import time
@@ -24,11 +25,12 @@ from lcmlora.config import Launch
 from lcmlora.errors import UserError
 from lcmlora.io.terminal import joined, note, shown
 from lcmlora.parallel.dealing import Died, Event
+from lcmlora.parallel.launcher import host_and_port
 from lcmlora.parallel.worker import Failed, unpickled
 
 # What a Ray of this machine alone listens on is the loopback interface, and whoever asks it needs the token. Ray has no
 # option for the former; without clusters, as it calls this on other systems, it uses no other interface.
-_ALONE = {
+ALONE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "AUTOSCALER_METRIC_PORT": "-1",
     "RAY_AUTH_MODE": "token",
@@ -37,6 +39,7 @@ _QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}  # which Ray would send to its makers
 _OBJECTS = 1 << 30  # bytes of shared memory of a Ray of this machine alone
 _POLL = 0.5  # seconds to wait for a result
 _LOOK = 2.0  # seconds between two looks at the nodes of the cluster
+_REACHED_IN = 10.0  # seconds for a connection to the cluster
 _NOTE = 60.0  # seconds without a worker after which this is said
 _SAME = ("torch", "diffusers", "transformers", "pillow")  # packages that decide results
 
@@ -114,7 +117,7 @@ class RayActors:
             said = joined(str(error).partition("Some common causes")[0])
             return Died(f"died on node {actor.place.address}: {shown(said, 300)}", by_itself=alive)
         if isinstance(answer, dict):
-            raise UserError(_difference(actor.place.address, answer, self._expected))
+            raise UserError(difference(actor.place.address, answer, self._expected))
         event: Event = unpickled(answer)
         return event
 
@@ -124,7 +127,7 @@ class RayActors:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         taken = {actor.place for actor in self._actors.values()}
-        for place in _places(ray.nodes(), self._launch.processes, self._on_gpus):
+        for place in places(ray.nodes(), self._launch.processes, self._on_gpus):
             if place not in taken:
                 handle = self._actor.options(
                     num_cpus=place.cpus,
@@ -143,7 +146,7 @@ class RayActors:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a worker is: its number on a node, and its share of that."""
 
     node: str
@@ -155,13 +158,13 @@ class _Place:
 
 @dataclass
 class _Actor:
-    place: _Place
+    place: Place
     handle: Any
     answers: deque[Any]  # object references: whether it has made its function, then of its tasks
     given: int = 0  # tasks
 
 
-def _places(nodes: list[dict[str, Any]], processes: int, on_gpus: bool) -> list[_Place]:
+def places(nodes: list[dict[str, Any]], processes: int, on_gpus: bool) -> list[Place]:
     """Returns where workers should be.
 
     Args:
@@ -178,7 +181,7 @@ def _places(nodes: list[dict[str, Any]], processes: int, on_gpus: bool) -> list[
         share = cpus / (gpus or processes)
         for number in range(gpus or processes):
             share_of_cpus = float(int(share)) if share >= 1 else share
-            found.append(_Place(node["NodeID"], node["NodeManagerAddress"], number, share_of_cpus, 1 if gpus else 0))
+            found.append(Place(node["NodeID"], node["NodeManagerAddress"], number, share_of_cpus, 1 if gpus else 0))
     return found
 
 
@@ -247,7 +250,7 @@ def _remote_parts() -> tuple[Any, Callable[[tuple[str, ...]], dict[str, str | No
     return Worker, versions
 
 
-def _difference(address: str, found: dict[str, str | None], expected: dict[str, str | None]) -> str:
+def difference(address: str, found: dict[str, str | None], expected: dict[str, str | None]) -> str:
     """Returns what is wrong with the packages of a node."""
     name = next(name for name in ("lcmlora", *expected) if found.get(name) != expected[name])
     if found.get(name) is None:
@@ -266,7 +269,7 @@ def _connected(address: str | None) -> Iterator[None]:
         UserError: there is no such cluster, it refuses this process, or has another version of Ray or Python.
     """
     with ExitStack() as stack:
-        asked = _QUIET | ({} if address else _ALONE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        asked = _QUIET | ({} if address else ALONE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
         stack.enter_context(_environment(asked))  # which Ray reads when it is imported
         import ray
 
@@ -280,8 +283,10 @@ def _connected(address: str | None) -> Iterator[None]:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lcmlora-ray-", ignore_cleanup_errors=True))
             options |= {"address": "local", "_temp_dir": folder, "object_store_memory": _OBJECTS}
         try:
+            if address:  # Ray asks a cluster that is not there for two minutes
+                socket.create_connection(host_and_port(address, "launch.address"), _REACHED_IN).close()
             ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise UserError(f"launch.address: {address or 'a Ray of this machine alone'}: {joined(error)}") from None
         stack.callback(ray.shutdown)
         yield

@@ -33,6 +33,7 @@ _KUSTOMIZE = tuple(
         "base": ("kustomization", "project", "worker", "policies"),
         "servers": ("kustomization", "postgresql", "seaweedfs", "bucket", "prefect", "mlflow", "policies"),
         "serving": ("kustomization", "serve"),
+        "ray": ("kustomization", "cluster", "images"),
     }.items()
     for name in names
 )

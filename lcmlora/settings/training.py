@@ -270,9 +270,6 @@ class Launch(Strict):
     GPU, or `processes` on a node without any. `distill` does not use it."""
     address: str | None = None
     """ray: host:port of the cluster, which `ray start` prints. null: a Ray of this machine alone, for one stage."""
-    objects: str | None = None
-    """ray: s3://bucket/prefix through which files travel between nodes that share no disk. null: all nodes see the
-    project folder under the same path."""
     machines: Positive = 1
     """distill: machines. Each runs the same command on the same files."""
     rendezvous: str | None = None
@@ -287,11 +284,10 @@ class Launch(Strict):
     def _reachable(self) -> Self:
         if self.machines > 1 and not self.rendezvous:
             raise ValueError(f"rendezvous (host:port) is needed for {self.machines} machines")
-        for key in ("address", "objects"):
-            if getattr(self, key) is not None and self.engine != "ray":
-                raise ValueError(f"{key} is for engine ray, and engine is {self.engine}")
-        if self.objects is not None and not self.objects.startswith("s3://"):
-            raise ValueError(f"objects: expected s3://bucket/prefix, got {self.objects!r}")
+        if self.address is not None and self.engine != "ray":
+            raise ValueError(f"address is for engine ray, and engine is {self.engine}")
+        if self.address is not None and "://" in self.address:
+            raise ValueError(f"address: expected host:port, got {self.address!r}")
         return self
 
 

@@ -17,7 +17,7 @@ from lcmlora.cli.stages.loading import refuse_ranks
 from lcmlora.config import Data, Launch
 from lcmlora.data.latents.encode import encode_latents
 from lcmlora.data.latents.shard_encoding import MakeShardEncoder
-from lcmlora.data.latents.store import ShardWriter
+from lcmlora.data.latents.store import ShardWriter, UnfinishedCache
 from lcmlora.errors import UserError
 from tests.data.conftest import load_encoders
 from tests.support.latents import LARGE, SETTINGS, Load, count_batches, run, tree
@@ -100,6 +100,19 @@ def test_a_worker_whose_base_has_another_precision_is_refused(load_base: Load, l
     make = MakeShardEncoder(partial(load_base, LARGE), torch.bfloat16, listed, None, 5, writer)
     with pytest.raises(UserError, match=r"mini: a worker would encode in torch\.float32 on its cpu, and the captions"):
         make()
+
+
+def test_workers_that_see_another_disk_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"key": torch.zeros(3, 16, dtype=torch.uint8)}
+    with pytest.raises(UserError, match=r"files: is not on .*need one folder for all, or shards .*\(encode\.shards\)"):
+        ShardWriter(tmp_path / "elsewhere" / "files", "", None).write("shard-00000.safetensors", rows, "")
+    (tmp_path / "node").mkdir()
+    shard = ShardWriter(tmp_path / "node", "", None).write("shard-00000.safetensors", rows, "")
+    monkeypatch.setattr("lcmlora.data.latents.store._VISIBLE_SECONDS", 0.0)
+    with pytest.raises(
+        UserError, match=r"files/shard-00000\.safetensors: is not there, though a worker has written it"
+    ):
+        UnfinishedCache(tmp_path / "driver", "").add(*shard)
 
 
 def test_processes_of_torchrun_are_told_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from lcmlora.flows.credentials import Login
 from lcmlora.projects import generated
 from lcmlora.projects.record import Options
 from tests.flows.test_definitions import KUBERNETES, confined
+from tests.support.wheels import locked
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = resources.files("check_jsonschema") / "builtin_schemas/vendor"
@@ -223,3 +224,44 @@ def test_passwords_are_new_each_time_for_their_owner_alone_and_never_overwritten
     serve = variables(folders[0] / "serve.env")
     assert keys["serve"]["credentials"][0]["accessKey"] == serve["AWS_ACCESS_KEY_ID"]
     assert keys["serve"]["actions"] == ["Read:lcmlora/releases/*", "List:lcmlora/releases/*"]
+
+
+# Fields of a RayCluster by KubeRay's reference (ray.io/v1, 1.6) that the example uses; Kubernetes' schemas have none.
+RAY_CLUSTER = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
+HEAD = {"serviceType", "rayStartParams", "template"}
+NODES = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+
+
+def test_the_ray_cluster_fits_kuberay_the_locked_ray_and_kubernetes(project: Path):
+    if shutil.which("kubectl") is None:
+        pytest.skip("no `kubectl`, which has kustomize")
+    folder = project / "deploy/kubernetes/ray"
+    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {each["kind"]: each for each in yaml.safe_load_all(done.stdout)}
+    kubernetes_validate.validate(found["NetworkPolicy"], KUBERNETES, strict=True)
+    cluster = found["RayCluster"]
+    spec, head, nodes = cluster["spec"], cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
+    assert cluster["apiVersion"] == "ray.io/v1"
+    assert spec.keys() == RAY_CLUSTER and head.keys() == HEAD and all(each.keys() == NODES for each in nodes)
+    assert spec["rayVersion"] == locked("requirements.lock")["ray"][0]
+    assert spec["authOptions"] == {"mode": "token"}
+    from ray.scripts.scripts import start
+
+    options = {option.removeprefix("--") for each in start.params for option in each.opts}
+    for group in (head, *nodes):
+        assert group["rayStartParams"].keys() <= options
+        assert all(isinstance(each, str) for each in group["rayStartParams"].values())
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": group["template"]["spec"]}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+        confined(pod["spec"])
+        (container,) = pod["spec"]["containers"]
+        assert container["image"] == f"registry.example.org/lcmlora@{DIGEST}"
+        # The policy names their label, and KubeRay's own probes would ask the dashboard.
+        assert group["template"]["metadata"]["labels"] == found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"]
+        assert {"readinessProbe", "livenessProbe"} < container.keys()
+        assert {each["name"]: each["mountPath"] for each in container["volumeMounts"]}["project"] == "/project"
+    # The head only manages: it has no CPUs for workers (lcmlora/parallel/ray_workers.py).
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert "nvidia.com/gpu" not in head["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert nodes[0]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1

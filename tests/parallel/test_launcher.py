@@ -77,7 +77,7 @@ def test_a_signal_is_passed_on_and_told_in_the_status(tmp_path: Path, number: si
 @pytest.mark.parametrize("place", ["host", "host:", ":29400", "host:0", "host:99999", "host:http"])
 def test_a_place_to_meet_has_a_host_and_a_port(place: str):
     with pytest.raises(UserError, match="is not host:port"):
-        launcher.address(place)
+        launcher.host_and_port(place)
 
 
 def test_several_machines_need_a_run_id_that_cannot_be_guessed(monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lcmlora.config import Launch
 from lcmlora.errors import NotFound
@@ -67,7 +68,7 @@ class Make:
         return {int(line.split()[0]) for line in path.read_text().splitlines()} if path.exists() else set()
 
 
-def drive() -> None:
-    """A driver whose workers do not end by themselves; its argument is their folder."""
-    with workers(Launch(processes=2), Make(Path(sys.argv[1]))) as pool:
+def drive(launch: dict[str, Any] | None = None) -> None:
+    """A driver whose workers do not end by themselves; the argument of its process is their folder."""
+    with workers(Launch(**launch or {"processes": 2}), Make(Path(sys.argv[1]))) as pool:
         list(pool.results(["wait:1", "wait:2", "wait:3"]))

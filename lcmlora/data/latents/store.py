@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +25,8 @@ from lcmlora.io.remote import Files
 
 ROW_TENSORS = ("orig_size", "crop_tl", "text_row", "key")  # tensors of a shard that have a few bytes a row
 
+_VISIBLE_SECONDS = 120.0  # until another machine's file must be seen; NFS may take 60 (acdirmax in nfs(5))
+
 
 @dataclass(frozen=True)
 class ShardWriter:
@@ -37,11 +41,20 @@ class ShardWriter:
     place: str | None
 
     def write(self, name: str, tensors: Tensors, made_of: str) -> tuple[ShardFile, Tensors]:
-        """Writes a shard. Returns what is known of it and, if it is in a bucket, its small tensors (ROW_TENSORS)."""
+        """Writes a shard. Returns what is known of it and, if it is in a bucket, its small tensors (ROW_TENSORS).
+
+        Raises:
+            UserError: the folder is not on this machine.
+        """
         content = _serialized(tensors, self.fingerprint)
         digest, pictures = hashlib.sha256(content).hexdigest(), len(tensors["key"])
         shard = ShardFile(name=name, bytes=len(content), sha256=digest, pictures=pictures, made_of=made_of)
         if self.place is None:
+            if not self.files.is_dir():
+                raise UserError(
+                    f"{self.files}: is not on {platform.node()}; workers on several machines need one folder for all, "
+                    "or shards that lie in a bucket (encode.shards)"
+                )
             atomic_write(self.files / name, lambda path: path.write_bytes(content))
             return shard, {}
         with temporary_folder(self.files if self.files.is_dir() else None) as folder:
@@ -99,12 +112,28 @@ class UnfinishedCache:
         self.add(*self.writer.write(name, tensors, made_of))
 
     def add(self, shard: ShardFile, small: Tensors) -> None:
-        """Keeps a shard that `writer` has written; its arguments are what that returned."""
+        """Keeps a shard that `writer` has written; its arguments are what that returned.
+
+        Raises:
+            UserError: it is not in the folder of this machine.
+        """
         if self.place:
             self._object_sizes[object_name(shard)] = shard.bytes
             self._save_row_tensors(shard.name, small)
+        else:
+            self._wait_for(shard)
         self.shards[shard.name] = shard
         shard.write(self._record(shard.name))
+
+    def _wait_for(self, shard: ShardFile) -> None:
+        until = time.monotonic() + _VISIBLE_SECONDS
+        while not (self.files / shard.name).exists():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{self.files / shard.name}: is not there, though a worker has written it; all machines need one "
+                    "folder for this, or shards that lie in a bucket (encode.shards)"
+                )
+            time.sleep(0.1)
 
     def save_rows(self, names: Iterable[str]) -> CacheFile:
         """Keeps the small tensors of these shards in one file."""
