@@ -1,4 +1,4 @@
-"""A source of any number of pictures that are nowhere: its records follow from their numbers, and nothing is decoded."""
+"""A source of any number of pictures that are nowhere: records follow from their numbers, and nothing is decoded."""
 
 from __future__ import annotations
 
