@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from lcmlora.config import Data
-from lcmlora.data.sources.source import read_records
+from lcmlora.data.sources.source import iter_records
 from lcmlora.plugins import SOURCES
 
 _MIN_FACTOR = 1.5  # less enlargement is hardly visible
@@ -17,13 +17,17 @@ def enlargement_warning(data: Data, base: str, resolution: int, pictures: Path) 
     empty if there are none."""
     if not SOURCES.get(data.source).has_sizes:
         return ""
-    records = read_records(pictures / "train.jsonl")
-    factors = [resolution / min(record.width, record.height) for record in records]
-    far = [factor for factor in factors if factor >= _MIN_FACTOR]
+    count = far = 0
+    most = 0.0
+    for record in iter_records(pictures / "train.jsonl"):
+        factor = resolution / min(record.width, record.height)
+        count += 1
+        far += factor >= _MIN_FACTOR
+        most = max(most, factor)
     if not far:
         return ""
     return (
-        f"{len(far)} of {len(factors)} pictures are enlarged for {base} up to {max(far):.3g} times: their shorter side "
+        f"{far} of {count} pictures are enlarged for {base} up to {most:.3g} times: their shorter side "
         f"is far below its {resolution} pixels; data.min_side: {resolution} drops them (it is {data.min_side})"
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping
@@ -10,7 +12,7 @@ from pathlib import Path
 from lcmlora.config import Data
 from lcmlora.data import enlargement
 from lcmlora.data.prepare import PARTS, Report, prepare_pictures
-from lcmlora.data.sources.source import Record, open_picture, read_records
+from lcmlora.data.sources.source import Record, iter_records, open_picture
 from lcmlora.errors import UserError
 from lcmlora.io.files import atomic_write, temporary_folder
 from lcmlora.plugins import SOURCES
@@ -39,8 +41,8 @@ def draw_sheet(data: Data, count: int, path: Path, resolutions: Mapping[str, int
         report = prepare_pictures(data, 1, out)
         for base, resolution in (resolutions or {}).items():
             enlargement.warn(data, base, resolution, out)
-        kept = [record for part in PARTS for record in read_records(out / f"{part}.jsonl")]
-    chosen = sorted(kept, key=lambda record: record.sha256)[:count]
+        kept = itertools.chain.from_iterable(iter_records(out / f"{part}.jsonl") for part in PARTS)
+        chosen = heapq.nsmallest(count, kept, key=lambda record: record.sha256)
     atomic_write(path, lambda temporary: _draw(data, chosen, temporary))
     return report
 

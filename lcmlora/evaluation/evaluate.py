@@ -104,7 +104,7 @@ def evaluate_student(
     """
     features, check = load_features(base, settings), load_check(base, settings)
     facts = read_reference(reference)
-    captions = reporting(pictures)
+    captions = reporting(pictures, settings.pictures)
     prompts = captions.prompts[: settings.pictures]
     _check_reference(reference, facts, features, check, settings, prompts, adapter)
     students = student_settings(adapter, settings.student_steps, "evaluation.student_steps")

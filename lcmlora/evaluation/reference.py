@@ -30,7 +30,7 @@ from lcmlora.evaluation.image_sets import FEATURES, Drawers, ImageSet, ImageSets
 from lcmlora.evaluation.measures import distances
 from lcmlora.evaluation.measures.features import Features
 from lcmlora.evaluation.measures.scores import Scorer
-from lcmlora.evaluation.sets.captions import choosing, distinct_captions, reporting, reporting_seeds
+from lcmlora.evaluation.sets.captions import GALLERY, choosing, distinct_captions, reporting, reporting_seeds
 from lcmlora.evaluation.sets.drawing import load_check, load_features, load_scorers, pictures_needed
 from lcmlora.evaluation.sets.own_prompts import OWN_PROMPTS, read_own_prompts
 from lcmlora.evaluation.sets.solver_search import choose_baselines
@@ -39,7 +39,6 @@ from lcmlora.io.files import atomic_folder, sha256_file, sha256_folder
 from lcmlora.plugins import SOURCES
 
 REFERENCE = "reference.json"
-_GALLERY = 4  # real pictures of one caption in the gallery
 
 
 class Counts(Document):
@@ -112,12 +111,13 @@ def draw_reference(
     """
     features, check = load_features(base, settings), load_check(base, settings)
     check_count("evaluation.pictures", settings.pictures, features)
-    captions, seeds = reporting(pictures), reporting_seeds(settings.seed)
+    validation, seeds = choosing(pictures), reporting_seeds(settings.seed)
+    captions = reporting(pictures, settings.pictures if validation.prompts else None)
     prompts = captions.prompts[: settings.pictures]
     scorers = load_scorers(base, settings)
     image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers, check, drawers)
 
-    baselines, search = choose_baselines(image_sets, settings, choosing(pictures), captions)
+    baselines, search = choose_baselines(image_sets, settings, validation, captions)
     jobs = _jobs(settings, baselines)
     drawn = {key: image_sets.draw(key, each, seed) for key, (each, seed) in jobs.items()}
     tensors, second = _vectors(drawn)
@@ -322,5 +322,5 @@ def choose_real(records: list[Record], prompts: Sequence[str], count: int) -> tu
     gallery = []
     for caption in prompts:
         others = [record for record in by_caption[caption] if record.key not in taken]
-        gallery += (others or by_caption[caption])[:_GALLERY]
+        gallery += (others or by_caption[caption])[:GALLERY]
     return real, gallery

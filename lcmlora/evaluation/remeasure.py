@@ -55,7 +55,7 @@ def measure_again(
     facts = read_reference(reference)
     if facts.features.name != features.name:
         raise UserError(f"{reference}: has features {facts.features.name}, this evaluation {features.name}")
-    prompts = reporting(pictures).prompts[: evaluation.pictures]
+    prompts = reporting(pictures, evaluation.pictures).prompts
     image_sets = image_sets_of(base, features, evaluation, prompts, evaluation.pictures, scratch)
     read = formats.read(weights, architecture.of_base(settings, base.folder))
     layers = {name: (layer.down, layer.folded.up) for name, layer in read.layers.items()}

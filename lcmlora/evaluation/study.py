@@ -99,7 +99,7 @@ def draw_alone(
     features = load_features(base, evaluation)
     check_count("study.pictures", settings.pictures, features)
     prepare_pictures(data, 1, scratch / "pictures")
-    captions = reporting(scratch / "pictures")
+    captions = reporting(scratch / "pictures", settings.pictures)
     prompts = captions.prompts[: settings.pictures]
     real, gallery = choose_real(captions.records, prompts, settings.pictures)
     compared = about_real(real, gallery, settings.pictures, features)

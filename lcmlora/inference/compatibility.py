@@ -107,8 +107,8 @@ class _Drawing:
         self.device = bases.pick_device(evaluation.device)
         self.features: Features = feature_sets.load(evaluation.features, self.device, evaluation.features_source)
         check_count("compatibility.pictures", settings.pictures, self.features)
-        captions = reporting(inputs.pictures)
-        self.prompts = captions.prompts[: settings.pictures]
+        captions = reporting(inputs.pictures, settings.pictures)
+        self.prompts = captions.prompts
         self.shown = [self.prompts[i % len(self.prompts)] for i in range(settings.pictures)]
         self._records = _records_of(captions.records, self.shown)
         facts = Distilled.read(inputs.adapter / FACTS)

@@ -9,7 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from pebble import ProcessFuture, ProcessPool
@@ -75,7 +75,8 @@ class Processes:
             preload, memory: as of `isolated`.
         """
         self._pool = _pool(count, preload, memory)
-        self.close = weakref.finalize(self, _end, self._pool)
+        self._waiting: set[ProcessFuture[Any]] = set()
+        self.close = weakref.finalize(self, _end, self._pool, self._waiting)
 
     def call(self, function: Callable[[T], R], item: T, *, seconds: float = SECONDS) -> R:
         """Returns function(item), from one of the processes. Raises Lost."""
@@ -83,7 +84,7 @@ class Processes:
         def lost(item: T, reason: str) -> R:
             raise Lost(reason)
 
-        return _result(item, self._pool.schedule(function, [item], timeout=seconds), lost)
+        return self._run(function, item, lost, seconds)
 
     def pieces(
         self, function: Callable[[T], Piece[T, R]], item: T, lost: Callable[[T, str], Piece[T, R]]
@@ -91,13 +92,23 @@ class Processes:
         """Yields the results of all pieces of an item, as `in_pieces` does."""
         rest: T | None = item
         while rest is not None:
-            piece = _result(rest, self._pool.schedule(function, [rest], timeout=SECONDS), lost)
+            piece = self._run(function, rest, lost, SECONDS)
             yield from piece.results
             rest = piece.rest
 
+    def _run(self, function: Callable[[T], R], item: T, lost: Callable[[T, str], R], seconds: float) -> R:
+        future = self._pool.schedule(function, [item], timeout=seconds)
+        self._waiting.add(future)
+        try:
+            return _result(item, future, lost)
+        finally:
+            self._waiting.discard(future)
 
-def _end(pool: ProcessPool) -> None:
+
+def _end(pool: ProcessPool, waiting: set[ProcessFuture[Any]]) -> None:
     pool.stop()
+    for future in list(waiting):  # else whoever waits for one would wait for ever
+        future.cancel()
     pool.join()
 
 

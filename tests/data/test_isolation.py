@@ -2,10 +2,11 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 
-from lcmlora.io.isolation import CRASHED, NO_MEMORY, TOO_LONG, Piece, in_pieces, isolated
+from lcmlora.io.isolation import CRASHED, NO_MEMORY, TOO_LONG, Lost, Piece, Processes, in_pieces, isolated
 
 
 def work(item: str) -> str:
@@ -70,3 +71,26 @@ def test_pieces_come_in_the_order_of_the_items_and_one_that_crashes_says_where_t
     for first in in_pieces(letters, ["abc", "d"], lost, 2, preload=[__name__]):
         assert first == "a"
         break  # what is not asked for any more is not read
+
+
+def test_processes_that_stay_are_replaced_when_they_are_lost():
+    processes = Processes(1, preload=[__name__])
+    with pytest.raises(Lost, match=CRASHED):
+        processes.call(work, "crash")
+    with pytest.raises(Lost, match=TOO_LONG):
+        processes.call(work, "hang", seconds=1)
+    assert processes.call(work, "a") == "a"
+    assert [*processes.pieces(letters, "ab!c", lambda item, why: Piece([why], item[1:] or None))] == [
+        "a", "b", CRASHED, "c",
+    ]  # fmt: skip
+    processes.close()
+
+
+def test_whoever_waits_for_processes_is_told_when_they_end():
+    processes = Processes(1, preload=[__name__])
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(processes.call, work, "hang")
+        time.sleep(1)
+        processes.close()
+        with pytest.raises(CancelledError):
+            waiting.result(timeout=30)

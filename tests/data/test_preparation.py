@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lcmlora.config import Data, Launch
 from lcmlora.data.duplicates import NearDuplicates
 from lcmlora.data.preparation import near_duplicates, partitions, splitting, surveying
 from lcmlora.data.prepare import prepare_pictures
+from lcmlora.data.sources import folder
 from lcmlora.errors import UserError
 from lcmlora.io.files import locked
 from lcmlora.plugins import SOURCES
@@ -120,6 +122,14 @@ def test_processes_give_the_bytes_of_one(tars: Data, tmp_path: Path) -> None:
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+def test_a_ray_gives_the_bytes_of_one_process(tars: Data, tmp_path: Path) -> None:
+    prepare_pictures(tars, 1, tmp_path / "one")
+    prepare_pictures(tars, 1, tmp_path / "two", launch=Launch(engine="ray", processes=2))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
 def run_killed(data: Data, root: Path, after: int) -> None:
     """Prepares in another process, which is killed as soon as so many shards are finished."""
     command = [sys.executable, "-c", RUN, str(root), data.model_dump_json()]
@@ -168,6 +178,40 @@ def test_a_picture_that_crashes_its_decoder_costs_itself_alone(tmp_path: Path) -
     assert report["kept"] == 10
 
 
+# --- folders
+
+
+def test_a_new_picture_has_its_own_slice_of_a_folder_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "_END", bytes([64, 0, 0, 0]))  # a slice ends at one name in four
+    for number in range(40):
+        add(tmp_path / "in", f"{number:02d}.png", f"subject {number}", picture(number))
+    data = data_in(tmp_path / "in")
+    prepare_pictures(data, 1, tmp_path / "out", scratch=tmp_path / "scratch")
+    before = finished(tmp_path / "scratch")
+    assert 10 <= len(before) <= 40
+    add(tmp_path / "in", "17b.png", "a new one", picture(50))
+    (tmp_path / "in" / "30.txt").write_text("another caption")
+    report = prepare_pictures(data, 1, tmp_path / "out", scratch=tmp_path / "scratch")
+    after = finished(tmp_path / "scratch")
+    assert report["kept"] == 41
+    assert 4 <= len(after.items() - before.items()) <= 8  # of two slices, perhaps divided by the new name
+    prepare_pictures(data, 1, tmp_path / "anew")
+    assert contents(tmp_path / "out") == contents(tmp_path / "anew")
+
+
+def test_a_picture_that_was_changed_is_read_again(tmp_path: Path) -> None:
+    for number in range(8):
+        add(tmp_path / "in", f"{number}.png", f"subject {number}", picture(number))
+    data = data_in(tmp_path / "in")
+    prepare_pictures(data, 1, tmp_path / "out", scratch=tmp_path / "scratch")
+    add(tmp_path / "in", "3.png", "subject 3", picture(3, (48, 40)))
+    prepare_pictures(data, 1, tmp_path / "out", scratch=tmp_path / "scratch")
+    prepare_pictures(data, 1, tmp_path / "anew")
+    assert contents(tmp_path / "out") == contents(tmp_path / "anew")
+
+
 # --- on disk
 
 
@@ -201,7 +245,7 @@ def test_equal_texts_are_found_in_files(tmp_path: Path, monkeypatch: pytest.Monk
     digests = partitions.Digests(tmp_path / "digests")
     for number, text in enumerate(texts):
         digests.add(text, number)
-    first = {}
+    first: dict[int, int] = {}
     for rows, firsts in digests.groups():
         first |= dict(zip(rows["value"].tolist(), rows["value"][firsts].tolist(), strict=True))
     assert first == {number: texts.index(text) for number, text in enumerate(texts)}
@@ -230,7 +274,7 @@ def test_the_limits_of_the_split_are_those_of_all_levels_at_once(count: int, val
     if wanted:
         following = [level for level in ordered if level >= test_limit][1]
         limit = min(max(test + validation, following), ordered[-1])
-    assert limits == (test_limit, limit)
+    assert (limits.test, limits.validation) == (test_limit, limit)
     assert limits.sizes(levels) == {
         part: sum(limits.part(level) == part for level in levels) for part in limits.sizes(levels)
     }

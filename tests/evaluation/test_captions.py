@@ -16,7 +16,7 @@ from lcmlora.data.sources.source import Record, write_records
 from lcmlora.errors import UserError
 from lcmlora.evaluation.evaluate import evaluate_student
 from lcmlora.evaluation.figures import Metrics
-from lcmlora.evaluation.reference import Reference, draw_reference
+from lcmlora.evaluation.reference import Reference, choose_real, draw_reference
 from lcmlora.evaluation.sets.captions import choosing, choosing_seeds, reporting, reporting_seeds
 from tests.evaluation.conftest import CPU, made_of, settings
 
@@ -110,3 +110,23 @@ def test_a_benchmark_chooses_and_reports_on_captions_and_seeds_apart(
     prompts = set(Reference.read(chosen_by / "reference.json").prompts)
     assert prompts == set(choosing(pictures).prompts)
     assert not prompts & set(Reference.read(reference / "reference.json").prompts)
+
+
+@pytest.mark.parametrize(("captions", "most"), [(300, 40), (40, 40), (7, 40), (7, 1000), (1, 5)])
+def test_of_a_long_list_what_is_compared_with_is_what_the_whole_list_gives(
+    captions: int, most: int, tmp_path: Path
+) -> None:
+    numbers = random.Random(captions)
+    records = [
+        Record(f"{i}.png", f"caption {int(captions * numbers.random() ** 2)}", numbers.randbytes(32).hex(), 8, 8)
+        for i in range(600)
+    ]
+    write_records(tmp_path / "test.jsonl", records)
+    whole, part = reporting(tmp_path), reporting(tmp_path, most)
+    assert part.prompts == whole.prompts[:most]
+    assert choose_real(part.records, part.prompts, most) == choose_real(whole.records, part.prompts, most)
+    for prompt in part.prompts:
+        turns = -(-most // len(part.prompts))
+        of_whole, of_part = ([r for r in found.records if r.caption == prompt] for found in (whole, part))
+        assert of_part[:turns] == of_whole[:turns]
+    assert len(part.records) <= 3 * most + 8 * len(part.prompts)

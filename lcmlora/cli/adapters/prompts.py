@@ -286,10 +286,10 @@ def _day(text: str | None, option: str) -> datetime.date | None:
 def _captions(context: Context, config: Config, model: str) -> set[str]:
     """Returns the captions of the prepared pictures."""
     from lcmlora.data.prepare import PARTS
-    from lcmlora.data.sources.source import read_records
+    from lcmlora.data.sources.source import iter_records
 
     folder = context.project.pictures_of(model, config)
-    return {record.caption for part in PARTS for record in read_records(folder / f"{part}.jsonl")}
+    return {record.caption for part in PARTS for record in iter_records(folder / f"{part}.jsonl")}
 
 
 def _draw(

@@ -87,16 +87,16 @@ def _make(source: ShardedSource, processes: int) -> Worker:
 def _in_threads(work: Callable[[Task], bytes], threads: int, tasks: Iterable[Task]) -> Iterator[tuple[Task, bytes]]:
     """Yields each task with its result; so many are worked on at a time, and as many more are waiting."""
     waiting: dict[Future[bytes], Task] = {}
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for task in tasks:
-                waiting[pool.submit(work, task)] = task
-                while len(waiting) >= 2 * threads:
-                    yield from _finished(waiting)
-            while waiting:
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for task in tasks:
+            waiting[pool.submit(work, task)] = task
+            while len(waiting) >= 2 * threads:
                 yield from _finished(waiting)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while waiting:
+            yield from _finished(waiting)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl+C waits for no picture
 
 
 def _finished(waiting: dict[Future[bytes], Task]) -> Iterator[tuple[Task, bytes]]:
