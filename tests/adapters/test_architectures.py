@@ -60,8 +60,7 @@ def _lora_names(pipeline: DiffusionPipeline, bare: dict[str, torch.Tensor]) -> l
 
 @pytest.mark.parametrize(
     "model",
-    # tests/integration/test_newcomer.py has one of SDXL.
-    ["sd15", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd2", "ssd1b"))],
+    ["sdxl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd15", "sd2", "ssd1b"))],
 )
 def test_a_miniature_goes_from_pictures_to_a_release_that_plain_diffusers_loads(
     miniatures: Callable[[str], Path],

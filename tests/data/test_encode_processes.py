@@ -80,6 +80,7 @@ def test_two_workers_of_which_one_is_killed_write_the_bytes_that_one_process_wri
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_workers_go_on_where_a_killed_process_was(
     load_base: Load, base_folder: Path, listed: Data, tmp_path: Path
 ) -> None:

@@ -119,6 +119,7 @@ def test_the_demo(newcomer: Newcomer) -> None:
     run_and_look_up(newcomer, project, "emoji")
 
 
+@pytest.mark.slow
 def test_a_base_and_pictures_of_ones_own(newcomer: Newcomer, miniatures: Callable[[str], Path]) -> None:
     home = newcomer.home
     (home / "tiny owl xl").symlink_to(miniatures("sdxl"))

@@ -101,7 +101,7 @@ def test_a_worker_that_cannot_begin_says_why(tmp_path: Path):
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < until, "it does not come"
         time.sleep(0.05)
@@ -117,5 +117,5 @@ def test_a_driver_that_is_ended_leaves_no_worker(tmp_path: Path, number: signal.
     )
     _wait_for(lambda: len(make.lines("begun")) == 2)
     driver.send_signal(number)
-    assert driver.wait(30) == -number
+    assert driver.wait(120) == -number
     _wait_for(lambda: not any(map(alive, make.processes())))

@@ -48,6 +48,7 @@ HISTORY = (
         "the search draws settings that are far from the teacher only for a quarter of the pictures",
     ),
     StageVersion("distill", 1, "0.2.0", "the same weights as in 0.1.0; the base's digest covers all of its parts"),
+    StageVersion("polish", 1, "0.2.0", "new: distribution matching from the distilled adapter"),
     StageVersion("evaluate", 1, "0.2.0", "caption retrieval that says nothing is reported as not measured"),
     StageVersion(
         "evaluate",
