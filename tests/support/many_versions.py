@@ -154,9 +154,9 @@ def _versions(models: int, nights: int, former: bool) -> Iterator[Made]:
             created = first + datetime.timedelta(days=night, seconds=20 * model)
             excess, passed = drawn.uniform(60, 120), drawn.random() < 0.75
             facts = _facts(model, number, "tcd" if model % 2 else "lcm", passed)
-            past = [({"action": "registered"}, 1), ({"action": facts["gate"]}, 2)]
+            past: list[tuple[dict[str, Any], int]] = [({"action": "registered"}, 1), ({"action": facts["gate"]}, 2)]
             if passed:
-                promoted = {"action": "promoted", "alias": "champion", "reason": "passed the gate"}
+                promoted: dict[str, Any] = {"action": "promoted", "alias": "champion", "reason": "passed the gate"}
                 past.append((promoted | ({"former": champions[model]} if model in champions else {}), 3))
                 champions[model] = number
             tags = facts | dict(_event(fields, created + datetime.timedelta(seconds=later)) for fields, later in past)
