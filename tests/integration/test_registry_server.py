@@ -241,10 +241,8 @@ def test_an_adapter_is_pulled_through_the_server_and_one_flipped_byte_in_the_buc
 
 @pytest.fixture(scope="module")
 def elsewhere() -> Any:
-    """Makes processes of their own, forked from one that has imported MLflow."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lcmlora.registry.lookup", "mlflow"])
-    return context
+    """Makes processes of their own, with the environment of now, which a fork server has from its own start."""
+    return multiprocessing.get_context("spawn")
 
 
 def test_two_processes_that_register_one_adapter_at_the_same_moment_leave_one_version(
