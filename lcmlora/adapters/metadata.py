@@ -93,7 +93,8 @@ class Polished(Document):
     of: str  # SHA-256 of the distilled adapter's weights
     steps: int
     final_loss: Number
-    validation: Validated  # its loss is the distance to the teacher's pictures
+    distances: dict[str, Number]  # of pictures of validation captions from the teacher's, by step
+    best_step: int  # the step with the lowest distance, whose weights the adapter has
 
 
 class Distilled(Document):

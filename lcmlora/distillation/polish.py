@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lcmlora.adapters import lora
-from lcmlora.adapters.metadata import FACTS, Distilled, DistillSettings, Polished, Sampler, Validated
+from lcmlora.adapters.metadata import FACTS, Distilled, DistillSettings, Polished, Sampler
 from lcmlora.bases.base import LoadedBase
 from lcmlora.bases.folders import Identity
 from lcmlora.config import Distill, Training
@@ -64,7 +64,7 @@ def polish_adapter(
     ranks, polish = ranks or Ranks(), settings.polish
     assert polish is not None
     training = settings.model_copy(update={"steps": polish.steps, "lr": polish.lr, "rollout": 0.0, "trajectory": 0.0})
-    rows, validation_rows = training_rows(base, cache, settings)
+    rows, _ = training_rows(base, cache, settings)
     batches = sample_stream(cache, rows, training, base.device, ranks)
     probe = probe_inputs(base, batches.at(range(-2, 0), rows[:1].expand(2)))
     check = AdapterCheck(base, *probe)
@@ -96,8 +96,13 @@ def polish_adapter(
     if ranks.first:
         assert state.best is not None
         student.load_weights(state.best["weights"], file_dtype(base))
-        validated = Validated(pictures=len(validation_rows), loss=state.history, best_step=state.best["step"])
-        polished = Polished(of=digest, steps=polish.steps, final_loss=state.loss, validation=validated)
+        polished = Polished(
+            of=digest,
+            steps=polish.steps,
+            final_loss=state.loss,
+            distances=state.history,
+            best_step=state.best["step"],
+        )
         distilled = DistillSettings.model_validate(settings.model_dump(mode="json"))
         made = Distilled.read(adapter / FACTS).model_copy(update={"polish": polished, "distill": distilled})
         write_adapter(distillation, settings, out, made, probe)

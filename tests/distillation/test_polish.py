@@ -188,10 +188,8 @@ def test_a_polish_writes_a_plain_lora_with_its_facts(
     assert {name: t.shape for name, t in weights.items()} == {name: t.shape for name, t in start.items()}
     assert made.polish is not None
     assert made.polish.of == sha256_file(distilled / lora.WEIGHTS)
-    assert list(made.polish.validation.loss) == ["0", "2", "4"]
-    assert (
-        min(made.polish.validation.loss.values()) == made.polish.validation.loss[str(made.polish.validation.best_step)]
-    )
+    assert list(made.polish.distances) == ["0", "2", "4"]
+    assert min(made.polish.distances.values()) == made.polish.distances[str(made.polish.best_step)]
     before = Distilled.read(distilled / FACTS)
     assert (made.steps, made.validation, made.sampler) == (before.steps, before.validation, before.sampler)
     assert Distilled.read(tmp_path / "adapter" / FACTS) == made
@@ -203,7 +201,7 @@ def test_the_start_is_kept_where_no_step_is_better(
     distances = iter((1.0, 1.5, 1.1))
     made = run_polish(base_folder, cache, distilled, tmp_path, judge=lambda sampler: {"distance@2": next(distances)})
     assert made.polish is not None
-    assert made.polish.validation.best_step == 0
+    assert made.polish.best_step == 0
     weights, start = load_file(tmp_path / "adapter" / lora.WEIGHTS), load_file(distilled / lora.WEIGHTS)
     for name, tensor in start.items():
         torch.testing.assert_close(weights[name], tensor, msg=name)

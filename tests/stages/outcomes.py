@@ -252,7 +252,7 @@ def of_polish(inputs: Inputs, work: Path) -> Outcome:
     assert made.polish is not None
     return {
         "losses": losses.losses,
-        "validation": made.polish.validation.plain(),
+        "validation": {"loss": made.polish.distances, "best_step": made.polish.best_step},
         "weights": tell_weights(load_file(out / lora.WEIGHTS)),
     }
 
