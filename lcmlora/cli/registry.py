@@ -130,7 +130,13 @@ def list_versions(
         print(json.dumps([version.plain() for version in found], indent=2))
         _note_more(limit, more)
         return
-    steps = gate.steps
+    _print_list(found, gate.steps)
+    _note_foreign([f"{version.reference}: {tag}" for version in found for tag in version.foreign_events])
+    _note_more(limit, more)
+
+
+def _print_list(found: Sequence[Version], steps: int) -> None:
+    """Prints a row for each version, with its figures at this number of steps."""
     rows = [
         (
             version.reference,
@@ -146,8 +152,6 @@ def list_versions(
     ]
     titles = ("version", "alias", "gate", f"excess@{steps}", f"retrieval@{steps}", "objective", "sha256", "created")
     print_table(titles, rows)
-    _note_foreign([f"{version.reference}: {tag}" for version in found for tag in version.foreign_events])
-    _note_more(limit, more)
 
 
 def _note_more(limit: int, more: bool) -> None:
