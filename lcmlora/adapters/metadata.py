@@ -30,6 +30,9 @@ class Sampler:
 LATENT_CONSISTENCY = Sampler()  # for an adapter without sampler settings of its own
 
 
+USUAL_STEPS = 4  # with which an adapter draws of which nothing else is known
+
+
 @dataclass(frozen=True)
 class AdapterFacts:
     """The facts in the files beside an adapter; None if they are unknown."""
@@ -39,6 +42,7 @@ class AdapterFacts:
     resolution: int | None = None  # the pictures' side, in pixels
     sampler: Sampler | None = None
     kohya: str | None = None  # the name of the release's file for ComfyUI and A1111
+    recommended_steps: int | None = None  # the fewest with which a release's student is within its gate
 
 
 def read_sampler(settings: JsonObject, place: str) -> Sampler:

@@ -68,6 +68,15 @@ def gate_failures(metrics: Metrics, gate: Gate, compatibility: Compatibility | N
     return failures + _short_of_teacher(metrics, "retrieval", "caption retrieval", student, gate.min_retrieval)
 
 
+def by_steps(metrics: Metrics, gate: Gate, compatibility: Compatibility | None = None) -> dict[int, list[str]]:
+    """Returns why the student is not within the gate's limits, by each number of steps that it was drawn in; an empty
+    list where it is. That is what `gate_failures` would say if `gate.steps` were that number."""
+    return {
+        key.steps: gate_failures(metrics, gate.model_copy(update={"steps": key.steps}), compatibility)
+        for key in metrics.students
+    }
+
+
 def _short_of_teacher(
     metrics: Metrics, figure: Literal["diversity", "retrieval"], name: str, student: Key, share: float
 ) -> list[str]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lcmlora import bases
 from lcmlora.adapters import formats, tensorfile
-from lcmlora.adapters.metadata import LATENT_CONSISTENCY, Sampler
+from lcmlora.adapters.metadata import LATENT_CONSISTENCY, USUAL_STEPS, Sampler
 from lcmlora.bases import architecture, diffusers_pipeline, families, fetching, folders, singlefile
 from lcmlora.bases.schedule import Schedule
 from lcmlora.config import Base
@@ -66,6 +66,7 @@ class Drawer:
     pipeline: Any  # a DiffusionPipeline with the adapter and its scheduler, ready
     sampler: Sampler
     resolution: int  # pixels
+    usual_steps: int = USUAL_STEPS  # of a call that does not say how many
     schedule: Schedule  # the base's, on the pipeline's device
     has_controlnet: bool = False
     has_ip_adapter: bool = False
@@ -80,7 +81,7 @@ class Drawer:
         self,
         prompt: str | Sequence[str],
         *,
-        steps: int = 4,
+        steps: int | None = None,
         guidance: float = 1.0,
         seed: int | None = 0,
         width: int | None = None,
@@ -102,7 +103,7 @@ class Drawer:
         Args:
             prompt: one text or several.
             steps: 1 to the number of timesteps that the adapter was trained on. A step is one network evaluation,
-                whatever the strength.
+                whatever the strength. None is `usual_steps`: the fewest within the release's gate.
             guidance: `guidance_scale` of diffusers. 1 is no guidance and costs one network pass a step; more costs two.
             seed: None draws with a new random seed each time.
             width, height: in pixels, multiples of `size_unit`; None is the release's resolution.
@@ -120,6 +121,7 @@ class Drawer:
             UserError: a prompt is no text, a number is out of its range, the strength leaves no step, pictures do not
                 go together, or the drawn ones are not finite.
         """
+        steps = self.usual_steps if steps is None else steps
         width, height = (self.resolution if side is None else side for side in (width, height))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         source = _source(image, strength, mask)
@@ -308,6 +310,7 @@ def load(
         sampler=bundle.sampler_of(folder, provenance.plain()) or LATENT_CONSISTENCY,
         provenance=provenance,
         resolution=resolution,
+        usual_steps=provenance.recommended_steps or USUAL_STEPS,
         schedule=diffusers_pipeline.family_of(pipeline).schedule(base_folder, resolution)[0].to(torch_device),
         has_controlnet=controlnet is not None,
     )

@@ -128,7 +128,8 @@ class Drawer(PythonModel):
         from lcmlora.errors import UserError
         from lcmlora.inference.serving import DEFAULTS
 
-        values = DEFAULTS | {name: value for name, value in params.items() if value is not None}
+        own = {"steps": self._pipeline.usual_steps}
+        values = DEFAULTS | own | {name: value for name, value in params.items() if value is not None}
         resolution = self._pipeline.resolution
         if "prompt" not in model_input:
             raise UserError("prompt: expected a column of this name")

@@ -16,14 +16,14 @@ from typing import Any
 import yaml
 
 import lcmlora
-from lcmlora.adapters.metadata import WEIGHTS
+from lcmlora.adapters.metadata import USUAL_STEPS, WEIGHTS
 from lcmlora.io.files import temporary_folder
 from lcmlora.releases import bundle
 
 SCRIPT = "pyfunc_model.py"
 RELEASE = "artifacts/release"  # the release's place in the model's folder
 # Parameters of a request. Width and height 0 are the release's resolution: MLflow has no parameter without a default.
-DEFAULTS: dict[str, int | float] = {"steps": 4, "guidance": 1.0, "seed": 0, "width": 0, "height": 0}
+DEFAULTS: dict[str, int | float] = {"steps": USUAL_STEPS, "guidance": 1.0, "seed": 0, "width": 0, "height": 0}
 # Wings of this package that no drawing needs: those that may not be imported by `inference`, and stages before it.
 LEFT_OUT = ("registry", "demo", "projects", "cli", "tasks", "flows", "doctor", "distillation", "training")
 REQUIREMENTS = (
@@ -42,7 +42,7 @@ REQUIREMENTS = (
 )
 
 
-def write_model(folder: Path, *, model: str, base: Mapping[str, str | None]) -> None:
+def write_model(folder: Path, *, model: str, base: Mapping[str, str | None], steps: int | None = None) -> None:
     """Writes an MLflow model to `folder`. It can draw as soon as a release's files are in its RELEASE.
 
     It consists of a script (pyfunc_model.py) and a copy of this package, of what drawing needs. It has no pickle, so
@@ -52,19 +52,21 @@ def write_model(folder: Path, *, model: str, base: Mapping[str, str | None]) -> 
         folder: new or empty.
         model: a name under `bases` in params.yaml, for the metadata.
         base: `base` of the release's provenance.
+        steps: of a request that does not say its own, `recommended_steps` of the provenance.
     """
     import mlflow.pyfunc
     import pandas  # type: ignore[import-untyped]
 
     package = Path(lcmlora.__file__).parent
+    defaults = DEFAULTS | ({"steps": steps} if steps else {})
     with temporary_folder() as staging, _quiet():
         code = Path(staging, package.name)
         shutil.copytree(package, code, ignore=_not_code)
         mlflow.pyfunc.save_model(
             folder,
             python_model=Path(__file__).with_name(SCRIPT),
-            signature=_signature(),
-            input_example=(pandas.DataFrame({"prompt": ["owl"]}), DEFAULTS),  # MLflow shows it, and draws nothing
+            signature=_signature(defaults),
+            input_example=(pandas.DataFrame({"prompt": ["owl"]}), defaults),  # MLflow shows it, and draws nothing
             pip_requirements=_requirements(),
             code_paths=[str(code)],
             metadata={"model": model},
@@ -82,7 +84,7 @@ def write_model_of(release: Path, folder: Path) -> None:
         UserError: the release's provenance cannot be read.
     """
     provenance = bundle.Provenance.read(release / bundle.PROVENANCE)
-    write_model(folder, model=provenance.model, base=provenance.base)
+    write_model(folder, model=provenance.model, base=provenance.base, steps=provenance.recommended_steps)
     (folder / RELEASE).mkdir(parents=True)
     for name in bundle.DRAWING_FILES:
         shutil.copyfile(release / name, folder / RELEASE / name)  # MLflow follows no link out of the folder
@@ -110,7 +112,7 @@ def _not_code(folder: str, names: list[str]) -> set[str]:
     return {name for name in names if not is_code(Path(folder, name))}
 
 
-def _signature() -> Any:
+def _signature(defaults: Mapping[str, int | float]) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
@@ -118,7 +120,7 @@ def _signature() -> Any:
         inputs=Schema([ColSpec("string", "prompt")]),
         outputs=Schema([ColSpec("binary", "png")]),
         params=ParamSchema(
-            [ParamSpec(name, "double" if name == "guidance" else "long", value) for name, value in DEFAULTS.items()]
+            [ParamSpec(name, "double" if name == "guidance" else "long", value) for name, value in defaults.items()]
         ),
     )
 

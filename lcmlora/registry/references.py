@@ -216,6 +216,7 @@ class AdapterReference:
     base: dict[str, str | None] | None = None  # source, revision and digest of the base that it was made for
     resolution: int | None = None
     sampler: Sampler | None = None
+    recommended_steps: int | None = None
 
 
 def open_adapter(reference: str, places: Places, *, everything: bool = False) -> AdapterReference:
@@ -458,4 +459,6 @@ def _described(folder: Path, shown: str, weights: Path | None = None) -> Adapter
     if sealed:
         bundle.verify(folder, {weights.name, bundle.SCHEDULER, bundle.PROVENANCE})
     facts = bundle.read_facts(folder)
-    return AdapterReference(shown, weights, facts.model, facts.base, facts.resolution, facts.sampler)
+    return AdapterReference(
+        shown, weights, facts.model, facts.base, facts.resolution, facts.sampler, facts.recommended_steps
+    )

@@ -367,8 +367,9 @@ def _upload(client: MlflowClient, run_id: str, folder: Path, name: str, provenan
     from lcmlora.inference import serving
 
     with temporary_folder() as temporary:
-        serving.write_model(Path(temporary, MODEL), model=name, base=provenance.base)
-        client.log_artifacts(run_id, str(Path(temporary, MODEL)), MODEL)
+        made = Path(temporary, MODEL)
+        serving.write_model(made, model=name, base=provenance.base, steps=provenance.recommended_steps)
+        client.log_artifacts(run_id, str(made), MODEL)
         size = _bytes(Path(temporary)) + _bytes(folder)
     client.log_artifacts(run_id, str(folder), RELEASE)
     artifacts.check_uploaded(client, run_id, RELEASE, folder)

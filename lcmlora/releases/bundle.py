@@ -51,6 +51,8 @@ class Decision(Document):
 
     passed: bool
     failures: list[str]
+    # Why the student is not within the gate, by its number of steps; missing in releases from before 2026-11-30.
+    by_steps: dict[str, list[str]] | None = None
 
 
 class Kohya(Document):
@@ -130,6 +132,7 @@ class Provenance(Document):
     git: Commit
     dvc_lock: str | None = None
     gate: Decision | None = None
+    recommended_steps: int | None = None  # see clients.recommended_steps; missing in releases from before 2026-11-30
     reloaded: Proof | None = None
     kohya: Kohya | None = None
     # By stage, those whose output was made on the machine that packaged; missing where none was, and until 2026-11-29.
@@ -219,6 +222,9 @@ def read_facts(folder: Path) -> AdapterFacts:
     resolution = facts.get("resolution")
     if resolution is not None and (type(resolution) is not int or resolution < 1):
         raise UserError(f"{path}: resolution: expected pixels, got {ascii(resolution)[:80]}")
+    steps = facts.get("recommended_steps")
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise UserError(f"{path}: recommended_steps: expected a number of steps, got {ascii(steps)[:80]}")
     for key in ("params", "distill", "kohya"):
         as_object(facts.get(key) or {}, f"{path}: {key}")
     as_object((facts.get("params") or {}).get("distill") or {}, f"{path}: params.distill")
@@ -228,6 +234,7 @@ def read_facts(folder: Path) -> AdapterFacts:
         resolution=resolution,
         sampler=sampler_of(folder, facts),
         kohya=(facts.get("kohya") or {}).get("file"),
+        recommended_steps=steps,
     )
 
 

@@ -16,6 +16,7 @@ step between them. Programs keep timesteps of their own:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
@@ -113,8 +114,16 @@ class Note(NamedTuple):
     texts: tuple[str, ...]
 
 
-def recommended_steps(figures: Metrics) -> int:
-    """Returns the smallest number of steps that no larger number improves on by more than the excess's interval."""
+def recommended_steps(figures: Metrics, failures: Mapping[int, Sequence[str]]) -> int:
+    """Returns the smallest number of steps within the gate. If none is, the smallest that no larger number improves on
+    by more than the excess's interval.
+
+    Args:
+        failures: why a number of steps is not within the gate, see `gate.by_steps`.
+    """
+    within = [steps for steps, reasons in failures.items() if not reasons]
+    if within:
+        return min(within)
     excess, students = figures.excess, figures.students
     low = {key: (figures.interval("excess", key) or (excess[key],))[0] for key in students}
     return next(

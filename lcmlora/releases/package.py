@@ -17,7 +17,7 @@ from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
 from lcmlora.evaluation.comparisons.compatibility import Compatibility, read_of
 from lcmlora.evaluation.figures import STUDENT, Key, Metrics, Study
-from lcmlora.evaluation.gate import gate_failures
+from lcmlora.evaluation.gate import by_steps, gate_failures
 from lcmlora.evaluation.study import STUDY
 from lcmlora.io.files import atomic_folder, sha256_file, write_json
 from lcmlora.io.parsing import read_yaml
@@ -66,10 +66,17 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
     steps = [key.steps for key in figures.students]
     compatibility = read_of(project.compatibility(model), adapter / WEIGHTS)
     failures = gate_failures(figures, config.gate, compatibility)
+    failures_by_steps = by_steps(figures, config.gate, compatibility)
+    enough = recommended_steps(figures, failures_by_steps)
     ran = StagesRan.of(model, config, project)
+    decision = Decision(
+        passed=not failures,
+        failures=failures,
+        by_steps={str(number): reasons for number, reasons in failures_by_steps.items()},
+    )
     with atomic_folder(project.release(model)) as folder:
         _copy_inputs(model, project, folder)
-        header = _header(model, base, project, figures, sampler)
+        header = _header(model, base, project, figures, sampler, enough)
         kohya = _write_weights(folder, model, project, base, base_folder, distilled.distill.alpha, header)
         # Before the reload check, whose pipeline stays in memory.
         sampler_check = check_sampler(folder, adapter / WEIGHTS, base, base_folder, sampler, steps)
@@ -91,7 +98,8 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
             versions=ran.versions | distilled.versions,
             git=ran.git,
             dvc_lock=sha256_file(project.dvc_lock) if project.dvc_lock.is_file() else None,
-            gate=Decision(passed=not failures, failures=failures),
+            gate=decision,
+            recommended_steps=enough,
             reloaded=check.run(folder / WEIGHTS),
             kohya=Kohya(file=kohya.name, sha256=sha256_file(kohya), reloaded=check.run(kohya)),
         )
@@ -100,10 +108,20 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
         if compatibility:
             compatibility.write(folder / COMPATIBILITY)
         provenance.write(folder / PROVENANCE)
-        student = Student.of_release(folder, sampler, recommended_steps(figures))
+        student = Student.of_release(folder, sampler, enough)
         _write_sample(folder, student, kohya.name, base, project.evaluation(model))
         _write_report(folder, model, figures, provenance, project, base, student, compatibility)
-        page = render_card(model, base, distilled, figures, failures, kohya.name, student, sampler_check, compatibility)
+        page = render_card(
+            model,
+            base,
+            distilled,
+            figures,
+            decision,
+            kohya.name,
+            student,
+            sampler_check,
+            compatibility,
+        )
         (folder / "README.md").write_text(page, encoding="utf-8")
         _write_checksums(folder)
     return provenance
@@ -215,12 +233,17 @@ def _study_of(adapter: Path, studied: Path) -> list[Study]:
     return [study] if study.adapter == sha256_file(adapter / WEIGHTS) else []
 
 
-def _header(model: str, base: Base, project: Project, figures: Metrics, sampler: Sampler) -> dict[str, str]:
+def _header(
+    model: str, base: Base, project: Project, figures: Metrics, sampler: Sampler, enough: int
+) -> dict[str, str]:
     """Returns what the header of the weights says to people, by the model spec, and how to draw, for programs.
 
     It has no time, so that the same adapter and evaluation give the same bytes.
+
+    Args:
+        enough: the recommended number of steps.
     """
-    steps, enough = [key.steps for key in figures.students], recommended_steps(figures)
+    steps = [key.steps for key in figures.students]
     name = sampler.scheduler.removesuffix("Scheduler")
     gamma = f", gamma {sampler.gamma:g}" if sampler.gamma is not None else ""
     drawing = {

@@ -51,6 +51,14 @@ def test_a_student_that_beats_the_solvers_at_equal_cost_passes() -> None:
     assert gate(METRICS, GATE) == []  # dpm++@4 is closer, and costs twice as much
 
 
+def test_each_number_of_steps_is_asked_what_the_gate_asks_of_its_own() -> None:
+    figures = Metrics.parse(METRICS, "metrics")
+    found = decisions.by_steps(figures, GATE)
+    assert found == {2: gate(METRICS, GATE.model_copy(update={"steps": 2})), 4: []}
+    assert found[2] and all(reason.startswith("student@2: ") for reason in found[2])
+    assert decisions.by_steps(figures, GATE.model_copy(update={"max_excess": 1.0}))[4]
+
+
 def test_a_student_no_better_than_one_solver_fails_naming_it_and_the_difference() -> None:
     (line,) = gate(changed("excess", "student@4", 43.5), GATE)
     assert "student@4" in line and "43.50 is not below dpm++@2's 40.00" in line and "3.50 too high" in line

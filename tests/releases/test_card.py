@@ -12,6 +12,7 @@ from lcmlora.adapters.metadata import Distilled, read_sampler
 from lcmlora.config import Base, Merged
 from lcmlora.evaluation.comparisons.compatibility import Compatibility
 from lcmlora.evaluation.figures import Metrics
+from lcmlora.releases.bundle import Decision
 from lcmlora.releases.clients import Student, recommended_steps
 from lcmlora.releases.pages.card import render_card
 from tests.support import client_schedules, reports
@@ -104,13 +105,16 @@ def render(
     figures: dict[str, Any] = METRICS,
     failures: tuple[str, ...] = (),
     compatibility: Compatibility | None = None,
+    by_steps: dict[str, list[str]] | None = None,
     **made: Any,
 ) -> str:
     distilled, metrics = Distilled.parse(MADE | made, "config.json"), Metrics.parse(figures, "metrics.json")
     sampler = read_sampler(distilled.sampler.plain(), "config.json")
+    gate = Decision(passed=not failures, failures=list(failures), by_steps=by_steps)
+    by_count = {int(count): reasons for count, reasons in (by_steps or {}).items()}
     schedule = client_schedules.schedule(distilled.prediction_type)
-    student = Student.of(sampler, schedule, recommended_steps(metrics))
-    return render_card("mini", base, distilled, metrics, list(failures), FILE, student, compatibility=compatibility)
+    student = Student.of(sampler, schedule, recommended_steps(metrics, by_count))
+    return render_card("mini", base, distilled, metrics, gate, FILE, student, compatibility=compatibility)
 
 
 def drawn_with(objective: str, scheduler: str, gamma: float | None, prediction: str = "epsilon") -> str:
@@ -272,6 +276,25 @@ def test_report_and_card_have_the_same_text_on_every_way_to_draw(changes: dict[s
     assert [html.unescape(each) for each in code] == [each.rstrip() for each in blocks if each.startswith("from diff")]
     titles = re.findall(r"^#{3,4} (.*)$", card.partition("## Use")[2].partition("## Figures")[0], re.M)
     assert set(titles) <= set(re.findall(r"<(?:summary|h3)>(.*?)</", html.unescape(page).replace("\u2019", "'")))
+
+
+def test_the_fewest_steps_within_the_gate_are_recommended_and_the_others_say_why_not(tmp_path: Path):
+    figures = Metrics.parse(FULL, "metrics.json")
+    assert recommended_steps(figures, {2: [], 4: []}) == 2
+    assert recommended_steps(figures, {2: ["too far"], 4: []}) == 4
+    assert recommended_steps(figures, {2: ["too far"], 4: ["too far"]}) == recommended_steps(figures, {})
+    verdicts, title = {"2": ["student@2: a|b"], "4": []}, "What each number of steps is good for"
+    body = section(render(figures=FULL, by_steps=verdicts), title)
+    rows = [line for line in body.splitlines() if line.startswith("| ")]
+    assert [row.strip("| ").split(" | ")[0] for row in rows[1:]] == ["2", "4"]
+    assert rows[1].endswith("| no: a&#124;b |") and rows[2].endswith("| yes |")
+    assert "draw in 4 steps unless told otherwise, the fewest within the gate" in body
+    figures_of_report, folder = reports.whole(), reports.write_pictures(tmp_path)
+    gate = {"passed": True, "failures": [], "by_steps": verdicts}
+    page = html.unescape(reports.render(figures_of_report, folder, gate=gate, recommended_steps=4))
+    assert title in page and "no<small>a|b</small>" in page and "draw in 4 steps unless told otherwise" in page
+    # Where the gate looked at one number alone.
+    assert title not in render() and title not in reports.render(figures_of_report, folder)
 
 
 def test_steps_and_strength_are_told_for_the_recommended_steps():

@@ -253,7 +253,7 @@ def render(
         base=base,
         kohya_file="lcm-lora-mini.safetensors",
         compatibility=compatibility,
-        student=Student.of(sampler, client_schedules.schedule(), recommended_steps(metrics)),
+        student=Student.of(sampler, client_schedules.schedule(), recommended_steps(metrics, {})),
     )
 
 

@@ -100,9 +100,10 @@ def serve(
 ) -> None:
     """Draw pictures for requests over HTTP with an adapter, until interrupted.
 
-    It is MLflow's server: POST /invocations takes {"dataframe_records": [{"prompt": "owl"}], "params": {"steps": 4}},
-    and answers with PNGs in base64. LCMLORA_MAX_... limit a request. GET /metrics answers with
-    metrics for Prometheus. To run the schedules of prefect.yaml from one process, see `lcmlora schedule`.
+    It is MLflow's server: POST /invocations takes {"dataframe_records": [{"prompt": "owl"}], "params": {"steps": 4}}
+    and answers with PNGs in base64. Without steps it draws in the fewest that are within the release's gate.
+    LCMLORA_MAX_... limit a request. GET /metrics answers with metrics for Prometheus. To run the schedules of
+    prefect.yaml from one process, see `lcmlora schedule`.
 
     Examples:
 

@@ -36,6 +36,16 @@ OtherBase = Annotated[
     ),
 ]
 
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="The number of sampling steps; by default the fewest that are within the release's gate, or 4 where the "
+        "adapter does not say.",
+        show_default=False,
+    ),
+]
+
 
 def convert(
     call: typer.Context,
@@ -158,7 +168,7 @@ def generate(
     ],
     style: Annotated[str | None, typer.Option(help="A style LoRA, in the same forms as --adapter.")] = None,
     style_weight: Annotated[float, typer.Option(help="The weight of the style LoRA.")] = 0.8,
-    steps: Annotated[int, typer.Option(min=1, help="The number of sampling steps; 1 to 8 are usual.")] = 4,
+    steps: Steps = None,
     image: Annotated[
         Path | None, typer.Option(help="A picture to draw anew for each prompt; its centre is cropped and scaled.")
     ] = None,
@@ -195,7 +205,7 @@ def generate(
     """
     context = context_of(call)
     config = context.settings_if_any()
-    from lcmlora.adapters.metadata import LATENT_CONSISTENCY
+    from lcmlora.adapters.metadata import LATENT_CONSISTENCY, USUAL_STEPS
     from lcmlora.cli.adapters import base_references, drawing
     from lcmlora.registry.references import open_adapter
 
@@ -208,6 +218,7 @@ def generate(
         raise UserError(f"{adapter}: does not say where its base is; name the base with --base")
     if chosen.sampler is None:
         note(f"note: {adapter} has no sampler settings; it is drawn with as an LCM-LoRA")
+    steps = steps or chosen.recommended_steps or USUAL_STEPS
     request = drawing.Request(prompt, steps, seed, guidance, batch, source)
     sampler = chosen.sampler or LATENT_CONSISTENCY
     drawing.check(sampler, request)
@@ -227,7 +238,7 @@ def comfyui(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The .json file to write.", show_default=False)],
-    steps: Annotated[int, typer.Option(min=1, help="The number of sampling steps; 1 to 8 are usual.")] = 4,
+    steps: Steps = None,
     prompt: Annotated[str, typer.Option(help="The text to draw a picture of.")] = "an owl",
     seed: Annotated[int, typer.Option(min=0, help="The seed.")] = 0,
     checkpoint: Annotated[
@@ -247,7 +258,7 @@ def comfyui(
     context = context_of(call)
     if out.suffix != ".json":
         raise UserError(f"--out: {out}: expected a file that ends in .json")
-    from lcmlora.adapters.metadata import LATENT_CONSISTENCY
+    from lcmlora.adapters.metadata import LATENT_CONSISTENCY, USUAL_STEPS
     from lcmlora.io.files import write_json
     from lcmlora.registry.references import open_adapter
     from lcmlora.releases import bundle
@@ -258,6 +269,7 @@ def comfyui(
     folder = adapter.weights.parent
     if adapter.sampler is None:
         note(f"note: {reference} has no sampler settings; the workflow is that of an LCM-LoRA")
+    steps = steps or adapter.recommended_steps or USUAL_STEPS
     student = Student.of_release(folder, adapter.sampler or LATENT_CONSISTENCY, steps)
     side = side or adapter.resolution
     if side is None:

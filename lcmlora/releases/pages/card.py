@@ -17,8 +17,9 @@ from lcmlora.evaluation.comparisons.compatibility import Compatibility
 from lcmlora.evaluation.figures import STUDENT, Advantage, Key, Metrics
 from lcmlora.evaluation.gate import unmeasured_diversity, unmeasured_retrieval
 from lcmlora.evaluation.measures.distances import title_of
-from lcmlora.releases.bundle import SamplerCheck
+from lcmlora.releases.bundle import Decision, SamplerCheck
 from lcmlora.releases.clients import Student, is_on_hub
+from lcmlora.releases.pages.step_counts import step_counts
 from lcmlora.releases.pages.usage import markdown, style_weights, usage
 from lcmlora.templates.loading import load_template
 
@@ -46,7 +47,7 @@ def render_card(
     base: Base,
     made: Distilled,
     figures: Metrics,
-    failures: list[str],
+    gate: Decision,
     kohya: str,
     student: Student,
     check: SamplerCheck | None = None,
@@ -57,7 +58,7 @@ def render_card(
     Args:
         made: the adapter's config.json.
         figures: metrics/MODEL.json; what it does not have is left out.
-        failures: why the gate was not passed.
+        gate: its decision, of all numbers of steps.
         kohya: the name of the release's file for ComfyUI and A1111.
         student: in the recommended number of steps, see `recommended_steps`.
         check: how near plain diffusers comes to the adapter's own sampler, if that was measured.
@@ -83,7 +84,8 @@ def render_card(
         unmeasured=unmeasured_retrieval(figures),
         no_diversity=unmeasured_diversity(figures, Key.of(STUDENT, enough)),
         table=_table(figures),
-        failures=failures,
+        failures=gate.failures,
+        step_counts=step_counts(figures, gate),
         compatibility=compatibility,
         usage="\n\n".join(markdown(part, 3) for part in drawing),
     )

@@ -22,6 +22,7 @@ from lcmlora.releases.pages.album import SMALL, Album
 from lcmlora.releases.pages.gallery import everything, ordered, own_prompts_of, side_by_side, worst_of
 from lcmlora.releases.pages.numbers import decimals, fixed, milliseconds, over, span
 from lcmlora.releases.pages.plots import Chart, Point, chart
+from lcmlora.releases.pages.step_counts import step_counts
 from lcmlora.releases.pages.studied import swept, varied, weighed
 from lcmlora.releases.pages.usage import style_weights, usage
 from lcmlora.templates.loading import load_template
@@ -71,6 +72,8 @@ def render_report(
         keys=ordered(figures),
         teacher=figures.teacher,
         headline=headline,
+        step_counts=step_counts(figures, provenance.gate),
+        recommended=provenance.recommended_steps,
         no_diversity=unmeasured_diversity(figures, headline.key),
         charts=_charts(figures),
         beside=side_by_side(figures, album),
