@@ -116,7 +116,9 @@ def test_provenance_says_what_went_in_and_how_well_it_came_back(stages: Path, ba
     assert written["git"] == {"commit": None, "dirty": None}
     assert written["params"]["distill"]["rank"] == 64
     assert written["base"]["digest"] == "b" * 64
-    assert written["gate"] == {"passed": True, "failures": []}
+    gate = written["gate"]
+    assert (gate["passed"], gate["failures"], gate["by_steps"]["4"]) == (True, [], [])
+    assert written["recommended_steps"] == min(int(steps) for steps, why in gate["by_steps"].items() if not why)
     assert written["reloaded"]["error"] < 1e-5 < written["reloaded"]["effect"]
     assert written["reloaded"]["tensors"] == len(load_file(stages / "adapters/mini" / WEIGHTS))
     assert written["sampler"] == {"scheduler": "LCMScheduler", "gamma": None, "grid": 50}
