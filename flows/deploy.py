@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lcmlora.dvc_files import commits
 from lcmlora.errors import UserError
 from lcmlora.flows.servers import definitions
 from lcmlora.flows.verbs import enter
@@ -31,7 +32,9 @@ def deploy(
     """Put the flows of prefect.yaml onto the Prefect server that PREFECT_API_URL names.
 
     What the project lacks there is made: its work pool, the limit of its GPUs, the automation that ends dead runs. `up`
-    does the same on the server that it starts. Workers take the runs: prefect worker start --pool NAME.
+    does the same on the server that it starts. Workers take the runs: python -m
+    lcmlora.flows.worker start --pool NAME --name $(hostname). A pool of this name that another project has made is
+    refused.
 
     Examples:
 
@@ -51,7 +54,8 @@ def deploy(
     from lcmlora.flows.servers import deploying
 
     try:
-        provision.provide(settings.flow.limit, pool=name, kind=pool.value, template=template)
+        project = commits.first_of_project(Path())
+        provision.provide(settings.flow.limit, pool=name, kind=pool.value, template=template, project=project)
     except httpx.TransportError as error:
         raise UserError(f"the Prefect server at {api} does not answer: {error}") from error
     except httpx.HTTPStatusError as error:
@@ -61,7 +65,7 @@ def deploy(
     deploying.deploy_all({name: value for name, value in os.environ.items() if name != "LCMLORA_PROJECT"})
     for flow in sorted(entrypoint for entrypoint, _ in definitions.deployments(path)):
         say(f"deployed {flow}")
-    say(f"prefect worker start --pool {name}")
+    say(f"python -m lcmlora.flows.worker start --pool {name} --name $(hostname)")
 
 
 def _template(pool: Pool) -> JsonObject | None:

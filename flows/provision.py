@@ -6,13 +6,14 @@ Only what is missing is made, so that changes that people make on the server sta
 from __future__ import annotations
 
 import contextlib
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 import psutil
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterState,
@@ -28,7 +29,10 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed
 
+from lcmlora.errors import UserError
+
 DEAD = "lcmlora: runs whose heartbeats stop have crashed"
+_OF_PROJECT = "project whose first commit is {}"  # in a work pool's description
 _FORMER_POOL = "lcmlora"
 _FORMER = ("scheduled", "quarter-hourly", "weekly", "by-hand")  # names of deployments
 _HEARTBEAT = "prefect.flow-run.heartbeat"
@@ -38,19 +42,32 @@ _UNNAMED = timedelta(minutes=1)
 _FORMER_SILENCE = timedelta(minutes=3)  # of lcmlora 0.1: a server that restarted took living runs for dead
 
 
-def provide(limit: str, *, pool: str | None, kind: str = "process", template: dict[str, Any] | None = None) -> None:
+def provide(
+    limit: str,
+    *,
+    pool: str | None,
+    kind: str = "process",
+    template: dict[str, Any] | None = None,
+    project: str | None = None,
+) -> None:
     """Makes the limit with one slot, the automation, and the work pool of this name, unless it is None.
 
     Args:
         kind: of the pool: process, docker, kubernetes.
         template: of the pool's jobs; None for Prefect's own.
+        project: the first commit of the project that the pool is of. Its description says so from then on.
+
+    Raises:
+        UserError: the pool is another project's.
     """
     with get_client(sync_client=True) as client:
         if pool:
             try:
-                client.read_work_pool(pool)
+                _claim(client, pool, project)
             except ObjectNotFound:
-                client.create_work_pool(WorkPoolCreate(name=pool, type=kind, base_job_template=template or {}))
+                text = None if project is None else _OF_PROJECT.format(project)
+                made = WorkPoolCreate(name=pool, type=kind, base_job_template=template or {}, description=text)
+                client.create_work_pool(made)
         try:
             client.read_global_concurrency_limit_by_name(limit)
         except ObjectNotFound:
@@ -61,6 +78,30 @@ def provide(limit: str, *, pool: str | None, kind: str = "process", template: di
         for each in automations:
             if isinstance(each.trigger, EventTrigger) and each.trigger.within == _FORMER_SILENCE:
                 client.update_automation(each.id, dead_runs().model_copy(update={"enabled": each.enabled}))
+
+
+def _claim(client: SyncPrefectClient, pool: str, project: str | None) -> None:
+    """Writes into a pool that is there which project it is of, where nothing says so yet.
+
+    Two projects of one name would replace each other's deployments and take each other's runs.
+
+    Raises:
+        UserError: it is another project's.
+        ObjectNotFound: there is no such pool.
+    """
+    described = client.read_work_pool(pool).description or ""
+    owner = re.search(_OF_PROJECT.format("([0-9a-f]+)"), described)
+    if project is None or (owner and owner[1] == project):
+        return
+    if owner:
+        raise UserError(
+            f"work pool {pool}: belongs to another project on this server: its history begins with commit "
+            f"{owner[1][:12]}, this one's with {project[:12]}. Give one of them another name: `name` in "
+            ".lcmlora/project.json, then `lcmlora upgrade`. If it is this project with a new history, delete the last "
+            "line of the pool's description"
+        )
+    lines = [described, _OF_PROJECT.format(project)] if described else [_OF_PROJECT.format(project)]
+    client.update_work_pool(pool, WorkPoolUpdate(description="\n".join(lines)))
 
 
 def remove_former(deployed: set[tuple[str, str]]) -> int:

@@ -26,6 +26,7 @@ from lcmlora.errors import UserError
 from lcmlora.flows import memory, production_prompts
 from lcmlora.flows.memory import Entry, Memory
 from lcmlora.flows.notices import links, rounds
+from lcmlora.tasks.outages.own_state import outlasting
 from lcmlora.tasks.retrying import networked
 from lcmlora.tasks.watched_inputs import read_base_state, read_data_state
 
@@ -56,8 +57,9 @@ def watch_inputs(params: str = "params.yaml") -> State:
         settings = config.load(Path(params))
     except UserError as error:
         return Failed(message=str(error))
-    changes, errors = look(settings)
-    rounds.quarter_hourly(settings)
+    with outlasting(settings.flow.patience):
+        changes, errors = look(settings)
+        rounds.quarter_hourly(settings)
     for line in changes:
         get_run_logger().info(line)
     if changes:

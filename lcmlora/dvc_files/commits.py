@@ -30,6 +30,15 @@ def of_project(root: Path) -> Commit:
     return _commit(root, [".", *(f":(exclude){name}" for name in _RESULTS)])
 
 
+def first_of_project(root: Path) -> str | None:
+    """Returns the first commit of the project's history, which all of its clones share. None where it is not known:
+    there is no commit yet, or the clone is shallow."""
+    if _output(root, "rev-parse", "--is-shallow-repository") != "false":
+        return None
+    first = _output(root, "rev-list", "--max-parents=0", "HEAD")
+    return min(first.split()) if first else None
+
+
 def of_package() -> Commit:
     """Returns the commit of the repository that this package is run from; none where it is installed."""
     folder = Path(lcmlora.__file__).resolve().parent

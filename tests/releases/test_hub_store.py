@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from lcmlora.config import Publish
-from lcmlora.errors import Unavailable, UserError
+from lcmlora.errors import NotFound, Unavailable, UserError
 from lcmlora.registry.references import Places, open_adapter
+from lcmlora.registry.retention.plan import releases_of
 from lcmlora.releases.catalog import find_release, list_releases, presigned_links, pull_release, verify_release
 from lcmlora.releases.publish import point_channel, point_channel_of, publish_release, yank_release
 from lcmlora.releases.stores.hub import HubStore
@@ -371,3 +372,13 @@ def test_a_revision_is_for_reading_and_a_repository_alone_is_no_release(hub: Hub
         open_store(Publish(to=f"hf://{REPOSITORY}@main")).create("a", b"a", hashlib.sha256(b"a").hexdigest())
     with pytest.raises(UserError, match=r"holds no manifest\.json, so no release; expected .*hf://owner/name@CHANNEL"):
         find_release(f"hf://{REPOSITORY}", SETTINGS)
+
+
+def test_a_repository_that_was_never_made_holds_nothing_that_could_be_pruned(hub: HubServer, bundle: Path, capsys):
+    with pytest.raises(NotFound):
+        open_store(SETTINGS, key="publish.to", consequence="ask again later").entries("mini/")
+    assert releases_of([], SETTINGS, "mini") == ([], {})
+    assert REPOSITORY in capsys.readouterr().err
+    publish_release(bundle, "mini", SETTINGS)
+    (stored,), _ = releases_of([], SETTINGS, "mini")
+    assert stored.uri == ADDRESS

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from lcmlora.config import Publish, Registry
-from lcmlora.errors import UserError
+from lcmlora.errors import NotFound, UserError
 from lcmlora.io.terminal import note
 from lcmlora.registry import events
 from lcmlora.registry.approval.standing import AWAITING, standing
@@ -93,7 +93,7 @@ def make_plan(settings: Registry, publish: Publish, models: Sequence[str], rules
             left = [stone for stone in tombstones.read(dict(by_name[name].tags)) if not stone.finished]
             unfinished += [(name, stone) for stone in left]
             found = [each for each in found if each.version not in {stone.version for stone in left}]
-            releases, channels = _releases(found, publish, name.removeprefix(PREFIX))
+            releases, channels = releases_of(found, publish, name.removeprefix(PREFIX))
             waiting = frozenset(each.reference for each in found if _waits(each, settings.alias))
             choices = choose(found, channels, replace(rules, awaiting=rules.awaiting | waiting))
             kept += [(choice.version.reference, choice.kept) for choice in choices if choice.kept is not None]
@@ -121,7 +121,7 @@ def _waits(version: Version, alias: str) -> bool:
     return found is not None and found.state == AWAITING
 
 
-def _releases(found: Sequence[Version], publish: Publish, model: str) -> tuple[list[Stored], dict[str, list[str]]]:
+def releases_of(found: Sequence[Version], publish: Publish, model: str) -> tuple[list[Stored], dict[str, list[str]]]:
     """Returns the releases of a model in all stores, and what points to them by the first 12 digits of their weights.
 
     Stores are those of `publish.to`, and those that a version's tags name. What lies in one of the latter that cannot
@@ -138,7 +138,8 @@ def _releases(found: Sequence[Version], publish: Publish, model: str) -> tuple[l
         try:
             inside = list(removal.find(store, model).values())
         except UserError as error:
-            if root in roots:
+            # A repository of the hub is made at the first release.
+            if root in roots and not isinstance(error, NotFound):
                 raise
             note(f"warning: {error}")
             for at, digits in places:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lcmlora import extras
-from lcmlora.errors import Unavailable, UserError
+from lcmlora.errors import NotFound, Unavailable, UserError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -62,6 +62,7 @@ class Requests:
 
         Raises:
             Unavailable: the hub does not answer, or is still busy.
+            NotFound: there is no such repository, or not for this user.
             UserError: it refuses.
             OSError: a file of this machine cannot be read or written.
         """
@@ -90,7 +91,7 @@ class Requests:
             status = _status(error)
             if status in answers:
                 return answers[status]
-            kind = Unavailable if _is_temporary(error) else UserError
+            kind = Unavailable if _is_temporary(error) else NotFound if status == 404 else UserError
             said = re.split(r"\n(?:Please make sure|For more information)", str(error))[0]  # the rest is general advice
             reason = " ".join(said.split())[:_LONGEST_REASON]
             hint = "; HF_TOKEN must have the right to do this" if status in (401, 403, 404) else ""
