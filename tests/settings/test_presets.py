@@ -91,7 +91,7 @@ EMOJI = {
         "objective": "tcd",
         "steps": 700,
         "batch": 16,
-        "lr": 2.5e-4,
+        "lr": 1e-3,
         "ema": 0.98,
         "w_min": 4.0,
         "w_max": 4.0,
@@ -99,7 +99,7 @@ EMOJI = {
         "weighting": "snr+1",
         "checkpoint_every": 50,
     },
-    "evaluation": {"batch": 32, "guidance_scale": 5.0},
+    "evaluation": {"batch": 32, "guidance_scale": 5.0, "solver_evaluations": (1, 2, 4, 8, 16)},
 }
 TODAY = {
     "emoji": (64, EMOJI),
