@@ -35,7 +35,7 @@ VERSIONS = {
     "alone": 1,  # what styles and checkpoints draw without the adapter
     "study": 2,  # what they draw with it, and the metrics
     "compatibility": 1,  # what the student and the teacher draw with additions to the base, and the metrics
-    "package": 3,  # files of the release: formats, card, report, reload check
+    "package": 4,  # files of the release: formats, card, report, reload check
 }
 
 # Stages that do the work of other stages themselves, whose versions decide their results, too.

@@ -7,8 +7,9 @@ besides, and the share of the GPU's rate that is reached, are assumed, as the co
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from lcmlora.io.parsing import JsonObject
 from lcmlora.plugins import SOURCES
 from lcmlora.project import Project
 from lcmlora.settings import presets
+from lcmlora.settings.training import Polish
 
 # Besides tensors: the driver's context and the libraries' workspaces, and what the allocator leaves unused.
 _LEAST_BESIDES, _MOST_BESIDES = 0.5e9, 1.2e9  # bytes
@@ -213,7 +215,7 @@ class _Counting:
             steps=settings.steps,
             batch=settings.batch,
             processes=self._processes,
-            stages=[self._encoding(), self._distilling(), *self._drawing()],
+            stages=[self._encoding(), self._distilling(), *self._polishings(), *self._drawing()],
             download=download,
             disk=self._disk(adapter) | download,
             gpus=self._gpus,
@@ -243,6 +245,54 @@ class _Counting:
         return StageForecast(stage, settings, changed, tensors, verdict, operations(settings))
 
     def _distilling(self) -> StageForecast:
+        settings = self._settings
+
+        def operations(step: StepUse) -> float:
+            teacher = step.teacher.operations * (1 - settings.trajectory)
+            own = step.target.operations * settings.rollout * _ROLLOUT_EVALUATIONS
+            return teacher + own + step.target.operations + step.student.operations
+
+        return self._training("distill", settings.steps, lambda step: step.peak, operations)
+
+    def _polishings(self) -> list[StageForecast]:
+        """Returns the stage polish, where params.yaml asks for it."""
+        polish = self._settings.polish
+        return [] if polish is None else [self._polishing(polish)]
+
+    def _polishing(self, polish: Polish) -> StageForecast:
+        """Returns what a polish takes: a second adapter in training, the text encoders, and pictures to validate by."""
+        settings, base, evaluation = self._settings, self._base, self._evaluation
+        second = base.training_bytes(settings)
+        texts = base.text_parameters * self._dtype.itemsize
+        # While it validates, there are no gradients and no activations of training.
+        drawing = base.drawing(evaluation.batch, self._dtype).peak + 2 * second
+        rollout = 1 + statistics.mean((steps - 1) / 2 for steps in polish.student_steps)
+        updates = polish.fake_updates + polish.head_start / polish.steps
+
+        def operations(step: StepUse) -> float:
+            forward, student = step.target.operations, step.student.operations
+            teacher = step.teacher.operations if polish.w else forward
+            matching = updates * (rollout * forward + student) + teacher + forward + student
+            return matching + (step.operations if polish.consistency else 0.0)
+
+        found = self._training(
+            "polish", polish.steps, lambda step: max(step.peak + second + texts, drawing), operations
+        )
+        validations = 2 + polish.steps // settings.validate_every
+        drawn = validations * sum(polish.student_steps) + 2 * evaluation.teacher_steps
+        decoded = validations * len(polish.student_steps) + 1
+        each = drawn * self._evaluation_operations + decoded * base.decoding_operations(self._dtype)
+        return replace(found, operations=found.operations + each * evaluation.choosing_pictures)
+
+    def _training(
+        self, stage: str, steps: int, peak: Callable[[StepUse], int], operations: Callable[[StepUse], float]
+    ) -> StageForecast:
+        """Returns what the training of an adapter takes.
+
+        Args:
+            peak: bytes of the tensors of a step.
+            operations: of a step that takes all of a forward's pictures.
+        """
         settings, base = self._settings, self._base
         share = settings.batch // self._processes
         uses: dict[tuple[int, str], StepUse] = {}
@@ -260,14 +310,11 @@ class _Counting:
                     if share % accumulate == 0:
                         yield {"distill.accumulate": accumulate, "distill.checkpointing": mode}
 
-        def operations(tried: dict[str, int | str]) -> float:
-            step, rows = use(tried), share // int(tried["distill.accumulate"])
-            teacher = step.teacher.operations * (1 - settings.trajectory)
-            own = step.target.operations * settings.rollout * _ROLLOUT_EVALUATIONS
-            each = (teacher + own + step.target.operations + step.student.operations) / rows
-            return each * settings.batch * settings.steps
+        def whole(tried: dict[str, int | str]) -> float:
+            rows = share // int(tried["distill.accumulate"])
+            return operations(use(tried)) / rows * settings.batch * steps
 
-        return self._first_fitting("distill", candidates(), lambda tried: use(tried).peak, operations)
+        return self._first_fitting(stage, candidates(), lambda tried: peak(use(tried)), whole)
 
     def _encoding(self) -> StageForecast:
         settings, base = self._encode, self._base

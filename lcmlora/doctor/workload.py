@@ -146,6 +146,10 @@ class MetaBase:
         """Returns the number of the adapter's parameters."""
         return sum(p.numel() for p in self._adapted(settings.rank, settings.alpha, torch.bfloat16)[1].values())
 
+    def training_bytes(self, settings: Distill) -> int:
+        """Returns the bytes of an adapter in training: its weights, their average, and what the optimizer keeps."""
+        return round((2 + _MOMENTS[settings.optimizer]) * _FP32 * self.adapter_parameters(settings))
+
     def _vae(self, dtype: torch.dtype) -> Any:
         import diffusers
 

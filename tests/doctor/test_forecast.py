@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -38,6 +39,37 @@ def test_the_persons_own_settings_stay_where_they_fit(settings: Config, tmp_path
     assert found.stage("distill").settings == {"distill.accumulate": 1, "distill.checkpointing": "selective"}
     assert (found.pictures, found.pictures_assumed) == (10_000, True)
     assert found.disk["latent cache"] == found.disk["DVC's copy of it, unless its cache links files"]
+
+
+def test_a_polish_is_counted_where_it_is_asked_for_with_its_second_adapter_and_its_drawings(
+    settings: Config, tmp_path: Path
+):
+    def with_polish(**changes: object) -> Forecast:
+        polish = {"steps": 100, "fake_updates": 2, "head_start": 0, "student_steps": [1], "w": 0.0} | changes
+        values = settings.model_dump(mode="json", exclude_unset=True)
+        values["bases"]["mini"]["distill"] |= {"polish": polish, "validate_every": 100}
+        return forecast(config.parse(values, Path("params.yaml")), "mini", Project(tmp_path), memory=24)
+
+    plain, found = forecast(settings, "mini", Project(tmp_path), memory=24), with_polish(consistency=0.0)
+    assert [stage.stage for stage in found.stages] == ["encode", "distill", "polish", "reference", "evaluate"]
+    distill, polish = found.stage("distill"), found.stage("polish")
+    assert distill == plain.stage("distill")
+    # The base once: what comes on top are weights, their average, two moments, and the text encoders.
+    counted = MetaBase("mini", settings.base("mini"), Path(settings.base("mini").source))
+    second = 4 * 4 * plain.lora_parameters + 2 * counted.text_parameters
+    assert polish.tensors == distill.tensors + second < distill.tensors + 2 * 2 * plain.parameters
+
+    step = counted.step(settings.distill_for("mini"), 4, torch.bfloat16, checkpointing="selective")
+    forward, student = step.target.operations, step.student.operations
+    one = 2 * (forward + student) + forward + forward + student  # two updates, teacher, fake score, student
+    more = with_polish(consistency=0.0, steps=300).stage("polish").operations - polish.operations
+    validations = 2 * 64 * (counted.evaluation() + counted.decoding_operations(torch.bfloat16))
+    choosing = settings.evaluation_for("mini").choosing_pictures
+    assert more == pytest.approx(200 * one + validations * choosing / 64, rel=1e-6)
+    guided = with_polish(consistency=0.0, w=1.0).stage("polish").operations - polish.operations
+    assert guided == pytest.approx(100 * (step.teacher.operations - forward), rel=1e-6)
+    consistent = with_polish(consistency=1.0).stage("polish").operations - polish.operations
+    assert consistent == pytest.approx(100 * step.operations, rel=1e-6)
 
 
 def test_a_batch_is_divided_before_activations_are_recomputed_and_what_cannot_fit_is_said(

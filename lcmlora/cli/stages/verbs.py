@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lcmlora.config import Config, Distill, Kind
     from lcmlora.parallel.ranks import Ranks
     from lcmlora.project import Project
+    from lcmlora.registry.tracking import Run
 
 
 def pretrain_stage(call: typer.Context) -> None:
@@ -145,25 +146,16 @@ def distill_stage(call: typer.Context, model: Model) -> None:
 
 def _distill(project: Project, config: Config, model: str, settings: Distill, ranks: Ranks) -> None:
     from lcmlora import stages
-    from lcmlora.adapters import lora
     from lcmlora.bases import folders
     from lcmlora.config import digest
     from lcmlora.distillation.distill import distill_adapter
-    from lcmlora.distillation.outcome import versions
-    from lcmlora.dvc_files import stage_records
-    from lcmlora.io.files import sha256_file
-    from lcmlora.registry import tracking
 
     loaded, cache = loading.base_and_cache(project, config, model, settings, pictures=ranks.first)
     identity = folders.identity(config.base(model), project.base(model))
     key = digest(settings, identity, cache.digest, stages.algorithms("distill"))[:12]
     scratch, limit = project.scratch("distill", f"{model}-{key}"), int(config.teacher_cache_gb * 1e9)
-    logged, ran_with = (config.registry, stage_records.summary(project)) if ranks.first else (None, {})
     out = project.distilled(model, config)
-    with (
-        locked(scratch) if ranks.first else contextlib.nullcontext(),
-        tracking.log_run(logged, model, settings.model_dump(mode="json"), scratch) as run,
-    ):
+    with _training(project, config, model, settings, scratch, out, ranks) as run:
         distill_adapter(
             loaded,
             cache,
@@ -176,6 +168,29 @@ def _distill(project: Project, config: Config, model: str, settings: Distill, ra
             decode=loaded.decode if ranks.first else None,
             teacher_cache=(project.scratch("teacher"), limit) if limit else None,
         )
+
+
+@contextlib.contextmanager
+def _training(
+    project: Project, config: Config, model: str, settings: Distill, scratch: Path, out: Path, ranks: Ranks
+) -> Iterator[Run]:
+    """Yields the run in MLflow of a training that makes an adapter in the folder `out`.
+
+    Within the block, `scratch` is of this training alone. It goes when the adapter is made. Of several processes, the
+    first one locks, logs and cleans up.
+    """
+    from lcmlora.adapters import lora
+    from lcmlora.distillation.outcome import versions
+    from lcmlora.dvc_files import stage_records
+    from lcmlora.io.files import sha256_file
+    from lcmlora.registry import tracking
+
+    logged, ran_with = (config.registry, stage_records.summary(project)) if ranks.first else (None, {})
+    with (
+        locked(scratch) if ranks.first else contextlib.nullcontext(),
+        tracking.log_run(logged, model, settings.model_dump(mode="json"), scratch) as run,
+    ):
+        yield run
         if ranks.first:
             run.tag_adapter(sha256_file(out / lora.WEIGHTS), versions() | ran_with)
     if ranks.first:
@@ -204,12 +219,9 @@ def _polish(project: Project, config: Config, model: str, settings: Distill, ran
     from lcmlora.adapters import lora
     from lcmlora.bases import folders
     from lcmlora.config import digest
-    from lcmlora.distillation.outcome import versions
     from lcmlora.distillation.polish import polish_adapter
-    from lcmlora.dvc_files import stage_records
     from lcmlora.evaluation.comparisons.judging import TeacherJudge
     from lcmlora.io.files import sha256_file
-    from lcmlora.registry import tracking
 
     assert settings.polish is not None
     distilled, out = project.distilled(model, config), project.adapter(model)
@@ -223,11 +235,7 @@ def _polish(project: Project, config: Config, model: str, settings: Distill, ran
         stages.decisive_settings(config, stages.Run("polish", model)),
     )
     scratch = project.scratch("polish", f"{model}-{key[:12]}")
-    logged, ran_with = (config.registry, stage_records.summary(project)) if ranks.first else (None, {})
-    with (
-        locked(scratch) if ranks.first else contextlib.nullcontext(),
-        tracking.log_run(logged, model, settings.model_dump(mode="json"), scratch) as run,
-    ):
+    with _training(project, config, model, settings, scratch, out, ranks) as run:
         judge = None
         if ranks.first:
             steps, pictures = settings.polish.student_steps, project.pictures_of(model, config)
@@ -235,10 +243,6 @@ def _polish(project: Project, config: Config, model: str, settings: Distill, ran
         polish_adapter(
             base, cache, settings, distilled, scratch, out, identity=identity, logger=run, judge=judge, ranks=ranks
         )
-        if ranks.first:
-            run.tag_adapter(sha256_file(out / lora.WEIGHTS), versions() | ran_with)
-    if ranks.first:
-        discard(scratch)
 
 
 def evaluate_stage(call: typer.Context, model: Model) -> None:

@@ -76,6 +76,13 @@ HISTORY = (
         "0.2.0",
         "card and report have the table of compatibility, and one text on how to draw; the report is half as long",
     ),
+    StageVersion(
+        "package",
+        4,
+        "0.2.0",
+        "card, report and provenance say what each number of steps is good for; the fewest within the gate are the "
+        "default",
+    ),
 )
 
 
