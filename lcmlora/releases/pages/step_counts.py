@@ -17,7 +17,7 @@ class StepCount:
     excess: float
     retrieval: float | None
     diversity: float | None
-    failures: list[str]  # why it is not within the gate
+    reason: str | None  # why it is not within the gate; None where it is
 
 
 def step_counts(figures: Metrics, gate: Decision | None) -> list[StepCount]:
@@ -29,6 +29,13 @@ def step_counts(figures: Metrics, gate: Decision | None) -> list[StepCount]:
         diversity = None
         if not unmeasured_diversity(figures, key):
             diversity = figures.diversity[key] / figures.diversity[teacher]
-        reasons = [failure.removeprefix(f"{key}: ") for failure in failures]
-        found.append(StepCount(key, figures.excess[key], retrieval, diversity, reasons))
+        found.append(StepCount(key, figures.excess[key], retrieval, diversity, _shortened(key, failures)))
     return sorted(found, key=lambda each: each.key.steps)
+
+
+def _shortened(key: Key, failures: list[str]) -> str | None:
+    """Returns the first reason, and how many more there are."""
+    if not failures:
+        return None
+    more = len(failures) - 1
+    return failures[0].removeprefix(f"{key}: ") + (f"; and {more} more" if more else "")
