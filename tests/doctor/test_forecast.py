@@ -57,7 +57,7 @@ def test_a_polish_is_counted_where_it_is_asked_for_with_its_second_adapter_and_i
     # The base once: what comes on top are weights, their average, two moments, and the text encoders.
     counted = MetaBase("mini", settings.base("mini"), Path(settings.base("mini").source))
     second = 4 * 4 * plain.lora_parameters + 2 * counted.text_parameters
-    assert polish.tensors == distill.tensors + second < distill.tensors + 2 * 2 * plain.parameters
+    assert polish.tensors == distill.tensors + second
 
     step = counted.step(settings.distill_for("mini"), 4, torch.bfloat16, checkpointing="selective")
     forward, student = step.target.operations, step.student.operations
