@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from lcmlora.dvc_files import commits
 from lcmlora.errors import UserError
 from lcmlora.flows.servers import definitions
 from lcmlora.flows.verbs import enter
@@ -50,6 +49,7 @@ def deploy(
     name, template = definitions.work_pool(path), _template(pool)
     import httpx
 
+    from lcmlora.dvc_files import commits
     from lcmlora.flows import credentials, provision
     from lcmlora.flows.servers import deploying
 

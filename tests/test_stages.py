@@ -57,7 +57,7 @@ def test_every_stage_of_dvc_yaml_reads_the_entry_of_its_own_run():
         ({"data": {"min_side": 32}}, {"prepare"}),
         ({"data": {"max_aspect": 3.0}}, {"prepare", "encode"}),
         ({"encode": {"shard_mb": 1}}, {"encode"}),
-        ({"distill": {"lr": 1e-3}}, {"distill"}),
+        ({"distill": {"lr": 3e-3}}, {"distill"}),
         ({"distill": {"precision": "fp32"}}, {"distill", "package"}),
         ({"evaluation": {"student_steps": [1, 2, 4]}}, {"evaluate"}),
         ({"evaluation": {"seed": 3}}, {"reference", "evaluate"}),

@@ -99,7 +99,7 @@ EMOJI = {
         "weighting": "snr+1",
         "checkpoint_every": 50,
     },
-    "evaluation": {"batch": 32, "guidance_scale": 5.0, "solver_evaluations": (1, 2, 4, 8, 16)},
+    "evaluation": {"batch": 32, "guidance_scale": 5.0, "solver_evaluations": [1, 2, 4, 8, 16]},
 }
 TODAY = {
     "emoji": (64, EMOJI),
