@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,25 +32,36 @@ from tests.support.registries import fresh
 PROMPTS = ("red apple", "green tree", "tree")
 
 
+@pytest.fixture(scope="module")
+def made(miniatures: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project of the sd15 miniature with its adapter, and the release of it."""
+    root, folder = tmp_path_factory.mktemp("made"), miniatures("sd15")
+    (root / "params.yaml").write_text(yaml.safe_dump(releases.settings(folder)))
+    config = settings.load(root / "params.yaml")
+    releases.write_stages(adapters.load(folder, "network", "vae", "text"), root)
+    facts = root / "adapters/mini/config.json"
+    identity = folders.identity(config.base("mini"), folder)
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": identity}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        fetching.fetch("mini", config.base("mini"), Path("bases"))
+        package.package_release("mini", config, Project(), Path("bases/mini"))
+    return root
+
+
 @pytest.fixture
 def root(
+    made: Path,
     miniatures: Callable[[str], Path],
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """A project of the sd15 miniature with its adapter, and the release of it."""
+    """A copy of that project, with a registry of its own."""
     monkeypatch.chdir(tmp_path)
-    folder = miniatures("sd15")
+    shutil.copytree(made, tmp_path, symlinks=True, dirs_exist_ok=True)
     registry = fresh(tmp_path, tmp_path_factory).model_dump()
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(releases.settings(folder, registry=registry)))
-    config = settings.load(tmp_path / "params.yaml")
-    releases.write_stages(adapters.load(folder, "network", "vae", "text"), tmp_path)
-    facts = tmp_path / "adapters/mini/config.json"
-    identity = folders.identity(config.base("mini"), folder)
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": identity}))
-    fetching.fetch("mini", config.base("mini"), Path("bases"))
-    package.package_release("mini", config, Project(), Path("bases/mini"))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(releases.settings(miniatures("sd15"), registry=registry)))
     return tmp_path
 
 
