@@ -99,6 +99,7 @@ def test_a_controlnet_and_an_ip_adapter_are_drawn_with(made: inputs.Inputs, base
     assert figures.Compatibility.read(tmp_path / "compatibility/mini.json") == found
 
 
+@pytest.mark.slow
 def test_the_additions_of_an_sdxl_base_are_drawn_with(
     made: inputs.Inputs, miniatures: Callable[[str], Path], tmp_path: Path
 ):

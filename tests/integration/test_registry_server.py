@@ -265,6 +265,7 @@ def versions(settings: Registry, name: str) -> list[Version]:
     return [version for version in registry.versions(settings) if version.name == name]
 
 
+@pytest.mark.slow
 def test_what_a_plain_run_made_is_refused_behind_a_server_until_it_is_moved_there(
     settings: Registry, sealed: Path, postgresql: PostgreSQL, tmp_path: Path
 ):

@@ -109,6 +109,7 @@ def large(size: int, first: bytes) -> bytes:
     return first + os.urandom(MIB) * (size // MIB)
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_mid_upload_leaves_no_release_and_the_next_run_completes_it(
     server: SeaweedFS, settings: Publish, tmp_path: Path
 ):

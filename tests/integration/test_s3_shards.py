@@ -23,6 +23,7 @@ pytestmark = pytest.mark.integration
 BUDGET = 4 << 20
 
 
+@pytest.mark.slow
 def test_training_reads_a_bucket_within_its_budget_and_survives_that_it_is_cut_off(
     s3: SeaweedFS, bucket: Publish, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -32,6 +32,7 @@ def peer(s3: SeaweedFS, bucket: Publish, tmp_path: Path, monkeypatch: pytest.Mon
     return made
 
 
+@pytest.mark.slow
 def test_a_pointer_that_is_older_changed_anothers_or_of_the_future_is_refused(peer: Peer, tmp_path: Path):
     assert list(test_records.attempts(peer, tmp_path)) == [*test_records.ATTEMPTS, "rolled back on purpose"]
 

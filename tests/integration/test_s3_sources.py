@@ -37,6 +37,7 @@ def uploaded(s3: SeaweedFS, bucket: Publish, tmp_path: Path, monkeypatch: pytest
     return root
 
 
+@pytest.mark.slow
 def test_pictures_in_a_bucket_are_those_of_the_folder(s3: SeaweedFS, uploaded: str, tmp_path: Path):
     expected = survey(data_in(tmp_path / "folder")).records
     names = {"folder": "folder", "jsonl": "folder", "csv": "folder", "tars": "webdataset", "tables": "parquet"}

@@ -124,6 +124,7 @@ def test_two_machines_make_the_bytes_of_two_processes(
         assert (tmp_path / "adapter" / name).read_bytes() == (adapters / "2" / "adapter" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_in_two(adapters: Path, base_folder: Path, cache: LatentCache, tmp_path: Path):
     assert _train(1, base_folder, cache, tmp_path, kill_at=4) != 0
     assert _train(2, base_folder, cache, tmp_path) == 0

@@ -108,6 +108,7 @@ def test_pixels_are_doubled_as_by_interpolation(shape: tuple[int, ...], size: tu
     torch.testing.assert_close(twice(x)[..., :height, :width], expected, atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_compiled_unet_scatters_nothing_in_its_backward_pass(base: LoadedBase, monkeypatch: pytest.MonkeyPatch):
     """torch 2.13's inductor, in bf16 on a CPU, reads what an interpolation's gradient is scattered into too early."""
     operations: set[str] = set()
