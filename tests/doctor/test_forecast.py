@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from lcmlora import config
 from lcmlora.cli.main import app
-from lcmlora.config import Config
+from lcmlora.config import Base, Config
 from lcmlora.doctor import gpus, tables
 from lcmlora.doctor.forecast import FITS, MAY_FIT, TOO_LARGE, Forecast, forecast, needed, outside_projects
 from lcmlora.doctor.gpus import Gpu
@@ -30,8 +30,14 @@ def settings(base_folder: Path) -> Config:
     return config.parse(values, Path("params.yaml"))
 
 
-def test_the_persons_own_settings_stay_where_they_fit(settings: Config, tmp_path: Path):
-    found = forecast(settings, "mini", Project(tmp_path), memory=24)
+@pytest.fixture(scope="module")
+def counted(base_folder: Path) -> MetaBase:
+    """The base, of which each piece of work is counted once for all tests."""
+    return MetaBase("mini", Base(source=str(base_folder), resolution=16, license="apache-2.0"), base_folder)
+
+
+def test_the_persons_own_settings_stay_where_they_fit(settings: Config, counted: MetaBase, tmp_path: Path):
+    found = forecast(settings, "mini", Project(tmp_path), memory=24, counted=counted)
     assert {stage.stage: stage.verdict for stage in found.stages} == dict.fromkeys(
         ("encode", "distill", "reference", "evaluate"), FITS
     )
@@ -42,20 +48,22 @@ def test_the_persons_own_settings_stay_where_they_fit(settings: Config, tmp_path
 
 
 def test_a_polish_is_counted_where_it_is_asked_for_with_its_second_adapter_and_its_drawings(
-    settings: Config, tmp_path: Path
+    settings: Config, counted: MetaBase, tmp_path: Path
 ):
     def with_polish(**changes: object) -> Forecast:
         polish = {"steps": 100, "fake_updates": 2, "head_start": 0, "student_steps": [1], "w": 0.0} | changes
         values = settings.model_dump(mode="json", exclude_unset=True)
         values["bases"]["mini"]["distill"] |= {"polish": polish, "validate_every": 100}
-        return forecast(config.parse(values, Path("params.yaml")), "mini", Project(tmp_path), memory=24)
+        return forecast(
+            config.parse(values, Path("params.yaml")), "mini", Project(tmp_path), memory=24, counted=counted
+        )
 
-    plain, found = forecast(settings, "mini", Project(tmp_path), memory=24), with_polish(consistency=0.0)
+    plain = forecast(settings, "mini", Project(tmp_path), memory=24, counted=counted)
+    found = with_polish(consistency=0.0)
     assert [stage.stage for stage in found.stages] == ["encode", "distill", "polish", "reference", "evaluate"]
     distill, polish = found.stage("distill"), found.stage("polish")
     assert distill == plain.stage("distill")
     # The base once: what comes on top are weights, their average, two moments, and the text encoders.
-    counted = MetaBase("mini", settings.base("mini"), Path(settings.base("mini").source))
     second = 4 * 4 * plain.lora_parameters + 2 * counted.text_parameters
     assert polish.tensors == distill.tensors + second
 
@@ -73,9 +81,8 @@ def test_a_polish_is_counted_where_it_is_asked_for_with_its_second_adapter_and_i
 
 
 def test_a_batch_is_divided_before_activations_are_recomputed_and_what_cannot_fit_is_said(
-    settings: Config, tmp_path: Path
+    settings: Config, counted: MetaBase, tmp_path: Path
 ):
-    counted = MetaBase("mini", settings.base("mini"), Path(settings.base("mini").source))
 
     def within(gigabytes: float | None) -> Forecast:
         return forecast(settings, "mini", Project(tmp_path), memory=gigabytes, counted=counted)
@@ -96,18 +103,20 @@ def test_a_batch_is_divided_before_activations_are_recomputed_and_what_cannot_fi
     assert any("a smaller distill.rank" in line for line in tables.advice(none))
 
 
-def test_what_the_project_has_already_is_taken_from_it(settings: Config, base_folder: Path, tmp_path: Path):
+def test_what_the_project_has_already_is_taken_from_it(
+    settings: Config, counted: MetaBase, base_folder: Path, tmp_path: Path
+):
     project = Project(tmp_path)
     shutil.copytree(base_folder, project.base("mini"))
     project.pictures.mkdir(parents=True)
     (project.pictures / "train.jsonl").write_text("{}\n" * 7)
-    found = forecast(settings, "mini", project)
+    found = forecast(settings, "mini", project, counted=counted)
     assert (found.pictures, found.pictures_assumed) == (7, False)
     on_disk = sum(path.stat().st_size for path in base_folder.rglob("*") if path.is_file())
     assert found.download["base"] == on_disk
-    assert forecast(settings, "mini", project, pictures=14).stage("encode").operations == pytest.approx(
-        2 * found.stage("encode").operations
-    )
+    assert forecast(settings, "mini", project, pictures=14, counted=counted).stage(
+        "encode"
+    ).operations == pytest.approx(2 * found.stage("encode").operations)
 
 
 def test_doctor_counts_a_published_base_in_an_empty_folder_and_fetches_nothing(
