@@ -107,6 +107,22 @@ def report(runs: dict[str, list[dict[str, Any]]], steps: tuple[int, ...], title:
     )
 
 
+def publish(
+    docs: Path, page: str, runs: dict[str, list[dict[str, Any]]], settings: config.Config, model: str, title: str
+) -> None:
+    """Prints the tables of the runs, and writes docs/PAGE.json and the tables in docs/PAGE.md.
+
+    Args:
+        title: of the tables' first column.
+    """
+    text = report(runs, settings.evaluation_for(model).student_steps, title, settings.gate.steps)
+    print(text)
+    measured = origins.of_runs(itertools.chain.from_iterable(runs.values()), Project())
+    write_json(docs / f"{page}.json", {"origin": measured.plain(), "runs": runs})
+    tables.write(docs / f"{page}.md", text)
+    origins.write(Project(), docs, [page])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="emoji")
@@ -125,13 +141,7 @@ def main() -> None:
         work = options.scratch / f"{options.model}-{objective}-{seed}-{options.steps or 'all'}"
         changes = {"objective": objective, "seed": seed} | ({"steps": options.steps} if options.steps else {})
         runs[objective].append(run(settings, options.model, changes, cache, work))
-    steps = settings.evaluation_for(options.model).student_steps
-    text = report(runs, steps, "objective", settings.gate.steps)
-    print(text)
-    measured = origins.of_runs(itertools.chain.from_iterable(runs.values()), Project())
-    write_json(options.docs / "objectives.json", {"origin": measured.plain(), "runs": runs})
-    tables.write(options.docs / "objectives.md", text)
-    origins.write(Project(), options.docs, ["objectives"])
+    publish(options.docs, "objectives", runs, settings, options.model, "objective")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Example: python -m benchmarks.polish --seeds 1 --polish '{"steps": 100, "lr": 2.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -23,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import origins, tables
 from benchmarks.choosing import Judge
-from benchmarks.objectives import report
+from benchmarks.objectives import publish
 from lcmlora import bases, config
 from lcmlora.adapters.metadata import Sampler
 from lcmlora.bases import folders
@@ -35,7 +33,6 @@ from lcmlora.distillation.distill import distill_adapter
 from lcmlora.distillation.polish import polish_adapter
 from lcmlora.evaluation.comparisons.judging import TeacherJudge
 from lcmlora.io.files import write_json
-from lcmlora.project import Project
 from lcmlora.settings.training import Polish
 from lcmlora.training.loop import NullLogger
 
@@ -164,13 +161,7 @@ def main() -> None:
         _, more = made.distilled(seed, first.steps + round(polished["evaluations"] / a_step))
         for name, figures in ((START, start), (MORE, more), (POLISH, polished)):
             runs[name].append(figures)
-    steps = settings.evaluation_for(options.model).student_steps
-    text = report(runs, steps, "training", settings.gate.steps)
-    print(text)
-    measured = origins.of_runs(itertools.chain.from_iterable(runs.values()), Project())
-    write_json(options.docs / "polish.json", {"origin": measured.plain(), "runs": runs})
-    tables.write(options.docs / "polish.md", text)
-    origins.write(Project(), options.docs, ["polish"])
+    publish(options.docs, "polish", runs, settings, options.model, "training")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from lcmlora.project import Project
 from lcmlora.registry.promotion import promote_passed
 from lcmlora.registry.registration import register_release
 from lcmlora.releases import bundle, package
-from tests.support import adapters, releases
+from tests.support import adapters, releases, served
 from tests.support.miniature import RESOLUTION
 from tests.support.registries import fresh
 
@@ -95,6 +95,16 @@ def test_a_folder_a_release_its_files_and_its_alias_draw_the_same_picture(root: 
     assert len({path.read_bytes() for (path,) in drawn}) == 1
     (bare,) = draw("bare.png", "--adapter", "release/mini", "--seed", 1)
     assert bare.read_bytes() != Path("0.png").read_bytes()
+
+
+def test_without_steps_it_draws_in_as_many_as_the_release_recommends(root: Path):
+    served.copy(root / "release/mini", root / "two", recommended_steps=2)
+    (told,) = draw("told.png", "--adapter", "two", "--steps", 2)
+    (default,) = draw("default.png", "--adapter", "two")
+    assert default.read_bytes() == told.read_bytes()
+    (of_adapter,) = draw("adapter.png", "--adapter", "adapters/mini")  # which does not say
+    (four,) = draw("four.png", "--adapter", "adapters/mini", "--steps", 4)
+    assert of_adapter.read_bytes() == four.read_bytes() != default.read_bytes()
 
 
 @pytest.mark.parametrize("style_weight", [0.8, pytest.param(None, marks=pytest.mark.slow)])

@@ -156,6 +156,12 @@ def test_gamma_and_grid_are_those_of_the_release(made: Path, draw: Pipeline, tmp
     assert distance(calm("tree")[0], draw("tree")[0]) > 1
 
 
+def test_without_steps_it_draws_in_as_many_as_the_release_recommends(made: Path, draw: Pipeline, tmp_path: Path):
+    two = pipelines.load(served.copy(made, tmp_path / "two", recommended_steps=2), warm=False)
+    assert distance(two("tree")[0], draw("tree", steps=2)[0]) == 0
+    assert distance(draw("tree")[0], draw("tree", steps=4)[0]) == 0  # this release does not say
+
+
 def test_another_base_is_refused_by_both_digests(made: Path, miniatures: Callable[[str], Path], tmp_path: Path):
     mine, theirs = (examine_base(name, miniatures(name)).digest[:12] for name in ("sd15", "sd2"))
     message = rf"made: was made for .*sd15 \(digest {mine}\.\.\.\), and the base in .*sd2 has digest {theirs}\.\.\.;"

@@ -121,6 +121,14 @@ def test_a_serving_machine_needs_its_requirements_alone_and_unpickles_and_fetche
         assert picture(base64.b64decode(found)).tobytes() == wanted.tobytes()
 
 
+def test_the_model_says_in_how_many_steps_it_draws_unless_told(made: Path, tmp_path: Path):
+    import mlflow
+
+    serving.write_model_of(served.copy(made, tmp_path / "release", recommended_steps=2), tmp_path / "model")
+    parameters = mlflow.models.get_model_info(str(tmp_path / "model")).signature.params
+    assert {each.name: each.default for each in parameters}["steps"] == 2
+
+
 def test_in_this_process_too_and_null_is_the_default(
     made: Path, model: Path, miniatures: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ):
