@@ -40,6 +40,11 @@ START, POLISH, MORE = "start", "polish", "more of the same"
 _WITH_GRADIENT = 3  # forwards that one with its backward pass costs
 
 
+def a_step(settings: config.Distill) -> int:
+    """Returns the evaluations of a step of a distillation: two of the teacher, one of the target, the student's."""
+    return settings.batch * (2 + 1 + _WITH_GRADIENT)
+
+
 class Counted:
     """A base that counts its network evaluations, one for each picture of a forward."""
 
@@ -76,6 +81,7 @@ class Runs:
         def train(counted: Counted, work: Path) -> None:
             places = (work, work / "adapter")
             distill_adapter(counted.base, self.cache, distill, *places, identity=self.identity, logger=NullLogger())
+            counted.evaluations = steps * a_step(distill)  # without those of the validation
 
         return self._run(f"distilled-{seed}-{steps}", distill, train)
 
@@ -157,8 +163,7 @@ def main() -> None:
     for seed in range(options.seeds):
         _, start = made.distilled(seed, first.steps)
         _, polished = made.polished(seed, polish)
-        a_step = start["evaluations"] / first.steps
-        _, more = made.distilled(seed, first.steps + round(polished["evaluations"] / a_step))
+        _, more = made.distilled(seed, first.steps + round(polished["evaluations"] / a_step(first)))
         for name, figures in ((START, start), (MORE, more), (POLISH, polished)):
             runs[name].append(figures)
     publish(options.docs, "polish", runs, settings, options.model, "training")
