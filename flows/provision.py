@@ -97,8 +97,8 @@ def _claim(client: SyncPrefectClient, pool: str, project: str | None) -> None:
         raise UserError(
             f"work pool {pool}: belongs to another project on this server: its history begins with commit "
             f"{owner[1][:12]}, this one's with {project[:12]}. Give one of them another name: `name` in "
-            ".lcmlora/project.json, then `lcmlora upgrade`. If it is this project with a new history, delete the last "
-            "line of the pool's description"
+            ".lcmlora/project.json, then `lcmlora upgrade`. If it is this project with a new history, delete from the "
+            "pool's description the line that names the commit"
         )
     lines = [described, _OF_PROJECT.format(project)] if described else [_OF_PROJECT.format(project)]
     client.update_work_pool(pool, WorkPoolUpdate(description="\n".join(lines)))

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lcmlora import masking, names
-from lcmlora.adapters.metadata import WEIGHTS, Sampler
+from lcmlora.adapters.metadata import USUAL_STEPS, WEIGHTS, Sampler
 from lcmlora.config import Config, Publish, Registry
 from lcmlora.errors import NotFound, UserError
 from lcmlora.io import terminal
@@ -217,6 +217,11 @@ class AdapterReference:
     resolution: int | None = None
     sampler: Sampler | None = None
     recommended_steps: int | None = None
+
+    @property
+    def usual_steps(self) -> int:
+        """The number of steps to draw in, unless told otherwise."""
+        return self.recommended_steps or USUAL_STEPS
 
 
 def open_adapter(reference: str, places: Places, *, everything: bool = False) -> AdapterReference:

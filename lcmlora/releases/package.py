@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmlora.adapters.metadata import FACTS, SCHEDULER, WEIGHTS, Distilled, Sampler, read_sampler
-from lcmlora.config import Base, Config
+from lcmlora.config import Base, Config, Gate
 from lcmlora.errors import UserError
 from lcmlora.evaluation import timings
 from lcmlora.evaluation.comparisons.compatibility import Compatibility, read_of
@@ -65,15 +65,8 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
     figures = _figures(model, project)
     steps = [key.steps for key in figures.students]
     compatibility = read_of(project.compatibility(model), adapter / WEIGHTS)
-    failures = gate_failures(figures, config.gate, compatibility)
-    failures_by_steps = by_steps(figures, config.gate, compatibility)
-    enough = recommended_steps(figures, failures_by_steps)
+    decision, enough = _decided(figures, config.gate, compatibility)
     ran = StagesRan.of(model, config, project)
-    decision = Decision(
-        passed=not failures,
-        failures=failures,
-        by_steps={str(number): reasons for number, reasons in failures_by_steps.items()},
-    )
     with atomic_folder(project.release(model)) as folder:
         _copy_inputs(model, project, folder)
         header = _header(model, base, project, figures, sampler, enough)
@@ -111,20 +104,17 @@ def package_release(model: str, config: Config, project: Project, base_folder: P
         student = Student.of_release(folder, sampler, enough)
         _write_sample(folder, student, kohya.name, base, project.evaluation(model))
         _write_report(folder, model, figures, provenance, project, base, student, compatibility)
-        page = render_card(
-            model,
-            base,
-            distilled,
-            figures,
-            decision,
-            kohya.name,
-            student,
-            sampler_check,
-            compatibility,
-        )
+        page = render_card(model, base, distilled, figures, decision, kohya.name, student, sampler_check, compatibility)
         (folder / "README.md").write_text(page, encoding="utf-8")
         _write_checksums(folder)
     return provenance
+
+
+def _decided(figures: Metrics, gate: Gate, compatibility: Compatibility | None) -> tuple[Decision, int]:
+    """Returns the gate's decision, of all numbers of steps, and the recommended number."""
+    failures, each = gate_failures(figures, gate, compatibility), by_steps(figures, gate, compatibility)
+    shown = {str(number): reasons for number, reasons in each.items()}
+    return Decision(passed=not failures, failures=failures, by_steps=shown), recommended_steps(figures, each)
 
 
 def _where_known(model: str, config: Config, project: Project, ran: StagesRan) -> dict[str, Any]:

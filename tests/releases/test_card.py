@@ -283,16 +283,18 @@ def test_the_fewest_steps_within_the_gate_are_recommended_and_the_others_say_why
     assert recommended_steps(figures, {2: [], 4: []}) == 2
     assert recommended_steps(figures, {2: ["too far"], 4: []}) == 4
     assert recommended_steps(figures, {2: ["too far"], 4: ["too far"]}) == recommended_steps(figures, {})
-    verdicts, title = {"2": ["student@2: a|b"], "4": []}, "What each number of steps is good for"
+    verdicts, title = {"2": ["student@2: a|b", "student@2: c"], "4": []}, "What each number of steps is good for"
     body = section(render(figures=FULL, by_steps=verdicts), title)
     rows = [line for line in body.splitlines() if line.startswith("| ")]
     assert [row.strip("| ").split(" | ")[0] for row in rows[1:]] == ["2", "4"]
-    assert rows[1].endswith("| no: a&#124;b |") and rows[2].endswith("| yes |")
+    assert rows[1].endswith("| no: a&#124;b; and 1 more |") and rows[2].endswith("| yes |")
     assert "draw in 4 steps unless told otherwise, the fewest within the gate" in body
     figures_of_report, folder = reports.whole(), reports.write_pictures(tmp_path)
     gate = {"passed": True, "failures": [], "by_steps": verdicts}
     page = html.unescape(reports.render(figures_of_report, folder, gate=gate, recommended_steps=4))
-    assert title in page and "no<small>a|b</small>" in page and "draw in 4 steps unless told otherwise" in page
+    assert (
+        title in page and "no<small>a|b; and 1 more</small>" in page and "draw in 4 steps unless told otherwise" in page
+    )
     # Where the gate looked at one number alone.
     assert title not in render() and title not in reports.render(figures_of_report, folder)
 

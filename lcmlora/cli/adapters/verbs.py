@@ -205,7 +205,7 @@ def generate(
     """
     context = context_of(call)
     config = context.settings_if_any()
-    from lcmlora.adapters.metadata import LATENT_CONSISTENCY, USUAL_STEPS
+    from lcmlora.adapters.metadata import LATENT_CONSISTENCY
     from lcmlora.cli.adapters import base_references, drawing
     from lcmlora.registry.references import open_adapter
 
@@ -218,8 +218,7 @@ def generate(
         raise UserError(f"{adapter}: does not say where its base is; name the base with --base")
     if chosen.sampler is None:
         note(f"note: {adapter} has no sampler settings; it is drawn with as an LCM-LoRA")
-    steps = steps or chosen.recommended_steps or USUAL_STEPS
-    request = drawing.Request(prompt, steps, seed, guidance, batch, source)
+    request = drawing.Request(prompt, steps or chosen.usual_steps, seed, guidance, batch, source)
     sampler = chosen.sampler or LATENT_CONSISTENCY
     drawing.check(sampler, request)
     loaded = drawing.load(
@@ -258,7 +257,7 @@ def comfyui(
     context = context_of(call)
     if out.suffix != ".json":
         raise UserError(f"--out: {out}: expected a file that ends in .json")
-    from lcmlora.adapters.metadata import LATENT_CONSISTENCY, USUAL_STEPS
+    from lcmlora.adapters.metadata import LATENT_CONSISTENCY
     from lcmlora.io.files import write_json
     from lcmlora.registry.references import open_adapter
     from lcmlora.releases import bundle
@@ -269,8 +268,7 @@ def comfyui(
     folder = adapter.weights.parent
     if adapter.sampler is None:
         note(f"note: {reference} has no sampler settings; the workflow is that of an LCM-LoRA")
-    steps = steps or adapter.recommended_steps or USUAL_STEPS
-    student = Student.of_release(folder, adapter.sampler or LATENT_CONSISTENCY, steps)
+    student = Student.of_release(folder, adapter.sampler or LATENT_CONSISTENCY, steps or adapter.usual_steps)
     side = side or adapter.resolution
     if side is None:
         raise UserError(f"{reference}: does not say its resolution; name it with --side")
