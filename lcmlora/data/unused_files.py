@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
 from typing import TypedDict
 
 from lcmlora.data.reading.candidates import printable
+from lcmlora.data.reading.file_names import ending, stem
 
 _MAX_NAMES = 10  # names that a tally lists
 _MAX_KINDS = 100  # a data set may have an ending of its own for every file
@@ -77,8 +77,8 @@ class UnusedFiles:
 def archives_and_tables(unused: dict[str, Tally]) -> tuple[list[str], list[str]]:
     """Returns the first name of each kind that may be packed pictures, and of each that may be a table of captions."""
     first = [names["first"][0] for names in unused.values() if names["first"]]
-    ending = {name: PurePosixPath(name).suffix.lower() for name in first}
-    return [n for n in first if ending[n] in ARCHIVES], [n for n in first if ending[n] in TABLES]
+    kinds = {name: ending(name).lower() for name in first}
+    return [n for n in first if kinds[n] in ARCHIVES], [n for n in first if kinds[n] in TABLES]
 
 
 def in_words(unused: dict[str, Tally], most: int = 5) -> str:
@@ -88,10 +88,10 @@ def in_words(unused: dict[str, Tally], most: int = 5) -> str:
 
 
 def _ending(name: str) -> str:
-    path = PurePosixPath(name)
-    ending = path.suffix.lower()
-    if PurePosixPath(path.stem).suffix.lower() == ".tar":
-        ending = f".tar{ending}"
-    if not ending:
+    name = name.rstrip("/").lower()
+    last = ending(name)
+    if ending(stem(name)) == ".tar":
+        last = f".tar{last}"
+    if not last:
         return NO_ENDING
-    return ending if _ENDING.fullmatch(ending) else OTHER_ENDINGS
+    return last if _ENDING.fullmatch(last) else OTHER_ENDINGS

@@ -8,7 +8,6 @@ files have a caption, the first one that is not empty counts: .txt, then .captio
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from lcmlora.data.reading.candidates import (
@@ -22,6 +21,7 @@ from lcmlora.data.reading.candidates import (
     decoded_caption,
     scores_in,
 )
+from lcmlora.data.reading.file_names import ending, stem
 from lcmlora.data.reading.picture_folders import PictureFolder
 from lcmlora.io.parsing import JsonObject, Malformed, parse_json
 
@@ -71,7 +71,7 @@ def read_captions(
         scores: names of the numbers that are wanted; a .json has them, whichever file has the caption.
     """
     found: dict[str, ReadDescription] = {}
-    texts = {picture: [file for file in all_ if ending(file.name) != JSON] for picture, all_ in files.items()}
+    texts = {picture: [file for file in all_ if ending(file.name).lower() != JSON] for picture, all_ in files.items()}
     turn = 0
     while next_files := {picture: rest.pop(0) for picture, rest in texts.items() if rest and picture not in found}:
         for picture, content in _contents(folder, next_files, MAX_CAPTION):
@@ -85,7 +85,7 @@ def read_captions(
             except Unusable as reason:
                 found[picture] = ReadDescription(reason, [file.name], at)
         turn += 2
-    jsons = {picture: all_[-1] for picture, all_ in files.items() if all_ and ending(all_[-1].name) == JSON}
+    jsons = {picture: all_[-1] for picture, all_ in files.items() if all_ and ending(all_[-1].name).lower() == JSON}
     jsons = {picture: file for picture, file in jsons.items() if scores or picture not in found}
     for picture, content in _contents(folder, jsons, _MAX_JSON):
         known, file = found.get(picture), jsons[picture]
@@ -146,19 +146,15 @@ def _json(content: bytes | Unusable) -> JsonObject:
 
 def stems_of(picture: str) -> tuple[str, str]:
     """Returns the names without ending that a caption file of a picture may have."""
-    return str(PurePosixPath(picture).with_suffix("")), picture
+    return stem(picture), picture
 
 
 def is_caption_file(name: str) -> bool:
-    return ending(name) in (*TEXTS, JSON)
-
-
-def ending(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
+    return ending(name).lower() in (*TEXTS, JSON)
 
 
 def order(name: str) -> tuple[int, bool]:
     """Sorts caption files of one name by their endings: the one that counts comes first, and an ending in lower case
     before the same one in capitals."""
-    suffix = PurePosixPath(name).suffix
+    suffix = ending(name)
     return (*TEXTS, JSON).index(suffix.lower()), suffix != suffix.lower()

@@ -115,6 +115,22 @@ class FileNames:
         return self._by_stem[stem][0]
 
 
+def stem(name: str) -> str:
+    """Returns a path up to the last dot of its name."""
+    return name[: len(name) - len(ending(name))]
+
+
+def ending(name: str) -> str:
+    """Returns `PurePosixPath(name).suffix`, which would take most of the time of listing a folder or a tar file."""
+    dot = name.rfind(".")
+    return name[dot:] if name.rfind("/") + 1 < dot < len(name) - 1 else ""
+
+
+def base_name(name: str) -> str:
+    """Returns the last part of a path."""
+    return name[name.rfind("/") + 1 :]
+
+
 def normal_form(name: str) -> str:
     """Returns a form that is equal for names which a person, or another system, takes for the same."""
     plain = unquote(name, errors="surrogateescape") if "%" in name else name
@@ -123,7 +139,7 @@ def normal_form(name: str) -> str:
 
 def stem_form(name: str) -> str:
     """Returns the normal form of a name without its folders and ending."""
-    return normal_form(PurePosixPath(name).stem)
+    return normal_form(stem(base_name(name)))
 
 
 def closest(stem: str, others: list[str]) -> str | None:

@@ -22,6 +22,7 @@ from lcmlora.data.reading.candidates import (
     clean_caption,
     decoded_caption,
 )
+from lcmlora.data.reading.file_names import ending, stem
 from lcmlora.data.reading.tar_members import Member
 from lcmlora.io.parsing import JsonObject, Malformed, parse_json
 
@@ -80,17 +81,6 @@ def sample_key(name: str) -> str:
     """Returns a name up to the first dot, which the members of a sample have in common."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]
-
-
-def stem(name: str) -> str:
-    """Returns a name up to its last dot."""
-    return name[: len(name) - len(ending(name))]
-
-
-def ending(name: str) -> str:
-    """Returns `PurePosixPath(name).suffix`, which would take most of the time of reading a tar file."""
-    dot = name.rfind(".")
-    return name[dot:] if name.rfind("/") + 1 < dot < len(name) - 1 else ""
 
 
 def match_captions(key: str, members: Sequence[Member], read: Callable[[Member], bytes], *, scores: bool) -> Sample:
@@ -200,8 +190,8 @@ def _read_caption(
     """
     caption, json = Caption(""), JsonObject()
     for by_ending in files:
-        for ending in ENDINGS:
-            if not caption.text and (member := by_ending.get(ending)) is not None:
+        for each in ENDINGS:
+            if not caption.text and (member := by_ending.get(each)) is not None:
                 if member.size > MAX_CAPTION:
                     raise Unusable(LONG_CAPTION)
                 caption = decoded_caption(read(member))

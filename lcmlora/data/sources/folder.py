@@ -7,7 +7,7 @@ import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lcmlora.config import Data
@@ -33,10 +33,11 @@ from lcmlora.data.reading.candidates import (
     scores_in,
 )
 from lcmlora.data.reading.captions import CaptionFile, Description, caption_in, read_captions
+from lcmlora.data.reading.file_names import base_name, ending, stem
 from lcmlora.data.reading.folder_listing import Entry
 from lcmlora.data.reading.picture_folders import BucketFolder, LocalFolder, PictureFolder
 from lcmlora.data.reading.tables import Row, read_rows
-from lcmlora.data.reading.tar_samples import AUXILIARY, picture_of_map, stem
+from lcmlora.data.reading.tar_samples import AUXILIARY, picture_of_map
 from lcmlora.data.sources import split_names
 from lcmlora.data.sources.source import EncodedPictures
 from lcmlora.data.unused_files import (
@@ -163,9 +164,9 @@ class Folder(EncodedPictures):
 
     def _is_counted(self, name: str, index: FolderIndex) -> bool:
         """Returns whether a file is used, or is among the unused texts."""
-        if _is_picture(name) or PurePosixPath(name).suffix.lower() in TEXTS:
+        if _is_picture(name) or ending(name).lower() in TEXTS:
             return True
-        return PurePosixPath(name).name.lower() in _METADATA or index.is_used(name)
+        return base_name(name).lower() in _METADATA or index.is_used(name)
 
     def _split(self, name: str) -> str:
         return split_names.split_of(name) or split_names.TRAIN
@@ -210,7 +211,7 @@ class Folder(EncodedPictures):
     def _read_metadata(self, index: FolderIndex) -> Iterator[Rejection]:
         """Puts the descriptions in the tables of metadata into the index; yields the rows that cannot be used."""
         scores = tuple(self.data.scores)
-        found = (name for name in index.names() if PurePosixPath(name).name.lower() in _METADATA)
+        found = (name for name in index.names() if base_name(name).lower() in _METADATA)
         tables = [self._table] if self._table else [n for n in found if self._split(n) not in self._unwanted]
         for row in read_rows(self._folder.path, tables, wanted=(*_FIELDS, *scores)):
             if isinstance(row, Rejection):
@@ -314,9 +315,9 @@ def _nameless(row: Row) -> Rejection:
 
 
 def _is_picture(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in SUFFIXES
+    return ending(name).lower() in SUFFIXES
 
 
 def _is_rejection(name: str) -> bool:
     """Returns whether a file that must not be read is a rejection: a folder, a picture or metadata."""
-    return name.endswith("/") or _is_picture(name) or PurePosixPath(name).name.lower() in _METADATA
+    return name.endswith("/") or _is_picture(name) or base_name(name).lower() in _METADATA

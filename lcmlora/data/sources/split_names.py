@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import PurePosixPath
 
 from lcmlora.errors import UserError
 
@@ -26,13 +25,13 @@ def split_of(name: str, *, container: bool = False) -> str | None:
     picture's own name counts for nothing: `test.png` may show a test. A container (a table, a tar file, a list of
     prompts) names a split by any of its words.
     """
-    path = PurePosixPath(name)
-    for folder in path.parts[:-1]:
+    *folders, base = name.rstrip("/").split("/")
+    for folder in folders:
         words = _BREAK.split(folder.lower())
         named = [word for word in words if word in _SPLITS]
         if named and all(word in _SPLITS or word in _CONTENTS for word in words):
             return _first(named)
-    return _first([word for word in _BREAK.split(path.name.lower()) if word in _SPLITS]) if container else None
+    return _first([word for word in _BREAK.split(base.lower()) if word in _SPLITS]) if container else None
 
 
 def _first(named: list[str]) -> str | None:

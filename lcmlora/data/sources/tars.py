@@ -31,9 +31,10 @@ from lcmlora.data.reading.candidates import (
     printable,
     scores_in,
 )
+from lcmlora.data.reading.file_names import stem
 from lcmlora.data.reading.parquet_files import GIVEN_UP, MAX_REFUSED
 from lcmlora.data.reading.tar_members import Member, read_members
-from lcmlora.data.reading.tar_samples import match_captions, sample_key, stem
+from lcmlora.data.reading.tar_samples import match_captions, sample_key
 from lcmlora.data.sources import split_names
 from lcmlora.data.sources.inputs import InputFiles
 from lcmlora.data.sources.source import EncodedPictures
