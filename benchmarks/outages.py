@@ -52,20 +52,20 @@ class Experiment:
         self._up: float | None = None  # when the worker comes back
         self.site.start_worker()
 
-    def run(self, kills: int, seconds: float) -> bool:
+    def run(self, kills: int, pause: float) -> bool:
         """Starts a run, kills at random until it has ended or the number of kills is reached; returns whether it ended.
 
         Args:
-            seconds: that an undisturbed run takes.
+            pause: seconds between two kills at most.
         """
         run = self.site.start_run(self.deployment)
         self.counts.runs += 1
         until = time.monotonic() + _STUCK
-        target, moment = self._next(seconds)
+        target, moment = self._next(pause)
         while time.monotonic() < until:
             self._bring_back()
             if self.counts.kills.total() < kills and time.monotonic() > moment and self._kill(target):
-                target, moment = self._next(seconds)
+                target, moment = self._next(pause)
                 until += 60 * self._minutes[1]
             if self._back is None:
                 state = self.site.state(run)
@@ -80,8 +80,8 @@ class Experiment:
         self.counts.wrong.append(f"a run does not end: {self.site.history(run)}")
         return False
 
-    def _next(self, seconds: float) -> tuple[str, float]:
-        return self._draw.choice(TARGETS), time.monotonic() + self._draw.uniform(0, seconds / 2)
+    def _next(self, pause: float) -> tuple[str, float]:
+        return self._draw.choice(TARGETS), time.monotonic() + self._draw.uniform(0, pause)
 
     def _bring_back(self) -> None:
         if self._back is not None and time.monotonic() > self._back:
@@ -168,6 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--minutes", type=float, nargs=2, default=(1.0, 10.0), help="a server stays away for")
+    parser.add_argument("--pause", type=float, help="seconds between two kills at most; by default half of a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the counts there")
     parser.add_argument("--keep", action="store_true", help="leave the folder")
@@ -185,7 +186,7 @@ def main() -> int:
         experiment.project.forget()
         while not counts.wrong:
             over = counts.kills.total() >= options.kills
-            if experiment.run(options.kills, seconds):
+            if experiment.run(options.kills, options.pause or seconds / 2):
                 experiment.check(expected)
                 if over:
                     break

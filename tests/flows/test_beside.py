@@ -54,7 +54,7 @@ def test_two_runs_in_one_folder_do_the_work_once_and_status_says_what_runs(proje
     errors = [first.communicate(timeout=300)[1], second.communicate(timeout=300)[1]]
     assert (first.returncode, second.returncode) == (0, 0), errors
     assert project.distilled() == ["a"]
-    assert [version.version for version in project.versions("a")] == ["1"]
+    assert [version.version for version in project.versions("a")] == [1]
     assert len(project.releases()) == 1
 
 
