@@ -106,7 +106,6 @@ def _run(models: list[str] | None, force: bool, publish: bool, promote: bool, to
 def _interrupt(number: int, frame: object) -> NoReturn:
     for ending in _ENDINGS:
         signal.signal(ending, _leave)
-    note("ending the processes that run ...")
     raise SystemExit(128 + number)
 
 

@@ -372,7 +372,9 @@ def _explaining_interruption(outcomes: list[Outcome]) -> Iterator[None]:
     """If a person or a signal ends the flow, prints the stage that it was in and how to go on."""
     try:
         yield
-    except (SystemExit, KeyboardInterrupt):
+    except Exception:
+        raise
+    except BaseException:  # of SIGTERM Prefect makes a TerminationSignal
         stages = ", ".join(dict.fromkeys(outcome.running for outcome in outcomes if outcome.running))
         note(f"ended in {stages or 'no stage'}; the same command goes on from there and keeps all results so far")
         raise

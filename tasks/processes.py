@@ -24,7 +24,7 @@ from lcmlora import masking
 from lcmlora.errors import UserError
 from lcmlora.io import faults
 from lcmlora.io.private import cache_folder
-from lcmlora.io.terminal import LINE, shown
+from lcmlora.io.terminal import LINE, note, shown
 from lcmlora.tasks import supervisor
 
 _END_TIMEOUT = supervisor.GRACE + 3  # seconds for a supervisor to end its command
@@ -64,6 +64,8 @@ class Processes:
         with self._lock:
             self._closing.set()
             alive = list(self._lifelines)
+            if alive and error is not None and not isinstance(error, Exception):  # a person or a signal
+                note("ending the processes that run ...")
             for process in alive:  # all at once, since each may take some seconds to end
                 os.close(self._lifelines.pop(process))
         for process in alive:
