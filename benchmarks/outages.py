@@ -61,11 +61,11 @@ class Experiment:
         run = self.site.start_run(self.deployment)
         self.counts.runs += 1
         until = time.monotonic() + _STUCK
-        target, moment = self._next(pause)
+        moment = self._next(pause)
         while time.monotonic() < until:
             self._bring_back()
-            if self.counts.kills.total() < kills and time.monotonic() > moment and self._kill(target):
-                target, moment = self._next(pause)
+            if self.counts.kills.total() < kills and time.monotonic() > moment and self._kill():
+                moment = self._next(pause)
                 until += 60 * self._minutes[1]
             if self._back is None:
                 state = self.site.state(run)
@@ -80,8 +80,8 @@ class Experiment:
         self.counts.wrong.append(f"a run does not end: {self.site.history(run)}")
         return False
 
-    def _next(self, pause: float) -> tuple[str, float]:
-        return self._draw.choice(TARGETS), time.monotonic() + self._draw.uniform(0, pause)
+    def _next(self, pause: float) -> float:
+        return time.monotonic() + self._draw.uniform(0, pause)
 
     def _bring_back(self) -> None:
         if self._back is not None and time.monotonic() > self._back:
@@ -91,16 +91,18 @@ class Experiment:
             self._up = None
             self.site.start_worker()
 
-    def _kill(self, target: str) -> bool:
-        """Kills what the target names. Returns False if there is no such process at the moment."""
+    def _kill(self) -> bool:
+        """Kills one of the targets that are alive. Returns False if there are none at the moment."""
         alive = self.project.processes()
+        possible = {each.kind for each in alive} | ({"server"} if self._back is None else set())
+        possible |= {"worker"} if self._up is None else set()
+        targets = [each for each in TARGETS if each in possible or (each == "everything" and possible)]
+        if not targets:
+            return False
+        target = self._draw.choice(targets)
         victims = [each for each in alive if target in (each.kind, "everything")]
         stage = next((each.stage for each in alive if each.stage), None)
-        if (target == "worker" and self._up is not None) or (target == "server" and self._back is not None):
-            return False
         if target not in ("worker", "server", "everything"):
-            if not victims:
-                return False
             victims = [self._draw.choice(victims)]
         if target in ("server", "everything") and self._back is None:
             minutes = self._draw.uniform(*self._minutes)
