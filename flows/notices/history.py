@@ -7,7 +7,7 @@ the next look at the history does.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from lcmlora.config import Config
@@ -18,15 +18,18 @@ from lcmlora.flows.notices import links
 from lcmlora.flows.notices.event import Event
 from lcmlora.project import Project
 from lcmlora.registry import events as records
-from lcmlora.registry import lookup, promotion
+from lcmlora.registry import lookup
 from lcmlora.registry.approval import standing
+from lcmlora.registry.listing import recent
 from lcmlora.registry.lookup import Version
 from lcmlora.releases import bundle
 from lcmlora.settings.operation.notify import EventKind
 
 SUBJECT = "history"  # of the memory
 
-_FIRST_DAYS = 1  # how far back the first look tells
+_LOOKED = "looked"  # the entry of the last look at all models; no registered model has this name
+_FIRST = datetime.timedelta(days=1)  # how far back the first look tells
+_FARTHEST = datetime.timedelta(days=31)  # of a memory without that entry
 _CLOCK_HOURS = 1  # that the clocks of two machines may differ
 _TOLD = 60  # the last events that were told; more than happen in these hours
 _PICTURE = "grid.png"  # of a release
@@ -41,30 +44,43 @@ _KINDS: dict[str, EventKind] = {
 }
 
 
-def untold(model: str, settings: Config) -> Iterator[Event]:
-    """Yields what has happened to a model's versions and was not told, the oldest first.
+def untold(models: Collection[str], settings: Config) -> Iterator[Event]:
+    """Yields what has happened to the versions of these models and was not told, the oldest first.
 
-    What was yielded counts as told when the next one is asked for.
+    What was yielded counts as told when the next one is asked for. With all models of the settings, the next look goes
+    no farther back than this one.
 
     Raises:
         UserError: MLflow cannot be reached.
     """
-    name, memory = name_of(model), Memory(SUBJECT, settings)
-    past = [each for each in promotion.history(name, settings.registry, may_be_missing=True) if each.action in _KINDS]
-    entry = memory.read().get(name, {})
-    if entry:
-        # The clock of another machine may be behind, so that its events come late.
-        since = datetime.datetime.fromisoformat(entry["newest"]) - datetime.timedelta(hours=_CLOCK_HOURS)
-    else:
-        since = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=_FIRST_DAYS)
-    told = list(entry.get("told", ()))
-    for record in past:
+    began, memory = _now(), Memory(SUBJECT, settings)
+    entries, names = memory.read(), {name_of(model): model for model in models}
+    # The clock of another machine may be behind, so that its events come late.
+    late = datetime.timedelta(hours=_CLOCK_HOURS)
+    looked = entries.get(_LOOKED)
+    first = datetime.datetime.fromisoformat(looked["at"]) - late if looked else began - _FIRST
+    since = {
+        name: datetime.datetime.fromisoformat(entries[name]["newest"]) - late if name in entries else first
+        for name in names
+    }
+    begin = max(first if looked else began - _FARTHEST, min(since.values(), default=first))
+    for name, record in recent.read(settings.registry, names, begin):
+        entry = entries.setdefault(name, {"newest": "", "told": []})
         identity = f"{record.version} {record.time}"
-        if datetime.datetime.fromisoformat(record.time) <= since or identity in told:
+        if record.action not in _KINDS or identity in entry["told"]:
             continue
-        yield _event(model, record, lookup.resolve(f"models:/{name}/{record.version}", settings.registry), settings)
-        told = [*told, identity][-_TOLD:]
-        memory.write(name, {"newest": max(record.time, entry.get("newest", "")), "told": told})
+        if datetime.datetime.fromisoformat(record.time) <= since[name]:
+            continue
+        version = lookup.resolve(f"models:/{name}/{record.version}", settings.registry)
+        yield _event(names[name], record, version, settings)
+        entry |= {"newest": max(record.time, entry["newest"]), "told": [*entry["told"], identity][-_TOLD:]}
+        memory.write(name, entry)
+    if names.keys() >= {name_of(model) for model in settings.models}:
+        memory.write(_LOOKED, {"at": began.isoformat()})
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
 
 
 def _event(model: str, record: records.Event, version: Version, settings: Config) -> Event:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import httpx
 from prefect.exceptions import PrefectException
@@ -51,20 +51,18 @@ def after_run(results: Sequence[Outcome], settings: Config) -> None:
     for reason in dict.fromkeys(outcome.not_pushed for outcome in results):
         if reason:
             notify.send(Event("stuck", f"{NOT_PUSHED}: {reason}", links=links.of_run(run), run=run), settings)
-    for outcome in results:
-        if outcome.version:
-            with _warning():
-                tell_history(outcome.model, settings)
+    with _warning():
+        tell_history([outcome.model for outcome in results if outcome.version], settings)
 
 
-def tell_history(model: str, settings: Config) -> None:
-    """Tells what has happened to a model's versions and was not told.
+def tell_history(models: Collection[str], settings: Config) -> None:
+    """Tells what has happened to the versions of these models and was not told.
 
     Raises:
         UserError: MLflow cannot be reached.
     """
-    if settings.notify.targets:
-        for event in history.untold(model, settings):
+    if settings.notify.targets and models:
+        for event in history.untold(models, settings):
             notify.send(event, settings)
 
 
@@ -82,9 +80,8 @@ def quarter_hourly(settings: Config) -> None:
         return
     with _warning():
         notify.resend(settings)
-    for model in settings.models:
-        with _warning():
-            tell_history(model, settings)
+    with _warning():
+        tell_history(settings.models, settings)
     with _warning():
         found = [*troubles.full_disks(settings)]
         if has_server():

@@ -78,7 +78,7 @@ def test_a_flow_past_the_budget_trains_nothing_by_schedule_and_a_version_has_its
     retrain_models(["a"])
     tags = project.versions("a")[0].tags
     assert float(tags["device_seconds"]) > 0 and tags["price"].endswith(" EUR")
-    assert float(tags["price"].split()[0]) == pytest.approx(float(tags["device_seconds"]), abs=0.051)  # a second costs 1
+    assert float(tags["price"].split()[0]) == pytest.approx(float(tags["device_seconds"]), abs=0.051)  # 1 EUR a second
     assert costs.uncounted("a") == []
     retrain_models(["a"])  # nothing is stale, nothing is spent
     assert [entry.version for entry in costs.entries()] == ["lcm-lora-a/1"] * len(costs.entries())

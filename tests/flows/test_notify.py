@@ -19,10 +19,11 @@ from lcmlora.config import Config
 from lcmlora.errors import UserError
 from lcmlora.flows import memory, notify, verbs
 from lcmlora.flows.memory import Memory
-from lcmlora.flows.notices import delivery, outbox, repeats, rounds, troubles
+from lcmlora.flows.notices import delivery, history, outbox, repeats, rounds, troubles
 from lcmlora.flows.notices.event import Event
-from lcmlora.registry import promotion
+from lcmlora.registry import events, promotion
 from lcmlora.registry.approval import decisions
+from lcmlora.registry.listing import recent
 from tests.flows.conftest import Project
 from tests.flows.test_watch import Killed, killing_at
 from tests.support.receivers import Receiver, receiver
@@ -132,7 +133,7 @@ def test_what_happens_to_versions_is_told_once_whoever_does_it(
         return register_release("a", told.registry, folder, f"file:///{weights}", failures)
 
     add("one", "excess 9 is above 8")
-    rounds.tell_history("a", told)
+    rounds.tell_history(["a"], told)
     second = add("two")
     promotion.promote_passed(second, told.registry, reason="passed the gate", who="ada")
     third = add("three")
@@ -140,9 +141,9 @@ def test_what_happens_to_versions_is_told_once_whoever_does_it(
     decisions.reject("a/3", told.registry, reason="blurred hands", who="bob")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killing_at(patch, Memory, "write", 3)  # the second event was sent, and it was not kept that it was
-        rounds.tell_history("a", told)
+        rounds.tell_history(["a"], told)
     for _ in range(2):
-        rounds.tell_history("a", told)
+        rounds.tell_history(["a"], told)
     found = {document["id"]: document for document in web.documents}
     assert len(web.documents) <= len(found) + 1
     assert [(each["kind"], each["version"]) for each in found.values()] == [
@@ -158,6 +159,38 @@ def test_what_happens_to_versions_is_told_once_whoever_does_it(
     assert refused["reason"] == "lcm-lora-a/3: approval rejected by bob: blurred hands"
     assert needed["links"]["release"] == "file:///three"
     assert {"excess at 4 steps", "excess at 4 steps of lcm-lora-a/2, the champion"} <= needed["figures"].keys()
+
+
+def test_a_look_at_all_models_reads_what_happened_since_the_last_one_and_what_a_slow_clock_brings_late(
+    told: Config, web: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from lcmlora.registry.registration import register_release
+
+    noon = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=70)
+
+    def add(model: str, weights: str, minutes: int) -> None:
+        """Registers a version that the gate turns down, as a machine does whose clock says so many minutes past."""
+        time = noon + datetime.timedelta(minutes=minutes)
+        monkeypatch.setattr(events, "now", lambda: time.isoformat(timespec="microseconds").replace("+00:00", "Z"))
+        folder = write_sealed(tmp_path / weights, weights=weights.encode(), model=model)
+        register_release(model, told.registry, folder, f"file:///{weights}", ["blurred"])
+
+    def look(minutes: int) -> list[str]:
+        web.requests.clear()
+        monkeypatch.setattr(history, "_now", lambda: noon + datetime.timedelta(minutes=minutes))
+        rounds.tell_history(told.models, told)
+        return [document["version"] for document in web.documents]
+
+    asked = list[datetime.datetime]()
+    read = recent.read
+    monkeypatch.setattr(recent, "read", lambda *given: (asked.append(given[-1]), read(*given))[1])
+    add("a", "one", 0)
+    assert look(1) == ["lcm-lora-a/1"] and look(16) == []
+    add("b", "two", -30)  # b has no entry of its own yet
+    assert look(31) == ["lcm-lora-b/1"] and look(46) == []
+    add("a", "three", -10)
+    assert look(61) == ["lcm-lora-a/2"] and look(70) == []
+    assert asked[-1] == noon + datetime.timedelta(minutes=1)  # the last look, and the hour by which clocks may differ
 
 
 @pytest.mark.parametrize(
