@@ -113,6 +113,9 @@ def disabled(unet: nn.Module) -> Iterator[None]:
     """Within the block the UNet computes without its adapter. No backward pass may begin before it and end in it."""
     # The layers are kept in a table: for SDXL, finding them among all modules takes longer than switching them.
     layers = _adapted.get(unet) or [vars(layer) for _, layer in _layers(unet)]
+    if not layers or layers[0].get("_disable_adapters"):  # within such a block, which ends later
+        yield
+        return
     set_adapters_off(layers, True)
     try:
         yield

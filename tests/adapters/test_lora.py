@@ -56,6 +56,8 @@ def test_disabled_is_the_base_alone_and_ends_with_the_block(base: LoadedBase):
     _trained(base)
     student = _forward(base)
     with lora.disabled(base.network):
+        with lora.disabled(base.network):
+            assert torch.equal(_forward(base), alone)
         assert torch.equal(_forward(base), alone)
     assert torch.equal(_forward(base), student)
     assert not torch.allclose(student, alone, atol=1e-3)
