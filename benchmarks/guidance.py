@@ -21,6 +21,7 @@ import torch
 from benchmarks import tables
 from lcmlora import bases, config
 from lcmlora.adapters import lora
+from lcmlora.bases import folders
 from lcmlora.diffusion import sampling
 from lcmlora.diffusion.solver_settings import SolverSettings
 from lcmlora.diffusion.teacher import Teacher
@@ -44,7 +45,8 @@ def measure(
     captions, seeds = choosing(Path("data/pictures")), choosing_seeds(evaluation.seed)
     base = bases.load(model, settings.base(model), Path("bases", model), device=bases.pick_device("auto"))
     features = load_features(base, evaluation)
-    sets = ImageSets(base, features, captions.prompts, pictures, evaluation.batch, 0, scratch, model)
+    made_of = config.digest(folders.identity(settings.base(model), Path("bases", model)))
+    sets = ImageSets(base, features, captions.prompts, pictures, evaluation.batch, 0, scratch, made_of)
     scratch.mkdir(parents=True, exist_ok=True)
     records = captions.records
     real, gallery = sets.real("real pictures", records, settings.data)["features"], [r.caption for r in records]
