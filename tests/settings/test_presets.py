@@ -86,20 +86,20 @@ SHARED: dict[str, dict[str, Any]] = {
     },
 }
 EMOJI = {
-    "encode": {"batch": 64, "rollouts": {"steps": 20, "w": 4.0, "states": False}},
+    "encode": {"batch": 64, "rollouts": {"steps": 20, "w": 2.0, "states": False}},
     "distill": {
         "objective": "tcd",
         "steps": 700,
         "batch": 16,
         "lr": 1e-3,
         "ema": 0.98,
-        "w_min": 4.0,
-        "w_max": 4.0,
+        "w_min": 2.0,
+        "w_max": 2.0,
         "grid": 20,
         "weighting": "snr+1",
         "checkpoint_every": 50,
     },
-    "evaluation": {"batch": 32, "guidance_scale": 5.0, "solver_evaluations": [1, 2, 4, 8, 16]},
+    "evaluation": {"batch": 32, "guidance_scale": 3.0, "solver_evaluations": [1, 2, 4, 8, 16]},
 }
 TODAY = {
     "emoji": (64, EMOJI),
