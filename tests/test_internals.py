@@ -16,6 +16,7 @@ from typing import Any
 import mlflow
 import prefect
 import pytest
+import sqlalchemy
 import torch
 import torch.utils.checkpoint
 from prefect.states import Failed
@@ -277,6 +278,60 @@ def _parameters(module: types.ModuleType, file: str, function: str) -> set[str]:
 def test_mlflow_server_auth_create_app():
     """tests/integration/test_registry_server.py starts it."""
     assert "app" in _parameters(mlflow, "server/auth/__init__.py", "create_app")
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> mlflow.MlflowClient:
+    """A registry of three models, a deleted version, one without tags, and a prompt."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db"
+    client = mlflow.MlflowClient(uri, uri)
+    for name in ("one", "two", "it's three"):
+        client.create_registered_model(name)
+        for number in range(4):
+            tags = {"objective": "tcd" if number % 2 else "lcm", "number": str(number), "empty": ""}
+            client.create_model_version(name, "source", tags=tags if number < 3 else {}, description="a card")
+    client.delete_model_version("two", "2")
+    client.register_prompt("prompt", "a text")
+    return client
+
+
+@pytest.mark.parametrize(
+    "search", [None, "name = 'two'", "tags.objective = 'tcd'", "name = 'one' and tags.number = '2'"]
+)
+def test_mlflow_store_searches_rows_as_its_client_searches_versions(
+    registered: mlflow.MlflowClient, search: str | None
+):
+    order = ["creation_timestamp DESC"]
+    for size in (1, 2, 100):
+        theirs = own = None
+        while True:
+            there = registered.search_model_versions(search, size, order, theirs)
+            here = mlflow_internals.search_versions(registered, search, order, size, own)
+            assert [vars(each) for each in here] == [vars(each) for each in there]
+            theirs, own = there.token, here.token
+            assert (theirs is None) == (own is None)
+            if own is None:
+                break
+
+
+def test_mlflow_version_that_takes_the_place_of_another_while_tags_are_read(
+    registered: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+):
+    order = ["creation_timestamp DESC", "name ASC", "version_number DESC"]
+    before = registered.search_model_versions(None, 2, order)
+    rows = sqlalchemy.engine.Result.all
+
+    def all_and_one_more(self: Any) -> Any:
+        found = rows(self)
+        monkeypatch.undo()
+        for _ in range(2):
+            registered.create_model_version("one", "source", tags={"objective": "new"})
+        return found
+
+    monkeypatch.setattr(sqlalchemy.engine.CursorResult, "all", all_and_one_more)
+    found = mlflow_internals.search_versions(registered, None, order, 2, None)
+    assert [vars(each) for each in found] == [vars(each) for each in before]
+    assert len(registered.search_model_versions("tags.objective = 'new'")) == 2
 
 
 # mlflow.system_metrics.system_metrics_monitor: tests/registry/test_lookup.py has a registry for it to log to.

@@ -70,6 +70,77 @@ def server_with_passwords() -> Any:
     return create_app()
 
 
+def search_versions(client: Any, search: str | None, order: Sequence[str], size: int, token: str | None) -> Any:
+    """Returns a page of versions as `MlflowClient.search_model_versions` does, without their aliases.
+
+    In a database, MLflow makes an object of SQLAlchemy of each tag, and one of its own of that: 0.4 milliseconds for a
+    version with 25 tags. Here the same search returns rows, whose tags are looked up at once.
+
+    Args:
+        client: of a server or a database.
+        search, order, size, token: filter_string, order_by, max_results and page_token of MLflow's method.
+    """
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+
+    store = client._get_registry_client().store
+    if not isinstance(store, SqlAlchemyStore):
+        return client.search_model_versions(search, max_results=size, order_by=list(order), page_token=token)
+    from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
+    from mlflow.entities.model_registry.model_version_stages import STAGE_DELETED_INTERNAL
+    from mlflow.store.entities import PagedList
+    from mlflow.store.model_registry.dbmodels.models import SqlModelVersion as Row
+    from mlflow.store.model_registry.dbmodels.models import SqlModelVersionTag as Tag
+    from mlflow.utils.search_utils import SearchModelVersionUtils
+    from sqlalchemy import and_, select
+
+    offset = SearchModelVersionUtils.parse_start_offset_from_page_token(token)
+    wanted = SearchModelVersionUtils.parse_search_filter(search)
+    found = (
+        store._get_search_model_versions_filter_clauses(wanted, store.engine.dialect.name)
+        .filter(Row.current_stage != STAGE_DELETED_INTERNAL)
+        .order_by(*store._parse_search_model_versions_order_by(list(order)))
+        .limit(size + 1)
+        .offset(offset)
+    )
+    keys = [Row.workspace, Row.name, Row.version]
+    chosen = found.with_only_columns(*keys).subquery()
+    same = and_(*(chosen.c[each.key] == getattr(Tag, each.key) for each in keys))
+    of: dict[tuple[str, int], list[Any]] = {}
+
+    def look_up(statement: Any) -> None:
+        for name, version, key, value in database.execute(statement):
+            of.setdefault((name, version), []).append(ModelVersionTag(key, value))
+
+    with store.engine.connect() as database:
+        rows = database.execute(found.with_only_columns(*Row.__table__.columns)).all()
+        tags = select(Tag.name, Tag.version, Tag.key, Tag.value)
+        look_up(tags.join(chosen, same))
+        # A version that was made in between took the place of another one, or this one never had a tag.
+        if lacking := {row.name for row in rows if (row.name, row.version) not in of}:
+            of = {each: listed for each, listed in of.items() if each[0] not in lacking}
+            look_up(tags.where(Tag.workspace == store._get_active_workspace(), Tag.name.in_(lacking)))
+    versions = [
+        ModelVersion(
+            row.name,
+            row.version,
+            row.creation_time,
+            row.last_updated_time,
+            description=row.description,
+            user_id=row.user_id,
+            current_stage=row.current_stage,
+            source=row.source,
+            run_id=row.run_id,
+            status=row.status,
+            status_message=row.status_message,
+            tags=of.get((row.name, row.version), []),
+            run_link=row.run_link,
+            workspace=row.workspace,
+        )
+        for row in rows[:size]
+    ]
+    return PagedList(versions, store._compute_next_token(size + 1, len(rows), offset, size))
+
+
 def delete_rows(client: Any, run_ids: Sequence[str], names: Collection[str]) -> int:
     """Deletes for good, from a database, what MLflow has only marked as deleted, as `mlflow gc` does for runs.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lcmlora import masking
 from lcmlora.config import Registry
 from lcmlora.errors import NotFound, UserError
+from lcmlora.inference.mlflow_internals import search_versions
 from lcmlora.io.parsing import JsonObject, Malformed, parse_json
 from lcmlora.io.private import downloads
 from lcmlora.registry import events
@@ -39,6 +40,7 @@ PASSED, REJECTED = "passed", "rejected"
 URIS = "release_uris"  # the tag with all addresses of a release, where there are several stores
 PREFIX = "lcm-lora-"  # of the names of registered models
 _EXACT = "models:/"
+_CHANGED = ("last_updated_timestamp DESC", "name ASC", "version_number DESC")
 
 MODEL = "model"  # the artifact folder of a run's MLflow model
 RELEASE = f"{MODEL}/artifacts/release"
@@ -277,9 +279,7 @@ def _is_registered(client: MlflowClient, name: str) -> bool:
 
 def versions_of_release(client: MlflowClient, sha256: str, name: str) -> list[ModelVersion]:
     """Returns the versions of this model whose released weights have this SHA-256, the oldest first."""
-    found: list[ModelVersion] = search_all(
-        client.search_model_versions, f"name = '{name}' and tags.sha256 = '{sha256}'"
-    )
+    found = all_versions(client, f"name = '{name}' and tags.sha256 = '{sha256}'")
     return sorted(found, key=lambda version: int(version.version))
 
 
@@ -287,8 +287,7 @@ def versions_of_adapter(client: MlflowClient, digits: str) -> list[ModelVersion]
     """Returns the versions whose weights, as released or as trained, have a SHA-256 with these digits, oldest first."""
     found: dict[tuple[str, str], ModelVersion] = {}
     for tag in ("sha256", "adapter"):
-        versions: list[ModelVersion] = search_all(client.search_model_versions, f"tags.{tag} LIKE '{digits}%'")
-        for version in versions:
+        for version in all_versions(client, f"tags.{tag} LIKE '{digits}%'"):
             found[version.name, version.version] = version
     return sorted(found.values(), key=lambda version: int(version.version))
 
@@ -302,6 +301,16 @@ def search_all(search: Callable[..., PagedList[T]], condition: str | None = None
             page = search(condition, max_results=1000, page_token=page.token)
             found += page
     return found
+
+
+def all_versions(client: MlflowClient, condition: str) -> list[ModelVersion]:
+    """Returns all versions that a search finds, the one that was changed last first."""
+
+    def search(condition: str | None, max_results: int, page_token: str | None = None) -> PagedList[ModelVersion]:
+        found: PagedList[ModelVersion] = search_versions(client, condition, _CHANGED, max_results, page_token)
+        return found
+
+    return search_all(search, condition)
 
 
 def read_aliases(client: MlflowClient, name: str) -> dict[str, int]:

@@ -18,7 +18,7 @@ from lcmlora.registry.approval.standing import REFUSED, standing
 from lcmlora.registry.downloads.pulling import figures
 from lcmlora.registry.events import Event
 from lcmlora.registry.listing.current import CHAMPION_RUN
-from lcmlora.registry.lookup import PASSED, PREFIX, Version, find_version, read_aliases, resolve, search_all
+from lcmlora.registry.lookup import PASSED, PREFIX, Version, all_versions, find_version, read_aliases, resolve
 from lcmlora.registry.registration import Registered
 from lcmlora.registry.retention import tombstones
 from lcmlora.registry.servers import ledger
@@ -285,4 +285,4 @@ def _recorded_champions(client: MlflowClient, name: str, alias: str) -> list[int
 
 
 def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
-    return search_all(client.search_model_versions, f"name = '{name}'")
+    return all_versions(client, f"name = '{name}'")

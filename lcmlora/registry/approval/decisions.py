@@ -23,12 +23,11 @@ from lcmlora.registry.approval.standing import (
     Standing,
     standing,
 )
-from lcmlora.registry.lookup import PASSED, Version, resolve, search_all
+from lcmlora.registry.lookup import PASSED, Version, all_versions, resolve
 from lcmlora.registry.tracking import connect, reaching
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
 
 
 class Waiting(NamedTuple):
@@ -148,7 +147,7 @@ def reject(reference: str, settings: Registry, *, reason: str, who: str | None =
 
 def _waiting(client: MlflowClient, name: str, settings: Registry) -> list[Waiting]:
     found = []
-    versions: list[ModelVersion] = search_all(client.search_model_versions, f"name = '{name}'")
+    versions = all_versions(client, f"name = '{name}'")
     for version in versions:
         number = int(version.version)
         present = standing(events.read_events(number, version.tags), settings.alias)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lcmlora.config import Registry
 from lcmlora.registry.listing.search import pages, with_figures
-from lcmlora.registry.lookup import Version, aliases_of, describe, search_all
+from lcmlora.registry.lookup import Version, aliases_of, all_versions, describe, search_all
 from lcmlora.registry.retention import tombstones
 from lcmlora.registry.tracking import connect, reaching
 
@@ -83,5 +83,5 @@ def _of_runs(client: MlflowClient, run_ids: Sequence[str]) -> list[ModelVersion]
     found: list[ModelVersion] = []
     for start in range(0, len(run_ids), _RUNS):
         listed = ", ".join(f"'{run_id}'" for run_id in run_ids[start : start + _RUNS])
-        found += search_all(client.search_model_versions, f"run_id IN ({listed})")
+        found += all_versions(client, f"run_id IN ({listed})")
     return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lcmlora.config import Registry
 from lcmlora.registry import events
 from lcmlora.registry.events import Event
-from lcmlora.registry.lookup import search_all
+from lcmlora.registry.lookup import all_versions, search_all
 from lcmlora.registry.retention import tombstones
 from lcmlora.registry.tracking import connect, reaching
 
@@ -41,7 +41,7 @@ def read(settings: Registry, names: Collection[str], since: datetime.datetime) -
         found: dict[tuple[str, str], ModelVersion] = {}
         wanted = [f"tags.{events.LAST} = '{day}'" for day in _days(since)] + [f"name = '{name}'" for name in former]
         for search in wanted:
-            versions: list[ModelVersion] = search_all(client.search_model_versions, search)
+            versions = all_versions(client, search)
             found |= {(each.name, str(each.version)): each for each in versions if each.name in names}
     own: dict[str, list[ModelVersion]] = {}
     for each in found.values():

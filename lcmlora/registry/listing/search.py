@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from lcmlora import masking
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
+from lcmlora.inference.mlflow_internals import search_versions
 from lcmlora.registry.listing import collection, main_figures
 from lcmlora.registry.listing.conditions import Condition, joined
-from lcmlora.registry.lookup import Version, aliases_of, describe, read_aliases, read_metrics, search_all
+from lcmlora.registry.lookup import (
+    Version,
+    aliases_of,
+    all_versions,
+    describe,
+    read_aliases,
+    read_metrics,
+    search_all,
+)
 from lcmlora.registry.retention import tombstones
 from lcmlora.registry.tracking import connect, of_environment, reaching
 
@@ -82,7 +91,7 @@ def find(
 
 def described_versions(client: MlflowClient, name: str, settings: Registry) -> list[Version]:
     """Returns all versions of a model with their main figures, the newest first, also those that are being pruned."""
-    found: list[ModelVersion] = search_all(client.search_model_versions, f"name = '{name}'")
+    found = all_versions(client, f"name = '{name}'")
     aliases = read_aliases(client, name) if found else {}
     found.sort(key=lambda version: -int(version.version))
     return [describe(version, aliases, {}, settings) for version in found]
@@ -129,7 +138,7 @@ def pages(
     token = None
     while True:
         with collection.paused():
-            page = client.search_model_versions(search, max_results=size, order_by=list(order), page_token=token)
+            page = search_versions(client, search, order, size, token)
         yield [each for each in page if (each.name, str(each.version)) not in seen]
         seen |= {(each.name, str(each.version)) for each in page}
         token = page.token
