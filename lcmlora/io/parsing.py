@@ -43,8 +43,7 @@ def parse_json(content: bytes | str, *, nan_is_null: bool = False) -> Any:
     """
     text = decoded(content)
     try:
-        constant = _null if nan_is_null else _refused
-        value = json.loads(text, parse_constant=constant, parse_float=_finite, object_pairs_hook=_object)
+        value = _DECODERS[nan_is_null].decode(text)
     except RecursionError:
         raise Malformed(f"nested too deeply (at most {MAX_DEPTH} levels)") from None
     except Malformed:
@@ -247,3 +246,11 @@ def _finite(digits: str) -> float:
 
 def _refused(constant: str) -> Any:
     raise Malformed(f"not JSON: {constant} is no number")
+
+
+_DECODERS = {
+    nan_is_null: json.JSONDecoder(
+        parse_constant=_null if nan_is_null else _refused, parse_float=_finite, object_pairs_hook=_object
+    )
+    for nan_is_null in (False, True)
+}

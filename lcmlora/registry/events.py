@@ -120,13 +120,18 @@ def _of_version(version: ModelVersion) -> list[Event]:
 
 def read_events(version: int, tags: Mapping[str, str]) -> list[Event]:
     """Returns the events among the tags of a version, the oldest first. Tags of other programs are left out."""
-    found = (_event(version, name, value) for name, value in sorted(tags.items()) if name.startswith(_TAG))
-    return [event for event in found if event is not None]
+    return own_and_foreign(version, tags)[0]
 
 
-def foreign_tags(tags: Mapping[str, str]) -> list[str]:
-    """Returns the names of the tags that are named like events, and that lcmlora did not write."""
-    return sorted(name for name, value in tags.items() if name.startswith(_TAG) and _event(0, name, value) is None)
+def own_and_foreign(version: int, tags: Mapping[str, str]) -> tuple[list[Event], tuple[str, ...]]:
+    """Returns the events of a version, the oldest first, and the tags that are named so and that lcmlora did not write.
+
+    Returns:
+        The events, and the names of those tags.
+    """
+    read = {name: _event(version, name, tags[name]) for name in sorted(tags) if name.startswith(_TAG)}
+    own = [event for event in read.values() if event is not None]
+    return own, tuple(name for name, event in read.items() if event is None)
 
 
 def _event(version: int, name: str, value: object) -> Event | None:

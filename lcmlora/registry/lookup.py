@@ -340,7 +340,7 @@ def describe(
         metrics: those of its run; empty if they are not needed.
     """
     tags, number = dict(found.tags), int(found.version)
-    past = events.read_events(number, tags)
+    past, foreign = events.own_and_foreign(number, tags)
     promotions = [event.time for event in past if event.alias == settings.alias]
     return Version(
         name=found.name,
@@ -368,7 +368,7 @@ def describe(
         created=_iso(found.creation_timestamp),
         updated=_iso(found.last_updated_timestamp),
         promoted=promotions[-1] if promotions else None,
-        foreign_events=tuple(events.foreign_tags(tags)),
+        foreign_events=foreign,
         tags=tags,
         approval=decided.state if (decided := standing(past, settings.alias)) else None,
         git_dirty=tags.get("git_dirty"),

@@ -63,7 +63,9 @@ def foreign_events(name: str, settings: Registry) -> list[str]:
     """
     with reaching(settings, "ask again later"):
         found = _versions(connect(settings), name)
-    return [f"{name}/{version.version}: {tag}" for version in found for tag in events.foreign_tags(version.tags)]
+    return [
+        f"{name}/{version.version}: {tag}" for version in found for tag in events.own_and_foreign(0, version.tags)[1]
+    ]
 
 
 def promote_passed(version: Version | Registered, settings: Registry, *, reason: str, who: str | None = None) -> str:

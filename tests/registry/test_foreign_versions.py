@@ -194,8 +194,8 @@ def read(content: bytes) -> None:
     """What MLflow gives as a tag's value is a text; a name can be mutated as well."""
     text = content.decode("utf-8", "surrogateescape")
     tags: dict[str, Any] = {f"event.{text[:30]}": text, "event.20261128T210000.000000Z": text}
-    found = events.read_events(1, tags)
-    assert len(found) + len(events.foreign_tags(tags)) == len(tags)
+    found, foreign = events.own_and_foreign(1, tags)
+    assert len(found) + len(foreign) == len(tags)
     assert set(events.champions(found, "champion")) <= {1, *(event.former for event in found)}
 
 
