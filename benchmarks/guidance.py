@@ -31,6 +31,7 @@ from lcmlora.evaluation.measures.metrics import diversity, retrieval_at_1
 from lcmlora.evaluation.sets.captions import choosing, choosing_seeds
 from lcmlora.evaluation.sets.drawing import load_features
 from lcmlora.io.files import sha256_file, write_json
+from lcmlora.io.parsing import as_object, read_json
 
 _STATES = 64  # of which the second table is
 _ROWS = 5  # of the second table, about
@@ -134,11 +135,15 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, help="of each set; those of params.yaml if left out")
     parser.add_argument("--scratch", type=Path, default=Path("scratch/guidance"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--adapter", action="store_true", help="measure only the adapter again; scales stay as they are")
     options = parser.parse_args()
     settings = config.load(Path("params.yaml"))
     evaluation = settings.evaluation_for(options.model)
     steps, pictures = options.steps or evaluation.teacher_steps, options.pictures or evaluation.pictures
-    found = measure(settings, options.model, options.scales, steps, pictures, options.scratch)
+    if options.adapter:
+        found = as_object(read_json(options.docs / "guidance.json"), "guidance.json")
+    else:
+        found = measure(settings, options.model, options.scales, steps, pictures, options.scratch)
     distill = settings.distill_for(options.model)
     found["adapter"] = sha256_file(Path("adapters", options.model, lora.WEIGHTS))
     found |= {"distilled": (distill.w_min + distill.w_max) / 2 + 1, "taken_over": taken_over(settings, options.model)}

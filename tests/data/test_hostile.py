@@ -167,6 +167,7 @@ def test_a_hostile_folder_costs_each_picture_alone(tmp_path: Path) -> None:
     assert "secret" not in (tmp_path / "out" / "train.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_no_process_takes_a_gigabyte_for_a_hostile_folder(tmp_path: Path) -> None:
     odd_but_good(tmp_path / "in"), bad(tmp_path / "in", tmp_path / "outside")
     # In a process of its own, whose children are those that read the folder and no other test's. They are children of

@@ -80,6 +80,7 @@ def test_a_polish_is_counted_where_it_is_asked_for_with_its_second_adapter_and_i
     assert consistent == pytest.approx(100 * step.operations, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_batch_is_divided_before_activations_are_recomputed_and_what_cannot_fit_is_said(
     settings: Config, counted: MetaBase, tmp_path: Path
 ):

@@ -1,5 +1,6 @@
 """The alert of docs/guides/monitor.md, made on a Prefect server by the block as it stands there."""
 
+import pytest
 from prefect.client.orchestration import get_client
 from prefect.events.actions import SendNotification
 from prefect.events.schemas.automations import EventTrigger
@@ -11,6 +12,7 @@ from tests.support.code_blocks import ROOT
 PREFECTS_OWN = {"Crashed", "TimedOut"}  # the other ends that mean trouble
 
 
+@pytest.mark.slow
 def test_the_alert_of_the_guide_is_an_automation_for_the_ends_that_need_a_person(prefect: None) -> None:
     (block,) = [b for b in code_blocks.blocks(ROOT / "docs/guides/monitor.md") if b.language == "python"]
     exec(compile(block.text, str(block), "exec"), {})

@@ -27,6 +27,7 @@ def closed_port() -> int:
         return int(free.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_of_three_models_one_fails_the_others_are_finished_and_the_next_runs_do_only_what_is_left(
     project: Project, capfd
 ):
@@ -135,6 +136,7 @@ def test_a_champion_that_a_person_rolled_back_stays_rolled_back(project: Project
     assert pointer.read_text() == "moved by hand"
 
 
+@pytest.mark.slow
 def test_without_publishing_and_promoting_there_is_a_version_only_and_force_runs_everything(project: Project, capfd):
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=n", "-c", "user.email=n@example.org"]

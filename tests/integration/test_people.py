@@ -19,6 +19,7 @@ NAME = "lcm-lora-people"
 PASSWORD = "a long password"
 
 
+@pytest.mark.slow
 def test_a_reader_reads_and_cannot_promote_and_an_editor_can(
     mlflow_server: MLflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -190,6 +190,7 @@ def test_versions_and_runs_are_found_by_tag_and_by_figure(shelf: Shelf):
     assert [run.info.run_id for run in both] == [rejected[0].run_id]
 
 
+@pytest.mark.slow
 def test_mlflows_own_loader_of_adapters_loads_a_version_from_the_server(
     settings: Registry, miniatures: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -250,6 +250,7 @@ def test_a_clone_with_an_empty_cache_restores_the_adapter_without_running_a_stag
     bundle.verify(clone / "release/a")
 
 
+@pytest.mark.slow
 def test_no_secret_is_in_what_the_runs_printed_wrote_or_sent(team: Team):
     secrets = [PASSWORD, MLFLOW.password, PREFECT.password, *(secret for _, secret in team.s3.keys.values())]
     written = {"output": "\n".join(state.output for state in team.states).encode()}

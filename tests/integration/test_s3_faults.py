@@ -237,6 +237,7 @@ def test_a_flipped_byte_of_the_adapter_is_refused_by_name_and_digest(
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_while_pulling_leaves_nothing_and_the_next_run_has_it(
     server: SeaweedFS, settings: Publish, tmp_path: Path
 ):
