@@ -135,7 +135,9 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, help="of each set; those of params.yaml if left out")
     parser.add_argument("--scratch", type=Path, default=Path("scratch/guidance"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
-    parser.add_argument("--adapter", action="store_true", help="measure only the adapter again; scales stay as they are")
+    parser.add_argument(
+        "--adapter", action="store_true", help="measure only the adapter again; scales stay as they are"
+    )
     options = parser.parse_args()
     settings = config.load(Path("params.yaml"))
     evaluation = settings.evaluation_for(options.model)
