@@ -5,9 +5,12 @@ for each part of what it is and what it costs, and makes nothing. Parts:
 
   figures     README.md, docs/evaluation.md, docs/grid.png, and on every page of which adapter its figures are
   report      docs/report.png, the top of the release's report page; needs chromium
+  compatibility
+              docs/compatibility.md: the adapter together with what people add to a base
   universal   docs/universal.md: the adapter added to styles and a checkpoint
   objectives  docs/objectives.md: the objectives over three seeds
   sources     docs/sources.md: with pictures or without, at equal time
+  polish      docs/polish.md: polish against more of the same distillation, over three seeds
 
 Evaluation and release come from `dvc repro`, which runs what is stale. Everything can be stopped and started again:
 stages go on from their last batch, and the runs of a long part are kept in scratch/.
@@ -32,6 +35,7 @@ from benchmarks import figures, origins
 from lcmlora import config, stages
 from lcmlora.bases import folders
 from lcmlora.errors import UserError
+from lcmlora.evaluation.comparisons.compatibility import Compatibility
 from lcmlora.evaluation.figures import Metrics
 from lcmlora.io.files import write_json
 from lcmlora.io.parsing import read_yaml
@@ -141,6 +145,17 @@ def _key(project: Project, settings: config.Config, kind: config.Kind, name: str
     return config.digest(decisive, folders.identity(settings.base(MODEL), project.base(MODEL)))[:12]
 
 
+def _state_of_compatibility(project: Project) -> str:
+    tried, adapter = Compatibility.read(project.compatibility(MODEL)), Metrics.read(project.metrics(MODEL)).adapter
+    return "" if tried.adapter == adapter else f"adapter {tried.adapter[:12]}"
+
+
+def _make_compatibility(project: Project) -> None:
+    _lcmlora("compatibility", MODEL)
+    _python("dvc", "repro", "--single-item", f"package@{MODEL}")  # the release has the table, too
+    figures.write(project)
+
+
 def _make_objectives(project: Project) -> None:
     _python("dvc", "repro", f"encode@{MODEL}", f"reference@{MODEL}")
     _python("benchmarks.objectives", MODEL)
@@ -149,6 +164,11 @@ def _make_objectives(project: Project) -> None:
 def _make_sources(project: Project) -> None:
     _python("dvc", "repro", f"encode@{MODEL}", f"reference@{MODEL}")
     _python("benchmarks.sources", MODEL, "--seconds", "150")
+
+
+def _make_polish(project: Project) -> None:
+    _python("dvc", "repro", f"encode@{MODEL}", f"reference@{MODEL}")
+    _python("benchmarks.polish", MODEL, "--polish", '{"steps": 150}')
 
 
 def _state_of_page(name: str) -> Callable[[Project], str]:
@@ -161,6 +181,7 @@ def _state_of_page(name: str) -> Callable[[Project], str]:
 PARTS: dict[str, Part] = {
     "figures": Part("seconds", _state_of_figures, _make_figures),
     "report": Part("a minute", _state_of_report, _make_report),
+    "compatibility": Part("38 minutes", _state_of_compatibility, _make_compatibility),
     "universal": Part("34 minutes, 25 of them once for each base", _state_of_page("universal"), _make_universal),
     "sources": Part(
         "about an hour: 12 runs of 150 s, and two evaluations of each", _state_of_page("sources"), _make_sources
@@ -169,6 +190,11 @@ PARTS: dict[str, Part] = {
         "about 90 minutes: 12 distillations, and two evaluations of each",
         _state_of_page("objectives"),
         _make_objectives,
+    ),
+    "polish": Part(
+        "about two and a half hours: 9 trainings, and two evaluations of each",
+        _state_of_page("polish"),
+        _make_polish,
     ),
 }
 
@@ -187,7 +213,7 @@ def main() -> None:
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     project = Project()
     for name, part in PARTS.items():
-        print(f"{name:11} {part.cost}\n{'':11} {part.state(project) or 'of the present adapter'}")
+        print(f"{name:13} {part.cost}\n{'':13} {part.state(project) or 'of the present adapter'}")
     if options.list:
         return
     try:

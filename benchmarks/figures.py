@@ -130,8 +130,12 @@ def page(metrics: Metrics) -> str:
     return tables.markdown(head, rows, words=2)
 
 
-def compatibility(found: Compatibility) -> str:
-    """Returns the table of additions for docs/compatibility.md, and the sentences below it."""
+def compatibility(found: Compatibility, adapter: str | None) -> str:
+    """Returns the table of additions for docs/compatibility.md, and the sentences around it.
+
+    Args:
+        adapter: of today.
+    """
     students = found.students
     head = ["addition", *(f"{key.steps} step{'' if key.steps == 1 else 's'}" for key in students)]
     rows = []
@@ -156,7 +160,8 @@ def compatibility(found: Compatibility) -> str:
         f"{found.features.name}, {found.resamples} bootstrap resamples, adapter {found.adapter[:12]}"
     )
     source = f"(`compatibility/emoji.json`: {where}; this table by `python -m benchmarks.figures`.)\n"
-    return "\n".join(filter(None, [tables.markdown(head, rows), "".join(failures + left_out), source]))
+    earlier = origins.of_adapter("compatibility", found.adapter, adapter or "")
+    return "\n".join(filter(None, [earlier, tables.markdown(head, rows), "".join(failures + left_out), source]))
 
 
 def _solver(metrics: Metrics, key: Key | None) -> str:
@@ -190,7 +195,7 @@ def _texts(project: Project) -> dict[tuple[Path, str], str]:
     found = {(path, block): text(metrics) for path, block, text in BLOCKS}
     if project.compatibility(origins.MODEL).exists():
         tried = Compatibility.read(project.compatibility(origins.MODEL))
-        found[Path("docs/compatibility.md"), "figures"] = compatibility(tried)
+        found[Path("docs/compatibility.md"), "figures"] = compatibility(tried, metrics.adapter)
     return found
 
 

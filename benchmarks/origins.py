@@ -19,7 +19,7 @@ from lcmlora.io.parsing import JsonObject, as_object, read_json
 from lcmlora.project import Project
 
 MODEL = "emoji"
-PAGES = ("universal", "objectives", "sources")  # docs/NAME.md and docs/NAME.json
+PAGES = ("universal", "objectives", "sources", "polish")  # docs/NAME.md and docs/NAME.json
 _FIELD = _BLOCK = "origin"
 
 
@@ -79,6 +79,10 @@ def differences(found: Origin, now: Origin) -> list[str]:
         ("captions", str(found.captions), str(now.captions)),
         ("reference", _short(found.reference_digest), _short(now.reference_digest)),
     ]
+    return _differing(pairs)
+
+
+def _differing(pairs: Iterable[tuple[str, Any, Any]]) -> list[str]:
     return [f"{what} {then} (now {today})" for what, then, today in pairs if then != today]
 
 
@@ -89,12 +93,23 @@ def _short(digest: str) -> str:
 def sentence(name: str, found: Origin, now: Origin) -> str:
     """Returns the sentence of a page."""
     if differ := differences(found, now):
-        return (
-            f"**These figures are of an earlier state:** {', '.join(differ)}. `python -m benchmarks.documents {name}` "
-            "measures again.\n"
-        )
+        return earlier(name, differ)
     of = f"the present adapter, {_short(found.adapter)}," if found.adapter else "adapters of the present recipe"
     return f"These figures are of {of} on the present {found.captions} captions.\n"
+
+
+def earlier(name: str, differ: Sequence[str]) -> str:
+    """Returns the sentence of a page whose figures are of an earlier state, which differs from today in this."""
+    return (
+        f"**These figures are of an earlier state:** {', '.join(differ)}. `python -m benchmarks.documents {name}` "
+        "measures again.\n"
+    )
+
+
+def of_adapter(name: str, adapter: str, now: str) -> str:
+    """Returns the sentence of a page whose figures are of one adapter; nothing where that is today's."""
+    differ = _differing([("adapter", _short(adapter), _short(now))])
+    return earlier(name, differ) if differ else ""
 
 
 def stale(project: Project, docs: Path = Path("docs")) -> list[Path]:

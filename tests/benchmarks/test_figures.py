@@ -19,11 +19,15 @@ def test_the_figures_on_the_pages_are_those_of_the_metrics(page: Path, block: st
     assert tables.read(ROOT / page, block) == text(metrics), "run python -m benchmarks.figures"
 
 
-def test_the_table_of_additions_is_that_of_the_committed_figures_which_are_of_the_present_adapter() -> None:
-    found = Compatibility.read(ROOT / "compatibility" / "emoji.json")
+def test_the_table_of_additions_is_that_of_the_committed_figures_and_says_if_they_are_of_an_earlier_adapter() -> None:
+    found, now = (
+        Compatibility.read(ROOT / "compatibility" / "emoji.json"),
+        Metrics.read(ROOT / "metrics" / "emoji.json"),
+    )
     written = tables.read(ROOT / "docs/compatibility.md", "figures")
-    assert written == figures.compatibility(found), "run python -m benchmarks.figures"
-    assert found.adapter == Metrics.read(ROOT / "metrics" / "emoji.json").adapter
+    assert written == figures.compatibility(found, now.adapter), "run python -m benchmarks.figures"
+    assert "earlier state" not in figures.compatibility(found, found.adapter)
+    assert f"(now `{'e' * 12}`)" in figures.compatibility(found, "e" * 64)
 
 
 @pytest.mark.parametrize("picture", [figures.GRID, documents.PICTURE], ids=str)
