@@ -131,7 +131,7 @@ def test_addresses_in_the_environment_go_before_those_of_the_file(monkeypatch: p
         ("emoji", {}, r"emoji: distill\.trajectory: 0\.5 needs data\.source: prompts, and encode\.rollouts\.states"),
         ("prompts", {"states": False}, r"emoji: distill\.trajectory: 0\.5 needs data\.source: prompts"),
         ("prompts", {"steps": 50}, r"emoji: encode\.rollouts\.steps: 50 is not distill\.grid, 20"),
-        ("prompts", {"w": 7.5}, r"emoji: encode\.rollouts\.w: 7\.5 is not within distill\.w_min 4 and w_max 4"),
+        ("prompts", {"w": 7.5}, r"emoji: encode\.rollouts\.w: 7\.5 is not within distill\.w_min 2 and w_max 2"),
         ("prompts", {}, None),
     ],
 )
@@ -139,7 +139,7 @@ def test_a_trajectory_needs_the_states_of_rollouts_on_its_grid_and_with_its_guid
     tmp_path: Path, source: str, rollouts: dict[str, object], message: str | None
 ):
     changes = {"data__source": source, "distill__trajectory": 0.5}
-    changes["encode__rollouts"] = {"steps": 20, "w": 4.0, "states": True} | rollouts
+    changes["encode__rollouts"] = {"steps": 20, "w": 2.0, "states": True} | rollouts
     if message is None:
         assert _load(tmp_path, **changes).distill_for("emoji").trajectory == 0.5
         return

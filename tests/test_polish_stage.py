@@ -108,7 +108,7 @@ def test_a_change_of_the_distillation_or_of_how_weights_are_chosen_makes_it_stal
     settings = load(project.root, {"a": POLISH})
     run = Run("polish", "a")
     before = stages.decisive_settings(settings, run)
-    for section, change in (("distill", {"w_min": 3.0}), ("evaluation", {"choosing_pictures": 64})):
+    for section, change in (("distill", {"w_min": 1.0}), ("evaluation", {"choosing_pictures": 64})):
         base = settings.bases["a"]
         changed = base.model_copy(update={section: getattr(base, section) | change})
         other = settings.model_copy(update={"bases": settings.bases | {"a": changed}})

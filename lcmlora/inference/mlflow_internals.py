@@ -80,10 +80,8 @@ def search_versions(client: Any, search: str | None, order: Sequence[str], size:
         client: of a server or a database.
         search, order, size, token: filter_string, order_by, max_results and page_token of MLflow's method.
     """
-    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
-
     store = client._get_registry_client().store
-    if not isinstance(store, SqlAlchemyStore):
+    if not hasattr(store, "engine"):  # a server's; a machine that asks one may lack SQLAlchemy
         return client.search_model_versions(search, max_results=size, order_by=list(order), page_token=token)
     from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
     from mlflow.entities.model_registry.model_version_stages import STAGE_DELETED_INTERNAL
