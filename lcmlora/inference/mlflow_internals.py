@@ -70,6 +70,11 @@ def server_with_passwords() -> Any:
     return create_app()
 
 
+def is_of_database(client: Any) -> bool:
+    """Returns whether a client reads a database itself; one of a server may lack SQLAlchemy."""
+    return hasattr(client._get_registry_client().store, "engine")
+
+
 def search_versions(client: Any, search: str | None, order: Sequence[str], size: int, token: str | None) -> Any:
     """Returns a page of versions as `MlflowClient.search_model_versions` does, without their aliases.
 
@@ -80,8 +85,7 @@ def search_versions(client: Any, search: str | None, order: Sequence[str], size:
         client: of a server or a database.
         search, order, size, token: filter_string, order_by, max_results and page_token of MLflow's method.
     """
-    store = client._get_registry_client().store
-    if not hasattr(store, "engine"):  # a server's; a machine that asks one may lack SQLAlchemy
+    if not is_of_database(client):
         return client.search_model_versions(search, max_results=size, order_by=list(order), page_token=token)
     from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
     from mlflow.entities.model_registry.model_version_stages import STAGE_DELETED_INTERNAL
@@ -91,6 +95,7 @@ def search_versions(client: Any, search: str | None, order: Sequence[str], size:
     from mlflow.utils.search_utils import SearchModelVersionUtils
     from sqlalchemy import and_, select
 
+    store = client._get_registry_client().store
     offset = SearchModelVersionUtils.parse_start_offset_from_page_token(token)
     wanted = SearchModelVersionUtils.parse_search_filter(search)
     found = (
@@ -106,7 +111,7 @@ def search_versions(client: Any, search: str | None, order: Sequence[str], size:
     of: dict[tuple[str, int], list[Any]] = {}
 
     def look_up(statement: Any) -> None:
-        for name, version, key, value in database.execute(statement):
+        for name, version, key, value in database.execute(statement).all():
             of.setdefault((name, version), []).append(ModelVersionTag(key, value))
 
     with store.engine.connect() as database:

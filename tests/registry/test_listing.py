@@ -126,7 +126,8 @@ def test_what_the_database_finds_is_what_a_test_of_every_version_finds(
 ):
     """Also where the pages are smaller than what is found."""
     settings, made = many
-    monkeypatch.setattr(search, "PAGE", 7)
+    for name in ("PAGE", "DATABASE_PAGE"):
+        monkeypatch.setattr(search, name, 7)
     every = registry.versions(settings)
     assert [(each.name, -each.version) for each in every] == sorted((each.name, -each.version) for each in made)
     assert all(each.figure(EXCESS) == one.excess for each, one in zip(every, _sorted(made), strict=True))

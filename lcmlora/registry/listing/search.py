@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from lcmlora import masking
 from lcmlora.config import Registry
 from lcmlora.errors import UserError
-from lcmlora.inference.mlflow_internals import search_versions
+from lcmlora.inference.mlflow_internals import is_of_database, search_versions
 from lcmlora.registry.listing import collection, main_figures
 from lcmlora.registry.listing.conditions import Condition, joined
 from lcmlora.registry.lookup import (
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-PAGE = 1000  # versions of a request
+PAGE = 1000  # versions of a request to a server
+DATABASE_PAGE = 5000  # and of one to a database, which sorts all versions for each page
 
 Figures = Literal["none", "main", "all"]
 
@@ -77,7 +78,7 @@ def find(
     Raises:
         UserError: there is no such model, or MLflow cannot be reached.
     """
-    with reaching(settings, "ask again later"):
+    with reaching(settings, "ask again later"), collection.paused():
         client = connect(settings)
         found: list[Version] = []
         for version in _matching(client, settings, name, conditions, newest, figures):
@@ -109,7 +110,8 @@ def _matching(
     search = joined([*wanted, *(each.search for each in conditions)])
     order = ["version_number DESC"] if name else ["creation_timestamp DESC"]
     is_decided = all(each.search for each in conditions)  # by the database
-    size = PAGE if newest is None or not is_decided else min(newest + 1, PAGE)
+    most = DATABASE_PAGE if is_of_database(client) else PAGE
+    size = most if newest is None or not is_decided else min(newest + 1, most)
     plain = [each for each in conditions if each.figure is None]
     compared = [each for each in conditions if each.figure is not None]
     needs_all = figures == "all" or any(each.figure and not main_figures.is_main(each.figure) for each in compared)
