@@ -144,6 +144,8 @@ def main() -> None:
     steps, pictures = options.steps or evaluation.teacher_steps, options.pictures or evaluation.pictures
     if options.adapter:
         found = as_object(read_json(options.docs / "guidance.json"), "guidance.json")
+        if found["model"] != options.model:
+            parser.error(f"--adapter: the scales are those of {found['model']}")
     else:
         found = measure(settings, options.model, options.scales, steps, pictures, options.scratch)
     distill = settings.distill_for(options.model)

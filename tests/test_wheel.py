@@ -194,7 +194,6 @@ def test_a_verb_without_its_extra_ends_with_the_command_that_installs_it(
     assert line.startswith(f"error: {needed_by} ") and line.endswith(f"not installed: pip install 'lcmlora[{extra}]'")
 
 
-@pytest.mark.slow
 def test_every_module_loads_or_is_explained_by_an_extra(environments: Callable[[str], Environment], folder: Path):
     hindered = {}
     for kind in ("", "all"):

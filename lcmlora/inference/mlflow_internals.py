@@ -87,7 +87,6 @@ def search_versions(client: Any, search: str | None, order: Sequence[str], size:
     """
     if not is_of_database(client):
         return client.search_model_versions(search, max_results=size, order_by=list(order), page_token=token)
-    from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
     from mlflow.entities.model_registry.model_version_stages import STAGE_DELETED_INTERNAL
     from mlflow.store.entities import PagedList
     from mlflow.store.model_registry.dbmodels.models import SqlModelVersion as Row
@@ -108,40 +107,48 @@ def search_versions(client: Any, search: str | None, order: Sequence[str], size:
     keys = [Row.workspace, Row.name, Row.version]
     chosen = found.with_only_columns(*keys).subquery()
     same = and_(*(chosen.c[each.key] == getattr(Tag, each.key) for each in keys))
-    of: dict[tuple[str, int], list[Any]] = {}
-
-    def look_up(statement: Any) -> None:
-        for name, version, key, value in database.execute(statement).all():
-            of.setdefault((name, version), []).append(ModelVersionTag(key, value))
-
+    tags = select(Tag.name, Tag.version, Tag.key, Tag.value)
     with store.engine.connect() as database:
         rows = database.execute(found.with_only_columns(*Row.__table__.columns)).all()
-        tags = select(Tag.name, Tag.version, Tag.key, Tag.value)
-        look_up(tags.join(chosen, same))
+        of = _by_version(database.execute(tags.join(chosen, same)).all())
         # A version that was made in between took the place of another one, or this one never had a tag.
         if lacking := {row.name for row in rows if (row.name, row.version) not in of}:
-            of = {each: listed for each, listed in of.items() if each[0] not in lacking}
-            look_up(tags.where(Tag.workspace == store._get_active_workspace(), Tag.name.in_(lacking)))
-    versions = [
-        ModelVersion(
-            row.name,
-            row.version,
-            row.creation_time,
-            row.last_updated_time,
-            description=row.description,
-            user_id=row.user_id,
-            current_stage=row.current_stage,
-            source=row.source,
-            run_id=row.run_id,
-            status=row.status,
-            status_message=row.status_message,
-            tags=of.get((row.name, row.version), []),
-            run_link=row.run_link,
-            workspace=row.workspace,
-        )
-        for row in rows[:size]
-    ]
+            theirs = tags.where(Tag.workspace == store._get_active_workspace(), Tag.name.in_(lacking))
+            of |= _by_version(database.execute(theirs).all())
+    versions = [_version(row, of.get((row.name, row.version), [])) for row in rows[:size]]
     return PagedList(versions, store._compute_next_token(size + 1, len(rows), offset, size))
+
+
+def _by_version(rows: Sequence[Any]) -> dict[tuple[str, int], list[Any]]:
+    """Returns MLflow's tags of each version, of rows of name, version, key and value."""
+    from mlflow.entities.model_registry import ModelVersionTag
+
+    of: dict[tuple[str, int], list[Any]] = {}
+    for name, version, key, value in rows:
+        of.setdefault((name, version), []).append(ModelVersionTag(key, value))
+    return of
+
+
+def _version(row: Any, tags: list[Any]) -> Any:
+    """Returns MLflow's version of a row of its table."""
+    from mlflow.entities.model_registry import ModelVersion
+
+    return ModelVersion(
+        row.name,
+        row.version,
+        row.creation_time,
+        row.last_updated_time,
+        description=row.description,
+        user_id=row.user_id,
+        current_stage=row.current_stage,
+        source=row.source,
+        run_id=row.run_id,
+        status=row.status,
+        status_message=row.status_message,
+        tags=tags,
+        run_link=row.run_link,
+        workspace=row.workspace,
+    )
 
 
 def delete_rows(client: Any, run_ids: Sequence[str], names: Collection[str]) -> int:

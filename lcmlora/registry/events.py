@@ -124,10 +124,9 @@ def read_events(version: int, tags: Mapping[str, str]) -> list[Event]:
 
 
 def own_and_foreign(version: int, tags: Mapping[str, str]) -> tuple[list[Event], tuple[str, ...]]:
-    """Returns the events of a version, the oldest first, and the tags that are named so and that lcmlora did not write.
+    """Returns the events of a version, the oldest first, and the names of the tags that look like events and are none.
 
-    Returns:
-        The events, and the names of those tags.
+    Such tags are of other programs, or were written by hand.
     """
     read = {name: _event(version, name, tags[name]) for name in sorted(tags) if name.startswith(_TAG)}
     own = [event for event in read.values() if event is not None]
