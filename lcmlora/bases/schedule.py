@@ -125,6 +125,13 @@ class Schedule:
         alpha, sigma = (_per_sample(value, x0) for value in self.level(t))
         return PREDICTION_TYPES[self.prediction_type].target(x0, noise, alpha, sigma)
 
+    def straight(self, x: Tensor, t: Tensor, arrived: Tensor, s: Tensor) -> Tensor:
+        """Returns the x0 (B, C, h, w) whose deterministic DDIM step leads from x at t (B,) to `arrived` at s (B,)."""
+        levels = ([_per_sample(value, x) for value in self.level(times)] for times in (t, s))
+        (alpha, sigma), (alpha_s, sigma_s) = levels
+        kept = sigma_s / sigma
+        return (arrived - kept * x) / (alpha_s - kept * alpha)
+
     def renoise(self, x: Tensor, noise: Tensor, below: Tensor, t: Tensor) -> Tensor:
         """Returns the state (B, C, h, w) at t of the state x at `below`, a timestep at or below t, with new noise.
 

@@ -98,9 +98,12 @@ class DistributionMatching(Trainable):
         return sum(terms[1:], terms[0])
 
     def parts(self, batch: Batch, optimization: Optimization) -> Iterator[Tensor]:
-        yield self.matching(batch, *self._drawn.pop(batch.sample_indices))
+        draw, rollout = self._drawn.pop(batch.sample_indices)
+        yield self.matching(batch, draw, rollout)
         if self._settings.consistency:
             yield self._settings.consistency * self._distillation.losses(batch, optimization)
+        if self._settings.anchor:
+            yield self._settings.anchor * self.anchoring(batch, draw.noise[0])
 
     def matching(self, batch: Batch, draw: _Draw, rollout: _Rollout) -> Tensor:
         """Returns the distribution matching loss of each sample, (B,). Its gradient with respect to the picture is
@@ -117,6 +120,23 @@ class DistributionMatching(Trainable):
         # Only now with a gradient: the student's weights in the network must not change until its backward pass.
         picture = self._picture(rollout.x, rollout.at, batch.conditioning)
         return 0.5 * (picture - target).square().flatten(1).mean(1)
+
+    def anchoring(self, batch: Batch, noise: Tensor) -> Tensor:
+        """Returns the error of the student's first step from noise (B, C, h, w), of each sample, (B,).
+
+        The teacher takes `anchor_steps` steps from the same noise with the guidance of the distillation. A straight
+        way to where it arrives has the error 0 (DP-DMD, arXiv 2602.03139). Both are compared as latents
+        without noise.
+        """
+        d = self._distillation
+        start = d.teacher.t[-1].expand(len(noise))
+        x, rows = noise, range(len(d.teacher.t))[::-1][: self._settings.anchor_steps]
+        for row in rows:
+            t, s = (times[row].expand(len(noise)) for times in (d.teacher.t, d.teacher.t_prev))
+            x = d.teacher.step(x, t, s, batch.w, batch.conditioning)
+        target = self._schedule.straight(noise, start, x, d.teacher.t_prev[rows[-1]].expand(len(noise)))
+        first = d.student(noise, start, batch.conditioning).x0
+        return (first - target).square().flatten(1).mean(1)
 
     def _teacher(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the x0 (B, C, h, w) that the guided teacher predicts."""

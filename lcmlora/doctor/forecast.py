@@ -273,7 +273,9 @@ class _Counting:
             forward, student = step.target.operations, step.student.operations
             teacher = step.teacher.operations if polish.w else forward
             matching = updates * (rollout * forward + student) + teacher + forward + student
-            return matching + (step.operations if polish.consistency else 0.0)
+            consistency = step.operations if polish.consistency else 0.0
+            anchor = polish.anchor_steps * step.teacher.operations + student if polish.anchor else 0.0
+            return matching + consistency + anchor
 
         found = self._training(
             "polish", polish.steps, lambda step: max(step.peak + second + texts, drawing), operations

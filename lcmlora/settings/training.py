@@ -94,6 +94,11 @@ class Polish(Strict):
     """Weight of the loss of the distillation beside distribution matching. 0: distribution matching alone."""
     student_steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4)
     """Numbers of steps with which the student draws its pictures, in turns at random."""
+    anchor: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the loss that keeps the student's first step on the teacher's path from the same noise, for diversity
+    (arXiv 2602.03139, whose weight is 0.05). 0: none."""
+    anchor_steps: Positive = 4
+    """Steps of the teacher, from noise on `distill.grid`, to whose end the anchor leads."""
 
 
 class Distill(Training):
@@ -155,6 +160,8 @@ class Distill(Training):
             raise ValueError(f"w_min {self.w_min} is above w_max {self.w_max}")
         if self.phases > self.grid:
             raise ValueError(f"phases {self.phases} is more than the {self.grid} timesteps of grid")
+        if self.polish is not None and (most := max(self.polish.anchor_steps, *self.polish.student_steps)) > self.grid:
+            raise ValueError(f"polish: {most} steps are more than the {self.grid} timesteps of grid")
         return self
 
     def alone(self) -> Self:

@@ -57,6 +57,14 @@ def test_the_state_of_a_prediction_is_diffusers_ddim_step_at_all_50_timesteps(ki
         assert (ours - scheduler.step(output, int(t), x).prev_sample).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize(("t", "s"), [(999, 799), (999, 0), (499, 479)])
+def test_the_x0_of_a_straight_way_is_that_of_the_step_along_it(t: int, s: int):
+    (x0, noise), schedule = _state(), _noise()
+    start, end = torch.tensor([t]), torch.tensor([s])
+    found = schedule.straight(schedule.state(x0, noise, start), start, schedule.state(x0, noise, end), end)
+    torch.testing.assert_close(found, x0, atol=1e-3, rtol=1e-3)
+
+
 def test_new_noise_brings_a_state_to_the_level_of_a_noisier_timestep():
     schedule, (x0, noise), (other, _) = _noise(), _state(), (_state()[1].flip(0), None)
     below, t = torch.tensor([0, 200, 499, 800]), torch.tensor([19, 499, 499, 999])

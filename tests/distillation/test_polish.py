@@ -16,7 +16,7 @@ from lcmlora.adapters import lora
 from lcmlora.adapters.metadata import FACTS, Distilled, Sampler
 from lcmlora.config import Base, Distill, Launch
 from lcmlora.data.latents.cache import LatentCache
-from lcmlora.diffusion import sampling
+from lcmlora.diffusion import sampling, solver
 from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
 from lcmlora.distillation.matching import DistributionMatching
 from lcmlora.distillation.polish import polish_adapter
@@ -125,6 +125,34 @@ def test_the_gradient_is_fake_less_teacher_over_the_distance_from_the_teacher(
     torch.testing.assert_close(picture.grad, expected, atol=1e-6, rtol=1e-3)
 
 
+def test_the_anchor_is_where_the_guided_teacher_arrives_from_the_same_noise(base: bases.LoadedBase, cache: LatentCache):
+    polish = POLISH.model_copy(update={"anchor": 0.5, "anchor_steps": 3})
+    matching = matching_of(base, cache, POLISHED.model_copy(update={"polish": polish}))
+    batch, schedule = matching._batches.draw(0), base.schedule
+    steps = list(zip(*(times.tolist() for times in solver.ddim_grid(1000, POLISHED.grid)), strict=True))[:-4:-1]
+    empty = {k: v.expand_as(batch.conditioning[k]) for k, v in cache.unconditional().items()}
+    x, everyone = batch.noise, torch.ones(len(batch.noise), dtype=torch.long)
+    with torch.no_grad(), lora.disabled(base.network):
+        for t, s in steps:
+            c = base.predict(x, everyone * t, batch.conditioning)
+            u = base.predict(x, everyone * t, batch.conditioning | empty)
+            guided = solver.guide(c, u, batch.w)
+            x = schedule.state(*schedule.prediction(guided, x, everyone * t), everyone * s)
+    t, s = everyone * steps[0][0], everyone * steps[-1][1]
+    prediction = schedule.prediction(base.predict(batch.noise, t, batch.conditioning), batch.noise, t)
+    loss = matching.anchoring(batch, batch.noise)
+    loss.sum().backward()
+    # The error of the first step in latents without noise is that of its state, over how much of x0 is in it.
+    alpha, sigma = schedule.level(t)
+    alpha_s, sigma_s = schedule.level(s)
+    share = (alpha_s - sigma_s / sigma * alpha).view(-1, 1, 1, 1)
+    error = (schedule.state(*prediction, s) - x) / share
+    torch.testing.assert_close(loss, error.square().flatten(1).mean(1), atol=1e-4, rtol=1e-3)
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for n, p in base.network.named_parameters() if "lora_B" in n
+    )
+
+
 def test_the_picture_of_the_last_step_is_what_the_sampler_draws(base: bases.LoadedBase, cache: LatentCache):
     matching = matching_of(base, cache)
     batch = matching._batches.draw(0)
@@ -231,19 +259,22 @@ def test_the_start_is_kept_where_no_step_is_better(
         torch.testing.assert_close(weights[name], tensor, msg=name)
 
 
+@pytest.mark.parametrize("changes", [{}, {"anchor": 0.1, "anchor_steps": 2, "consistency": 0.0}])
 def test_a_killed_polish_ends_with_the_same_bytes_as_an_undisturbed_one(
-    base_folder: Path, cache: LatentCache, distilled: Path, tmp_path: Path
+    base_folder: Path, cache: LatentCache, distilled: Path, tmp_path: Path, changes: dict[str, float]
 ):
+    settings = POLISHED.model_copy(update={"polish": POLISH.model_copy(update=changes)})
+
     class Killer(NullLogger):
         def log(self, metrics: dict[str, float], step: int) -> None:
             if step == 4 and "loss" in metrics:
                 raise Killed
 
-    run_polish(base_folder, cache, distilled, tmp_path / "whole")
+    run_polish(base_folder, cache, distilled, tmp_path / "whole", settings)
     with pytest.raises(Killed):
-        run_polish(base_folder, cache, distilled, tmp_path / "killed", logger=Killer())
+        run_polish(base_folder, cache, distilled, tmp_path / "killed", settings, logger=Killer())
     assert not (tmp_path / "killed" / "adapter").exists()
-    run_polish(base_folder, cache, distilled, tmp_path / "killed")
+    run_polish(base_folder, cache, distilled, tmp_path / "killed", settings)
     for name in (lora.WEIGHTS, FACTS):
         assert sha256_file(tmp_path / "killed" / "adapter" / name) == sha256_file(tmp_path / "whole" / "adapter" / name)
 

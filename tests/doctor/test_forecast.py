@@ -78,6 +78,9 @@ def test_a_polish_is_counted_where_it_is_asked_for_with_its_second_adapter_and_i
     assert guided == pytest.approx(100 * (step.teacher.operations - forward), rel=1e-6)
     consistent = with_polish(consistency=1.0).stage("polish").operations - polish.operations
     assert consistent == pytest.approx(100 * step.operations, rel=1e-6)
+    anchor = {"anchor": 0.05, "anchor_steps": 3}
+    anchored = with_polish(consistency=0.0, **anchor).stage("polish").operations - polish.operations
+    assert anchored == pytest.approx(100 * (3 * step.teacher.operations + student), rel=1e-6)
 
 
 @pytest.mark.slow
