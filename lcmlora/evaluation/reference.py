@@ -111,8 +111,10 @@ def draw_reference(
     """
     features, check = load_features(base, settings), load_check(base, settings)
     check_count("evaluation.pictures", settings.pictures, features)
-    validation, seeds = choosing(pictures), reporting_seeds(settings.seed)
-    captions = reporting(pictures, settings.pictures if validation.prompts else None)
+    validation, seeds = choosing(pictures, settings.choosing_pictures), reporting_seeds(settings.seed)
+    # Without validation captions the solvers' settings are searched on these, too.
+    most = settings.pictures if validation.prompts else max(settings.pictures, settings.choosing_pictures)
+    captions = reporting(pictures, most)
     prompts = captions.prompts[: settings.pictures]
     scorers = load_scorers(base, settings)
     image_sets = image_sets_of(base, features, settings, prompts, settings.pictures, scratch, scorers, check, drawers)

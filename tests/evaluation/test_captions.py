@@ -121,10 +121,12 @@ def test_of_a_long_list_what_is_compared_with_is_what_the_whole_list_gives(
         Record(f"{i}.png", f"caption {int(captions * numbers.random() ** 2)}", numbers.randbytes(32).hex(), 8, 8)
         for i in range(600)
     ]
-    write_records(tmp_path / "test.jsonl", records)
-    whole, part = reporting(tmp_path), reporting(tmp_path, most)
-    assert part.prompts == whole.prompts[:most]
-    assert choose_real(part.records, part.prompts, most) == choose_real(whole.records, part.prompts, most)
+    for name in ("test.jsonl", "validation.jsonl"):
+        write_records(tmp_path / name, records)
+    whole, part, more = reporting(tmp_path), reporting(tmp_path, most), reporting(tmp_path, most + 30)
+    assert part.prompts == choosing(tmp_path, most).prompts == more.prompts[:most] == whole.prompts[:most]
+    for found in (part, more):
+        assert choose_real(found.records, part.prompts, most) == choose_real(whole.records, part.prompts, most)
     for prompt in part.prompts:
         turns = -(-most // len(part.prompts))
         of_whole, of_part = ([r for r in found.records if r.caption == prompt] for found in (whole, part))

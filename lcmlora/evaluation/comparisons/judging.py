@@ -50,7 +50,7 @@ class TeacherJudge:
         Raises:
             UserError: there are no validation captions.
         """
-        prompts, seeds = choosing(pictures).prompts, choosing_seeds(settings.seed)
+        prompts, seeds = choosing(pictures, settings.choosing_pictures).prompts, choosing_seeds(settings.seed)
         if not prompts:
             raise UserError(
                 f"{pictures / VALIDATION}: holds no captions, and a polish chooses its weights by what the student "

@@ -74,18 +74,19 @@ def reporting(pictures: Path, most: int | None = None) -> Captions:
     return found
 
 
-def choosing(pictures: Path) -> Captions:
+def choosing(pictures: Path, most: int | None = None) -> Captions:
     """Returns the validation captions: what is chosen by figures is chosen by theirs.
 
     There are none where `data.validation` is 0 or the data set has fewer than three captions.
 
     Args:
         pictures: the folder that `prepare` wrote.
+        most: as in `reporting`.
 
     Raises:
         UserError: there is no such list.
     """
-    return _read(pictures / VALIDATION, None)
+    return _read(pictures / VALIDATION, most)
 
 
 def distinct_captions(records: Sequence[Record]) -> list[str]:
