@@ -11,6 +11,9 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # DVC's own choice is a folder of all users, below /var/tmp, and it unpickles what it finds there.
 export SITE_CACHE := from lcmlora.io.private import cache_folder; print(cache_folder("dvc"))
 
+# The package would be compiled anew by each of the many processes that stages and tests start.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Each step says itself what it is at.
 .SILENT:
 

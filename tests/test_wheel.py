@@ -151,6 +151,7 @@ def test_the_wheel_claims_one_name(environments: Callable[[str], Environment]):
     assert claimed == {"lcmlora", f"lcmlora-{lcmlora.__version__}.dist-info"}
 
 
+@pytest.mark.slow
 def test_the_base_has_the_command_line_and_settings(environments: Callable[[str], Environment], folder: Path):
     bare = environments("")
     shown = bare.run("lcmlora", "--version", cwd=folder)

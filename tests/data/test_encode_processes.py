@@ -65,6 +65,7 @@ def encode_with(load: Callable[[], LoadedBase], base: LoadedBase, data: Data, wo
     return work / out
 
 
+@pytest.mark.slow
 def test_two_workers_of_which_one_is_killed_write_the_bytes_that_one_process_writes(
     load_base: Load, base_folder: Path, listed: Data, tmp_path: Path
 ) -> None:

@@ -81,7 +81,7 @@ def _count(folder: Path) -> int:
 # --- growth
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("elsewhere", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_list_that_grew_has_its_new_shards_encoded_alone(base_folder: Path, tmp_path: Path, elsewhere: bool) -> None:
     shards = str(tmp_path / "bucket") if elsewhere else None
     assert sum(fill(base_folder, tmp_path, 40, shards=shards)) == 40

@@ -83,6 +83,7 @@ def test_runs_of_other_guidance_rank_rate_and_objective_read_the_same_cache(run:
     assert run(settings=SETTINGS.model_copy(update={"seed": 4}))[1] > 0  # other samples
 
 
+@pytest.mark.slow
 def test_samples_beyond_the_limit_are_computed_again(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture):
     record = TeacherCache(tmp_path / "one", SHAPE, torch.float32, 1, 10**9).record_bytes
     without = run(limit=0)

@@ -140,6 +140,7 @@ def test_doctor_counts_a_published_base_in_an_empty_folder_and_fetches_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_in_a_project_it_counts_with_its_settings_and_measures_once_the_base_is_there(
     settings: Config, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

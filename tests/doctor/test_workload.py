@@ -65,7 +65,9 @@ def _tensors() -> list[torch.Tensor]:
     return list({t.untyped_storage().data_ptr(): t for t in found if t.device.type == "cpu"}.values())
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "checkpointing", ["none", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("selective", "full"))]
+)
 def test_a_real_steps_tensors_take_what_was_counted(miniatures: Callable[[str], Path], checkpointing: str):
     folder, rows = miniatures("sdxl"), 24
     settings = SETTINGS.model_copy(update={"batch": rows, "checkpointing": checkpointing})

@@ -246,6 +246,7 @@ def elsewhere() -> Any:
     return multiprocessing.get_context("spawn")
 
 
+@pytest.mark.slow
 def test_two_processes_that_register_one_adapter_at_the_same_moment_leave_one_version(
     settings: Registry, sealed: Path, elsewhere: Any
 ):

@@ -304,7 +304,10 @@ def test_a_disk_that_is_full_while_pulling_is_one_line_and_nothing_is_left(
 
 @pytest.mark.parametrize(
     ("secret", "bucket", "reason"),
-    [("MARKED-SECRET-1", BUCKET, "SignatureDoesNotMatch"), (None, "no-such-bucket", "NoSuchBucket")],
+    [
+        ("MARKED-SECRET-1", BUCKET, "SignatureDoesNotMatch"),
+        pytest.param(None, "no-such-bucket", "NoSuchBucket", marks=pytest.mark.slow),
+    ],
 )
 def test_a_wrong_secret_and_a_missing_bucket_are_one_line_of_every_verb(
     server: SeaweedFS, settings: Publish, tmp_path: Path, monkeypatch, secret: str | None, bucket: str, reason: str

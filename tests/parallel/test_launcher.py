@@ -99,7 +99,11 @@ def _free_port() -> int:
     ("acts", "statuses", "line"),
     [
         (("0", "0"), {0}, ""),
-        (("wait", "7"), {1, 7}, "on another machine: process 0 ended with status 7, and the others were ended\n"),
+        pytest.param(
+            *(("wait", "7"), {1, 7}),
+            "on another machine: process 0 ended with status 7, and the others were ended\n",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_machines_meet_and_end_together(tmp_path: Path, acts: tuple[str, ...], statuses: set[int], line: str):

@@ -60,7 +60,8 @@ def adapters(base_folder: Path, cache: LatentCache, tmp_path_factory: pytest.Tem
     return root
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_started_again_they_end_with_the_same_bytes(
     adapters: Path, base_folder: Path, cache: LatentCache, tmp_path: Path, processes: int
 ):

@@ -20,7 +20,10 @@ def made(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return inputs.make(tmp_path_factory.mktemp("inputs"), base_folder)
 
 
-@pytest.mark.parametrize("stage", stages.VERSIONS)
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(stage, marks=pytest.mark.slow if stage == "compatibility" else ()) for stage in stages.VERSIONS],
+)
 def test_a_stage_gives_what_its_version_gave(made: Inputs, tmp_path: Path, stage: str):
     if stage in ("pretrain", "prepare") and not (MODULES / "@iconify-json").is_dir():
         pytest.skip("the artwork is not installed")

@@ -86,6 +86,7 @@ def test_a_compiled_unet_that_differs_is_refused_with_the_figure(base: LoadedBas
         check.compiled(3, 5)
 
 
+@pytest.mark.slow
 def test_a_compiled_unet_whose_gradient_differs_is_refused_with_the_figure(
     base: LoadedBase, monkeypatch: pytest.MonkeyPatch
 ):
