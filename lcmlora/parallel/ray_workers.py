@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,7 @@ def _connected(address: str | None) -> Iterator[None]:
         UserError: there is no such cluster, it refuses this process, or has another version of Ray or Python.
     """
     with ExitStack() as stack:
-        asked = _QUIET | ({} if address else ALONE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        asked = _QUIET | ({} if address else ALONE | {"RAY_AUTH_TOKEN": _own_token()})
         stack.enter_context(_environment(asked))  # which Ray reads when it is imported
         import ray
 
@@ -290,6 +291,12 @@ def _connected(address: str | None) -> Iterator[None]:
             raise UserError(f"launch.address: {address or 'a Ray of this machine alone'}: {joined(error)}") from None
         stack.callback(ray.shutdown)
         yield
+
+
+@cache
+def _own_token() -> str:
+    """Returns a token that is made anew for each process: Ray reads it once in a process."""
+    return secrets.token_hex(32)
 
 
 @contextmanager

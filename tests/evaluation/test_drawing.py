@@ -8,7 +8,7 @@ import shutil
 import signal
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,20 +26,34 @@ from tests.evaluation.conftest import CPU, Halves, Quarters, made_of, settings
 
 pytestmark = pytest.mark.usefixtures("small_features")
 
+ON_RAY = pytest.param(
+    Launch(engine="ray", processes=2),
+    marks=[pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")],
+    id="ray",
+)
+
 
 @dataclass(frozen=True)
-class LoadOnce:
-    """Loads a miniature and the features of these tests; the first worker that has loaded them dies at its third
-    forward of the network."""
+class Load:
+    """Loads a miniature and the features of these tests."""
 
     folder: Path
-    marks: Path
 
     def __call__(self) -> bases.LoadedBase:
         FEATURES.register("quarters", Quarters)
         FEATURES.register("halves", Halves)
         torch.set_num_threads(1)
-        base = bases.load("mini", made_of(self.folder), self.folder, device=CPU)
+        return bases.load("mini", made_of(self.folder), self.folder, device=CPU)
+
+
+@dataclass(frozen=True)
+class LoadOnce(Load):
+    """The first worker that has loaded them dies at its third forward of the network."""
+
+    marks: Path
+
+    def __call__(self) -> bases.LoadedBase:
+        base = super().__call__()
         forwards: list[int] = []
 
         def die(*_: object) -> None:
@@ -54,13 +68,20 @@ class LoadOnce:
         return base
 
 
+@pytest.mark.parametrize("launch", [pytest.param(Launch(processes=2), id="local"), ON_RAY])
 def test_two_workers_of_which_one_is_killed_draw_the_bytes_that_one_process_draws(
-    base: bases.LoadedBase, base_folder: Path, data: Data, pictures: Path, reference: Path, tmp_path: Path
+    base: bases.LoadedBase,
+    base_folder: Path,
+    data: Data,
+    pictures: Path,
+    reference: Path,
+    tmp_path: Path,
+    launch: Launch,
 ) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
     load, out = LoadOnce(base_folder, marks), (tmp_path / "s", tmp_path / "reference", tmp_path / "timings")
-    with drawers(Launch(processes=2), load, base, settings()) as many:
+    with drawers(launch, load, base, settings()) as many:
         draw_reference(base, data, settings(), pictures, *out, many)
     assert (marks / "killed").exists() and len(list(marks.iterdir())) > 2
     for path in sorted(path for path in reference.rglob("*") if path.is_file()):
@@ -68,6 +89,7 @@ def test_two_workers_of_which_one_is_killed_draw_the_bytes_that_one_process_draw
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize("launch", [pytest.param(Launch(), id="local"), ON_RAY])
 def test_the_drawers_of_an_evaluation_have_its_adapter(
     base: bases.LoadedBase,
     base_folder: Path,
@@ -76,15 +98,16 @@ def test_the_drawers_of_an_evaluation_have_its_adapter(
     pictures: Path,
     reference: Path,
     tmp_path: Path,
+    launch: Launch,
 ) -> None:
-    load = partial(bases.load, "mini", made_of(base_folder), base_folder, device=CPU)
+    load = Load(base_folder)
     shutil.copytree(reference.with_name("timings"), tmp_path / "timings")
     found = []
     for name, make in (("drawers", MakeDrawer(load, base.dtype, settings(), adapter)), ("none", None)):
         root = tmp_path / name
         root.mkdir()
         files = (root / "scratch", root / "evaluation", root / "metrics.json", root / "plot.csv", tmp_path / "timings")
-        with workers(Launch(), make) if make else nullcontext() as many:
+        with workers(launch, make) if make else nullcontext() as many:
             evaluate_student(base, adapter, data, settings(), pictures, reference, *files, drawers=many)
         written = sorted(path for path in root.rglob("*") if path.is_file())
         found.append({str(path.relative_to(root)): path.read_bytes() for path in written})
