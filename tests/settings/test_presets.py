@@ -99,7 +99,12 @@ EMOJI = {
         "weighting": "snr+1",
         "checkpoint_every": 50,
     },
-    "evaluation": {"batch": 32, "guidance_scale": 3.0, "solver_evaluations": [1, 2, 4, 8, 16]},
+    "evaluation": {
+        "batch": 32,
+        "guidance_scale": 3.0,
+        "solver_evaluations": [1, 2, 4, 8, 16],
+        "latency_repeats": 10,
+    },
 }
 TODAY = {
     "emoji": (64, EMOJI),
