@@ -125,8 +125,7 @@ class DistributionMatching(Trainable):
         """Returns the error of the student's first step from noise (B, C, h, w), of each sample, (B,).
 
         The teacher takes `anchor_steps` steps from the same noise with the guidance of the distillation. A straight
-        way to where it arrives has the error 0 (DP-DMD, arXiv 2602.03139). Both are compared as latents
-        without noise.
+        way to where it arrives has the error 0 (DP-DMD, arXiv 2602.03139). Both are compared as latents without noise.
         """
         d = self._distillation
         start = d.teacher.t[-1].expand(len(noise))

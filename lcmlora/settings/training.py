@@ -100,6 +100,10 @@ class Polish(Strict):
     anchor_steps: Positive = 4
     """Steps of the teacher, from noise on `distill.grid`, to whose end the anchor leads."""
 
+    def most_steps(self) -> int:
+        """Returns the most steps that student or teacher take on `distill.grid`."""
+        return max(*self.student_steps, self.anchor_steps if self.anchor else 1)
+
 
 class Distill(Training):
     """Distillation of the adapter (stage `distill`).
@@ -160,7 +164,7 @@ class Distill(Training):
             raise ValueError(f"w_min {self.w_min} is above w_max {self.w_max}")
         if self.phases > self.grid:
             raise ValueError(f"phases {self.phases} is more than the {self.grid} timesteps of grid")
-        if self.polish is not None and (most := max(self.polish.anchor_steps, *self.polish.student_steps)) > self.grid:
+        if self.polish is not None and (most := self.polish.most_steps()) > self.grid:
             raise ValueError(f"polish: {most} steps are more than the {self.grid} timesteps of grid")
         return self
 

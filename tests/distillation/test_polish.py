@@ -359,3 +359,10 @@ def test_a_compiled_polish_makes_the_adapter_of_an_eager_one(
     eager, compiled = (load_file(tmp_path / name / "adapter" / lora.WEIGHTS) for name in ("eager", "compiled"))
     for name in eager:
         torch.testing.assert_close(compiled[name], eager[name], atol=2e-5, rtol=0, msg=name)
+
+
+def test_more_steps_than_the_grid_has_are_refused():
+    asked = {"polish": {"steps": 1, "anchor": 0.1, "anchor_steps": 30}, "grid": 20, "batch": 4}
+    with pytest.raises(ValueError, match="polish: 30 steps are more than the 20 timesteps of grid"):
+        Distill.model_validate(asked)
+    Distill.model_validate(asked | {"polish": asked["polish"] | {"anchor": 0.0}})  # type: ignore[operator]
