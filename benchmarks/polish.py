@@ -2,10 +2,11 @@
 
 For each seed it distils the model's adapter as params.yaml says (start), polishes that adapter with the settings of
 `--polish`, and distils another one with as many more steps as cost as many network evaluations as the polish (more). An
-evaluation with gradients counts for three. All are measured as `evaluate` does, on validation captions, by which a
-recipe is chosen, and on test captions, on which it is reported. A run that is finished is kept in --scratch and not
-repeated, so the command can be stopped and started again. Writes docs/polish.json and the tables in docs/polish.md. Run
-`dvc repro encode@MODEL reference@MODEL` first.
+evaluation with gradients counts for three. With `--long` one more distillation, of seed 0, shows where training alone
+leads. All are measured as `evaluate` does, on validation captions, by which a recipe is chosen, and on test captions,
+on which it is reported. A run that is finished is kept in --scratch and not repeated, so the command can be stopped and
+started again. Writes docs/polish.json and the tables in docs/polish.md. Run `dvc repro encode@MODEL reference@MODEL`
+first.
 
 Example: python -m benchmarks.polish --seeds 1 --polish '{"steps": 100, "lr": 2.5e-4, "fake_lr": 5e-4}'
 """
@@ -36,7 +37,7 @@ from lcmlora.io.files import write_json
 from lcmlora.settings.training import Polish
 from lcmlora.training.loop import NullLogger
 
-START, POLISH, MORE = "start", "polish", "more of the same"
+START, POLISH, MORE, LONG = "start", "polish", "more of the same", "long distillation"
 _WITH_GRADIENT = 3  # forwards that one with its backward pass costs
 
 
@@ -74,16 +75,18 @@ class Runs:
         dtype = bases.pick_dtype(distill.precision, device)
         return bases.load(self.model, self.settings.base(self.model), self.folder, device=device, dtype=dtype)
 
-    def distilled(self, seed: int, steps: int) -> tuple[Path, dict[str, Any]]:
-        """Returns the folder and the figures of a distillation of so many steps."""
-        distill = self.settings.distill_for(self.model).model_copy(update={"seed": seed, "steps": steps})
+    def distilled(self, seed: int, steps: int, **others: Any) -> tuple[Path, dict[str, Any]]:
+        """Returns the folder and the figures of a distillation of so many steps, with other settings of `distill`."""
+        plain = self.settings.distill_for(self.model).model_dump(mode="json")
+        distill = config.Distill.model_validate(plain | others | {"seed": seed, "steps": steps})
+        name = f"distilled-{seed}-{steps}" + (f"-{config.digest(others)[:8]}" if others else "")
 
         def train(counted: Counted, work: Path) -> None:
             places = (work, work / "adapter")
             distill_adapter(counted.base, self.cache, distill, *places, identity=self.identity, logger=NullLogger())
             counted.evaluations = steps * a_step(distill)  # without those of the validation
 
-        return self._run(f"distilled-{seed}-{steps}", distill, train)
+        return self._run(name, distill, train)
 
     def polished(self, seed: int, polish: Polish) -> tuple[Path, dict[str, Any]]:
         """Returns the folder and the figures of a polish of the distillation that params.yaml asks for."""
@@ -152,6 +155,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="emoji")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--polish", type=json.loads, default={}, help="settings of distill.polish, as JSON")
+    parser.add_argument("--long", type=json.loads, help="settings of distill, as JSON, its steps among them")
     parser.add_argument("--scratch", type=Path, default=Path("scratch/polish"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args()
@@ -166,6 +170,8 @@ def main() -> None:
         _, more = made.distilled(seed, first.steps + round(polished["evaluations"] / a_step(first)))
         for name, figures in ((START, start), (MORE, more), (POLISH, polished)):
             runs[name].append(figures)
+    if options.long:
+        runs[LONG] = [made.distilled(0, **options.long)[1]]
     publish(options.docs, "polish", runs, settings, options.model, "training")
 
 
