@@ -61,9 +61,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture(scope="session", autouse=True)
 def state(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What tests see in signed stores is remembered in a folder of their own, and so are their locks of GPUs: what
-    trains on this machine must not keep them waiting."""
+    trains on this machine must not keep them waiting. Locks of ports are of all test processes."""
     os.environ["LCMLORA_STATE"] = str(tmp_path_factory.mktemp("state"))
     os.environ["LCMLORA_LOCKS"] = str(tmp_path_factory.mktemp("locks"))
+    runtime = tmp_path_factory.getbasetemp().parent / "runtime"
+    runtime.mkdir(mode=0o700, exist_ok=True)
+    os.environ["XDG_RUNTIME_DIR"] = str(runtime)
 
 
 _caches = itertools.count()
