@@ -14,9 +14,8 @@ from lcmlora.config import Config
 from lcmlora.flows.notices import outbox, repeats
 from lcmlora.flows.notices.event import Event
 from lcmlora.flows.notices.message import Message
-from lcmlora.io.terminal import note
 from lcmlora.settings.operation.notify import EventKind
-from lcmlora.tasks.output import log_line, run_logger
+from lcmlora.tasks.output import log_line
 
 __all__ = ["Event", "resend", "send", "settle", "test", "warn"]
 
@@ -89,9 +88,5 @@ def _concerned(event: Event, settings: Config) -> list[str]:
 
 
 def warn(line: str) -> None:
-    """Writes a line to the log of the present run as a warning, outside a run to standard error."""
-    logger = run_logger()
-    if logger is None:
-        note(line, "warning: ")
-    else:
-        logger.warning("%s", line)
+    """Writes a line to the present run's log as a warning, and unless a worker has started it to standard error."""
+    log_line(f"warning: {line}")

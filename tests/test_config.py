@@ -50,6 +50,10 @@ def test_the_shipped_params_load_and_hold_presets_for_the_papers_bases(tmp_path:
         ({"study__finetunes": ["noto-v1"], "finetunes__noto-v1": {}}, r"'noto-v1' is the name of a style and of a"),
         ({"study__real": {"copys": 3}}, r"study.real.copys: there is no such key"),
         (
+            {"gate__approval": True},
+            r"params.yaml: gate.approval: got True: Input should be 'none' or 'required', or Input should be a valid",
+        ),
+        (
             {"bases__emoji__resolution": 512},
             r"emoji: evaluation.features: efficientnet-lite0 sees .*128.* blur at 512 is",
         ),

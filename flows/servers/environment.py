@@ -13,7 +13,7 @@ from lcmlora.io.parsing import Malformed, parse_json
 FOLDER = "LCMLORA_SERVERS"  # the folder .up/ whose file `environment` a shell has sourced
 _OURS = ("LCMLORA_UP", "LCMLORA_LOG", "LCMLORA_PROJECT", FOLDER)
 # What a run may need from the person's shell: keys of stores, of the hub, of a tracking server, and settings.
-_GROUPS = ("AWS_", "HF_", "MLFLOW_", "LCMLORA_")
+_GROUPS = ("AWS_", "HF_", "MLFLOW_", "LCMLORA_", "OMP_")
 _SERVERS = {  # by the variable that names a server, all that belong to it
     "MLFLOW_TRACKING_URI": ("MLFLOW_TRACKING_",),
     "AWS_ENDPOINT_URL": ("AWS_", "LCMLORA_PUBLISH_TO"),

@@ -357,9 +357,8 @@ def approve(
     """
     config = context_of(call).settings()
     from lcmlora.registry.approval import decisions
-    from lcmlora.registry.references import find_version
 
-    reference = find_version(reference, context_of(call).places(config)).exact
+    reference = _version_to_decide(call, reference, config)
     version = decisions.approve(reference, config.registry, config.gate, reason=reason, who=by)
     _move_channel(config, version, as_json)
 
@@ -377,14 +376,22 @@ def reject(
     """
     config = context_of(call).settings()
     from lcmlora.registry.approval import decisions
-    from lcmlora.registry.references import find_version
 
-    reference = find_version(reference, context_of(call).places(config)).exact
+    reference = _version_to_decide(call, reference, config)
     version = decisions.reject(reference, config.registry, reason=reason, who=by)
     if as_json:
         print(json.dumps(version.plain(), indent=2))
     else:
         say(f"{version.reference} is rejected; {version.name}@{config.registry.alias} stays")
+
+
+def _version_to_decide(call: typer.Context, reference: str, config: Config) -> str:
+    """Returns the exact version that a person decides on. Raises UserError for the mere name of a model."""
+    from lcmlora.registry import references
+
+    if isinstance(references.parse(reference), references.Model):
+        raise UserError(f"{reference}: is the name of a model; say which version of it, such as {reference}/3")
+    return references.find_version(reference, context_of(call).places(config)).exact
 
 
 def _move_channel(config: Config, version: Version, as_json: bool) -> None:

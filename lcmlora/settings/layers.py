@@ -5,6 +5,7 @@ A later layer overrides an earlier one, key by key. Every error names the layer 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from lcmlora.io.terminal import shown
 from lcmlora.settings.fields import Strict
 
 _MOST_LINES = 20  # of a message
+_NO_KEY = re.compile(r"[a-z-]*\[.*\]")  # in pydantic's locations: [key], and alternatives such as literal['none']
 
 S = TypeVar("S", bound=Strict)
 Location = tuple[int | str, ...]
@@ -134,23 +136,24 @@ def explain(error: ValidationError, where: Callable[[Location], str], but: str =
         but: a type of errors that is left out.
         advice: the end of the line about an unknown key of the top level.
     """
-    lines = []
+    found: dict[str, list[str]] = {}  # by the beginning of the line; a key with alternatives has an error of each
     for item in error.errors():
         # Entries of a list come from one place, so that no other layer gives what is missing in one.
         if item["type"] == but and not any(isinstance(part, int) for part in item["loc"]):
             continue
-        # [key], and the names of alternatives, are no keys of the file.
-        location = tuple(part for part in item["loc"] if not str(part).startswith("["))
+        location = tuple(part for part in item["loc"] if not _NO_KEY.fullmatch(str(part)))
         key = ".".join(shown(part, 80) for part in location)
         before = where(location)
         path = f"{before}.{key}" if before and key else before or key
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            lines.append(f"{path}: there is no such key{advice if len(location) == 1 else ''}")
+            message = f"there is no such key{advice if len(location) == 1 else ''}"
         elif item["type"] == "missing":
-            lines.append(f"{path}: is missing")
-        else:
-            value = "" if item["loc"] == () or item["type"] == SECRET else f"got {shown(repr(item['input']), 200)}: "
-            lines.append(f"{path}: {value}{message}" if path else f"{value}{message}")
+            message = "is missing"
+        start = f"{path}: " if path else ""
+        if item["type"] not in ("extra_forbidden", "missing", SECRET) and item["loc"] != ():
+            start += f"got {shown(repr(item['input']), 200)}: "
+        found.setdefault(start, []).append(message)
+    lines = [start + ", or ".join(dict.fromkeys(messages)) for start, messages in found.items()]
     more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
     return "\n".join(lines[:_MOST_LINES] + more)

@@ -154,3 +154,9 @@ def test_promoting_the_champion_again_signs_the_pointer_of_an_older_version(proj
         find_release("mini@champion", load().publish)
     assert f"{NAME}@champion is {NAME}/1" in output_of("promote", f"{NAME}@champion")
     assert find_release("mini@champion", load().publish)[0] == channel(project)
+
+
+@pytest.mark.parametrize("verb", ["approve", "reject"])
+def test_a_decision_names_a_version(verb: str):
+    result = CliRunner().invoke(app, [verb, "mini", "--reason", "sharp"])
+    assert str(result.exception) == "mini: is the name of a model; say which version of it, such as mini/3"

@@ -302,6 +302,7 @@ def test_two_processes_make_the_adapter_of_one(
     base_folder: Path, cache: LatentCache, distilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     found = []
     for processes in (1, 2):
         work = tmp_path / str(processes)

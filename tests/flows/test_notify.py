@@ -70,7 +70,7 @@ def test_the_same_trouble_is_told_once_and_counted_until_it_is_over(
     assert reasons(web) == [("step 1: the loss is not finite", 1), ("no space left", 1)]
     night(8, "step 8: the loss is not finite")  # a week after the first
     assert reasons(web)[2:] == [("step 8: the loss is not finite", 4)]
-    assert web.documents[-1]["since"] == "2026-11-01T02:00:00+00:00"
+    assert web.documents[-1]["since"] == "2026-11-01T02:00:00Z"
     notify.settle("b", told, "failed")
     night(9, "step 9: the loss is not finite")
     assert reasons(web)[3:] == [("step 9: the loss is not finite", 1)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -51,7 +50,7 @@ def _start(*options: str) -> subprocess.Popen[bytes]:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of two nodes of a CPU each, which ask for a token."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", ray_workers._own_token())  # Ray reads it once in a process
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -32,7 +32,9 @@ def actions(registry: Registry, version: int) -> list[tuple[str, str, str | None
     return [(e.action, e.who, e.reason) for e in history(NAME, registry) if e.version == version][2:]
 
 
-def test_an_approved_version_becomes_champion_and_the_history_says_by_whom_and_why(settings: Registry):
+def test_an_approved_version_becomes_champion_and_the_history_says_by_whom_and_why(
+    settings: Registry, capsys: pytest.CaptureFixture[str]
+):
     ask(settings, "one")
     assert [each.reference for each in decisions.waiting(NAME, settings)] == [f"{NAME}/1"]
     version = decisions.approve(f"{NAME}/1", settings, GATE, reason="hands are right", who="ada")
@@ -44,7 +46,11 @@ def test_an_approved_version_becomes_champion_and_the_history_says_by_whom_and_w
     ]
     assert decisions.waiting(NAME, settings) == []
     before = history(NAME, settings)
+    assert "note: " not in capsys.readouterr().err
     assert decisions.approve(f"{NAME}/1", settings, GATE, reason="again").version == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert said.startswith("note: lcm-lora-mini/1 is champion already (approved by ada on ")
+    assert said.endswith(": hands are right); nothing was written")
     assert decisions.request(NAME, 1, settings, reason="passed the gate") is None
     assert history(NAME, settings) == before
     with pytest.raises(UserError, match="lcm-lora-mini/1: is champion; `lcmlora registry rollback` takes it back"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lcmlora.config import Gate, Registry
 from lcmlora.errors import UserError
+from lcmlora.io.terminal import note
 from lcmlora.registry import events, promotion
 from lcmlora.registry.approval.standing import (
     APPROVED,
@@ -104,6 +105,8 @@ def approve(reference: str, settings: Registry, gate: Gate, *, reason: str | Non
         client = connect(settings)
         present = _standing(client, candidate.name, candidate.version, settings)
         if settings.alias in candidate.aliases:
+            if present is not None and present.state != AWAITING:
+                note(f"note: {candidate.reference} is {settings.alias} already ({present.text}); nothing was written")
             return candidate
         if present is not None and present.state in (*REFUSED, "superseded"):
             raise UserError(f"{candidate.reference}: {present.text}; {promotion.ADVICE.format(settings.alias)}")
