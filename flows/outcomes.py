@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
@@ -224,11 +224,12 @@ def stages_key(model: str) -> str:
 def _approval_page(outcome: Outcome, settings: Config) -> str:
     """Returns what a person needs to decide on a version that waits for approval: figures, pictures, what to type."""
     assert outcome.version is not None
-    alias, own = settings.registry.alias, outcome.figures
-    gated = Key.of(STUDENT, settings.gate.steps)
-    rows = [] if own is None else [(name, f"{values[gated]:.4g}") for name, values in _judged(own) if gated in values]
+    alias = settings.registry.alias
+    rows = _figures(outcome.figures, settings.gate.steps) if outcome.figures else []
     waiting = outcome.approval.deadline(settings.gate.approval_days) if outcome.approval else None
     until = f" It counts as rejected after {waiting:%Y-%m-%d %H:%M} UTC." if waiting else ""
+    page = tracking.run_page(settings.registry, outcome.run_id) if outcome.run_id else None
+    links = " ".join(map(plain, filter(None, [page, *outcome.published])))
     compared = f", also beside {plain(outcome.champion)}, the {alias}" if outcome.champion else f"; there is no {alias}"
     return "\n\n".join(
         filter(
@@ -236,17 +237,15 @@ def _approval_page(outcome: Outcome, settings: Config) -> str:
             [
                 f"# {plain(outcome.version)} waits for a person",
                 f"It passed the gate{compared}.{until}",
-                markdown(("figure", f"{settings.gate.steps} steps"), rows),
+                markdown(("figure", "student, and what it stands beside"), rows),
                 _embedded(Project().release(outcome.model) / _SHEET, "contact sheet"),
                 f"To make it {alias}: `lcmlora approve {outcome.version} --reason ...`, or run the deployment "
-                "`approve`. To turn it down: `lcmlora reject` or the deployment `reject`.",
+                f"`approve` with the reference `{outcome.version}`. To turn it down: `lcmlora reject {outcome.version} "
+                "--reason ...`, or run the deployment `reject`.",
+                f"Figures, card and report: {links}" if links else "",
             ],
         )
     )
-
-
-def _judged(figures: Metrics) -> list[tuple[str, Mapping[Key, float]]]:
-    return [("excess", figures.excess), ("retrieval@1", figures.retrieval)]
 
 
 def packaged(outcome: Outcome) -> Path | None:

@@ -33,7 +33,11 @@ def test_a_run_ends_and_the_version_waits_until_a_person_says_yes_or_no(
     assert project.aliases("a") == project.aliases("b") == {} and not channel(project, "a").exists()
     assert len(project.releases()) == 2  # published, and no channel points there
     page = artifacts("approval-a")[-1].data
-    assert "# lcm-lora-a/1 waits for a person" in page and "| excess | 4.5 |" in page
+    assert (
+        "# lcm-lora-a/1 waits for a person" in page
+        and "evaluations | student 4.5, " in page
+        and "Figures, card and report: " in page
+    )
     assert "](data:image/png;base64," in page and "`lcmlora approve lcm-lora-a/1 --reason ...`" in page
     state = retrain_models(return_state=True)  # the next night
     assert state.name == "UpToDate" and project.aliases("a") == {}
