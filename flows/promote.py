@@ -31,19 +31,27 @@ from lcmlora.tasks.outages.own_state import outlasting
 from lcmlora.tasks.output import slug
 from lcmlora.tasks.retrying import networked
 
-Reason = Annotated[str, Field(min_length=1, description="Why, for the history.")]
-Who = Annotated[str | None, Field(description="Who decided; the worker's user by default.")]
+# Prefect's pages describe parameters by the docstrings of flows.
+Text = Annotated[str, Field(min_length=1)]
 
 
 @flow(name="promote")
 def promote_version(
-    reference: Annotated[str, Field(description="A version: emoji/3, emoji@ALIAS, or 12 digits of a SHA-256.")],
-    reason: Reason,
-    override: Annotated[bool, Field(description="Promote it against the gate. The history records this.")] = False,
-    who: Who = None,
+    reference: str,
+    reason: Text,
+    override: bool = False,
+    who: str | None = None,
     params: str = "params.yaml",
 ) -> State:
-    """Makes a version champion and moves the published channel. Ends as Promoted, or Failed with the gate's reasons."""
+    """Makes a version champion and moves the published channel. Ends as Promoted, or Failed with the gate's reasons.
+
+    Args:
+        reference: a version: emoji/3, emoji@ALIAS, or 12 digits of a SHA-256.
+        reason: why, for the history.
+        override: promote it against the gate. The history records this.
+        who: who decided; the worker's user by default.
+        params: the file with the settings.
+    """
 
     def promote(settings: config.Config) -> State:
         version = networked(promote_reference, settings)(reference, settings, reason, who, override)
@@ -54,15 +62,22 @@ def promote_version(
 
 @flow(name="rollback")
 def roll_back_champion(
-    model: Annotated[str, Field(description="A name under `models` in params.yaml, or lcm-lora-MODEL.")],
-    reason: Reason,
-    to: Annotated[int | None, Field(description="The version to go back to; the last champion by default.")] = None,
-    who: Who = None,
+    model: str,
+    reason: Text,
+    to: int | None = None,
+    who: str | None = None,
     params: str = "params.yaml",
 ) -> State:
     """Makes the champion before the present one champion again and moves the published channel. Ends as RolledBack.
 
     The `retrain` flow does not promote a version again that was rolled back.
+
+    Args:
+        model: a name under `models` in params.yaml, or lcm-lora-MODEL.
+        reason: why, for the history.
+        to: the version to go back to; the last champion by default.
+        who: who decided; the worker's user by default.
+        params: the file with the settings.
     """
 
     def go_back(settings: config.Config) -> State:
@@ -75,12 +90,19 @@ def roll_back_champion(
 
 @flow(name="approve")
 def approve_version(
-    reference: Annotated[str, Field(description="The version that waits: emoji/3, or 12 digits of a SHA-256.")],
-    reason: Reason,
-    who: Annotated[str, Field(min_length=1, description="Who decided, for the history.")],
+    reference: str,
+    reason: Text,
+    who: Text,
     params: str = "params.yaml",
 ) -> State:
-    """Makes a version champion that waits for approval, and moves the published channel. Ends as Promoted."""
+    """Makes a version champion that waits for approval, and moves the published channel. Ends as Promoted.
+
+    Args:
+        reference: the version that waits: emoji/3, or 12 digits of a SHA-256.
+        reason: why, for the history.
+        who: who decided, for the history.
+        params: the file with the settings.
+    """
 
     def approve(settings: config.Config) -> State:
         version = networked(approve_reference, settings)(reference, settings, reason, who)
@@ -91,12 +113,19 @@ def approve_version(
 
 @flow(name="reject")
 def reject_version(
-    reference: Annotated[str, Field(description="The version that waits: emoji/3, or 12 digits of a SHA-256.")],
-    reason: Reason,
-    who: Annotated[str, Field(min_length=1, description="Who decided, for the history.")],
+    reference: str,
+    reason: Text,
+    who: Text,
     params: str = "params.yaml",
 ) -> State:
-    """Rejects a version that waits for approval: no run makes it champion. Ends as Rejected."""
+    """Rejects a version that waits for approval: no run makes it champion. Ends as Rejected.
+
+    Args:
+        reference: the version that waits: emoji/3, or 12 digits of a SHA-256.
+        reason: why, for the history.
+        who: who decided, for the history.
+        params: the file with the settings.
+    """
 
     def reject(settings: config.Config) -> State:
         version = networked(reject_reference, settings)(reference, settings, reason, who)

@@ -11,12 +11,10 @@ if __name__ == "__main__":  # before Prefect is imported, which takes seconds
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
 
 from prefect import State, flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, Failed
-from pydantic import Field
 
 from lcmlora import config, masking
 from lcmlora.adapters.metadata import WEIGHTS
@@ -37,14 +35,15 @@ from lcmlora.tasks.processes import Processes
 
 
 @flow(name="prune")
-def prune_project(
-    dry_run: Annotated[bool, Field(description="List what would be deleted, and delete nothing.")] = True,
-    params: str = "params.yaml",
-) -> State:
+def prune_project(dry_run: bool = True, params: str = "params.yaml") -> State:
     """Deletes what `retention` does not keep. Ends as Pruned, as Listed if it is a dry run, or as NothingToPrune.
 
     What goes is the artifact `prune`, a table with bytes and reasons. While a run is under way in the worker's folder
     it ends as Postponed, and the next one does its work.
+
+    Args:
+        dry_run: list what would be deleted, and delete nothing.
+        params: the file with the settings.
     """
     try:
         settings = config.load(Path(params))

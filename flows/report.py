@@ -29,12 +29,14 @@ from lcmlora.tasks.outages.own_state import outlasting
 
 
 @flow(name="report")
-def leave_digest(
-    days: Annotated[int, Field(gt=0, description="How many days back.")] = 7, params: str = "params.yaml"
-) -> State:
+def leave_digest(days: Annotated[int, Field(gt=0)] = 7, params: str = "params.yaml") -> State:
     """Leaves the weekly summary, artifact `digest`: the standing of each model, history of versions, ends of runs.
 
     Ends as Reported, or as Quiet if nothing happened.
+
+    Args:
+        days: how many days back.
+        params: the file with the settings.
     """
     try:
         settings = config.load(Path(params))

@@ -62,23 +62,16 @@ from lcmlora.tasks.workspace.remote import Remote
 # Of every model, in order, after the one of `prepare_of`; where adapters are polished, `polish` follows `distill`.
 STAGES = ("encode", "reference", "distill", "evaluate")
 
-Models = Annotated[
-    list[str] | None, Field(min_length=1, description="Names under `models` in params.yaml; all of them if left out.")
-]
+Models = Annotated[list[str] | None, Field(min_length=1)]
 
 
 @flow(name="retrain")
 def retrain_models(
     models: Models = None,
-    force: Annotated[bool, Field(description="Run every stage, even if it is up to date.")] = False,
-    publish: Annotated[bool, Field(description="Publish the releases.")] = True,
-    promote: Annotated[bool, Field(description="Give the alias to a version that passed the gate.")] = True,
-    to: Annotated[
-        str | None,
-        Field(
-            description="The store of releases, instead of `publish.to`: a directory, s3://bucket/prefix or hf://owner/name."
-        ),
-    ] = None,
+    force: bool = False,
+    publish: bool = True,
+    promote: bool = True,
+    to: str | None = None,
     params: str = "params.yaml",
 ) -> State:
     """Brings every model up to date: stale stages, gate, published release, registered version, alias.

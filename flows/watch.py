@@ -52,6 +52,9 @@ def watch_inputs(params: str = "params.yaml") -> State:
     if the flow is killed at any moment: the next run sends it again, at most once more, with the same id.
 
     It also tells the targets of `notify` what nobody else tells: see `rounds.quarter_hourly`.
+
+    Args:
+        params: the file with the settings.
     """
     try:
         settings = config.load(Path(params))

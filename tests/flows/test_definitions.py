@@ -109,6 +109,8 @@ def test_parameters_of_deployments_and_triggers_are_those_of_the_flows(
         flow.validate_parameters(entry.get("parameters", {}) | asked.get(flow.name, {}))
         for trigger in entry.get("triggers", []):
             assert set(trigger["parameters"]) <= set(flow.parameters.properties), flow.name
+    described = [entry for flow in flows.values() for entry in flow.parameters.properties.values()]
+    assert all(entry.get("description") for entry in described), described
     required = {flow.name: set(flow.parameters.required) for flow in flows.values() if flow.parameters.required}
     assert required == {name: set(values) for name, values in asked.items()}
 
