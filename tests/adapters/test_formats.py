@@ -65,7 +65,9 @@ def test_diffusers_to_kohya_to_diffusers_gives_the_same_tensors(
     assert kept["modelspec.title"] == "1"  # the kohya file's
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", ["sd15", *(pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES if n != "sd15")]
+)
 def test_plain_diffusers_draws_the_same_with_either_file(miniatures: Miniatures, tmp_path: Path, name: str):
     base = adapters.load(miniatures(name))
     bare = adapters.forward(base)

@@ -53,6 +53,7 @@ def test_the_shipped_presets_have_the_papers_adapters_before_anything_is_downloa
         assert adapter in line and HUB_IDS[name] in line
 
 
+@pytest.mark.slow
 def test_a_base_that_cannot_be_described_says_why_and_stops_no_other(
     miniatures: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

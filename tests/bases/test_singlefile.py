@@ -287,6 +287,7 @@ def test_a_file_marked_as_predicting_v_needs_such_a_scheduler(miniatures: Miniat
     assert (base.schedule.prediction_type, base.schedule.alpha[-1].item()) == ("v_prediction", 0)
 
 
+@pytest.mark.slow
 def test_without_the_hub_the_error_names_the_key_to_set(miniatures: Miniatures, tmp_path: Path):
     file = save_original(miniatures("sd15"), tmp_path / "mine.safetensors")
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())

@@ -62,7 +62,9 @@ def test_on_the_teachers_own_states_a_step_takes_the_two_forwards_of_the_student
     torch.testing.assert_close(losses, pseudo_huber(online, aim, SETTINGS.huber_c), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["lcm", "tcd", "pcm", "tdd"])
+@pytest.mark.parametrize(
+    "objective", ["tcd", *(pytest.param(o, marks=pytest.mark.slow) for o in ("lcm", "pcm", "tdd"))]
+)
 def test_every_objective_learns_from_trajectories_and_from_its_own_runs(
     base_folder: Path, drawn: LatentCache, tmp_path: Path, objective: str
 ):

@@ -175,7 +175,11 @@ def test_the_best_weights_by_validation_are_saved_and_config_json_says_which(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"accumulate": 2}, {"checkpointing": "full"}, {"checkpointing": "selective"}],
+    [
+        {"accumulate": 2},
+        {"checkpointing": "full"},
+        pytest.param({"checkpointing": "selective"}, marks=pytest.mark.slow),
+    ],
     ids=["accumulation", "full", "selective"],
 )
 def test_memory_is_saved_without_changing_the_adapter(

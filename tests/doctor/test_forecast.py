@@ -123,6 +123,7 @@ def test_what_the_project_has_already_is_taken_from_it(
     ).operations == pytest.approx(2 * found.stage("encode").operations)
 
 
+@pytest.mark.slow
 def test_doctor_counts_a_published_base_in_an_empty_folder_and_fetches_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

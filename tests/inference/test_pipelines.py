@@ -55,7 +55,9 @@ def generated(folder: Path, **request: Any) -> list[Image.Image]:
     return drawing.draw(drawing.load(base, adapter, device="cpu"), adapter.sampler, drawing.Request(**request))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", ["sdxl", *(pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES if n != "sdxl")]
+)
 def test_it_draws_what_generate_draws_step_noise_and_guidance_included(
     name: str, miniatures: Callable[[str], Path], tmp_path: Path
 ):
