@@ -54,6 +54,11 @@ def test_the_shipped_params_load_and_hold_presets_for_the_papers_bases(tmp_path:
             r"params.yaml: gate.approval: got True: Input should be 'none' or 'required', or Input should be a valid",
         ),
         (
+            {"publish__to": 5},
+            r"params.yaml: publish.to: got 5: Input should be a valid string, or Input should be a valid list",
+        ),
+        ({"gate__x[y]": 3}, r"params.yaml: gate.x\[y\]: there is no such key"),
+        (
             {"bases__emoji__resolution": 512},
             r"emoji: evaluation.features: efficientnet-lite0 sees .*128.* blur at 512 is",
         ),

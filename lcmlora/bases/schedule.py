@@ -125,7 +125,7 @@ class Schedule:
         alpha, sigma = (_per_sample(value, x0) for value in self.level(t))
         return PREDICTION_TYPES[self.prediction_type].target(x0, noise, alpha, sigma)
 
-    def straight(self, x: Tensor, t: Tensor, arrived: Tensor, s: Tensor) -> Tensor:
+    def x0_of_step(self, x: Tensor, t: Tensor, arrived: Tensor, s: Tensor) -> Tensor:
         """Returns the x0 (B, C, h, w) whose deterministic DDIM step leads from x at t (B,) to `arrived` at s (B,)."""
         levels = ([_per_sample(value, x) for value in self.level(times)] for times in (t, s))
         (alpha, sigma), (alpha_s, sigma_s) = levels

@@ -278,12 +278,11 @@ def promote(
     """
     config = context_of(call).settings()
     from lcmlora.registry import promotion
-    from lcmlora.registry.references import find_version
 
     if override and not (reason or "").strip():
         raise UserError("--override: needs --reason, which the history keeps")
     why = reason or "passed the gate"
-    reference = find_version(reference, context_of(call).places(config)).exact
+    reference = _version_to_decide(call, reference, config)
     version = promotion.promote(reference, config.registry, config.gate, reason=why, who=by, override=override)
     _move_channel(config, version, as_json)
 

@@ -124,8 +124,9 @@ class DistributionMatching(Trainable):
     def anchoring(self, batch: Batch, noise: Tensor) -> Tensor:
         """Returns the error of the student's first step from noise (B, C, h, w), of each sample, (B,).
 
-        The teacher takes `anchor_steps` steps from the same noise with the guidance of the distillation. A straight
-        way to where it arrives has the error 0 (DP-DMD, arXiv 2602.03139). Both are compared as latents without noise.
+        The teacher takes `anchor_steps` steps from the same noise, with the guidance of the distillation. The error is
+        0 where one step of the student arrives at the same state (DP-DMD, arXiv 2602.03139). It is measured in latents
+        without noise.
         """
         d = self._distillation
         start = d.teacher.t[-1].expand(len(noise))
@@ -133,7 +134,7 @@ class DistributionMatching(Trainable):
         for row in rows:
             t, s = (times[row].expand(len(noise)) for times in (d.teacher.t, d.teacher.t_prev))
             x = d.teacher.step(x, t, s, batch.w, batch.conditioning)
-        target = self._schedule.straight(noise, start, x, d.teacher.t_prev[rows[-1]].expand(len(noise)))
+        target = self._schedule.x0_of_step(noise, start, x, d.teacher.t_prev[rows[-1]].expand(len(noise)))
         first = d.student(noise, start, batch.conditioning).x0
         return (first - target).square().flatten(1).mean(1)
 

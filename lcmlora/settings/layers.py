@@ -20,7 +20,7 @@ from lcmlora.io.terminal import shown
 from lcmlora.settings.fields import Strict
 
 _MOST_LINES = 20  # of a message
-_NO_KEY = re.compile(r"[a-z-]*\[.*\]")  # in pydantic's locations: [key], and alternatives such as literal['none']
+_NO_KEY = re.compile(r"[a-z-]*\[.*\]|str")  # in pydantic's locations: [key], and alternatives as literal['none']
 
 S = TypeVar("S", bound=Strict)
 Location = tuple[int | str, ...]
@@ -141,7 +141,9 @@ def explain(error: ValidationError, where: Callable[[Location], str], but: str =
         # Entries of a list come from one place, so that no other layer gives what is missing in one.
         if item["type"] == but and not any(isinstance(part, int) for part in item["loc"]):
             continue
-        location = tuple(part for part in item["loc"] if not _NO_KEY.fullmatch(str(part)))
+        unknown = item["loc"][-1:] if item["type"] == "extra_forbidden" else ()  # a key, whatever its name
+        known = item["loc"][: len(item["loc"]) - len(unknown)]
+        location = (*(part for part in known if not _NO_KEY.fullmatch(str(part))), *unknown)
         key = ".".join(shown(part, 80) for part in location)
         before = where(location)
         path = f"{before}.{key}" if before and key else before or key

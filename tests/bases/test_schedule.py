@@ -58,10 +58,10 @@ def test_the_state_of_a_prediction_is_diffusers_ddim_step_at_all_50_timesteps(ki
 
 
 @pytest.mark.parametrize(("t", "s"), [(999, 799), (999, 0), (499, 479)])
-def test_the_x0_of_a_straight_way_is_that_of_the_step_along_it(t: int, s: int):
+def test_the_x0_of_a_step_is_found_from_where_it_begins_and_ends(t: int, s: int):
     (x0, noise), schedule = _state(), _noise()
     start, end = torch.tensor([t]), torch.tensor([s])
-    found = schedule.straight(schedule.state(x0, noise, start), start, schedule.state(x0, noise, end), end)
+    found = schedule.x0_of_step(schedule.state(x0, noise, start), start, schedule.state(x0, noise, end), end)
     torch.testing.assert_close(found, x0, atol=1e-3, rtol=1e-3)
 
 

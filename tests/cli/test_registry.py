@@ -156,7 +156,7 @@ def test_promoting_the_champion_again_signs_the_pointer_of_an_older_version(proj
     assert find_release("mini@champion", load().publish)[0] == channel(project)
 
 
-@pytest.mark.parametrize("verb", ["approve", "reject"])
+@pytest.mark.parametrize("verb", ["approve", "reject", "registry promote"])
 def test_a_decision_names_a_version(verb: str):
-    result = CliRunner().invoke(app, [verb, "mini", "--reason", "sharp"])
+    result = CliRunner().invoke(app, [*verb.split(), "mini", "--reason", "sharp"])
     assert str(result.exception) == "mini: is the name of a model; say which version of it, such as mini/3"
