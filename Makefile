@@ -22,8 +22,11 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: install
 	$(BIN)/lcmlora run
 
+# A test process that dies ends the run and names its test: with another process in its place, xdist waits for ever.
+# So does a test that takes 15 minutes.
 test: install
-	$(BIN)/python -m pytest -q -n 3 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 3 --dist loadscope --no-loadscope-reorder --max-worker-restart 0 \
+		-o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 lint: install
 	$(BIN)/ruff check .

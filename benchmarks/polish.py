@@ -2,11 +2,11 @@
 
 For each seed it distils the model's adapter as params.yaml says (start), polishes that adapter with the settings of
 `--polish`, and distils another one with as many more steps as cost as many network evaluations as the polish (more). An
-evaluation with gradients counts for three. With `--long` one more distillation, of seed 0, shows where training alone
-leads. All are measured as `evaluate` does, on validation captions, by which a recipe is chosen, and on test captions,
-on which it is reported. A run that is finished is kept in --scratch and not repeated, so the command can be stopped and
-started again. Writes docs/polish.json and the tables in docs/polish.md. Run `dvc repro encode@MODEL reference@MODEL`
-first.
+evaluation with gradients counts for three. With seed 0 alone, `--others` are polishes of other settings, and `--long`
+is a distillation that shows where training leads by itself. All are measured as `evaluate` does, on validation
+captions, by which a recipe is chosen, and on test captions, on which it is reported. A run that is finished is kept in
+--scratch and not repeated, so the command can be stopped and started again. Writes docs/polish.json and the tables in
+docs/polish.md. Run `dvc repro encode@MODEL reference@MODEL` first.
 
 Example: python -m benchmarks.polish --seeds 1 --polish '{"steps": 100, "lr": 2.5e-4, "fake_lr": 5e-4}'
 """
@@ -155,6 +155,9 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="emoji")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--polish", type=json.loads, default={}, help="settings of distill.polish, as JSON")
+    parser.add_argument(
+        "--others", type=json.loads, default=[], help="changes of --polish, as a JSON list; a polish for each"
+    )
     parser.add_argument("--long", type=json.loads, help="settings of distill, as JSON, its steps among them")
     parser.add_argument("--scratch", type=Path, default=Path("scratch/polish"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
@@ -170,6 +173,10 @@ def main() -> None:
         _, more = made.distilled(seed, first.steps + round(polished["evaluations"] / a_step(first)))
         for name, figures in ((START, start), (MORE, more), (POLISH, polished)):
             runs[name].append(figures)
+    for changes in options.others:
+        changed = Polish.model_validate(polish.model_dump() | changes)
+        named = ", ".join(f"{key} {value}" for key, value in changes.items())
+        runs[f"{POLISH}, {named}"] = [made.polished(0, changed)[1]]
     if options.long:
         runs[LONG] = [made.distilled(0, **options.long)[1]]
     publish(options.docs, "polish", runs, settings, options.model, "training")

@@ -47,6 +47,7 @@ def deploy(
         raise UserError("PREFECT_API_URL is not set: it names the server that the flows are put on")
     path = Path("prefect.yaml")
     name, template = definitions.work_pool(path), _template(pool)
+    definitions.check_schedules(path)
     import httpx
 
     from lcmlora.dvc_files import commits

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lcmlora.errors import UserError
+from lcmlora.flows.servers import definitions
 from lcmlora.flows.verbs import enter, standalone
-from lcmlora.io.parsing import JsonObject, as_object, read_yaml
+from lcmlora.io.parsing import JsonObject
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -89,14 +90,9 @@ def read_deployments(path: Path) -> list[RunnerDeployment]:
     Raises:
         UserError: the file is missing, or a deployment in it is not valid.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file; `lcmlora init` makes a project with it")
-    entries = as_object(read_yaml(path), str(path)).get("deployments")
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: deployments: expected a list of deployments")
+    definitions.check_schedules(path)
     deployments = []
-    for number, entry in enumerate(entries):
-        as_object(entry, f"{path}: deployments.{number}")
+    for entry in definitions.entries(path):
         try:
             deployments.append(_deployment(entry))
         except (TypeError, ValueError, KeyError) as error:

@@ -70,6 +70,7 @@ def start() -> None:
     """
     project = _project()
     pool = definitions.work_pool(project / "prefect.yaml")
+    definitions.check_schedules(project / "prefect.yaml")
     with locked_folder(project / ".up") as folder:
         if (folder / "restoring").is_file():
             raise UserError(f"{folder}: a restore was interrupted; run `lcmlora restore` with the same backup again")

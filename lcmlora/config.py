@@ -381,7 +381,7 @@ def parse(raw: JsonObject, path: Path, sources: Path = Path()) -> Config:
         config = Config.model_validate(raw, context={"sources": sources})
         config._sources = sources
     except ValidationError as error:
-        faults = layers.explain(error, lambda location: "", advice=Config.advice_on_keys(raw))
+        faults = layers.explain(error, Config, lambda location: "", advice=Config.advice_on_keys(raw))
     else:
         own = raw.get("bases", {})
         faults = _faults(config, [name for name in config.bases if name in own])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lcmlora import bases
+from lcmlora import bases, plugins
 from lcmlora.config import Base, Encode
 from lcmlora.data.latents.cache import LatentCache
 from lcmlora.data.latents.encode import encode_latents
@@ -67,6 +67,16 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> None:
     runtime = tmp_path_factory.getbasetemp().parent / "runtime"
     runtime.mkdir(mode=0o700, exist_ok=True)
     os.environ["XDG_RUNTIME_DIR"] = str(runtime)
+
+
+@pytest.fixture(autouse=True)
+def registered_classes() -> Iterator[None]:
+    """What a test adds to the tables of classes is in them no longer after it."""
+    found = [each for each in vars(plugins).values() if isinstance(each, plugins.Table)]
+    kept = [dict(table._classes) for table in found]
+    yield
+    for table, classes in zip(found, kept, strict=True):
+        table._classes = classes
 
 
 _caches = itertools.count()

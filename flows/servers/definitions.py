@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import BaseModel, ValidationError
+
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import JsonObject, as_object, read_yaml
+from lcmlora.settings import layers
 
 
 def work_pool(path: Path) -> str:
@@ -14,7 +17,7 @@ def work_pool(path: Path) -> str:
     Raises:
         UserError: the file is missing or no list of deployments, or they have several pools or none.
     """
-    pools = {_pool(entry) for entry in _entries(path)}
+    pools = {_pool(entry) for entry in entries(path)}
     if len(pools) != 1 or None in pools:
         named = ", ".join(sorted(str(pool) for pool in pools)) or "none"
         raise UserError(f"{path}: work_pool: expected one pool for all deployments, and there are: {named}")
@@ -36,14 +39,39 @@ def project(path: Path) -> str:
 
 def deployments(path: Path) -> set[tuple[str, str]]:
     """Returns the entrypoint and the name of each deployment of a prefect.yaml. Raises UserError as `work_pool`."""
-    return {(str(entry.get("entrypoint")), str(entry.get("name"))) for entry in _entries(path)}
+    return {(str(entry.get("entrypoint")), str(entry.get("name"))) for entry in entries(path)}
 
 
-def _entries(path: Path) -> list[JsonObject]:
-    entries = _read(path).get("deployments")
-    if not isinstance(entries, list):
+def check_schedules(path: Path) -> None:
+    """Raises UserError if a schedule of a prefect.yaml is none that Prefect understands, or as `work_pool`."""
+    from prefect.client.schemas.schedules import CronSchedule, RRuleSchedule
+
+    kinds: dict[str, type[BaseModel]] = {"cron": CronSchedule, "rrule": RRuleSchedule}
+    for entry in entries(path):
+        deployment = f"{path}: {entry.get('entrypoint')}, {entry.get('name')}"
+        schedules = entry.get("schedules") or []
+        if not isinstance(schedules, list):
+            raise UserError(f"{deployment}: schedules: expected a list of schedules")
+        for number, schedule in enumerate(schedules):
+            where = f"{deployment}: schedules.{number}"
+            for key in kinds.keys() & as_object(schedule, where):
+                own = {name: value for name, value in schedule.items() if name in kinds[key].model_fields}
+                _check(kinds[key], own, where)
+
+
+def _check(kind: type[BaseModel], values: JsonObject, where: str) -> None:
+    try:
+        kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(layers.explain(error, kind, lambda location: where)) from None
+
+
+def entries(path: Path) -> list[JsonObject]:
+    """Returns what a prefect.yaml says of each deployment. Raises UserError: the file is missing or no such list."""
+    found = _read(path).get("deployments")
+    if not isinstance(found, list):
         raise UserError(f"{path}: deployments: expected a list of deployments")
-    return [as_object(entry, f"{path}: deployments.{number}") for number, entry in enumerate(entries)]
+    return [as_object(entry, f"{path}: deployments.{number}") for number, entry in enumerate(found)]
 
 
 def _read(path: Path) -> JsonObject:

@@ -5,12 +5,13 @@ A later layer overrides an earlier one, key by key. Every error names the layer 
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from pydantic import GetJsonSchemaHandler, ValidationError
+from pydantic import BaseModel, GetJsonSchemaHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -96,7 +97,7 @@ def combine(cls: type[S], layers: Sequence[Layer]) -> S:
         return cls.model_validate(values)
     except ValidationError as error:
         advice = cls.advice_on_keys(values)
-        raise UserError(explain(error, lambda location: origin(layers, location), advice=advice)) from None
+        raise UserError(explain(error, cls, lambda location: origin(layers, location), advice=advice)) from None
 
 
 def faults(cls: type[Strict], layers: Sequence[Layer]) -> str:
@@ -106,7 +107,7 @@ def faults(cls: type[Strict], layers: Sequence[Layer]) -> str:
         cls.model_validate(values)
     except ValidationError as error:
         advice = cls.advice_on_keys(values)
-        return explain(error, lambda location: origin(layers, location), but="missing", advice=advice)
+        return explain(error, cls, lambda location: origin(layers, location), but="missing", advice=advice)
     return ""
 
 
@@ -128,10 +129,13 @@ def origin(layers: Sequence[Layer], location: Location) -> str:
     return next((layer.where for layer in reversed(layers) if layer.values), layers[-1].where)
 
 
-def explain(error: ValidationError, where: Callable[[Location], str], but: str = "", advice: str = "") -> str:
+def explain(
+    error: ValidationError, cls: type[BaseModel], where: Callable[[Location], str], but: str = "", advice: str = ""
+) -> str:
     """Returns one line for each error: the key, its value, and what was expected.
 
     Args:
+        cls: the settings that the error is of.
         where: returns the text before a key.
         but: a type of errors that is left out.
         advice: the end of the line about an unknown key of the top level.
@@ -149,7 +153,7 @@ def explain(error: ValidationError, where: Callable[[Location], str], but: str =
         path = f"{before}.{key}" if before and key else before or key
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = f"there is no such key{advice if len(location) == 1 else ''}"
+            message = f"there is no such key{advice if advice and len(location) == 1 else _meant(cls, item['loc'])}"
         elif item["type"] == "missing":
             message = "is missing"
         start = f"{path}: " if path else ""
@@ -159,3 +163,21 @@ def explain(error: ValidationError, where: Callable[[Location], str], but: str =
     lines = [start + ", or ".join(dict.fromkeys(messages)) for start, messages in found.items()]
     more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
     return "\n".join(lines[:_MOST_LINES] + more)
+
+
+def _meant(cls: type[BaseModel], location: Location) -> str:
+    """Returns the end of the message about an unknown key: the one beside it that is spelt nearly so, if there is."""
+    classes = [cls]
+    for part in location[:-1]:
+        # Other parts are the keys of a mapping, the numbers of a list, and pydantic's names of alternatives.
+        named = [each.model_fields[str(part)].annotation for each in classes if str(part) in each.model_fields]
+        classes = [found for annotation in named for found in _settings_in(annotation)] or classes
+    known = [key for each in classes for key in each.model_fields]
+    found = difflib.get_close_matches(str(location[-1]), known, 1, 0.7)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _settings_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _settings_in(argument)]

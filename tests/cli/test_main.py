@@ -182,7 +182,7 @@ def test_a_params_key_that_does_not_exist_is_one_clear_line(project: Path):
     (project / "params.yaml").write_text(yaml.safe_dump(raw))
     ended = _lcmlora(project, "check")
     assert ended.returncode == 2
-    assert ended.stderr.strip() == "error: params.yaml: distill.stepz: there is no such key"
+    assert ended.stderr.strip() == "error: params.yaml: distill.stepz: there is no such key; did you mean steps?"
 
 
 def test_an_empty_folder_is_one_clear_line_and_leaves_nothing(project: Path):

@@ -38,6 +38,7 @@ from lcmlora.errors import UserError
 from lcmlora.flows.provision import dead_runs
 from lcmlora.flows.retrain import prepare_of, stages_of
 from lcmlora.flows.serve import read_deployments
+from lcmlora.flows.servers import definitions
 from lcmlora.flows.services import POOL
 from lcmlora.flows.watch import BASE_CHANGED, DATASET_CHANGED
 
@@ -150,15 +151,28 @@ def test_both_ways_to_deploy_find_the_same(entries: list[dict[str, Any]], deploy
     assert slugs == [[schedule["slug"] for schedule in each.get("schedules", [])] for each in entries]
 
 
-def test_a_mistake_in_a_definition_is_told_with_the_deployment(tmp_path: Path):
-    entry = {
-        "entrypoint": "lcmlora.flows.report.leave_digest",
-        "name": "weekly",
-        "schedules": [{"cron": "0 7 * * mondays"}],
-    }
-    (tmp_path / "prefect.yaml").write_text(yaml.safe_dump({"deployments": [entry]}))
-    with pytest.raises(UserError, match=r"lcmlora\.flows\.report\.leave_digest, weekly: .*mondays"):
-        read_deployments(tmp_path / "prefect.yaml")
+@pytest.mark.parametrize(
+    "schedules, told",
+    [
+        ([{"cron": "0 7 * * mondays"}], "schedules.0.cron: got '0 7 * * mondays': Invalid cron string"),
+        ([{"cron": "0 25 * * *", "slug": "late"}], "schedules.0.cron: got '0 25 * * *': Invalid cron string"),
+        ([{"cron": "0 7 * * 1", "timezone": "Mars"}], "schedules.0.timezone: got 'Mars': Invalid timezone"),
+        ([{"interval": 60}, {"rrule": "FREQ=NEVER"}], "schedules.1.rrule: got 'FREQ=NEVER': "),
+        (["0 7 * * 1"], "schedules.0: "),
+        ({"cron": "0 7 * * 1"}, "schedules: expected a list of schedules"),
+    ],
+)
+def test_a_mistake_in_a_schedule_is_one_line_that_names_the_deployment(
+    tmp_path: Path, schedules: object, told: str
+) -> None:
+    entry = {"entrypoint": "lcmlora.flows.report.leave_digest", "name": "weekly", "schedules": schedules}
+    path = tmp_path / "prefect.yaml"
+    path.write_text(yaml.safe_dump({"deployments": [entry]}))
+    for read in (definitions.check_schedules, read_deployments):
+        with pytest.raises(UserError) as raised:
+            read(path)
+        assert str(raised.value).startswith(f"{path}: lcmlora.flows.report.leave_digest, weekly: {told}")
+        assert "\n" not in str(raised.value)
 
 
 def test_every_stage_that_the_flow_names_is_in_dvc_yaml():

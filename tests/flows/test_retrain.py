@@ -188,7 +188,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
             "error: unknown model 'nope': params.yaml `models` has a, b; known bases: a, b,",
         ),
         ([], {"gate": {"steps": "many"}}, "error: params.yaml: gate.steps: got 'many':"),
-        ([], {"gate": {"stops": 4}}, "error: params.yaml: gate.stops: there is no such key\n"),
+        ([], {"gate": {"stops": 4}}, "error: params.yaml: gate.stops: there is no such key; did you mean steps?\n"),
     ],
 )
 def test_what_cannot_be_started_is_told_in_one_line(

@@ -293,7 +293,9 @@ def test_a_base_that_is_in_no_model_may_be_incomplete_and_not_wrong(tmp_path: Pa
     loaded = load(tmp_path, models=["sd15"], bases={"mine": entry})
     with pytest.raises(UserError, match=r"bases\.mine: its family is not known"):
         loaded.distill_for("mine")
-    with pytest.raises(UserError, match=r"params\.yaml: bases\.mine\.distill\.stepz: there is no such key$"):
+    with pytest.raises(
+        UserError, match=r"params\.yaml: bases\.mine\.distill\.stepz: there is no such key; did you mean steps\?$"
+    ):
         load(tmp_path, models=["sd15"], bases={"mine": entry | {"distill": {"stepz": 1}}})
 
 
