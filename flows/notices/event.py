@@ -28,3 +28,4 @@ class Event:
     # What tells this event from all others, where it happened but once, such as an entry of a version's history. It is
     # told even if an event that reads the same was told before.
     occurrence: str | None = None
+    happened: str | None = None  # when; ISO 8601, UTC, to the second. None: now

@@ -105,6 +105,7 @@ def _event(model: str, record: records.Event, version: Version, settings: Config
         run=links.flow_run(),
         pictures=_pictures(model, version),
         occurrence=f"{version.reference} {record.time} {record.action}",
+        happened=datetime.datetime.fromisoformat(record.time).isoformat(timespec="seconds"),
     )
 
 

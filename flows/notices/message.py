@@ -69,7 +69,7 @@ class Message:
                 "links": dict(links[:_ENTRIES]),
                 "run": event.run,
                 "times": times,
-                "since": (since or now).replace("+00:00", "Z"),
+                "since": (since or event.happened or now).replace("+00:00", "Z"),
                 "pictures": [str(path) for path in event.pictures],
             }
         )

@@ -40,7 +40,7 @@ def count(event: Event, settings: Config) -> Count:
     """
     now = _now()
     if event.occurrence is not None:
-        return Count(1, now, False, "", None)
+        return Count(1, event.happened or now, False, "", None)
     key = f"{_start(event.kind, event.model, event.looked)}{_fingerprint(event)}"
     entry = Memory(SUBJECT, settings).read().get(key) or {"times": 0, "since": now, "told": "", "runs": []}
     if event.run is not None and event.run in entry["runs"]:

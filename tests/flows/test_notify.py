@@ -185,7 +185,9 @@ def test_a_look_at_all_models_reads_what_happened_since_the_last_one_and_what_a_
     read = recent.read
     monkeypatch.setattr(recent, "read", lambda *given: (asked.append(given[-1]), read(*given))[1])
     add("a", "one", 0)
-    assert look(1) == ["lcm-lora-a/1"] and look(16) == []
+    assert look(1) == ["lcm-lora-a/1"]
+    assert web.documents[0]["since"] == noon.isoformat(timespec="seconds").replace("+00:00", "Z")
+    assert look(16) == []
     add("b", "two", -30)  # b has no entry of its own yet
     assert look(31) == ["lcm-lora-b/1"] and look(46) == []
     add("a", "three", -10)
