@@ -19,6 +19,7 @@ stages go on from their last batch, and the runs of a long part are kept in scra
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -168,8 +169,20 @@ def _make_sources(project: Project) -> None:
 
 def _make_polish(project: Project) -> None:
     _python("dvc", "repro", f"encode@{MODEL}", f"reference@{MODEL}")
-    long = '{"steps": 5600, "ema": 0.995}'
-    _python("benchmarks.polish", MODEL, "--polish", '{"steps": 150}', "--long", long)
+    long = {"steps": 5600, "ema": 0.995}
+    # About as many network evaluations as the 150 steps with two updates of the fake score.
+    others = [
+        {"steps": 190, "fake_updates": 1},
+        {"steps": 91, "fake_updates": 5},
+        {"steps": 170, "student_steps": [1]},
+        {"steps": 130, "student_steps": [4]},
+        {"consistency": 0.0},
+        {"consistency": 0.3},
+        {"lr": 2.5e-4, "fake_lr": 5e-4, "w": 2.0},
+        {"anchor": 0.05},
+    ]
+    settings = {"--polish": {"steps": 150}, "--others": others, "--long": long}
+    _python("benchmarks.polish", MODEL, *(text for key, value in settings.items() for text in (key, json.dumps(value))))
 
 
 def _state_of_page(name: str) -> Callable[[Project], str]:
