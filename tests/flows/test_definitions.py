@@ -151,6 +151,12 @@ def test_both_ways_to_deploy_find_the_same(entries: list[dict[str, Any]], deploy
     assert slugs == [[schedule["slug"] for schedule in each.get("schedules", [])] for each in entries]
 
 
+def test_a_schedule_from_a_variable_is_left_to_prefect(tmp_path: Path) -> None:
+    entry = {"entrypoint": "a", "name": "weekly", "schedules": [{"cron": "{{ $NIGHTLY }}"}]}
+    (tmp_path / "prefect.yaml").write_text(yaml.safe_dump({"deployments": [entry]}))
+    definitions.check_schedules(tmp_path / "prefect.yaml")
+
+
 @pytest.mark.parametrize(
     "schedules, told",
     [
