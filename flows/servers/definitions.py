@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from pydantic import BaseModel, ValidationError
+from typing import TYPE_CHECKING
 
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import JsonObject, as_object, read_yaml
-from lcmlora.settings import layers
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 def work_pool(path: Path) -> str:
@@ -61,6 +62,10 @@ def check_schedules(path: Path) -> None:
 
 
 def _check(kind: type[BaseModel], values: JsonObject, where: str) -> None:
+    from pydantic import ValidationError
+
+    from lcmlora.settings import layers
+
     try:
         kind.model_validate(values)
     except ValidationError as error:
