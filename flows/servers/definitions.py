@@ -45,9 +45,9 @@ def deployments(path: Path) -> set[tuple[str, str]]:
 
 def check_schedules(path: Path) -> None:
     """Raises UserError if a schedule of a prefect.yaml is none that Prefect understands, or as `work_pool`."""
-    from prefect.client.schemas.schedules import CronSchedule, RRuleSchedule
+    from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 
-    kinds: dict[str, type[BaseModel]] = {"cron": CronSchedule, "rrule": RRuleSchedule}
+    kinds: dict[str, type[BaseModel]] = {"cron": CronSchedule, "interval": IntervalSchedule, "rrule": RRuleSchedule}
     for entry in entries(path):
         deployment = f"{path}: {entry.get('entrypoint')}, {entry.get('name')}"
         schedules = entry.get("schedules") or []
@@ -55,7 +55,10 @@ def check_schedules(path: Path) -> None:
             raise UserError(f"{deployment}: schedules: expected a list of schedules")
         for number, schedule in enumerate(schedules):
             where = f"{deployment}: schedules.{number}"
-            for key in kinds.keys() & as_object(schedule, where):
+            found = kinds.keys() & as_object(schedule, where)
+            if not found:
+                raise UserError(f"{where}: expected {', '.join(kinds)}")
+            for key in found:
                 own = {name: value for name, value in schedule.items() if name in kinds[key].model_fields}
                 if "{{" not in str(own):  # variables and blocks, which Prefect fills in
                     _check(kinds[key], own, where)
