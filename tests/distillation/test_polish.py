@@ -1,6 +1,5 @@
 """Polish: distribution matching by a second adapter of the same layers on the same frozen base."""
 
-import gc
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.compare import held_storages
 from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.adapters.metadata import FACTS, Distilled, Sampler
@@ -195,7 +195,7 @@ def test_student_and_fake_score_learn_apart_and_the_base_stays(base: bases.Loade
 def test_teacher_student_and_fake_score_are_one_base_in_memory(base_folder: Path, cache: LatentCache):
     """Of each adapter there are five sets of values: layers, weights, average and the optimizer's two moments."""
     settings = POLISHED.model_copy(update={"rank": 1})
-    before = _tensors()
+    before = held_storages()
     base = load_parts(base_folder, "network")
     frozen = sum(parameter.nbytes for parameter in base.network.parameters())
     matching = matching_of(base, cache, settings)
@@ -204,15 +204,8 @@ def test_teacher_student_and_fake_score_are_one_base_in_memory(base_folder: Path
         matching._student.backward(term.mean())
     matching._student.step(0)
     adapter = matching._student._weights.nbytes
-    held = sum(bytes_ for storage, bytes_ in _tensors().items() if storage not in before)
+    held = sum(bytes_ for storage, bytes_ in held_storages().items() if storage not in before)
     assert frozen + 8 * adapter <= held < 1.5 * frozen + 10 * adapter < 2 * frozen + 8 * adapter
-
-
-def _tensors() -> dict[int, int]:
-    """Returns the bytes of everything that tensors hold in memory now, by its address."""
-    gc.collect()
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.device == CPU]
-    return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
 
 
 def test_the_fake_score_comes_to_predict_the_students_pictures(base: bases.LoadedBase, cache: LatentCache):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from benchmarks.compare import most_allocated
+from benchmarks.compare import held_storages, most_allocated
 from lcmlora import bases
 from lcmlora.bases import LoadedBase
 from lcmlora.bases.families import sdxl, stable_diffusion
@@ -44,8 +43,7 @@ def _samples(base: LoadedBase, rows: int, settings: Distill) -> Batch:
 
 def _measured(folder: Path, rows: int, settings: Distill, side: int = RESOLUTION) -> int:
     """Returns the bytes of tensors at the peak of a real step on the CPU, as torch's allocator gives them out."""
-    gc.collect()  # what earlier tests left
-    others = sum(t.untyped_storage().nbytes() for t in _tensors())
+    others = sum(held_storages().values())
     base = bases.load("base", _settings(str(folder), side), folder, device=torch.device("cpu"))
     samples = _samples(base, rows, settings)
     optimization = add_adapter(base, settings)
@@ -58,11 +56,6 @@ def _measured(folder: Path, rows: int, settings: Distill, side: int = RESOLUTION
 
     step(0)
     return most_allocated(lambda: step(1)) - others
-
-
-def _tensors() -> list[torch.Tensor]:
-    found = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
-    return list({t.untyped_storage().data_ptr(): t for t in found if t.device.type == "cpu"}.values())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.compare import allocations
 from lcmlora.adapters import lora
 from lcmlora.bases.base import LoadedBase
 from lcmlora.patches.lora_forwards import LoraForwards
@@ -11,13 +11,12 @@ def _gradients(base: LoadedBase) -> tuple[dict[str, torch.Tensor], int]:
     """Returns the gradients, and the bytes that the forward pass leaves in memory."""
     generator = torch.Generator().manual_seed(1)
     x, text = (torch.randn(2, *shape, generator=generator) for shape in ((4, 8, 8), (5, 16)))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss = base.predict(x, torch.tensor([999, 259]), {"encoder_hidden_states": text}).square().mean()
-    events = profiler.profiler.kineto_results.events()
-    loss.backward()
+    t, losses = torch.tensor([999, 259]), []
+    blocks = allocations(lambda: losses.append(base.predict(x, t, {"encoder_hidden_states": text}).square().mean()))
+    losses[0].backward()
     found = {n: p.grad.clone() for n, p in base.network.named_parameters() if p.grad is not None}
     base.network.zero_grad()
-    return found, sum(event.nbytes() for event in events if event.name() == "[memory]")
+    return found, sum(dict(blocks).values())
 
 
 def test_the_backward_pass_recomputes_what_is_not_kept_to_the_bit(base: LoadedBase):
