@@ -25,6 +25,8 @@ These base classes say what a class must have:
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -61,7 +63,7 @@ class Table:
 
     def check(self, name: str) -> str:
         """Returns the name. Raises ValueError if the table does not have it."""
-        # Entry points are read last: that looks into every installed package.
+        # Entry points are read last, since that looks into every installed package.
         if name in self._places or name in self._classes or name in self._declared():
             return name
         raise ValueError(f"expected one of {', '.join(self.names)}")
@@ -97,8 +99,14 @@ class Table:
             package = declared.dist.name if declared.dist else declared.module
             raise UserError(f"{self.key}: {name}: {package} declares {declared.value}, and {error}") from error
 
-    def _declared(self) -> dict[str, EntryPoint]:
-        return {each.name: each for each in entry_points(group=self._group)}
+    def _declared(self) -> Mapping[str, EntryPoint]:
+        return _declared(self._group, tuple(sys.path))
+
+
+@functools.cache  # each look opens a file of every installed package
+def _declared(group: str, path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
+    """Returns the entry points of the packages on this path."""
+    return {each.name: each for each in entry_points(group=group)}
 
 
 FAMILIES = Table(  # a base's model_index.json names the pipeline, by which its family is found

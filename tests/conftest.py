@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -42,6 +43,13 @@ _ROOMS = ("tests/flows/", "tests/integration/")  # each has a server that takes 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first."""
     items.sort(key=lambda item: not item.nodeid.startswith(_ROOMS))
+
+
+def pytest_collection_finish() -> None:
+    """Rarer garbage collections, and none of what the modules hold: they would be a tenth of the tests' time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
