@@ -47,12 +47,13 @@ def deploy(
         raise UserError("PREFECT_API_URL is not set: it names the server that the flows are put on")
     path = Path("prefect.yaml")
     name, template = definitions.work_pool(path), _template(pool)
-    definitions.check_schedules(path)
     import httpx
 
     from lcmlora.dvc_files import commits
     from lcmlora.flows import credentials, provision
-    from lcmlora.flows.servers import deploying
+    from lcmlora.flows.servers import checks, deploying
+
+    checks.check_deployments(path)
 
     try:
         project = commits.first_of_project(Path())

@@ -90,7 +90,9 @@ def read_deployments(path: Path) -> list[RunnerDeployment]:
     Raises:
         UserError: the file is missing, or a deployment in it is not valid.
     """
-    definitions.check_schedules(path)
+    from lcmlora.flows.servers import checks
+
+    checks.check_deployments(path)
     deployments = []
     for entry in definitions.entries(path):
         try:

@@ -68,9 +68,11 @@ def start() -> None:
     Raises:
         UserError: a server does not start, or a deployment is refused.
     """
+    from lcmlora.flows.servers import checks
+
     project = _project()
     pool = definitions.work_pool(project / "prefect.yaml")
-    definitions.check_schedules(project / "prefect.yaml")
+    checks.check_deployments(project / "prefect.yaml")
     with locked_folder(project / ".up") as folder:
         if (folder / "restoring").is_file():
             raise UserError(f"{folder}: a restore was interrupted; run `lcmlora restore` with the same backup again")

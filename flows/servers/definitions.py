@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lcmlora.errors import UserError
 from lcmlora.io.parsing import JsonObject, as_object, read_yaml
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 
 def work_pool(path: Path) -> str:
@@ -41,38 +37,6 @@ def project(path: Path) -> str:
 def deployments(path: Path) -> set[tuple[str, str]]:
     """Returns the entrypoint and the name of each deployment of a prefect.yaml. Raises UserError as `work_pool`."""
     return {(str(entry.get("entrypoint")), str(entry.get("name"))) for entry in entries(path)}
-
-
-def check_schedules(path: Path) -> None:
-    """Raises UserError if a schedule of a prefect.yaml is none that Prefect understands, or as `work_pool`."""
-    from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
-
-    kinds: dict[str, type[BaseModel]] = {"cron": CronSchedule, "interval": IntervalSchedule, "rrule": RRuleSchedule}
-    for entry in entries(path):
-        deployment = f"{path}: {entry.get('entrypoint')}, {entry.get('name')}"
-        schedules = entry.get("schedules") or []
-        if not isinstance(schedules, list):
-            raise UserError(f"{deployment}: schedules: expected a list of schedules")
-        for number, schedule in enumerate(schedules):
-            where = f"{deployment}: schedules.{number}"
-            found = kinds.keys() & as_object(schedule, where)
-            if not found:
-                raise UserError(f"{where}: expected {', '.join(kinds)}")
-            for key in found:
-                own = {name: value for name, value in schedule.items() if name in kinds[key].model_fields}
-                if "{{" not in str(own):  # variables and blocks, which Prefect fills in
-                    _check(kinds[key], own, where)
-
-
-def _check(kind: type[BaseModel], values: JsonObject, where: str) -> None:
-    from pydantic import ValidationError
-
-    from lcmlora.settings import layers
-
-    try:
-        kind.model_validate(values)
-    except ValidationError as error:
-        raise UserError(layers.explain(error, kind, lambda location: where)) from None
 
 
 def entries(path: Path) -> list[JsonObject]:

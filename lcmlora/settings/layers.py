@@ -172,8 +172,12 @@ def _meant(cls: type[BaseModel], location: Location) -> str:
         # Other parts are the keys of a mapping, the numbers of a list, and pydantic's names of alternatives.
         named = [each.model_fields[str(part)].annotation for each in classes if str(part) in each.model_fields]
         classes = [found for annotation in named for found in _settings_in(annotation)] or classes
-    known = [key for each in classes for key in each.model_fields]
-    found = difflib.get_close_matches(str(location[-1]), known, 1, 0.7)
+    return meant(str(location[-1]), [key for each in classes for key in each.model_fields])
+
+
+def meant(key: str, known: Sequence[str]) -> str:
+    """Returns the end of the message about an unknown key: which of the known ones is spelt nearly so, if one is."""
+    found = difflib.get_close_matches(key, known, 1, 0.7)
     return f"; did you mean {found[0]}?" if found else ""
 
 

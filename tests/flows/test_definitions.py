@@ -38,7 +38,7 @@ from lcmlora.errors import UserError
 from lcmlora.flows.provision import dead_runs
 from lcmlora.flows.retrain import prepare_of, stages_of
 from lcmlora.flows.serve import read_deployments
-from lcmlora.flows.servers import definitions
+from lcmlora.flows.servers import checks
 from lcmlora.flows.services import POOL
 from lcmlora.flows.watch import BASE_CHANGED, DATASET_CHANGED
 
@@ -154,7 +154,7 @@ def test_both_ways_to_deploy_find_the_same(entries: list[dict[str, Any]], deploy
 def test_a_schedule_from_a_variable_is_left_to_prefect(tmp_path: Path) -> None:
     entry = {"entrypoint": "a", "name": "weekly", "schedules": [{"cron": "{{ $NIGHTLY }}"}]}
     (tmp_path / "prefect.yaml").write_text(yaml.safe_dump({"deployments": [entry]}))
-    definitions.check_schedules(tmp_path / "prefect.yaml")
+    checks.check_deployments(tmp_path / "prefect.yaml")
 
 
 @pytest.mark.parametrize(
@@ -167,6 +167,10 @@ def test_a_schedule_from_a_variable_is_left_to_prefect(tmp_path: Path) -> None:
         ([{"interval": -5}], "schedules.0.interval: got "),
         ([{"interval": "often"}], "schedules.0.interval: got 'often': Input should be a valid timedelta"),
         ([{"corn": "0 7 * * 1"}], "schedules.0: expected cron, interval, rrule"),
+        (
+            [{"cron": "0 7 * * 1", "timezon": "Europe/Berlin"}],
+            "schedules.0.timezon: there is no such key; did you mean timezone?",
+        ),
         (["0 7 * * 1"], "schedules.0: "),
         ({"cron": "0 7 * * 1"}, "schedules: expected a list of schedules"),
     ],
@@ -177,7 +181,40 @@ def test_a_mistake_in_a_schedule_is_one_line_that_names_the_deployment(
     entry = {"entrypoint": "lcmlora.flows.report.leave_digest", "name": "weekly", "schedules": schedules}
     path = tmp_path / "prefect.yaml"
     path.write_text(yaml.safe_dump({"deployments": [entry]}))
-    for read in (definitions.check_schedules, read_deployments):
+    for read in (checks.check_deployments, read_deployments):
+        with pytest.raises(UserError) as raised:
+            read(path)
+        assert str(raised.value).startswith(f"{path}: lcmlora.flows.report.leave_digest, weekly: {told}")
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"scedules": [{"cron": "0 7 * * 1"}]}, "scedules: there is no such key; did you mean schedules?"),
+        ({"tags": "weekly"}, "tags: got 'weekly': Input should be a valid list"),
+        ({"parameters": ["emoji"]}, "parameters: got ['emoji']: Input should be a valid dictionary"),
+        ({"concurrency_limit": "one"}, "concurrency_limit: got 'one': Input should be "),
+        ({"concurrency_limit": {"limit": 1, "collision_strategy": "DROP"}}, "concurrency_limit.collision_strategy: "),
+        ({"work_pool": {"name": "gpus", "job_variable": {}}}, "work_pool.job_variable: there is no such key; did you"),
+        ({"triggers": {"expect": ["lcmlora.dataset.changed"]}}, "triggers: got "),
+        ({"triggers": [{"type": "evnt"}]}, "triggers.0.type: got 'evnt': expected event, metric, compound, sequence"),
+        ({"triggers": [{"expects": ["a"]}]}, "triggers.0.expects: there is no such key; did you mean expect?"),
+        ({"triggers": [{"expect": ["a"]}, {"within": "soon"}]}, "triggers.1.within: got 'soon': Input should be a "),
+        ({"triggers": [{"expect": ["a"], "posture": "Reactiv"}]}, "triggers.0.posture: got 'Reactiv': Input should "),
+        (
+            {"triggers": [{"type": "compound", "require": "all", "triggers": [{"expct": ["a"]}]}]},
+            "triggers.0.triggers.0.expct: there is no such key; did you mean expect?",
+        ),
+    ],
+)
+def test_a_mistake_in_a_deployment_is_one_line_that_names_it(
+    tmp_path: Path, changes: dict[str, object], told: str
+) -> None:
+    path = tmp_path / "prefect.yaml"
+    entry = {"entrypoint": "lcmlora.flows.report.leave_digest", "name": "weekly"}
+    path.write_text(yaml.safe_dump({"deployments": [entry | changes]}))
+    for read in (checks.check_deployments, read_deployments):
         with pytest.raises(UserError) as raised:
             read(path)
         assert str(raised.value).startswith(f"{path}: lcmlora.flows.report.leave_digest, weekly: {told}")

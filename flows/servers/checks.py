@@ -1,0 +1,126 @@
+"""What the deployments of a prefect.yaml must be, checked before Prefect reads them.
+
+Prefect tells a mistake in many lines once the servers run, and ignores a key that it does not know: with `timezon` a
+schedule fires in UTC, and with `expects` a trigger fires at every event.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect.client.schemas.objects import ConcurrencyLimitConfig
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
+from prefect.events.schemas import deployment_triggers as triggers
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lcmlora.errors import UserError
+from lcmlora.flows.servers.definitions import entries
+from lcmlora.io.parsing import JsonObject, as_object
+from lcmlora.settings import layers
+
+_SCHEDULES: Mapping[str, type[BaseModel]] = {"cron": CronSchedule, "interval": IntervalSchedule, "rrule": RRuleSchedule}
+_OF_SCHEDULES = ("active", "max_scheduled_runs", "parameters", "replaces", "slug")  # beside those of its kind
+
+_TRIGGERS: Mapping[str, type[BaseModel]] = {
+    "event": triggers.DeploymentEventTrigger,
+    "metric": triggers.DeploymentMetricTrigger,
+    "compound": triggers.DeploymentCompoundTrigger,
+    "sequence": triggers.DeploymentSequenceTrigger,
+}
+
+# Those that Prefect looks for beside the ones of _Deployment.
+_OF_DEPLOYMENTS = ("build", "concurrency_options", "flow_name", "path", "pull", "push", "schedule", "schedules", "sla")
+
+
+class _WorkPool(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    work_queue_name: str | None = None
+    job_variables: dict[str, Any] | None = None
+
+
+class _Deployment(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+    entrypoint: str
+    name: str
+    description: str | None = None
+    version: str | None = None
+    version_type: str | None = None
+    tags: list[str] | None = None
+    parameters: dict[str, Any] | None = None
+    paused: bool | None = None
+    enforce_parameter_schema: bool | None = None
+    concurrency_limit: int | None = None  # or a ConcurrencyLimitConfig
+    work_pool: _WorkPool | None = None
+    triggers: list[Any] | None = None
+
+
+def check_deployments(path: Path) -> None:
+    """Raises UserError if Prefect would refuse a deployment of prefect.yaml or ignore a key that was probably misspelt.
+
+    What has a variable or a block in it is Prefect's to read. Raises UserError, too, where there is no list of
+    deployments.
+    """
+    for entry in entries(path):
+        with _told_of(f"{path}: {entry.get('entrypoint')}, {entry.get('name')}"):
+            if isinstance(limit := entry.get("concurrency_limit"), dict):
+                _check(ConcurrencyLimitConfig, limit, "concurrency_limit")
+                entry = {key: value for key, value in entry.items() if key != "concurrency_limit"}
+            _check(_Deployment, entry, "", _OF_DEPLOYMENTS)
+            schedules = entry.get("schedules") or []
+            if not isinstance(schedules, list):
+                raise UserError("schedules: expected a list of schedules")
+            for number, schedule in enumerate(schedules):
+                _check_schedule(schedule, f"schedules.{number}")
+            for number, trigger in enumerate(entry.get("triggers") or []):
+                _check_trigger(trigger, f"triggers.{number}")
+
+
+@contextlib.contextmanager
+def _told_of(deployment: str) -> Iterator[None]:
+    """Says in each line of a UserError which deployment it is of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError("\n".join(f"{deployment}: {line}" for line in str(error).splitlines())) from None
+
+
+def _check_schedule(schedule: object, where: str) -> None:
+    values = as_object(schedule, where)
+    found = _SCHEDULES.keys() & values
+    if not found:
+        raise UserError(f"{where}: expected {', '.join(_SCHEDULES)}")
+    for kind in found:
+        _check(_SCHEDULES[kind], values, where, (*_SCHEDULES, *_OF_SCHEDULES))
+
+
+def _check_trigger(trigger: object, where: str) -> None:
+    values = as_object(trigger, where)
+    kind = str(triggers.deployment_trigger_discriminator(values))
+    if kind not in _TRIGGERS:
+        raise UserError(f"{where}.type: got {kind!r}: expected {', '.join(_TRIGGERS)}")
+    nested = values.get("triggers")
+    for number, each in enumerate(nested if isinstance(nested, list) else []):
+        _check_trigger(each, f"{where}.triggers.{number}")
+    _check(_TRIGGERS[kind], values, where)
+
+
+def _check(kind: type[BaseModel], values: JsonObject, where: str, others: Collection[str] = ()) -> None:
+    """Raises UserError if values are none of this kind, or have a key that is nearly one of its or of the others."""
+    known = [*kind.model_fields, *others]
+    for key in values.keys() - known:
+        if meant := layers.meant(str(key), known):
+            raise UserError(f"{f'{where}.' if where else ''}{key}: there is no such key{meant}")
+    own = {key: value for key, value in values.items() if key in kind.model_fields and "{{" not in str(value)}
+    left = values.keys() - own
+    if any(field.is_required() and name in left for name, field in kind.model_fields.items()):
+        return
+    try:
+        kind.model_validate(own)
+    except ValidationError as error:
+        raise UserError(layers.explain(error, kind, lambda location: where)) from None
