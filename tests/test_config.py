@@ -48,6 +48,7 @@ def test_the_shipped_params_load_and_hold_presets_for_the_papers_bases(tmp_path:
         ({"data__source": "ftp"}, r"data.source: got 'ftp'"),
         ({"study__models": ["sdxl"]}, r"study.models: 'sdxl' is not among models: emoji"),
         ({"study__styles": ["ink", "fluent-emoji-high-contrast"]}, r"study.*'ink' is not among styles: fluent-emoji, "),
+        ({"study__grid_style": "f" * 9000}, r"^.{0,300}study: got .{0,1100} more ...f+.{0,300}$"),
         ({"study__steps": 3}, r"study: .*steps 3 is odd, and a guided solver step costs two"),
         ({"study__student_steps": [1, 2]}, r"study: .*student_steps has no 4, at which all is compared"),
         ({"study__finetunes": ["noto-v1"], "finetunes__noto-v1": {}}, r"'noto-v1' is the name of a style and of a"),

@@ -151,7 +151,7 @@ def explain(
         key = ".".join(shown(part, 80) for part in location)
         before = where(location)
         path = f"{before}.{key}" if before and key else before or key
-        message = item["msg"].removeprefix("Value error, ")
+        message = shown(item["msg"].removeprefix("Value error, "), 800)  # a check's own may name what it was given
         if item["type"] == "extra_forbidden":
             message = f"there is no such key{advice if advice and len(location) == 1 else _meant(cls, item['loc'])}"
         elif item["type"] == "missing":
