@@ -22,8 +22,6 @@ from lcmlora.io.parsing import JsonObject, as_object
 from lcmlora.settings import layers
 
 _SCHEDULES: Mapping[str, type[BaseModel]] = {"cron": CronSchedule, "interval": IntervalSchedule, "rrule": RRuleSchedule}
-_OF_SCHEDULES = ("active", "max_scheduled_runs", "parameters", "replaces", "slug")  # beside those of its kind
-
 _TRIGGERS: Mapping[str, type[BaseModel]] = {
     "event": triggers.DeploymentEventTrigger,
     "metric": triggers.DeploymentMetricTrigger,
@@ -33,6 +31,16 @@ _TRIGGERS: Mapping[str, type[BaseModel]] = {
 
 # Those that Prefect looks for beside the ones of _Deployment.
 _OF_DEPLOYMENTS = ("build", "concurrency_options", "flow_name", "path", "pull", "push", "schedule", "schedules", "sla")
+
+
+class _Schedule(BaseModel):
+    """What a schedule of every kind may have."""
+
+    active: bool | None = None
+    max_scheduled_runs: int | None = None
+    parameters: dict[str, Any] | None = None
+    replaces: str | None = None
+    slug: str | None = None
 
 
 class _WorkPool(BaseModel):
@@ -92,11 +100,13 @@ def _told_of(deployment: str) -> Iterator[None]:
 
 def _check_schedule(schedule: object, where: str) -> None:
     values = as_object(schedule, where)
-    found = _SCHEDULES.keys() & values
-    if not found:
-        raise UserError(f"{where}: expected {', '.join(_SCHEDULES)}")
-    for kind in found:
-        _check(_SCHEDULES[kind], values, where, (*_SCHEDULES, *_OF_SCHEDULES))
+    found = [kind for kind in _SCHEDULES if kind in values]
+    if len(found) != 1:
+        given = f", and there are {' and '.join(found)}" if found else ""
+        raise UserError(f"{where}: expected one of {', '.join(_SCHEDULES)}{given}")
+    kind = _SCHEDULES[found[0]]
+    _check(kind, values, where, _Schedule.model_fields)
+    _check(_Schedule, values, where, kind.model_fields)
 
 
 def _check_trigger(trigger: object, where: str) -> None:

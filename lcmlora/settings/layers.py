@@ -156,6 +156,8 @@ def explain(
             message = f"there is no such key{advice if advice and len(location) == 1 else _meant(cls, item['loc'])}"
         elif item["type"] == "missing":
             message = "is missing"
+        elif item["type"] == "model_type":  # pydantic names its class
+            message = "expected an object"
         start = f"{path}: " if path else ""
         if item["type"] not in ("extra_forbidden", "missing", SECRET) and item["loc"] != ():
             start += f"got {shown(repr(item['input']), 200)}: "
