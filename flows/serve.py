@@ -114,8 +114,8 @@ def _deployment(entry: JsonObject) -> RunnerDeployment:
     return RunnerDeployment.from_entrypoint(
         entry["entrypoint"],
         entry["name"],
-        schedules=[Schedule(**each) for each in entry.get("schedules", [])],
-        triggers=[*triggers.validate_python(entry.get("triggers", []))],
+        schedules=[Schedule(**each) for each in entry.get("schedules") or []],
+        triggers=[*triggers.validate_python(entry.get("triggers") or [])],
         concurrency_limit=ConcurrencyLimitConfig(**limit) if isinstance(limit, dict) else limit,
         parameters=entry.get("parameters"),
         description=entry.get("description"),

@@ -14,7 +14,7 @@ from typing import Any
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.events.schemas import deployment_triggers as triggers
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lcmlora.errors import UserError
 from lcmlora.flows.servers.definitions import entries
@@ -30,30 +30,25 @@ _TRIGGERS: Mapping[str, type[BaseModel]] = {
 }
 
 # Those that Prefect looks for beside the ones of _Deployment.
-_OF_DEPLOYMENTS = ("build", "concurrency_options", "flow_name", "path", "pull", "push", "schedule", "schedules", "sla")
+_OF_DEPLOYMENTS = ("build", "concurrency_options", "flow_name", "path", "pull", "push", "schedule", "sla")
 
 
 class _Schedule(BaseModel):
     """What a schedule of every kind may have."""
 
     active: bool | None = None
-    max_scheduled_runs: int | None = None
     parameters: dict[str, Any] | None = None
     replaces: str | None = None
     slug: str | None = None
 
 
 class _WorkPool(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
     name: str
     work_queue_name: str | None = None
     job_variables: dict[str, Any] | None = None
 
 
 class _Deployment(BaseModel):
-    model_config = ConfigDict(protected_namespaces=())
-
     entrypoint: str
     name: str
     description: str | None = None
@@ -64,7 +59,8 @@ class _Deployment(BaseModel):
     paused: bool | None = None
     enforce_parameter_schema: bool | None = None
     concurrency_limit: int | None = None  # or a ConcurrencyLimitConfig
-    work_pool: _WorkPool | None = None
+    work_pool: dict[str, Any] | None = None  # as _WorkPool
+    schedules: list[Any] | None = None
     triggers: list[Any] | None = None
 
 
@@ -76,17 +72,23 @@ def check_deployments(path: Path) -> None:
     """
     for entry in entries(path):
         with _told_of(f"{path}: {entry.get('entrypoint')}, {entry.get('name')}"):
-            if isinstance(limit := entry.get("concurrency_limit"), dict):
+            limit = entry.get("concurrency_limit")
+            if isinstance(limit, dict):
                 _check(ConcurrencyLimitConfig, limit, "concurrency_limit")
-                entry = {key: value for key, value in entry.items() if key != "concurrency_limit"}
-            _check(_Deployment, entry, "", _OF_DEPLOYMENTS)
-            schedules = entry.get("schedules") or []
-            if not isinstance(schedules, list):
-                raise UserError("schedules: expected a list of schedules")
-            for number, schedule in enumerate(schedules):
+                limit = None
+            _check(_Deployment, {**entry, "concurrency_limit": limit}, "", _OF_DEPLOYMENTS)
+            if isinstance(pool := entry.get("work_pool"), dict):
+                _check(_WorkPool, pool, "work_pool")
+            for number, schedule in enumerate(_listed(entry, "schedules")):
                 _check_schedule(schedule, f"schedules.{number}")
-            for number, trigger in enumerate(entry.get("triggers") or []):
+            for number, trigger in enumerate(_listed(entry, "triggers")):
                 _check_trigger(trigger, f"triggers.{number}")
+
+
+def _listed(values: JsonObject, key: str) -> list[Any]:
+    """Returns the list of this key; none if it has something else, which is a variable or was told."""
+    found = values.get(key)
+    return found if isinstance(found, list) else []
 
 
 @contextlib.contextmanager
@@ -114,8 +116,7 @@ def _check_trigger(trigger: object, where: str) -> None:
     kind = str(triggers.deployment_trigger_discriminator(values))
     if kind not in _TRIGGERS:
         raise UserError(f"{where}.type: got {kind!r}: expected {', '.join(_TRIGGERS)}")
-    nested = values.get("triggers")
-    for number, each in enumerate(nested if isinstance(nested, list) else []):
+    for number, each in enumerate(_listed(values, "triggers")):
         _check_trigger(each, f"{where}.triggers.{number}")
     _check(_TRIGGERS[kind], values, where)
 
