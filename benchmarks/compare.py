@@ -25,9 +25,8 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,6 +39,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import published, tables
+from benchmarks.memory import most_allocated
 from benchmarks.reference import Reference
 from lcmlora import bases, config
 from lcmlora.bases import fetching
@@ -218,65 +218,6 @@ class _Recipe(_Side):
     def save(self, path: Path) -> None:
         trained = {n: p for n, p in self._reference.base.network.named_parameters() if p.requires_grad}
         torch.save({"adapter": trained, "optimizer": self._reference.optimizer.state_dict()}, path / "state.pt")
-
-
-def most_allocated(run: Callable[[], object]) -> int:
-    """Returns the most bytes that tensors on the CPU have while `run` runs.
-
-    They are the bytes of the tensors before, and those that torch's allocator gives out and takes back meanwhile. The
-    memory of the process is no measure, since it keeps what the allocator took back.
-    """
-    held = held_storages()
-    total = most = sum(held.values())
-    for address, given in allocations(run):
-        total += given - held.pop(address, 0)
-        if given:
-            held[address] = given
-        most = max(most, total)
-    return most
-
-
-def held_storages() -> dict[int, int]:
-    """Returns the bytes of each storage that tensors on the CPU hold now, by its address, once the garbage is gone."""
-    from torch._subclasses.fake_tensor import is_fake
-
-    for _ in range(3):  # some of it goes when something else has gone
-        gc.collect()
-    held = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some objects warn when their attributes are read
-        for found in gc.get_objects():
-            # Compiling leaves fake tensors behind, which have no bytes.
-            if isinstance(found, Tensor) and found.device.type == "cpu" and not is_fake(found):
-                storage = found.untyped_storage()
-                held[storage.data_ptr()] = storage.nbytes()
-    return held
-
-
-def allocations(run: Callable[[], object]) -> list[tuple[int, int]]:
-    """Returns what torch's allocator gives out and takes back on the CPU while `run` runs, in order.
-
-    Each is a block's address and its bytes, 0 where it is taken back: the profiler's bytes of a block that was there
-    before are those of another one that had its address at an earlier profile, or missing.
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    gc.collect()
-    gc.disable()  # else it depends on the garbage of before when some of it goes
-    try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            run()
-    finally:
-        gc.enable()
-    results: Any = profiler.profiler
-    waiting, found = [*results.kineto_results.experimental_event_tree()], []
-    while waiting:
-        event = waiting.pop()
-        waiting += event.children
-        if event.name == "[memory]":
-            block = event.extra_fields
-            found.append((event.start_time_ns, block.ptr, max(block.alloc_size, 0)))
-    return [(address, given) for _, address, given in sorted(found, key=lambda each: each[0])]
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.compare import most_allocated
+from benchmarks.memory import most_allocated
 from lcmlora import bases, config
 from lcmlora.distillation.loss import Distillation, add_adapter, sample_stream
 from lcmlora.doctor import gpus, measuring

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.compare import held_storages
+from benchmarks.memory import held_storages
 from lcmlora import bases
 from lcmlora.adapters import lora
 from lcmlora.adapters.metadata import FACTS, Distilled, Sampler

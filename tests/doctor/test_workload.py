@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from benchmarks.compare import held_storages, most_allocated
+from benchmarks.memory import held_storages, most_allocated
 from lcmlora import bases
 from lcmlora.bases import LoadedBase
 from lcmlora.bases.families import sdxl, stable_diffusion

@@ -1,6 +1,6 @@
 import torch
 
-from benchmarks.compare import allocations
+from benchmarks.memory import allocations
 from lcmlora.adapters import lora
 from lcmlora.bases.base import LoadedBase
 from lcmlora.patches.lora_forwards import LoraForwards
