@@ -10,7 +10,16 @@ import pytest
 
 import benchmarks
 
-_NO_COMMANDS = {"choosing", "costs", "origins", "preparation", "published", "reference", "tables"}  # parts of others
+_NO_COMMANDS = {
+    "choosing",
+    "costs",
+    "memory",
+    "origins",
+    "preparation",
+    "published",
+    "reference",
+    "tables",
+}  # parts of others
 COMMANDS = sorted({module.name for module in pkgutil.iter_modules(benchmarks.__path__)} - _NO_COMMANDS)
 
 
